@@ -1,0 +1,420 @@
+"""Saving and restoring a run: the train state, the position in the data and the config, one directory per step.
+
+Layout of a run's workdir:
+
+  checkpoints/<step>/          one complete checkpoint: `state` (arrays), `data`, `config`, `checksums` (JSON)
+  checkpoints_damaged/<step>-<n>/   checkpoints that could not be read when the run was resumed, moved out of the way
+
+Storage, asynchrony, atomic commit and retention are Orbax's. Added here are the answers to three questions that Orbax
+leaves open: does this workdir hold the run that is being resumed (the stored config says), does the stored tree fit
+the state (names, shapes and dtypes are compared before reading), and are the bytes those that were saved (Orbax
+notices truncated and missing files, but not changed array bytes: a checksum per array is stored beside them).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+# Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
+# goes on, what it reports and where it computes, not what it computes.
+RESUMABLE = ("steps", "log", "hooks", "checkpoint", "sampling", "mesh", "data.workers")
+
+_ABSENT = "<absent>"
+
+
+def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
+    """Creates `workdir` and proves that it can be written to.
+
+    Args:
+      workdir: a local path (`~` and relative paths allowed) or a bucket, `gs://bucket/path`.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      ValueError: the workdir cannot be created or written to.
+    """
+    path = _absolute(workdir)
+    probe = path / f".write_test-{jax.process_index()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("writable")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"Workdir {str(path)!r} cannot be written to ({type(error).__name__}: {error}). "
+            "Give a directory that exists or can be created, where this user may create files."
+        ) from error
+    return path
+
+
+class Checkpointer:
+    """Checkpoints of one run, saved in the background while training goes on.
+
+    With several processes every method is called by all of them with the same arguments.
+
+    Args:
+      workdir: the run's directory; checkpoints go to `<workdir>/checkpoints/<step>`.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints whose step is divisible by this are kept besides; None keeps no others.
+
+    Raises:
+      ValueError: `keep_last` or `keep_every` is not positive.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(
+                f"keep_last={keep_last!r}, keep_every={keep_every!r}: both must be positive (keep_every may be None). "
+                "Use keep_last=1 to keep only the newest checkpoint."
+            )
+        logging.get_absl_logger().addFilter(_not_orbax_chatter)
+        self._workdir = _absolute(workdir)
+        self._directory = self._workdir / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, data_state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        """Starts saving a checkpoint; returns once `state` may be donated.
+
+        Args:
+          step: number of finished training steps.
+          state: pytree of arrays, any sharding; None leaves are allowed.
+          data_state: state of the data iterator, plain JSON values, equal in all processes (process 0 writes it).
+          config: the run's config as nested dicts of plain JSON values.
+
+        Returns:
+          False if this step is saved already (nothing is written then), else True.
+
+        Raises:
+          ValueError: a checkpoint of a later step exists.
+        """
+        if step in self.steps():
+            return False
+        if self.latest_step is not None and step < self.latest_step:
+            raise ValueError(
+                f"Cannot save step {step}: {str(self._directory)!r} already holds step {self.latest_step}. "
+                "Restore it first, or use another workdir."
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data_state),
+            config=ocp.args.JsonSave(config),
+            checksums=ocp.args.JsonSave(_checksums(state)),
+        )
+        return self._manager.save(step, args=items)
+
+    def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:
+        """Restores the newest checkpoint that can be read, bit for bit, onto the shardings asked for.
+
+        A newer one that is damaged is logged as an error and moved to `<workdir>/checkpoints_damaged`, because the
+        resumed run will save that step again; nothing is deleted. Damage is a missing, truncated or garbled file among
+        those that hold the state, the data position, the config or the checksums, and an array whose checksum differs.
+
+        Args:
+          abstract_state: the state as a pytree of `jax.ShapeDtypeStruct` with shardings (None: on one local device).
+          config: the config of the run that resumes. Fields outside `RESUMABLE` must equal the stored ones.
+
+        Returns:
+          (state, data_state, step), or None if no checkpoint was ever completed here.
+
+        Raises:
+          ValueError: the workdir belongs to a run with another config; the stored state differs from `abstract_state`
+            in names, shapes or dtypes; or there are checkpoints and none can be read.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            path = self._directory / str(step)
+            stored, damage = _attempt(_read_header, path)
+            if damage:
+                damaged[step] = damage
+                continue
+            stored_config, data_state, stored_arrays = stored
+            _check_same_run(stored_config, config, path)
+            _check_same_arrays(stored_arrays, abstract_state, path, partial=False)
+            state, damage = _read_arrays(path, abstract_state)
+            if damage:
+                damaged[step] = damage
+                continue
+            self._move_aside(damaged)
+            return state, data_state, step
+        if damaged:
+            reasons = "".join(f"\n  {str(self._directory / str(step))}: {reason}" for step, reason in damaged.items())
+            raise ValueError(
+                f"None of the checkpoints in {str(self._directory)!r} can be read; not starting from scratch over "
+                f"them. Put back an intact copy, or use another workdir.{reasons}"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Waits until everything saved so far is complete on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and releases the background threads."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending, including one that is still being written."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step of `steps()`; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def _move_aside(self, damaged: Mapping[int, str]) -> None:
+        """Renames the damaged checkpoints and says so in the log."""
+        for step, reason in damaged.items():
+            source = self._directory / str(step)
+            target = _free_name(self._workdir / "checkpoints_damaged", step)
+            logging.error(
+                "Checkpoint %s is damaged (%s). It is moved to %s; an older one is used.", source, reason, target
+            )
+            if jax.process_index() == 0:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.rename(target)
+        if damaged:
+            if jax.process_count() > 1:  # nobody may list the directory before the renames are done
+                multihost_utils.sync_global_devices("damaged checkpoints moved aside")
+            self._manager.reload()
+
+
+def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """Reads the config that a run was trained with.
+
+    Args:
+      workdir: the run's directory.
+      step: which checkpoint to read it from; None for the newest.
+
+    Raises:
+      ValueError: no checkpoints, no such step, or the stored config cannot be read.
+    """
+    path = _find_step(workdir, step)
+    config, damage = _attempt(_read_json, path, "config")
+    if damage:
+        raise _unreadable(path, damage)
+    return config
+
+
+def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
+    """Restores a part of a train state, for instance only what sampling needs; the rest is not read.
+
+    Args:
+      workdir: the run's directory.
+      abstract_subtree: pytree of `jax.ShapeDtypeStruct` whose keys are those of the saved state, for instance
+        `{"ema": ..., "vae": {"params": ...}}`. Leaves without a sharding go to one local device.
+      step: which checkpoint to read; None for the newest.
+
+    Returns:
+      (the subtree filled with arrays, the step it comes from).
+
+    Raises:
+      ValueError: no checkpoints, no such step, the checkpoint lacks a name or has it in another shape or dtype, or it
+        cannot be read.
+    """
+    path = _find_step(workdir, step)
+    stored_arrays, damage = _attempt(_stored_arrays, path)
+    if damage:
+        raise _unreadable(path, damage)
+    _check_same_arrays(stored_arrays, abstract_subtree, path, partial=True)
+    subtree, damage = _read_arrays(path, abstract_subtree)
+    if damage:
+        raise _unreadable(path, damage)
+    return subtree, int(path.name)
+
+
+def _absolute(workdir: epath.PathLike) -> epath.Path:
+    """The workdir as an absolute path, which Orbax requires; addresses such as gs:// already are."""
+    if not str(workdir):
+        raise ValueError("Workdir '' is empty. Give a directory, for instance runs/repae, or gs://bucket/path.")
+    path = epath.Path(workdir)
+    return path if "://" in str(workdir) else path.expanduser().absolute()
+
+
+def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
+    """Directory of the checkpoint of `step`, or of the newest one."""
+    directory = _absolute(workdir) / "checkpoints"
+    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    if not steps:
+        raise ValueError(
+            f"No checkpoints in {str(directory)!r}. Give the workdir of a run that has saved at least one."
+        )
+    if step is not None and step not in steps:
+        raise ValueError(f"No checkpoint of step {step} in {str(directory)!r}. Steps present: {steps}.")
+    return directory / str(steps[-1] if step is None else step)
+
+
+def _attempt(read: Callable, *args: Any) -> tuple[Any, str | None]:
+    """Calls `read(*args)` in all processes; returns (result, None) if all succeeded, else (None, what is wrong)."""
+    result, damage = None, None
+    try:
+        result = read(*args)
+    except (jax.errors.JaxRuntimeError, MemoryError):  # out of memory is no fault of the checkpoint
+        raise
+    except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
+        damage = _reason(error)
+    if jax.process_count() > 1:  # all processes must take the same checkpoint
+        succeeded = multihost_utils.process_allgather(np.asarray(damage is None))
+        if not damage and not np.all(succeeded):
+            damage = "unreadable in another process"
+    return (None, damage) if damage else (result, None)
+
+
+def _read_json(path: epath.Path, item: str) -> dict[str, Any]:
+    return ocp.JsonCheckpointHandler().restore(path / item, args=ocp.args.JsonRestore())
+
+
+def _read_header(path: epath.Path) -> tuple[dict, dict, dict]:
+    """All that is needed besides the arrays: (config, data state, shape and dtype of every array)."""
+    return _read_json(path, "config"), _read_json(path, "data"), _stored_arrays(path)
+
+
+def _stored_arrays(path: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array of the stored state, by name."""
+    metadata = ocp.PyTreeCheckpointHandler().metadata(path / "state")
+    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named_leaves(metadata.tree)}
+
+
+def _read_arrays(path: epath.Path, abstract: Any) -> tuple[Any, str | None]:
+    """Reads the arrays named in `abstract`; returns (arrays, None), or (None, what is wrong with them)."""
+    abstract = jax.tree.map(_with_sharding, abstract)
+    args = ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
+
+    def read():
+        # The bare handler: `ocp.Checkpointer` waits for all processes afterwards, in vain if one of them has failed.
+        return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args), _read_json(path, "checksums")
+
+    stored, damage = _attempt(read)
+    if damage:
+        return None, damage
+    arrays, checksums = stored
+    changed = [name for name, value in _checksums(arrays).items() if checksums.get(name) != value]
+    if changed:
+        return None, f"arrays with another checksum than when they were saved: {', '.join(changed)}"
+    return arrays, None
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # Without one Orbax would fall back on the devices the checkpoint was saved from, which may not exist here.
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with dotted names, the same for structs, named tuples and the dicts that Orbax stores them as."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """Sum of the array's bit patterns modulo 2^32: an integer sum, so the same however the array is sharded."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
+    return jnp.sum(jax.lax.bitcast_convert_type(array, unsigned), dtype=jnp.uint32)
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    sums = {name: _checksum(leaf) for name, leaf in _named_leaves(tree)}
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def _check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], path: epath.Path) -> None:
+    """Raises ValueError naming every field, outside RESUMABLE, in which two configs differ."""
+    stored, given = _dotted(stored), _dotted(given)
+    fields = sorted(name for name in stored.keys() | given.keys() if not _is_resumable(name))
+    differing = [
+        f"\n  {name}: stored {stored.get(name, _ABSENT)!r}, given {given.get(name, _ABSENT)!r}"
+        for name in fields
+        if stored.get(name, _ABSENT) != given.get(name, _ABSENT)
+    ]
+    if differing:
+        raise ValueError(
+            f"Checkpoint {str(path)!r} belongs to a run with another config. "
+            "Use another workdir, or restore the values:" + "".join(differing)
+        )
+
+
+def _is_resumable(name: str) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in RESUMABLE)
+
+
+def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one dict with dotted names; through JSON, so that tuples equal the lists they are stored as."""
+
+    def flatten(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: value}
+        flat = [flatten(f"{prefix}.{key}" if prefix else key, child) for key, child in value.items()]
+        return {name: leaf for part in flat for name, leaf in part.items()}
+
+    plain = json.loads(json.dumps(config))
+    return flatten("", plain) if plain else {}
+
+
+def _check_same_arrays(stored: Mapping[str, tuple], abstract: Any, path: epath.Path, *, partial: bool) -> None:
+    """Raises ValueError naming every array that is missing, unexpected (unless `partial`) or of another kind."""
+    wanted = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named_leaves(abstract)}
+    problems = [f"\n  {name}: not in the checkpoint" for name in wanted if name not in stored]
+    if not partial:
+        problems += [f"\n  {name}: in the checkpoint, not in the state" for name in stored if name not in wanted]
+    problems += [
+        f"\n  {name}: stored {_describe(stored[name])}, expected {_describe(wanted[name])}"
+        for name in wanted
+        if name in stored and stored[name] != wanted[name]
+    ]
+    if problems:
+        raise ValueError(
+            f"The arrays in checkpoint {str(path)!r} are not those of this state. "
+            "Build the networks and optimizers as in the run that saved it, or use another workdir:" + "".join(problems)
+        )
+
+
+def _describe(shape_and_dtype: tuple[tuple[int, ...], np.dtype]) -> str:
+    shape, dtype = shape_and_dtype
+    return f"{dtype.name}{list(shape)}"
+
+
+def _unreadable(path: epath.Path, damage: str) -> ValueError:
+    return ValueError(
+        f"Checkpoint {str(path)!r} is damaged ({damage}). Ask for an older step, or put back an intact copy."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the innermost cause: Orbax and TensorStore wrap it in pages of their own state."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).splitlines() or [""])[0].split(" [tensorstore_spec=")[0]
+    return f"{type(error).__name__}: {line}"
+
+
+def _free_name(directory: epath.Path, step: int) -> epath.Path:
+    number = 0
+    while (directory / f"{step}-{number}").exists():
+        number += 1
+    return directory / f"{step}-{number}"
+
+
+def _not_orbax_chatter(record) -> bool:
+    """Log filter: drops Orbax's progress messages (dozens per save), keeps its warnings and everybody else's lines."""
+    return record.levelno >= logging.converter.STANDARD_WARNING or "orbax" not in record.pathname

@@ -1,0 +1,61 @@
+"""Sources of labelled images.
+
+A source is any object with `len(source)`, `source[i] -> {'image': uint8 [H, W, 3], 'label': int32}`, `source.name(i)`,
+and the attributes `labels` (int32 `[N]`), `num_classes` and `image_size`. It must survive pickling, because worker
+processes get a copy. `repae_jax.data.loader` turns a source into batches.
+"""
+
+import inspect
+
+import numpy as np
+
+from repae_jax.data.digits import DigitsSource
+from repae_jax.data.folder import FolderSource
+
+_SOURCES = {"digits": DigitsSource, "folder": FolderSource}
+
+
+def make_source(source, image_size, **fields):
+    """Builds a source by name.
+
+    Args:
+      source: 'digits' or 'folder'.
+      image_size: side of the images in pixels.
+      **fields: the other arguments of that source, such as `split` or `path`.
+
+    Returns:
+      The source.
+
+    Raises:
+      ValueError: if the name is unknown, a field is not an argument of the source, or a required one is missing.
+    """
+    if source not in _SOURCES:
+        raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
+    parameters = dict(inspect.signature(_SOURCES[source]).parameters)
+    del parameters["image_size"]
+    unknown = sorted(set(fields) - set(parameters))
+    if unknown:
+        raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(parameters)}")
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in fields]
+    if missing:
+        raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}; set it")
+    return _SOURCES[source](image_size=image_size, **fields)
+
+
+def check_labels(source, num_classes):
+    """Checks that a network with `num_classes` label embeddings can take every label, without decoding an image.
+
+    Args:
+      source: a source; its `labels` are int32 `[N]`.
+      num_classes: number of classes the network was built for.
+
+    Raises:
+      ValueError: if a label lies outside 0..num_classes-1; a lookup there would silently read another class.
+    """
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
+    if len(wrong):
+        first = ", ".join(f"{source.name(i)}: {source.labels[i]}" for i in wrong[:5])
+        raise ValueError(
+            f"{len(wrong)} of {len(source)} labels are out of range, first {first}; allowed: 0..{num_classes - 1}; "
+            f"the source has {source.num_classes} classes, so set num_classes to that"
+        )

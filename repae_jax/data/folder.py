@@ -1,0 +1,170 @@
+"""Any folder of image files, labelled by class subfolders or by a labels file."""
+
+import csv
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from repae_jax.images import center_crop
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class FolderSource:
+    """Random access to the images below a folder, centre-cropped as they are read.
+
+    The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
+
+    Attributes:
+      labels: int32 `[N]`, 0 and above.
+      num_classes: the number of class subfolders, or the largest label of the labels file plus one.
+      image_size: side of the images in pixels.
+    """
+
+    def __init__(self, path, image_size, labels_file=None):
+        """Lists the folder and checks the labels; decodes nothing.
+
+        Args:
+          path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the
+            labels 0, 1, ...; images may lie deeper inside them.
+          image_size: side of the images in pixels.
+          labels_file: path of a labels file, relative to the folder or absolute. Either JSON
+            `{"labels": [["sub/a.png", 3], ...]}`, or `.csv` / `.tsv` with two columns, path and label. The paths in
+            it are relative to the folder; images it does not list are left out.
+
+        Raises:
+          ValueError: if the folder is missing or holds no images, if it has neither class subfolders nor a labels
+            file, or if the labels file is malformed, names missing files or has negative labels.
+        """
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
+        self._root = Path(path)
+        if not self._root.is_dir():
+            raise ValueError(f"path is {str(path)!r}, which is not a folder; give the folder that holds the images")
+        paths = _list_images(self._root)
+        if not paths:
+            raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
+        if labels_file is None:
+            self._paths, labels = paths, _labels_from_subfolders(self._root, paths)
+        else:
+            self._paths, labels = _labels_from_file(self._root / labels_file, paths)
+        self.labels = np.asarray(labels, np.int32)
+        self.num_classes = int(self.labels.max()) + 1
+        self.image_size = image_size
+
+    def __len__(self):
+        return len(self._paths)
+
+    def __getitem__(self, i):
+        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
+
+        Raises:
+          Exception: whatever PIL raises for a file it cannot decode, a truncated one included.
+        """
+        with Image.open(self._root / self._paths[i]) as image:
+            return {"image": center_crop(image, self.image_size), "label": self.labels[i]}
+
+    def name(self, i):
+        """The path of record `i`, relative to the folder."""
+        return self._paths[i]
+
+
+def _extensions():
+    return " ".join(EXTENSIONS)
+
+
+def _list_images(root):
+    """Sorted paths of all images below `root`, relative to it, with forward slashes."""
+    paths = []
+    for folder, _, files in os.walk(root, followlinks=True):  # class folders are often links
+        inside = Path(folder).relative_to(root)
+        paths += [(inside / file).as_posix() for file in files if file.lower().endswith(EXTENSIONS)]
+    return sorted(paths)
+
+
+def _labels_from_subfolders(root, paths):
+    """Numbers the subfolders of `root` by name; returns one label per path."""
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(
+            f"{str(root)!r} holds {len(paths)} images but no class subfolders; allowed: one subfolder per class, or a "
+            "labels_file (JSON, CSV or TSV)"
+        )
+    class_of_path = [path.partition("/")[0] for path in paths]
+    outside = [path for path in paths if "/" not in path]
+    if outside:
+        raise ValueError(f"images outside the class subfolders of {str(root)!r}: {_some(outside)}; move them into one")
+    # An empty class is most often an unfinished copy; leaving it out would shift the labels of the others.
+    empty = sorted(set(classes) - set(class_of_path))
+    if empty:
+        raise ValueError(f"class subfolders without images ({_extensions()}): {_some(empty)}; fill or remove them")
+    label_of_class = {name: label for label, name in enumerate(classes)}
+    return [label_of_class[name] for name in class_of_path]
+
+
+def _labels_from_file(file, paths):
+    """Reads a labels file and checks it against the listing; returns sorted paths and their labels."""
+    if not file.is_file():
+        raise ValueError(f"labels_file is {str(file)!r}, which does not exist; give it relative to the image folder")
+    entries = _read_json(file) if file.suffix.lower() == ".json" else _read_table(file)
+    if not entries:
+        raise ValueError(f"labels file {str(file)!r} lists no images; allowed: at least one [path, label]")
+    listed = [path for path, _ in entries]
+    missing = sorted(set(listed) - set(paths))
+    if missing:
+        raise ValueError(
+            f"labels file {str(file)!r} names files that are not images ({_extensions()}) below the folder: "
+            f"{_some(missing)}; paths in it are relative to the folder"
+        )
+    repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
+    if repeated:
+        raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
+    negative = [f"{path}: {label}" for path, label in entries if label < 0]
+    if negative:
+        raise ValueError(f"labels file {str(file)!r} has negative labels: {_some(negative)}; allowed: 0 and above")
+    entries.sort()
+    return [path for path, _ in entries], [label for _, label in entries]
+
+
+def _read_json(file):
+    """Entries `[(path, label), ...]` of a JSON labels file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"labels file {str(file)!r} is not valid JSON: {error}") from error
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f'labels file {str(file)!r} has no list "labels"; allowed: {{"labels": [["a.png", 3], ...]}}')
+    for entry in entries:
+        if not (isinstance(entry, list) and [type(item) for item in entry] == [str, int]):
+            raise ValueError(f'labels file {str(file)!r} has the entry {entry!r}; allowed: ["path", integer]')
+    return [tuple(entry) for entry in entries]
+
+
+def _read_table(file):
+    """Entries `[(path, label), ...]` of a CSV or TSV labels file, with or without the header `path,label`."""
+    separators = {".csv": ",", ".tsv": "\t"}
+    if file.suffix.lower() not in separators:
+        raise ValueError(f"labels_file is {str(file)!r}; allowed: a file ending in .json, .csv or .tsv")
+    entries = []
+    with file.open(newline="", encoding="utf-8") as lines:
+        for number, row in enumerate(csv.reader(lines, delimiter=separators[file.suffix.lower()]), start=1):
+            if not row or (number == 1 and row == ["path", "label"]):
+                continue
+            try:
+                path, label = row
+                entries.append((path, int(label)))
+            except ValueError as error:
+                raise ValueError(
+                    f"labels file {str(file)!r} has {row!r} in row {number}; allowed: two columns, path and integer"
+                ) from error
+    return entries
+
+
+def _some(names):
+    """The first few of a list, and how many there are."""
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)} in all)"

@@ -1,0 +1,229 @@
+"""Batches without end from a source: shuffled, split over processes, resumable, and forgiving of a few bad files."""
+
+import os
+
+import grain
+import jax
+import numpy as np
+from absl import flags, logging
+
+# In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
+_READ_THREADS = 4
+# The same for each worker process: one batch being decoded, one waiting.
+_WORKER_THREADS = 1
+_WORKER_BUFFER = 1
+
+
+class Loader:
+    """Infinite iterator over `{'image': uint8 [b, H, W, 3], 'label': int32 [b]}`, b = batch_size / process_count.
+
+    All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a
+    new order every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every
+    batch is full, a batch may span two epochs, and batch k depends on nothing but the source, the seed, the batch size
+    and k: neither on the number of processes or workers, nor on where a run was interrupted. Each process gets a
+    contiguous block of the batch, in process order.
+
+    A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above
+    true. It is logged once by name and counted; too many of them end the run.
+
+    Attributes:
+      next_batch: number of the batch that `next` returns next.
+    """
+
+    def __init__(
+        self,
+        source,
+        *,
+        batch_size,
+        seed,
+        start_batch=0,
+        workers=0,
+        process_index=0,
+        process_count=1,
+        max_bad_fraction=0.01,
+    ):
+        """Prepares the stream; nothing is read before the first `next`.
+
+        Args:
+          source: a source as described in `repae_jax.data`.
+          batch_size: global batch size, over all processes.
+          seed: of the shuffling, 0..2**32-1.
+          start_batch: number of the first batch.
+          workers: worker processes that decode; 0 decodes in threads of this process. Workers are started afresh, so
+            the main script needs its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few
+            batches each.
+          process_index: which block of every batch this process gets.
+          process_count: number of processes that share a batch.
+          max_bad_fraction: largest share of the source's records that may turn out undecodable, 0..1; with 0 the first
+            one ends the run.
+
+        Raises:
+          ValueError: if a number is out of range, the source is empty, or `process_count` does not divide `batch_size`.
+        """
+        _check_range("len(source)", len(source), 1)
+        _check_range("batch_size", batch_size, 1)
+        _check_range("seed", seed, 0, 2**32 - 1)
+        _check_range("start_batch", start_batch, 0)
+        _check_range("workers", workers, 0)
+        _check_range("process_count", process_count, 1)
+        _check_range("process_index", process_index, 0, process_count - 1)
+        _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
+        if batch_size % process_count:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
+        self.next_batch = int(start_batch)
+        self._source = source
+        self._workers = workers
+        self._max_bad = int(max_bad_fraction * len(source))
+        self._bad_records = set()
+        self._iterator = None
+        records = grain.MapDataset.source(_ReplacingRecords(source, self._max_bad)).seed(seed).shuffle().repeat()
+        # The stream has no remainder to drop; saying so keeps grain's length of it exact (and a block of 1 possible).
+        blocks = records.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
+        self._batches = blocks[process_index::process_count]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        """Returns the next batch.
+
+        Raises:
+          RuntimeError: if more records than allowed have turned out undecodable.
+        """
+        if self._iterator is None:
+            self._iterator = self._start()
+        try:
+            batch = next(self._iterator)
+        except Exception:
+            self.close()  # a read-ahead that has failed cannot be continued
+            raise
+        self._note_failures(batch["failures"])
+        self.next_batch += 1
+        # Workers hand over shared memory that dies with the array; a copy may outlive the loader.
+        copy = np.array if self._workers else np.asarray
+        return {"image": copy(batch["image"]), "label": copy(batch["label"])}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    @property
+    def bad_records(self):
+        """How many distinct records this process has found undecodable."""
+        return len(self._bad_records)
+
+    def state(self):
+        """Returns what `restore` needs, ready for JSON. The bad records are those that this process has met."""
+        return {"next_batch": self.next_batch, "bad_records": sorted(self._bad_records)}
+
+    def restore(self, state):
+        """Continues exactly where the loader that returned `state` stopped.
+
+        Args:
+          state: what `state()` returned, from a loader with the same source, seed and batch size.
+
+        Raises:
+          ValueError: if the state has other fields, or values that do not fit the source.
+        """
+        if set(state) != {"next_batch", "bad_records"}:
+            raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records and next_batch")
+        _check_range("next_batch", state["next_batch"], 0)
+        for record in state["bad_records"]:
+            _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)
+        self.close()
+        self.next_batch = state["next_batch"]
+        self._bad_records = set(state["bad_records"])
+
+    def close(self):
+        """Stops threads and workers. A later `next` starts them again and continues with the same batch."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _start(self):
+        """Starts reading ahead from `next_batch` on."""
+        threads = _WORKER_THREADS if self._workers else _READ_THREADS
+        read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        batches = self._batches[self.next_batch :].to_iter_dataset(read_options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_WORKER_BUFFER)
+            batches = batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
+        return iter(batches)
+
+    def _note_failures(self, failures):
+        """Logs the records not seen before, and raises when they have become too many."""
+        for record, error in failures:
+            if record not in self._bad_records:
+                self._bad_records.add(record)
+                logging.warning("Skipping undecodable record %s: %s", self._source.name(record), error)
+        if len(self._bad_records) > self._max_bad:
+            self.close()
+            last_error = failures[-1][1] if failures else "found before this run was resumed"
+            raise RuntimeError(_too_many(self._source, sorted(self._bad_records), self._max_bad, last_error))
+
+
+class _ReplacingRecords:
+    """A source whose undecodable records are replaced by their next decodable neighbour.
+
+    Which record takes the place depends on the source alone, never on what was read before: random access, and with it
+    resuming, stays exact.
+    """
+
+    def __init__(self, source, max_bad):
+        self._source = source
+        self._max_bad = max_bad
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, i):
+        """Returns the image, its label, and `[(record, error), ...]` of the records tried in vain."""
+        failures = []
+        while True:
+            record = (i + len(failures)) % len(self)
+            try:
+                example = self._source[record]
+            except Exception as error:  # PIL raises nearly anything: OSError, SyntaxError, ValueError, struct.error
+                failures.append((record, f"{type(error).__name__}: {error}"))
+            else:
+                return example["image"], example["label"], failures
+            # One unbroken run of bad records is enough to know that there are too many, or nothing else.
+            if len(failures) > self._max_bad or len(failures) == len(self):
+                bad = [record for record, _ in failures]
+                raise RuntimeError(_too_many(self._source, bad, self._max_bad, failures[-1][1]))
+
+
+def _stack(records):
+    """Batches what `_ReplacingRecords` returns; the failures of all records become one list."""
+    images, labels, failures = zip(*records)
+    return {
+        "image": np.stack(images),
+        "label": np.asarray(labels, np.int32),
+        "failures": [failure for one_record in failures for failure in one_record],
+    }
+
+
+def _too_many(source, bad, max_bad, last_error):
+    """The message that ends a run."""
+    names = ", ".join(source.name(record) for record in bad[:5]) + (", ..." if len(bad) > 5 else "")
+    return (
+        f"{len(bad)} of {len(source)} records ({len(bad) / len(source):.2%}) cannot be decoded, {max_bad} are allowed: "
+        f"{names}. Last error: {last_error}. Repair or remove these files, or raise max_bad_fraction."
+    )
+
+
+def _keep_off_accelerators(worker_index, worker_count):
+    """Runs first in every worker: a worker that touched an accelerator would take it from the training process."""
+    del worker_index, worker_count
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
+
+
+def _check_range(name, value, low, high=None):
+    if value < low or (high is not None and value > high):
+        allowed = f"{low} and above" if high is None else f"{low}..{high}"
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")

@@ -1,0 +1,125 @@
+"""Images: the only place that knows how pixels 0..255 map to the networks' range [-1, 1]."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def to_float(images):
+    """Maps uint8 pixels to the range of the VAE.
+
+    Args:
+      images: uint8 `[..., H, W, C]`, 0..255; a NumPy or a JAX array, traced or not.
+
+    Returns:
+      float32 `[..., H, W, C]` in [-1, 1], of the same kind of array.
+
+    Raises:
+      ValueError: if the images are not uint8 (a second conversion would silently give values near -1).
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"images have dtype {images.dtype}; allowed: uint8 with values 0..255")
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(images):
+    """Maps network outputs to uint8 pixels by the rule behind the published samples: scale, clip, TRUNCATE.
+
+    REPA and REPA-E truncate where DiT and SiT round to nearest. So these pixels are half a grey level darker on
+    average, and `to_uint8(to_float(x))` is `x - 1` where float32 falls just below an integer (63 of the 256 levels).
+
+    Args:
+      images: float `[..., H, W, C]`, nominally in [-1, 1] and clipped to it; a NumPy or a JAX array.
+
+    Returns:
+      uint8 `[..., H, W, C]`, 0..255, of the same kind of array.
+
+    Raises:
+      ValueError: if the images are integers, that is, already pixels.
+    """
+    if np.issubdtype(images.dtype, np.integer):
+        raise ValueError(f"images have dtype {images.dtype}; allowed: a float type with values in [-1, 1]")
+    return (255 * (images.astype(np.float32) + 1) / 2).clip(0, 255).astype(np.uint8)
+
+
+def grid(images, columns, padding=2, scale=1):
+    """Lays images out row by row on a white sheet.
+
+    Args:
+      images: NumPy uint8 `[N, H, W, 3]`.
+      columns: images per row; fewer when N is smaller.
+      padding: white pixels around and between the images.
+      scale: whole number by which every image is enlarged (nearest neighbour).
+
+    Returns:
+      uint8 `[rows * (H * scale + padding) + padding, columns * (W * scale + padding) + padding, 3]`.
+
+    Raises:
+      ValueError: if the images are not a non-empty uint8 `[N, H, W, 3]`, or a layout number is out of range.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] with N >= 1")
+    if columns < 1 or padding < 0 or scale < 1:
+        raise ValueError(f"{columns=}, {padding=}, {scale=}; allowed: columns >= 1, padding >= 0, scale >= 1")
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height, width = images.shape[1] + padding, images.shape[2] + padding
+    sheet = np.full((rows * height + padding, columns * width + padding, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = padding + i // columns * height, padding + i % columns * width
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def save_png(path, image):
+    """Writes a PNG that is either complete or absent, so that a reader never meets half an image.
+
+    Args:
+      path: the file to write; its folder must exist.
+      image: NumPy uint8 `[H, W, 3]`.
+
+    Raises:
+      ValueError: if the image is not uint8 `[H, W, 3]`.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def center_crop(image, size):
+    """Resizes the shorter side to `size` and cuts out the central square, exactly as ADM prepares ImageNet.
+
+    Args:
+      image: PIL image of any mode and size; converted to RGB.
+      size: side of the square in pixels.
+
+    Returns:
+      uint8 `[size, size, 3]`.
+
+    Raises:
+      ValueError: if the size is not positive. Whatever PIL raises when a file opened lazily turns out undecodable.
+
+    Reference: ADM `guided_diffusion/image_datasets.py` `center_crop_arr`.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; allowed: a positive number of pixels")
+    image = image.convert("RGB")
+    # Box halving first: one bicubic step by a large factor would differ from the published statistics.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]

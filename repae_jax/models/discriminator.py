@@ -1,0 +1,78 @@
+"""PatchGAN discriminator with batch norm.
+
+Reference: pix2pix's NLayerDiscriminator as vendored by taming-transformers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repae_jax.models.layers import torch_default_init
+from repae_jax.running_stats import ChannelStats, batch_stats, update_running
+
+normal_02 = nn.initializers.normal(0.02)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm that always normalises with batch statistics, in float32; running ones are kept for export only.
+
+    Statistics are those of the global batch. The published code's are each GPU's own, because only its SiT is converted
+    to synchronised batch norm.
+    """
+
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        scale = self.param("scale", lambda key, shape: 1 + normal_02(key, shape), (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
+        stats = batch_stats(x)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            running = update_running(ChannelStats(mean.value, var.value), stats, x.size // c, self.momentum)
+            mean.value, var.value = running.mean, running.var
+        return (x.astype(jnp.float32) - stats.mean) * jax.lax.rsqrt(stats.var + self.epsilon) * scale + bias
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits of overlapping patches.
+
+    Attributes:
+      channels: width of the first layer; doubles per layer up to 8 times it.
+      num_layers: stride-2 convolutions.
+      dtype: compute dtype of the convolutions.
+    """
+
+    channels: int = 64
+    num_layers: int = 3
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def min_image_size(self):
+        """Smallest image side that leaves at least one logit."""
+        # two stride-1 convolutions (kernel 4, padding 1) each take one pixel off
+        return 2**self.num_layers * 3
+
+    @nn.compact
+    def __call__(self, images):
+        """Images [B, H, W, 3] in [-1, 1] -> float32 logits [B, h, w, 1]; positive reads as real."""
+
+        def conv(x, features, stride, bias, name):
+            bias_init = torch_default_init(16 * x.shape[-1])["bias_init"]
+            return nn.Conv(
+                features, (4, 4), strides=stride, padding=1, use_bias=bias,
+                kernel_init=normal_02, bias_init=bias_init, dtype=self.dtype, name=name,
+            )(x)  # fmt: skip
+
+        def activate(x):
+            return nn.leaky_relu(x, 0.2)
+
+        x = activate(conv(images.astype(self.dtype), self.channels, 2, True, "conv_0"))
+        for i in range(1, self.num_layers + 1):
+            stride = 2 if i < self.num_layers else 1
+            x = conv(x, self.channels * min(2**i, 8), stride, False, f"conv_{i}")
+            x = activate(BatchNorm(name=f"norm_{i}")(x)).astype(self.dtype)
+        return conv(x, 1, 1, True, f"conv_{self.num_layers + 1}").astype(jnp.float32)

@@ -1,0 +1,165 @@
+"""Building blocks shared by the networks."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+Initializer = Callable
+xavier = nn.initializers.xavier_uniform()
+
+
+def uniform(bound):
+    """Initializer drawing from U(-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def torch_default_init(fan_in):
+    """(kernel, bias) initializers of torch's Conv2d and Linear: both U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    init = uniform(1 / math.sqrt(fan_in))
+    return {"kernel_init": init, "bias_init": init}
+
+
+def timestep_embedding(t, dim, max_period=10_000.0):
+    """Sinusoidal embedding, cosines first. t is used as it is, in [0, 1], not scaled to 1000.
+
+    Args:
+      t: [B] float.
+      dim: even width of the result.
+      max_period: longest period.
+
+    Returns:
+      float32 [B, dim].
+
+    Reference: SiT's TimestepEmbedder.timestep_embedding.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+@functools.lru_cache(maxsize=16)
+def sincos_position_embedding(width, height_tokens, width_tokens):
+    """Fixed 2D sin-cos table as in MAE/DiT: first half of the width encodes the column, second the row.
+
+    Args:
+      width: embedding width, divisible by 4.
+      height_tokens: rows of the token grid.
+      width_tokens: columns of the token grid.
+
+    Returns:
+      float32 numpy [height_tokens * width_tokens, width].
+
+    Raises:
+      ValueError: if width is not divisible by 4.
+    """
+    if width % 4:
+        raise ValueError(f"2D sin-cos positions need a width divisible by 4, got {width}")
+    omega = 1.0 / 10_000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+
+    def encode(positions):
+        angles = np.outer(positions, omega)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.divmod(np.arange(height_tokens * width_tokens), width_tokens)
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def patchify(x, patch):
+    """[B, H, W, C] -> tokens [B, (H/p)(W/p), p*p*C], rows first, pixels of a patch in (row, column, channel) order."""
+    return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(tokens, patch, height_tokens):
+    """Inverse of `patchify`: [B, T, p*p*C] -> [B, H, W, C]."""
+    return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", p=patch, q=patch, h=height_tokens)
+
+
+def modulate(x, shift, scale):
+    """adaLN: x * (1 + scale) + shift, with [B, D] modulation of [B, T, D] tokens."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate q, k, v projections and a float32 softmax.
+
+    Three projections instead of one fused matrix save a relayout per block on TPUs.
+
+    Attributes:
+      num_heads: divides the width.
+      qk_norm: LayerNorm (eps 1e-5, affine) on each head's q and k, as timm does.
+      qkv_init: kernel initializer of q, k, v.
+      dtype: compute dtype.
+    """
+
+    num_heads: int
+    qk_norm: bool = False
+    qkv_init: Initializer = xavier
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, T, D] -> [B, T, D]."""
+        width = x.shape[-1]
+
+        def heads(name):
+            y = nn.Dense(width, kernel_init=self.qkv_init, dtype=self.dtype, name=name)(x)
+            return rearrange(y, "b t (n d) -> b t n d", n=self.num_heads)
+
+        q, k, v = heads("query"), heads("key"), heads("value")
+        if self.qk_norm:
+            q = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="query_norm")(q)
+            k = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="key_norm")(k)
+        y = jax.nn.dot_product_attention(q, k, v)
+        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="out")(rearrange(y, "b t n d -> b t (n d)"))
+
+
+class Mlp(nn.Module):
+    """Two dense layers with an activation between them; [..., D] -> [..., D]."""
+
+    hidden_dim: int
+    activation: Callable
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(self.activation(y))
+
+
+def scan_blocks(block, length, remat, *, name, num_broadcast=0, **fields):
+    """`length` copies of `block` as one scanned module whose parameters carry a leading layer axis.
+
+    Args:
+      block: Linen module class; its call returns (x, None).
+      length: number of layers.
+      remat: what the backward pass recomputes: 'none' (nothing), 'dots' (all but matmul results), 'full'.
+      name: name of the stack in the parameter tree.
+      num_broadcast: how many arguments after x every layer shares.
+      **fields: the block's attributes.
+
+    Returns:
+      A module called as stack(x, *shared) -> (x, None).
+
+    Raises:
+      ValueError: for an unknown remat.
+    """
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    if remat not in ("none", *policies):
+        raise ValueError(f"remat={remat!r} is unknown; allowed: 'none', 'dots', 'full'")
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=policies[remat])
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=length,
+        in_axes=(nn.broadcast,) * num_broadcast,
+    )
+    return scanned(name=name, **fields)

@@ -1,0 +1,188 @@
+"""SiT: a scalable interpolant transformer with an alignment tap.
+
+The network only maps (z_t, t, labels) to a velocity and to projections. It draws no randomness, normalises no latents and
+computes no loss. Reference: SiT (arXiv 2401.08740), REPA (2410.06940), REPA-E (2504.10483).
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from repae_jax.models import layers
+
+normal_02 = nn.initializers.normal(0.02)
+gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] in [0, 1] -> [B, D]: 256 sinusoids (float32), then a two-layer SiLU MLP."""
+
+    hidden_size: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t):
+        x = layers.timestep_embedding(t, 256).astype(self.dtype)
+        x = nn.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc2")(nn.silu(x))
+
+
+class SiTBlock(nn.Module):
+    """adaLN-zero transformer block. Call: (x [B, T, D], c [B, D]) -> (x, None)."""
+
+    num_heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        width = x.shape[-1]
+        modulation = nn.Dense(
+            6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation"
+        )(nn.silu(c))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        attention = layers.Attention(
+            self.num_heads,
+            qk_norm=self.qk_norm,
+            # xavier on the fused (3D, D) matrix of the published code: 1.41 x smaller than on (D, D)
+            qkv_init=layers.uniform(math.sqrt(6 / (4 * width))),
+            dtype=self.dtype,
+            name="attn",
+        )
+        mlp = layers.Mlp(int(width * self.mlp_ratio), gelu_tanh, dtype=self.dtype, name="mlp")
+        x = x + gate_msa[:, None] * attention(layers.modulate(norm()(x), shift_msa, scale_msa))
+        x = x + gate_mlp[:, None] * mlp(layers.modulate(norm()(x), shift_mlp, scale_mlp))
+        return x, None
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map to patches; zero at initialisation. (x [B, T, D], c [B, D]) -> [B, T, out_dim]."""
+
+    out_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, c):
+        zeros = nn.initializers.zeros
+        modulation = nn.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)(x)
+        x = layers.modulate(x, shift, scale)
+        return nn.Dense(self.out_dim, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
+
+
+class Projector(nn.Module):
+    """Three-layer SiLU MLP from SiT tokens to one encoder's features: [B, T, D] -> [B, T, F]."""
+
+    hidden_dim: int
+    feature_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate((self.hidden_dim, self.hidden_dim, self.feature_dim)):
+            x = nn.Dense(width, kernel_init=layers.xavier, dtype=self.dtype, name=f"fc{i + 1}")(x if i == 0 else nn.silu(x))
+        return x
+
+
+class SiT(nn.Module):
+    """Scalable interpolant transformer with projectors at block `encoder_depth`.
+
+    Parameters are float32; `dtype` is the compute dtype, with layer norms, softmax and the timestep embedding in float32.
+
+    Attributes:
+      num_classes: labels are 0..num_classes-1; `null_label` = num_classes stands for "no class".
+      latent_channels: C of the latents.
+      patch_size: latent pixels per token side.
+      hidden_size: D, divisible by num_heads and by 4.
+      depth: number of blocks L.
+      num_heads: attention heads.
+      encoder_depth: blocks before the alignment tap, 1..depth.
+      feature_dims: feature width of each encoder to align with; () builds no projector.
+      projector_dim: hidden width of the projectors.
+      mlp_ratio: MLP width / D.
+      qk_norm: normalise queries and keys.
+      remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
+      dtype: compute dtype.
+    """
+
+    num_classes: int
+    latent_channels: int
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    encoder_depth: int
+    feature_dims: tuple[int, ...] = ()
+    projector_dim: int = 2048
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    remat: str = "none"
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def null_label(self):
+        """The label that stands for "no class"."""
+        return self.num_classes
+
+    def setup(self):
+        if not 1 <= self.encoder_depth <= self.depth:
+            raise ValueError(f"encoder_depth={self.encoder_depth} must lie in 1..depth={self.depth}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
+        self.x_embedder = nn.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
+        self.t_embedder = TimestepEmbedder(self.hidden_size, dtype=self.dtype)
+        self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02, dtype=self.dtype)
+        self.early_blocks = self._stack("early_blocks", self.encoder_depth)
+        if self.encoder_depth < self.depth:  # Orbax refuses zero-size arrays: an empty stack is no stack
+            self.late_blocks = self._stack("late_blocks", self.depth - self.encoder_depth)
+        self.projectors = [Projector(self.projector_dim, dim, dtype=self.dtype) for dim in self.feature_dims]
+        self.final_layer = FinalLayer(self.patch_size**2 * self.latent_channels, dtype=self.dtype)
+
+    def _stack(self, name, length):
+        fields = {"num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm, "dtype": self.dtype}
+        return layers.scan_blocks(SiTBlock, length, self.remat, name=name, num_broadcast=1, **fields)
+
+    def _to_tap(self, z_t, t, labels):
+        height, width = (side // self.patch_size for side in z_t.shape[1:3])
+        x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
+        positions = layers.sincos_position_embedding(self.hidden_size, height, width)
+        x = x + jnp.asarray(positions, self.dtype)
+        c = self.t_embedder(t) + self.y_embedder(labels)
+        x, _ = self.early_blocks(x, c)
+        return x, c
+
+    def _project(self, tokens):
+        return tuple(projector(tokens).astype(jnp.float32) for projector in self.projectors)
+
+    def tap_tokens(self, z_t, t, labels):
+        """Hidden states after block `encoder_depth`: [B, T, D]. Arguments as in `__call__`."""
+        return self._to_tap(z_t, t, labels)[0]
+
+    def align(self, z_t, t, labels):
+        """Projections only; computes nothing past the tap and needs no `late_blocks`. As `__call__` otherwise."""
+        return self._project(self.tap_tokens(z_t, t, labels))
+
+    def __call__(self, z_t, t, labels):
+        """Velocity and projections.
+
+        Args:
+          z_t: [B, h, w, C] noisy normalised latents.
+          t: [B] in [0, 1]; 0 is data, 1 is noise.
+          labels: int [B] in 0..num_classes (num_classes = null).
+
+        Returns:
+          velocity: float32 [B, h, w, C].
+          projections: tuple of float32 [B, T, F], one per encoder.
+        """
+        x, c = self._to_tap(z_t, t, labels)
+        projections = self._project(x)
+        if self.encoder_depth < self.depth:
+            x, _ = self.late_blocks(x, c)
+        x = self.final_layer(x, c).astype(jnp.float32)
+        return layers.unpatchify(x, self.patch_size, z_t.shape[1] // self.patch_size), projections

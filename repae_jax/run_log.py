@@ -1,0 +1,209 @@
+"""What a run tells people: metrics for TensorBoard and as JSON lines, and a line of progress with speed and ETA."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+if TYPE_CHECKING:
+    from clu import metric_writers
+
+_SPEED_NAMES = ("images_per_second", "seconds_per_step", "eta_seconds")
+_ETA_MEMORY = 0.7  # share of the old estimate kept at each update: steady, yet the compilation is soon forgotten
+
+
+def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "metric_writers.MetricWriter":
+    """Makes the writer of a run's metrics; in processes other than the first it writes nothing.
+
+    Scalars go to TensorBoard event files in `<workdir>/tensorboard` and to `<workdir>/metrics.jsonl` (see `JsonLines`);
+    images and everything else go to TensorBoard only. On resume the JSON lines continue without gap or duplicate.
+    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values.
+
+    Args:
+      workdir: the run's directory.
+      resume_step: the step that training continues from; None or 0 for a new run.
+    """
+    # TensorFlow takes seconds to import, which `--help` and the tests of everything else should not pay for.
+    import tensorflow as tf
+    from clu import metric_writers
+
+    if jax.process_index() != 0:
+        return metric_writers.MultiWriter([])
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow would otherwise reserve the memory that JAX needs
+    workdir = epath.Path(workdir)
+
+    class RunWriter(metric_writers.MultiWriter):
+        """TensorBoard for everything, JSON lines for scalars; here because its base class comes with TensorFlow."""
+
+        def __init__(self):
+            super().__init__([metric_writers.SummaryWriter(str(workdir / "tensorboard"))])
+            self._lines = JsonLines(workdir / "metrics.jsonl", resume_step or 0)
+
+        def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+            super().write_scalars(step, scalars)
+            self._lines.write(step, scalars)
+
+        def close(self) -> None:
+            super().close()
+            self._lines.close()
+
+    return RunWriter()
+
+
+class JsonLines:
+    """A file with one JSON object per write, complete on disk after each: {"step": 5, "time": 1.7e9, "loss": 0.3}.
+
+    Numbers that are not finite become the strings "nan", "inf" and "-inf", which `float()` reads back: JSON has no
+    numbers for them. A step that is written twice (losses, then the metrics of a hook) has two lines.
+
+    Args:
+      path: the file. Lines in it of steps after `resume_step` are removed, since the resumed run writes them again,
+        and so is a last line that a kill left unfinished.
+      resume_step: the step that training continues from.
+    """
+
+    def __init__(self, path: epath.PathLike, resume_step: int = 0):
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _drop_lines_after(path, resume_step)
+        self._file = path.open("a")
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends one line.
+
+        Args:
+          step: the training step.
+          scalars: name -> number or array of one element.
+
+        Raises:
+          ValueError: a metric is called "step" or "time", which every line has already.
+        """
+        reserved = sorted({"step", "time"} & set(scalars))
+        if reserved:
+            raise ValueError(
+                f"Metric names {reserved} are taken by the step and time of each line. Rename the metrics."
+            )
+        values = {name: _json_number(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": int(step), "time": time.time(), **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Progress:
+    """Speed and remaining time of a run, not counting pauses.
+
+    Args:
+      total_steps: the step at which the run ends.
+      start_step: the step it starts or resumes from.
+      batch_size: images per step, over all devices.
+      clock: returns seconds; replaceable in tests.
+    """
+
+    def __init__(
+        self, total_steps: int, start_step: int, batch_size: int, *, clock: Callable[[], float] = time.monotonic
+    ):
+        self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
+        self._last_step, self._last_time, self._paused_seconds = start_step, clock(), 0.0
+        self._smooth_seconds_per_step = None
+        self._speed: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose time does not count as training: sampling, evaluation, waiting for a checkpoint."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_seconds += self._clock() - began
+
+    def update(self, step: int) -> dict[str, float]:
+        """Measures the speed since the last update.
+
+        Args:
+          step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
+
+        Returns:
+          'images_per_second' and 'seconds_per_step' since the last update, and 'eta_seconds' from a moving average.
+
+        Raises:
+          ValueError: no step was finished since the last update.
+        """
+        if step <= self._last_step:
+            raise ValueError(
+                f"step={step} does not exceed {self._last_step}, the last one. Update after a step is done."
+            )
+        now = self._clock()
+        seconds = max(now - self._last_time - self._paused_seconds, 1e-9)  # a coarse clock may not have moved
+        seconds_per_step = seconds / (step - self._last_step)
+        old = self._smooth_seconds_per_step
+        smooth = seconds_per_step if old is None else _ETA_MEMORY * old + (1 - _ETA_MEMORY) * seconds_per_step
+        self._last_step, self._last_time, self._paused_seconds = step, now, 0.0
+        self._smooth_seconds_per_step = smooth
+        self._speed = {
+            "images_per_second": self._batch_size / seconds_per_step,
+            "seconds_per_step": seconds_per_step,
+            "eta_seconds": smooth * max(self._total_steps - step, 0),
+        }
+        return dict(self._speed)
+
+    def line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """One line for people: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  ETA 3m12s'.
+
+        Args:
+          step: number of finished steps.
+          metrics: name -> number, shown in this order; the names that `update` returns are shown once, at the end.
+        """
+        parts = [f"step {step}/{self._total_steps} ({100 * step // max(self._total_steps, 1)} %)"]
+        parts += [f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in _SPEED_NAMES]
+        if self._speed:
+            parts.append(f"{self._speed['images_per_second']:.3g} img/s")
+            parts.append(f"ETA {_duration(self._speed['eta_seconds'])}")
+        return "  ".join(parts)
+
+
+def _drop_lines_after(path: epath.Path, last_step: int) -> None:
+    """Rewrites the file without the lines of later steps and without broken ones."""
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= last_step]
+    broken = sum(_step_of(line) is None for line in lines)
+    if broken:
+        logging.warning("%s: %d unfinished or broken line(s) removed.", path, broken)
+    rewritten = path.parent / f"{path.name}.tmp"
+    rewritten.write_text("".join(line + "\n" for line in kept))
+    rewritten.replace(path)  # one rename: a kill leaves either the old file or the new one
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a JSON line; None if the line is not one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _json_number(value: Any) -> float | int | str:
+    number = np.asarray(value).item()
+    return number if math.isfinite(number) else str(float(number))
+
+
+def _duration(seconds: float) -> str:
+    """Two leading units: 45s, 3m12s, 2h05m, 4d03h."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,153 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repae_jax.data.folder import FolderSource
+
+
+def write_image(path, value=0, size=(20, 14)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path)
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for i, name in enumerate(["b/2.png", "b/deep/1.JPG", "a/1.webp", "c/x.bmp", "a/0.jpeg"]):
+        write_image(tmp_path / name, value=40 * i)
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "README").write_text("not an image either")
+    return tmp_path
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_class_subfolders_become_labels(class_folders):
+    source = FolderSource(class_folders, 8)
+    assert names(source) == ["a/0.jpeg", "a/1.webp", "b/2.png", "b/deep/1.JPG", "c/x.bmp"]
+    assert source.labels.tolist() == [0, 0, 1, 1, 2] and source.labels.dtype == np.int32
+    assert source.num_classes == 3 and source.image_size == 8 and len(source) == 5
+
+
+def test_records_are_cropped_rgb(class_folders):
+    record = FolderSource(class_folders, 8)[4]
+    assert record["image"].shape == (8, 8, 3) and record["image"].dtype == np.uint8
+    assert (record["image"] == 120).all()
+    assert record["label"] == 2 and record["label"].dtype == np.int32
+
+
+def test_other_modes_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "LA"):
+        (tmp_path / mode).mkdir()
+        Image.new(mode, (9, 9)).save(tmp_path / mode / "a.png")
+    source = FolderSource(tmp_path, 8)
+    assert {source[i]["image"].shape for i in range(4)} == {(8, 8, 3)}
+
+
+def test_hidden_folders_are_no_classes(class_folders):
+    (class_folders / ".cache").mkdir()
+    assert FolderSource(class_folders, 8).num_classes == 3
+
+
+@pytest.mark.parametrize("header", ["", "path,label\n"])
+@pytest.mark.parametrize("kind", ["json", "csv", "tsv"])
+def test_labels_file(class_folders, kind, header):
+    entries = [["c/x.bmp", 7], ["b/2.png", 0], ["b/deep/1.JPG", 3]]
+    file = class_folders / f"labels.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps({"labels": entries}))
+    else:
+        table = header + "".join(f"{path},{label}\n" for path, label in entries)
+        file.write_text(table.replace(",", "\t") if kind == "tsv" else table)
+    for labels_file in (file.name, file):
+        source = FolderSource(class_folders, 8, labels_file=labels_file)
+        assert names(source) == ["b/2.png", "b/deep/1.JPG", "c/x.bmp"]
+        assert source.labels.tolist() == [0, 3, 7] and source.num_classes == 8
+
+
+def test_labels_file_makes_a_flat_folder_readable(tmp_path):
+    write_image(tmp_path / "a, b.png")
+    (tmp_path / "labels.csv").write_text('"a, b.png",1\n\n')
+    assert names(FolderSource(tmp_path, 8, "labels.csv")) == ["a, b.png"]
+
+
+def test_survives_pickling(class_folders):
+    source = FolderSource(class_folders, 8)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[2]["image"], source[2]["image"])
+
+
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_undecodable_files_raise_when_read(tmp_path, content):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    file = tmp_path / "a" / "x.png"
+    Image.fromarray(noise).save(file)
+    file.write_bytes({"truncated": file.read_bytes()[:900], "text": b"hello", "empty": b""}[content])
+    source = FolderSource(tmp_path, 8)
+    with pytest.raises(OSError):
+        source[0]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match="nowhere', which is not a folder"):
+        FolderSource(tmp_path / "nowhere", 8)
+
+
+def test_empty_folder_names_the_extensions(tmp_path):
+    with pytest.raises(ValueError, match=r"no images below .*\.png \.jpg \.jpeg \.webp \.bmp"):
+        FolderSource(tmp_path, 8)
+
+
+def test_flat_folder_needs_labels(tmp_path):
+    write_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="1 images but no class subfolders; allowed: one subfolder per class, or"):
+        FolderSource(tmp_path, 8)
+
+
+def test_images_beside_class_subfolders(class_folders):
+    write_image(class_folders / "stray.png")
+    with pytest.raises(ValueError, match=r"outside the class subfolders .* stray.png \(1 in all\)"):
+        FolderSource(class_folders, 8)
+
+
+def test_empty_class(class_folders):
+    (class_folders / "bb").mkdir()
+    with pytest.raises(ValueError, match=r"without images .* bb \(1 in all\)"):
+        FolderSource(class_folders, 8)
+
+
+def test_bad_size(class_folders):
+    with pytest.raises(ValueError, match="image_size is 0"):
+        FolderSource(class_folders, 0)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("l.json", "{", "not valid JSON"),
+        ("l.json", '{"labels": null}', 'no list "labels"'),
+        ("l.json", "[]", 'no list "labels"'),
+        ("l.json", '{"labels": []}', "lists no images"),
+        ("l.json", '{"labels": [["a/0.jpeg", 1.5]]}', r"entry \['a/0.jpeg', 1.5\]"),
+        ("l.json", '{"labels": [["a/0.jpeg", true]]}', "entry"),
+        ("l.json", '{"labels": [["a/0.jpeg", -1]]}', "negative labels: a/0.jpeg: -1"),
+        ("l.json", '{"labels": [["a/0.jpeg", 1], ["a/0.jpeg", 2]]}', r"more than once: a/0.jpeg \(1 in all\)"),
+        ("l.csv", "a/0.jpeg,1\na/1.webp\n", r"\['a/1.webp'\] in row 2"),
+        ("l.csv", "a/0.jpeg,cat\n", "in row 1; allowed: two columns"),
+        ("l.csv", "".join(f"gone{i}.png,0\n" for i in range(7)), r"gone0.png, .*gone4.png, \.\.\. \(7 in all\)"),
+        ("l.txt", "a/0.jpeg 1", "allowed: a file ending in .json, .csv or .tsv"),
+    ],
+)
+def test_labels_file_errors(class_folders, name, content, message):
+    (class_folders / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        FolderSource(class_folders, 8, name)
+
+
+def test_missing_labels_file(class_folders):
+    with pytest.raises(ValueError, match="does not exist"):
+        FolderSource(class_folders, 8, "labels.json")

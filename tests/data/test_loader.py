@@ -1,0 +1,311 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from repae_jax.data.digits import DigitsSource
+from repae_jax.data.folder import FolderSource
+from repae_jax.data.loader import Loader
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Numbers:
+    """Record i is labelled i and shows i; the records in `bad` cannot be decoded."""
+
+    image_size = 4
+
+    def __init__(self, count, bad=()):
+        self.labels = np.arange(count, dtype=np.int32)
+        self.num_classes = count
+        self.bad = set(bad)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise OSError(f"broken {i}")
+        return {"image": np.full((4, 4, 3), i % 256, np.uint8), "label": self.labels[i]}
+
+    def name(self, i):
+        return f"number-{i}"
+
+
+class PlatformSource(Numbers):
+    """Labels every record by whether jax is confined to the CPU where the record is read."""
+
+    def __getitem__(self, i):
+        return {"image": np.zeros((4, 4, 3), np.uint8), "label": np.int32(jax.config.jax_platforms == "cpu")}
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def labels(loader, count):
+    return np.concatenate([batch["label"] for batch in take(loader, count)])
+
+
+def assert_batches_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected):
+        assert a.keys() == e.keys() == {"image", "label"}
+        for field in a:
+            assert a[field].dtype == e[field].dtype
+            np.testing.assert_array_equal(a[field], e[field])
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
+    return messages
+
+
+# ----- the stream -----
+
+
+def test_batches_are_plain_arrays():
+    batch = next(Loader(DigitsSource(16), batch_size=6, seed=0))
+    assert type(batch["image"]) is type(batch["label"]) is np.ndarray
+    assert batch["image"].shape == (6, 16, 16, 3) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (6,) and batch["label"].dtype == np.int32
+
+
+def test_every_epoch_shows_every_record_once_in_a_new_order():
+    stream = labels(Loader(Numbers(37), batch_size=5, seed=0), 37).reshape(5, 37)  # five epochs, cut into 37 batches
+    for epoch in stream:
+        assert sorted(epoch) == list(range(37))
+    assert len({tuple(epoch) for epoch in stream}) == 5
+    assert not (stream == np.arange(37)).all(axis=1).any()
+
+
+def test_images_stay_with_their_labels():
+    for batch in take(Loader(Numbers(37), batch_size=5, seed=0), 10):
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+def test_a_batch_may_be_larger_than_the_source():
+    assert np.bincount(next(Loader(Numbers(3), batch_size=9, seed=0))["label"]).tolist() == [3, 3, 3]
+
+
+def test_smallest_stream():
+    assert labels(Loader(Numbers(1), batch_size=1, seed=0), 3).tolist() == [0, 0, 0]
+
+
+def test_seed_decides_the_order():
+    first, same, other = (labels(Loader(Numbers(37), batch_size=37, seed=seed), 2) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+    assert (first[37:] != other[:37]).any()  # seed 1 is not seed 0 one epoch later
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_same_global_batches(processes):
+    whole = take(Loader(Numbers(37), batch_size=8, seed=3), 12)
+    parts = [
+        take(Loader(Numbers(37), batch_size=8, seed=3, process_index=p, process_count=processes), 12)
+        for p in range(processes)
+    ]
+    joined = [{field: np.concatenate([part[field] for part in step]) for field in step[0]} for step in zip(*parts)]
+    assert_batches_equal(joined, whole)
+
+
+# ----- resuming -----
+
+
+@pytest.mark.parametrize("start", [1, 7, 200])
+def test_start_batch_equals_skipping(start):
+    skipped = take(Loader(Numbers(37), batch_size=8, seed=3), start + 3)[start:]
+    assert_batches_equal(take(Loader(Numbers(37), batch_size=8, seed=3, start_batch=start), 3), skipped)
+
+
+def test_state_continues_exactly_counts_included(warnings):
+    source = Numbers(50, bad=[10, 20, 30])
+    options = dict(batch_size=8, seed=1, process_index=1, process_count=2, max_bad_fraction=0.1)
+    whole = take(Loader(source, **options), 30)
+    first = Loader(source, **options)
+    begun = take(first, 11)
+    state = json.loads(json.dumps(first.state()))
+    assert state["next_batch"] == 11 and 0 < len(state["bad_records"]) == first.bad_records
+    warnings.clear()
+    second = Loader(source, **options)
+    second.restore(state)
+    assert second.state() == state
+    assert_batches_equal(begun + take(second, 19), whole)
+    assert second.bad_records == 3
+    assert len(warnings) == 3 - len(state["bad_records"])  # those found before are not news
+
+
+def test_restore_rewinds_a_running_loader():
+    loader = Loader(Numbers(37), batch_size=8, seed=3)
+    state = loader.state()
+    before = take(loader, 4)
+    loader.restore(state)
+    assert_batches_equal(take(loader, 4), before)
+
+
+def test_closing_pauses():
+    whole = take(Loader(Numbers(37), batch_size=8, seed=3), 4)
+    with Loader(Numbers(37), batch_size=8, seed=3) as loader:
+        begun = take(loader, 2)
+    assert_batches_equal(begun + take(loader, 2), whole)
+    loader.close()
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"next_batch": 3}, r"fields \['next_batch'\]; allowed: bad_records and next_batch"),
+        ({"next_batch": -1, "bad_records": []}, "next_batch is -1"),
+        ({"next_batch": 1, "bad_records": [37]}, r"is 37; allowed: 0\.\.36"),
+    ],
+)
+def test_restore_errors(state, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(Numbers(37), batch_size=8, seed=3).restore(state)
+
+
+# ----- undecodable records -----
+
+
+def test_a_bad_record_is_replaced_by_its_next_good_neighbour(warnings):
+    good = labels(Loader(Numbers(40), batch_size=8, seed=2), 10)
+    loader = Loader(Numbers(40, bad=[6, 7, 39]), batch_size=8, seed=2, max_bad_fraction=0.1)
+    expected = good.copy()
+    expected[np.isin(good, [6, 7])] = 8
+    expected[good == 39] = 0
+    np.testing.assert_array_equal(labels(loader, 10), expected)
+    assert loader.bad_records == 3
+    assert sorted(warnings) == [
+        f"Skipping undecodable record number-{i}: OSError: broken {i}" for i in (39, 6, 7)
+    ]  # once each, though two epochs have passed
+
+
+def test_bad_files_are_skipped(tmp_path, warnings):
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    for i in range(20):
+        Image.fromarray(noise).save(tmp_path / "a" / f"{i:02}.png")
+    whole_file = (tmp_path / "a" / "03.png").read_bytes()
+    (tmp_path / "a" / "03.png").write_bytes(whole_file[: len(whole_file) // 2])
+    (tmp_path / "a" / "04.png").write_text("this is no image")
+    (tmp_path / "a" / "05.png").write_bytes(b"")
+    (tmp_path / "a" / "06.png").write_bytes(whole_file[:40] + bytes(200) + whole_file[240:])
+    with Loader(FolderSource(tmp_path, 8), batch_size=4, seed=0, max_bad_fraction=0.2) as loader:
+        batches = take(loader, 10)
+    assert all((batch["image"] == batches[0]["image"][0]).all() for batch in batches)
+    assert loader.state()["bad_records"] == [3, 4, 5, 6]
+    assert sorted(message.split()[3] for message in warnings) == [f"a/0{i}.png:" for i in (3, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("fraction, allowed", [(0, 0), (0.01, 0), (0.025, 1), (0.05, 2)])
+def test_too_many_bad_records_end_the_run(warnings, fraction, allowed):
+    def run(bad):
+        with Loader(Numbers(40, bad), batch_size=8, seed=2, max_bad_fraction=fraction) as loader:
+            take(loader, 10)
+
+    run([5, 15, 25][:allowed])
+    message = rf"{allowed + 1} of 40 records \([\d.]+%\) cannot be decoded, {allowed} are allowed: number-5.*: broken"
+    with pytest.raises(RuntimeError, match=message):
+        run([5, 15, 25][: allowed + 1])
+
+
+@pytest.mark.parametrize("fraction", [0, 0.5, 1])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_bad_records_end_the_run(fraction, workers):
+    with (
+        Loader(Numbers(9, range(9)), batch_size=4, seed=2, max_bad_fraction=fraction, workers=workers) as loader,
+        pytest.raises(RuntimeError, match="of 9 records .* cannot be decoded"),
+    ):
+        next(loader)
+
+
+def test_the_limit_counts_records_of_earlier_runs(warnings):
+    loader = Loader(Numbers(40, [5, 15]), batch_size=8, seed=2, max_bad_fraction=0.025)
+    loader.restore({"next_batch": 0, "bad_records": [5]})
+    with pytest.raises(RuntimeError, match=r"2 of 40 records \(5.00%\) .*: number-5, number-15. Last error: OSError"):
+        take(loader, 10)
+    assert len(warnings) == 1
+
+
+# ----- worker processes -----
+
+
+def test_workers_give_the_same_batches(warnings):
+    options = dict(batch_size=8, seed=3, process_index=1, process_count=2, start_batch=5, max_bad_fraction=0.1)
+    source = Numbers(40, bad=[6, 7])
+    in_process = Loader(source, **options)
+    expected = take(in_process, 20)
+    with Loader(source, workers=2, **options) as loader:
+        batches = take(loader, 9)
+        state = loader.state()
+    with Loader(source, workers=1, **options) as loader:
+        loader.restore(state)
+        batches += take(loader, 11)
+    assert_batches_equal(batches, expected)
+    assert loader.state() == in_process.state()
+    assert type(batches[0]["image"]) is np.ndarray and len(warnings) == 4
+
+
+def test_workers_stay_off_accelerators(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # what a worker inherits
+    with Loader(PlatformSource(8), batch_size=4, seed=0, workers=1) as loader:
+        assert next(loader)["label"].tolist() == [1] * 4
+
+
+def test_workers_serve_a_script_without_an_absl_app(tmp_path):
+    script = """
+from repae_jax.data.digits import DigitsSource
+from repae_jax.data.loader import Loader
+if __name__ == "__main__":
+    with Loader(DigitsSource(8), batch_size=4, seed=0, workers=1) as loader:
+        kept = next(loader)
+    print(*kept["label"])
+"""
+    (tmp_path / "script.py").write_text(script)
+    expected = next(Loader(DigitsSource(8), batch_size=4, seed=0))["label"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(
+        [sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [str(label) for label in expected]
+    assert "Exception ignored" not in run.stderr and "leaked" not in run.stderr
+
+
+# ----- arguments -----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0; allowed: 1 and above"),
+        ({"batch_size": 8, "process_count": 3}, "batch_size 8 must be a multiple of the number of processes, 3"),
+        ({"process_count": 2, "process_index": 2}, r"process_index is 2; allowed: 0\.\.1"),
+        ({"process_count": 0}, "process_count is 0"),
+        ({"seed": -1}, "seed is -1; allowed: 0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"start_batch": -1}, "start_batch is -1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"max_bad_fraction": 1.5}, r"max_bad_fraction is 1.5; allowed: 0\.\.1"),
+    ],
+)
+def test_argument_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(Numbers(5), **{"batch_size": 4, "seed": 0, **options})
+
+
+def test_empty_source():
+    with pytest.raises(ValueError, match=r"len\(source\) is 0"):
+        Loader(Numbers(0), batch_size=4, seed=0)

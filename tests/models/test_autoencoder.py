@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from checkpoints_tools import mapping
+from checkpoints_tools.vae import vae_table
+from repae_jax.models.autoencoder import AutoencoderKL
+
+
+def golden_vae(meta, names):
+    """AutoencoderKL with the sizes of a golden case; attention levels are read off the state-dict names."""
+    levels = {int(name.split(".")[2]) for name in names if name.startswith("encoder.down.") and ".attn." in name}
+    return AutoencoderKL(
+        latent_channels=meta["z_channels"],
+        channels=meta["ch"],
+        channel_multipliers=tuple(meta["ch_mult"]),
+        attention_levels=tuple(sorted(levels)),
+    )
+
+
+def abstract_params(vae, size=None):
+    size = size or 2 * vae.factor
+    latents = jnp.zeros((1, size // vae.factor, size // vae.factor, vae.latent_channels))
+    return jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), latents)["params"]
+
+
+@pytest.mark.parametrize("name", reference.cases("vae_f"))
+def test_matches_the_published_vae(name, record_property):
+    case = reference.load(name)
+    vae = golden_vae(case.meta, case.weights)
+    params = mapping.to_flax(vae_table(vae), case.weights, abstract_params(vae))
+    posterior = vae.apply({"params": params}, reference.nhwc(case.arrays["image"]), method="encode")
+    decoded = vae.apply({"params": params}, reference.nhwc(case.arrays["latents"]), method="decode")
+    nhwc, rtol = reference.nhwc, reference.NETWORK_RTOL
+    reference.check(posterior.mean, nhwc(case.arrays["mean"]), rtol, "mean", record_property)
+    reference.check(posterior.logvar, nhwc(case.arrays["logvar"]), rtol, "logvar", record_property)
+    reference.check(posterior.kl(), case.arrays["kl"], rtol, "kl", record_property)
+    reference.check(decoded, nhwc(case.arrays["decoded"]), rtol, "decoded", record_property)
+
+
+@pytest.mark.parametrize("name", reference.cases("vae_f"))
+def test_round_trip_is_the_identity(name):
+    case = reference.load(name)
+    vae = golden_vae(case.meta, case.weights)
+    table = vae_table(vae)
+    back = mapping.to_torch(table, mapping.to_flax(table, case.weights, abstract_params(vae)))
+    assert set(back) == set(case.weights)
+    for key, value in case.weights.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+def test_remat_changes_nothing():
+    sizes = {"latent_channels": 4, "channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4}
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    noise = jnp.zeros((2, 4, 4, 4))
+    plain, remat = AutoencoderKL(**sizes), AutoencoderKL(**sizes, remat=True)
+    params = plain.init(jax.random.key(1), x, noise)
+
+    def loss(vae):
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(vae.apply(p, x, noise)[0]))))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), loss(plain), loss(remat))
+
+
+def test_compute_dtype_is_bfloat16_inside_and_float32_outside():
+    vae = AutoencoderKL(latent_channels=4, channels=8, channel_multipliers=(1, 2), norm_groups=4, dtype=jnp.bfloat16)
+    x = jnp.zeros((1, 8, 8, 3))
+    params = vae.init(jax.random.key(0), x, jnp.zeros((1, 4, 4, 4)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    recon, posterior = vae.apply(params, x, jnp.zeros((1, 4, 4, 4)))
+    assert recon.dtype == posterior.mean.dtype == jnp.float32
+
+
+def test_groups_that_do_not_divide_are_refused():
+    vae = AutoencoderKL(latent_channels=4, channels=24)
+    with pytest.raises(ValueError, match="norm_groups=32 does not divide the width 24"):
+        vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 1, 1, 4)))

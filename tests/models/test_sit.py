@@ -1,0 +1,206 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from checkpoints_tools import mapping
+from checkpoints_tools.sit import sit_table
+from repae_jax.diffusion import interpolant, latent_norm
+from repae_jax.losses.alignment import alignment_loss
+from repae_jax.models.sit import SiT
+from repae_jax.running_stats import ChannelStats, batch_stats, update_running
+
+
+def golden_sit(config, remat="none"):
+    """SiT with the sizes of a golden case."""
+    return SiT(
+        num_classes=config["num_classes"],
+        latent_channels=config["in_channels"],
+        patch_size=config["patch_size"],
+        hidden_size=config["hidden_size"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
+        encoder_depth=config["encoder_depth"],
+        feature_dims=tuple(config["z_dims"]),
+        projector_dim=config["projector_dim"],
+        qk_norm=config["qk_norm"],
+        remat=remat,
+    )
+
+
+def abstract_tree(sit, size):
+    """Shapes of {'params', 'latent_stats'}."""
+    args = jnp.zeros((1, size, size, sit.latent_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    params = jax.eval_shape(sit.init, jax.random.key(0), *args)["params"]
+    channel = jax.ShapeDtypeStruct((sit.latent_channels,), jnp.float32)
+    return {"params": params, "latent_stats": {"mean": channel, "var": channel}}
+
+
+def load_sit(case, remat="none", weights=None):
+    config = case.meta["config"]
+    sit = golden_sit(config, remat)
+    table = sit_table(sit, config["input_size"] // config["patch_size"])
+    tree = mapping.to_flax(table, weights or case.weights, abstract_tree(sit, config["input_size"]))
+    return sit, table, {"params": tree["params"]}, ChannelStats(**tree["latent_stats"])
+
+
+def inputs(case):
+    a = case.arrays
+    targets = tuple(a[key] for key in sorted(k for k in a if k.startswith("features")))
+    return reference.nhwc(a["latents"]), a["time"], a["labels"].astype(np.int32), reference.nhwc(a["noise"]), targets
+
+
+def check_alignment(loss, expected, what):
+    """A mean of cosines in [-1, 1] that may cancel to almost zero: 1e-5 relative plus one float32 rounding of a cosine."""
+    error = abs(float(loss) - float(expected))
+    print(f"{what} alignment loss: error {error:.1e} of {float(expected):.1e}")
+    assert error <= reference.LOSS_RTOL * abs(float(expected)) + np.finfo(np.float32).eps, (what, error)
+
+
+@pytest.mark.parametrize("name", reference.cases("sit_"))
+def test_matches_the_published_sit(name, record_property):
+    case = reference.load(name)
+    sit, _, params, stats = load_sit(case)
+    latents, t, labels, noise, targets = inputs(case)
+    expected, rtol, loss_rtol = case.arrays, reference.NETWORK_RTOL, reference.LOSS_RTOL
+    z = latent_norm.normalize(latents, stats)
+
+    apply = jax.jit(sit.apply)
+    for path in ("linear", "cosine"):
+        velocity, projections = apply(params, interpolant.interpolate(path, z, noise, t), t, labels)
+        per_sample = interpolant.mean_squared_velocity_error(path, velocity, z, noise, t)
+        reference.check(per_sample, expected[f"eval_{path}_denoising_loss"], loss_rtol, f"{path} denoising loss", record_property)
+        check_alignment(alignment_loss(projections, targets), expected[f"eval_{path}_proj_loss"], path)
+    for i, projection in enumerate(projections):  # the file keeps those of the cosine path
+        reference.check(projection, expected[f"projected{i}"], rtol, f"projection {i}", record_property)
+
+    # velocity and tap are of the network alone, given the raw latents as z_t
+    velocity, _ = apply(params, latents, t, labels)
+    tap = sit.apply(params, latents, t, labels, method="tap_tokens")
+    reference.check(velocity, reference.nhwc(expected["velocity"]), rtol, "velocity", record_property)
+    reference.check(tap, expected["tap_tokens"], rtol, "tap tokens", record_property)
+
+
+@pytest.mark.parametrize("name", reference.cases("sit_"))
+def test_alignment_gradient_on_the_latents(name, record_property):
+    case = reference.load(name)
+    sit, _, params, stats = load_sit(case)
+    latents, t, labels, noise, targets = inputs(case)
+
+    def loss(latents):
+        z_t = interpolant.interpolate("linear", latent_norm.normalize(latents, stats), noise, t)
+        return alignment_loss(sit.apply(params, z_t, t, labels, method="align"), targets)
+
+    grad = jax.grad(loss)(latents)
+    expected = reference.nhwc(case.arrays["grad_latents_align_only"])
+    reference.check(grad, expected, reference.NETWORK_RTOL, "gradient on latents", record_property)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("name", reference.cases("sit_"))
+def test_training_losses_gradients_and_statistics(name, remat, record_property):
+    case = reference.load(name)
+    sit, table, params, running = load_sit(case, remat)
+    latents, t, labels, noise, targets = inputs(case)
+    expected = case.arrays
+    stats = batch_stats(latents)
+
+    def losses(params):
+        z = latent_norm.normalize(latents, stats)
+        velocity, projections = sit.apply(params, interpolant.interpolate("linear", z, noise, t), t, labels)
+        denoising = interpolant.mean_squared_velocity_error("linear", velocity, z, noise, t)
+        alignment = alignment_loss(projections, targets)
+        return denoising.mean() + 0.5 * alignment, (denoising, alignment)
+
+    (loss, (denoising, alignment)), grads = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
+    rtol = reference.LOSS_RTOL
+    reference.check(denoising, expected["train_denoising_loss"], rtol, "denoising loss", record_property)
+    check_alignment(alignment, expected["train_proj_loss"], "training")
+    reference.check(loss, expected["train_loss"], rtol, "loss", record_property)
+
+    updated = update_running(running, stats, latents.size // latents.shape[-1], case.meta["config"]["bn_momentum"])
+    reference.check(updated.mean, expected["train_running_mean"], rtol, "running mean", record_property)
+    reference.check(updated.var, expected["train_running_var"], rtol, "running var", record_property)
+
+    grads = mapping.to_torch(table, {**grads, "latent_stats": {"mean": running.mean, "var": running.var}})
+    largest = max(case.meta["grad_norms"].values())
+    for weight, norm in case.meta["grad_norms"].items():
+        # true zeros (key biases) are rounding noise on both sides: compare relative to the largest gradient
+        assert abs(np.linalg.norm(grads[weight]) - norm) <= 1e-4 * norm + 1e-6 * largest, weight
+    for key in (k for k in expected if k.startswith("grad:")):
+        reference.check(grads[key[5:]], expected[key], 5e-5, key, record_property)
+
+
+@pytest.mark.parametrize("name", reference.cases("sit_"))
+def test_round_trip_is_the_identity(name):
+    case = reference.load(name)
+    _, table, params, stats = load_sit(case)
+    back = mapping.to_torch(table, {**params, "latent_stats": {"mean": stats.mean, "var": stats.var}})
+    assert set(back) == {*case.weights, "pos_embed"}
+    for key, value in case.weights.items():
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+    np.testing.assert_allclose(back["pos_embed"], case.arrays["pos_embed"], atol=1e-6)
+
+
+TINY = {
+    "num_classes": 10, "latent_channels": 4, "patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 2,
+    "encoder_depth": 2, "feature_dims": (16,), "projector_dim": 32,
+}  # fmt: skip
+ARGS = (
+    jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
+    jnp.array([0.2, 0.7]),
+    jnp.array([3, 10], jnp.int32),
+)
+
+
+def test_align_needs_nothing_past_the_tap():
+    sit = SiT(**TINY)
+    params = sit.init(jax.random.key(1), *ARGS)["params"]
+    full = sit.apply({"params": params}, *ARGS)[1]
+    cut = {name: value for name, value in params.items() if name not in ("late_blocks", "final_layer")}
+    np.testing.assert_allclose(sit.apply({"params": cut}, *ARGS, method="align")[0], full[0], rtol=1e-5, atol=1e-6)
+    flops = [
+        jax.jit(lambda p, m=method: sit.apply({"params": p}, *ARGS, method=m)).lower(params).compile().cost_analysis()["flops"]
+        for method in ("align", "__call__")
+    ]
+    assert flops[0] < flops[1]
+
+
+def test_plain_sit_has_no_projector_and_no_late_stack():
+    sit = SiT(**{**TINY, "encoder_depth": 4, "feature_dims": ()})
+    params = sit.init(jax.random.key(1), *ARGS)["params"]
+    assert set(params) == {"x_embedder", "t_embedder", "y_embedder", "early_blocks", "final_layer"}
+    assert sit.apply({"params": params}, *ARGS)[1] == ()
+
+
+def test_initialisation_is_the_published_one():
+    sit = SiT(**{**TINY, "hidden_size": 128})
+    params = sit.init(jax.random.key(1), *ARGS)["params"]
+    velocity, _ = sit.apply({"params": params}, *ARGS)
+    assert not np.any(velocity), "the final layer starts at zero"
+    bound = np.sqrt(6 / (4 * 128))
+    for name in ("query", "key", "value"):
+        kernel = params["early_blocks"]["attn"][name]["kernel"]
+        assert np.abs(kernel).max() <= bound and np.abs(kernel).max() > 0.98 * bound
+    assert not np.any(params["early_blocks"]["adaLN_modulation"]["kernel"])
+    assert abs(np.std(params["y_embedder"]["embedding"]) - 0.02) < 2e-3
+    assert abs(np.std(params["t_embedder"]["fc1"]["kernel"]) - 0.02) < 1e-3
+    # xavier over the (D, p*p*C) view of the patch convolution
+    embed = params["x_embedder"]["kernel"]
+    np.testing.assert_allclose(np.abs(embed).max(), np.sqrt(6 / (128 + 16)), rtol=0.05)
+
+
+def test_layers_of_a_stack_start_differently():
+    params = SiT(**TINY).init(jax.random.key(1), *ARGS)["params"]
+    kernel = params["early_blocks"]["mlp"]["fc1"]["kernel"]
+    assert not np.allclose(kernel[0], kernel[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"encoder_depth": 5}, "encoder_depth=5 must lie in 1..depth=4"), ({"num_heads": 3}, "num_heads=3"), ({"remat": "all"}, "remat='all'")],
+)
+def test_bad_sizes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SiT(**{**TINY, **change}).init(jax.random.key(0), *ARGS)

@@ -1,0 +1,184 @@
+"""Metrics files that survive kills and resumption, and the progress line."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repae_jax import run_log
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps_of(path):
+    return [line["step"] for line in read_lines(path)]
+
+
+# -- JSON lines -------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    lines = run_log.JsonLines(path)
+    lines.write(1, {"loss": jnp.float32(0.5), "count": np.int64(3), "rate": 0.25, "bf16": jnp.bfloat16(1.5)})
+    (line,) = read_lines(path)  # before close
+    assert line.pop("time") > 1e9
+    assert line == {"step": 1, "loss": 0.5, "count": 3, "rate": 0.25, "bf16": 1.5}
+    lines.close()
+
+
+def test_non_finite_numbers_stay_valid_json(tmp_path):
+    lines = run_log.JsonLines(tmp_path / "metrics.jsonl")
+    lines.write(1, {"a": float("nan"), "b": jnp.inf, "c": -np.float32(np.inf)})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (line["a"], line["b"], line["c"]) == ("nan", "inf", "-inf")
+    assert np.isnan(float(line["a"])) and float(line["c"]) == -np.inf
+
+
+def test_reserved_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\['time'\]"):
+        run_log.JsonLines(tmp_path / "metrics.jsonl").write(1, {"time": 3.0})
+
+
+def test_resume_leaves_neither_gap_nor_duplicate(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = run_log.JsonLines(path)
+    for step in range(1, 8):
+        first.write(step, {"loss": step / 2})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 8, "time": 17')  # killed while writing
+    resumed = run_log.JsonLines(path, resume_step=5)
+    assert steps_of(path) == [1, 2, 3, 4, 5]
+    for step in range(6, 9):
+        resumed.write(step, {"loss": step / 2})
+    assert steps_of(path) == list(range(1, 9))
+    assert [line["loss"] for line in read_lines(path)] == [step / 2 for step in range(1, 9)]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 2', "null", '{"time": 1}', "[1]", '{"step": "x"}', "\0\0"])
+def test_broken_last_line_is_dropped(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "time": 1.0}\n' + tail)
+    run_log.JsonLines(path, resume_step=9).write(2, {})
+    assert steps_of(path) == [1, 2]
+
+
+def test_last_line_without_newline_is_kept_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "time": 1.0}')
+    run_log.JsonLines(path, resume_step=1).write(2, {})
+    assert steps_of(path) == [1, 2]
+
+
+# -- the writer -------------------------------------------------------------------------------------------------------
+
+
+def test_writer_writes_both(tmp_path):
+    from clu import metric_writers
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step, steps in [(None, (1, 2, 3)), (2, (3,))]:
+        writer = run_log.make_writer(tmp_path, resume_step)
+        assert isinstance(writer, metric_writers.MetricWriter)
+        for step in steps:
+            writer.write_scalars(step, {"loss": jnp.float32(step), "bad": float("nan")})
+        writer.write_images(3, {"samples": np.zeros((2, 4, 4, 3), np.uint8)})
+        writer.flush()
+        writer.close()
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert "samples" not in (tmp_path / "metrics.jsonl").read_text()
+    tags = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
+    assert {"loss", "bad", "samples"} <= set(tags)
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    writer = run_log.make_writer(tmp_path, 5)
+    writer.write_scalars(6, {"loss": 1.0})
+    writer.write_images(6, {"samples": np.zeros((1, 4, 4, 3))})
+    writer.flush()
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_is_free_of_tensorflow():
+    code = "import sys, repae_jax.run_log; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_speed_since_the_last_update_without_pauses():
+    clock = Clock()
+    progress = run_log.Progress(total_steps=100, start_step=10, batch_size=32, clock=clock)
+    clock.now += 10
+    assert progress.update(20) == {"images_per_second": 32.0, "seconds_per_step": 1.0, "eta_seconds": 80.0}
+    clock.now += 5
+    with progress.paused():
+        clock.now += 1000
+    with pytest.raises(RuntimeError), progress.paused():
+        clock.now += 1000
+        raise RuntimeError
+    speed = progress.update(30)
+    assert speed["seconds_per_step"] == pytest.approx(0.5)
+    assert speed["images_per_second"] == pytest.approx(64)
+    assert 0.5 * 70 < speed["eta_seconds"] < 1.0 * 70  # between the new speed and the average so far
+    clock.now += 10  # the pauses were counted once
+    assert progress.update(40)["seconds_per_step"] == pytest.approx(1.0)
+
+
+def test_eta_forgets_the_compilation():
+    clock = Clock()
+    progress = run_log.Progress(1000, 0, 1, clock=clock)
+    clock.now += 500
+    progress.update(1)
+    for step in range(2, 30):
+        clock.now += 1
+        speed = progress.update(step)
+    assert speed["eta_seconds"] == pytest.approx(971, rel=0.05)
+
+
+def test_end_and_coarse_clock():
+    progress = run_log.Progress(5, 0, 4, clock=Clock())
+    speed = progress.update(6)
+    assert speed["eta_seconds"] == 0 and np.isfinite(speed["images_per_second"])
+
+
+def test_update_without_a_step_is_an_error():
+    with pytest.raises(ValueError, match="step=3 does not exceed 3"):
+        run_log.Progress(10, 3, 1).update(3)
+
+
+def test_line():
+    clock = Clock()
+    progress = run_log.Progress(2000, 0, 71, clock=clock)
+    assert progress.line(0, {}) == "step 0/2000 (0 %)"
+    clock.now += 64
+    metrics = {"sit": jnp.float32(0.8124), "vae": 3.0} | progress.update(500)
+    assert progress.line(500, metrics) == "step 500/2000 (25 %)  sit 0.8124  vae 3  555 img/s  ETA 3m12s"
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0s"), (45.4, "45s"), (59.7, "1m00s"), (192, "3m12s"), (7500, "2h05m"), (99 * 3600, "4d03h")],
+)
+def test_duration(seconds, text):
+    assert run_log._duration(seconds) == text
