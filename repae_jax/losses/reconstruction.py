@@ -32,7 +32,7 @@ def perceptual(lpips_fn, images, recon, input_range):
     low, high = input_range
 
     def rescale(x):
-        return (x - low) * (2.0 / (high - low)) - 1.0
+        return x * (2.0 / (high - low)) - (high + low) / (high - low)
 
     return jnp.mean(lpips_fn(rescale(images), rescale(recon)))
 
