@@ -17,7 +17,7 @@ _MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 def dinov2_table(vit):
     """Conversion table of a VisionTransformer module against the names in a hub folder's safetensors."""
-    torch, flax = "encoder.layer.{i}", "{stack}"
+    torch, flax, patches = "encoder.layer.{i}", "{stack}", "embeddings.patch_embeddings.projection"
     block = norm(f"{torch}.norm1", f"{flax}/norm1") + norm(f"{torch}.norm2", f"{flax}/norm2")
     for name in ("query", "key", "value"):
         block += linear(f"{torch}.attention.attention.{name}", f"{flax}/attn/{name}")
@@ -29,8 +29,7 @@ def dinov2_table(vit):
     entries = [
         Entry(("embeddings.cls_token",), ("cls_token",)),
         Entry(("embeddings.position_embeddings",), ("pos_embed",)),
-        Entry(("embeddings.patch_embeddings.projection.weight",), ("patch_embed/kernel",), patch_embedding(vit.patch_size)),
-        Entry(("embeddings.patch_embeddings.projection.bias",), ("patch_embed/bias",)),
+        *linear(patches, "patch_embed", patch_embedding(vit.patch_size)),
         *stack(block, {"blocks": range(vit.depth)}),
         *norm("layernorm", "norm"),
     ]
@@ -75,7 +74,7 @@ def _architecture(config, folder):
         raise ValueError(f"{folder} has model_type {model_type!r}; allowed: {', '.join(_MODEL_TYPES)}")
     for key, needed in (("hidden_act", "gelu"), ("num_channels", 3), ("qkv_bias", True)):
         if config.get(key, needed) != needed:
-            raise ValueError(f"{folder}/config.json has {key} {config[key]!r}; allowed: {needed!r}, as DINOv2's weights have")
+            raise ValueError(f"{folder}/config.json has {key} {config[key]!r}; allowed: {needed!r}, as in DINOv2")
     number = functools.partial(_number, config, folder=folder)
     return {
         "patch_size": number("patch_size"),
@@ -114,8 +113,8 @@ def save_encoder(folder, module, params, *, overwrite=False):
     rows, columns = module.grid
     if rows != columns or module.mlp_ratio != int(module.mlp_ratio):
         raise ValueError(
-            f"grid {tuple(module.grid)}, mlp_ratio {module.mlp_ratio}: Dinov2's config.json knows square grids and whole "
-            "ratios only; choose the encoder's sizes accordingly"
+            f"grid {tuple(module.grid)}, mlp_ratio {module.mlp_ratio}: Dinov2's config.json knows square grids and "
+            "whole ratios only; choose the encoder's sizes accordingly"
         )
     registers = {"num_register_tokens": module.num_registers} if module.num_registers else {}
     config = {

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -27,8 +28,8 @@ def read_state_dict(path, entry=None):
 
     Raises:
       FileNotFoundError: if the file, or a shard, does not exist.
-      ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, or if it is unclear
-        which of its state dicts is meant.
+      ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, or if it is
+        unclear which of its state dicts is meant.
       ImportError: for a PyTorch file when PyTorch is not installed.
     """
     path = Path(path)
@@ -93,17 +94,17 @@ def _read_shards(index):
         raise _damaged(index, error) from error
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
-        raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; do not trust it, download it again")
+        raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; do not trust it")
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
-        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them as well")
+        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them")
     state_dict = {}
     for shard in shards:
         _check_file(index.parent / shard)
         state_dict |= _read_safetensors(index.parent / shard)
     absent = sorted(set(weight_map) - set(state_dict))
     if absent:
-        raise ValueError(f"the shards of {index} lack {', '.join(absent)}; they belong to another download: fetch all again")
+        raise ValueError(f"the shards of {index} lack {', '.join(absent)}; download all of them again")
     return state_dict
 
 
@@ -113,11 +114,11 @@ def _read_npz(path):
             state_dict = dict(arrays)
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error):
-            raise ValueError(f"{path} holds Python objects, which could run code when read; save plain arrays") from error
+            raise ValueError(f"{path} holds Python objects, whose reading could run code; save arrays only") from error
         raise _damaged(path, error) from error
     raw = [name for name, array in state_dict.items() if array.dtype.kind == "V"]
     if raw:  # numpy keeps the bytes of bfloat16, but forgets the type
-        raise ValueError(f"{path}: dtype of {', '.join(raw)} is not one of numpy's own; save as float32 or .safetensors")
+        raise ValueError(f"{path}: dtype of {', '.join(raw)} is none of numpy's; save as float32 or .safetensors")
     return state_dict
 
 
@@ -128,8 +129,6 @@ def _read_torch(path, entry):
         raise ImportError(
             f"{path} is a PyTorch file: `pip install repae_jax[torch]`, or convert it to .safetensors elsewhere"
         ) from error
-    import pickle
-
     try:
         # published training checkpoints keep their command line, an argparse.Namespace, beside the weights
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -238,9 +237,9 @@ def resolve(name_or_path):
         folder = snapshot_download(str(name_or_path), allow_patterns=["config.json", "*.safetensors", "*.index.json"])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name_or_path} is neither a local path nor can it be had from the Hugging Face hub ({error}). Check the name and "
-            f"the network (and that HF_HUB_OFFLINE is unset), or run `hf download {name_or_path}` where there is one and "
-            "give the folder's path"
+            f"{name_or_path} is no local path and cannot be had from the Hugging Face hub ({error}). Check the name "
+            f"and the network (is HF_HUB_OFFLINE set?), or run `hf download {name_or_path}` on a machine that has one "
+            "and give the path of a copy of that folder"
         ) from error
     return Path(folder)
 

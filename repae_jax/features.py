@@ -55,8 +55,8 @@ def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32
     """Encoder for training images of one resolution.
 
     Args:
-      architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth, num_heads
-        and optionally mlp_ratio, swiglu, num_registers, norm_eps.
+      architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth,
+        num_heads and optionally mlp_ratio, swiglu, num_registers, norm_eps.
       resolution: height and width of the training images in pixels.
       image_size: pixels that the network receives; by default 224 * resolution // 256, as published.
       dtype: compute dtype.
@@ -138,8 +138,8 @@ def preprocess(encoder, images):
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise ValueError(
-            f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: uint8 [B, H, H, 3] with values "
-            "0..255; pass the images before any normalisation"
+            f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: uint8 [B, H, H, 3] with "
+            "values 0..255; pass the images before any normalisation"
         )
     x = images.astype(jnp.float32) / 255
     x = (x - np.asarray(encoder.mean, np.float32)) / np.asarray(encoder.std, np.float32)
@@ -202,7 +202,8 @@ def resample_positions(pos_embed, grid):
     old = math.isqrt(max(pos_embed.shape[1] - 1, 0)) if pos_embed.ndim == 3 else 0
     if not old or pos_embed.shape[:2] != (1, 1 + old**2):
         raise ValueError(
-            f"position embedding has shape {pos_embed.shape}; allowed: [1, 1 + N, D] with N a square number, the cls token first"
+            f"position embedding has shape {pos_embed.shape}; allowed: [1, 1 + N, D] with N a square number, "
+            "the cls token's first"
         )
     if grid == old:
         return pos_embed
@@ -225,7 +226,8 @@ def check_grid(encoder, token_grid):
     """
     if encoder.grid != token_grid:
         raise ValueError(
-            f"encoder {encoder.name!r} gives {encoder.grid} x {encoder.grid} tokens ({encoder.image_size} pixels, patches of "
-            f"{encoder.module.patch_size}), the SiT has {token_grid} x {token_grid}; set the encoder's image_size to "
-            f"{token_grid * encoder.module.patch_size}, or change the SiT's patch_size or the VAE's downsampling factor"
+            f"encoder {encoder.name!r} gives {encoder.grid} x {encoder.grid} tokens ({encoder.image_size} pixels, "
+            f"patches of {encoder.module.patch_size}), the SiT has {token_grid} x {token_grid}; set the encoder's "
+            f"image_size to {token_grid * encoder.module.patch_size}, or change the SiT's patch_size or the VAE's "
+            "downsampling factor"
         )

@@ -1,0 +1,258 @@
+import argparse
+import json
+import os
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from checkpoints_tools import weights
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.standard_normal((3, 4)).astype(np.float32),
+        "half": rng.standard_normal((2, 5)).astype(np.float16),
+        "counter": np.asarray(7, np.int64),
+    }
+
+
+def assert_same(actual, expected):
+    assert set(actual) == set(expected)
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype and actual[name].shape == array.shape, name
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def test_safetensors_round_trip(tmp_path, arrays):
+    arrays["transposed"] = arrays["a.weight"].T  # not contiguous
+    arrays["brain"] = arrays["a.weight"].astype(ml_dtypes.bfloat16)
+    path = tmp_path / "w.safetensors"
+    weights.write_safetensors(path, arrays, {"steps": "400000"})
+    assert_same(weights.read_state_dict(path), arrays)
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == {"steps": "400000"}
+
+
+def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, arrays, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    weights.write_safetensors(path, arrays)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        weights.write_safetensors(path, {})
+    changed = {**arrays, "counter": np.asarray(8, np.int64)}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            weights.write_safetensors(path, changed, overwrite=True)
+    assert_same(weights.read_state_dict(path), arrays)
+    weights.write_safetensors(path, changed, overwrite=True)
+    assert_same(weights.read_state_dict(path), changed)
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_npz(tmp_path, arrays):
+    np.savez(tmp_path / "w.npz", **arrays)
+    assert_same(weights.read_state_dict(tmp_path / "w.npz"), arrays)
+
+
+@pytest.fixture
+def sharded(tmp_path, arrays):
+    weight_map = {name: f"model-{i}.safetensors" for i, name in enumerate(arrays)}
+    for name, shard in weight_map.items():
+        weights.write_safetensors(tmp_path / shard, {name: arrays[name]})
+    weights.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    return tmp_path
+
+
+def test_hugging_face_folders(sharded, arrays):
+    assert_same(weights.read_state_dict(sharded), arrays)
+    weights.write_safetensors(sharded / "model.safetensors", {"one": np.zeros(1)})
+    assert_same(weights.read_state_dict(sharded), {"one": np.zeros(1)})
+
+
+def test_missing_shards_are_all_named(sharded):
+    for i in (0, 2):
+        (sharded / f"model-{i}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model-0.safetensors, model-2.safetensors, named by"):
+        weights.read_state_dict(sharded)
+
+
+def test_shards_without_what_the_index_promises(sharded):
+    weights.write_safetensors(sharded / "model-0.safetensors", {"other": np.zeros(1)}, overwrite=True)
+    with pytest.raises(ValueError, match="lack a.weight; download"):
+        weights.read_state_dict(sharded)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [('{"weight_map": {"a": "../secret.safetensors"}}', "outside its folder"), ("[]", "damaged"), ("{", "damaged")],
+)
+def test_bad_index(tmp_path, content, message):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        weights.read_state_dict(tmp_path)
+
+
+def test_folder_without_weights(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors .* but pytorch_model.bin"):
+        weights.read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
+def test_missing_truncated_and_pointer_files(tmp_path, arrays, suffix):
+    path = tmp_path / f"w{suffix}"
+    with pytest.raises(FileNotFoundError, match="w.* does not exist"):
+        weights.read_state_dict(path)
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match="w.* Git LFS pointer.*git lfs pull"):
+        weights.read_state_dict(path)
+    if suffix == ".safetensors":
+        safetensors.numpy.save_file(arrays, path)
+    elif suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
+    content = path.read_bytes()
+    for length in (0, 10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="w.* damaged"):
+            weights.read_state_dict(path)
+
+
+def test_unknown_extension(tmp_path):
+    (tmp_path / "w.ckpt").touch()
+    with pytest.raises(ValueError, match="'.ckpt'; allowed: .safetensors, .npz, .pt"):
+        weights.read_state_dict(tmp_path / "w.ckpt")
+
+
+def test_entry_is_for_pytorch_files(tmp_path, arrays):
+    np.savez(tmp_path / "w.npz", **arrays)
+    with pytest.raises(ValueError, match="entry='ema' is for .pt"):
+        weights.read_state_dict(tmp_path / "w.npz", entry="ema")
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_malicious_files_are_refused_and_not_run(tmp_path):
+    trace = tmp_path / "payload_ran"
+    np.savez(tmp_path / "w.npz", a=np.array([Payload(trace)], dtype=object))
+    with pytest.raises(ValueError, match="w.npz holds Python objects"):
+        weights.read_state_dict(tmp_path / "w.npz")
+    torch = pytest.importorskip("torch")
+    for zipped in (True, False):
+        torch.save({"a": Payload(trace)}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="w.pt .* more than arrays.*nothing was run"):
+            weights.read_state_dict(tmp_path / "w.pt")
+    assert not trace.exists()
+    np.load(tmp_path / "w.npz", allow_pickle=True)["a"]
+    assert trace.exists(), "the payload itself does not work"
+
+
+def test_npz_of_a_dtype_that_numpy_forgets(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.zeros(3, ml_dtypes.bfloat16))
+    with pytest.raises(ValueError, match="dtype of a .* float32"):
+        weights.read_state_dict(tmp_path / "w.npz")
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_torch_files(tmp_path, arrays, torch, suffix, zipped):
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    tensors["transposed"] = tensors["a.weight"].T
+    tensors["parameter"] = torch.nn.Parameter(tensors["a.weight"])
+    tensors["brain"] = tensors["a.weight"].bfloat16()
+    torch.save(tensors, tmp_path / f"w{suffix}", _use_new_zipfile_serialization=zipped)
+    a = arrays["a.weight"]
+    expected = {**arrays, "transposed": a.T, "parameter": a, "brain": a.astype(ml_dtypes.bfloat16)}
+    assert_same(weights.read_state_dict(tmp_path / f"w{suffix}"), expected)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_one_wrapper_is_unwrapped(tmp_path, torch, wrapper):
+    content = {wrapper: {"a": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+    torch.save(content, tmp_path / "w.pt")
+    assert_same(weights.read_state_dict(tmp_path / "w.pt"), {"a": np.ones(2, np.float32)})
+
+
+def test_several_state_dicts_need_an_entry(tmp_path, torch):
+    path = tmp_path / "w.pt"
+    torch.save({"model": {"a": torch.ones(2)}, "ema": {"a": torch.zeros(2)}, "steps": 3}, path)
+    with pytest.raises(ValueError, match=r"no single state dict in it; choose an entry of \['ema', 'model'\]"):
+        weights.read_state_dict(path)
+    with pytest.raises(ValueError, match=r"no state dict 'vae' in it; choose an entry of \['ema', 'model'\]"):
+        weights.read_state_dict(path, entry="vae")
+    assert_same(weights.read_state_dict(path, entry="ema"), {"a": np.zeros(2, np.float32)})
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"steps": 3}, {}])
+def test_torch_file_without_state_dict(tmp_path, torch, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        weights.read_state_dict(tmp_path / "w.pt")
+
+
+def test_torch_missing(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"pip install repae_jax\[torch\]"):
+        weights.read_state_dict(tmp_path / "w.pt")
+
+
+def test_resolve_prefers_local_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert weights.resolve("org/name").samefile(tmp_path / "org" / "name")
+    with pytest.raises(FileNotFoundError, match="no hub name"):
+        weights.resolve("./missing/folder")
+
+
+def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="organisation/nothing is no local path .*HF_HUB_OFFLINE.*hf download"):
+        weights.resolve("organisation/nothing")
+    commit = "0" * 40
+    model = tmp_path / "models--organisation--name"
+    snapshot = model / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text('{"model_type": "dinov2"}')
+    assert weights.resolve("organisation/name").samefile(snapshot)
+    assert weights.read_config(weights.resolve("organisation/name")) == {"model_type": "dinov2"}
+
+
+@pytest.mark.parametrize(
+    "content, message", [(POINTER, "Git LFS"), ("{", "damaged"), (json.dumps([1]), "no JSON object")]
+)
+def test_bad_config(tmp_path, content, message):
+    with pytest.raises(FileNotFoundError, match="config.json does not exist"):
+        weights.read_config(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        weights.read_config(tmp_path)
