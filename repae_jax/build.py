@@ -1,0 +1,429 @@
+"""Config -> networks, optimizers, frozen weights, step and initial state. The only file that reads config names.
+
+Everything that can be wrong with a config is found here, before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+
+from checkpoints_tools import mapping, weights
+from checkpoints_tools.discriminator import discriminator_table
+from checkpoints_tools.lpips import from_torchvision, lpips_table
+from checkpoints_tools.vae import vae_table
+from checkpoints_tools.vit import load_encoder
+from repae_jax import data, features, sharding, train_step
+from repae_jax.data.loader import Loader
+from repae_jax.diffusion import interpolant
+from repae_jax.generate import Sampling
+from repae_jax.images import to_float
+from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.lpips import LPIPS
+from repae_jax.models.sit import SiT
+from repae_jax.running_stats import ChannelStats
+from repae_jax.train_state import create_net, create_state
+
+JOBS = ("repae",)
+RANDOM = "random"  # instead of a weight file: to measure speed, or for tests
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+SECTIONS = {
+    "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "sit", "disc", "encoders", "lpips",
+    "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log", "hooks", "sampling",
+}  # fmt: skip
+VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "align")
+SIT_TERMS = ("velocity", "align")
+# options that no callable of ours takes whole
+FIELDS = {
+    "data": {"source", "options", "image_size", "num_classes", "batch_size", "workers", "max_bad_fraction"},
+    "lpips": {"vgg16", "linear", "input_range"},
+    "loss": {"vae", "sit", "gan_start", "gan_factor", "lecam"},
+    "diffusion": {"path", "time_distribution", "label_dropout", "norm_momentum"},
+    "optim": {"vae", "disc", "sit"},
+    "init": {"vae", "latent_stats", "disc", "stats_images"},
+    "precision": {"compute", "lpips"},
+    "mesh": {"fsdp"},
+    "checkpoint": {"every", "keep_last", "keep_every"},
+    "log": {"every"},
+    "hooks": {"samples_every", "reconstructions_every", "images"},
+}
+ENCODER_FIELDS = {"architecture", "weights", "image_size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config, built.
+
+    Attributes:
+      config: the config as nested plain values, as stored in checkpoints.
+      nets: Nets.
+      encoders: tuple of features.Encoder.
+      tx: Optimizers.
+      recipe: Recipe.
+      sampling: Sampling of the training pictures.
+      latent_shape: (h, w, C).
+      mesh: device mesh.
+    """
+
+    config: Mapping[str, Any]
+    nets: train_step.Nets
+    encoders: tuple[features.Encoder, ...]
+    tx: train_step.Optimizers
+    recipe: train_step.Recipe
+    sampling: Sampling
+    latent_shape: tuple[int, int, int]
+    mesh: jax.sharding.Mesh
+
+    @property
+    def step(self) -> Callable:
+        """(state, batch, frozen, key) -> (state, metrics), not yet jitted."""
+        fields = {"nets": self.nets, "encoders": self.encoders, "tx": self.tx, "recipe": self.recipe}
+        return functools.partial(train_step.repae_step, **fields)
+
+
+def check_names(where, given, allowed):
+    """ValueError that names every field of `given` that is not allowed, and every allowed one it lacks."""
+    unknown, missing = sorted(set(given) - set(allowed)), sorted(set(allowed) - set(given))
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; it has {sorted(allowed)}")
+
+
+def construct(where, function, section, **extra):
+    """function(**section, **extra), with a readable error for a field it does not take or that it needs."""
+    parameters = inspect.signature(function).parameters
+    allowed = [name for name in parameters if name not in extra and name not in ("parent", "name")]
+    unknown = sorted(set(section) - set(allowed))
+    missing = [name for name in allowed if parameters[name].default is inspect.Parameter.empty and name not in section]
+    if unknown or missing:
+        raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; allowed: {sorted(allowed)}")
+    return function(**section, **extra)
+
+
+def _at_least(where, value, low):
+    if value < low:
+        raise ValueError(f"{where}={value} must be at least {low}")
+
+
+def plain_config(config):
+    """Nested dict of plain values of a ConfigDict, tuples kept; placeholders are None."""
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def build(config, devices=None, encoders=None):
+    """Build a job.
+
+    Args:
+      config: ConfigDict or nested dict, see configs/.
+      devices: devices of the mesh; default all.
+      encoders: tuple of features.Encoder, if they were loaded before; default those that the config describes, without weights.
+
+    Returns:
+      Job.
+
+    Raises:
+      ValueError: for anything in the config that cannot work, naming the field, the value and what is allowed.
+    """
+    config = plain_config(config)
+    check_names("config", config, SECTIONS)
+    for section, names in FIELDS.items():
+        check_names(f"config.{section}", config[section], names)
+    if config["job"] not in JOBS:
+        raise ValueError(f"config.job={config['job']!r} is unknown; allowed: {list(JOBS)}")
+    for name in ("steps", "accumulation", "max_skipped_in_a_row"):
+        _at_least(f"config.{name}", config[name], 1)
+    for section, name in (("checkpoint", "every"), ("checkpoint", "keep_last"), ("log", "every"), ("init", "stats_images")):
+        _at_least(f"config.{section}.{name}", config[section][name], 1)
+    recipe = _recipe(config)
+    mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices)
+    sharding.check_batch(config["data"]["batch_size"], config["accumulation"], mesh)
+    dtype = _dtype("compute", config)
+    vae = construct("config.vae", AutoencoderKL, _tuples(config["vae"]), dtype=dtype)
+    latent_shape = _latent_shape(config, vae)
+    if encoders is None:
+        encoders = tuple(_describe_encoder(name, config) for name in sorted(config["encoders"]))
+    for encoder in encoders:
+        features.check_grid(encoder, latent_shape[0] // config["sit"]["patch_size"])
+    sit = construct(
+        "config.sit", SiT, config["sit"], dtype=dtype, num_classes=config["data"]["num_classes"],
+        latent_channels=vae.latent_channels, feature_dims=tuple(encoder.module.hidden_size for encoder in encoders),
+    )  # fmt: skip
+    disc = lpips = None
+    if "gan" in recipe.vae_weights:
+        disc = construct("config.disc", PatchDiscriminator, config["disc"], dtype=dtype)
+        if config["data"]["image_size"] < disc.min_image_size:
+            raise ValueError(
+                f"config.disc.num_layers={disc.num_layers} leaves no logit of config.data.image_size="
+                f"{config['data']['image_size']} pixels; lower num_layers, or use images of {disc.min_image_size} pixels or more"
+            )
+    if "lpips" in recipe.vae_weights:
+        lpips = LPIPS(dtype=_dtype("lpips", config))
+    tx = {name: construct(f"config.optim.{name}", optimizer, config["optim"][name]) for name in ("vae", "sit", "disc")}
+    job = Job(
+        config=config,
+        nets=train_step.Nets(vae=vae, sit=sit, disc=disc, lpips=lpips),
+        encoders=encoders,
+        tx=train_step.Optimizers(**tx),
+        recipe=recipe,
+        sampling=construct("config.sampling", Sampling, config["sampling"]),
+        latent_shape=latent_shape,
+        mesh=mesh,
+    )
+    jax.eval_shape(functools.partial(initial_state, job), jax.random.key(0))  # the networks' own checks, without compiling
+    return job
+
+
+def _tuples(section):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+
+
+def _dtype(name, config):
+    value = config["precision"][name]
+    if value not in DTYPES:
+        raise ValueError(f"config.precision.{name}={value!r} is unknown; allowed: {list(DTYPES)}")
+    return DTYPES[value]
+
+
+def _latent_shape(config, vae):
+    size, patch = config["data"]["image_size"], config["sit"]["patch_size"]
+    if size % vae.factor:
+        raise ValueError(
+            f"config.data.image_size={size} is not a multiple of the VAE's factor {vae.factor} "
+            f"(config.vae.channel_multipliers has {len(vae.channel_multipliers)} levels): use {size // vae.factor * vae.factor or vae.factor}"
+        )
+    side = size // vae.factor
+    if side % patch:
+        raise ValueError(f"config.sit.patch_size={patch} does not divide the latents' {side} x {side} positions")
+    return side, side, vae.latent_channels
+
+
+def _recipe(config):
+    loss, diffusion = config["loss"], config["diffusion"]
+    for name, terms in (("vae", VAE_TERMS), ("sit", SIT_TERMS)):
+        unknown = sorted(set(loss[name]) - set(terms))
+        if unknown:
+            raise ValueError(f"config.loss.{name} has unknown terms {unknown}; allowed: {list(terms)}")
+    named = {
+        name: {term: float(weight) for term, weight in loss[name].items() if weight} for name in ("vae", "sit")
+    }
+    if not {"l1", "l2"} & set(named["vae"]):
+        raise ValueError("config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight")
+    if "velocity" not in named["sit"]:
+        raise ValueError("config.loss.sit.velocity must not be 0: it is the diffusion loss")
+    aligned = [f"config.loss.{name}.align" for name in ("vae", "sit") if "align" in named[name]]
+    if aligned and not config["encoders"]:
+        raise ValueError(f"{' and '.join(aligned)} need an encoder, but config.encoders is empty: add one or set the weights to 0")
+    if config["encoders"] and not aligned:
+        raise ValueError("config.encoders has an encoder, but both config.loss.vae.align and config.loss.sit.align are 0: remove one")
+    for name, allowed in (("path", interpolant.PATHS), ("time_distribution", interpolant.TIME_DISTRIBUTIONS)):
+        if diffusion[name] not in allowed:
+            raise ValueError(f"config.diffusion.{name}={diffusion[name]!r} is unknown; allowed: {sorted(allowed)}")
+    if not 0 <= diffusion["label_dropout"] < 1:
+        raise ValueError(f"config.diffusion.label_dropout={diffusion['label_dropout']} must lie in [0, 1)")
+    low, high = config["lpips"]["input_range"]
+    if not low < high:
+        raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
+    return train_step.Recipe(
+        vae_weights=named["vae"],
+        sit_weights=named["sit"],
+        lpips_input_range=(low, high),
+        gan_start=loss["gan_start"],
+        gan_factor=loss["gan_factor"],
+        lecam_weight=loss["lecam"],
+        accumulation=config["accumulation"],
+        ema_decay=config["ema_decay"],
+        **diffusion,
+    )
+
+
+def optimizer(learning_rate, warmup_steps, b1, b2, eps, weight_decay, clip_norm):
+    """AdamW behind clipping by the network's global gradient norm; the rate rises linearly over `warmup_steps`."""
+    _at_least("learning_rate", learning_rate, 0)
+    _at_least("warmup_steps", warmup_steps, 0)
+    schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen weights.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _describe_encoder(name, config):
+    """features.Encoder of one entry, from its architecture or its folder's config.json."""
+    fields = config["encoders"][name]
+    check_names(f"config.encoders.{name}", fields, ENCODER_FIELDS)
+    where, path, resolution = f"config.encoders.{name}", fields["weights"], config["data"]["image_size"]
+    if not path:
+        raise ValueError(f"{where}.weights is empty: give a Hugging Face name or folder, or {RANDOM!r} for tests and benchmarks")
+    dtype = _dtype("compute", config)
+    if fields["architecture"] is not None:
+        return features.make_encoder(fields["architecture"], resolution, image_size=fields["image_size"], dtype=dtype)
+    if path == RANDOM:
+        raise ValueError(f"{where}.architecture must be set when the weights are {RANDOM!r}; allowed: {list(features.ARCHITECTURES)}")
+    return load_encoder(path, resolution, fields["image_size"], dtype)[0]
+
+
+def _encoder_params(name, described, config):
+    fields = config["encoders"][name]
+    if fields["weights"] == RANDOM:
+        logging.warning("encoder %s has RANDOM weights: for tests and benchmarks only", name)
+        return jax.jit(functools.partial(features.init_params, described))(jax.random.key(0))
+    loaded, params = load_encoder(fields["weights"], config["data"]["image_size"], fields["image_size"], described.module.dtype)
+    if loaded.module != described.module:
+        raise ValueError(
+            f"config.encoders.{name}: {fields['weights']} holds {loaded.module}, but architecture="
+            f"{fields['architecture']!r} is {described.module}; correct one of the two"
+        )
+    return params
+
+
+def _lpips_params(job):
+    files = {name: job.config["lpips"][name] for name in ("vgg16", "linear")}
+    sizes = [jnp.zeros((1, 32, 32, 3))] * 2
+    init = functools.partial(job.nets.lpips.init, jax.random.key(0))
+    if set(files.values()) == {RANDOM}:
+        logging.warning("LPIPS has RANDOM weights: for tests and benchmarks only")
+        return jax.jit(init)(*sizes)["params"]
+    for name, path in files.items():
+        if not path or path == RANDOM:
+            raise ValueError(
+                f"config.lpips.{name}={path!r}: config.loss.vae.lpips needs torchvision's VGG16 weights (vgg16) and the linear "
+                f"weights of LPIPS v0.1 (linear); give both files, or {RANDOM!r} for both, or set config.loss.vae.lpips=0"
+            )
+    state_dict = from_torchvision(*(weights.read_state_dict(files[name]) for name in ("vgg16", "linear")))
+    return mapping.to_flax(lpips_table(), state_dict, jax.eval_shape(init, *sizes)["params"], source=files["vgg16"])
+
+
+def load_frozen(job):
+    """Frozen parameters, on the mesh by the rule of `sharding`: {'encoders': tuple, 'lpips': tree or None}."""
+    frozen = {
+        "encoders": tuple(
+            _encoder_params(name, encoder, job.config) for name, encoder in zip(sorted(job.config["encoders"]), job.encoders)
+        ),
+        "lpips": None if job.nets.lpips is None else _lpips_params(job),
+    }
+    return jax.device_put(frozen, sharding.tree_sharding(job.mesh, frozen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# State.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def initial_state(job, key):
+    """TrainState from scratch, latent statistics 0 and 1; a pure function of the key."""
+    nets, size, (h, w, c) = job.nets, job.config["data"]["image_size"], job.latent_shape
+    keys = dict(zip(("vae", "disc", "sit"), jax.random.split(key, 3)))
+    images, latents = jnp.zeros((1, size, size, 3)), jnp.zeros((1, h, w, c))
+    vae = nets.vae.init(keys["vae"], images, latents)["params"]
+    sit = nets.sit.init(keys["sit"], latents, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    disc = None
+    if nets.disc is not None:
+        variables = nets.disc.init(keys["disc"], images)
+        disc = create_net(variables["params"], job.tx.disc, variables["batch_stats"])
+    return create_state(
+        vae=create_net(vae, job.tx.vae),
+        disc=disc,
+        sit=create_net(sit, job.tx.sit),
+        latent_stats=ChannelStats(mean=jnp.zeros((c,)), var=jnp.ones((c,))),
+    )
+
+
+def abstract_state(job):
+    """Shapes, dtypes and shardings of the TrainState; computes nothing."""
+    shapes = jax.eval_shape(functools.partial(initial_state, job), jax.random.key(0))
+    shardings = sharding.tree_sharding(job.mesh, shapes)
+    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+
+
+def create_initial_state(job, make_batches):
+    """TrainState at step 0: random or from the files of config.init, created on the mesh.
+
+    Args:
+      job: Job.
+      make_batches: () -> iterator of global batches, whose first images give the latent statistics if no file does.
+
+    Returns:
+      TrainState.
+    """
+    init = job.config["init"]
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(job))
+    state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
+    if init["vae"]:
+        params = mapping.to_flax(
+            vae_table(job.nets.vae), weights.read_state_dict(init["vae"]), state.vae.params, source=init["vae"]
+        )
+        state = state.replace(vae=state.vae.replace(params=jax.device_put(params, shardings.vae.params)))
+    if init["disc"]:
+        target = {"params": state.disc.params, "batch_stats": state.disc.batch_stats}
+        table = discriminator_table(job.nets.disc)
+        tree = mapping.to_flax(table, weights.read_state_dict(init["disc"]), target, source=init["disc"])
+        placed = {name: jax.device_put(tree[name], getattr(shardings.disc, name)) for name in tree}
+        state = state.replace(disc=state.disc.replace(**placed))
+    stats = _read_latent_stats(init["latent_stats"], job) if init["latent_stats"] else _measure_latent_stats(job, state, make_batches)
+    logging.info("latent statistics: mean %s, var %s", np.asarray(stats.mean), np.asarray(stats.var))
+    place = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
+    latent_stats = jax.tree.map(place, stats)
+    return state.replace(latent_stats=latent_stats, ema=state.ema.replace(latent_stats=jax.tree.map(jnp.copy, latent_stats)))
+
+
+def _read_latent_stats(path, job):
+    """ChannelStats of a published `-latents-stats` file: latents_scale = 1 / std, latents_bias = mean, [1, C, 1, 1]."""
+    arrays = weights.read_state_dict(path)
+    check_names(path, arrays, ("latents_scale", "latents_bias"))
+    scale, bias = (np.asarray(arrays[name], np.float32).reshape(-1) for name in ("latents_scale", "latents_bias"))
+    if scale.shape != (job.latent_shape[-1],) or bias.shape != scale.shape:
+        raise ValueError(f"{path} has statistics of {len(scale)} channels; the VAE has {job.latent_shape[-1]}")
+    return ChannelStats(mean=bias, var=np.square(1 / scale))
+
+
+def _measure_latent_stats(job, state, make_batches):
+    """Statistics of the VAE's sampled latents over the first config.init.stats_images images."""
+
+    @jax.jit
+    def moments(params, images, key):
+        posterior = job.nets.vae.apply({"params": params}, to_float(images), method="encode")
+        latents = posterior.sample(jax.random.normal(key, posterior.mean.shape))
+        return latents.mean((0, 1, 2)), jnp.square(latents).mean((0, 1, 2))
+
+    count = -(-job.config["init"]["stats_images"] // job.config["data"]["batch_size"])
+    keys = jax.random.split(jax.random.key(job.config["seed"]), count)
+    sums = [jax.device_get(moments(state.vae.params, batch["image"], key)) for batch, key in zip(make_batches(), keys)]
+    mean, square = (np.mean(np.asarray(column, np.float64), axis=0) for column in zip(*sums))
+    return ChannelStats(mean=mean.astype(np.float32), var=(square - mean**2).astype(np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_source(config):
+    """The images of config.data, their labels checked against num_classes."""
+    section = plain_config(config)["data"]
+    source = data.make_source(section["source"], section["image_size"], **section["options"])
+    data.check_labels(source, section["num_classes"])
+    return source
+
+
+def make_loader(job, source):
+    """Loader of this process's share of every batch."""
+    section = job.config["data"]
+    return Loader(
+        source,
+        batch_size=section["batch_size"],
+        seed=job.config["seed"],
+        workers=section["workers"],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad_fraction=section["max_bad_fraction"],
+    )

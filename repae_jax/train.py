@@ -1,0 +1,204 @@
+"""Training: `python -m repae_jax.train --config configs/repae.py --workdir runs/repae`.
+
+Only plumbing lives here; the algorithm is `repae_jax/train_step.py`. Runs resume by themselves: the same command with the same
+workdir continues, bit for bit.
+"""
+
+import collections
+import contextlib
+import functools
+import math
+import signal
+import sys
+import threading
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from repae_jax import build, generate, images, sharding
+from repae_jax.checkpoint import Checkpointer, prepare_workdir
+from repae_jax.run_log import Progress, make_writer
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
+
+
+class TrainingStopped(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """Event that is set by SIGTERM; the handler before is restored afterwards."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_finite(step, metrics, limit):
+    """TrainingStopped, naming the terms, once `limit` updates in a row were skipped."""
+    in_a_row = int(metrics["skipped_in_a_row"])
+    if in_a_row >= limit:
+        bad = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
+        raise TrainingStopped(
+            f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because these were not "
+            f"finite: {', '.join(f'{name}={value}' for name, value in sorted(bad.items()))}. Parameters are those of step "
+            f"{step - in_a_row}; the last checkpoint is intact. Lower the learning rate of the network named, or use "
+            f"config.precision.compute='float32', and resume"
+        )
+
+
+def make_hooks(job, source, workdir, writer):
+    """Pictures during training: list of (every, function of (step, state))."""
+    section = job.config["hooks"]
+    count, num_classes = section["images"], job.config["data"]["num_classes"]
+    columns = math.ceil(math.sqrt(count))
+    placed = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
+
+    def save(kind, step, picture):
+        if jax.process_index() == 0:
+            folder = workdir / kind
+            folder.mkdir(exist_ok=True)
+            images.save_png(folder / f"{step:07d}.png", picture)
+            writer.write_images(step, {kind: picture[None]})
+
+    run_generate = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, job.sampling))
+    labels = placed(np.arange(count, dtype=np.int32) * num_classes // count)
+
+    def samples(step, state):
+        made = run_generate(generate.sampling_params(state), labels, placed(np.arange(count)), jax.random.key(job.config["seed"]))
+        save("samples", step, images.grid(np.asarray(made), columns))
+
+    run_reconstruct = jax.jit(generate.make_reconstruct(job.nets))
+    originals = np.stack([source[i]["image"] for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)])
+
+    def reconstructions(step, state):
+        recon = np.asarray(run_reconstruct(state.vae.params, placed(images.to_float(originals))))
+        pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
+        save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2)))
+
+    hooks = [(section["samples_every"], samples), (section["reconstructions_every"], reconstructions)]
+    return [(every, hook) for every, hook in hooks if every]
+
+
+def train(config, workdir):
+    """Train until config.steps, from the newest checkpoint of the workdir if it has one.
+
+    Args:
+      config: ConfigDict, see configs/.
+      workdir: folder of the run.
+
+    Returns:
+      (state, finished): the TrainState; False if SIGTERM ended the run early, its state saved.
+
+    Raises:
+      ValueError: for anything wrong with config, data or workdir, before the first compilation.
+      TrainingStopped: if too many updates in a row were not finite.
+    """
+    # ---- everything that can be wrong is found here -----------------------------------------------------------------
+    job = build.build(config)
+    workdir = prepare_workdir(workdir)
+    source = build.make_source(config)
+    steps, every = config.steps, config.checkpoint.every
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+        )
+        frozen = build.load_frozen(job)
+        restored = checkpointer.restore(build.abstract_state(job), job.config)
+
+        # ---- state and data ---------------------------------------------------------------------------------------------
+        loader = stack.enter_context(build.make_loader(job, source))
+        put = functools.partial(sharding.put_batch, job.mesh)
+        if restored is None:
+            with build.make_loader(job, source) as first_batches:
+                state, start = build.create_initial_state(job, lambda: map(put, first_batches)), 0
+        else:
+            state, data_state, start = restored
+            loader.restore(data_state)
+            logging.info("continuing from step %d", start)
+        logging.info("%s", summary(job, state, source))
+        writer = make_writer(workdir, start)
+        stack.callback(writer.close)
+        hooks = make_hooks(job, source, workdir, writer)
+
+        # ---- the loop ---------------------------------------------------------------------------------------------------
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step_fn = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+        key = jax.random.key(job.config["seed"])
+        progress = Progress(steps, start, config.data.batch_size)
+        pending = collections.deque()  # metrics are read two steps late, so that the device never waits
+        stopped = stack.enter_context(stop_signal())
+        for step in range(start + 1, steps + 1):
+            state, metrics = step_fn(state, put(next(loader)), frozen, key)
+            pending.append((step, metrics))
+            last = step == steps or stopped.is_set()
+            while pending and (last or step % every == 0 or pending[0][0] <= step - 2):
+                check_finite(*pending.popleft(), config.max_skipped_in_a_row)
+            if step % config.log.every == 0 or last or step == start + 1:
+                values = {name: float(value) for name, value in metrics.items()} | {"bad_records": loader.bad_records}
+                speed = progress.update(step)
+                writer.write_scalars(step, values | speed)
+                if jax.process_index() == 0:
+                    print(progress.line(step, values), flush=True)
+            with progress.paused():
+                for hook_every, hook in hooks:
+                    if step % hook_every == 0 or step == steps:
+                        hook(step, state)
+                if step % every == 0 or last:
+                    writer.flush()
+                    checkpointer.save(step, state, loader.state(), job.config)
+            if stopped.is_set():
+                checkpointer.wait()
+                logging.warning("SIGTERM: saved step %d; run the same command to continue", step)
+                break
+        checkpointer.wait()
+    return state, not stopped.is_set()
+
+
+def summary(job, state, source):
+    """One paragraph on what is about to run."""
+
+    def count(net):
+        return "-" if net is None else f"{sum(x.size for x in jax.tree.leaves(net.params)) / 1e6:.1f} M"
+
+    return (
+        f"{job.config['job']}: {len(source)} images in {source.num_classes} classes; VAE {count(state.vae)}, SiT {count(state.sit)}, "
+        f"discriminator {count(state.disc)} parameters; latents {job.latent_shape}; encoders "
+        f"{[encoder.name for encoder in job.encoders]}; mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
+    )
+
+
+def main(_):
+    """Entry point: config mistakes end in one line, not in a traceback."""
+    try:
+        _, finished = train(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, FileNotFoundError, TrainingStopped) as error:
+        if _is_internal(error):
+            raise
+        sys.exit(f"error: {error}")
+    if finished:
+        print(f"finished; everything is in {_WORKDIR.value}")
+
+
+def _is_internal(error):
+    """Errors raised by our own checks are for the user; those from inside jax deserve their traceback."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    return package not in ("repae_jax", "checkpoints_tools", "configs")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    jax.config.config_with_absl()
+    app.run(main)
