@@ -36,7 +36,9 @@ def parse_arg(arg, presets, **defaults):
         key, equals, value = part.partition("=")
         if not equals:
             if part not in presets or preset:
-                raise ValueError(f"preset {part!r} in {arg!r} is unknown or a second one; allowed: one of {sorted(filter(None, presets))}")
+                raise ValueError(
+                    f"preset {part!r} in {arg!r} is unknown or a second one; allowed: one of {sorted(filter(None, presets))}"
+                )
             preset = part
         elif key not in defaults:
             raise ValueError(f"config argument {key!r} in {arg!r} is unknown; allowed: {sorted(defaults)}")

@@ -43,9 +43,7 @@ def _adamw(learning_rate):
 
 def get_config(arg=""):
     """Config of a REPA-E run; see the module's docstring for `arg`."""
-    preset, args = common.parse_arg(
-        arg, ("", "digits", "tiny"), sit="XL/2", vae="f8d4", encoder="dinov2-base", resolution=256
-    )
+    preset, args = common.parse_arg(arg, ("", "digits", "tiny"), sit="XL/2", vae="f8d4", encoder="dinov2-base", resolution=256)
     config = ConfigDict()
     config.job = "repae"
     config.seed = 0
@@ -127,7 +125,7 @@ def get_config(arg=""):
 
 def _digits(config):
     """Digits at 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download."""
-    config.steps = 1500
+    config.steps = 1000
     config.ema_decay = 0.99
     config.data = {
         "source": "digits",
@@ -139,16 +137,14 @@ def _digits(config):
         "max_bad_fraction": 0.0,
     }
     config.vae.update(latent_channels=8, channel_multipliers=(1, 2, 3), channels=16, norm_groups=8, num_res_blocks=1)
-    config.sit.update(
-        patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none"
-    )
+    config.sit.update(patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none")
     config.disc.update(channels=32, num_layers=2)
     config.encoders = {"dinov2": {"architecture": placeholder(object), "weights": "", "image_size": 16}}
     config.loss.vae.lpips = 0.0
     config.optim = {"vae": _adamw(1e-3), "disc": _adamw(2e-4), "sit": _adamw(1e-3)}
     config.init.stats_images = 512
     config.precision = {"compute": "float32", "lpips": "float32"}
-    config.checkpoint.update(every=500, keep_last=1, keep_every=500)
+    config.checkpoint.update(every=250, keep_last=1, keep_every=250)
     config.log.every = 25
     config.hooks.update(samples_every=250, reconstructions_every=250, images=40)
     config.sampling.update(steps=50, guidance_scale=1.5)

@@ -27,33 +27,35 @@ from repae_jax.models.vit import VisionTransformer
 NUM_CLASSES = DigitsSource.num_classes
 NUM_FEATURES = 64  # of the classifier
 ENCODER = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
-ENCODER_STEPS = 400
-CLASSIFIER_STEPS = 400
-_BATCH_SIZE = 64
-_LEARNING_RATE = 2e-3
-_MAX_SHIFT = 0.1  # of the image's height
-_MAX_ANGLE = 0.2  # radians
+ENCODER_STEPS = 600
+CLASSIFIER_STEPS = 600
+_BATCH_SIZE = 32
+_LEARNING_RATE = 4e-3
+_MAX_SHIFT = 0.08  # of the image's height
+_MAX_ANGLE = 0.15  # radians
 _MAX_SCALING = 0.1
 _EVALUATION_BATCH_SIZE = 256
 _REPORTS = 4  # lines of progress per training
 
 
 class PatchMeanClassifier(nn.Module):
-    """Digit logits [B, 10] from the mean of the patch tokens, so that these, not the cls token, carry the meaning."""
+    """A linear layer on the mean of the patch tokens, so that these, not the cls token, carry the meaning."""
 
     encoder: VisionTransformer
 
     @nn.compact
     def __call__(self, x):
+        """Pre-processed images [B, H, H, 3] -> logits [B, 10]."""
         _, patches = self.encoder(x)
         return nn.Dense(NUM_CLASSES, name="head")(patches.mean(axis=1))
 
 
 class ConvClassifier(nn.Module):
-    """Images [B, H, W, 3] in [-1, 1] -> features [B, 64] of the penultimate layer, logits [B, 10]."""
+    """Three convolutions and two dense layers; what enters the last is the feature vector."""
 
     @nn.compact
     def __call__(self, x):
+        """Images [B, H, H, 3] in [-1, 1] -> (features [B, 64], logits [B, 10])."""
         for width, stride in ((32, 1), (64, 2), (64, 2)):
             x = nn.Conv(width, (3, 3), strides=stride)(x)
             x = nn.relu(nn.GroupNorm(num_groups=8)(x))
@@ -163,10 +165,11 @@ def load_classifier(path):
 def _image_size(params, path):
     """Height of the images that a classifier's parameters are for."""
     try:
-        image_size = 4 * math.isqrt(params["features"]["kernel"].shape[0] // NUM_FEATURES)
-    except (KeyError, TypeError, AttributeError):
-        image_size = 4  # not our names at all: the comparison says so
-    example = jnp.zeros((1, max(image_size, 4), max(image_size, 4), 3))
+        inputs = params["features"]["kernel"].shape[0]  # the last map, which has a quarter of the image's height
+    except (KeyError, IndexError):
+        inputs = 0  # another network: the comparison says so
+    image_size = 4 * max(math.isqrt(inputs // NUM_FEATURES), 1)
+    example = jnp.zeros((1, image_size, image_size, 3))
     expected = jax.eval_shape(ConvClassifier().init, jax.random.key(0), example)["params"]
     shapes, wanted = (
         {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep=".").items()}
@@ -289,9 +292,7 @@ def main(arguments=None):
     if options.encoder is None and options.classifier is None:
         parser.error("nothing to do: give --encoder FOLDER, --classifier FILE.safetensors, or both")
     if options.encoder:
-        train_encoder(
-            options.encoder, image_size=options.image_size, steps=options.encoder_steps, seed=options.seed
-        )
+        train_encoder(options.encoder, image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
     if options.classifier:
         train_classifier(
             options.classifier, image_size=options.image_size, steps=options.classifier_steps, seed=options.seed + 1

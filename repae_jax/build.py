@@ -36,8 +36,8 @@ JOBS = ("repae",)
 RANDOM = "random"  # instead of a weight file: to measure speed, or for tests
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 SECTIONS = {
-    "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "sit", "disc", "encoders", "lpips",
-    "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log", "hooks", "sampling",
+    "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "sit", "disc", "encoders",
+    "lpips", "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log", "hooks", "sampling",
 }  # fmt: skip
 VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "align")
 SIT_TERMS = ("velocity", "align")
@@ -123,7 +123,8 @@ def build(config, devices=None, encoders=None):
     Args:
       config: ConfigDict or nested dict, see configs/.
       devices: devices of the mesh; default all.
-      encoders: tuple of features.Encoder, if they were loaded before; default those that the config describes, without weights.
+      encoders: tuple of features.Encoder; default those that the config describes. () leaves projectors and
+        alignment out of the networks, for sampling.
 
     Returns:
       Job.
@@ -161,7 +162,7 @@ def build(config, devices=None, encoders=None):
         if config["data"]["image_size"] < disc.min_image_size:
             raise ValueError(
                 f"config.disc.num_layers={disc.num_layers} leaves no logit of config.data.image_size="
-                f"{config['data']['image_size']} pixels; lower num_layers, or use images of {disc.min_image_size} pixels or more"
+                f"{config['data']['image_size']} pixels; lower num_layers, or use {disc.min_image_size} pixels or more"
             )
     if "lpips" in recipe.vae_weights:
         lpips = LPIPS(dtype=_dtype("lpips", config))
@@ -196,7 +197,8 @@ def _latent_shape(config, vae):
     if size % vae.factor:
         raise ValueError(
             f"config.data.image_size={size} is not a multiple of the VAE's factor {vae.factor} "
-            f"(config.vae.channel_multipliers has {len(vae.channel_multipliers)} levels): use {size // vae.factor * vae.factor or vae.factor}"
+            f"(config.vae.channel_multipliers has {len(vae.channel_multipliers)} levels): "
+            f"use {size // vae.factor * vae.factor or vae.factor}"
         )
     side = size // vae.factor
     if side % patch:
@@ -210,18 +212,20 @@ def _recipe(config):
         unknown = sorted(set(loss[name]) - set(terms))
         if unknown:
             raise ValueError(f"config.loss.{name} has unknown terms {unknown}; allowed: {list(terms)}")
-    named = {
-        name: {term: float(weight) for term, weight in loss[name].items() if weight} for name in ("vae", "sit")
-    }
+    named = {name: {term: float(weight) for term, weight in loss[name].items() if weight} for name in ("vae", "sit")}
     if not {"l1", "l2"} & set(named["vae"]):
         raise ValueError("config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight")
     if "velocity" not in named["sit"]:
         raise ValueError("config.loss.sit.velocity must not be 0: it is the diffusion loss")
     aligned = [f"config.loss.{name}.align" for name in ("vae", "sit") if "align" in named[name]]
     if aligned and not config["encoders"]:
-        raise ValueError(f"{' and '.join(aligned)} need an encoder, but config.encoders is empty: add one or set the weights to 0")
+        raise ValueError(
+            f"{' and '.join(aligned)} need an encoder, but config.encoders is empty: add one or set the weights to 0"
+        )
     if config["encoders"] and not aligned:
-        raise ValueError("config.encoders has an encoder, but both config.loss.vae.align and config.loss.sit.align are 0: remove one")
+        raise ValueError(
+            "config.encoders has an encoder, but both config.loss.vae.align and config.loss.sit.align are 0: remove one"
+        )
     for name, allowed in (("path", interpolant.PATHS), ("time_distribution", interpolant.TIME_DISTRIBUTIONS)):
         if diffusion[name] not in allowed:
             raise ValueError(f"config.diffusion.{name}={diffusion[name]!r} is unknown; allowed: {sorted(allowed)}")
@@ -263,12 +267,16 @@ def _describe_encoder(name, config):
     check_names(f"config.encoders.{name}", fields, ENCODER_FIELDS)
     where, path, resolution = f"config.encoders.{name}", fields["weights"], config["data"]["image_size"]
     if not path:
-        raise ValueError(f"{where}.weights is empty: give a Hugging Face name or folder, or {RANDOM!r} for tests and benchmarks")
+        raise ValueError(
+            f"{where}.weights is empty: give a Hugging Face name or folder, or {RANDOM!r} for tests and benchmarks"
+        )
     dtype = _dtype("compute", config)
     if fields["architecture"] is not None:
         return features.make_encoder(fields["architecture"], resolution, image_size=fields["image_size"], dtype=dtype)
     if path == RANDOM:
-        raise ValueError(f"{where}.architecture must be set when the weights are {RANDOM!r}; allowed: {list(features.ARCHITECTURES)}")
+        raise ValueError(
+            f"{where}.architecture must be set when the weights are {RANDOM!r}; allowed: {list(features.ARCHITECTURES)}"
+        )
     return load_encoder(path, resolution, fields["image_size"], dtype)[0]
 
 
@@ -369,7 +377,11 @@ def create_initial_state(job, make_batches):
         tree = mapping.to_flax(table, weights.read_state_dict(init["disc"]), target, source=init["disc"])
         placed = {name: jax.device_put(tree[name], getattr(shardings.disc, name)) for name in tree}
         state = state.replace(disc=state.disc.replace(**placed))
-    stats = _read_latent_stats(init["latent_stats"], job) if init["latent_stats"] else _measure_latent_stats(job, state, make_batches)
+    stats = (
+        _read_latent_stats(init["latent_stats"], job)
+        if init["latent_stats"]
+        else _measure_latent_stats(job, state, make_batches)
+    )
     logging.info("latent statistics: mean %s, var %s", np.asarray(stats.mean), np.asarray(stats.var))
     place = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
     latent_stats = jax.tree.map(place, stats)

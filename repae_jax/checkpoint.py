@@ -183,9 +183,7 @@ class Checkpointer:
         for step, reason in damaged.items():
             source = self._directory / str(step)
             target = _free_name(self._workdir / "checkpoints_damaged", step)
-            logging.error(
-                "Checkpoint %s is damaged (%s). It is moved to %s; an older one is used.", source, reason, target
-            )
+            logging.error("Checkpoint %s is damaged (%s). It is moved to %s; an older one is used.", source, reason, target)
             if jax.process_index() == 0:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(target)
@@ -252,9 +250,7 @@ def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
     directory = _absolute(workdir) / "checkpoints"
     steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
     if not steps:
-        raise ValueError(
-            f"No checkpoints in {str(directory)!r}. Give the workdir of a run that has saved at least one."
-        )
+        raise ValueError(f"No checkpoints in {str(directory)!r}. Give the workdir of a run that has saved at least one.")
     if step is not None and step not in steps:
         raise ValueError(f"No checkpoint of step {step} in {str(directory)!r}. Steps present: {steps}.")
     return directory / str(steps[-1] if step is None else step)
@@ -395,9 +391,7 @@ def _describe(shape_and_dtype: tuple[tuple[int, ...], np.dtype]) -> str:
 
 
 def _unreadable(path: epath.Path, damage: str) -> ValueError:
-    return ValueError(
-        f"Checkpoint {str(path)!r} is damaged ({damage}). Ask for an older step, or put back an intact copy."
-    )
+    return ValueError(f"Checkpoint {str(path)!r} is damaged ({damage}). Ask for an older step, or put back an intact copy.")
 
 
 def _reason(error: BaseException) -> str:

@@ -88,9 +88,7 @@ class JsonLines:
         """
         reserved = sorted({"step", "time"} & set(scalars))
         if reserved:
-            raise ValueError(
-                f"Metric names {reserved} are taken by the step and time of each line. Rename the metrics."
-            )
+            raise ValueError(f"Metric names {reserved} are taken by the step and time of each line. Rename the metrics.")
         values = {name: _json_number(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), "time": time.time(), **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -110,9 +108,7 @@ class Progress:
       clock: returns seconds; replaceable in tests.
     """
 
-    def __init__(
-        self, total_steps: int, start_step: int, batch_size: int, *, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, total_steps: int, start_step: int, batch_size: int, *, clock: Callable[[], float] = time.monotonic):
         self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
         self._last_step, self._last_time, self._paused_seconds = start_step, clock(), 0.0
         self._smooth_seconds_per_step = None
@@ -140,9 +136,7 @@ class Progress:
           ValueError: no step was finished since the last update.
         """
         if step <= self._last_step:
-            raise ValueError(
-                f"step={step} does not exceed {self._last_step}, the last one. Update after a step is done."
-            )
+            raise ValueError(f"step={step} does not exceed {self._last_step}, the last one. Update after a step is done.")
         now = self._clock()
         seconds = max(now - self._last_time - self._paused_seconds, 1e-9)  # a coarse clock may not have moved
         seconds_per_step = seconds / (step - self._last_step)

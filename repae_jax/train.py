@@ -49,8 +49,8 @@ def check_finite(step, metrics, limit):
     if in_a_row >= limit:
         bad = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
         raise TrainingStopped(
-            f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because these were not "
-            f"finite: {', '.join(f'{name}={value}' for name, value in sorted(bad.items()))}. Parameters are those of step "
+            f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because these were "
+            f"not finite: {', '.join(f'{name}={value}' for name, value in sorted(bad.items()))}. Parameters are those of step "
             f"{step - in_a_row}; the last checkpoint is intact. Lower the learning rate of the network named, or use "
             f"config.precision.compute='float32', and resume"
         )
@@ -74,7 +74,9 @@ def make_hooks(job, source, workdir, writer):
     labels = placed(np.arange(count, dtype=np.int32) * num_classes // count)
 
     def samples(step, state):
-        made = run_generate(generate.sampling_params(state), labels, placed(np.arange(count)), jax.random.key(job.config["seed"]))
+        made = run_generate(
+            generate.sampling_params(state), labels, placed(np.arange(count)), jax.random.key(job.config["seed"])
+        )
         save("samples", step, images.grid(np.asarray(made), columns))
 
     run_reconstruct = jax.jit(generate.make_reconstruct(job.nets))
@@ -134,7 +136,6 @@ def train(config, workdir):
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step_fn = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
         key = jax.random.key(job.config["seed"])
-        progress = Progress(steps, start, config.data.batch_size)
         pending = collections.deque()  # metrics are read two steps late, so that the device never waits
         stopped = stack.enter_context(stop_signal())
         for step in range(start + 1, steps + 1):
@@ -143,12 +144,15 @@ def train(config, workdir):
             last = step == steps or stopped.is_set()
             while pending and (last or step % every == 0 or pending[0][0] <= step - 2):
                 check_finite(*pending.popleft(), config.max_skipped_in_a_row)
-            if step % config.log.every == 0 or last or step == start + 1:
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                progress = Progress(steps, step, config.data.batch_size)  # compilation is not speed
+            if step % config.log.every == 0 or last or step == 1:
                 values = {name: float(value) for name, value in metrics.items()} | {"bad_records": loader.bad_records}
-                speed = progress.update(step)
+                speed = progress.update(step) if step > start + 1 else {}
                 writer.write_scalars(step, values | speed)
                 if jax.process_index() == 0:
-                    print(progress.line(step, values), flush=True)
+                    print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
             with progress.paused():
                 for hook_every, hook in hooks:
                     if step % hook_every == 0 or step == steps:
@@ -164,6 +168,12 @@ def train(config, workdir):
     return state, not stopped.is_set()
 
 
+def shown(values):
+    """Names of the metrics worth a place on the progress line; the files hold them all."""
+    names = [name for name in values if name.startswith(("vae/", "sit/")) and not name.endswith("kl")]
+    return names + [name for name in ("disc/loss", "skipped", "bad_records") if values.get(name)]
+
+
 def summary(job, state, source):
     """One paragraph on what is about to run."""
 
@@ -171,8 +181,8 @@ def summary(job, state, source):
         return "-" if net is None else f"{sum(x.size for x in jax.tree.leaves(net.params)) / 1e6:.1f} M"
 
     return (
-        f"{job.config['job']}: {len(source)} images in {source.num_classes} classes; VAE {count(state.vae)}, SiT {count(state.sit)}, "
-        f"discriminator {count(state.disc)} parameters; latents {job.latent_shape}; encoders "
+        f"{job.config['job']}: {len(source)} images in {source.num_classes} classes; VAE {count(state.vae)}, "
+        f"SiT {count(state.sit)}, discriminator {count(state.disc)} parameters; latents {job.latent_shape}; encoders "
         f"{[encoder.name for encoder in job.encoders]}; mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
     )
 

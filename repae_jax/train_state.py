@@ -115,6 +115,4 @@ def keep_if_finite(finite, new, old):
     """
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     bad = 1 - finite.astype(jnp.int32)
-    return kept.replace(
-        step=old.step + 1, skipped=old.skipped + bad, skipped_in_a_row=(old.skipped_in_a_row + 1) * bad
-    )
+    return kept.replace(step=old.step + 1, skipped=old.skipped + bad, skipped_in_a_row=(old.skipped_in_a_row + 1) * bad)

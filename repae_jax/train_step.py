@@ -1,10 +1,10 @@
 """The training step of REPA-E, from top to bottom.
 
-A VAE and a SiT are trained together. The diffusion loss alone would collapse the latent space, so a stop-gradient keeps it from the
-VAE; the representation-alignment (REPA) loss trains both. Reference: REPA-E (arXiv 2504.10483) and its `train_repae.py`.
+A VAE and a SiT are trained together. The diffusion loss alone would collapse the latent space, so a stop-gradient keeps it from
+the VAE; the representation-alignment (REPA) loss trains both. Reference: REPA-E (arXiv 2504.10483) and its `train_repae.py`.
 
-The published loop updates VAE, discriminator and SiT one after the other. Each of its losses uses tensors made before any of the
-three updates, so the simultaneous update written here gives the same numbers.
+The published loop updates VAE, discriminator and SiT one after the other. Each of its losses uses tensors made before any of
+the three updates, so the simultaneous update written here gives the same numbers.
 """
 
 from collections.abc import Mapping
@@ -306,8 +306,8 @@ def repae_update(state, images, labels, targets, draws, frozen, *, nets, tx, rec
     batch = {"images": images, "labels": labels, "targets": targets, "draws": draws}
     (running, lecam), vae_means, latents = accumulate(vae_and_disc, carry, batch, recipe.accumulation)
 
-    # 3. SiT: the diffusion loss must not reach the VAE, so the latents are detached; normalised with the statistics of the whole
-    #    batch, also under accumulation. The same t and noise as in 1, but another input: the two passes cannot be merged.
+    # 3. SiT: the diffusion loss must not reach the VAE, so the latents are detached; normalised with the statistics of the
+    #    whole batch, also under accumulation. The same t and noise as in 1, but another input: the two passes cannot be merged.
     latents = jax.lax.stop_gradient(latents)
     stats = batch_stats(latents)
     latent_stats = update_running(state.latent_stats, stats, latents.size // latents.shape[-1], recipe.norm_momentum)
@@ -357,8 +357,8 @@ def accumulate(fn, carry, batch, parts):
     Args:
       fn: (carry, micro-batch) -> (carry, tree to average over micro-batches, tree with a leading batch axis or None).
       carry: passed from one micro-batch to the next.
-      batch: tree of [B, ...]; B divisible by `parts`. Micro-batch j takes rows j, j + parts, …, so that a batch sharded over its
-        first axis stays where it is.
+      batch: tree of [B, ...]; B divisible by `parts`. Micro-batch j takes rows j, j + parts, …, so that a batch sharded over
+        its first axis stays where it is.
       parts: number of micro-batches.
 
     Returns:

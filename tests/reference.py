@@ -1,7 +1,7 @@
 """Loader of the golden values: inputs and outputs of the published PyTorch code, with weights drawn by rule.
 
-A case is NAME.npz beside NAME.json in `REPAE_GOLDEN_DIR` (default: tests/golden). Sizes and hyper-parameters come from the JSON,
-so that another folder of the same form runs unchanged.
+A case is NAME.npz beside NAME.json in `REPAE_GOLDEN_DIR` (default: tests/golden). Sizes and hyper-parameters come from the
+JSON, so that another folder of the same form runs unchanged.
 """
 
 import json

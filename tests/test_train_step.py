@@ -46,9 +46,7 @@ def golden_run(name):
         norm_momentum=hyper["bn_momentum"],
         ema_decay=hyper["ema"],
     )
-    stats = ChannelStats(
-        mean=jnp.asarray(case.arrays["latents_bias"]), var=jnp.asarray(1 / case.arrays["latents_scale"]) ** 2
-    )
+    stats = ChannelStats(mean=jnp.asarray(case.arrays["latents_bias"]), var=jnp.asarray(1 / case.arrays["latents_scale"]) ** 2)
     state = create_state(
         vae=create_net(vae_params, tx.vae),
         disc=create_net(disc_variables["params"], tx.disc, disc_variables["batch_stats"]),
@@ -125,8 +123,8 @@ LOG_NAMES = {
 def after_arrays(case, golden, last):
     """(module, entry, array) of the whole weights stored for one step.
 
-    A file may hold, for every step, the arrays as they were after the last one (its maker kept views of tensors that were updated in
-    place). Those belong to this step only if their norm is the one recorded for it; at the last step all must.
+    A file may hold, for every step, the arrays as they were after the last one (its maker kept views of tensors that were updated
+    in place). Those belong to this step only if their norm is the one recorded for it; at the last step all must.
     """
     order = case.meta["state_dict_order"]
     for key in (k for k in golden if k.startswith("after:")):

@@ -182,7 +182,15 @@ class AutoencoderKL(nn.Module):
                 )
         fields = {
             name: getattr(self, name)
-            for name in ("channels", "channel_multipliers", "num_res_blocks", "attention_levels", "norm_groups", "remat", "dtype")
+            for name in (
+                "channels",
+                "channel_multipliers",
+                "num_res_blocks",
+                "attention_levels",
+                "norm_groups",
+                "remat",
+                "dtype",
+            )
         }
         c = self.latent_channels
         self.encoder = Encoder(**fields, out_channels=2 * c)

@@ -41,9 +41,9 @@ class SiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         width = x.shape[-1]
-        modulation = nn.Dense(
-            6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation"
-        )(nn.silu(c))
+        modulation = nn.Dense(6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation")(
+            nn.silu(c)
+        )
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
         attention = layers.Attention(

@@ -53,10 +53,8 @@ def generator_total(case, disc, variables, recon):
     pixel = reconstruction.l1 if config["reconstruction_loss"] == "l1" else reconstruction.l2
     terms = {
         "reconstruction_loss": config["reconstruction_weight"] * pixel(case.image, recon),
-        "perceptual_loss": config["perceptual_weight"]
-        * reconstruction.perceptual(case.lpips, case.image, recon, APRIL_2025),
-        "kl_loss": config["kl_weight"]
-        * reconstruction.kl(DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))),
+        "perceptual_loss": config["perceptual_weight"] * reconstruction.perceptual(case.lpips, case.image, recon, APRIL_2025),
+        "kl_loss": config["kl_weight"] * reconstruction.kl(DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))),
         "weighted_gan_loss": config["discriminator_weight"]
         * config["discriminator_factor"]
         * adversarial.generator_loss(logits),
@@ -88,9 +86,7 @@ def test_lpips_in_both_input_ranges(case, record_property):
     reference.check(per_image, expected["lpips_as_called"].ravel(), reference.NETWORK_RTOL, "per image", record_property)
     correct = case.lpips(case.image, case.recon)
     reference.check(correct, expected["lpips_inputs_in_0_1"].ravel(), reference.NETWORK_RTOL, "correct range", record_property)
-    np.testing.assert_array_equal(
-        reconstruction.perceptual(case.lpips, case.image, case.recon, (-1.0, 1.0)), jnp.mean(correct)
-    )
+    np.testing.assert_array_equal(reconstruction.perceptual(case.lpips, case.image, case.recon, (-1.0, 1.0)), jnp.mean(correct))
 
 
 def test_discriminator_terms_gradients_and_statistics(case, record_property):

@@ -70,7 +70,9 @@ def test_matches_the_published_sit(name, record_property):
     for path in ("linear", "cosine"):
         velocity, projections = apply(params, interpolant.interpolate(path, z, noise, t), t, labels)
         per_sample = interpolant.mean_squared_velocity_error(path, velocity, z, noise, t)
-        reference.check(per_sample, expected[f"eval_{path}_denoising_loss"], loss_rtol, f"{path} denoising loss", record_property)
+        reference.check(
+            per_sample, expected[f"eval_{path}_denoising_loss"], loss_rtol, f"{path} denoising loss", record_property
+        )
         check_alignment(alignment_loss(projections, targets), expected[f"eval_{path}_proj_loss"], path)
     for i, projection in enumerate(projections):  # the file keeps those of the cosine path
         reference.check(projection, expected[f"projected{i}"], rtol, f"projection {i}", record_property)
@@ -199,7 +201,11 @@ def test_layers_of_a_stack_start_differently():
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"encoder_depth": 5}, "encoder_depth=5 must lie in 1..depth=4"), ({"num_heads": 3}, "num_heads=3"), ({"remat": "all"}, "remat='all'")],
+    [
+        ({"encoder_depth": 5}, "encoder_depth=5 must lie in 1..depth=4"),
+        ({"num_heads": 3}, "num_heads=3"),
+        ({"remat": "all"}, "remat='all'"),
+    ],
 )
 def test_bad_sizes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

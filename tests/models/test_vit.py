@@ -113,9 +113,7 @@ def test_saved_encoder_is_read_by_transformers(tmp_path, record_property, extra)
 
 @pytest.mark.parametrize("fields", [{"grid": (2, 3)}, {"mlp_ratio": 2.5}])
 def test_save_refuses_what_the_config_cannot_express(tmp_path, fields):
-    module = VisionTransformer(
-        **{"patch_size": 7, "hidden_size": 8, "depth": 1, "num_heads": 2, "grid": (2, 2), **fields}
-    )
+    module = VisionTransformer(**{"patch_size": 7, "hidden_size": 8, "depth": 1, "num_heads": 2, "grid": (2, 2), **fields})
     with pytest.raises(ValueError, match="square grids and whole ratios"):
         conversion.save_encoder(tmp_path / "encoder", module, {})
     assert not (tmp_path / "encoder").exists()

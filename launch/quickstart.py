@@ -1,0 +1,160 @@
+"""REPA-E from scratch on scikit-learn's handwritten digits, on a CPU, with everything it needs made here.
+
+1. An alignment target: a small encoder of DINOv2's architecture learns the digits and is saved in Hugging Face layout.
+2. A judge: a separate small classifier, whose features give the Frechet distance and whose labels give the label accuracy.
+3. REPA-E: `configs/repae.py:digits` trains VAE and SiT together, the encoder loaded as facebook/dinov2-base would be.
+4. Pictures and summary.json.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import digits_models
+import jax
+import numpy as np
+import plots
+from absl import logging
+
+from configs import repae
+from repae_jax import generate, sample
+from repae_jax.data.digits import DigitsSource
+from repae_jax.images import save_png
+from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.train import train
+
+CURVES = {
+    "VAE": ["vae/l1", "vae/align"],
+    "SiT": ["sit/velocity", "sit/align"],
+    "discriminator": ["disc/hinge", "disc/logits_real", "disc/logits_fake"],
+    "gradient norms": ["grad_norm/vae", "grad_norm/sit", "grad_norm/disc"],
+}
+SAMPLER = {"sampler": "heun", "steps": 16}
+GUIDANCE = 1.5
+PER_CLASS = 50  # generated digits of each class, for every number
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="training steps; default: the config's")
+    return parser.parse_args(argv)
+
+
+def generated(workdir, step, guidance_scale):
+    """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
+    job, params, _ = sample.load_run(workdir, step)
+    labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
+    sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
+    batches = sample.sample_batches(job, params, sampling, labels, batch_size=100, seed=0)
+    return np.concatenate([made for _, made in batches]), labels
+
+
+def checkpoint_steps(workdir):
+    """Steps of the checkpoints kept in a run's folder, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def evaluate(workdir, classify):
+    """Frechet distance at every kept checkpoint, and the share of digits that the classifier reads as asked for.
+
+    Args:
+      workdir: the run's folder.
+      classify: images -> (features, logits).
+
+    Returns:
+      dict of numbers for the summary.
+    """
+    data = {split: _stack(DigitsSource(16, split)) for split in ("train", "test")}
+    real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}
+    fid = {}
+    for step in checkpoint_steps(workdir):
+        made, _ = generated(workdir, step, guidance_scale=1.0)
+        fid[step] = frechet_distance(*gaussian_stats(classify(made)[0]), *real["train"])
+        print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
+    made, labels = generated(workdir, max(fid), GUIDANCE)
+    rows = made.reshape(10, PER_CLASS, *made.shape[1:])[:, :16].reshape(-1, *made.shape[1:])
+    save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
+    return {
+        "fid": fid,
+        "fid_of_held_out_digits": frechet_distance(*real["test"], *real["train"]),
+        "label_accuracy": float(np.mean(np.argmax(classify(made)[1], axis=-1) == labels)),
+        "guidance_scale": GUIDANCE,
+        "generated_digits": len(labels),
+    }
+
+
+def _stack(source):
+    return np.stack([source[i]["image"] for i in range(len(source))])
+
+
+def training_numbers(workdir):
+    """Numbers of the run from its metrics.jsonl; seconds count training alone, without compilation and pictures."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "seconds_per_step" in line]
+    return {
+        "steps": lines[-1]["step"],
+        "training_seconds": float(np.median([line["seconds_per_step"] for line in timed])) * lines[-1]["step"],
+        "images_per_second": float(np.median([line["images_per_second"] for line in timed])),
+        "recon_l1": {"first": lines[0]["vae/l1"], "last": lines[-1]["vae/l1"]},
+        "alignment": {"first": lines[0]["vae/align"], "last": lines[-1]["vae/align"]},
+        "skipped_updates": lines[-1]["skipped"],
+    }
+
+
+def write_json(path, content):
+    """Atomic, readable JSON."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def main():
+    """Runs the four parts; every one is skipped or continued if it was done before."""
+    args = parse_args()
+    start, workdir = time.monotonic(), args.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity(logging.WARNING)
+
+    print("1/4 alignment target: a small encoder of DINOv2's architecture", flush=True)
+    encoder = digits_models.train_encoder(workdir / "encoder", image_size=16)
+    print("2/4 judge: a separate classifier", flush=True)
+    classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
+
+    config = repae.get_config("digits")
+    config.encoders.dinov2.weights = str(workdir / "encoder")
+    if args.steps:
+        config.steps = args.steps
+    print(f"3/4 REPA-E: {config.steps} steps", flush=True)
+    try:
+        _, finished = train(config, workdir)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not finished:
+        sys.exit("interrupted; run the same command to continue")
+
+    print("4/4 evaluation and pictures", flush=True)
+    numbers = training_numbers(workdir) | evaluate(workdir, digits_models.load_classifier(workdir / "classifier.safetensors"))
+    plots.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", CURVES)
+    newest = max((workdir / "reconstructions").glob("*.png"))
+    shutil.copy(newest, workdir / "reconstructions.png")
+    summary = {
+        **numbers,
+        "seconds": time.monotonic() - start,
+        "classifier_accuracy": classifier_accuracy,
+        "encoder_accuracy": encoder["accuracy"],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    write_json(workdir / "summary.json", summary)
+    print(json.dumps(summary, indent=2))
+    for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json"):
+        print(workdir / name)
+
+
+if __name__ == "__main__":
+    main()

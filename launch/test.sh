@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Installs the `test` extra into .venv and runs the suite. Arguments go to pytest: bash launch/test.sh -k sit
+source "$(dirname "$0")/environment.sh" test
+ruff check .
+exec python -m pytest "$@"

@@ -1,0 +1,227 @@
+"""Sampling: `python -m repae_jax.sample --workdir runs/repae --num_samples 50000`.
+
+Writes NAME.npz (key arr_0, uint8 [N, H, W, 3]; labels in arr_1, as ADM's evaluator reads it) and NAME.png, a picture of the
+first samples. Interrupted runs continue where they stopped: finished batches are kept in NAME.parts/ until the npz is whole.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from repae_jax import build, checkpoint, generate, images, sharding
+from repae_jax.train_state import Ema
+
+LABELS = ("random", "balanced")
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a training run")
+    parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
+    parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
+    parser.add_argument("--num_samples", type=int, default=64, help="exactly so many images")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over all devices")
+    parser.add_argument(
+        "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
+    )
+    parser.add_argument("--classes", type=int, nargs="*", help="draw labels from these classes only")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
+    unset = "; default: the run's config.sampling"
+    parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE" + unset)
+    parser.add_argument("--steps", type=int, help="sampling steps" + unset)
+    parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
+    parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
+    parser.add_argument("--guidance_high", type=float, help="… up to this t (1 is noise)" + unset)
+    parser.add_argument("--grid", type=int, default=64, help="how many samples the picture shows")
+    args = parser.parse_args(argv)
+    for name in ("num_samples", "batch_size", "grid"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def draw_labels(kind, count, classes, seed):
+    """Labels of all samples.
+
+    Args:
+      kind: 'random', or 'balanced': counts differ by at most one.
+      count: number of samples.
+      classes: sequence of class labels to use.
+      seed: of the draw or the shuffle.
+
+    Returns:
+      int32 numpy [count].
+    """
+    rng = np.random.default_rng(seed)
+    if kind == "random":
+        return rng.choice(np.asarray(classes, np.int32), count)
+    return rng.permutation(np.resize(np.asarray(classes, np.int32), count))
+
+
+def load_run(workdir, step=None, devices=None):
+    """What sampling needs of a training run.
+
+    Args:
+      workdir: folder of the run.
+      step: checkpoint; default the newest.
+      devices: default all.
+
+    Returns:
+      (job, params for `generate.make_generate`, step).
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
+    config = checkpoint.read_config(workdir, step)
+    devices = jax.devices() if devices is None else devices
+    # the training batch does not matter here, nor do encoders and projectors
+    config = {**config, "mesh": {"fsdp": 1}, "accumulation": 1, "data": {**config["data"], "batch_size": len(devices)}}
+    job = build.build(config, devices, encoders=())
+    state = build.abstract_state(job)
+    subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats), "vae": {"params": state.vae.params}}
+    loaded, step = checkpoint.restore_subset(workdir, subset, step)
+    params = {"sit": loaded["ema"].params, "vae": loaded["vae"]["params"], "latent_stats": loaded["ema"].latent_stats}
+    return job, params, step
+
+
+def sample_batches(job, params, sampling, labels, batch_size, seed, skip=()):
+    """Samples, batch by batch.
+
+    Args:
+      job: Job.
+      params: see `load_run`.
+      sampling: Sampling.
+      labels: int32 [N].
+      batch_size: images at a time; a multiple of the devices.
+      seed: of the noise.
+      skip: batch indices not to make.
+
+    Yields:
+      (batch index, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
+    """
+    run = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, sampling))
+    put = functools.partial(jax.device_put, device=sharding.batch_sharding(job.mesh))
+    for index, first in enumerate(range(0, len(labels), batch_size)):
+        if index in skip:
+            continue
+        ids = np.arange(first, first + batch_size)  # the last batch is filled up, so that one program serves all
+        part = labels[np.minimum(ids, len(labels) - 1)]
+        made = run(params, put(part), put(ids), jax.random.key(seed))
+        yield index, np.asarray(made)[: len(labels) - first]
+
+
+def write_npz(path, parts, labels):
+    """ADM's npz from per-batch files, one batch in memory at a time; atomic.
+
+    Args:
+      path: of the npz.
+      parts: .npy files in order, uint8 [b, H, W, 3].
+      labels: int32 [N].
+    """
+    shape = np.load(parts[0], mmap_mode="r").shape[1:]
+    temporary = path.with_name(path.name + ".tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(np.ascontiguousarray(np.load(part)).tobytes())
+        with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array(file, labels)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _save_part(path, array):
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _open_parts(folder, settings):
+    """Folder of finished batches, made by these settings or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / "settings.json"
+    if manifest.exists():
+        before = json.loads(manifest.read_text())
+        differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
+        if differing:
+            raise ValueError(
+                f"{folder} holds batches made with other settings (there, here): {differing}; "
+                f"choose another --out, or the old settings"
+            )
+    else:
+        temporary = manifest.with_suffix(".tmp")
+        temporary.write_text(json.dumps(settings, indent=2))
+        os.replace(temporary, manifest)
+    return folder
+
+
+def run(args):
+    """Sample as the command line says; returns the path of the npz."""
+    if jax.process_count() > 1:
+        raise ValueError("sampling runs in one process; start it on one host")
+    job, params, step = load_run(args.workdir, args.step)
+    if args.batch_size % job.mesh.size:
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {job.mesh.size} devices")
+    overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
+    sampling = dataclasses.replace(job.sampling, **{name: value for name, value in overrides.items() if value is not None})
+    num_classes = job.config["data"]["num_classes"]
+    classes = args.classes or list(range(num_classes))
+    if min(classes) < 0 or max(classes) >= num_classes:
+        raise ValueError(f"--classes {classes}: allowed are 0..{num_classes - 1}")
+    labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
+    how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
+    name = f"{step:07d}-{how}-{args.labels}-{args.num_samples}-seed{args.seed}"
+    out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
+    npz = out.with_name(out.name + ".npz")
+    if npz.exists():
+        raise ValueError(f"{npz} exists; choose another --out, or move it away")
+    settings = {
+        "step": step, "num_samples": args.num_samples, "batch_size": args.batch_size, "labels": args.labels, "classes": classes,
+        "seed": args.seed, **dataclasses.asdict(sampling),
+    }  # fmt: skip
+    folder = _open_parts(out.with_name(out.name + ".parts"), settings)
+    count = -(-args.num_samples // args.batch_size)
+    paths = [folder / f"{index:06d}.npy" for index in range(count)]
+    done = {index for index, path in enumerate(paths) if path.exists()}
+    with tqdm(total=args.num_samples, initial=len(done) * args.batch_size, unit="img", desc=f"step {step}") as bar:
+        for index, made in sample_batches(job, params, sampling, labels, args.batch_size, args.seed, skip=done):
+            _save_part(paths[index], made)
+            bar.update(len(made))
+    write_npz(npz, paths, labels)
+    shown = np.concatenate([np.load(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
+    images.save_png(out.with_name(out.name + ".png"), images.grid(shown, int(np.ceil(np.sqrt(len(shown))))))
+    shutil.copy(folder / "settings.json", out.with_name(out.name + ".json"))
+    shutil.rmtree(folder)  # everything in it is in the npz now
+    return npz
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    args = parse_args()
+    try:
+        npz = run(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.num_samples} samples: {npz}\npicture: {npz.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Package metadata; `pip install -e .[test]` for development."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="repae_jax",
+    version="0.1.0",
+    description="REPA-E: end-to-end training of VAE and latent diffusion transformer, in JAX and Flax",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["repae_jax*", "checkpoints_tools*", "configs*"]),
+    install_requires=[
+        "absl-py>=2.0",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "etils[epath]>=1.5",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.12,<0.3",
+        "huggingface_hub>=0.30",
+        "jax>=0.10,<0.11",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=10",
+        "safetensors>=0.8",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.18",  # for clu's metric writers, with the next line
+        "tensorflow-cpu>=2.18",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        # conversion of PyTorch files; on a machine without a GPU, torch's CPU build is enough
+        "torch": ["torch>=2.5", "transformers>=5.0"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "torch>=2.5", "transformers>=5.0", "ruff>=0.9"],
+    },
+)
