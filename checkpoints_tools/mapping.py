@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from einops import rearrange
+from einops import EinopsError, rearrange
 from flax import traverse_util
 
 
@@ -142,32 +142,40 @@ def to_flax(table, state_dict, target, source="state dict"):
         problems += [f"no such parameter here: {path} (from {entry.torch[0]})" for path in unknown]
         if missing or unknown:
             continue
-        try:
-            layers = [_split(entry, np.asarray(state_dict[name])) for name in entry.torch]
-            parts = [np.stack(part) if entry.stacked else part[0] for part in zip(*layers)]
-        except Exception as error:  # any rank or size mismatch of any layer: report it with the others
-            problems.append(f"wrong shape: {entry.torch[0]} {tuple(np.shape(state_dict[entry.torch[0]]))}: {error}")
+        layers = [_split(entry, name, np.asarray(state_dict[name]), wanted, problems) for name in entry.torch]
+        if None in layers or (entry.stacked and len(layers) != wanted[entry.flax[0]].shape[0]):
+            if None not in layers:
+                count = wanted[entry.flax[0]].shape[0]
+                problems.append(f"wrong depth: {entry.flax[0]} has {count} layers, the table {len(layers)}")
             continue
-        for path, part in zip(entry.flax, parts):
-            if part.shape != wanted[path].shape:
-                got = tuple(np.shape(state_dict[entry.torch[0]]))
-                problems.append(f"wrong shape: {entry.torch[0]} {got} gives {part.shape}, {path} needs {wanted[path].shape}")
-            elif not np.isfinite(part).all():
-                problems.append(f"not finite: {entry.torch[0]}")
+        for path, *parts in zip(entry.flax, *layers):
             if path in filled:
                 problems.append(f"filled twice: {path}")
-            filled[path] = np.ascontiguousarray(part, wanted[path].dtype)
+            part = np.stack(parts) if entry.stacked else parts[0]
+            filled[path] = np.asarray(part, wanted[path].dtype, order="C")
     covered = {path for entry in table.entries for path in entry.flax}
     problems += [f"filled by no table entry: {path} {wanted[path].shape}" for path in set(wanted) - covered]
     _report(problems, f"{source} does not fit the network")
     return traverse_util.unflatten_dict(filled, sep="/")
 
 
-def _split(entry, array):
-    if array.ndim and array.shape[0] % len(entry.flax):
-        raise ValueError(f"first axis does not split into {len(entry.flax)}")
-    parts = np.split(array, len(entry.flax)) if len(entry.flax) > 1 else [array]
-    return [entry.layout.to_flax(part) for part in parts]
+def _split(entry, name, array, wanted, problems):
+    """Parts of one PyTorch array in our layout, one per Flax path; None, and a problem noted, if they do not fit."""
+    shapes = [wanted[path].shape[1 if entry.stacked else 0 :] for path in entry.flax]
+    try:
+        parts = np.split(array, len(shapes)) if len(shapes) > 1 else [array]
+        parts = [entry.layout.to_flax(part) for part in parts]
+    except (ValueError, EinopsError) as error:  # another rank, or sizes that do not divide
+        problems.append(f"wrong shape: {name} {array.shape} (fills {', '.join(entry.flax)}): {error}".split("\n")[0])
+        return None
+    if [part.shape for part in parts] != shapes:
+        got = ", ".join(str(part.shape) for part in parts)
+        needed = ", ".join(f"{path} {shape}" for path, shape in zip(entry.flax, shapes))
+        problems.append(f"wrong shape: {name} {array.shape} gives {got}; needed: {needed}")
+        return None
+    if not np.isfinite(array).all():
+        problems.append(f"not finite: {name}")
+    return parts
 
 
 def to_torch(table, tree):
@@ -192,5 +200,5 @@ def to_torch(table, tree):
     for entry in table.entries:
         for i, name in enumerate(entry.torch):
             parts = [entry.layout.to_torch(leaves[path][i] if entry.stacked else leaves[path]) for path in entry.flax]
-            state_dict[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+            state_dict[name] = np.asarray(np.concatenate(parts) if len(parts) > 1 else parts[0], order="C")
     return state_dict

@@ -74,6 +74,7 @@ def get_config(arg=""):
         "mlp_ratio": 4.0,
         "qk_norm": False,
         "remat": "dots",  # 'none', 'dots' (recompute all but matmuls) or 'full'
+        "unroll": 1,  # blocks per iteration of the scanned stacks
     }
     config.disc = {"channels": 64, "num_layers": 3}
     config.encoders = {
@@ -137,7 +138,9 @@ def _digits(config):
         "max_bad_fraction": 0.0,
     }
     config.vae.update(latent_channels=8, channel_multipliers=(1, 2, 3), channels=16, norm_groups=8, num_res_blocks=1)
-    config.sit.update(patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none")
+    config.sit.update(
+        patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none", unroll=6
+    )
     config.disc.update(channels=32, num_layers=2)
     config.encoders = {"dinov2": {"architecture": placeholder(object), "weights": "", "image_size": 16}}
     config.loss.vae.lpips = 0.0

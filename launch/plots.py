@@ -29,7 +29,7 @@ def plot_curves(metrics_jsonl, path, groups):
         raise ValueError(
             f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {', '.join(sorted(curves)) or 'none yet'}"
         )
-    columns = min(len(groups), 3)
+    columns = int(np.ceil(np.sqrt(len(groups))))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), dpi=120, layout="constrained")
     for i, (title, names) in enumerate(groups.items(), start=1):

@@ -47,7 +47,7 @@ def parse_args(argv=None):
 
 def generated(workdir, step, guidance_scale):
     """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
-    job, params, _ = sample.load_run(workdir, step)
+    job, params, _ = sample.load_run(workdir, step, jax.devices()[:1])
     labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
     sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
     batches = sample.sample_batches(job, params, sampling, labels, batch_size=100, seed=0)

@@ -55,6 +55,11 @@ FIELDS = {
     "log": {"every"},
     "hooks": {"samples_every", "reconstructions_every", "images"},
 }
+AT_LEAST = (
+    ("data", "image_size", 1), ("data", "num_classes", 1), ("data", "batch_size", 1), ("init", "stats_images", 1),
+    ("checkpoint", "every", 1), ("checkpoint", "keep_last", 1), ("log", "every", 1),
+    ("hooks", "images", 1), ("hooks", "samples_every", 0), ("hooks", "reconstructions_every", 0),
+)  # fmt: skip
 ENCODER_FIELDS = {"architecture", "weights", "image_size"}
 
 
@@ -140,8 +145,10 @@ def build(config, devices=None, encoders=None):
         raise ValueError(f"config.job={config['job']!r} is unknown; allowed: {list(JOBS)}")
     for name in ("steps", "accumulation", "max_skipped_in_a_row"):
         _at_least(f"config.{name}", config[name], 1)
-    for section, name in (("checkpoint", "every"), ("checkpoint", "keep_last"), ("log", "every"), ("init", "stats_images")):
-        _at_least(f"config.{section}.{name}", config[section][name], 1)
+    for section, name, low in AT_LEAST:
+        _at_least(f"config.{section}.{name}", config[section][name], low)
+    if not 0 <= config["ema_decay"] < 1:
+        raise ValueError(f"config.ema_decay={config['ema_decay']} must lie in [0, 1)")
     recipe = _recipe(config)
     mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices)
     sharding.check_batch(config["data"]["batch_size"], config["accumulation"], mesh)
@@ -231,6 +238,8 @@ def _recipe(config):
             raise ValueError(f"config.diffusion.{name}={diffusion[name]!r} is unknown; allowed: {sorted(allowed)}")
     if not 0 <= diffusion["label_dropout"] < 1:
         raise ValueError(f"config.diffusion.label_dropout={diffusion['label_dropout']} must lie in [0, 1)")
+    if not 0 < diffusion["norm_momentum"] <= 1:
+        raise ValueError(f"config.diffusion.norm_momentum={diffusion['norm_momentum']} must lie in (0, 1]")
     low, high = config["lpips"]["input_range"]
     if not low < high:
         raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
@@ -251,6 +260,8 @@ def optimizer(learning_rate, warmup_steps, b1, b2, eps, weight_decay, clip_norm)
     """AdamW behind clipping by the network's global gradient norm; the rate rises linearly over `warmup_steps`."""
     _at_least("learning_rate", learning_rate, 0)
     _at_least("warmup_steps", warmup_steps, 0)
+    if clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive; a large one never clips")
     schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)

@@ -24,8 +24,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
-# goes on, what it reports and where it computes, not what it computes.
-RESUMABLE = ("steps", "log", "hooks", "checkpoint", "sampling", "mesh", "data.workers")
+# goes on, what it reports and where it reads and computes, not what it computes. `init` matters at step 0 alone.
+RESUMABLE = (
+    "steps", "log", "hooks", "checkpoint", "sampling", "mesh", "init", "max_skipped_in_a_row", "data.workers",
+    "data.options.path", "data.max_bad_fraction", "sit.remat", "sit.unroll", "vae.remat",
+)  # fmt: skip
 
 _ABSENT = "<absent>"
 

@@ -47,10 +47,10 @@ def check_finite(step, metrics, limit):
     """TrainingStopped, naming the terms, once `limit` updates in a row were skipped."""
     in_a_row = int(metrics["skipped_in_a_row"])
     if in_a_row >= limit:
-        bad = {name: float(value) for name, value in metrics.items() if not math.isfinite(value)}
+        bad = ", ".join(f"{name}={float(value)}" for name, value in sorted(metrics.items()) if not math.isfinite(value))
         raise TrainingStopped(
-            f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because these were "
-            f"not finite: {', '.join(f'{name}={value}' for name, value in sorted(bad.items()))}. Parameters are those of step "
+            f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because "
+            f"these were not finite: {bad}. Parameters are those of step "
             f"{step - in_a_row}; the last checkpoint is intact. Lower the learning rate of the network named, or use "
             f"config.precision.compute='float32', and resume"
         )
@@ -60,7 +60,7 @@ def make_hooks(job, source, workdir, writer):
     """Pictures during training: list of (every, function of (step, state))."""
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
-    columns = math.ceil(math.sqrt(count))
+    columns, scale = math.ceil(math.sqrt(count)), max(1, 64 // job.config["data"]["image_size"])
     placed = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
 
     def save(kind, step, picture):
@@ -77,15 +77,16 @@ def make_hooks(job, source, workdir, writer):
         made = run_generate(
             generate.sampling_params(state), labels, placed(np.arange(count)), jax.random.key(job.config["seed"])
         )
-        save("samples", step, images.grid(np.asarray(made), columns))
+        save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
 
     run_reconstruct = jax.jit(generate.make_reconstruct(job.nets))
-    originals = np.stack([source[i]["image"] for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)])
+    with build.make_loader(job, source) as first_batches:  # a loader passes over undecodable files
+        originals = next(first_batches)["image"][:count]
 
     def reconstructions(step, state):
         recon = np.asarray(run_reconstruct(state.vae.params, placed(images.to_float(originals))))
         pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
-        save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2)))
+        save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
 
     hooks = [(section["samples_every"], samples), (section["reconstructions_every"], reconstructions)]
     return [(every, hook) for every, hook in hooks if every]
@@ -187,11 +188,25 @@ def summary(job, state, source):
     )
 
 
+def parse_flags(arguments):
+    """absl's, but a config file or field that does not exist ends in a message, not in a traceback."""
+    try:
+        rest = app.parse_flags_with_usage(arguments)
+        _CONFIG.value  # noqa: B018 (reading it raises)
+    except AttributeError as error:
+        if not isinstance(error.args[0], KeyError):  # ConfigDict's own
+            raise
+        sys.exit(f"error: the config has no field {' '.join(error.args[0].args[0].split())}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    return rest
+
+
 def main(_):
     """Entry point: config mistakes end in one line, not in a traceback."""
     try:
         _, finished = train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, TrainingStopped) as error:
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
         if _is_internal(error):
             raise
         sys.exit(f"error: {error}")
@@ -205,10 +220,10 @@ def _is_internal(error):
     while trace.tb_next:
         trace = trace.tb_next
     package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    return package not in ("repae_jax", "checkpoints_tools", "configs")
+    return package not in ("repae_jax", "checkpoints_tools", "configs", "__main__")  # this file is __main__
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     jax.config.config_with_absl()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -108,6 +108,7 @@ class SiT(nn.Module):
       mlp_ratio: MLP width / D.
       qk_norm: normalise queries and keys.
       remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
+      unroll: blocks per iteration of the scanned stacks.
       dtype: compute dtype.
     """
 
@@ -123,6 +124,7 @@ class SiT(nn.Module):
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     remat: str = "none"
+    unroll: int = 1
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -146,7 +148,8 @@ class SiT(nn.Module):
 
     def _stack(self, name, length):
         fields = {"num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm, "dtype": self.dtype}
-        return layers.scan_blocks(SiTBlock, length, self.remat, name=name, num_broadcast=1, **fields)
+        how = {"remat": self.remat, "unroll": self.unroll, "num_broadcast": 1}
+        return layers.scan_blocks(SiTBlock, length, name=name, **how, **fields)
 
     def _to_tap(self, z_t, t, labels):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])

@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
         if self.num_registers:  # after the cls token, without positions
             x = jnp.concatenate([x[:, :1], tokens("register_tokens", self.num_registers), x[:, 1:]], axis=1)
         block = layers.scan_blocks(
-            ViTBlock, self.depth, "none", name="blocks", num_heads=self.num_heads,
+            ViTBlock, self.depth, name="blocks", num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio, swiglu=self.swiglu, norm_eps=self.norm_eps, dtype=self.dtype,
         )  # fmt: skip
         x, _ = block(x)

@@ -232,8 +232,8 @@ def test_resolve_prefers_local_paths(tmp_path, monkeypatch):
 
 
 def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="organisation/nothing is no local path .*HF_HUB_OFFLINE.*hf download"):
         weights.resolve("organisation/nothing")
     commit = "0" * 40

@@ -1,0 +1,176 @@
+"""Every config that can be asked for describes networks that exist, of the published sizes; nothing is computed."""
+
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common, repae
+from repae_jax import build, features
+
+ENCODERS = sorted(features.ARCHITECTURES)
+
+
+def described(arg="", **loss):
+    """A config whose weights are all random, so that nothing is looked up."""
+    config = repae.get_config(arg)
+    for encoder in config.encoders.values():
+        encoder.weights = build.RANDOM
+    config.lpips.vgg16 = config.lpips.linear = build.RANDOM
+    config.loss.vae.update(loss)
+    return config
+
+
+def make(arg="", **loss):
+    return build.build(described(arg, **loss), jax.devices()[:1])
+
+
+@functools.cache
+def shapes(arg):
+    return build.abstract_state(make(arg))
+
+
+def millions(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
+
+
+@pytest.mark.parametrize("size", common.SIT_SIZES)
+@pytest.mark.parametrize(("patch", "vae", "grid"), [(1, "f16d32", 16), (2, "f8d4", 16), (2, "f16d32", 8), (4, "f8d4", 8), (8, "f8d4", 4)])
+def test_every_sit_with_either_vae(size, patch, vae, grid):
+    config = described(f"sit={size}/{patch},vae={vae}")
+    for encoder in config.encoders.values():
+        encoder.image_size = 14 * grid
+    job = build.build(config, jax.devices()[:1])
+    assert job.latent_shape == {"f8d4": (32, 32, 4), "f16d32": (16, 16, 32)}[vae]
+    assert (job.nets.sit.patch_size, job.encoders[0].grid) == (patch, grid)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder(encoder):
+    job = make(f"sit=S/2,encoder={encoder}")
+    assert job.nets.sit.feature_dims == (features.ARCHITECTURES[encoder]["hidden_size"],)
+    assert job.encoders[0].image_size == 224
+
+
+def test_512_pixels():
+    job = make("resolution=512,sit=B/2,vae=f16d32")
+    assert job.latent_shape == (32, 32, 32) and job.encoders[0].image_size == 448 / 2
+    job = make("resolution=512")
+    assert job.latent_shape == (64, 64, 4) and job.encoders[0].image_size == 448
+
+
+@pytest.mark.parametrize("preset", ["digits", "tiny"])
+def test_presets(preset):
+    job = make(preset) if preset == "tiny" else build.build(digits(), jax.devices()[:1])
+    assert job.latent_shape[:2] == (4, 4) and job.encoders[0].grid == 4 and job.nets.lpips is None
+
+
+def digits():
+    config = described("digits")
+    config.encoders.dinov2.architecture = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
+    return config
+
+
+def test_building_is_cheap():
+    began = time.monotonic()
+    job = make("sit=XL/2,encoder=dinov2-giant")
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(build.abstract_state(job)))
+    seconds = time.monotonic() - began
+    print(f"XL/2 with DINOv2-g: {seconds:.1f} s")
+    assert seconds < 30
+
+
+# ---- published sizes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "published"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
+def test_sizes_of_sit(name, published):
+    params = dict(shapes(f"sit={name}").sit.params)
+    projectors = {key: params.pop(key) for key in list(params) if key.startswith("projectors")}
+    assert projectors
+    print(f"SiT-{name}: {millions(params):.2f} M, projectors {millions(projectors):.2f} M")
+    assert millions(params) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "published"), [("f8d4", 83.65), ("f16d32", 70.0)])
+def test_sizes_of_the_vaes(name, published):
+    """f8d4 is Stable Diffusion's; f16d32's count is nowhere published exactly."""
+    size = millions(shapes(f"sit=S/2,vae={name},resolution=512" if name == "f16d32" else "sit=S/2").vae.params)
+    print(f"{name}: {size:.2f} M")
+    assert size == pytest.approx(published, rel=0.01 if name == "f8d4" else 0.02)
+
+
+def test_size_of_the_discriminator():
+    size = millions(shapes("sit=S/2").disc.params)
+    print(f"PatchGAN: {size:.3f} M")
+    assert size == pytest.approx(2.77, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "published"), [("small", 22.06), ("base", 86.58), ("large", 304.37), ("giant", 1136.5)])
+def test_sizes_of_the_encoders(name, published):
+    encoder = features.make_encoder(f"dinov2-{name}", 256)
+    params = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
+    del params["pos_embed"]  # published for another grid: 37 x 37
+    width = encoder.module.hidden_size
+    size = millions(params) + (1 + 37**2) * width / 1e6
+    print(f"DINOv2-{name}: {size:.2f} M")
+    assert size == pytest.approx(published, rel=0.01)
+
+
+# ---- the main run ---------------------------------------------------------------------------------------------------
+
+
+def abstract_inputs(job):
+    config = job.config["data"]
+    size, batch = config["image_size"], config["batch_size"]
+    encoders = tuple(jax.eval_shape(functools.partial(features.init_params, e), jax.random.key(0)) for e in job.encoders)
+    pair = [jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)] * 2
+    lpips = jax.eval_shape(job.nets.lpips.init, jax.random.key(0), *pair)["params"]
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return {"image": images, "label": labels}, {"encoders": encoders, "lpips": lpips}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_of_the_main_run(accumulation):
+    """Traced at full size: shapes fit together, and what comes out has the shapes and dtypes of what went in."""
+    config = described()
+    config.accumulation = accumulation
+    job = build.build(config, jax.devices()[:1])
+    state = build.abstract_state(job)
+    new, metrics = jax.eval_shape(job.step, state, *abstract_inputs(job), jax.random.key(0))
+    kinds = [jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree) for tree in (state, new)]
+    assert kinds[0] == kinds[1]
+    assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype("float32"), np.dtype("int32")}
+    terms = {f"vae/{name}" for name in ("loss", "l1", "lpips", "kl", "gan", "align")}
+    terms |= {f"sit/{name}" for name in ("loss", "velocity", "align")} | {"disc/loss", "disc/hinge"}
+    assert terms < set(metrics)
+    assert {(x.shape, x.dtype) for x in metrics.values()} == {((), np.dtype("float32"))}
+
+
+def test_defaults_are_the_papers():
+    config = repae.get_config()
+    loss = config.loss.to_dict()
+    assert loss["vae"] == {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5}
+    assert loss["sit"] == {"velocity": 1.0, "align": 0.5} and loss["gan_start"] == 0
+    assert (config.data.batch_size, config.ema_decay, config.diffusion.label_dropout) == (256, 0.9999, 0.1)
+    assert all(section.learning_rate == 1e-4 and section.clip_norm == 1.0 for section in config.optim.values())
+
+
+def test_the_docstrings_command_has_no_flag_that_does_not_exist():
+    config = repae.get_config()
+    flags = re.findall(r"--config\.([\w.]+)", repae.__doc__)
+    assert len(flags) >= 7
+    for flag in flags:
+        section = config
+        for name in flag.split("."):
+            assert name in section, flag
+            section = section[name]
+    # the arguments after the colon: each once, with the allowed values
+    assert {"sit", "vae", "encoder", "resolution"} <= set(re.findall(r"^    (\w+)  ", repae.__doc__, re.MULTILINE))
+    for preset in ("digits", "tiny", "sit=B/2,vae=f16d32"):
+        repae.get_config(preset)

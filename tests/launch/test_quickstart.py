@@ -1,0 +1,53 @@
+"""The quickstart's four parts in one go, at toy size."""
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs import repae
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture
+def quickstart(monkeypatch):
+    monkeypatch.syspath_prepend(LAUNCH)
+    module = importlib.import_module("quickstart")
+    models = module.digits_models
+    monkeypatch.setattr(models, "train_encoder", functools.partial(models.train_encoder, steps=2))
+    monkeypatch.setattr(models, "train_classifier", functools.partial(models.train_classifier, steps=2))
+    monkeypatch.setattr(module, "PER_CLASS", 16)
+    monkeypatch.setattr(module, "SAMPLER", {"sampler": "euler", "steps": 2})
+    real = repae.get_config
+
+    def small(arg):
+        config, tiny = real(arg), real("tiny")
+        config.update(vae=tiny.vae, sit=tiny.sit, disc=tiny.disc, checkpoint=tiny.checkpoint, hooks=tiny.hooks, log=tiny.log)
+        return config
+
+    monkeypatch.setattr(repae, "get_config", small)
+    return module
+
+
+def test_quickstart_writes_what_it_promises(quickstart, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--workdir", str(tmp_path / "run"), "--steps", "3"])
+    quickstart.main()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 3 and set(summary["fid"]) == {"2", "3"} and summary["fid"]["3"] > 0
+    assert 0 <= summary["label_accuracy"] <= 1 and 0 <= summary["classifier_accuracy"] <= 1
+    for name in ("seconds", "images_per_second", "fid_of_held_out_digits", "encoder_accuracy"):
+        assert summary[name] > 0, name
+    for name in ("recon_l1", "alignment"):
+        assert set(summary[name]) == {"first", "last"}
+    for name in ("samples.png", "reconstructions.png", "curves.png"):
+        with Image.open(tmp_path / "run" / name) as picture:
+            assert min(picture.size) > 100, name
+    before = capsys.readouterr().out
+    quickstart.main()  # a second run finds everything done
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["fid"] == summary["fid"]
+    assert before.count("loss") > 0

@@ -1,0 +1,93 @@
+"""The smallest run with every part of the real one, and quick compilation, for tests of whole steps and runs."""
+
+import contextlib
+import math
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import repae
+from repae_jax import build, sharding
+
+
+def config(changes=None, **more):
+    """The tiny preset at 8 x 8 pixels; changes are dotted names -> values, those of `more` with __ for the dot."""
+    made = repae.get_config("tiny")
+    made.unlock()
+    made.data.image_size = 8
+    made.vae.channel_multipliers = (1, 1)
+    made.vae.norm_groups = 4
+    made.disc.num_layers = 1
+    made.encoders.dinov2.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    made.encoders.dinov2.image_size = 8
+    for name, value in {**(changes or {}), **{name.replace("__", "."): value for name, value in more.items()}}.items():
+        *sections, field = name.split(".")
+        section = made
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    return made
+
+
+@contextlib.contextmanager
+def quick_compilation(folder):
+    """No optimisation by XLA, and every program compiled once for all tests that share the folder."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def _random_leaf(path, leaf, rng):
+    names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    if "opt_state" in names or "lecam" in names or leaf.dtype != np.float32:
+        return np.zeros(leaf.shape, leaf.dtype)
+    x = rng.standard_normal(leaf.shape).astype(np.float32)
+    if names[-1] == "var":
+        return 1 + 0.1 * np.abs(x)
+    if names[-1] == "scale":
+        return 1 + 0.1 * x
+    first = 1 if set(names) & set(sharding.STACKS) else 0
+    fan_in = math.prod(leaf.shape[first:-1])
+    return (x / np.sqrt(fan_in) if fan_in > 1 else 0.1 * x).astype(np.float32)
+
+
+def random_state(job, seed=0):
+    """A TrainState on the job's mesh without a zero initialisation anywhere, made without compiling; the EMA is a copy."""
+    abstract = build.abstract_state(job)
+    rng = np.random.default_rng(seed)
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: _random_leaf(path, leaf, rng), abstract)
+    ema = state.ema.replace(params=state.sit.params, latent_stats=state.latent_stats)
+    return jax.device_put(state.replace(ema=ema), jax.tree.map(lambda leaf: leaf.sharding, abstract), may_alias=False)
+
+
+def leaves(tree):
+    """Dotted name -> numpy array."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in flat}
+
+
+def differing(a, b):
+    """Names of the leaves whose bits differ."""
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    return [name for name in a if a[name].dtype != b[name].dtype or a[name].tobytes() != b[name].tobytes()]
+
+
+def largest_error(actual, expected):
+    """Largest difference of any leaf, relative to the largest entry of that leaf (at least 1e-3)."""
+    a, b = leaves(actual), leaves(expected)
+    assert a.keys() == b.keys()
+    return max(float(np.max(np.abs(np.float64(a[n]) - b[n])) / max(np.max(np.abs(b[n])), 1e-3)) for n in a if a[n].size)

@@ -1,0 +1,256 @@
+"""Everything a user can get wrong ends in an error that names the value and what is allowed, before anything is compiled."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+from configs import common, repae
+from repae_jax import build, checkpoint, train
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    # constants take milliseconds
+    lambda name, seconds, **_: COMPILED.append(seconds) if name.endswith("/backend_compile_duration") and seconds > 0.1 else None
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """A random key, which even a check needs, is compiled once, here."""
+    build.build(small.config())
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(warm, monkeypatch):
+    monkeypatch.setattr(build, "create_initial_state", None)
+    COMPILED.clear()
+    yield
+    assert not COMPILED
+
+
+def refused(changes, *messages, run=None):
+    """The error of a config with changes, which must contain every message."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        (run or build.build)(small.config(changes))
+    for message in messages:
+        assert message in str(caught.value), str(caught.value)
+    assert not train._is_internal(caught.value)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+SECTIONS = [
+    "data", "vae", "sit", "disc", "lpips", "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log", "hooks",
+    "sampling", "encoders.dinov2", "optim.vae", "optim.sit", "optim.disc",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_unknown_and_missing_fields(section):
+    refused({f"{section}.colour": 1}, f"config.{section}: unknown fields ['colour']")
+    config = small.config()
+    fields = config
+    for part in section.split("."):
+        fields = fields[part]
+    needed = [name for name in fields if section not in ("vae", "sit", "disc", "sampling")]  # modules have defaults
+    if section in ("vae", "sit"):
+        needed = ["latent_channels"] if section == "vae" else ["depth"]
+    for name in needed[:1]:
+        del fields[name]
+        with pytest.raises(ValueError, match=re.escape(f"missing fields ['{name}']")):
+            build.build(config)
+
+
+def test_unknown_and_missing_sections():
+    refused({"colour": 1}, "config: unknown fields ['colour'], missing fields []", "'diffusion'")
+    config = small.config()
+    del config.loss
+    with pytest.raises(ValueError, match=re.escape("config: unknown fields [], missing fields ['loss']")):
+        build.build(config)
+
+
+def test_configs_are_locked():
+    with pytest.raises(AttributeError, match="dpeth"):
+        repae.get_config("tiny").sit.dpeth = 3
+
+
+@pytest.mark.parametrize(
+    ("arg", "messages"),
+    [
+        ("tinny", ["'tinny'", "['digits', 'tiny']"]),
+        ("tiny,digits", ["second", "digits"]),
+        ("colour=red", ["'colour'", "['encoder', 'resolution', 'sit', 'vae']"]),
+        ("sit=Q/2", ["SiT size 'Q'", "S, B, L, XL"]),
+        ("sit=B/3", ["'B/3'", "[1, 2, 4, 8]"]),
+        ("sit=B", ["'B'", "SIZE/PATCH"]),
+        ("vae=f4", ["VAE 'f4'", "f8d4, f16d32"]),
+        ("resolution=big", ["resolution=big", "256"]),
+        ("resolution=", ["resolution=", "256"]),
+    ],
+)
+def test_config_arguments(arg, messages):
+    with pytest.raises(ValueError) as caught:
+        repae.get_config(arg)
+    assert all(message in str(caught.value) for message in messages), str(caught.value)
+
+
+def test_unknown_encoder_lists_the_known_ones():
+    config = repae.get_config("encoder=dinov3-base")
+    with pytest.raises(ValueError, match="'dinov3-base' is unknown; allowed: dinov2-small, dinov2-base"):
+        build.build(config, jax.devices()[:1])
+
+
+def test_tables_name_what_they_hold():
+    with pytest.raises(ValueError, match="thing 'x' is unknown; allowed: a, b"):
+        common.choose("thing", "x", {"a": 1, "b": 2})
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"job": "reape"}, ["config.job='reape'", "['repae']"]),
+        ({"steps": 0}, ["config.steps=0 must be at least 1"]),
+        ({"steps": -5}, ["config.steps=-5 must be at least 1"]),
+        ({"accumulation": 0}, ["config.accumulation=0 must be at least 1"]),
+        ({"max_skipped_in_a_row": 0}, ["config.max_skipped_in_a_row=0 must be at least 1"]),
+        ({"ema_decay": 1.5}, ["config.ema_decay=1.5", "[0, 1)"]),
+        ({"checkpoint.every": 0}, ["config.checkpoint.every=0 must be at least 1"]),
+        ({"checkpoint.keep_last": 0}, ["config.checkpoint.keep_last=0"]),
+        ({"log.every": 0}, ["config.log.every=0"]),
+        ({"hooks.images": 0}, ["config.hooks.images=0"]),
+        ({"hooks.samples_every": -1}, ["config.hooks.samples_every=-1"]),
+        ({"init.stats_images": 0}, ["config.init.stats_images=0"]),
+        ({"data.batch_size": 0}, ["config.data.batch_size=0"]),
+        ({"data.batch_size": -8}, ["config.data.batch_size=-8"]),
+        ({"data.num_classes": 0}, ["config.data.num_classes=0"]),
+        ({"data.image_size": 0}, ["config.data.image_size=0"]),
+        ({"data.image_size": 9}, ["config.data.image_size=9", "factor 2", "use 8"]),
+        ({"sit.patch_size": 3}, ["config.sit.patch_size=3", "4 x 4"]),
+        ({"sit.num_heads": 5}, ["hidden_size=32", "num_heads=5"]),
+        ({"sit.encoder_depth": 3}, ["encoder_depth=3", "1..depth=2"]),
+        ({"sit.remat": "some"}, ["'some'", "'dots'"]),
+        ({"vae.norm_groups": 3}, ["norm_groups=3", "width 8"]),
+        ({"disc.num_layers": 4}, ["config.disc.num_layers=4", "image_size=8", "lower num_layers"]),
+        ({"data.batch_size": 12}, ["data.batch_size=12", "8 devices x 1 micro-batches", "multiple of 8"]),
+        ({"accumulation": 2}, ["data.batch_size=8", "8 devices x 2 micro-batches", "multiple of 16"]),
+        ({"mesh.fsdp": 3}, ["mesh.fsdp=3", "8 devices", "[1, 2, 4, 8]"]),
+        ({"encoders.dinov2.image_size": 16}, ["8 x 8 tokens", "4 x 4", "image_size to 8"]),
+        ({"encoders.dinov2.image_size": 7}, ["image_size 7", "multiple of its patch size 2"]),
+        ({"encoders.dinov2.weights": ""}, ["config.encoders.dinov2.weights is empty"]),
+        ({"encoders.dinov2.architecture": None}, ["config.encoders.dinov2.architecture must be set", "dinov2-base"]),
+        ({"encoders.dinov2.architecture": "dinov9"}, ["'dinov9' is unknown", "dinov2-base"]),
+        ({"encoders": {}}, ["config.loss.vae.align and config.loss.sit.align", "config.encoders is empty"]),
+        ({"encoders": {}, "loss.vae.align": 0.0}, ["config.loss.sit.align need", "config.encoders is empty"]),
+        ({"loss.vae.align": 0.0, "loss.sit.align": 0.0}, ["config.encoders has an encoder", "are 0"]),
+        ({"loss.vae.ssim": 1.0}, ["config.loss.vae has unknown terms ['ssim']", "'lpips'"]),
+        ({"loss.sit.mse": 1.0}, ["config.loss.sit has unknown terms ['mse']", "'velocity'"]),
+        ({"loss.vae.l1": 0.0}, ["config.loss.vae needs a reconstruction term", "'l1' or 'l2'"]),
+        ({"loss.sit.velocity": 0.0}, ["config.loss.sit.velocity must not be 0"]),
+        ({"precision.compute": "float8"}, ["config.precision.compute='float8'", "['bfloat16', 'float32']"]),
+        ({"loss.vae.lpips": 1.0, "precision.lpips": "half"}, ["config.precision.lpips='half'", "['bfloat16', 'float32']"]),
+        ({"diffusion.path": "quadratic"}, ["config.diffusion.path='quadratic'", "['cosine', 'linear']"]),
+        ({"diffusion.time_distribution": "beta"}, ["config.diffusion.time_distribution='beta'", "['lognormal', 'uniform']"]),
+        ({"diffusion.label_dropout": 1.0}, ["config.diffusion.label_dropout=1.0", "[0, 1)"]),
+        ({"diffusion.norm_momentum": 1.5}, ["config.diffusion.norm_momentum=1.5", "(0, 1]"]),
+        ({"lpips.input_range": (1.0, 0.0)}, ["config.lpips.input_range=(1.0, 0.0)", "low first"]),
+        ({"optim.sit.learning_rate": -1e-4}, ["learning_rate=-0.0001 must be at least 0"]),
+        ({"optim.vae.warmup_steps": -1}, ["warmup_steps=-1 must be at least 0"]),
+        ({"optim.disc.clip_norm": 0.0}, ["clip_norm=0.0"]),
+        ({"sampling.sampler": "dpm"}, ["sampler 'dpm' is unknown", "euler, heun, sde"]),
+        ({"sampling.steps": 1}, ["steps=1", "at least 2"]),
+        ({"sampling.guidance_scale": 0.5}, ["guidance_scale=0.5", "at least 1"]),
+        ({"sampling.guidance_low": 0.9, "sampling.guidance_high": 0.1}, ["[0.9, 0.1]", "low first"]),
+    ],
+    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_values(changes, messages):
+    refused(changes, *messages)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def training(workdir):
+    return lambda config: train.train(config, workdir)
+
+
+def pictures(folder, classes=2):
+    for label in range(classes):
+        (folder / f"class{label:02d}").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"class{label:02d}" / "a.png")
+    return folder
+
+
+def folder_source(path):
+    return {"data.source": "folder", "data.options": {"path": str(path), "labels_file": None}}
+
+
+def test_unknown_source(tmp_path):
+    refused({"data.source": "imagenet"}, "'imagenet'", "'digits', 'folder'", run=training(tmp_path))
+    refused({"data.options": {"colour": 1}}, "colour", "split", run=training(tmp_path))
+
+
+def test_missing_and_empty_folders(tmp_path):
+    run = training(tmp_path / "run")
+    refused(folder_source(tmp_path / "none"), f"path is '{tmp_path / 'none'}', which is not a folder", run=run)
+    (tmp_path / "empty").mkdir()
+    refused(folder_source(tmp_path / "empty"), f"no images below '{tmp_path / 'empty'}'", ".png", run=run)
+
+
+def test_labels_outside_the_classes(tmp_path):
+    changes = folder_source(pictures(tmp_path / "images", 12))
+    messages = "2 of 12 labels are out of range", "class10/a.png: 10", "allowed: 0..9", "has 12 classes"
+    refused(changes, *messages, run=training(tmp_path / "run"))
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused({}, f"Workdir '{tmp_path / 'file' / 'run'}' cannot be written to", run=training(tmp_path / "file" / "run"))
+
+
+def test_a_workdir_that_holds_another_run(tmp_path, monkeypatch):
+    other = build.plain_config(small.config({"seed": 7, "sit.depth": 4, "steps": 99}))
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"step": jax.numpy.int32(1)}, {"next_batch": 1, "bad_records": []}, other)
+        checkpointer.wait()
+    monkeypatch.setattr(build, "load_frozen", lambda job: None)  # random weights are compiled, a file's are not
+    COMPILED.clear()
+    with pytest.raises(ValueError) as caught:
+        train.train(small.config(), tmp_path)
+    message = str(caught.value)
+    assert "seed: stored 7, given 0" in message and "sit.depth: stored 4, given 2" in message
+    assert "steps" not in message  # may differ
+    assert "another workdir" in message
+
+
+def test_missing_lpips_weights(tmp_path, monkeypatch):
+    lpips = {"loss.vae.lpips": 1.0, "lpips.vgg16": "", "lpips.linear": ""}
+    monkeypatch.setattr(build, "_encoder_params", lambda *_: {})
+    run = training(tmp_path)
+    refused(lpips, "config.lpips.vgg16=''", "torchvision's VGG16", "config.loss.vae.lpips=0", run=run)
+    refused({**lpips, "lpips.vgg16": "random"}, "config.lpips.vgg16='random'", "'random' for both", run=run)
+    none = str(tmp_path / "none.pth")
+    refused({**lpips, "lpips.vgg16": none, "lpips.linear": none}, f"{none} does not exist", run=run)
+
+
+def test_missing_encoder_weights(tmp_path):
+    run = training(tmp_path)
+    none = str(tmp_path / "none")
+    refused({"encoders.dinov2.weights": none}, f"{none} does not exist", "organisation/name", run=run)
+    described = {"encoders.dinov2.weights": none, "encoders.dinov2.architecture": None}
+    refused(described, f"{none} does not exist", run=run)
+    hub = "nobody/no-such-encoder"
+    refused({"encoders.dinov2.weights": hub}, hub, "cannot be had from the Hugging Face hub", run=run)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"data.workers": -1}, "workers is -1"), ({"seed": -1}, "seed is -1")])
+def test_what_the_loader_refuses(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "load_frozen", lambda job: None)
+    refused(changes, message, "allowed", run=training(tmp_path))

@@ -1,0 +1,163 @@
+"""Who may import whom: a file imports only what stands above it, so that there are no cycles and every piece can be read alone."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Top to bottom. A package stands for all of its files.
+ORDER = [
+    # pure pieces
+    "repae_jax.images",
+    "repae_jax.rng",
+    "repae_jax.running_stats",
+    "repae_jax.models",
+    "repae_jax.diffusion",
+    "repae_jax.losses",
+    "repae_jax.metrics",
+    "repae_jax.analysis",
+    # plumbing
+    "repae_jax.features",
+    "repae_jax.train_state",
+    "repae_jax.sharding",
+    "repae_jax.checkpoint",
+    "repae_jax.run_log",
+    "repae_jax.data",
+    "checkpoints_tools",
+    # the story
+    "repae_jax.train_step",
+    "repae_jax.generate",
+    "repae_jax.build",
+    "repae_jax.train",
+    "repae_jax.sample",
+    "repae_jax.evaluate",
+    "repae_jax.cache_latents",
+    "repae_jax.analyze_latents",
+    "repae_jax.plan",
+    "repae_jax.benchmark",
+    "repae_jax.report",
+]
+TOP = ORDER[:3]  # import nothing of ours
+SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
+# conversion tables: what they convert for may import them, and they describe networks, so they know those
+TOOLS_MAY_IMPORT = {"repae_jax.models", "repae_jax.features"}
+HEAVY = {"torch": "checkpoints_tools", "transformers": "checkpoints_tools", "tensorflow": "repae_jax.run_log"}
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for folder in ("repae_jax", "checkpoints_tools") for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+@functools.cache
+def imports(name):
+    """[(imported module, whether at module level)] of a module; a name imported from one of our packages is resolved."""
+    tree = ast.parse(MODULES[name].read_text())
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+
+    def is_inside(node, kinds):
+        while node in parents:
+            node = parents[node]
+            if isinstance(node, kinds):
+                return True
+        return False
+
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports relatively; write the module's full name"
+            names = [f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module for alias in node.names]
+        else:
+            continue
+        found += [(imported, not is_inside(node, (ast.FunctionDef, ast.AsyncFunctionDef))) for imported in names]
+    return found
+
+
+def ours(name):
+    return {imported for imported, _ in imports(name) if imported.partition(".")[0] in ("repae_jax", "checkpoints_tools", "configs", "tests")}
+
+
+def place(name):
+    """Index in ORDER of the entry that a module is, or is in."""
+    for index, entry in enumerate(ORDER):
+        if name == entry or name.startswith(entry + "."):
+            return index
+    raise AssertionError(f"{name} has no place in ORDER: decide what it may import, and add it")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "repae_jax"])
+def test_imports_only_what_stands_above(name):
+    for imported in ours(name):
+        assert imported.partition(".")[0] not in ("configs", "tests"), f"{name} imports {imported}"
+        if place(imported) != place(name):
+            assert place(imported) < place(name), f"{name} imports {imported}, which stands below it"
+
+
+def test_the_top_imports_nothing_of_ours():
+    assert {name: ours(name) for name in TOP} == {name: set() for name in TOP}
+
+
+@pytest.mark.parametrize("package", SEPARATE)
+def test_these_packages_know_only_the_top_and_themselves(package):
+    for name in MODULES:
+        if name.startswith(package + "."):
+            strangers = {imported for imported in ours(name) if imported not in TOP and not imported.startswith(package + ".")}
+            assert not strangers, f"{name} imports {strangers}"
+
+
+def test_networks_import_of_each_other_only_layers():
+    for name in MODULES:
+        if name.startswith("repae_jax.models.") and name != "repae_jax.models.layers":
+            assert ours(name) <= {*TOP, "repae_jax.models.layers"}, name
+    assert ours("repae_jax.models.layers") <= set(TOP)
+
+
+def test_conversion_tables_know_networks_alone():
+    for name in MODULES:
+        if name.startswith("checkpoints_tools"):
+            strangers = {i for i in ours(name) if not any(i == m or i.startswith((m + ".", "checkpoints_tools")) for m in TOOLS_MAY_IMPORT)}
+            assert not strangers, f"{name} imports {strangers}"
+
+
+def test_only_build_reads_weight_files():
+    """Beside the entry points, which come after it."""
+    users = {name for name in MODULES if name.startswith("repae_jax") and any(i.startswith("checkpoints_tools") for i in ours(name))}
+    assert all(place(name) >= place("repae_jax.build") for name in users), users
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_are_imported_by_one_owner_inside_functions(library):
+    for name in MODULES:
+        for imported, at_module_level in imports(name):
+            if imported.partition(".")[0] == library:
+                assert name == HEAVY[library] or name.startswith(HEAVY[library] + "."), f"{name} imports {imported}"
+                assert not at_module_level, f"{name} imports {imported} at module level"
+
+
+def test_no_drawer_for_everything():
+    names = {path.stem for path in MODULES.values()}
+    assert not names & {"utils", "util", "helpers", "common", "misc", "tools"}
+
+
+def test_no_cycles():
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, " -> ".join([*open_, name])
+        if name in done or name not in MODULES:
+            return
+        open_.append(name)
+        for imported, at_module_level in imports(name):
+            if at_module_level and imported in MODULES and imported != name:
+                visit(imported)
+        open_.pop()
+        done.add(name)
+
+    for name in MODULES:
+        visit(name)

@@ -1,0 +1,151 @@
+"""Sampling from a tiny run: exact counts, resumption, independence of the batch size, clear errors."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import repae
+from repae_jax import generate, sample
+from repae_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    config = repae.get_config("tiny")
+    config.hooks.samples_every = config.hooks.reconstructions_every = 0
+    workdir = tmp_path_factory.mktemp("run")
+    train(config, workdir)
+    return workdir
+
+
+def arguments(workdir, *extra):
+    return sample.parse_args(["--workdir", str(workdir), "--steps", "3", *extra])
+
+
+def load(npz):
+    with np.load(npz) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def test_exact_count_in_adm_layout(workdir, tmp_path):
+    npz = sample.run(arguments(workdir, "--num_samples", "21", "--batch_size", "8", "--out", str(tmp_path / "x")))
+    made, labels = load(npz)
+    assert made.shape == (21, 16, 16, 3) and made.dtype == np.uint8
+    assert labels.shape == (21,) and set(np.bincount(labels, minlength=10)) == {2, 3}
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size[0] > 5 * 16
+    settings = json.loads((tmp_path / "x.json").read_text())
+    assert settings["sampler"] == "sde" and settings["steps"] == 3 and settings["step"] == 2
+    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("sampler", generate.SAMPLERS)
+def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
+    made = [
+        load(
+            sample.run(
+                arguments(
+                    workdir, "--num_samples", "16", "--sampler", sampler, "--batch_size", size, "--out", str(tmp_path / size)
+                )
+            )
+        )[0]
+        for size in ("8", "16")
+    ]
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a grey level's edge
+    assert len({image.tobytes() for image in made[0]}) == 16, "no two samples are alike"
+
+
+def test_interrupted_sampling_continues(workdir, tmp_path, monkeypatch):
+    args = ("--num_samples", "24", "--batch_size", "8")
+    whole = load(sample.run(arguments(workdir, *args, "--out", str(tmp_path / "whole"))))
+    save, saved = sample._save_part, []
+
+    def fail_at_the_second(path, array):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, array)
+
+    monkeypatch.setattr(sample, "_save_part", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(arguments(workdir, *args, "--out", str(tmp_path / "cut")))
+    assert [path.name for path in (tmp_path / "cut.parts").glob("*.npy")] == ["000000.npy"]
+    made = []
+    monkeypatch.setattr(sample, "_save_part", lambda path, array: (made.append(path), save(path, array)))
+    continued = load(sample.run(arguments(workdir, *args, "--out", str(tmp_path / "cut"))))
+    assert len(made) == 2, "the finished batch is not made again"
+    for a, b in zip(whole, continued):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_settings_do_not_mix(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "write_npz", lambda *_: pytest.fail("not reached"))
+    monkeypatch.setattr(sample, "_save_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
+    with pytest.raises(ValueError, match="other settings.*seed"):
+        sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--seed", "1", "--out", str(tmp_path / "x")))
+
+
+def test_an_existing_result_is_kept(workdir, tmp_path):
+    (tmp_path / "x.npz").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="exists; choose another --out"):
+        sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
+    assert (tmp_path / "x.npz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (("--batch_size", "9"), "--batch_size=9 is not a multiple of the 8 devices"),
+        (("--step", "7"), "7.*2"),
+        (("--classes", "3", "10"), "allowed are 0..9"),
+        (("--guidance_scale", "0.5"), "guidance_scale=0.5 must be at least 1"),
+        (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
+        (("--steps", "1"), "needs at least 2"),
+    ],
+)
+def test_bad_arguments(workdir, extra, message):
+    with pytest.raises(ValueError, match=message):
+        sample.run(arguments(workdir, *extra))
+
+
+def test_no_run_there(tmp_path):
+    with pytest.raises(ValueError, match="[Nn]o checkpoint"):
+        sample.run(arguments(tmp_path))
+
+
+def test_labels():
+    balanced = sample.draw_labels("balanced", 25, range(10), 0)
+    assert set(np.bincount(balanced)) == {2, 3}
+    assert set(sample.draw_labels("random", 100, [3, 5], 0)) == {3, 5}
+    np.testing.assert_array_equal(balanced, sample.draw_labels("balanced", 25, range(10), 0))
+
+
+def test_images_use_the_averages_and_no_epsilon(workdir):
+    """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
+    job, params, _ = sample.load_run(workdir)
+    run = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, job.sampling))
+    args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
+    base = np.asarray(run(params, *args))
+    stats = params["latent_stats"]
+    # variance zero: without epsilon every sample decodes the mean, so all images are the same
+    flat = np.asarray(run({**params, "latent_stats": stats.replace(var=0 * stats.var)}, *args))
+    assert not np.array_equal(base[0], base[1])
+    for image in flat[1:]:
+        np.testing.assert_array_equal(image, flat[0])
+
+
+def test_guidance_outside_its_interval_changes_nothing(workdir):
+    job, params, _ = sample.load_run(workdir)
+    args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
+    made = []
+    for scale, high in ((1.0, 1.0), (3.0, 0.0)):
+        sampling = generate.Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
+        made.append(
+            np.asarray(jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, sampling))(params, *args))
+        )
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1

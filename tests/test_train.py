@@ -1,0 +1,259 @@
+"""Whole runs through the training loop: resuming, stopping, pictures, bad weights, and the command itself.
+
+One config serves all runs, so that its programs are compiled once.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+from repae_jax import build, checkpoint, train
+
+ROOT = Path(__file__).parents[1]
+CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    with small.quick_compilation(folder):
+        yield folder
+
+
+def config(steps, **changes):
+    run = {"steps": steps, "checkpoint.every": 2, "checkpoint.keep_last": 2, "max_skipped_in_a_row": 2}
+    return small.config({**run, **QUIET, "optim.sit.learning_rate": 2e-4, **changes})
+
+
+def metrics_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four steps without a break, with pictures: .workdir, .state, .metrics."""
+    workdir = tmp_path_factory.mktemp("whole")
+    pictures = {"hooks.samples_every": 2, "hooks.reconstructions_every": 4}
+    state, finished = train.train(config(4, **pictures), workdir)
+    assert finished
+    return SimpleNamespace(workdir=workdir, state=jax.device_get(state), metrics=metrics_of(workdir))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """Workdir of the first two of the four steps."""
+    workdir = tmp_path_factory.mktemp("half")
+    _, finished = train.train(config(2), workdir)
+    assert finished
+    return workdir
+
+
+def copy_of(workdir, tmp_path):
+    return Path(shutil.copytree(workdir, tmp_path / "run"))
+
+
+def assert_same_run(state, workdir, whole):
+    assert small.differing(state, whole.state) == []
+    assert metrics_of(workdir) == whole.metrics
+
+
+def test_a_run_logs_every_step_and_leaves_its_checkpoints(whole):
+    assert [line["step"] for line in whole.metrics] == [1, 2, 3, 4]
+    assert {"vae/loss", "sit/loss", "disc/loss", "vae/align", "sit/velocity", "skipped", "bad_records"} <= set(whole.metrics[0])
+    assert all(line["skipped"] == 0 for line in whole.metrics)
+    with checkpoint.Checkpointer(whole.workdir) as checkpointer:
+        assert checkpointer.steps() == [2, 4]
+    assert int(whole.state.step) == 4
+    assert list((whole.workdir / "tensorboard").iterdir())
+
+
+def test_pictures(whole):
+    pictures = sorted(str(path.relative_to(whole.workdir)) for path in whole.workdir.rglob("*.png"))
+    assert pictures == ["reconstructions/0000004.png", "samples/0000002.png", "samples/0000004.png"]
+    for name in pictures:
+        with Image.open(whole.workdir / name) as picture:
+            picture.load()
+            assert picture.mode == "RGB" and min(picture.size) >= 2 * 8
+            assert np.asarray(picture).std() > 0
+
+
+def test_two_halves_equal_the_whole(whole, half, tmp_path):
+    """Pictures, too, change nothing: the halves are made without."""
+    workdir = copy_of(half, tmp_path)
+    state, finished = train.train(config(4), workdir)
+    assert finished
+    assert_same_run(state, workdir, whole)
+
+
+def test_a_finished_run_ends_at_once(whole, tmp_path, monkeypatch):
+    workdir = copy_of(whole.workdir, tmp_path)
+    monkeypatch.setattr(build, "create_initial_state", None)
+    state, finished = train.train(config(4), workdir)
+    assert finished
+    assert_same_run(state, workdir, whole)
+
+
+def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatch):
+    put, calls = train.sharding.put_batch, []
+
+    def terminate(mesh, batch):
+        calls.append(batch)
+        if len(calls) == 1 + 2 + 1:  # two for the latent statistics, then the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(mesh, batch)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train.sharding, "put_batch", terminate)
+    state, finished = train.train(config(4), tmp_path)
+    monkeypatch.undo()
+    stopped_at = int(state.step)
+    assert not finished and 1 <= stopped_at < 4
+    assert signal.getsignal(signal.SIGTERM) is before
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step == stopped_at
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, stopped_at + 1))
+
+    state, finished = train.train(config(4), tmp_path)
+    assert finished
+    assert_same_run(state, tmp_path, whole)
+
+
+def test_a_truncated_checkpoint_is_put_aside_and_made_again(whole, tmp_path):
+    workdir = copy_of(whole.workdir, tmp_path)
+    files = [path for path in (workdir / "checkpoints" / "4" / "state").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    state, finished = train.train(config(4), workdir)
+    assert finished
+    assert_same_run(state, workdir, whole)
+    assert [path.name for path in (workdir / "checkpoints_damaged").iterdir()] == ["4-0"]
+
+
+def test_bad_updates_in_a_row_stop_the_run(half, whole, tmp_path, monkeypatch):
+    workdir = copy_of(half, tmp_path)
+    load_frozen = build.load_frozen
+
+    def broken(job):
+        frozen = load_frozen(job)
+        return {**frozen, "encoders": jax.tree.map(lambda x: x * np.nan, frozen["encoders"])}
+
+    monkeypatch.setattr(build, "load_frozen", broken)
+    with pytest.raises(train.TrainingStopped) as caught:
+        train.train(config(8), workdir)
+    message = str(caught.value)
+    assert "stopped at step 4" in message and "2 updates in a row (from step 3)" in message
+    assert "vae/align=nan" in message and "sit/align=nan" in message and "sit/velocity" not in message
+    assert "Parameters are those of step 2" in message
+
+    monkeypatch.undo()
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        assert checkpointer.latest_step == 2
+    state, _ = train.train(config(4), workdir)  # and with good weights it continues as if nothing had happened
+    assert_same_run(state, workdir, whole)
+
+
+def test_a_folder_with_a_corrupt_image(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9 + i, 12, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    source = {"data.source": "folder", "data.options": {"path": str(tmp_path / "images"), "labels_file": None}}
+    state, finished = train.train(config(2, **source, **{"data.max_bad_fraction": 0.2}), tmp_path / "run")
+    assert finished and int(state.step) == 2
+    assert metrics_of(tmp_path / "run")[-1]["bad_records"] == 1
+
+    with pytest.raises(RuntimeError, match="1 of 16 records .* class1/15.png.*max_bad_fraction") as caught:
+        train.train(config(2, **source, **{"data.max_bad_fraction": 0.0}), tmp_path / "strict")
+    assert not train._is_internal(caught.value)  # the command ends in this one line
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, compiled=None, timeout=300):
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if compiled:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    program = [sys.executable, "-m", "repae_jax.train", *arguments]
+    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+SMALL = ["data.image_size=8", "vae.channel_multipliers=(1,1)", "vae.norm_groups=4", "disc.num_layers=1"]
+SMALL += ["encoders.dinov2.image_size=8", "encoders.dinov2.architecture.patch_size=2", "max_skipped_in_a_row=2"]
+SMALL += ["optim.sit.learning_rate=2e-4", "hooks.samples_every=0", "hooks.reconstructions_every=0"]
+
+
+def test_the_command_trains_and_takes_overrides(compiled, whole, tmp_path):
+    flags = [f"--config.{override}" for override in SMALL]
+    done = command("--config", "configs/repae.py:tiny", "--workdir", str(tmp_path / "run"), *flags, compiled=compiled)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"finished; everything is in {tmp_path / 'run'}" in done.stdout
+    assert re.search(r"^step 2/2 \(100 %\) .*sit/loss", done.stdout, re.MULTILINE)
+    stored = checkpoint.read_config(tmp_path / "run")
+    assert stored["optim"]["sit"]["learning_rate"] == 2e-4 and stored["data"]["image_size"] == 8
+    assert metrics_of(tmp_path / "run") == whole.metrics[:2]  # the same run as from Python
+
+
+def test_a_run_that_cannot_go_on_ends_in_one_line(compiled, whole, tmp_path):
+    overrides = [*SMALL, "optim.vae.learning_rate=1e30", "optim.disc.learning_rate=1e30", "steps=20"]
+    flags = [f"--config.{override}" for override in overrides]
+    done = command("--config", "configs/repae.py:tiny", "--workdir", str(tmp_path / "run"), *flags, compiled=compiled)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert re.search(r"^error: stopped at step \d+: 2 updates in a row .* were not finite: .*vae/loss=", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.data.batch_size=9"], r"error: data.batch_size=9 is not divisible by 8 devices"),
+        (["--config.sit.dpeth=2"], r"error: .*dpeth.*depth"),
+        (["--config.lpips.vgg16=no.pth", "--config.loss.vae.lpips=1.0"], r"error: .*lpips"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, expected, tmp_path):
+    done = command("--config", "configs/repae.py:tiny", "--workdir", str(tmp_path / "run"), *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(expected, errors[0]), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--config", "configs/repae.py:tinny"], ["'tinny'", "allowed: one of ['digits', 'tiny']"]),
+        (["--config", "configs/none.py"], ["error: ", "configs/none.py"]),
+        ([], ["--config must have a value"]),
+    ],
+)
+def test_configs_that_cannot_be_read(given, words, tmp_path):
+    done = command(*given, "--workdir", str(tmp_path / "run"))
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert all(word in done.stderr + done.stdout for word in words), done.stderr[-3000:]
+
+
+def test_help_is_quick(tmp_path):
+    began = time.monotonic()
+    done = command("--help")
+    seconds = time.monotonic() - began
+    print(f"--help: {seconds:.1f} s")
+    assert "--workdir" in done.stdout and "--config" in done.stdout
+    assert seconds < 20 and "tensorflow" not in done.stderr.lower()
