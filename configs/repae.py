@@ -10,7 +10,7 @@ The default is the paper's main run (arXiv 2504.10483, table 2): SiT-XL/2, SD-VA
 400k steps (80 epochs). Published gFID without guidance, SDE-250: 12.83 at 100k, 7.17 at 200k, 4.07 at 400k steps; with guidance
 2.2 in [0, 0.65]: 1.67. Its cost is 3.75 TFLOP an image (2.23 with f16d32): about 45 h on 8 H100 at 30 % of their peak.
 
-After the colon, `--config configs/repae.py:sit=B/2,vae=f16d32`, choose
+After the colon, `--config configs/repae.py:sit=B/1,vae=f16d32`, choose
     sit         S, B, L or XL, slash, patch size 1, 2, 4 or 8
     vae         f8d4 or f16d32
     encoder     dinov2-small, -base, -large, -giant, each also …-with-registers

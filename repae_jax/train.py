@@ -115,8 +115,8 @@ def train(config, workdir):
         checkpointer = stack.enter_context(
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
+        restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         frozen = build.load_frozen(job)
-        restored = checkpointer.restore(build.abstract_state(job), job.config)
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
@@ -142,7 +142,8 @@ def train(config, workdir):
         for step in range(start + 1, steps + 1):
             state, metrics = step_fn(state, put(next(loader)), frozen, key)
             pending.append((step, metrics))
-            last = step == steps or stopped.is_set()
+            stopping = stopped.is_set()  # read once: a signal that comes later ends the next step
+            last = step == steps or stopping
             while pending and (last or step % every == 0 or pending[0][0] <= step - 2):
                 check_finite(*pending.popleft(), config.max_skipped_in_a_row)
             if step == start + 1:
@@ -161,12 +162,12 @@ def train(config, workdir):
                 if step % every == 0 or last:
                     writer.flush()
                     checkpointer.save(step, state, loader.state(), job.config)
-            if stopped.is_set():
+            if stopping and step < steps:
                 checkpointer.wait()
                 logging.warning("SIGTERM: saved step %d; run the same command to continue", step)
-                break
+                return state, False
         checkpointer.wait()
-    return state, not stopped.is_set()
+    return state, True
 
 
 def shown(values):
@@ -192,7 +193,7 @@ def parse_flags(arguments):
     """absl's, but a config file or field that does not exist ends in a message, not in a traceback."""
     try:
         rest = app.parse_flags_with_usage(arguments)
-        _CONFIG.value  # noqa: B018 (reading it raises)
+        _CONFIG.value.keys  # noqa: B018 (reading a config that could not be loaded raises)
     except AttributeError as error:
         if not isinstance(error.args[0], KeyError):  # ConfigDict's own
             raise

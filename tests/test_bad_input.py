@@ -14,7 +14,9 @@ from repae_jax import build, checkpoint, train
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     # constants take milliseconds
-    lambda name, seconds, **_: COMPILED.append(seconds) if name.endswith("/backend_compile_duration") and seconds > 0.1 else None
+    lambda name, seconds, **_: (
+        COMPILED.append(seconds) if name.endswith("/backend_compile_duration") and seconds > 0.1 else None
+    )
 )
 
 
@@ -44,8 +46,8 @@ def refused(changes, *messages, run=None):
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 SECTIONS = [
-    "data", "vae", "sit", "disc", "lpips", "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log", "hooks",
-    "sampling", "encoders.dinov2", "optim.vae", "optim.sit", "optim.disc",
+    "data", "vae", "sit", "disc", "lpips", "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log",
+    "hooks", "sampling", "encoders.dinov2", "optim.vae", "optim.sit", "optim.disc",
 ]  # fmt: skip
 
 

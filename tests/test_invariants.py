@@ -354,7 +354,9 @@ def test_under_accumulation_only_the_discriminators_terms_may_differ(base, accum
     new, metrics = accumulated()
     for name in ("vae/l1", "vae/kl", "vae/align", "sit/loss", "sit/velocity", "sit/align", "grad_norm/sit"):
         np.testing.assert_allclose(metrics[name], base.metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    assert small.largest_error((new.sit, new.ema, new.latent_stats), (base.new.sit, base.new.ema, base.new.latent_stats)) < FLOAT
+    assert (
+        small.largest_error((new.sit, new.ema, new.latent_stats), (base.new.sit, base.new.ema, base.new.latent_stats)) < FLOAT
+    )
     # near enough to be the same loss, yet not the same
     np.testing.assert_allclose(metrics["disc/loss"], base.metrics["disc/loss"], rtol=0.2)
     assert abs(metrics["disc/loss"] - base.metrics["disc/loss"]) > 1e-5
@@ -472,7 +474,7 @@ def test_draws():
     recipe = train_step.Recipe(vae_weights={}, sit_weights={}, label_dropout=0.25)
     draws = train_step.draw(KEY, 5, (4000, 1, 1, 2), recipe)
     assert abs(float(draws.label_drop.mean()) - 0.25) < 0.03
-    assert 0 <= draws.t.min() and draws.t.max() < 1 and abs(float(draws.t.mean()) - 0.5) < 0.03
+    assert draws.t.min() >= 0 and draws.t.max() < 1 and abs(float(draws.t.mean()) - 0.5) < 0.03
     for noise in (draws.noise, draws.posterior_noise):
         assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
     assert abs(float(jnp.mean(draws.noise * draws.posterior_noise))) < 0.05

@@ -1,4 +1,4 @@
-"""Who may import whom: a file imports only what stands above it, so that there are no cycles and every piece can be read alone."""
+"""Who may import whom: only what stands above. So there are no cycles, and every piece can be read alone."""
 
 import ast
 import functools
@@ -42,7 +42,7 @@ ORDER = [
 TOP = ORDER[:3]  # import nothing of ours
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
-TOOLS_MAY_IMPORT = {"repae_jax.models", "repae_jax.features"}
+TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "checkpoints_tools")
 HEAVY = {"torch": "checkpoints_tools", "transformers": "checkpoints_tools", "tensorflow": "repae_jax.run_log"}
 
 
@@ -50,7 +50,8 @@ def module_of(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_of(path): path for folder in ("repae_jax", "checkpoints_tools") for path in sorted((ROOT / folder).rglob("*.py"))}
+FOLDERS = ("repae_jax", "checkpoints_tools")
+MODULES = {module_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
 @functools.cache
@@ -72,7 +73,8 @@ def imports(name):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name} imports relatively; write the module's full name"
-            names = [f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module for alias in node.names]
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in inside]
         else:
             continue
         found += [(imported, not is_inside(node, (ast.FunctionDef, ast.AsyncFunctionDef))) for imported in names]
@@ -80,7 +82,8 @@ def imports(name):
 
 
 def ours(name):
-    return {imported for imported, _ in imports(name) if imported.partition(".")[0] in ("repae_jax", "checkpoints_tools", "configs", "tests")}
+    packages = ("repae_jax", "checkpoints_tools", "configs", "tests")
+    return {imported for imported, _ in imports(name) if imported.partition(".")[0] in packages}
 
 
 def place(name):
@@ -121,14 +124,15 @@ def test_networks_import_of_each_other_only_layers():
 def test_conversion_tables_know_networks_alone():
     for name in MODULES:
         if name.startswith("checkpoints_tools"):
-            strangers = {i for i in ours(name) if not any(i == m or i.startswith((m + ".", "checkpoints_tools")) for m in TOOLS_MAY_IMPORT)}
+            strangers = {imported for imported in ours(name) if not imported.startswith(TOOLS_MAY_IMPORT)}
             assert not strangers, f"{name} imports {strangers}"
 
 
 def test_only_build_reads_weight_files():
     """Beside the entry points, which come after it."""
-    users = {name for name in MODULES if name.startswith("repae_jax") and any(i.startswith("checkpoints_tools") for i in ours(name))}
-    assert all(place(name) >= place("repae_jax.build") for name in users), users
+    for name in MODULES:
+        if name.startswith("repae_jax") and any(imported.startswith("checkpoints_tools") for imported in ours(name)):
+            assert place(name) >= place("repae_jax.build"), name
 
 
 @pytest.mark.parametrize("library", HEAVY)

@@ -94,7 +94,7 @@ def test_the_batch_is_split_over_all_devices(fsdp):
 def test_batches_that_do_not_divide():
     mesh = sharding.make_mesh(2)
     sharding.check_batch(32, 2, mesh)
-    with pytest.raises(ValueError, match="data.batch_size=20 is not divisible by 8 devices x 1 micro-batches: use a multiple of 8"):
+    with pytest.raises(ValueError, match="data.batch_size=20 .* 8 devices x 1 micro-batches: use a multiple of 8"):
         sharding.check_batch(20, 1, mesh)
     with pytest.raises(ValueError, match="batch_size=8 is not divisible by 8 devices x 2 micro-batches: use a multiple of 16"):
         sharding.check_batch(8, 2, mesh)

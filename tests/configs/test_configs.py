@@ -39,7 +39,7 @@ def millions(tree):
 
 
 @pytest.mark.parametrize("size", common.SIT_SIZES)
-@pytest.mark.parametrize(("patch", "vae", "grid"), [(1, "f16d32", 16), (2, "f8d4", 16), (2, "f16d32", 8), (4, "f8d4", 8), (8, "f8d4", 4)])
+@pytest.mark.parametrize(("patch", "vae", "grid"), [(1, "f16d32", 16), (2, "f8d4", 16), (4, "f8d4", 8)])
 def test_every_sit_with_either_vae(size, patch, vae, grid):
     config = described(f"sit={size}/{patch},vae={vae}")
     for encoder in config.encoders.values():
@@ -57,8 +57,8 @@ def test_every_encoder(encoder):
 
 
 def test_512_pixels():
-    job = make("resolution=512,sit=B/2,vae=f16d32")
-    assert job.latent_shape == (32, 32, 32) and job.encoders[0].image_size == 448 / 2
+    job = make("resolution=512,sit=B/1,vae=f16d32")
+    assert job.latent_shape == (32, 32, 32) and job.encoders[0].image_size == 448
     job = make("resolution=512")
     assert job.latent_shape == (64, 64, 4) and job.encoders[0].image_size == 448
 
@@ -99,7 +99,7 @@ def test_sizes_of_sit(name, published):
 @pytest.mark.parametrize(("name", "published"), [("f8d4", 83.65), ("f16d32", 70.0)])
 def test_sizes_of_the_vaes(name, published):
     """f8d4 is Stable Diffusion's; f16d32's count is nowhere published exactly."""
-    size = millions(shapes(f"sit=S/2,vae={name},resolution=512" if name == "f16d32" else "sit=S/2").vae.params)
+    size = millions(shapes(f"sit=S/{1 if name == 'f16d32' else 2},vae={name}").vae.params)
     print(f"{name}: {size:.2f} M")
     assert size == pytest.approx(published, rel=0.01 if name == "f8d4" else 0.02)
 
@@ -135,12 +135,9 @@ def abstract_inputs(job):
     return {"image": images, "label": labels}, {"encoders": encoders, "lpips": lpips}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_of_the_main_run(accumulation):
+def test_a_step_of_the_main_run():
     """Traced at full size: shapes fit together, and what comes out has the shapes and dtypes of what went in."""
-    config = described()
-    config.accumulation = accumulation
-    job = build.build(config, jax.devices()[:1])
+    job = make()
     state = build.abstract_state(job)
     new, metrics = jax.eval_shape(job.step, state, *abstract_inputs(job), jax.random.key(0))
     kinds = [jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree) for tree in (state, new)]
@@ -172,5 +169,5 @@ def test_the_docstrings_command_has_no_flag_that_does_not_exist():
             section = section[name]
     # the arguments after the colon: each once, with the allowed values
     assert {"sit", "vae", "encoder", "resolution"} <= set(re.findall(r"^    (\w+)  ", repae.__doc__, re.MULTILINE))
-    for preset in ("digits", "tiny", "sit=B/2,vae=f16d32"):
-        repae.get_config(preset)
+    (example,) = re.findall(r"`--config configs/repae.py:(\S+)`", repae.__doc__)
+    assert make(example).latent_shape == (16, 16, 32)
