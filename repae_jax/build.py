@@ -164,7 +164,13 @@ def build(config, devices=None, encoders=None):
         latent_channels=vae.latent_channels, feature_dims=tuple(encoder.module.hidden_size for encoder in encoders),
     )  # fmt: skip
     disc = lpips = None
-    if "gan" in recipe.vae_weights:
+    if "gan" not in recipe.vae_weights:
+        for name, value in (("loss.lecam", config["loss"]["lecam"]), ("init.disc", config["init"]["disc"])):
+            if value:
+                raise ValueError(
+                    f"config.{name}={value!r} needs a discriminator, but config.loss.vae.gan is 0: change one of them"
+                )
+    else:
         disc = construct("config.disc", PatchDiscriminator, config["disc"], dtype=dtype)
         if config["data"]["image_size"] < disc.min_image_size:
             raise ValueError(
@@ -282,7 +288,7 @@ def _describe_encoder(name, config):
             f"{where}.weights is empty: give a Hugging Face name or folder, or {RANDOM!r} for tests and benchmarks"
         )
     dtype = _dtype("compute", config)
-    if fields["architecture"] is not None:
+    if fields["architecture"]:
         return features.make_encoder(fields["architecture"], resolution, image_size=fields["image_size"], dtype=dtype)
     if path == RANDOM:
         raise ValueError(
@@ -374,25 +380,28 @@ def create_initial_state(job, make_batches):
     Returns:
       TrainState.
     """
-    init = job.config["init"]
-    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(job))
-    state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
+    init, abstract = job.config["init"], abstract_state(job)
+    vae_params = disc_variables = stats = None
+    # files first: a wrong one is found before anything is compiled
     if init["vae"]:
-        params = mapping.to_flax(
-            vae_table(job.nets.vae), weights.read_state_dict(init["vae"]), state.vae.params, source=init["vae"]
-        )
-        state = state.replace(vae=state.vae.replace(params=jax.device_put(params, shardings.vae.params)))
+        state_dict = weights.read_state_dict(init["vae"])
+        vae_params = mapping.to_flax(vae_table(job.nets.vae), state_dict, abstract.vae.params, source=init["vae"])
     if init["disc"]:
-        target = {"params": state.disc.params, "batch_stats": state.disc.batch_stats}
-        table = discriminator_table(job.nets.disc)
-        tree = mapping.to_flax(table, weights.read_state_dict(init["disc"]), target, source=init["disc"])
-        placed = {name: jax.device_put(tree[name], getattr(shardings.disc, name)) for name in tree}
+        target = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
+        state_dict = weights.read_state_dict(init["disc"])
+        disc_variables = mapping.to_flax(discriminator_table(job.nets.disc), state_dict, target, source=init["disc"])
+    if init["latent_stats"]:
+        stats = _read_latent_stats(init["latent_stats"], job)
+
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
+    if vae_params is not None:
+        state = state.replace(vae=state.vae.replace(params=jax.device_put(vae_params, shardings.vae.params)))
+    if disc_variables is not None:
+        placed = {name: jax.device_put(tree, getattr(shardings.disc, name)) for name, tree in disc_variables.items()}
         state = state.replace(disc=state.disc.replace(**placed))
-    stats = (
-        _read_latent_stats(init["latent_stats"], job)
-        if init["latent_stats"]
-        else _measure_latent_stats(job, state, make_batches)
-    )
+    if stats is None:
+        stats = _measure_latent_stats(job, state, make_batches)
     logging.info("latent statistics: mean %s, var %s", np.asarray(stats.mean), np.asarray(stats.var))
     place = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
     latent_stats = jax.tree.map(place, stats)
@@ -438,14 +447,14 @@ def make_source(config):
     return source
 
 
-def make_loader(job, source):
-    """Loader of this process's share of every batch."""
+def make_loader(job, source, workers=None):
+    """Loader of this process's share of every batch, with config.data.workers processes unless told otherwise."""
     section = job.config["data"]
     return Loader(
         source,
         batch_size=section["batch_size"],
         seed=job.config["seed"],
-        workers=section["workers"],
+        workers=section["workers"] if workers is None else workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         max_bad_fraction=section["max_bad_fraction"],

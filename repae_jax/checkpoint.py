@@ -323,7 +323,6 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
-@jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     """Sum of the array's bit patterns modulo 2^32: an integer sum, so the same however the array is sharded."""
     if array.dtype == jnp.bool_:
@@ -333,8 +332,13 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _checksums(tree: Any) -> dict[str, int]:
-    sums = {name: _checksum(leaf) for name, leaf in _named_leaves(tree)}
+    sums = _sum_all(dict(_named_leaves(tree)))
     return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+@jax.jit  # one program for the whole tree, not one per shape
+def _sum_all(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(_checksum, leaves)
 
 
 def _check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], path: epath.Path) -> None:

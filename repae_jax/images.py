@@ -1,9 +1,9 @@
 """Images: the only place that knows how pixels 0..255 map to the networks' range [-1, 1]."""
 
 import os
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 
@@ -88,11 +88,12 @@ def save_png(path, image):
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = epath.Path(path)  # gs:// too
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
-        Image.fromarray(image).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with temporary.open("wb") as file:
+            Image.fromarray(image).save(file, format="PNG")
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -101,7 +102,7 @@ def center_crop(image, size):
     """Resizes the shorter side to `size` and cuts out the central square, exactly as ADM prepares ImageNet.
 
     Args:
-      image: PIL image of any mode and size; converted to RGB.
+      image: PIL image of any mode and size; converted to RGB. An alpha channel is dropped, as the published code does.
       size: side of the square in pixels.
 
     Returns:
@@ -114,6 +115,8 @@ def center_crop(image, size):
     """
     if size < 1:
         raise ValueError(f"size is {size}; allowed: a positive number of pixels")
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white instead of scaling them
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = image.convert("RGB")
     # Box halving first: one bicubic step by a large factor would differ from the published statistics.
     while min(image.size) >= 2 * size:

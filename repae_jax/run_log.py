@@ -1,6 +1,7 @@
 """What a run tells people: metrics for TensorBoard and as JSON lines, and a line of progress with speed and ETA."""
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -66,14 +67,17 @@ class JsonLines:
     Args:
       path: the file. Lines in it of steps after `resume_step` are removed, since the resumed run writes them again,
         and so is a last line that a kill left unfinished.
-      resume_step: the step that training continues from.
+      resume_step: the step that training continues from; at 0 a file that is there is renamed to path.1, path.2, …
     """
 
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
         path = epath.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.exists() and resume_step:
             _drop_lines_after(path, resume_step)
+        elif path.exists() and path.read_text():  # of a run that never completed a checkpoint: kept, not continued
+            number = next(n for n in itertools.count(1) if not (path.parent / f"{path.name}.{n}").exists())
+            path.rename(path.parent / f"{path.name}.{number}")
         self._file = path.open("a")
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
     )
-    parser.add_argument("--classes", type=int, nargs="*", help="draw labels from these classes only")
+    parser.add_argument("--classes", type=int, nargs="+", help="draw labels from these classes only")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
     parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE" + unset)
@@ -177,6 +177,8 @@ def run(args):
     """Sample as the command line says; returns the path of the npz."""
     if jax.process_count() > 1:
         raise ValueError("sampling runs in one process; start it on one host")
+    if "://" in str(args.out or args.workdir):
+        raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
     job, params, step = load_run(args.workdir, args.step)
     if args.batch_size % job.mesh.size:
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {job.mesh.size} devices")
@@ -188,7 +190,10 @@ def run(args):
         raise ValueError(f"--classes {classes}: allowed are 0..{num_classes - 1}")
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
     how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
-    name = f"{step:07d}-{how}-{args.labels}-{args.num_samples}-seed{args.seed}"
+    if sampling.guidance_scale > 1:
+        how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
+    which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, classes)))
+    name = f"{step:07d}-{how}-{which}-{args.num_samples}-seed{args.seed}"
     out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
     npz = out.with_name(out.name + ".npz")
     if npz.exists():
@@ -201,7 +206,9 @@ def run(args):
     count = -(-args.num_samples // args.batch_size)
     paths = [folder / f"{index:06d}.npy" for index in range(count)]
     done = {index for index, path in enumerate(paths) if path.exists()}
-    with tqdm(total=args.num_samples, initial=len(done) * args.batch_size, unit="img", desc=f"step {step}") as bar:
+    with tqdm(
+        total=args.num_samples, initial=min(len(done) * args.batch_size, args.num_samples), unit="img", desc=f"step {step}"
+    ) as bar:
         for index, made in sample_batches(job, params, sampling, labels, args.batch_size, args.seed, skip=done):
             _save_part(paths[index], made)
             bar.update(len(made))

@@ -31,28 +31,39 @@ class TrainingStopped(RuntimeError):
 
 @contextlib.contextmanager
 def stop_signal():
-    """Event that is set by SIGTERM; the handler before is restored afterwards."""
+    """Event that is set by SIGTERM and by the first Ctrl-C; the handlers before are restored afterwards."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, _):
+        event.set()
+        signal.signal(number, before[number])  # a second one acts at once
+
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_finite(step, metrics, limit):
-    """TrainingStopped, naming the terms, once `limit` updates in a row were skipped."""
+    """Log a skipped update with its terms; TrainingStopped once `limit` of them came in a row."""
     in_a_row = int(metrics["skipped_in_a_row"])
+    if not in_a_row:
+        return
+    bad = ", ".join(f"{name}={float(value)}" for name, value in sorted(metrics.items()) if not math.isfinite(value))
+    logging.warning("step %d: update skipped, not finite: %s", step, bad)
     if in_a_row >= limit:
-        bad = ", ".join(f"{name}={float(value)}" for name, value in sorted(metrics.items()) if not math.isfinite(value))
         raise TrainingStopped(
             f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because "
-            f"these were not finite: {bad}. Parameters are those of step "
-            f"{step - in_a_row}; the last checkpoint is intact. Lower the learning rate of the network named, or use "
-            f"config.precision.compute='float32', and resume"
+            f"these were not finite: {bad}. Parameters are those of step {step - in_a_row}; the last checkpoint is intact. "
+            f"Start a run in a new workdir with a lower learning rate for the network named, or with config.precision.compute='float32'; a term that is infinite from "
+            f"the first step on points at the data or at the weights of config.init"
         )
 
 
@@ -80,7 +91,7 @@ def make_hooks(job, source, workdir, writer):
         save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
 
     run_reconstruct = jax.jit(generate.make_reconstruct(job.nets))
-    with build.make_loader(job, source) as first_batches:  # a loader passes over undecodable files
+    with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
         originals = next(first_batches)["image"][:count]
 
     def reconstructions(step, state):
@@ -100,13 +111,17 @@ def train(config, workdir):
       workdir: folder of the run.
 
     Returns:
-      (state, finished): the TrainState; False if SIGTERM ended the run early, its state saved.
+      (state, finished): the TrainState; False if SIGTERM or Ctrl-C ended the run early, its state saved.
 
     Raises:
       ValueError: for anything wrong with config, data or workdir, before the first compilation.
       TrainingStopped: if too many updates in a row were not finite.
     """
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"training runs in one process with all its devices; jax.distributed has {jax.process_count()} of them"
+        )
     job = build.build(config)
     workdir = prepare_workdir(workdir)
     source = build.make_source(config)
@@ -156,15 +171,15 @@ def train(config, workdir):
                 if jax.process_index() == 0:
                     print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
             with progress.paused():
-                for hook_every, hook in hooks:
-                    if step % hook_every == 0 or step == steps:
-                        hook(step, state)
-                if step % every == 0 or last:
+                if step % every == 0 or last:  # before the pictures: they may take long, or fail
                     writer.flush()
                     checkpointer.save(step, state, loader.state(), job.config)
+                for hook_every, hook in hooks:
+                    if (step % hook_every == 0 and not stopping) or step == steps:
+                        hook(step, state)
             if stopping and step < steps:
                 checkpointer.wait()
-                logging.warning("SIGTERM: saved step %d; run the same command to continue", step)
+                logging.warning("asked to stop: saved step %d; run the same command to continue", step)
                 return state, False
         checkpointer.wait()
     return state, True

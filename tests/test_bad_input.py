@@ -149,6 +149,8 @@ def test_tables_name_what_they_hold():
         ({"encoders.dinov2.architecture": None}, ["config.encoders.dinov2.architecture must be set", "dinov2-base"]),
         ({"encoders.dinov2.architecture": "dinov9"}, ["'dinov9' is unknown", "dinov2-base"]),
         ({"encoders": {}}, ["config.loss.vae.align and config.loss.sit.align", "config.encoders is empty"]),
+        ({"loss.vae.gan": 0.0, "loss.lecam": 0.1}, ["config.loss.lecam=0.1 needs a discriminator"]),
+        ({"loss.vae.gan": 0.0, "init.disc": "x.pt"}, ["config.init.disc='x.pt' needs a discriminator"]),
         ({"encoders": {}, "loss.vae.align": 0.0}, ["config.loss.sit.align need", "config.encoders is empty"]),
         ({"loss.vae.align": 0.0, "loss.sit.align": 0.0}, ["config.encoders has an encoder", "are 0"]),
         ({"loss.vae.ssim": 1.0}, ["config.loss.vae has unknown terms ['ssim']", "'lpips'"]),

@@ -120,7 +120,7 @@ def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     save_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
 
     def full_disk(self, file, **_):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
@@ -133,3 +133,8 @@ def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
 def test_save_png_rejects_floats(tmp_path):
     with pytest.raises(ValueError, match="image is float64"):
         save_png(tmp_path / "a.png", np.zeros((2, 2, 3)))
+
+
+def test_center_crop_scales_sixteen_bits():
+    image = Image.fromarray(np.full((8, 8), 32896, np.uint16))  # half of 65535
+    np.testing.assert_array_equal(center_crop(image, 8), np.full((8, 8, 3), 128, np.uint8))

@@ -182,3 +182,11 @@ def test_line():
 )
 def test_duration(seconds, text):
     assert run_log._duration(seconds) == text
+
+
+def test_a_run_without_checkpoint_starts_another_file(tmp_path):
+    for text in ("first", "second"):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        run_log.JsonLines(tmp_path / "metrics.jsonl").close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert [(tmp_path / f"metrics.jsonl.{n}").read_text() for n in (1, 2)] == ["first", "second"]

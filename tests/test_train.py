@@ -134,6 +134,23 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
     assert_same_run(state, tmp_path, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_waiting_for_metrics_loses_nothing(half, tmp_path, monkeypatch, number):
+    """The signal comes after the step was dispatched: that step or the next is saved, never none."""
+    workdir, check = copy_of(half, tmp_path), train.check_finite
+
+    def signal_and_check(step, *args):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        check(step, *args)
+
+    monkeypatch.setattr(train, "check_finite", signal_and_check)
+    state, finished = train.train(config(8), workdir)
+    assert not finished
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        assert checkpointer.latest_step == int(state.step) < 8
+
+
 def test_a_truncated_checkpoint_is_put_aside_and_made_again(whole, tmp_path):
     workdir = copy_of(whole.workdir, tmp_path)
     files = [path for path in (workdir / "checkpoints" / "4" / "state").rglob("*") if path.is_file()]

@@ -80,9 +80,10 @@ def _extensions():
 def _list_images(root):
     """Sorted paths of all images below `root`, relative to it, with forward slashes."""
     paths = []
-    for folder, _, files in os.walk(root, followlinks=True):  # class folders are often links
-        inside = Path(folder).relative_to(root)
-        paths += [(inside / file).as_posix() for file in files if file.lower().endswith(EXTENSIONS)]
+    for folder, inner, files in os.walk(root, followlinks=True):  # class folders are often links
+        inner[:] = [name for name in inner if not name.startswith(".")]  # .ipynb_checkpoints and the like
+        names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        paths += [(Path(folder).relative_to(root) / name).as_posix() for name in names]
     return sorted(paths)
 
 

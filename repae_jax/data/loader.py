@@ -116,7 +116,8 @@ class Loader:
 
     def state(self):
         """Returns what `restore` needs, ready for JSON. The bad records are those that this process has met."""
-        return {"next_batch": self.next_batch, "bad_records": sorted(self._bad_records)}
+        bad = sorted(self._bad_records)
+        return {"next_batch": self.next_batch, "bad_records": bad, "records": len(self._source)}
 
     def restore(self, state):
         """Continues exactly where the loader that returned `state` stopped.
@@ -127,8 +128,13 @@ class Loader:
         Raises:
           ValueError: if the state has other fields, or values that do not fit the source.
         """
-        if set(state) != {"next_batch", "bad_records"}:
-            raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records and next_batch")
+        if set(state) != {"next_batch", "bad_records", "records"}:
+            raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records, next_batch and records")
+        if state["records"] != len(self._source):
+            raise ValueError(
+                f"the run was trained on {state['records']} records, this source has {len(self._source)}: the order would be "
+                "another one; point it at the same data"
+            )
         _check_range("next_batch", state["next_batch"], 0)
         for record in state["bad_records"]:
             _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)

@@ -45,7 +45,7 @@ class SiTBlock(nn.Module):
             nn.silu(c)
         )
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
-        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)
         attention = layers.Attention(
             self.num_heads,
             qk_norm=self.qk_norm,
@@ -71,7 +71,7 @@ class FinalLayer(nn.Module):
         zeros = nn.initializers.zeros
         modulation = nn.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)(x)
+        x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
         x = layers.modulate(x, shift, scale)
         return nn.Dense(self.out_dim, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
 
@@ -93,7 +93,8 @@ class Projector(nn.Module):
 class SiT(nn.Module):
     """Scalable interpolant transformer with projectors at block `encoder_depth`.
 
-    Parameters are float32; `dtype` is the compute dtype, with layer norms, softmax and the timestep embedding in float32.
+    Parameters are float32; `dtype` is the compute dtype of matrix products, with the residual stream, layer norms, softmax and
+    embeddings in float32, as they are in the published mixed-precision run.
 
     Attributes:
       num_classes: labels are 0..num_classes-1; `null_label` = num_classes stands for "no class".
@@ -139,7 +140,7 @@ class SiT(nn.Module):
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
         self.x_embedder = nn.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
         self.t_embedder = TimestepEmbedder(self.hidden_size, dtype=self.dtype)
-        self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02, dtype=self.dtype)
+        self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02)
         self.early_blocks = self._stack("early_blocks", self.encoder_depth)
         if self.encoder_depth < self.depth:  # Orbax refuses zero-size arrays: an empty stack is no stack
             self.late_blocks = self._stack("late_blocks", self.depth - self.encoder_depth)
@@ -155,7 +156,7 @@ class SiT(nn.Module):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
         positions = layers.sincos_position_embedding(self.hidden_size, height, width)
-        x = x + jnp.asarray(positions, self.dtype)
+        x = x + positions  # float32 from here on, as is every residual sum
         c = self.t_embedder(t) + self.y_embedder(labels)
         x, _ = self.early_blocks(x, c)
         return x, c

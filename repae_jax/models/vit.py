@@ -35,11 +35,9 @@ class SwiGLU(nn.Module):
 class LayerScale(nn.Module):
     """Learned per-channel factor of a residual branch."""
 
-    dtype: jnp.dtype
-
     @nn.compact
     def __call__(self, x):
-        return x * self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)
+        return x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
 
 
 class ViTBlock(nn.Module):
@@ -54,15 +52,14 @@ class ViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
+        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
         if self.swiglu:
             mlp = SwiGLU(swiglu_dim(width, self.mlp_ratio), dtype=self.dtype, name="mlp")
         else:
             mlp = layers.Mlp(int(width * self.mlp_ratio), gelu_erf, dtype=self.dtype, name="mlp")
         attention = layers.Attention(self.num_heads, dtype=self.dtype, name="attn")
-        scale = functools.partial(LayerScale, self.dtype)
-        x = x + scale(name="layer_scale1")(attention(norm(name="norm1")(x)))
-        x = x + scale(name="layer_scale2")(mlp(norm(name="norm2")(x)))
+        x = x + LayerScale(name="layer_scale1")(attention(norm(name="norm1")(x)))
+        x = x + LayerScale(name="layer_scale2")(mlp(norm(name="norm2")(x)))
         return x, None
 
 
@@ -79,7 +76,7 @@ class VisionTransformer(nn.Module):
       swiglu: gated MLP (DINOv2-giant) instead of GELU.
       num_registers: register tokens.
       norm_eps: layer-norm epsilon.
-      dtype: compute dtype; parameters float32.
+      dtype: compute dtype of matrix products; parameters, residual stream and norms are float32.
     """
 
     patch_size: int
@@ -115,10 +112,10 @@ class VisionTransformer(nn.Module):
         x = nn.Dense(self.hidden_size, dtype=self.dtype, name="patch_embed")(x)
 
         def tokens(name, count):
-            param = self.param(name, normal, (1, count, self.hidden_size)).astype(self.dtype)
+            param = self.param(name, normal, (1, count, self.hidden_size))
             return jnp.broadcast_to(param, (x.shape[0], count, self.hidden_size))
 
-        positions = self.param("pos_embed", normal, (1, 1 + rows * columns, self.hidden_size)).astype(self.dtype)
+        positions = self.param("pos_embed", normal, (1, 1 + rows * columns, self.hidden_size))
         x = jnp.concatenate([tokens("cls_token", 1), x], axis=1) + positions
         if self.num_registers:  # after the cls token, without positions
             x = jnp.concatenate([x[:, :1], tokens("register_tokens", self.num_registers), x[:, 1:]], axis=1)

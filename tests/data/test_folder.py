@@ -151,3 +151,10 @@ def test_labels_file_errors(class_folders, name, content, message):
 def test_missing_labels_file(class_folders):
     with pytest.raises(ValueError, match="does not exist"):
         FolderSource(class_folders, 8, "labels.json")
+
+
+def test_hidden_folders_and_files_are_no_data(class_folders):
+    write_image(class_folders / ".ipynb_checkpoints" / "x.png")
+    write_image(class_folders / "a" / ".hidden" / "x.png")
+    write_image(class_folders / "a" / "._0.png")
+    assert len(FolderSource(class_folders, 8)) == 5

@@ -166,9 +166,10 @@ def test_closing_pauses():
 @pytest.mark.parametrize(
     "state, message",
     [
-        ({"next_batch": 3}, r"fields \['next_batch'\]; allowed: bad_records and next_batch"),
-        ({"next_batch": -1, "bad_records": []}, "next_batch is -1"),
-        ({"next_batch": 1, "bad_records": [37]}, r"is 37; allowed: 0\.\.36"),
+        ({"next_batch": 3}, r"fields \['next_batch'\]; allowed: bad_records, next_batch and records"),
+        ({"next_batch": -1, "bad_records": [], "records": 37}, "next_batch is -1"),
+        ({"next_batch": 1, "bad_records": [37], "records": 37}, r"is 37; allowed: 0\.\.36"),
+        ({"next_batch": 1, "bad_records": [], "records": 36}, "trained on 36 records, this source has 37"),
     ],
 )
 def test_restore_errors(state, message):
@@ -233,7 +234,7 @@ def test_nothing_but_bad_records_end_the_run(fraction, workers):
 
 def test_the_limit_counts_records_of_earlier_runs(warnings):
     loader = Loader(Numbers(40, [5, 15]), batch_size=8, seed=2, max_bad_fraction=0.025)
-    loader.restore({"next_batch": 0, "bad_records": [5]})
+    loader.restore({"next_batch": 0, "bad_records": [5], "records": 40})
     with pytest.raises(RuntimeError, match=r"2 of 40 records \(5.00%\) .*: number-5, number-15. Last error: OSError"):
         take(loader, 10)
     assert len(warnings) == 1
