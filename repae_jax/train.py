@@ -62,8 +62,9 @@ def check_finite(step, metrics, limit):
         raise TrainingStopped(
             f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because "
             f"these were not finite: {bad}. Parameters are those of step {step - in_a_row}; the last checkpoint is intact. "
-            f"Start a run in a new workdir with a lower learning rate for the network named, or with config.precision.compute='float32'; a term that is infinite from "
-            f"the first step on points at the data or at the weights of config.init"
+            f"Start a run in a new workdir with a lower learning rate for the network named, or with "
+            f"config.precision.compute='float32'; a term that is infinite from the first step on points at the data or at "
+            f"the weights of config.init"
         )
 
 
