@@ -75,6 +75,11 @@ def grid(images, columns, padding=2, scale=1):
     return sheet
 
 
+def viewing_scale(size):
+    """Whole factor by which images of `size` pixels are enlarged in pictures for people: small ones to about 64 pixels."""
+    return max(1, 64 // size)
+
+
 def save_png(path, image):
     """Writes a PNG that is either complete or absent, so that a reader never meets half an image.
 

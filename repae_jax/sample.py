@@ -214,7 +214,8 @@ def run(args):
             bar.update(len(made))
     write_npz(npz, paths, labels)
     shown = np.concatenate([np.load(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
-    images.save_png(out.with_name(out.name + ".png"), images.grid(shown, int(np.ceil(np.sqrt(len(shown))))))
+    picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
+    images.save_png(out.with_name(out.name + ".png"), picture)
     shutil.copy(folder / "settings.json", out.with_name(out.name + ".json"))
     shutil.rmtree(folder)  # everything in it is in the npz now
     return npz

@@ -72,7 +72,7 @@ def make_hooks(job, source, workdir, writer):
     """Pictures during training: list of (every, function of (step, state))."""
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
-    columns, scale = math.ceil(math.sqrt(count)), max(1, 64 // job.config["data"]["image_size"])
+    columns, scale = math.ceil(math.sqrt(count)), images.viewing_scale(job.config["data"]["image_size"])
     placed = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
 
     def save(kind, step, picture):
