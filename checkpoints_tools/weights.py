@@ -184,7 +184,7 @@ def write_safetensors(path, state_dict, metadata=None, *, overwrite=False):
 
     # safetensors copies the memory as it lies, so transposed views must be laid out first
     arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
-    _write(Path(path), lambda file: safetensors.numpy.save_file(arrays, file, metadata), overwrite)
+    write_atomically(Path(path), lambda file: safetensors.numpy.save_file(arrays, file, metadata), overwrite)
 
 
 def write_json(path, content, *, overwrite=False):
@@ -198,10 +198,15 @@ def write_json(path, content, *, overwrite=False):
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
     """
-    _write(Path(path), lambda file: file.write_text(json.dumps(content, indent=2) + "\n"), overwrite)
+    write_atomically(Path(path), lambda file: file.write_text(json.dumps(content, indent=2) + "\n"), overwrite)
 
 
-def _write(path, write, overwrite):
+def write_atomically(path, write, overwrite=False):
+    """Lets `write(temporary path)` write a file, which then appears under `path` complete and on disk, or not at all.
+
+    Raises:
+      FileExistsError: if the file exists and `overwrite` is False.
+    """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name, remove it, or pass overwrite=True")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -19,6 +19,7 @@ import numpy as np
 import plots
 from absl import logging
 
+from checkpoints_tools import weights
 from configs import repae
 from repae_jax import generate, sample
 from repae_jax.data.digits import DigitsSource
@@ -106,13 +107,6 @@ def training_numbers(workdir):
     }
 
 
-def write_json(path, content):
-    """Atomic, readable JSON."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def main():
     """Runs the four parts; every one is skipped or continued if it was done before."""
     args = parse_args()
@@ -150,7 +144,7 @@ def main():
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    write_json(workdir / "summary.json", summary)
+    weights.write_json(workdir / "summary.json", summary, overwrite=True)
     print(json.dumps(summary, indent=2))
     for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json"):
         print(workdir / name)

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import sys
 import zipfile
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from checkpoints_tools import weights
 from repae_jax import build, checkpoint, generate, images, sharding
 from repae_jax.train_state import Ema
 
@@ -132,26 +132,26 @@ def write_npz(path, parts, labels):
       labels: int32 [N].
     """
     shape = np.load(parts[0], mmap_mode="r").shape[1:]
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts:
-                file.write(np.ascontiguousarray(np.load(part)).tobytes())
-        with archive.open("arr_1.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array(file, labels)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in parts:
+                    file.write(np.ascontiguousarray(np.load(part)).tobytes())
+            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels)
+
+    weights.write_atomically(path, write)
 
 
 def _save_part(path, array):
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def write(temporary):
+        with temporary.open("wb") as file:
+            np.save(file, array)
+
+    weights.write_atomically(path, write)
 
 
 def _open_parts(folder, settings):
@@ -167,9 +167,7 @@ def _open_parts(folder, settings):
                 f"choose another --out, or the old settings"
             )
     else:
-        temporary = manifest.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings, indent=2))
-        os.replace(temporary, manifest)
+        weights.write_json(manifest, settings)
     return folder
 
 
