@@ -7,9 +7,12 @@ not fit is listed in a single error. Round trips are the identity, bit for bit.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from einops import EinopsError, rearrange
 from flax import traverse_util
+
+WEIGHT_DTYPES = tuple(map(np.dtype, ("float32", "float16", ml_dtypes.bfloat16)))  # what float32 holds exactly
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Table:
       entries: what is converted.
       constants: PyTorch name -> value that the network itself fixes (position tables, counters). Written on the way out;
         checked on the way in where `checked` names it.
-      ignored: PyTorch names that a file may hold and that fill nothing.
+      ignored: beginnings of PyTorch names that a file may hold and that fill nothing ('text_model.', 'head.').
       checked: constants whose value must agree (float32 tolerance 1e-5).
     """
 
@@ -125,12 +128,13 @@ def to_flax(table, state_dict, target, source="state dict"):
       Nested dict of numpy arrays with target's structure, shapes and dtypes.
 
     Raises:
-      ValueError: listing every missing, unexpected, mis-shaped or non-finite entry.
+      ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, and every dtype not in WEIGHT_DTYPES.
     """
     wanted = traverse_util.flatten_dict(target, sep="/")
     constants = table.constants or {}
-    known = {name for entry in table.entries for name in entry.torch} | set(constants) | set(table.ignored)
-    problems = [f"unexpected in file: {name} {tuple(np.shape(state_dict[name]))}" for name in set(state_dict) - known]
+    known = {name for entry in table.entries for name in entry.torch} | set(constants)
+    strangers = [name for name in set(state_dict) - known if not name.startswith(tuple(table.ignored))]
+    problems = [f"unexpected in file: {name} {tuple(np.shape(state_dict[name]))}" for name in strangers]
     for name in table.checked:
         if name in state_dict and not np.allclose(np.asarray(state_dict[name], np.float32), constants[name], atol=1e-5):
             problems.append(f"differs from the value this network fixes: {name}")
@@ -172,6 +176,9 @@ def _split(entry, name, array, wanted, problems):
         got = ", ".join(str(part.shape) for part in parts)
         needed = ", ".join(f"{path} {shape}" for path, shape in zip(entry.flax, shapes))
         problems.append(f"wrong shape: {name} {array.shape} gives {got}; needed: {needed}")
+        return None
+    if array.dtype not in WEIGHT_DTYPES:
+        problems.append(f"wrong dtype: {name} is {array.dtype}; allowed: {', '.join(map(str, WEIGHT_DTYPES))}")
         return None
     if not np.isfinite(array).all():
         problems.append(f"not finite: {name}")

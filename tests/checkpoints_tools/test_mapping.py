@@ -21,7 +21,7 @@ TABLE = Table(
         ),
     ],
     constants={"pos_embed": np.ones((1, 2), np.float32), "counter": np.asarray(7, np.int64)},
-    ignored=("mask_token",),
+    ignored=("extras.",),
     checked=("pos_embed",),
 )
 
@@ -92,6 +92,13 @@ def test_dtype_is_the_networks(state_dict, target):
     assert tree["conv"]["bias"].dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.complex64, bool])
+def test_other_dtypes_than_float32_can_hold_are_refused(state_dict, target, dtype):
+    state_dict["conv.bias"] = state_dict["conv.bias"].astype(dtype)
+    with pytest.raises(ValueError, match=f"wrong dtype: conv.bias is {np.dtype(dtype)}; allowed: float32, float16, bfloat16"):
+        to_flax(TABLE, state_dict, target)
+
+
 def test_every_mismatch_is_in_one_error(state_dict, target):
     del state_dict["conv.bias"]
     state_dict["surprise"] = leaf(2, 3)
@@ -130,10 +137,10 @@ def test_layers_of_different_shapes_do_not_stack(state_dict, target):
 
 
 def test_constants_and_ignored_names_may_be_absent_or_present(state_dict, target):
-    state_dict["mask_token"] = leaf(1, 2)
+    state_dict["extras.mask_token"] = leaf(1, 2)
     state_dict["counter"] = np.asarray(8, np.int64)  # known, but not checked
     to_flax(TABLE, state_dict, target)
-    for name in ("mask_token", "counter", "pos_embed"):
+    for name in ("extras.mask_token", "counter", "pos_embed"):
         del state_dict[name]
     returned = to_torch(TABLE, to_flax(TABLE, state_dict, target))
     assert returned["counter"] == 7 and returned["counter"].shape == ()
