@@ -109,6 +109,11 @@ def stack(entries, stacks):
     ]
 
 
+def flatten(tree):
+    """Nested dict -> dict of '/'-joined path -> leaf."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
 def _report(problems, what):
     if problems:
         listing = "\n  ".join(sorted(problems))
@@ -130,7 +135,7 @@ def to_flax(table, state_dict, target, source="state dict"):
     Raises:
       ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, and every dtype not in WEIGHT_DTYPES.
     """
-    wanted = traverse_util.flatten_dict(target, sep="/")
+    wanted = flatten(target)
     constants = table.constants or {}
     known = {name for entry in table.entries for name in entry.torch} | set(constants)
     strangers = [name for name in set(state_dict) - known if not name.startswith(tuple(table.ignored))]
@@ -155,8 +160,10 @@ def to_flax(table, state_dict, target, source="state dict"):
         for path, *parts in zip(entry.flax, *layers):
             if path in filled:
                 problems.append(f"filled twice: {path}")
-            part = np.stack(parts) if entry.stacked else parts[0]
-            filled[path] = np.asarray(part, wanted[path].dtype, order="C")
+            # one copy, at once of the right dtype and order, so that nothing keeps a file mapped
+            leaf = filled[path] = np.empty(wanted[path].shape, wanted[path].dtype)
+            for layer, part in zip(leaf if entry.stacked else [leaf], parts):
+                layer[...] = part
     covered = {path for entry in table.entries for path in entry.flax}
     problems += [f"filled by no table entry: {path} {wanted[path].shape}" for path in set(wanted) - covered]
     _report(problems, f"{source} does not fit the network")
@@ -198,7 +205,7 @@ def to_torch(table, tree):
     Raises:
       ValueError: listing every leaf that the tree lacks or that the table does not know.
     """
-    leaves = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     covered = {path for entry in table.entries for path in entry.flax}
     problems = [f"not in the tree: {path}" for path in covered - set(leaves)]
     problems += [f"not in the table: {path}" for path in set(leaves) - covered]

@@ -1,14 +1,21 @@
 import argparse
+import errno
 import json
 import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from checkpoints_tools import weights
+from checkpoints_tools import locate, weights
+
+ROOT = Path(__file__).parents[2]
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -43,7 +50,7 @@ def test_safetensors_round_trip(tmp_path, arrays):
 def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, arrays, monkeypatch):
     path = tmp_path / "w.safetensors"
     weights.write_safetensors(path, arrays)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match="w.safetensors exists; .*--overwrite"):
         weights.write_safetensors(path, {})
     changed = {**arrays, "counter": np.asarray(8, np.int64)}
 
@@ -58,6 +65,168 @@ def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, ar
     weights.write_safetensors(path, changed, overwrite=True)
     assert_same(weights.read_state_dict(path), changed)
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("write", [weights.write_safetensors, weights.write_torch, weights.write_json])
+def test_no_space_left(tmp_path, monkeypatch, write):
+    if write is weights.write_torch:
+        pytest.importorskip("torch")
+    path = tmp_path / "w"
+    path.write_bytes(b"before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"{path} could not be written .*No space left.*nothing was changed there.* GB free"):
+        write(path, {}, overwrite=True)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writes_that_really_fail(tmp_path):
+    """In a process whose files must stay small: the three libraries raise three types of error."""
+    pytest.importorskip("torch")
+    script = f"""
+import resource, signal
+import numpy as np
+from checkpoints_tools import weights
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+big = {{"a": np.zeros(10**6)}}
+for write, content in (
+    (weights.write_safetensors, big), (weights.write_torch, big), (weights.write_json, {{"a": "x" * 10**6}})
+):
+    try:
+        write({str(tmp_path / "w")!r}, content)
+    except OSError as error:
+        print(error)
+"""
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    lines = made.stdout.splitlines()
+    assert sum(f"{tmp_path / 'w'} could not be written" in line for line in lines) == 3, made.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path, arrays):
+    before = os.umask(0o022)
+    try:
+        weights.write_safetensors(tmp_path / "w.safetensors", arrays)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_torch_round_trip(tmp_path, arrays):
+    torch = pytest.importorskip("torch")
+    arrays["transposed"] = arrays["a.weight"].T
+    arrays["brain"] = arrays["a.weight"].astype(ml_dtypes.bfloat16)
+    content = {"model": arrays, "args": argparse.Namespace(seed=0, names=["a", "b"]), "steps": 7, "betas": (0.9, 0.999)}
+    weights.write_torch(tmp_path / "w.pt", content)
+    assert_same(weights.read_state_dict(tmp_path / "w.pt", entry="model"), arrays)
+    read = weights.read_torch(tmp_path / "w.pt")
+    assert read["args"] == {"seed": 0, "names": ["a", "b"]} and read["steps"] == 7 and read["betas"] == (0.9, 0.999)
+    loaded = torch.load(tmp_path / "w.pt", weights_only=False)
+    assert loaded["model"]["brain"].dtype == torch.bfloat16 and loaded["model"]["counter"].shape == ()
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that is reached as gs://bucket, in place of the layer that reaches real ones."""
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+
+    class Remote(PosixPath):
+        """What etils.epath gives for an address, of a local folder."""
+
+        def __new__(cls, path):
+            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
+
+        def stat(self):
+            found = os.stat(self)
+            return SimpleNamespace(length=found.st_size, mtime=found.st_mtime_ns, st_mode=found.st_mode)
+
+        def copy(self, target, overwrite):
+            shutil.copy(self, Remote(target))
+
+    for module in (locate, weights):
+        monkeypatch.setattr(module, "epath", SimpleNamespace(Path=Remote))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def test_remote_storage(bucket, arrays, tmp_path):
+    weights.write_safetensors("gs://bucket/w.safetensors", arrays)
+    assert_same(weights.read_state_dict("gs://bucket/w.safetensors"), arrays)
+    copies = list((tmp_path / "cache" / "repae_jax").iterdir())
+    weights.read_state_dict("gs://bucket/w.safetensors")
+    assert list((tmp_path / "cache" / "repae_jax").iterdir()) == copies  # not fetched again
+    with pytest.raises(FileExistsError, match="gs://bucket/w.safetensors|w.safetensors exists"):
+        weights.write_safetensors("gs://bucket/w.safetensors", arrays)
+    arrays["counter"] = np.asarray(9, np.int64)
+    arrays["more"] = np.zeros(3, np.float32)
+    weights.write_safetensors("gs://bucket/w.safetensors", arrays, overwrite=True)
+    assert_same(weights.read_state_dict("gs://bucket/w.safetensors"), arrays)  # not the old copy
+    with pytest.raises(FileNotFoundError, match="gs://bucket/nothing.pt does not exist"):
+        weights.read_state_dict("gs://bucket/nothing.pt")
+
+
+def test_remote_folder(bucket, arrays):
+    (bucket / "model").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        locate.resolve("gs://bucket/model")
+    (bucket / "model" / "config.json").write_text("{}")
+    safetensors.numpy.save_file(arrays, bucket / "model" / "model.safetensors")
+    assert_same(weights.read_state_dict("gs://bucket/model"), arrays)
+    assert weights.read_config(locate.resolve("gs://bucket/model")) == {}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
+def test_other_names_in_folders(tmp_path, arrays, name):
+    torch = pytest.importorskip("torch")
+    if name.endswith(".bin"):
+        torch.save({key: torch.tensor(array) for key, array in arrays.items()}, tmp_path / name)
+    else:
+        safetensors.numpy.save_file(arrays, tmp_path / name)
+    assert_same(weights.read_state_dict(tmp_path), arrays)
+
+
+def test_hub_files_and_folders(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def download(repository, inside):
+        calls.append((repository, inside))
+        return str(tmp_path / inside)
+
+    def snapshot(repository, allow_patterns):
+        calls.append((repository, allow_patterns[0]))
+        (tmp_path / "vae").mkdir(exist_ok=True)
+        (tmp_path / "vae" / allow_patterns[-1].rpartition("/")[2].replace("*", "1")).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate.resolve("REPA-E/sdvae/sdvae-f8d4.pt") == tmp_path / "sdvae-f8d4.pt"
+    assert locate.resolve("some/pipeline/vae") == tmp_path / "vae"
+    assert calls == [("REPA-E/sdvae", "sdvae-f8d4.pt"), ("some/pipeline", "vae/config.json")]
+    with pytest.raises(FileNotFoundError, match="weights/vae.pt does not exist"):
+        locate.resolve("weights/vae.pt")
+
+
+def test_a_published_run_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repository, allow_patterns):
+        asked.append(list(allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate.resolve("REPA-E/sit-repae-sdvae") == tmp_path
+    assert len(asked) == 3 and asked[-1] == ["args.json", "checkpoints/*.pt"]
 
 
 def test_npz(tmp_path, arrays):
@@ -104,8 +273,8 @@ def test_bad_index(tmp_path, content, message):
 
 
 def test_folder_without_weights(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors .* but pytorch_model.bin"):
+    (tmp_path / "flax_model.msgpack").touch()
+    with pytest.raises(FileNotFoundError, match="has none of model.safetensors, .*, but flax_model.msgpack"):
         weights.read_state_dict(tmp_path)
 
 
@@ -132,9 +301,9 @@ def test_missing_truncated_and_pointer_files(tmp_path, arrays, suffix):
 
 
 def test_unknown_extension(tmp_path):
-    (tmp_path / "w.ckpt").touch()
-    with pytest.raises(ValueError, match="'.ckpt'; allowed: .safetensors, .npz, .pt"):
-        weights.read_state_dict(tmp_path / "w.ckpt")
+    (tmp_path / "w.h5").touch()
+    with pytest.raises(ValueError, match="'.h5'; allowed: .safetensors, .npz, .pt"):
+        weights.read_state_dict(tmp_path / "w.h5")
 
 
 def test_entry_is_for_pytorch_files(tmp_path, arrays):
@@ -226,16 +395,16 @@ def test_torch_missing(tmp_path, monkeypatch):
 def test_resolve_prefers_local_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert weights.resolve("org/name").samefile(tmp_path / "org" / "name")
+    assert locate.resolve("org/name").samefile(tmp_path / "org" / "name")
     with pytest.raises(FileNotFoundError, match="no hub name"):
-        weights.resolve("./missing/folder")
+        locate.resolve("./missing/folder")
 
 
 def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="organisation/nothing is no local path .*HF_HUB_OFFLINE.*hf download"):
-        weights.resolve("organisation/nothing")
+        locate.resolve("organisation/nothing")
     commit = "0" * 40
     model = tmp_path / "models--organisation--name"
     snapshot = model / "snapshots" / commit
@@ -243,8 +412,8 @@ def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text('{"model_type": "dinov2"}')
-    assert weights.resolve("organisation/name").samefile(snapshot)
-    assert weights.read_config(weights.resolve("organisation/name")) == {"model_type": "dinov2"}
+    assert locate.resolve("organisation/name").samefile(snapshot)
+    assert weights.read_config(locate.resolve("organisation/name")) == {"model_type": "dinov2"}
 
 
 @pytest.mark.parametrize(
