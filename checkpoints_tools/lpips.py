@@ -1,9 +1,14 @@
-"""LPIPS: torchvision's VGG16 and the linear weights, or taming's single module <-> our parameters."""
+"""LPIPS: torchvision's VGG16 and the linear weights, or the whole module in one file <-> our parameters."""
 
+import re
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools.mapping import CONV, Entry, Layout, Table, linear
-from repae_jax.models.lpips import VGG16_STAGES
+from checkpoints_tools import weights
+from checkpoints_tools.mapping import CONV, Entry, Layout, Table, linear, to_flax
+from repae_jax.models.lpips import LPIPS, VGG16_STAGES
 
 # [1, C, 1, 1] <-> [C]
 CHANNEL_WEIGHTS = Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))
@@ -34,21 +39,65 @@ def lpips_table():
 
 
 def from_torchvision(vgg16, linear_weights):
-    """State dict of taming's LPIPS module from the two files people have.
+    """State dict of taming's LPIPS module from the two that people have, either of which may also be a whole module's.
 
     Args:
-      vgg16: torchvision's VGG16 state dict (`features.0.weight` …; its `classifier.*` is not used).
-      linear_weights: `lin0.model.1.weight` … (the lpips package's and taming's vgg.pth agree on these names).
+      vgg16: torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), or a whole module.
+      linear_weights: `lin0.model.1.weight` … (the lpips package's and taming's vgg.pth agree on these names), or a whole
+        module, or empty. The lpips package's module has its linear layers twice, as `lin0` and as `lins.0`.
 
     Returns:
-      dict for `lpips_table`.
+      dict for `lpips_table`. Names unknown here stay as they are, for the table to list.
+
+    Raises:
+      ValueError: listing every array that is given more than once with different values.
     """
-    renamed = {}
-    slices = {index: stage + 1 for stage, _, index in _vgg_indices()}
-    for name, array in vgg16.items():
-        part, index, kind = (name.split(".") + ["", ""])[:3]
-        if part == "features" and index.isdigit() and int(index) in slices:
-            renamed[f"net.slice{slices[int(index)]}.{index}.{kind}"] = array
-        elif part != "classifier":
-            renamed[name] = array  # unknown: the table names it in its error
-    return {**renamed, **linear_weights}
+    merged, conflicts = {}, []
+    slices = {str(index): stage + 1 for stage, _, index in _vgg_indices()}
+    for state_dict in (vgg16, linear_weights):
+        for name, array in state_dict.items():
+            if name.startswith("classifier."):
+                continue
+            feature = re.fullmatch(r"features\.(\d+)\.(weight|bias)", name)
+            if feature and feature[1] in slices:
+                name = f"net.slice{slices[feature[1]]}.{feature[1]}.{feature[2]}"
+            name = re.sub(r"^lins\.(\d+)\.", r"lin\1.", name)
+            if name in merged and not np.array_equal(merged[name], array):
+                conflicts.append(name)
+            merged[name] = array
+    if conflicts:
+        names = ", ".join(sorted(conflicts))
+        raise ValueError(f"given twice, with different values: {names}; these weights do not belong together")
+    return merged
+
+
+def load_lpips(vgg16, linear_weights=""):
+    """Parameters of `LPIPS` from the files people have.
+
+    Args:
+      vgg16: torchvision's VGG16 (vgg16-397923af.pth), or a state dict of the lpips package's or taming's whole module.
+      linear_weights: the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; empty if `vgg16` holds the whole module. The
+        two may also be given the other way round. Both may be any kind of file that `weights.read_state_dict` reads.
+
+    Returns:
+      Nested dict of float32 numpy arrays.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a file is damaged, VGG16 or the linear weights are in none of the files, the files contradict each other,
+        or listing everything in them that does not fit the network.
+    """
+    files = [str(path) for path in (vgg16, linear_weights) if path]
+    if not files:
+        raise ValueError("LPIPS needs torchvision's VGG16 weights and the linear weights of LPIPS v0.1, or both in one file")
+    source = " with ".join(files)
+    first, *second = (weights.read_state_dict(path) for path in files)
+    state_dict = from_torchvision(first, *(second or [{}]))
+    parts = {"net.slice": "VGG16's convolutions (features.0.weight …)", "lin": "the linear weights (lin0.model.1.weight …)"}
+    for beginning, what in parts.items():
+        if not any(name.startswith(beginning) for name in state_dict):
+            held = ", ".join(sorted(state_dict)[:3])
+            raise ValueError(f"{source} lacks {what}; give the file that holds them, too. What is there begins with: {held}")
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    target = jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)["params"]
+    return to_flax(lpips_table(), state_dict, target, source=source)

@@ -1,0 +1,262 @@
+"""InceptionV3 as it scores generated images: FID, sFID, inception score, precision and recall.
+
+Reference: Szegedy et al. 2015 (arXiv 1512.00567) in the form of TensorFlow's graph of 2015-12-05, with which the published
+scores are computed. torchvision's InceptionV3 differs in its poolings and its weights; scores from it cannot be compared.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+IMAGE_SIZE = 299
+NUM_CLASSES = 1008
+SPATIAL_CHANNELS = 7  # of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
+
+max_pool_2 = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+
+
+@struct.dataclass
+class InceptionFeatures:
+    """What the metrics need, float32.
+
+    Attributes:
+      pool: [B, 2048], the graph's pool_3: FID, precision and recall.
+      spatial: [B, 2023], the first 7 channels of mixed_6/conv, rows first: sFID.
+      logits: [B, 1008], softmax/logits/MatMul, that is without the bias: inception score.
+    """
+
+    pool: jax.Array
+    spatial: jax.Array
+    logits: jax.Array
+
+
+def resize_tf1(images, size):
+    """Bilinear resizing as TensorFlow 1's ResizeBilinear with align_corners=False does it.
+
+    Output pixel i lies at input i * (old / new), without half-pixel centres, so the picture shifts towards the upper left when
+    it is enlarged, and nothing is averaged when it shrinks. The published statistics were made this way; `jax.image.resize`
+    gives other features. Pixels are gathered, not multiplied by a matrix, so that the result does not depend on the precision
+    of matrix products.
+
+    Args:
+      images: [B, H, W, C].
+      size: height and width of the result.
+
+    Returns:
+      float32 [B, size, size, C].
+    """
+    x = images.astype(jnp.float32)
+    # columns before rows, as TensorFlow does
+    for axis in (2, 1):
+        old = x.shape[axis]
+        # TensorFlow's positions, too, are float32
+        position = np.arange(size, dtype=np.float32) * (np.float32(old) / np.float32(size))
+        low = np.floor(position).astype(np.int32)
+        fraction = np.expand_dims(position - low, tuple(range(1, x.ndim - axis)))
+        a, b = (jnp.take(x, np.minimum(index, old - 1), axis=axis) for index in (low, low + 1))
+        x = a + (b - a) * fraction
+    return x
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with fixed statistics, in float32; they are parameters, since nothing here is trained."""
+
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1],)
+        scale, var = (self.param(name, nn.initializers.ones, shape) for name in ("scale", "var"))
+        bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ("bias", "mean"))
+        return (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+
+
+class ConvUnit(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    features: int
+    kernel: tuple[int, int]
+    strides: int = 1
+    padding: str = "SAME"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        # he_normal keeps the activations' size where the weights are random
+        x = nn.Conv(
+            self.features, self.kernel, self.strides, self.padding, use_bias=False,
+            kernel_init=nn.initializers.he_normal(), dtype=self.dtype, name="conv",
+        )(x)  # fmt: skip
+        return nn.relu(FrozenBatchNorm(name="bn")(x)).astype(self.dtype)
+
+
+def average_pool(x):
+    """3 x 3 averages in float32; pixels beyond the border do not count."""
+    y = nn.avg_pool(x.astype(jnp.float32), (3, 3), padding="SAME", count_include_pad=False)
+    return y.astype(x.dtype)
+
+
+class InceptionA(nn.Module):
+    """35 x 35 block; [B, H, W, C] -> [B, H, W, 224 + pool_features]."""
+
+    pool_features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(ConvUnit, dtype=self.dtype)
+        single = conv(64, (1, 1), name="branch1x1")(x)
+        five = conv(48, (1, 1), name="branch5x5_1")(x)
+        five = conv(64, (5, 5), name="branch5x5_2")(five)
+        double = conv(64, (1, 1), name="branch3x3dbl_1")(x)
+        double = conv(96, (3, 3), name="branch3x3dbl_2")(double)
+        double = conv(96, (3, 3), name="branch3x3dbl_3")(double)
+        pool = conv(self.pool_features, (1, 1), name="branch_pool")(average_pool(x))
+        return jnp.concatenate([single, five, double, pool], axis=-1)
+
+
+class InceptionB(nn.Module):
+    """From 35 x 35 to 17 x 17; C -> C + 480 channels."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(ConvUnit, dtype=self.dtype)
+        three = conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
+        double = conv(64, (1, 1), name="branch3x3dbl_1")(x)
+        double = conv(96, (3, 3), name="branch3x3dbl_2")(double)
+        double = conv(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(double)
+        return jnp.concatenate([three, double, max_pool_2(x)], axis=-1)
+
+
+class InceptionC(nn.Module):
+    """17 x 17 block with 7 x 7 convolutions in two parts, `width` channels between them; [B, H, W, C] -> [B, H, W, 768]."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        conv, width = functools.partial(ConvUnit, dtype=self.dtype), self.width
+        single = conv(192, (1, 1), name="branch1x1")(x)
+        seven = conv(width, (1, 1), name="branch7x7_1")(x)
+        seven = conv(width, (1, 7), name="branch7x7_2")(seven)
+        seven = conv(192, (7, 1), name="branch7x7_3")(seven)
+        double = conv(width, (1, 1), name="branch7x7dbl_1")(x)
+        double = conv(width, (7, 1), name="branch7x7dbl_2")(double)
+        double = conv(width, (1, 7), name="branch7x7dbl_3")(double)
+        double = conv(width, (7, 1), name="branch7x7dbl_4")(double)
+        double = conv(192, (1, 7), name="branch7x7dbl_5")(double)
+        pool = conv(192, (1, 1), name="branch_pool")(average_pool(x))
+        return jnp.concatenate([single, seven, double, pool], axis=-1)
+
+
+class InceptionD(nn.Module):
+    """From 17 x 17 to 8 x 8; C -> C + 512 channels."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(ConvUnit, dtype=self.dtype)
+        three = conv(192, (1, 1), name="branch3x3_1")(x)
+        three = conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
+        seven = conv(192, (1, 1), name="branch7x7x3_1")(x)
+        seven = conv(192, (1, 7), name="branch7x7x3_2")(seven)
+        seven = conv(192, (7, 1), name="branch7x7x3_3")(seven)
+        seven = conv(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
+        return jnp.concatenate([three, seven, max_pool_2(x)], axis=-1)
+
+
+class InceptionE(nn.Module):
+    """8 x 8 block; [B, H, W, C] -> [B, H, W, 2048].
+
+    Attributes:
+      pool: 'average' or 'max'. The graph of 2015 has 'max' in its last block, unlike the paper.
+      dtype: compute dtype.
+    """
+
+    pool: str
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(ConvUnit, dtype=self.dtype)
+        single = conv(320, (1, 1), name="branch1x1")(x)
+        three = conv(384, (1, 1), name="branch3x3_1")(x)
+        three = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
+        double = conv(448, (1, 1), name="branch3x3dbl_1")(x)
+        double = conv(384, (3, 3), name="branch3x3dbl_2")(double)
+        double = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
+        pooled = average_pool(x) if self.pool == "average" else nn.max_pool(x, (3, 3), padding="SAME")
+        pool = conv(192, (1, 1), name="branch_pool")(pooled)
+        return jnp.concatenate([single, *three, *double, pool], axis=-1)
+
+
+class Classifier(nn.Module):
+    """The last layer's product; its bias is kept for conversion and never added, as in the published inception scores."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], NUM_CLASSES))
+        self.param("bias", nn.initializers.zeros, (NUM_CLASSES,))
+        return (x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32)
+
+
+class InceptionV3(nn.Module):
+    """Features of images of any size.
+
+    Attributes:
+      dtype: compute dtype of convolutions and the last product; batch norms, averages and outputs are float32.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images):
+        """Resizes as the graph does, and extracts.
+
+        Args:
+          images: [B, H, W, 3] in [0, 255], float32 or uint8.
+
+        Returns:
+          InceptionFeatures.
+
+        Raises:
+          ValueError: for another shape or dtype.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+            raise ValueError(f"images have shape {images.shape}; needed: [B, H, W, 3]")
+        if images.dtype not in (jnp.float32, jnp.uint8):
+            raise ValueError(f"images are {images.dtype}; needed: float32 or uint8, in [0, 255]")
+        conv = functools.partial(ConvUnit, dtype=self.dtype)
+        x = (resize_tf1(images, IMAGE_SIZE) - 128) / 128
+        x = conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
+        x = conv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
+        x = conv(64, (3, 3), name="Conv2d_2b_3x3")(x)
+        x = max_pool_2(x)
+        x = conv(80, (1, 1), name="Conv2d_3b_1x1")(x)
+        x = conv(192, (3, 3), 1, "VALID", name="Conv2d_4a_3x3")(x)
+        x = max_pool_2(x)
+        x = InceptionA(32, self.dtype, name="Mixed_5b")(x)
+        x = InceptionA(64, self.dtype, name="Mixed_5c")(x)
+        x = InceptionA(64, self.dtype, name="Mixed_5d")(x)
+        x = InceptionB(self.dtype, name="Mixed_6a")(x)
+        x = InceptionC(128, self.dtype, name="Mixed_6b")(x)
+        x = InceptionC(160, self.dtype, name="Mixed_6c")(x)
+        x = InceptionC(160, self.dtype, name="Mixed_6d")(x)
+        # the block's first channels are those of its 1 x 1 branch, mixed_6/conv
+        spatial = x[..., :SPATIAL_CHANNELS].astype(jnp.float32).reshape(x.shape[0], -1)
+        x = InceptionC(192, self.dtype, name="Mixed_6e")(x)
+        x = InceptionD(self.dtype, name="Mixed_7a")(x)
+        x = InceptionE("average", self.dtype, name="Mixed_7b")(x)
+        x = InceptionE("max", self.dtype, name="Mixed_7c")(x)
+        pool = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        return InceptionFeatures(pool=pool, spatial=spatial, logits=Classifier(self.dtype, name="fc")(pool))
