@@ -11,9 +11,28 @@ PATCH_SIZES = (1, 2, 4, 8)
 
 VAES = {
     # SD-VAE: 256 px -> 32 x 32 x 4
-    "f8d4": {"latent_channels": 4, "channel_multipliers": (1, 2, 4, 4), "attention_levels": ()},
+    "f8d4": {"latent_channels": 4, "channel_multipliers": (1, 2, 4, 4), "attention_levels": (), "quant_convs": True},
+    # FLUX and Stable Diffusion 3.5: 256 px -> 32 x 32 x 16
+    "f8d16": {"latent_channels": 16, "channel_multipliers": (1, 2, 4, 4), "attention_levels": (), "quant_convs": False},
     # IN-VAE and VA-VAE: 256 px -> 16 x 16 x 32, attention at 16 x 16
-    "f16d32": {"latent_channels": 32, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,)},
+    "f16d32": {"latent_channels": 32, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,), "quant_convs": True},
+}
+
+_DINOV2_SIZES = ("small", "base", "large", "giant")
+# architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
+ENCODERS = {
+    **{f"dinov2-{size}": f"facebook/dinov2-{size}" for size in _DINOV2_SIZES},
+    **{f"dinov2-{size}-with-registers": f"facebook/dinov2-with-registers-{size}" for size in _DINOV2_SIZES},
+    **{f"dinov3-vit{size}16": f"facebook/dinov3-vit{size}16-pretrain-lvd1689m" for size in "sbl"},
+    "dino-vitb16": "facebook/dino-vitb16",
+    "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
+    "ijepa_vith14_1k": "facebook/ijepa_vith14_1k",
+    "vit-mae-large": "facebook/vit-mae-large",
+    "siglip2-base-patch16-256": "google/siglip2-base-patch16-256",
+    "siglip2-so400m-patch16-256": "google/siglip2-so400m-patch16-256",
+    "mocov3-small": "mocov3_vits.pth",
+    "mocov3-base": "mocov3_vitb.pth",
+    "mocov3-large": "mocov3_vitl.pth",
 }
 
 

@@ -12,8 +12,9 @@ The default is the paper's main run (arXiv 2504.10483, table 2): SiT-XL/2, SD-VA
 
 After the colon, `--config configs/repae.py:sit=B/1,vae=f16d32`, choose
     sit         S, B, L or XL, slash, patch size 1, 2, 4 or 8
-    vae         f8d4 or f16d32
-    encoder     dinov2-small, -base, -large, -giant, each also …-with-registers
+    vae         f8d4, f8d16 or f16d32
+    encoder     dinov2-small, -base, -large, -giant, each also …-with-registers; clip-vit-large-patch14, ijepa_vith14_1k
+                and the others of common.ENCODERS
     resolution  256 or 512
 or a preset:
     digits      scikit-learn's handwritten digits, from scratch on a laptop's CPU in minutes (launch/quickstart.sh)
@@ -78,8 +79,12 @@ def get_config(arg=""):
     }
     config.disc = {"channels": 64, "num_layers": 3}
     config.encoders = {
-        # weights: a Hugging Face name or folder, or 'random' to measure speed without any
-        "dinov2": {"architecture": args["encoder"], "weights": f"facebook/{args['encoder']}", "image_size": placeholder(int)},
+        # weights: a Hugging Face name or folder, MoCo v3's file, or 'random' to measure speed without any
+        "target": {
+            "architecture": args["encoder"],
+            "weights": common.choose("encoder", args["encoder"], common.ENCODERS),
+            "image_size": placeholder(int),
+        },
     }
     # vgg16: torchvision's weights; linear: those of LPIPS v0.1. 'random' for both to measure speed without any
     config.lpips = {"vgg16": "", "linear": "", "input_range": (-1.0, 1.0)}  # (0., 1.): as the released weights were trained
@@ -99,7 +104,9 @@ def get_config(arg=""):
     }
     config.optim = {"vae": _adamw(1e-4), "disc": _adamw(1e-4), "sit": _adamw(1e-4)}
     config.init = {
-        # PyTorch files to start from; '' is from scratch, with latent statistics measured on the first images
+        # PyTorch files to start from, local, on the hub or gs://; '' is from scratch, with latent statistics measured on the
+        # first images
+        "checkpoint": "",  # a published training checkpoint, with its optimizers and steps: its run is continued
         "vae": "",
         "latent_stats": "",
         "disc": "",
@@ -142,7 +149,7 @@ def _digits(config):
         patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none", unroll=6
     )
     config.disc.update(channels=32, num_layers=2)
-    config.encoders = {"dinov2": {"architecture": placeholder(object), "weights": "", "image_size": 16}}
+    config.encoders = {"target": {"architecture": placeholder(object), "weights": "", "image_size": 16}}
     config.loss.vae.lpips = 0.0
     config.optim = {"vae": _adamw(1e-3), "disc": _adamw(2e-4), "sit": _adamw(1e-3)}
     config.init.stats_images = 512
@@ -159,8 +166,8 @@ def _tiny(config):
     config.vae.update(latent_channels=4, channels=8, channel_multipliers=(1, 1, 2))
     config.sit.update(hidden_size=32, depth=2, num_heads=2, encoder_depth=1, projector_dim=32)
     config.disc.channels = 8
-    config.encoders.dinov2.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    config.encoders.dinov2.weights = "random"
+    config.encoders.target.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    config.encoders.target.weights = "random"
     config.init.stats_images = 16
     config.checkpoint.update(every=2, keep_last=1, keep_every=placeholder(int))
     config.log.every = 1

@@ -48,10 +48,10 @@ def parse_args(argv=None):
 
 def generated(workdir, step, guidance_scale):
     """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
-    job, params, _ = sample.load_run(workdir, step, jax.devices()[:1])
+    trained = sample.load_trained(workdir, step, jax.devices()[:1])
     labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
     sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
-    batches = sample.sample_batches(job, params, sampling, labels, batch_size=100, seed=0)
+    batches = sample.sample_batches(trained, sampling, labels, batch_size=100, seed=0)
     return np.concatenate([made for _, made in batches]), labels
 
 
@@ -120,7 +120,7 @@ def main():
     classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
 
     config = repae.get_config("digits")
-    config.encoders.dinov2.weights = str(workdir / "encoder")
+    config.encoders.target.weights = str(workdir / "encoder")
     if args.steps:
         config.steps = args.steps
     print(f"3/4 REPA-E: {config.steps} steps", flush=True)

@@ -2,29 +2,95 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repae_jax.models.vit import VisionTransformer
+from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What encoders that were trained alike have in common.
+
+    Attributes:
+      fields: fields of VisionTransformer that differ from its defaults, DINOv2's.
+      pixels: side that an image of 256 pixels is resized to; in proportion for other sizes.
+      mean: per-channel mean of the normalisation, for pixels in [0, 1].
+      std: per-channel standard deviation, likewise.
+    """
+
+    fields: Mapping[str, Any]
+    pixels: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+_PLAIN = {"layer_scale": False}
+# Which tokens, pixels and statistics: REPA's and REPA-E's `preprocess_raw_image`, `load_encoders` and models/ for all but the
+# last two. The norms' epsilons are those of the Hugging Face folders; the original DINO and MAE have 1e-6.
+FAMILIES = {
+    "dinov2": Family({}, pixels=224),  # x_norm_patchtokens, with registers too
+    "dino": Family({**_PLAIN, "norm_eps": 1e-12}, pixels=256),
+    "mocov3": Family(_PLAIN, pixels=256),  # RCG's checkpoints
+    # after the last block, before the final norm: mae_vit.py and clip_vit.py leave it out
+    "mae": Family({**_PLAIN, "final_norm": False, "norm_eps": 1e-12}, pixels=256),
+    "clip": Family(
+        {
+            **_PLAIN, "activation": "quick_gelu", "unbiased": ("patch_embed",), "pre_norm": True, "final_norm": False,
+            "norm_eps": 1e-5,
+        },
+        pixels=224, mean=CLIP_MEAN, std=CLIP_STD,
+    ),
+    "ijepa": Family({**_PLAIN, "num_class_tokens": 0}, pixels=224),
+    # tokens and pixels: iREPA's `vision_encoder.py`; statistics: the models' preprocessor_config.json, where iREPA gives
+    # SigLIP 2 ImageNet's
+    "dinov3": Family({"num_registers": 4, "rope_theta": 100.0, "unbiased": ("key",), "norm_eps": 1e-5}, pixels=256),
+    "siglip2": Family(
+        {**_PLAIN, "activation": "gelu_tanh", "num_class_tokens": 0}, pixels=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    ),
+}  # fmt: skip
+
+
+def _sized(family, patch_size, hidden_size, depth, num_heads, **fields):
+    return {
+        "family": family, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, **fields
+    }  # fmt: skip
+
 
 _DINOV2 = {
-    "dinov2-small": {"patch_size": 14, "hidden_size": 384, "depth": 12, "num_heads": 6},
-    "dinov2-base": {"patch_size": 14, "hidden_size": 768, "depth": 12, "num_heads": 12},
-    "dinov2-large": {"patch_size": 14, "hidden_size": 1024, "depth": 24, "num_heads": 16},
-    "dinov2-giant": {"patch_size": 14, "hidden_size": 1536, "depth": 40, "num_heads": 24, "swiglu": True},
+    "dinov2-small": _sized("dinov2", 14, 384, 12, 6),
+    "dinov2-base": _sized("dinov2", 14, 768, 12, 12),
+    "dinov2-large": _sized("dinov2", 14, 1024, 24, 16),
+    "dinov2-giant": _sized("dinov2", 14, 1536, 40, 24, activation="swiglu", mlp_dim=4096),
 }
-# name -> fields of VisionTransformer
+# name -> architecture as make_encoder takes it
 ARCHITECTURES = {
     **_DINOV2,
     **{f"{name}-with-registers": {**fields, "num_registers": 4} for name, fields in _DINOV2.items()},
+    "dino-vitb16": _sized("dino", 16, 768, 12, 12),
+    "mocov3-small": _sized("mocov3", 16, 384, 12, 12),
+    "mocov3-base": _sized("mocov3", 16, 768, 12, 12),
+    "mocov3-large": _sized("mocov3", 16, 1024, 24, 16),
+    "vit-mae-large": _sized("mae", 16, 1024, 24, 16),
+    "ijepa_vith14_1k": _sized("ijepa", 14, 1280, 32, 16),
+    "clip-vit-large-patch14": _sized("clip", 14, 1024, 24, 16),
+    "dinov3-vits16": _sized("dinov3", 16, 384, 12, 6),
+    "dinov3-vitb16": _sized("dinov3", 16, 768, 12, 12),
+    "dinov3-vitl16": _sized("dinov3", 16, 1024, 24, 16),
+    "siglip2-base-patch16-256": _sized("siglip2", 16, 768, 12, 12),
+    "siglip2-so400m-patch16-256": _sized("siglip2", 16, 1152, 27, 16, mlp_dim=4304),
 }
 _REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
-_OPTIONAL = ("mlp_ratio", "swiglu", "num_registers", "norm_eps")
+_OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "unbiased", "norm_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +121,25 @@ def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32
     """Encoder for training images of one resolution.
 
     Args:
-      architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth,
-        num_heads and optionally mlp_ratio, swiglu, num_registers, norm_eps.
+      architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth, num_heads
+        and optionally mlp_dim (default 4 * hidden_size), activation, num_registers, rope_theta, unbiased, norm_eps, whose
+        defaults depend on its `family`, one of FAMILIES (default 'dinov2').
       resolution: height and width of the training images in pixels.
-      image_size: pixels that the network receives; by default 224 * resolution // 256, as published.
+      image_size: pixels that the network receives; by default the family's `pixels` * resolution // 256, as published.
       dtype: compute dtype.
 
     Returns:
       Encoder.
 
     Raises:
-      ValueError: for an unknown architecture or field, a field that is missing, or sizes that do not divide.
+      ValueError: for an unknown architecture, family, activation or field, a field that is missing, or sizes that do not
+        divide.
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
-    name, fields = _architecture(architecture)
+    name, family, fields = _architecture(architecture)
     if image_size is None:
-        image_size = 224 * resolution // 256
+        image_size = family.pixels * resolution // 256
     patch_size = fields["patch_size"]
     if image_size < patch_size or image_size % patch_size:
         below = image_size // patch_size * patch_size
@@ -81,31 +149,47 @@ def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32
             f"{patch_size}; set the encoder's image_size to e.g. {allowed}, or use another patch_size"
         )
     grid = image_size // patch_size
-    return Encoder(name, VisionTransformer(grid=(grid, grid), dtype=dtype, **fields), image_size)
+    module = VisionTransformer(grid=(grid, grid), dtype=dtype, **fields)
+    return Encoder(name, module, image_size, family.mean, family.std)
 
 
 def _architecture(architecture):
-    if isinstance(architecture, str):
-        if architecture not in ARCHITECTURES:
+    """(name, Family, all fields of VisionTransformer but grid and dtype)."""
+    name = architecture if isinstance(architecture, str) else None
+    if name is not None:
+        if name not in ARCHITECTURES:
             raise ValueError(
-                f"encoder architecture {architecture!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, "
+                f"encoder architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, "
                 f"or a mapping with {', '.join(_REQUIRED)}"
             )
-        return architecture, ARCHITECTURES[architecture]
-    fields = dict(architecture)
-    unknown = sorted(set(fields) - {*_REQUIRED, *_OPTIONAL})
-    missing = [field for field in _REQUIRED if field not in fields]
+        architecture = ARCHITECTURES[name]
+    given = dict(architecture)
+    unknown = sorted(set(given) - {*_REQUIRED, *_OPTIONAL})
+    missing = [field for field in _REQUIRED if field not in given]
     if unknown or missing:
         raise ValueError(
             f"encoder architecture has unknown fields {unknown} and lacks {missing}; "
             f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
         )
+    family = given.pop("family", "dinov2")
+    if family not in FAMILIES:
+        raise ValueError(f"encoder architecture: family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")
+    fields = {"mlp_dim": 4 * given["hidden_size"], **FAMILIES[family].fields, **given}
+    fields["unbiased"] = tuple(fields.get("unbiased", ()))
+    for field, values, allowed in (
+        ("activation", [fields.get("activation", "gelu")], ACTIVATIONS),
+        ("unbiased", fields["unbiased"], PROJECTIONS),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise ValueError(f"encoder architecture: {field} {value!r} is unknown; allowed: {', '.join(allowed)}")
     if fields["hidden_size"] % fields["num_heads"]:
         raise ValueError(
             f"encoder architecture: hidden_size {fields['hidden_size']} is not divisible by num_heads "
             f"{fields['num_heads']}; change one of them"
         )
-    return f"vit-{fields['hidden_size']}x{fields['depth']}-patch{fields['patch_size']}", fields
+    described = f"vit-{fields['hidden_size']}x{fields['depth']}-patch{fields['patch_size']}"
+    return name or described, FAMILIES[family], fields
 
 
 def init_params(encoder, key):
@@ -124,12 +208,14 @@ def init_params(encoder, key):
 def preprocess(encoder, images):
     """What the encoder's network receives: normalised, then resized.
 
+    CLIP's published order is the reverse; the two agree, because the resize keeps constants.
+
     Args:
       encoder: Encoder.
       images: uint8 [B, H, H, 3].
 
     Returns:
-      float32 [B, S, S, 3], S the encoder's image_size; zero mean and unit variance over ImageNet.
+      float32 [B, S, S, 3], S the encoder's image_size, (x / 255 - mean) / std.
 
     Raises:
       ValueError: if the images are not square uint8 RGB.
@@ -165,7 +251,7 @@ def resize_bicubic(images, height, width):
 
 
 def encode(encoder, params, images):
-    """Target tokens: patch tokens after the final layer norm, without cls and register tokens.
+    """Target tokens: the patch tokens that VisionTransformer gives, without class and register tokens.
 
     Args:
       encoder: Encoder.
@@ -183,15 +269,16 @@ def encode(encoder, params, images):
         return jax.lax.stop_gradient(patches)
 
 
-def resample_positions(pos_embed, grid):
-    """Position embedding for another grid: the cls token's is kept, the others are resampled.
+def resample_positions(pos_embed, grid, num_prefix=1):
+    """Position embedding for another grid: the class token's is kept, the others are resampled.
 
     Args:
-      pos_embed: [1, 1 + N, D], N a square number, rows first.
+      pos_embed: [1, num_prefix + N, D], N a square number, rows first.
       grid: tokens per side of the result.
+      num_prefix: how many of the tokens are no patches.
 
     Returns:
-      float32 [1, 1 + grid ** 2, D].
+      float32 [1, num_prefix + grid ** 2, D].
 
     Raises:
       ValueError: if the shape is another one.
@@ -199,15 +286,15 @@ def resample_positions(pos_embed, grid):
     Reference: timm `resample_abs_pos_embed` (bicubic, antialiased), called by REPA-E `utils.py` `load_encoders`.
     """
     pos_embed = jnp.asarray(pos_embed, jnp.float32)
-    old = math.isqrt(max(pos_embed.shape[1] - 1, 0)) if pos_embed.ndim == 3 else 0
-    if not old or pos_embed.shape[:2] != (1, 1 + old**2):
+    old = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0)) if pos_embed.ndim == 3 else 0
+    if not old or pos_embed.shape[:2] != (1, num_prefix + old**2):
         raise ValueError(
-            f"position embedding has shape {pos_embed.shape}; allowed: [1, 1 + N, D] with N a square number, "
-            "the cls token's first"
+            f"position embedding has shape {pos_embed.shape}; allowed: [1, {num_prefix} + N, D] with N a square number, "
+            "the class token's first"
         )
     if grid == old:
         return pos_embed
-    prefix, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     width = pos_embed.shape[2]
     # antialiasing torch resizes with a = -0.5 and renormalised edges, as JAX's 'bicubic' does
     patches = jax.image.resize(patches.reshape(1, old, old, width), (1, grid, grid, width), "bicubic", antialias=True)

@@ -19,8 +19,8 @@ def config(changes=None, **more):
     made.vae.channel_multipliers = (1, 1)
     made.vae.norm_groups = 4
     made.disc.num_layers = 1
-    made.encoders.dinov2.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    made.encoders.dinov2.image_size = 8
+    made.encoders.target.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    made.encoders.target.image_size = 8
     for name, value in {**(changes or {}), **{name.replace("__", "."): value for name, value in more.items()}}.items():
         *sections, field = name.split(".")
         section = made

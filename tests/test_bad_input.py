@@ -47,7 +47,7 @@ def refused(changes, *messages, run=None):
 
 SECTIONS = [
     "data", "vae", "sit", "disc", "lpips", "loss", "diffusion", "optim", "init", "precision", "mesh", "checkpoint", "log",
-    "hooks", "sampling", "encoders.dinov2", "optim.vae", "optim.sit", "optim.disc",
+    "hooks", "sampling", "encoders.target", "optim.vae", "optim.sit", "optim.disc",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_configs_are_locked():
         ("sit=Q/2", ["SiT size 'Q'", "S, B, L, XL"]),
         ("sit=B/3", ["'B/3'", "[1, 2, 4, 8]"]),
         ("sit=B", ["'B'", "SIZE/PATCH"]),
-        ("vae=f4", ["VAE 'f4'", "f8d4, f16d32"]),
+        ("vae=f4", ["VAE 'f4'", "f8d4, f8d16, f16d32"]),
         ("resolution=big", ["resolution=big", "256"]),
         ("resolution=", ["resolution=", "256"]),
     ],
@@ -101,7 +101,10 @@ def test_config_arguments(arg, messages):
 
 
 def test_unknown_encoder_lists_the_known_ones():
-    config = repae.get_config("encoder=dinov3-base")
+    with pytest.raises(ValueError, match="'dinov3-base' is unknown; allowed: dinov2-small, dinov2-base"):
+        repae.get_config("encoder=dinov3-base")
+    config = repae.get_config()
+    config.encoders.target.architecture = "dinov3-base"
     with pytest.raises(ValueError, match="'dinov3-base' is unknown; allowed: dinov2-small, dinov2-base"):
         build.build(config, jax.devices()[:1])
 
@@ -143,11 +146,11 @@ def test_tables_name_what_they_hold():
         ({"data.batch_size": 12}, ["data.batch_size=12", "8 devices x 1 micro-batches", "multiple of 8"]),
         ({"accumulation": 2}, ["data.batch_size=8", "8 devices x 2 micro-batches", "multiple of 16"]),
         ({"mesh.fsdp": 3}, ["mesh.fsdp=3", "8 devices", "[1, 2, 4, 8]"]),
-        ({"encoders.dinov2.image_size": 16}, ["8 x 8 tokens", "4 x 4", "image_size to 8"]),
-        ({"encoders.dinov2.image_size": 7}, ["image_size 7", "multiple of its patch size 2"]),
-        ({"encoders.dinov2.weights": ""}, ["config.encoders.dinov2.weights is empty"]),
-        ({"encoders.dinov2.architecture": None}, ["config.encoders.dinov2.architecture must be set", "dinov2-base"]),
-        ({"encoders.dinov2.architecture": "dinov9"}, ["'dinov9' is unknown", "dinov2-base"]),
+        ({"encoders.target.image_size": 16}, ["8 x 8 tokens", "4 x 4", "image_size to 8"]),
+        ({"encoders.target.image_size": 7}, ["image_size 7", "multiple of its patch size 2"]),
+        ({"encoders.target.weights": ""}, ["config.encoders.target.weights is empty"]),
+        ({"encoders.target.architecture": None}, ["config.encoders.target.architecture must be set", "dinov2-base"]),
+        ({"encoders.target.architecture": "dinov9"}, ["'dinov9' is unknown", "dinov2-base"]),
         ({"encoders": {}}, ["config.loss.vae.align and config.loss.sit.align", "config.encoders is empty"]),
         ({"loss.vae.gan": 0.0, "loss.lecam": 0.1}, ["config.loss.lecam=0.1 needs a discriminator"]),
         ({"loss.vae.gan": 0.0, "init.disc": "x.pt"}, ["config.init.disc='x.pt' needs a discriminator"]),
@@ -247,11 +250,11 @@ def test_missing_lpips_weights(tmp_path, monkeypatch):
 def test_missing_encoder_weights(tmp_path):
     run = training(tmp_path)
     none = str(tmp_path / "none")
-    refused({"encoders.dinov2.weights": none}, f"{none} does not exist", "organisation/name", run=run)
-    described = {"encoders.dinov2.weights": none, "encoders.dinov2.architecture": None}
+    refused({"encoders.target.weights": none}, f"{none} does not exist", "organisation/name", run=run)
+    described = {"encoders.target.weights": none, "encoders.target.architecture": None}
     refused(described, f"{none} does not exist", run=run)
     hub = "nobody/no-such-encoder"
-    refused({"encoders.dinov2.weights": hub}, hub, "cannot be had from the Hugging Face hub", run=run)
+    refused({"encoders.target.weights": hub}, hub, "cannot be had from the Hugging Face hub", run=run)
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"data.workers": -1}, "workers is -1"), ({"seed": -1}, "seed is -1")])

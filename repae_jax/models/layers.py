@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -95,12 +95,16 @@ class Attention(nn.Module):
       num_heads: divides the width.
       qk_norm: LayerNorm (eps 1e-5, affine) on each head's q and k, as timm does.
       qkv_init: kernel initializer of q, k, v.
+      unbiased: those of 'query', 'key', 'value', 'out' that have no bias.
+      rotate: position encoding of q and k, [B, T, num_heads, D / num_heads] -> the same.
       dtype: compute dtype.
     """
 
     num_heads: int
     qk_norm: bool = False
     qkv_init: Initializer = xavier
+    unbiased: Sequence[str] = ()
+    rotate: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -108,16 +112,20 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         width = x.shape[-1]
 
+        def dense(name, init):
+            return nn.Dense(width, name not in self.unbiased, kernel_init=init, dtype=self.dtype, name=name)
+
         def heads(name):
-            y = nn.Dense(width, kernel_init=self.qkv_init, dtype=self.dtype, name=name)(x)
-            return rearrange(y, "b t (n d) -> b t n d", n=self.num_heads)
+            return rearrange(dense(name, self.qkv_init)(x), "b t (n d) -> b t n d", n=self.num_heads)
 
         q, k, v = heads("query"), heads("key"), heads("value")
         if self.qk_norm:
             q = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="query_norm")(q)
             k = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="key_norm")(k)
+        if self.rotate is not None:
+            q, k = self.rotate(q), self.rotate(k)
         y = jax.nn.dot_product_attention(q, k, v)
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="out")(rearrange(y, "b t n d -> b t (n d)"))
+        return dense("out", xavier)(rearrange(y, "b t n d -> b t (n d)"))
 
 
 class Mlp(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 from configs import common, repae
 from repae_jax import build, features
 
-ENCODERS = sorted(features.ARCHITECTURES)
+ENCODERS = sorted(common.ENCODERS)
 
 
 def described(arg="", **loss):
@@ -53,7 +53,11 @@ def test_every_sit_with_either_vae(size, patch, vae, grid):
 def test_every_encoder(encoder):
     job = make(f"sit=S/2,encoder={encoder}")
     assert job.nets.sit.feature_dims == (features.ARCHITECTURES[encoder]["hidden_size"],)
-    assert job.encoders[0].image_size == 224
+    assert job.encoders[0].grid == 16 and job.encoders[0].image_size in (224, 256)
+
+
+def test_every_architecture_has_weights():
+    assert set(common.ENCODERS) == set(features.ARCHITECTURES)
 
 
 def test_512_pixels():
@@ -71,7 +75,7 @@ def test_presets(preset):
 
 def digits():
     config = described("digits")
-    config.encoders.dinov2.architecture = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
+    config.encoders.target.architecture = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
     return config
 
 
