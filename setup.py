@@ -34,7 +34,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         # conversion of PyTorch files; on a machine without a GPU, torch's CPU build is enough
-        "torch": ["torch>=2.5", "transformers>=5.0"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "torch>=2.5", "transformers>=5.0", "ruff>=0.9"],
+        "torch": ["torch>=2.5", "transformers>=5.0", "diffusers>=0.36"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "torch>=2.5", "transformers>=5.0", "diffusers>=0.36", "ruff>=0.9"],
     },
 )

@@ -1,8 +1,11 @@
 """PatchGAN: the published names <-> {'params': …, 'batch_stats': …}."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools.mapping import CONV, Entry, Table, linear, norm
+from checkpoints_tools.mapping import CONV, Entry, Table, linear, norm, to_flax
+from repae_jax.models.discriminator import PatchDiscriminator
 
 
 def discriminator_table(discriminator, updates=0):
@@ -27,3 +30,24 @@ def discriminator_table(discriminator, updates=0):
         constants[f"{bn}.num_batches_tracked"] = np.asarray(updates, np.int64)
     entries += linear(f"main.{3 * last - 1}", f"params/conv_{last}", CONV)
     return Table(entries, constants)
+
+
+def from_state_dict(state_dict, source):
+    """The discriminator that a state dict belongs to, its sizes inferred.
+
+    Args:
+      state_dict: name -> array, with the published names.
+      source: the file's name, for errors.
+
+    Returns:
+      (PatchDiscriminator, {'params', 'batch_stats'} of float32 numpy arrays).
+
+    Raises:
+      ValueError: listing all that does not fit.
+    """
+    shape = np.shape(state_dict.get("main.0.weight", 0))
+    numbers = [int(part) for name in state_dict for part in name.split(".")[1:2] if part.isdigit()]
+    module = PatchDiscriminator(channels=shape[0] if shape else 64, num_layers=max((max(numbers, default=11) + 1) // 3 - 1, 1))
+    size = module.min_image_size
+    target = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return module, to_flax(discriminator_table(module), state_dict, target, source=source)

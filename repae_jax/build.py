@@ -6,6 +6,7 @@ Everything that can be wrong with a config is found here, before anything is com
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import optax
 from absl import logging
 
-from checkpoints_tools import mapping, weights
+from checkpoints_tools import mapping, published, weights
+from checkpoints_tools import vae as vae_files
 from checkpoints_tools.discriminator import discriminator_table
-from checkpoints_tools.lpips import from_torchvision, lpips_table
-from checkpoints_tools.vae import vae_table
+from checkpoints_tools.lpips import load_lpips
+from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
 from repae_jax import data, features, sharding, train_step
 from repae_jax.data.loader import Loader
@@ -48,7 +50,7 @@ FIELDS = {
     "loss": {"vae", "sit", "gan_start", "gan_factor", "lecam"},
     "diffusion": {"path", "time_distribution", "label_dropout", "norm_momentum"},
     "optim": {"vae", "disc", "sit"},
-    "init": {"vae", "latent_stats", "disc", "stats_images"},
+    "init": {"checkpoint", "vae", "latent_stats", "disc", "stats_images"},
     "precision": {"compute", "lpips"},
     "mesh": {"fsdp"},
     "checkpoint": {"every", "keep_last", "keep_every"},
@@ -319,13 +321,12 @@ def _lpips_params(job):
         logging.warning("LPIPS has RANDOM weights: for tests and benchmarks only")
         return jax.jit(init)(*sizes)["params"]
     for name, path in files.items():
-        if not path or path == RANDOM:
+        if path == RANDOM or (not path and name == "vgg16"):  # one file may hold the whole module
             raise ValueError(
                 f"config.lpips.{name}={path!r}: config.loss.vae.lpips needs torchvision's VGG16 weights (vgg16) and the linear "
                 f"weights of LPIPS v0.1 (linear); give both files, or {RANDOM!r} for both, or set config.loss.vae.lpips=0"
             )
-    state_dict = from_torchvision(*(weights.read_state_dict(files[name]) for name in ("vgg16", "linear")))
-    return mapping.to_flax(lpips_table(), state_dict, jax.eval_shape(init, *sizes)["params"], source=files["vgg16"])
+    return load_lpips(files["vgg16"], files["linear"])
 
 
 def load_frozen(job):
@@ -380,42 +381,88 @@ def create_initial_state(job, make_batches):
     Returns:
       TrainState.
     """
-    init, abstract = job.config["init"], abstract_state(job)
-    vae_params = disc_variables = stats = None
-    # files first: a wrong one is found before anything is compiled
-    if init["vae"]:
-        state_dict = weights.read_state_dict(init["vae"])
-        vae_params = mapping.to_flax(vae_table(job.nets.vae), state_dict, abstract.vae.params, source=init["vae"])
-    if init["disc"]:
-        target = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
-        state_dict = weights.read_state_dict(init["disc"])
-        disc_variables = mapping.to_flax(discriminator_table(job.nets.disc), state_dict, target, source=init["disc"])
-    if init["latent_stats"]:
-        stats = _read_latent_stats(init["latent_stats"], job)
+    abstract = abstract_state(job)
+    places, opt_states, steps = _read_init(job, abstract)  # files first: a wrong one is found before anything is compiled
 
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
     state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
-    if vae_params is not None:
-        state = state.replace(vae=state.vae.replace(params=jax.device_put(vae_params, shardings.vae.params)))
-    if disc_variables is not None:
-        placed = {name: jax.device_put(tree, getattr(shardings.disc, name)) for name, tree in disc_variables.items()}
-        state = state.replace(disc=state.disc.replace(**placed))
-    if stats is None:
-        stats = _measure_latent_stats(job, state, make_batches)
+    if "latent_stats" not in places:
+        if "vae.params" in places:
+            state = _fill(state, "vae.params", jax.device_put(places["vae.params"], shardings.vae.params))
+        places["latent_stats"] = _measure_latent_stats(job, state, make_batches)
+    for place, average in (("sit.params", "ema.params"), ("latent_stats", "ema.latent_stats")):
+        if place in places and average not in places:
+            places[average] = jax.tree.map(np.copy, places[place])  # donation refuses two leaves that share one buffer
+    for place, tree in places.items():
+        state = _fill(state, place, jax.device_put(tree, operator.attrgetter(place)(shardings)))
+    for place, (updates, mu, nu) in opt_states.items():
+        filled = optax.tree.set(operator.attrgetter(place)(state), count=np.int32(updates), mu=mu, nu=nu)
+        state = _fill(state, place, jax.device_put(filled, operator.attrgetter(place)(shardings)))
+    stats = state.latent_stats
     logging.info("latent statistics: mean %s, var %s", np.asarray(stats.mean), np.asarray(stats.var))
-    place = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
-    latent_stats = jax.tree.map(place, stats)
-    return state.replace(latent_stats=latent_stats, ema=state.ema.replace(latent_stats=jax.tree.map(jnp.copy, latent_stats)))
+    return state.replace(step=jax.device_put(jnp.asarray(steps, jnp.int32), shardings.step))
 
 
-def _read_latent_stats(path, job):
-    """ChannelStats of a published `-latents-stats` file: latents_scale = 1 / std, latents_bias = mean, [1, C, 1, 1]."""
-    arrays = weights.read_state_dict(path)
-    check_names(path, arrays, ("latents_scale", "latents_bias"))
-    scale, bias = (np.asarray(arrays[name], np.float32).reshape(-1) for name in ("latents_scale", "latents_bias"))
-    if scale.shape != (job.latent_shape[-1],) or bias.shape != scale.shape:
-        raise ValueError(f"{path} has statistics of {len(scale)} channels; the VAE has {job.latent_shape[-1]}")
-    return ChannelStats(mean=bias, var=np.square(1 / scale))
+def _fill(state, place, tree):
+    """The state with `tree` at a dotted place, such as 'sit.params'."""
+    first, _, rest = place.partition(".")
+    return state.replace(**{first: _fill(getattr(state, first), rest, tree) if rest else tree})
+
+
+def _read_init(job, abstract):
+    """What the files of config.init hold: (place in the state -> tree, place -> Adam's (updates, mu, nu), steps taken)."""
+    init, places, opt_states, steps = job.config["init"], {}, {}, 0
+    if init["checkpoint"]:
+        places, opt_states, steps = _read_checkpoint(job, abstract)
+        for name, place in (("vae", "vae.params"), ("disc", "disc.params"), ("latent_stats", "latent_stats")):
+            if init[name] and place in places:
+                raise ValueError(f"config.init.{name}={init[name]!r}, but {init['checkpoint']} holds it too: empty one of them")
+    if init["vae"]:
+        places["vae.params"] = vae_files.read_vae_params(init["vae"], job.nets.vae, abstract.vae.params)
+    if init["disc"]:
+        target = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
+        state_dict = weights.read_state_dict(init["disc"])
+        made = mapping.to_flax(discriminator_table(job.nets.disc), state_dict, target, source=init["disc"])
+        places |= {f"disc.{name}": tree for name, tree in made.items()}
+    if init["latent_stats"]:
+        stats = vae_files.read_latent_stats(init["latent_stats"])
+        if len(stats["mean"]) != job.latent_shape[-1]:
+            raise ValueError(
+                f"{init['latent_stats']} has statistics of {len(stats['mean'])} channels; the VAE has {job.latent_shape[-1]}"
+            )
+        places["latent_stats"] = ChannelStats(**stats)
+    return places, opt_states, steps
+
+
+def _read_checkpoint(job, abstract):
+    """As `_read_init`, of a published training checkpoint."""
+    source = job.config["init"]["checkpoint"]
+    checkpoint = published.read(source)
+    for difference in published.check_args(checkpoint.args, job.config, checkpoint.source):
+        logging.warning("differs from the run that made %s: %s", checkpoint.source, difference)
+    if "vae" not in checkpoint.networks and not job.config["init"]["vae"]:
+        asked = checkpoint.args.get("vae_ckpt")
+        hint = f" ({asked})" if asked else ""
+        raise ValueError(f"{checkpoint.source} holds no VAE: set config.init.vae to the one it was trained on{hint}")
+    if job.config["steps"] <= (checkpoint.steps or 0):
+        raise ValueError(
+            f"{checkpoint.source} has taken {checkpoint.steps} steps already, config.steps is {job.config['steps']}: raise it"
+        )
+    stats = {"mean": abstract.latent_stats.mean, "var": abstract.latent_stats.var}
+    targets = {"model": {"params": abstract.sit.params, "latent_stats": stats}, "vae": {"params": abstract.vae.params}}
+    targets["ema"] = targets["model"]
+    if abstract.disc is not None:
+        targets["discriminator"] = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
+    grid = job.latent_shape[0] // job.nets.sit.patch_size
+    networks = Networks(sit=job.nets.sit, grid=grid, vae=job.nets.vae, disc=job.nets.disc)
+    trees, moments = to_trees(checkpoint, networks, targets)
+    places = {PLACES[name][leaf]: tree for name, made in trees.items() for leaf, tree in made.items()}
+    for place in ("latent_stats", "ema.latent_stats"):
+        if place in places:
+            places[place] = ChannelStats(**places[place])
+    opt_states = {OPT_STATES[name]: adam for name, adam in moments.items()}
+    logging.info("%s: %s after %s steps", checkpoint.source, sorted([*places, *opt_states]), checkpoint.steps)
+    return places, opt_states, checkpoint.steps or 0
 
 
 def _measure_latent_stats(job, state, make_batches):

@@ -213,6 +213,32 @@ def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, A
     return config
 
 
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """Steps with a complete checkpoint, ascending; none if there are no checkpoints."""
+    directory = _absolute(workdir) / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+
+
+def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any, int]:
+    """Reads what a checkpoint holds, without the arrays.
+
+    Args:
+      workdir: the run's directory.
+      step: which checkpoint; None for the newest.
+
+    Returns:
+      (the state as nested dicts and lists of `jax.ShapeDtypeStruct`, parts of which `restore_subset` takes, the step).
+
+    Raises:
+      ValueError: no checkpoints, no such step, or it cannot be read.
+    """
+    path = _find_step(workdir, step)
+    metadata, damage = _attempt(ocp.PyTreeCheckpointHandler().metadata, path / "state")
+    if damage:
+        raise _unreadable(path, damage)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree), int(path.name)
+
+
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
     """Restores a part of a train state, for instance only what sampling needs; the rest is not read.
 
@@ -251,7 +277,7 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
 def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
     """Directory of the checkpoint of `step`, or of the newest one."""
     directory = _absolute(workdir) / "checkpoints"
-    steps = sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    steps = saved_steps(workdir)
     if not steps:
         raise ValueError(f"No checkpoints in {str(directory)!r}. Give the workdir of a run that has saved at least one.")
     if step is not None and step not in steps:

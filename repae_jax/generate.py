@@ -63,7 +63,7 @@ def make_generate(nets, path, latent_shape, sampling):
 
     def generate(params, labels, ids, key):
         def velocity_fn(z_t, t, y):
-            return sit.apply({"params": params["sit"]}, z_t, t, y)[0]
+            return sit.apply({"params": params["sit"]}, z_t, t, y)[0][..., : latent_shape[-1]]  # without a learned sigma
 
         def plain(z_t, t):
             return velocity_fn(z_t, t, labels)

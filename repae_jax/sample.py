@@ -11,15 +11,22 @@ import json
 import shutil
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
-from checkpoints_tools import weights
+from checkpoints_tools import published, weights
+from checkpoints_tools import vae as vae_files
+from checkpoints_tools.sit import check_time, from_state_dict
 from repae_jax import build, checkpoint, generate, images, sharding
+from repae_jax.running_stats import ChannelStats
 from repae_jax.train_state import Ema
+from repae_jax.train_step import Nets
 
 LABELS = ("random", "balanced")
 
@@ -29,7 +36,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="folder of a training run")
+    parser.add_argument("--workdir", required=True, help="folder of a training run; or a published one, or its checkpoint")
+    parser.add_argument("--vae", help="VAE of a published run or a SiT whose files hold none")
     parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
     parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
     parser.add_argument("--num_samples", type=int, default=64, help="exactly so many images")
@@ -71,22 +79,54 @@ def draw_labels(kind, count, classes, seed):
     return rng.permutation(np.resize(np.asarray(classes, np.int32), count))
 
 
-def load_run(workdir, step=None, devices=None):
-    """What sampling needs of a training run.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What sampling needs of a trained model.
+
+    Attributes:
+      nets: Nets, without discriminator and LPIPS.
+      params: for `generate.make_generate`.
+      latent_shape: (h, w, C).
+      path: the interpolant's name.
+      num_classes: labels are 0..num_classes - 1.
+      sampling: Sampling, the default.
+      mesh: device mesh.
+      step: training steps taken.
+    """
+
+    nets: Nets
+    params: Mapping[str, Any]
+    latent_shape: tuple[int, int, int]
+    path: str
+    num_classes: int
+    sampling: generate.Sampling
+    mesh: jax.sharding.Mesh
+    step: int
+
+
+def load_trained(workdir, step=None, devices=None, vae_path=None):
+    """What sampling needs of a training run, of ours or of the published code.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
       step: checkpoint; default the newest.
       devices: default all.
+      vae_path: VAE of a published run on a frozen VAE, whose checkpoints hold none.
 
     Returns:
-      (job, params for `generate.make_generate`, step).
+      Trained.
 
     Raises:
-      ValueError: if there is no such checkpoint.
+      FileNotFoundError, ValueError: if there is no such checkpoint, or it is damaged.
     """
-    config = checkpoint.read_config(workdir, step)
     devices = jax.devices() if devices is None else devices
+    is_file = str(workdir).endswith((".pt", ".safetensors"))
+    if is_file or (epath.Path(workdir) / "args.json").exists():
+        file = workdir if is_file or step is None else f"{workdir}/checkpoints/{step:07d}.pt"
+        return _load_published(file, devices, vae_path)
+    if vae_path:
+        raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
+    config = checkpoint.read_config(workdir, step)
     # the training batch does not matter here, nor do encoders and projectors
     config = {**config, "mesh": {"fsdp": 1}, "accumulation": 1, "data": {**config["data"], "batch_size": len(devices)}}
     job = build.build(config, devices, encoders=())
@@ -94,15 +134,57 @@ def load_run(workdir, step=None, devices=None):
     subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats), "vae": {"params": state.vae.params}}
     loaded, step = checkpoint.restore_subset(workdir, subset, step)
     params = {"sit": loaded["ema"].params, "vae": loaded["vae"]["params"], "latent_stats": loaded["ema"].latent_stats}
-    return job, params, step
+    return Trained(
+        nets=job.nets, params=params, latent_shape=job.latent_shape, path=job.recipe.path,
+        num_classes=config["data"]["num_classes"], sampling=job.sampling, mesh=job.mesh, step=step,
+    )  # fmt: skip
 
 
-def sample_batches(job, params, sampling, labels, batch_size, seed, skip=()):
+def _load_published(path, devices, vae_path):
+    taken = published.read(path)
+    args, networks, source = taken.args, taken.networks, taken.source
+    sit = from_state_dict(networks["ema"], f"{source}: ema", taken.encoder_depth, taken.num_heads)
+    check_time(sit.layout, source)
+    latent_stats = sit.variables.get("latent_stats")
+    if "vae" in networks and vae_path:
+        raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
+    if "vae" in networks:
+        vae, vae_params = vae_files.from_state_dict(networks["vae"], f"{source}: vae", taken.norm_groups)
+    else:
+        if not vae_path:
+            raise ValueError(f"{source} holds no VAE: give --vae, the one that it was trained on ({args.get('vae_ckpt')})")
+        loaded = vae_files.load_vae(vae_path)
+        vae, vae_params = loaded.module, loaded.params
+        latent_stats = latent_stats or loaded.latent_stats
+    if latent_stats is None:
+        raise ValueError(
+            f"{source} has no latent batch norm, as REPA has none: give --vae as diffusers' folder, whose config.json tells "
+            "the statistics of its latents"
+        )
+    if vae.latent_channels != sit.module.latent_channels:
+        raise ValueError(f"the VAE has {vae.latent_channels} latent channels, the SiT of {source} {sit.module.latent_channels}")
+    mesh = sharding.make_mesh(1, devices)
+    stats = ChannelStats(**latent_stats)
+    side = sit.grid * sit.module.patch_size
+    return Trained(
+        nets=Nets(vae=vae, sit=sit.module, disc=None, lpips=None),
+        params=jax.device_put(
+            {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": stats}, sharding.replicated(mesh)
+        ),
+        latent_shape=(side, side, vae.latent_channels),
+        path=args.get("path_type", "linear"),
+        num_classes=sit.module.num_classes,
+        sampling=generate.Sampling(),
+        mesh=mesh,
+        step=taken.steps or 0,
+    )
+
+
+def sample_batches(trained, sampling, labels, batch_size, seed, skip=()):
     """Samples, batch by batch.
 
     Args:
-      job: Job.
-      params: see `load_run`.
+      trained: Trained.
       sampling: Sampling.
       labels: int32 [N].
       batch_size: images at a time; a multiple of the devices.
@@ -112,14 +194,14 @@ def sample_batches(job, params, sampling, labels, batch_size, seed, skip=()):
     Yields:
       (batch index, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
     """
-    run = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, sampling))
-    put = functools.partial(jax.device_put, device=sharding.batch_sharding(job.mesh))
+    run = jax.jit(generate.make_generate(trained.nets, trained.path, trained.latent_shape, sampling))
+    put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
     for index, first in enumerate(range(0, len(labels), batch_size)):
         if index in skip:
             continue
         ids = np.arange(first, first + batch_size)  # the last batch is filled up, so that one program serves all
         part = labels[np.minimum(ids, len(labels) - 1)]
-        made = run(params, put(part), put(ids), jax.random.key(seed))
+        made = run(trained.params, put(part), put(ids), jax.random.key(seed))
         yield index, np.asarray(made)[: len(labels) - first]
 
 
@@ -177,12 +259,12 @@ def run(args):
         raise ValueError("sampling runs in one process; start it on one host")
     if "://" in str(args.out or args.workdir):
         raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
-    job, params, step = load_run(args.workdir, args.step)
-    if args.batch_size % job.mesh.size:
-        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {job.mesh.size} devices")
+    trained = load_trained(args.workdir, args.step, vae_path=args.vae)
+    step, num_classes = trained.step, trained.num_classes
+    if args.batch_size % trained.mesh.size:
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {trained.mesh.size} devices")
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
-    sampling = dataclasses.replace(job.sampling, **{name: value for name, value in overrides.items() if value is not None})
-    num_classes = job.config["data"]["num_classes"]
+    sampling = dataclasses.replace(trained.sampling, **{name: value for name, value in overrides.items() if value is not None})
     classes = args.classes or list(range(num_classes))
     if min(classes) < 0 or max(classes) >= num_classes:
         raise ValueError(f"--classes {classes}: allowed are 0..{num_classes - 1}")
@@ -192,6 +274,8 @@ def run(args):
         how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
     which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, classes)))
     name = f"{step:07d}-{how}-{which}-{args.num_samples}-seed{args.seed}"
+    if not args.out and not Path(args.workdir).is_dir():
+        raise ValueError(f"{args.workdir} is no local folder to keep samples in: give --out")
     out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
     npz = out.with_name(out.name + ".npz")
     if npz.exists():
@@ -207,7 +291,7 @@ def run(args):
     with tqdm(
         total=args.num_samples, initial=min(len(done) * args.batch_size, args.num_samples), unit="img", desc=f"step {step}"
     ) as bar:
-        for index, made in sample_batches(job, params, sampling, labels, args.batch_size, args.seed, skip=done):
+        for index, made in sample_batches(trained, sampling, labels, args.batch_size, args.seed, skip=done):
             _save_part(paths[index], made)
             bar.update(len(made))
     write_npz(npz, paths, labels)

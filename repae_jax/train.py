@@ -139,7 +139,9 @@ def train(config, workdir):
         put = functools.partial(sharding.put_batch, job.mesh)
         if restored is None:
             with build.make_loader(job, source) as first_batches:
-                state, start = build.create_initial_state(job, lambda: map(put, first_batches)), 0
+                state = build.create_initial_state(job, lambda: map(put, first_batches))
+            start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
+            loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
         else:
             state, data_state, start = restored
             loader.restore(data_state)

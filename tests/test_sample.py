@@ -1,5 +1,6 @@
 """Sampling from a tiny run: exact counts, resumption, independence of the batch size, clear errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from checkpoints_tools import published
+from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import generate, sample
 from repae_jax.train import train
@@ -127,25 +130,64 @@ def test_labels():
 
 def test_images_use_the_averages_and_no_epsilon(workdir):
     """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
-    job, params, _ = sample.load_run(workdir)
-    run = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, job.sampling))
+    trained = sample.load_trained(workdir)
+    run = jax.jit(generate.make_generate(trained.nets, trained.path, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
-    base = np.asarray(run(params, *args))
-    stats = params["latent_stats"]
+    base = np.asarray(run(trained.params, *args))
+    stats = trained.params["latent_stats"]
     # variance zero: without epsilon every sample decodes the mean, so all images are the same
-    flat = np.asarray(run({**params, "latent_stats": stats.replace(var=0 * stats.var)}, *args))
+    flat = np.asarray(run({**trained.params, "latent_stats": stats.replace(var=0 * stats.var)}, *args))
     assert not np.array_equal(base[0], base[1])
     for image in flat[1:]:
         np.testing.assert_array_equal(image, flat[0])
 
 
 def test_guidance_outside_its_interval_changes_nothing(workdir):
-    job, params, _ = sample.load_run(workdir)
+    trained = sample.load_trained(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
     made = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
         sampling = generate.Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
-        made.append(
-            np.asarray(jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, sampling))(params, *args))
-        )
+        run = jax.jit(generate.make_generate(trained.nets, trained.path, trained.latent_shape, sampling))
+        made.append(np.asarray(run(trained.params, *args)))
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+
+
+def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
+    arguments_ = ("--num_samples", "8", "--batch_size", "8", "--sampler", "sde")
+    expected = load(sample.run(arguments(workdir, *arguments_, "--out", str(tmp_path / "ours"))))
+    for target in (tmp_path / "published", tmp_path / "weights.safetensors"):
+        convert(workdir, target, optimizers=False)
+        made = load(sample.run(arguments(target, *arguments_, "--out", str(tmp_path / f"of-{target.stem}"))))
+        for actual, array in zip(made, expected):
+            np.testing.assert_array_equal(actual, array)
+
+
+def test_a_run_on_a_frozen_vae(workdir, tmp_path):
+    """As sit-ldm-*, whose checkpoints hold no VAE, and as REPA's, which hold no batch norm either."""
+    convert(workdir, tmp_path / "whole.pt", optimizers=False)
+    extract_vae(workdir, tmp_path / "vae")
+    taken = published.read(tmp_path / "whole.pt")
+    networks = {name: dict(taken.networks[name]) for name in ("model", "ema")}
+    arguments_ = ("--num_samples", "8", "--batch_size", "8", "--vae", str(tmp_path / "vae"))
+    frozen = tmp_path / "frozen.pt"
+    published.write(frozen, dataclasses.replace(taken, networks=networks))
+    with pytest.raises(ValueError, match="holds no VAE: give --vae"):
+        sample.load_trained(frozen)
+    expected = load(sample.run(arguments(frozen, *arguments_, "--out", str(tmp_path / "frozen"))))
+    for arrays in networks.values():
+        for name in [name for name in arrays if name.startswith("bn.")]:
+            del arrays[name]
+    published.write(tmp_path / "repa.pt", dataclasses.replace(taken, networks=networks))
+    made = load(sample.run(arguments(tmp_path / "repa.pt", *arguments_, "--out", str(tmp_path / "repa"))))
+    for actual, array in zip(made, expected):
+        np.testing.assert_array_equal(actual, array)
+
+    with pytest.raises(ValueError, match="holds a VAE of its own"):
+        sample.load_trained(tmp_path / "whole.pt", vae_path=tmp_path / "vae")
+    for arrays in networks.values():
+        for name in [name for name in arrays if name.startswith("projectors.")]:
+            del arrays[name]
+    published.write(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
+    with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
+        sample.load_trained(tmp_path / "sit.pt", vae_path=tmp_path / "vae")

@@ -20,6 +20,7 @@ import pytest
 import small
 from PIL import Image
 
+from checkpoints_tools.convert import convert
 from repae_jax import build, checkpoint, train
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,17 @@ def test_two_halves_equal_the_whole(whole, half, tmp_path):
     state, finished = train.train(config(4), workdir)
     assert finished
     assert_same_run(state, workdir, whole)
+
+
+def test_a_converted_run_continues_bit_for_bit(whole, half, tmp_path):
+    """Two steps here, out to the published layout, and two more from there in another workdir."""
+    convert(half, tmp_path / "published")
+    workdir = tmp_path / "run"
+    init = {"init.checkpoint": str(tmp_path / "published"), "init.vae": "", "init.disc": "", "init.latent_stats": ""}
+    state, finished = train.train(config(4, **init), workdir)
+    assert finished
+    assert small.differing(state, whole.state) == ["lecam.real", "lecam.fake"]  # averages that no published file holds
+    assert metrics_of(workdir) == whole.metrics[2:]
 
 
 def test_a_finished_run_ends_at_once(whole, tmp_path, monkeypatch):
@@ -218,7 +230,7 @@ def command(*arguments, compiled=None, timeout=300):
 
 
 SMALL = ["data.image_size=8", "vae.channel_multipliers=(1,1)", "vae.norm_groups=4", "disc.num_layers=1"]
-SMALL += ["encoders.dinov2.image_size=8", "encoders.dinov2.architecture.patch_size=2", "max_skipped_in_a_row=2"]
+SMALL += ["encoders.target.image_size=8", "encoders.target.architecture.patch_size=2", "max_skipped_in_a_row=2"]
 SMALL += ["optim.sit.learning_rate=2e-4", "hooks.samples_every=0", "hooks.reconstructions_every=0"]
 
 

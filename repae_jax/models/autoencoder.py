@@ -1,6 +1,7 @@
 """AutoencoderKL: the convolutional VAE of latent diffusion, channels last.
 
-Reference: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py`, as used by SD-VAE, IN-VAE and VA-VAE.
+Reference: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py`, as used by SD-VAE, IN-VAE and VA-VAE, and,
+without the quantisation convolutions, by the VAEs of FLUX and Stable Diffusion 3.
 """
 
 import functools
@@ -155,6 +156,7 @@ class AutoencoderKL(nn.Module):
       num_res_blocks: residual blocks per encoder level (one more in the decoder).
       attention_levels: levels (0 = full resolution) with self-attention besides the middle.
       norm_groups: group-norm groups; divides every width.
+      quant_convs: 1x1 convolutions of the moments and of the latents, between encoder and decoder.
       remat: recompute residual blocks in the backward pass.
       dtype: compute dtype.
     """
@@ -165,6 +167,7 @@ class AutoencoderKL(nn.Module):
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = ()
     norm_groups: int = 32
+    quant_convs: bool = True
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -195,8 +198,9 @@ class AutoencoderKL(nn.Module):
         c = self.latent_channels
         self.encoder = Encoder(**fields, out_channels=2 * c)
         self.decoder = Decoder(**fields)
-        self.quant_conv = nn.Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
-        self.post_quant_conv = nn.Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
+        if self.quant_convs:
+            self.quant_conv = nn.Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
+            self.post_quant_conv = nn.Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
 
     def encode(self, images):
         """Posterior of images.
@@ -207,8 +211,10 @@ class AutoencoderKL(nn.Module):
         Returns:
           DiagonalGaussian, [B, H/factor, W/factor, C].
         """
-        moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        moments = self.encoder(images.astype(self.dtype))
+        if self.quant_convs:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents):
@@ -220,7 +226,10 @@ class AutoencoderKL(nn.Module):
         Returns:
           float32 [B, h * factor, w * factor, 3], about [-1, 1], not clipped.
         """
-        return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
+        latents = latents.astype(self.dtype)
+        if self.quant_convs:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, images, noise):
         """Encode, sample with the given noise [B, h, w, C], decode: (recon, posterior)."""

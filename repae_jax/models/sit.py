@@ -108,6 +108,8 @@ class SiT(nn.Module):
       projector_dim: hidden width of the projectors.
       mlp_ratio: MLP width / D.
       qk_norm: normalise queries and keys.
+      learned_sigma: predict 2C channels, as DiT does for its variance; published SiTs have the second half, but leave it
+        unused. To sample from such files only: training needs C channels.
       remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
       unroll: blocks per iteration of the scanned stacks.
       dtype: compute dtype.
@@ -124,6 +126,7 @@ class SiT(nn.Module):
     projector_dim: int = 2048
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    learned_sigma: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
@@ -145,7 +148,8 @@ class SiT(nn.Module):
         if self.encoder_depth < self.depth:  # Orbax refuses zero-size arrays: an empty stack is no stack
             self.late_blocks = self._stack("late_blocks", self.depth - self.encoder_depth)
         self.projectors = [Projector(self.projector_dim, dim, dtype=self.dtype) for dim in self.feature_dims]
-        self.final_layer = FinalLayer(self.patch_size**2 * self.latent_channels, dtype=self.dtype)
+        out_channels = (2 if self.learned_sigma else 1) * self.latent_channels
+        self.final_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
 
     def _stack(self, name, length):
         fields = {"num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm, "dtype": self.dtype}
@@ -177,11 +181,11 @@ class SiT(nn.Module):
 
         Args:
           z_t: [B, h, w, C] noisy normalised latents.
-          t: [B] in [0, 1]; 0 is data, 1 is noise.
+          t: [B] in [0, 1]; 0 is data, 1 is noise. (DiT's weights: 0..999, and the first C channels predict the noise.)
           labels: int [B] in 0..num_classes (num_classes = null).
 
         Returns:
-          velocity: float32 [B, h, w, C].
+          velocity: float32 [B, h, w, C]; [B, h, w, 2C] if learned_sigma, the velocity first.
           projections: tuple of float32 [B, T, F], one per encoder.
         """
         x, c = self._to_tap(z_t, t, labels)

@@ -5,7 +5,8 @@ import pytest
 import reference
 
 from checkpoints_tools import mapping
-from checkpoints_tools.vae import vae_table
+from checkpoints_tools.vae import torch_vae, vae_table
+from configs import common
 from repae_jax.models.autoencoder import AutoencoderKL
 
 
@@ -24,6 +25,13 @@ def abstract_params(vae, size=None):
     size = size or 2 * vae.factor
     latents = jnp.zeros((1, size // vae.factor, size // vae.factor, vae.latent_channels))
     return jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), latents)["params"]
+
+
+def drawn_params(vae):
+    """Weights by the rule of the golden files."""
+    target, table = abstract_params(vae), vae_table(vae)
+    shapes = mapping.to_torch(table, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), target))
+    return mapping.to_flax(table, {name: reference.draw(name, x.shape, 0, "vae:") for name, x in shapes.items()}, target)
 
 
 @pytest.mark.parametrize("name", reference.cases("vae_f"))
@@ -49,6 +57,41 @@ def test_round_trip_is_the_identity(name):
     assert set(back) == set(case.weights)
     for key, value in case.weights.items():
         np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+def check_against_diffusers(vae, size, record):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    params, rng = drawn_params(vae), np.random.default_rng(0)
+    image = rng.uniform(-1, 1, (1, 3, size, size)).astype(np.float32)
+    latents = rng.standard_normal((1, vae.latent_channels, size // vae.factor, size // vae.factor)).astype(np.float32)
+    theirs = torch_vae(vae, params)
+    with torch.no_grad():
+        posterior = theirs.encode(torch.from_numpy(image)).latent_dist
+        images = theirs.decode(torch.from_numpy(latents)).sample
+    expected = {"mean": posterior.mean, "logvar": posterior.logvar, "decoded": images}
+    ours = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))(reference.nhwc(image))
+    decoded = jax.jit(lambda z: vae.apply({"params": params}, z, method="decode"))(reference.nhwc(latents))
+    for name, actual in (("mean", ours.mean), ("logvar", ours.logvar), ("decoded", decoded)):
+        reference.check(actual, reference.nhwc(expected[name].numpy()), reference.NETWORK_RTOL, name, record)
+
+
+@pytest.mark.parametrize("name", common.VAES)
+def test_matches_diffusers(name, record_property):
+    check_against_diffusers(AutoencoderKL(**common.VAES[name], channels=32, num_res_blocks=1), 32, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", common.VAES)
+def test_full_size_matches_diffusers(name, record_property):
+    check_against_diffusers(AutoencoderKL(**common.VAES[name]), 256, record_property)
+
+
+def test_without_quant_convs_the_rest_is_the_same():
+    sizes = {"latent_channels": 4, "channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4}
+    bare, whole = abstract_params(AutoencoderKL(**sizes, quant_convs=False)), abstract_params(AutoencoderKL(**sizes))
+    assert bare == {half: whole[half] for half in ("encoder", "decoder")}
+    assert set(whole) - set(bare) == {"quant_conv", "post_quant_conv"}
 
 
 def test_remat_changes_nothing():

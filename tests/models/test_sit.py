@@ -5,11 +5,15 @@ import pytest
 import reference
 
 from checkpoints_tools import mapping
-from checkpoints_tools.sit import sit_table
+from checkpoints_tools.sit import sit_table, torch_sit
+from configs import repae
+from repae_jax import generate
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.losses.alignment import alignment_loss
+from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
 from repae_jax.running_stats import ChannelStats, batch_stats, update_running
+from repae_jax.train_step import Nets
 
 
 def golden_sit(config, remat="none"):
@@ -35,6 +39,20 @@ def abstract_tree(sit, size):
     params = jax.eval_shape(sit.init, jax.random.key(0), *args)["params"]
     channel = jax.ShapeDtypeStruct((sit.latent_channels,), jnp.float32)
     return {"params": params, "latent_stats": {"mean": channel, "var": channel}}
+
+
+def draw(tree, seed=0):
+    """Weights of realistic size for an abstract tree: N(0, 1 / fan-in), biases 0.1 N(0, 1); nothing is zero."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, abstract):
+        name, shape = path[-1].key, abstract.shape
+        x = rng.standard_normal(shape, np.float32)
+        if name in ("kernel", "embedding"):
+            return x / np.float32(np.sqrt(shape[-2] if name == "kernel" else shape[-1]))
+        return {"scale": 1 + 0.1 * x, "var": 0.5 + np.abs(x)}.get(name, 0.1 * x).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def load_sit(case, remat="none", weights=None):
@@ -210,3 +228,101 @@ def test_layers_of_a_stack_start_differently():
 def test_bad_sizes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SiT(**{**TINY, **change}).init(jax.random.key(0), *ARGS)
+
+
+@pytest.mark.parametrize(
+    "change, longest_time",
+    [
+        ({}, 1.0),
+        ({"patch_size": 1, "feature_dims": (), "encoder_depth": 4}, 1.0),  # plain SiT
+        ({"learned_sigma": True}, 1.0),
+        ({"learned_sigma": True}, 999.0),  # DiT
+    ],
+)
+def test_matches_the_dit_of_diffusers(change, longest_time, record_property):
+    check_against_diffusers(SiT(**{**TINY, **change}), 4, longest_time, record_property)
+
+
+def check_against_diffusers(sit, grid, longest_time, record_property):
+    pytest.importorskip("diffusers")
+    rng = np.random.default_rng(1)
+    side = grid * sit.patch_size
+    params = draw(abstract_tree(sit, side)["params"])
+    z = rng.standard_normal((3, side, side, sit.latent_channels), np.float32)
+    t = np.round(np.array([0.013, 0.617, 1.0]) * longest_time, 3 if longest_time == 1 else 0).astype(np.float32)
+    labels = np.array([0, sit.num_classes - 1, sit.null_label], np.int32)
+    expected = torch_sit(sit, params, grid)(z, t, labels)
+    velocity, _ = jax.jit(sit.apply)({"params": params}, z, t, labels)
+    assert velocity.shape == (3, side, side, (2 if sit.learned_sigma else 1) * sit.latent_channels)
+    assert expected.dtype == velocity.dtype == np.float32
+    reference.check(velocity, expected, reference.NETWORK_RTOL, f"velocity, t up to {longest_time}", record_property)
+
+
+XL_2 = {
+    "num_classes": 1000, "latent_channels": 4, "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16,
+    "encoder_depth": 28,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("longest_time", [1.0, 999.0])
+def test_full_size_matches_the_dit_of_diffusers(longest_time, record_property):
+    check_against_diffusers(SiT(**XL_2, learned_sigma=True), 16, longest_time, record_property)
+
+
+@pytest.mark.slow
+def test_bfloat16_at_full_size_stays_close_to_float32(record_property):
+    sit = SiT(**XL_2)
+    params = draw(abstract_tree(sit, 32)["params"])
+    z = np.random.default_rng(1).standard_normal((3, 32, 32, 4), np.float32)
+    args = {"params": params}, z, np.float32([0.013, 0.617, 1.0]), np.array([0, 999, 1000])
+    exact, rounded = (np.asarray(jax.jit(sit.clone(dtype=dtype).apply)(*args)[0]) for dtype in (jnp.float32, jnp.bfloat16))
+    rms = float(np.linalg.norm(rounded - exact) / np.linalg.norm(exact))
+    print(f"bfloat16: relative RMS {rms:.1e}, largest {reference.relative_error(rounded, exact):.1e} of the largest entry")
+    record_property("bfloat16 relative RMS", rms)
+    assert 1e-4 < rms < 0.1
+
+
+def test_independent_implementation_lacks_qk_norm():
+    with pytest.raises(ValueError, match="no qk_norm"):
+        torch_sit(SiT(**TINY, qk_norm=True), {}, 4)
+
+
+def test_learned_sigma_changes_only_the_last_layer():
+    trees = [abstract_tree(SiT(**TINY, learned_sigma=learned), 8)["params"] for learned in (False, True)]
+    shapes = [jax.tree.map(lambda x: x.shape, {**tree, "final_layer": None}) for tree in trees]
+    assert shapes[0] == shapes[1]
+    assert [tree["final_layer"]["linear"]["kernel"].shape for tree in trees] == [(32, 16), (32, 32)]
+    # the first C channels are the velocity
+    params = draw(trees[1])
+    both, projections = SiT(**TINY, learned_sigma=True).apply({"params": params}, *ARGS)
+    first = np.arange(32).reshape(4, 8)[:, :4].ravel()
+    params["final_layer"]["linear"] = {k: x[..., first] for k, x in params["final_layer"]["linear"].items()}
+    velocity, same = SiT(**TINY).apply({"params": params}, *ARGS)
+    np.testing.assert_allclose(both[..., :4], velocity, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(projections[0], same[0])
+
+
+def test_samples_do_not_see_the_learned_sigma():
+    sit = SiT(**TINY, learned_sigma=True)
+    vae = AutoencoderKL(latent_channels=4, channel_multipliers=(1,), channels=8, num_res_blocks=1, norm_groups=4)
+    decoder = draw(jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8, 4)))["params"])
+    sampling = generate.Sampling(sampler="euler", steps=2, guidance_scale=2.0)
+    make = jax.jit(generate.make_generate(Nets(vae, sit, None, None), "linear", (8, 8, 4), sampling))
+    params = draw(abstract_tree(sit, 8)["params"])
+    stats = ChannelStats(mean=jnp.zeros(4), var=jnp.ones(4))
+    linear = params["final_layer"]["linear"]
+    is_sigma = np.tile(np.arange(8) >= 4, 4)  # the second half of each pixel's channels
+
+    def images(factor):
+        last = {**params["final_layer"], "linear": {k: np.where(is_sigma, factor * x, x) for k, x in linear.items()}}
+        tree = {"sit": {**params, "final_layer": last}, "vae": decoder, "latent_stats": stats}
+        return make(tree, jnp.array([1, 2]), jnp.arange(2), jax.random.key(0))
+
+    np.testing.assert_array_equal(images(1.0), images(-3.0))
+    assert len(np.unique(images(1.0))) > 20
+
+
+def test_learned_sigma_cannot_be_trained():
+    with pytest.raises((AttributeError, KeyError), match="learned_sigma"):
+        repae.get_config("tiny").sit.learned_sigma = True

@@ -1,0 +1,108 @@
+"""Weights in, weights out: `python -m checkpoints_tools COMMAND`.
+
+  inspect      what is this file: layout, sizes, parameter counts, statistics
+  convert      a run, a training checkpoint or a network into another layout
+  extract-vae  the VAE of a run or a training checkpoint, with its latent statistics and discriminator
+  verify       our network beside an independent PyTorch module, on the same input
+  artefacts    the public weights that this project reads
+
+Sources are local paths, names on the Hugging Face hub ('facebook/dinov2-base', 'REPA-E/sdvae/sdvae-f8d4.pt') or gs://
+addresses.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_tools", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, text):
+        return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    inspect = add("inspect", "say what a file or folder is: layout, sizes, parameter counts, statistics")
+    inspect.add_argument("source", nargs="+")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    convert = add(
+        "convert",
+        "convert a training run (to the published layout), a published training checkpoint, a SiT, a VAE, an encoder or "
+        "another network; the target's ending says into what",
+    )
+    convert.add_argument("source")
+    convert.add_argument("target", help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model)")
+    convert.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
+    convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
+    convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
+
+    extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
+    extract.add_argument("source")
+    extract.add_argument("target", help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads")
+    extract.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
+    for command in (convert, extract):
+        command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
+    verify.add_argument("source", nargs="+")
+    verify.add_argument("--image_size", type=int, default=256, help="pixels; default 256")
+    verify.add_argument("--tolerance", type=float, default=2e-5, help="of the largest entry, in float32; default 2e-5")
+
+    add("artefacts", "list the public weights that this project reads: name, what it is, what it fills, licence")
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """Does what the command line says; returns the exit status."""
+    if args.command == "artefacts":
+        from checkpoints_tools import artefacts
+
+        print(artefacts.table())
+    elif args.command == "inspect":
+        from checkpoints_tools.identify import describe, identify, text
+
+        found = [describe(identify(source)) for source in args.source]
+        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(text, found)))
+    elif args.command == "verify":
+        from checkpoints_tools.verify import report, verify
+
+        status = 0
+        for source in args.source:
+            lines, passed = report(verify(source, args.image_size), args.tolerance)
+            print(f"{source}\n{lines}")
+            status |= not passed
+        return int(status)
+    else:
+        from checkpoints_tools import convert
+
+        start = time.time()
+        options = {"step": args.step, "overwrite": args.overwrite}
+        if args.command == "convert":
+            options |= {"optimizers": not args.weights_only, "plain_sit": args.plain_sit}
+            written = convert.convert(args.source, args.target, **options)
+        else:
+            written = convert.extract_vae(args.source, args.target, **options)
+        for path in written:
+            size = f" ({Path(path).stat().st_size / 1e6:.1f} MB)" if Path(path).is_file() else ""
+            print(f"wrote {path}{size}")
+        print(f"{time.time() - start:.0f} s")
+    return 0
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    args = parse_args()
+    try:
+        sys.exit(run(args))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

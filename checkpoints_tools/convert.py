@@ -1,0 +1,262 @@
+"""Artefacts -> files in other layouts: what `convert` and `extract-vae` do."""
+
+import dataclasses
+import functools
+import json
+import operator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from checkpoints_tools import (
+    discriminator,
+    inception,
+    mapping,
+    orders,
+    published,
+    sit,
+    training_state,
+    vae,
+    vae_layouts,
+    vit,
+    weights,
+)  # fmt: skip
+from checkpoints_tools.identify import KINDS, identify
+from checkpoints_tools.training_state import Networks
+from repae_jax import checkpoint
+from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.sit import SiT
+
+SD_VAE_STD = 1 / 0.18215  # of the latents that plain SiT, REPA and DiT were trained on; their mean is taken to be 0
+
+
+def convert(source, target, *, step=None, optimizers=True, plain_sit=False, overwrite=False):
+    """Converts an artefact; the target's ending says into what.
+
+    Args:
+      source: what `identify` takes.
+      target: file ending in .pt or .safetensors, or a folder (no ending): a published run for a run or a training checkpoint, a
+        diffusers or transformers folder for a VAE or an encoder.
+      step: of a run's checkpoint; the newest by default.
+      optimizers: whether a training checkpoint takes the optimizer states along.
+      plain_sit: the source is a plain SiT, whose t = 0 is noise: turn its time round, drop its unused sigma channels and add
+        the statistics of the latents it was trained on, so that it is used as REPA's and ours are.
+      overwrite: replace files that exist.
+
+    Returns:
+      list of paths written.
+
+    Raises:
+      FileExistsError: if a target exists and `overwrite` is False.
+      ValueError: if the source is damaged or unknown, or cannot become what the target's ending says.
+    """
+    ending = _ending(target, overwrite)
+    artefact = identify(source)
+    if plain_sit and artefact.kind != "sit":
+        raise ValueError(f"{source} is a {KINDS[artefact.kind]}: plain_sit is for the weights of a plain SiT alone")
+    if artefact.kind == "run":
+        return _write_training(_from_run(artefact.path, step, optimizers), target, ending, overwrite)
+    if artefact.kind == "training":
+        taken = artefact.checkpoint
+        check_networks(taken)
+        if not optimizers:
+            taken = dataclasses.replace(taken, optimizers={})
+        return _write_training(taken, target, ending, overwrite)
+    if artefact.kind == "vae":
+        loaded = vae.load_vae(source)
+        if ending:
+            return vae.save_published(target, loaded.module, loaded.params, loaded.latent_stats, overwrite=overwrite)
+        vae.save_diffusers(target, loaded.module, loaded.params, loaded.latent_stats, overwrite=overwrite)
+        return [target]
+    if artefact.kind in ("encoder", "mocov3"):
+        _need(not ending, source, artefact, target, "a folder, which transformers reads")
+        module, params = vit.read_encoder(source)
+        if not module.final_norm:
+            logging.warning("%s: its final norm follows the tokens that are used here; it is written as the identity", source)
+        vit.save_encoder(target, module, params, overwrite=overwrite)
+        return [target]
+    _need(ending, source, artefact, target, "a file ending in .pt or .safetensors")
+    if plain_sit:
+        del artefact  # its arrays: the file is read again, so that no more than two copies are held at a time
+        state_dict = _reversed_sit(source)
+    else:
+        state_dict = _checked(artefact, source)
+    write = weights.write_torch if ending == ".pt" else weights.write_safetensors
+    epath.Path(target).parent.mkdir(parents=True, exist_ok=True)
+    write(target, state_dict, overwrite=overwrite)
+    return [target]
+
+
+def extract_vae(source, target, *, step=None, overwrite=False):
+    """The VAE of a run or of a training checkpoint, with its latent statistics and discriminator.
+
+    Args:
+      source: workdir of a run, or a published training checkpoint.
+      target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
+        ending), which diffusers reads and which carries the statistics as latents_mean and latents_std.
+      step: of a run's checkpoint; the newest by default.
+      overwrite: replace files that exist.
+
+    Returns:
+      list of paths written.
+
+    Raises:
+      FileExistsError: if a target exists and `overwrite` is False.
+      ValueError: if the source holds no VAE.
+    """
+    ending = _ending(target, overwrite)
+    artefact = identify(source)
+    if artefact.kind == "run":
+        networks, read, _, step = _open_run(artefact.path, step)
+        module, params, disc = networks.vae, read("vae.params"), None
+        stats = read("ema.latent_stats")
+        if networks.disc is not None:
+            tree = {"params": read("disc.params"), "batch_stats": read("disc.batch_stats")}
+            disc = mapping.to_torch(discriminator.discriminator_table(networks.disc, step), tree)
+    elif artefact.kind == "training" and "vae" in artefact.checkpoint.networks:
+        taken = artefact.checkpoint
+        module, params = vae.from_state_dict(taken.networks["vae"], f"{source}: vae", taken.norm_groups)
+        average = taken.networks["ema"]
+        stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
+        disc = taken.networks.get("discriminator")
+    else:
+        raise ValueError(
+            f"{source} is a {KINDS[artefact.kind]} without a VAE to extract; give the workdir of a run, or a published "
+            "checkpoint with a VAE in it"
+        )
+    if ending:
+        return vae.save_published(target, module, params, stats, disc, overwrite=overwrite)
+    vae.save_diffusers(target, module, params, stats, overwrite=overwrite)
+    return [target]
+
+
+def _ending(target, overwrite):
+    """Of the target's name; checked, as is that nothing is in the way, before anything is read."""
+    ending = Path(target).suffix
+    if ending not in ("", ".pt", ".safetensors"):
+        raise ValueError(f"{target} ends in {ending!r}; allowed: .pt, .safetensors, or no ending for a folder")
+    if ending and not overwrite:
+        weights.check_absent(target)
+    return ending
+
+
+def _need(condition, source, artefact, target, what):
+    if not condition:
+        raise ValueError(f"{source} is a {KINDS[artefact.kind]}, so the target {target} must be {what}")
+
+
+def _reversed_sit(source):
+    """State dict of a plain SiT as ours and REPA-E's are."""
+    loaded = sit.load_sit(source)
+    if loaded.layout != "sit-or-dit":
+        raise ValueError(f"{source} is of layout {loaded.layout!r}, not a plain SiT: leave plain_sit out")
+    module, params = sit.without_sigma(loaded.module, sit.reverse_time(loaded.variables["params"]))
+    ones = np.ones(module.latent_channels, np.float32)
+    variables = {"params": params, "latent_stats": {"mean": 0 * ones, "var": np.float32(SD_VAE_STD**2) * ones}}
+    return orders.to_ordered_torch(sit.sit_table(module, loaded.grid), variables)
+
+
+def _checked(artefact, source):
+    """State dict of one network, every name and shape checked against its table."""
+    if artefact.kind == "sit":
+        sit.from_state_dict(artefact.arrays, str(source))
+        return artefact.arrays
+    if artefact.kind == "latent_stats":
+        return vae.published_stats(vae.read_latent_stats(source))
+    if artefact.kind == "inception":
+        return mapping.to_torch(inception.inception_table(), inception.load_inception(artefact.path))
+    if artefact.kind == "discriminator":
+        discriminator.from_state_dict(artefact.arrays, str(source))
+    if bad := [name for name, array in artefact.arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{source}: not finite: {', '.join(bad)}")
+    return artefact.arrays
+
+
+def check_networks(taken):
+    """ValueError if a network of a training checkpoint is not whole: every name and shape, network by network."""
+    for name, arrays in taken.networks.items():
+        source = f"{taken.source}: {name}"
+        if name == "vae":
+            vae.from_state_dict(arrays, source, taken.norm_groups)
+        elif name == "discriminator":
+            discriminator.from_state_dict(arrays, source)
+        else:
+            sit.from_state_dict(arrays, source, taken.encoder_depth, taken.num_heads)
+
+
+def _open_run(workdir, step):
+    """(Networks, function that reads one place of the stored state, config, step) of a run's checkpoint."""
+    config = checkpoint.read_config(workdir, step)
+    shapes, step = checkpoint.stored_shapes(workdir, step)
+    data, fields = config["data"], dict(config["sit"])
+    projectors = sorted(name for name in shapes["sit"]["params"] if name.startswith("projectors_"))
+    fields["feature_dims"] = tuple(shapes["sit"]["params"][name]["fc3"]["bias"].shape[0] for name in projectors)
+    module = AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in config["vae"].items()})
+    networks = Networks(
+        sit=SiT(num_classes=data["num_classes"], latent_channels=module.latent_channels, **fields),
+        grid=data["image_size"] // module.factor // fields["patch_size"],
+        vae=module,
+        disc=PatchDiscriminator(**config["disc"]) if shapes.get("disc") else None,
+    )
+
+    def read(place):
+        path = place.split(".")
+        wanted = functools.reduce(operator.getitem, path, shapes)
+        for name in reversed(path):
+            wanted = {name: wanted}
+        restored, _ = checkpoint.restore_subset(workdir, wanted, step)
+        return functools.reduce(operator.getitem, path, restored)
+
+    return networks, read, config, step
+
+
+def _from_run(workdir, step, optimizers):
+    """TrainingCheckpoint of a run's checkpoint."""
+    networks, read, config, step = _open_run(workdir, step)
+    model, vae_name = sit.model_name(networks.sit), vae_layouts.published_name(networks.vae)
+    encoders = [entry.get("architecture") or Path(entry["weights"]).name for _, entry in sorted(config["encoders"].items())]
+    kinds = [published.ENCODER_TYPES.get(str(encoder)) for encoder in encoders]
+    unknown = [what for what, name in (("SiT", model), ("VAE", vae_name)) if name is None]
+    unknown += ["encoders"] if None in kinds else []
+    if unknown:
+        logging.warning(
+            "the published code has no such %s: its scripts will not build these networks, whose weights are written all the "
+            "same", " and ".join(unknown),
+        )  # fmt: skip
+    args = published.args_from_config(
+        config,
+        model=model or "custom",
+        vae=vae_name or "custom",
+        encoder_type=",".join(kind or "custom" for kind in kinds) or "None",
+        num_heads=networks.sit.num_heads,
+        norm_groups=networks.vae.norm_groups,
+    )
+    return training_state.from_run(read, networks, step, args, str(workdir), optimizers)
+
+
+def _recipe(args):
+    """What stays the same over a run: not its length, nor how often it saves."""
+    return {name: value for name, value in args.items() if name not in published.OPERATION}
+
+
+def _write_training(taken, target, ending, overwrite):
+    """A single file, or the folder of a published run, where args.json lies beside the checkpoints."""
+    if ending:
+        epath.Path(target).parent.mkdir(parents=True, exist_ok=True)
+        published.write(target, taken, overwrite=overwrite)
+        return [target]
+    if taken.steps is None:
+        raise ValueError(f"{taken.source} does not say how many steps it has taken: give a target that ends in .pt")
+    folder = epath.Path(target)
+    args, file = folder / "args.json", folder / "checkpoints" / f"{taken.steps:07d}.pt"
+    if not overwrite:
+        weights.check_absent(file)
+    if args.exists() and not overwrite and _recipe(weights.read_json(args)) != _recipe(json.loads(json.dumps(taken.args))):
+        raise FileExistsError(f"{args} is of another run; choose another folder, or ask to overwrite (--overwrite)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    published.write(file, taken, overwrite=overwrite)
+    weights.write_json(args, dict(taken.args), overwrite=True)
+    return [args, file]

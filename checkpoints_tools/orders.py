@@ -1,0 +1,58 @@
+"""PyTorch's registration order of names: state dicts are written in it, and optimizer states are indexed by it. numpy only."""
+
+from checkpoints_tools.mapping import to_torch
+
+# In every module that knows two of these, the first is registered before the second. Numbers count up.
+_ORDER = (
+    # SiT
+    "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer", "bn",
+    "linear", "block", "attn", "qkv", "q_norm", "k_norm", "mlp", "fc1", "fc2", "adaLN_modulation", "embedding_table",
+    # autoencoder, whose "attn" comes after "block"
+    "encoder", "decoder", "quant_conv", "post_quant_conv",
+    "conv_in", "down", "mid", "up", "norm_out", "conv_out", "downsample", "upsample", "block_1", "attn_1", "block_2",
+    "norm", "q", "k", "v", "norm1", "conv1", "norm2", "conv2", "nin_shortcut", "conv", "proj_out", "proj",
+    # discriminator
+    "main",
+    # leaves: parameters, then buffers
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+)  # fmt: skip
+_RANK = {name: rank for rank, name in enumerate(_ORDER)}
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def registration_order(names):
+    """Names of a SiT's, an autoencoder's or a discriminator's state dict in the order in which PyTorch lists them.
+
+    Args:
+      names: any iterable of names, such as 'blocks.0.attn.qkv.weight'.
+
+    Returns:
+      list.
+
+    Raises:
+      ValueError: listing the names of which a part is unknown.
+    """
+    names = list(names)
+    unknown = [name for name in names if not all(part.isdigit() or part in _RANK for part in name.split("."))]
+    if unknown:
+        raise ValueError(f"their place in PyTorch's order is unknown: {', '.join(sorted(unknown))}")
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else _RANK[part] for part in name.split(".")])
+
+
+def parameter_order(names):
+    """What `list(module.named_parameters())` names in PyTorch: entry i is parameter i of its optimizer.
+
+    Args:
+      names: those of a whole state dict, as `registration_order` takes them. A SiT's fixed positions are a parameter too,
+        without gradient; a batch norm's statistics and counter are none.
+
+    Returns:
+      list of names.
+    """
+    return [name for name in registration_order(names) if name.rpartition(".")[2] not in _BUFFERS]
+
+
+def to_ordered_torch(table, tree):
+    """As `mapping.to_torch`, the state dict in registration order."""
+    state_dict = to_torch(table, tree)
+    return {name: state_dict[name] for name in registration_order(state_dict)}
