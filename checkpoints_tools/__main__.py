@@ -42,6 +42,8 @@ def parse_args(argv=None):
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
 
+    convert.add_argument("--latent_stats", help="statistics of a VAE's latents, where its file has none beside it")
+
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
     extract.add_argument("source")
     extract.add_argument("target", help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads")
@@ -51,10 +53,10 @@ def parse_args(argv=None):
 
     verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
     verify.add_argument("source", nargs="+")
-    verify.add_argument("--image_size", type=int, default=256, help="pixels; default 256")
-    verify.add_argument("--tolerance", type=float, default=2e-5, help="of the largest entry, in float32; default 2e-5")
+    verify.add_argument("--image_size", type=int, default=256, help="pixels; default %(default)s")
+    verify.add_argument("--tolerance", type=float, default=2e-5, help="of the largest entry, in float32; default %(default)s")
 
-    add("artefacts", "list the public weights that this project reads: name, what it is, what it fills, licence")
+    add("artefacts", "list the public weights that this project reads: name, file, what it is, what it fills, licence")
     return parser.parse_args(argv)
 
 
@@ -68,7 +70,7 @@ def run(args):
         from checkpoints_tools.identify import describe, identify, text
 
         found = [describe(identify(source)) for source in args.source]
-        print(json.dumps(found, indent=2) if args.json else "\n\n".join(map(text, found)))
+        print(json.dumps(found, indent=2, default=str) if args.json else "\n\n".join(map(text, found)))
     elif args.command == "verify":
         from checkpoints_tools.verify import report, verify
 
@@ -84,7 +86,7 @@ def run(args):
         start = time.time()
         options = {"step": args.step, "overwrite": args.overwrite}
         if args.command == "convert":
-            options |= {"optimizers": not args.weights_only, "plain_sit": args.plain_sit}
+            options |= {"optimizers": not args.weights_only, "plain_sit": args.plain_sit, "latent_stats": args.latent_stats}
             written = convert.convert(args.source, args.target, **options)
         else:
             written = convert.extract_vae(args.source, args.target, **options)
@@ -100,8 +102,16 @@ def main():
     args = parse_args()
     try:
         sys.exit(run(args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:  # what reaches remote storage raises types of its own
+        address = next((word for word in sys.argv[1:] if "://" in word), None)
+        if address is None:
+            raise
+        sys.exit(f"error: with {address}: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,79 +1,159 @@
 """The public weights that this project reads: where they are, what they fill, and under which licence.
 
-`python -m checkpoints_tools artefacts` prints the list. Names like ORG/NAME are on the Hugging Face hub and can be given
-wherever a path can; the others are addresses to download from.
+`python -m checkpoints_tools artefacts` prints the list. Names like ORG/REPO and ORG/REPO/FILE are on the Hugging Face hub and
+can be given wherever a path can; the others are addresses to download from.
 """
 
 from typing import NamedTuple
 
+GATED = "gated: accept the licence on its page and log in (`hf auth login`) before it can be fetched"
+
 
 class Artefact(NamedTuple):
-    """One public file, or a family of them.
+    """What one name gives.
 
     Attributes:
-      name: hub name with the file, or a URL.
+      name: hub name, or a URL.
+      file: which of its files are read; of a URL, what the download is best called.
       what: what it is.
-      fills: config field or command that takes it.
-      licence: as its publisher states it; 'see its page' where it is not a standard one.
+      fills: config field, command or function that takes it.
+      licence: as its publisher states it, with '(gated)' where the hub asks for consent; 'see its page' where it is unsure.
     """
 
     name: str
+    file: str
     what: str
     fills: str
     licence: str
 
 
-_ENCODER = "config.encoders.NAME.weights"
+_CHECKPOINT, _LINEAR = "config.init.checkpoint", "config.lpips.linear"
+_INCEPTION = "checkpoints_tools.inception.load_inception"
+# a folder's weights may also be in shards, or in the .bin file that older ones have instead
+_MODEL = "config.json, model.safetensors"
+_DIFFUSERS = "config.json, diffusion_pytorch_model.safetensors"
+_MOCO = "https://dl.fbaipublicfiles.com/moco-v3"
+
+
+def _vae_files(repository, stem, what):
+    """The three files of a VAE of REPA-E's."""
+    parts = {
+        "vae": (f"{stem}.pt", what),
+        "latent_stats": (f"{stem}-latents-stats.pt", f"{what}: latent statistics"),
+        "disc": (f"{stem}-discriminator-ckpt.pt", f"{what}: discriminator"),
+    }
+    rows = ((field, *row) for field, row in parts.items())
+    return [Artefact(f"{repository}/{file}", file, text, f"config.init.{field}", "MIT") for field, file, text in rows]
+
+
+def _vae_folder(name, what, licence):
+    return Artefact(name, _DIFFUSERS, what, "config.init.vae", licence)
+
+
+def _encoder(name, what, licence, file=_MODEL):
+    return Artefact(name, file, what, "config.encoders.NAME.weights", licence)
+
+
+_DINOV2_SIZES = {"small": "S", "base": "B", "large": "L", "giant": "g"}
+
 ARTEFACTS = (
-    Artefact("REPA-E/sdvae/sdvae-f8d4.pt", "SD-VAE to start REPA-E from", "config.init.vae", "MIT"),
-    Artefact("REPA-E/sdvae/sdvae-f8d4-latents-stats.pt", "its latent statistics", "config.init.latent_stats", "MIT"),
-    Artefact("REPA-E/sdvae/sdvae-f8d4-discriminator-ckpt.pt", "its discriminator", "config.init.disc", "MIT"),
-    Artefact("REPA-E/invae", "IN-VAE f16d32: the same three files", "config.init.*", "MIT"),
-    Artefact("REPA-E/vavae", "VA-VAE f16d32: the same three files", "config.init.*", "MIT"),
-    Artefact("REPA-E/e2e-sdvae, e2e-invae, e2e-vavae", "VAEs tuned end to end: the same three files", "config.init.*", "MIT"),
-    Artefact("REPA-E/e2e-sdvae-hf, e2e-invae-hf, e2e-vavae-hf", "the same as diffusers folders", "config.init.vae", "MIT"),
-    Artefact("REPA-E/e2e-flux-vae, e2e-sd3.5-vae", "16-channel VAEs tuned end to end", "config.init.vae", "see its page"),
-    Artefact("REPA-E/sit-repae-sdvae, -invae, -vavae", "joint training checkpoints", "config.init.checkpoint", "MIT"),
-    Artefact("REPA-E/sit-ldm-e2e-vavae", "SiT-XL/1 on the frozen E2E-VAE", "config.init.checkpoint", "MIT"),
-    Artefact("stabilityai/sd-vae-ft-mse, sd-vae-ft-ema", "SD-VAE, two decoders", "config.init.vae", "MIT"),
-    Artefact("black-forest-labs/FLUX.1-schnell/vae", "FLUX VAE, 16 channels", "config.init.vae", "Apache-2.0"),
-    Artefact(
-        "stabilityai/stable-diffusion-3.5-large/vae", "SD3.5 VAE, 16 channels", "config.init.vae", "Stability Community"
+    *_vae_files("REPA-E/sdvae", "sdvae-f8d4", "SD-VAE f8d4 to start from"),
+    # the names of these two repositories' files are by the pattern of the first, unconfirmed
+    *_vae_files("REPA-E/invae", "invae-f16d32", "IN-VAE f16d32 to start from"),
+    *_vae_files("REPA-E/vavae", "vavae-f16d32", "VA-VAE f16d32 to start from"),
+    *_vae_files("REPA-E/e2e-vavae", "e2e-vavae-400k", "E2E-VAVAE"),
+    # as are these two's, by that of e2e-vavae
+    *_vae_files("REPA-E/e2e-sdvae", "e2e-sdvae-400k", "E2E-SDVAE"),
+    *_vae_files("REPA-E/e2e-invae", "e2e-invae-400k", "E2E-INVAE"),
+    _vae_folder("REPA-E/e2e-sdvae-hf", "E2E-SDVAE, statistics in config.json", "MIT"),
+    _vae_folder("REPA-E/e2e-invae-hf", "E2E-INVAE, statistics in config.json", "MIT"),
+    _vae_folder("REPA-E/e2e-vavae-hf", "E2E-VAVAE, statistics in config.json", "MIT"),
+    _vae_folder("REPA-E/e2e-flux-vae", "FLUX VAE tuned end to end, 16 channels", "see its page"),
+    _vae_folder("REPA-E/e2e-sd3.5-vae", "SD3.5 VAE tuned end to end, 16 channels", "see its page"),
+    *(
+        Artefact(f"REPA-E/sit-repae-{vae}", "args.json, checkpoints/0400000.pt", f"REPA-E, {text}, 400k", _CHECKPOINT, "MIT")
+        for vae, text in {"sdvae": "SD-VAE", "invae": "IN-VAE", "vavae": "VA-VAE"}.items()
     ),
     Artefact(
-        "hustvl/vavae-imagenet256-f16d32-dinov2", "VA-VAE of LightningDiT, with latents_stats.pt", "config.init.vae", "MIT"
+        "REPA-E/sit-ldm-e2e-vavae", "args.json, checkpoints/4000000.pt", "SiT-XL/1 on the frozen E2E-VAVAE", _CHECKPOINT, "MIT"
     ),
-    Artefact("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL/2", "convert, verify", "CC-BY-NC-4.0"),
-    Artefact("https://github.com/willisma/SiT (README)", "SiT-XL-2-256.pt", "convert --plain_sit", "MIT"),
-    Artefact("https://github.com/sihyun-yu/REPA (README)", "REPA SiT-XL/2, last.pt", "config.init.checkpoint", "MIT"),
-    Artefact("facebook/dinov2-small, -base, -large, -giant", "DINOv2", _ENCODER, "Apache-2.0"),
-    Artefact("facebook/dinov2-with-registers-small, … -giant", "DINOv2 with registers", _ENCODER, "Apache-2.0"),
-    Artefact("facebook/dino-vitb16", "DINO", _ENCODER, "Apache-2.0"),
-    Artefact("openai/clip-vit-large-patch14", "CLIP-L", _ENCODER, "MIT"),
-    Artefact("facebook/ijepa_vith14_1k", "I-JEPA-H", _ENCODER, "CC-BY-NC-4.0"),
-    Artefact("facebook/vit-mae-large", "MAE-L", _ENCODER, "Apache-2.0"),
-    Artefact("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3", _ENCODER, "DINOv3 licence"),
-    Artefact("google/siglip2-base-patch16-256", "SigLIP2", _ENCODER, "Apache-2.0"),
-    Artefact("https://github.com/LTH14/rcg (README)", "MoCo v3 ViT-S/B/L .pth", _ENCODER, "CC-BY-NC-4.0"),
-    Artefact("https://download.pytorch.org/models/vgg16-397923af.pth", "VGG16", "config.lpips.vgg16", "BSD-3-Clause"),
+    _vae_folder("stabilityai/sd-vae-ft-mse", "SD-VAE f8d4", "MIT"),
+    _vae_folder("stabilityai/sd-vae-ft-ema", "SD-VAE f8d4, the same encoder", "MIT"),
+    _vae_folder("black-forest-labs/FLUX.1-schnell/vae", "FLUX VAE, 16 channels", "Apache-2.0"),
+    _vae_folder("black-forest-labs/FLUX.1-dev/vae", "FLUX VAE, 16 channels", "FLUX.1 [dev] Non-Commercial (gated)"),
+    _vae_folder("stabilityai/stable-diffusion-3.5-large/vae", "SD3.5 VAE, 16 channels", "Stability Community (gated)"),
+    _vae_folder("stabilityai/stable-diffusion-3.5-medium/vae", "SD3.5 VAE, 16 channels", "Stability Community (gated)"),
     Artefact(
-        "https://github.com/richzhang/PerceptualSimilarity (lpips/weights/v0.1/vgg.pth)", "LPIPS linear weights",
-        "config.lpips.linear", "BSD-2-Clause",
+        "hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt", "vavae-imagenet256-f16d32-dinov2.pt",
+        "VA-VAE of LightningDiT", "config.init.vae", "MIT",
+    ),
+    Artefact(
+        "hustvl/vavae-imagenet256-f16d32-dinov2/latents_stats.pt", "latents_stats.pt",
+        "VA-VAE of LightningDiT: latent statistics", "config.init.latent_stats", "MIT",
+    ),
+    Artefact(
+        "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", "DiT-XL/2", "verify",
+        "CC-BY-NC-4.0",
+    ),
+    Artefact(
+        "nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "SiT-XL-2-256.pt", "SiT-XL/2", "convert --plain_sit", "see its page"
+    ),
+    Artefact(
+        "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
+        "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
+        "last.pt", "REPA SiT-XL/2", _CHECKPOINT, "MIT",
+    ),
+    *(_encoder(f"facebook/dinov2-{size}", f"DINOv2-{letter}", "Apache-2.0") for size, letter in _DINOV2_SIZES.items()),
+    *(
+        _encoder(f"facebook/dinov2-with-registers-{size}", f"DINOv2-{letter} with registers", "Apache-2.0")
+        for size, letter in _DINOV2_SIZES.items()
+    ),
+    *(
+        _encoder(f"facebook/dinov3-vit{size}16-pretrain-lvd1689m", f"DINOv3-{size.upper()}", "DINOv3 License (gated)")
+        for size in "sbl"
+    ),
+    _encoder("facebook/dino-vitb16", "DINO-B", "Apache-2.0"),
+    _encoder("openai/clip-vit-large-patch14", "CLIP-L", "see its page"),
+    _encoder("facebook/ijepa_vith14_1k", "I-JEPA-H", "CC-BY-NC-4.0"),
+    _encoder("facebook/vit-mae-large", "MAE-L", "Apache-2.0"),
+    _encoder("google/siglip2-base-patch16-256", "SigLIP2-B", "Apache-2.0"),
+    _encoder("google/siglip2-so400m-patch16-256", "SigLIP2-So400m", "Apache-2.0"),
+    _encoder(f"{_MOCO}/vit-s-300ep/vit-s-300ep.pth.tar", "MoCo v3 ViT-S", "CC-BY-NC-4.0", "mocov3_vits.pth"),
+    _encoder(f"{_MOCO}/vit-b-300ep/vit-b-300ep.pth.tar", "MoCo v3 ViT-B", "CC-BY-NC-4.0", "mocov3_vitb.pth"),
+    _encoder(
+        "https://drive.google.com/file/d/1Foa2-FqhwIFYjcAAbY9sXyO-1Vwwx-_9/view", "MoCo v3 ViT-L, of RCG",
+        "see its page", "mocov3_vitl.pth",
+    ),
+    Artefact(
+        "https://download.pytorch.org/models/vgg16-397923af.pth", "vgg16-397923af.pth", "VGG16", "config.lpips.vgg16",
+        "BSD-3-Clause",
+    ),
+    Artefact(
+        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "vgg.pth",
+        "LPIPS v0.1 linear weights", _LINEAR, "BSD-2-Clause",
+    ),
+    Artefact(
+        "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1", "vgg.pth", "the same, of taming-transformers", _LINEAR,
+        "see its page",
     ),
     Artefact(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "FID Inception", "evaluation", "Apache-2.0",
+        "pt_inception-2015-12-05-6726825d.pth", "FID Inception of pytorch-fid", _INCEPTION, "Apache-2.0",
+    ),
+    Artefact(
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        "weights-inception-2015-12-05-6726825d.pth", "FID Inception of torch-fidelity", _INCEPTION, "Apache-2.0",
     ),
     Artefact(
         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
-        "FID Inception, TensorFlow's graph", "evaluation", "Apache-2.0",
+        "classify_image_graph_def.pb", "FID Inception, TensorFlow's graph", _INCEPTION, "Apache-2.0",
     ),
 )  # fmt: skip
 
 
 def table():
-    """The list as text, one artefact a line."""
-    widths = [max(len(row[i]) for row in ARTEFACTS) for i in range(3)]
-    header = ("name", "what", "fills", "licence")
-    rows = [header, *ARTEFACTS]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in rows)
+    """The list as text, one artefact a line, and what 'gated' means."""
+    rows = [Artefact._fields, *ARTEFACTS]
+    widths = [min(max(map(len, column)), 76) for column in zip(*rows)]  # long URLs push the rest of their line aside
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", GATED])

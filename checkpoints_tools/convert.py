@@ -13,6 +13,7 @@ from etils import epath
 from checkpoints_tools import (
     discriminator,
     inception,
+    lpips,
     mapping,
     orders,
     published,
@@ -33,7 +34,7 @@ from repae_jax.models.sit import SiT
 SD_VAE_STD = 1 / 0.18215  # of the latents that plain SiT, REPA and DiT were trained on; their mean is taken to be 0
 
 
-def convert(source, target, *, step=None, optimizers=True, plain_sit=False, overwrite=False):
+def convert(source, target, *, step=None, optimizers=True, plain_sit=False, latent_stats=None, overwrite=False):
     """Converts an artefact; the target's ending says into what.
 
     Args:
@@ -44,6 +45,7 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, over
       optimizers: whether a training checkpoint takes the optimizer states along.
       plain_sit: the source is a plain SiT, whose t = 0 is noise: turn its time round, drop its unused sigma channels and add
         the statistics of the latents it was trained on, so that it is used as REPA's and ours are.
+      latent_stats: file with the statistics of a VAE's latents, see `vae.read_latent_stats`, if the source does not tell them.
       overwrite: replace files that exist.
 
     Returns:
@@ -54,9 +56,16 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, over
       ValueError: if the source is damaged or unknown, or cannot become what the target's ending says.
     """
     ending = _ending(target, overwrite)
-    artefact = identify(source)
-    if plain_sit and artefact.kind != "sit":
-        raise ValueError(f"{source} is a {KINDS[artefact.kind]}: plain_sit is for the weights of a plain SiT alone")
+    artefact = _identify(source, step)
+    if latent_stats is not None and artefact.kind != "vae":
+        raise ValueError(f"{source} is a {KINDS[artefact.kind]}: latent_stats {latent_stats} are for a VAE")
+    if plain_sit:
+        if artefact.kind not in ("sit", "training"):
+            raise ValueError(f"{source} is a {KINDS[artefact.kind]}: plain_sit is for the weights of a plain SiT alone")
+        _need(ending, source, artefact, target, "a file ending in .pt or .safetensors")
+        path = str(artefact.path)
+        del artefact  # its arrays: the file is read again, so that no more than two copies are held at a time
+        return _write_arrays(target, ending, _reversed_sit(path), overwrite)
     if artefact.kind == "run":
         return _write_training(_from_run(artefact.path, step, optimizers), target, ending, overwrite)
     if artefact.kind == "training":
@@ -67,9 +76,10 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, over
         return _write_training(taken, target, ending, overwrite)
     if artefact.kind == "vae":
         loaded = vae.load_vae(source)
+        stats = loaded.latent_stats if latent_stats is None else vae.read_latent_stats(latent_stats)
         if ending:
-            return vae.save_published(target, loaded.module, loaded.params, loaded.latent_stats, overwrite=overwrite)
-        vae.save_diffusers(target, loaded.module, loaded.params, loaded.latent_stats, overwrite=overwrite)
+            return vae.save_published(target, loaded.module, loaded.params, stats, overwrite=overwrite)
+        vae.save_diffusers(target, loaded.module, loaded.params, stats, overwrite=overwrite)
         return [target]
     if artefact.kind in ("encoder", "mocov3"):
         _need(not ending, source, artefact, target, "a folder, which transformers reads")
@@ -79,13 +89,23 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, over
         vit.save_encoder(target, module, params, overwrite=overwrite)
         return [target]
     _need(ending, source, artefact, target, "a file ending in .pt or .safetensors")
-    if plain_sit:
-        del artefact  # its arrays: the file is read again, so that no more than two copies are held at a time
-        state_dict = _reversed_sit(source)
-    else:
-        state_dict = _checked(artefact, source)
-    write = weights.write_torch if ending == ".pt" else weights.write_safetensors
+    return _write_arrays(target, ending, _checked(artefact, source), overwrite)
+
+
+def _identify(source, step):
+    """`identify`, with the checkpoint of that step if one is asked for."""
+    artefact = identify(source)
+    if step is None or artefact.kind == "run":
+        return artefact
+    if artefact.kind != "training":
+        raise ValueError(f"{source} is a {KINDS[artefact.kind]}, which has no step {step} to choose")
+    checkpoint_ = published.read(source, step)
+    return dataclasses.replace(artefact, path=Path(checkpoint_.source), checkpoint=checkpoint_)
+
+
+def _write_arrays(target, ending, state_dict, overwrite):
     epath.Path(target).parent.mkdir(parents=True, exist_ok=True)
+    write = weights.write_torch if ending == ".pt" else weights.write_safetensors
     write(target, state_dict, overwrite=overwrite)
     return [target]
 
@@ -108,7 +128,7 @@ def extract_vae(source, target, *, step=None, overwrite=False):
       ValueError: if the source holds no VAE.
     """
     ending = _ending(target, overwrite)
-    artefact = identify(source)
+    artefact = _identify(source, step)
     if artefact.kind == "run":
         networks, read, _, step = _open_run(artefact.path, step)
         module, params, disc = networks.vae, read("vae.params"), None
@@ -119,7 +139,9 @@ def extract_vae(source, target, *, step=None, overwrite=False):
     elif artefact.kind == "training" and "vae" in artefact.checkpoint.networks:
         taken = artefact.checkpoint
         module, params = vae.from_state_dict(taken.networks["vae"], f"{source}: vae", taken.norm_groups)
-        average = taken.networks["ema"]
+        average = taken.networks.get("ema", {})
+        if "bn.running_mean" not in average:
+            raise ValueError(f"{taken.source} has no averaged latent statistics (ema: bn.running_mean), which its VAE needs")
         stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
         disc = taken.networks.get("discriminator")
     else:
@@ -136,9 +158,11 @@ def extract_vae(source, target, *, step=None, overwrite=False):
 def _ending(target, overwrite):
     """Of the target's name; checked, as is that nothing is in the way, before anything is read."""
     ending = Path(target).suffix
-    if ending not in ("", ".pt", ".safetensors"):
-        raise ValueError(f"{target} ends in {ending!r}; allowed: .pt, .safetensors, or no ending for a folder")
-    if ending and not overwrite:
+    if ending in (*weights.TORCH_SUFFIXES, ".npz", ".json", ".pb") and ending != ".pt":
+        raise ValueError(f"{target} ends in {ending!r}; allowed: .pt, .safetensors, or the name of a folder")
+    if ending not in (".pt", ".safetensors"):
+        return ""  # a folder, whose name may hold dots
+    if not overwrite:
         weights.check_absent(target)
     return ending
 
@@ -156,7 +180,7 @@ def _reversed_sit(source):
     module, params = sit.without_sigma(loaded.module, sit.reverse_time(loaded.variables["params"]))
     ones = np.ones(module.latent_channels, np.float32)
     variables = {"params": params, "latent_stats": {"mean": 0 * ones, "var": np.float32(SD_VAE_STD**2) * ones}}
-    return orders.to_ordered_torch(sit.sit_table(module, loaded.grid), variables)
+    return orders.to_ordered_torch(sit.sit_table(module), variables)
 
 
 def _checked(artefact, source):
@@ -170,21 +194,29 @@ def _checked(artefact, source):
         return mapping.to_torch(inception.inception_table(), inception.load_inception(artefact.path))
     if artefact.kind == "discriminator":
         discriminator.from_state_dict(artefact.arrays, str(source))
-    if bad := [name for name, array in artefact.arrays.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"{source}: not finite: {', '.join(bad)}")
+    if artefact.kind in ("vgg16", "lpips"):
+        lpips.check_files(artefact.arrays, artefact.kind, str(source))
     return artefact.arrays
 
 
 def check_networks(taken):
-    """ValueError if a network of a training checkpoint is not whole: every name and shape, network by network."""
+    """ValueError listing all that is wrong with the networks of a training checkpoint."""
+    problems, layouts = [], set()
     for name, arrays in taken.networks.items():
         source = f"{taken.source}: {name}"
-        if name == "vae":
-            vae.from_state_dict(arrays, source, taken.norm_groups)
-        elif name == "discriminator":
-            discriminator.from_state_dict(arrays, source)
-        else:
-            sit.from_state_dict(arrays, source, taken.encoder_depth, taken.num_heads)
+        try:
+            if name == "vae":
+                vae.from_state_dict(arrays, source, taken.norm_groups)
+            elif name == "discriminator":
+                discriminator.from_state_dict(arrays, source)
+            else:
+                layouts.add(sit.from_state_dict(arrays, source, taken.encoder_depth, taken.num_heads).layout)
+        except ValueError as error:
+            problems.append(str(error))
+    if len(layouts) > 1:
+        problems.append(f"{taken.source}: model and ema are of different layouts, {' and '.join(sorted(layouts))}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _open_run(workdir, step):
@@ -197,7 +229,6 @@ def _open_run(workdir, step):
     module = AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in config["vae"].items()})
     networks = Networks(
         sit=SiT(num_classes=data["num_classes"], latent_channels=module.latent_channels, **fields),
-        grid=data["image_size"] // module.factor // fields["patch_size"],
         vae=module,
         disc=PatchDiscriminator(**config["disc"]) if shapes.get("disc") else None,
     )
@@ -234,7 +265,15 @@ def _from_run(workdir, step, optimizers):
         num_heads=networks.sit.num_heads,
         norm_groups=networks.vae.norm_groups,
     )
-    return training_state.from_run(read, networks, step, args, str(workdir), optimizers)
+    groups = {
+        optimizer: {
+            "lr": fields["learning_rate"], "betas": (fields["b1"], fields["b2"]), "eps": fields["eps"],
+            "weight_decay": fields["weight_decay"],
+        }
+        for optimizer, place in training_state.OPT_STATES.items()
+        for fields in [config["optim"][place.partition(".")[0]]]
+    }  # fmt: skip
+    return training_state.from_run(read, networks, step, args, str(workdir), groups if optimizers else {})
 
 
 def _recipe(args):
@@ -252,11 +291,13 @@ def _write_training(taken, target, ending, overwrite):
         raise ValueError(f"{taken.source} does not say how many steps it has taken: give a target that ends in .pt")
     folder = epath.Path(target)
     args, file = folder / "args.json", folder / "checkpoints" / f"{taken.steps:07d}.pt"
+    if file.parent.exists() and not args.exists():
+        raise FileExistsError(f"{folder} holds the checkpoints of a run of ours: choose another folder")
     if not overwrite:
         weights.check_absent(file)
     if args.exists() and not overwrite and _recipe(weights.read_json(args)) != _recipe(json.loads(json.dumps(taken.args))):
         raise FileExistsError(f"{args} is of another run; choose another folder, or ask to overwrite (--overwrite)")
     file.parent.mkdir(parents=True, exist_ok=True)
-    published.write(file, taken, overwrite=overwrite)
+    published.write(file, taken, overwrite=overwrite)  # args.json last: what has one is a published run
     weights.write_json(args, dict(taken.args), overwrite=True)
     return [args, file]

@@ -1,5 +1,6 @@
 """What is this file? Its kind from the names in it, and everything worth knowing about it."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Artefact:
     """A file or folder, recognised.
 
     Attributes:
-      path: local path: the file with the weights, or the folder of an encoder or run.
+      path: local path: the file with the weights, or the folder of an encoder or run; an epath.Path of a remote run.
       kind: key of KINDS.
       arrays: its state dict; empty for a run, a training checkpoint, an encoder and a VAE, which have readers of their own.
       checkpoint: TrainingCheckpoint, of such.
@@ -70,6 +71,23 @@ def identify(path):
       ValueError: if it cannot be read, or is none of KINDS.
     """
     path = locate.resolve(path)
+    with _naming(path):
+        return _identify(path)
+
+
+@contextlib.contextmanager
+def _naming(path):
+    """Whatever reading damaged content raises becomes a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not what it looks like, or it is damaged: {reason}") from error
+
+
+def _identify(path):
     if path.is_dir():
         if (path / "args.json").exists():
             return Artefact(published.find(path), "training", checkpoint=published.read(path))
@@ -99,8 +117,13 @@ def describe(artefact):
     """What an Artefact is, as nested dicts of plain values: layout, sizes, parameter counts, statistics.
 
     Raises:
-      ValueError: if its sizes cannot be told from its names and shapes.
+      ValueError: if it is damaged, or its sizes cannot be told from its names and shapes.
     """
+    with _naming(artefact.path):
+        return _describe(artefact)
+
+
+def _describe(artefact):
     about: dict[str, Any] = {"path": str(artefact.path), "kind": KINDS[artefact.kind]}
     if artefact.path.is_file():
         about["bytes"] = artefact.path.stat().st_size

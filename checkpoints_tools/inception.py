@@ -1,12 +1,10 @@
 """FID's InceptionV3: PyTorch ports or TensorFlow's frozen graph -> our parameters."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import weights
+from checkpoints_tools import locate, weights
 from checkpoints_tools.mapping import CONV, Entry, Table, linear, norm, to_flax
 from repae_jax.models.inception import InceptionV3
 
@@ -150,7 +148,7 @@ def load_inception(path):
       FileNotFoundError: if the file does not exist.
       ValueError: if the file is damaged, or listing everything in it that does not fit the network.
     """
-    path = Path(path)
+    path = locate.resolve(path)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     target = jax.eval_shape(InceptionV3().init, jax.random.key(0), images)["params"]
     if path.suffix == ".pb":

@@ -1,5 +1,7 @@
 """Where weights are -> local paths: files and folders, the Hugging Face hub, and remote storage such as gs://."""
 
+import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -8,6 +10,7 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organisation/name, and what is meant in it
 _SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".pb")
 # fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
 _WEIGHTS = (
@@ -25,13 +28,15 @@ def resolve(name_or_path):
     Args:
       name_or_path: a file or folder that exists; a model of the Hugging Face hub, 'organisation/name', or a folder or file
         in it, 'organisation/name/vae' or 'organisation/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or
-        an address such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath.
+        an address such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a
+        model's folder, a diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
 
     Returns:
-      Path.
+      Path. Of the workdir of a training run of ours in remote storage, its epath.Path: it is read where it is.
 
     Raises:
       FileNotFoundError: if there is neither such a path nor such a model, or it cannot be fetched.
+      ValueError: for an address of a kind that cannot be read, such as https://.
     """
     name = str(name_or_path)
     if "://" in name:
@@ -39,7 +44,7 @@ def resolve(name_or_path):
     path = Path(name).expanduser()
     if path.exists():
         return path
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?", name)
+    match = HUB_NAME.fullmatch(name)
     if not match or match[1].endswith(_SUFFIXES):
         raise FileNotFoundError(f"{name} does not exist, and is no hub name of the form 'organisation/name[/file]'")
     return _from_hub(*match.groups())
@@ -67,25 +72,73 @@ def _from_hub(repository, inside):
         ) from error
 
 
+@contextlib.contextmanager
+def _reaching(address):
+    """What the many libraries behind epath raise, each with types of its own, as one line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise FileNotFoundError(
+            f"{address} cannot be read ({reason}). Check the address, the network and your permission (`gcloud auth "
+            "application-default login`), and that what reads it is installed (`pip install gcsfs`, or s3fs); or download it "
+            "and give the local path"
+        ) from error
+
+
 def _from_storage(address):
     """A copy per version of the remote file or folder, so that a changed one is never taken for the old."""
-    remote = epath.Path(address)
-    if not remote.exists():
-        raise FileNotFoundError(f"{address} does not exist, or cannot be read with these credentials")
-    files = [remote] if remote.is_file() else sorted(file for file in remote.iterdir() if file.suffix in _SUFFIXES)
-    if not files:
-        raise FileNotFoundError(f"{address} holds no weights ({', '.join(_SUFFIXES)})")
-    stats = [(file.name, file.stat().length, file.stat().mtime) for file in files]
+    scheme = address.partition("://")[0]
+    if scheme not in ("gs", "s3", "az"):
+        raise ValueError(
+            f"{address} cannot be read from {scheme}://; allowed: gs://, s3:// and az://, names on the Hugging Face hub and "
+            "local paths. Download it (`curl -LO`) and give the local path"
+        )
+    with _reaching(address):
+        remote = epath.Path(address)
+        if not remote.exists():
+            raise FileNotFoundError(f"{address} does not exist, or cannot be read with these credentials")
+        if remote.is_file():
+            folder, files = remote.parent, [remote]
+        elif (remote / "checkpoints").is_dir() and not (remote / "args.json").exists():
+            return remote  # a run of ours
+        else:
+            folder, files = remote, _files_of(remote)
+        if not files:
+            raise FileNotFoundError(
+                f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *_PICKLED, *_TRAINING))}, nor checkpoints "
+                "of a run; give the address of the file itself"
+            )
+        names = [str(file.relative_to(folder)) for file in files]
+        stats = [(name, file.stat().length, file.stat().mtime) for name, file in zip(names, files)]
     version = hashlib.sha256(repr((address, stats)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repae_jax" / version
-    cache.mkdir(parents=True, exist_ok=True)
     for file, (name, length, _) in zip(files, stats):
-        if not (cache / name).exists():
+        target = cache / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
             logging.info("copying %s (%.2f GB) to %s", file, length / 1e9, cache)
-            partial = cache / f".{name}.{os.getpid()}.tmp"
+            partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             try:
-                file.copy(partial, overwrite=True)
-                os.replace(partial, cache / name)
+                with _reaching(address):
+                    file.copy(partial, overwrite=True)
+                os.replace(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
-    return cache / files[0].name if remote.is_file() else cache
+    return cache / names[0] if remote.is_file() else cache
+
+
+def _files_of(remote):
+    """The files of a remote folder that are read: a published run's, a pipeline's VAE's, or a model's."""
+    if (remote / "args.json").exists() and (remote / "checkpoints").is_dir():
+        saved = [file for file in (remote / "checkpoints").iterdir() if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)]
+        return [remote / "args.json", *sorted(saved, key=lambda file: int(file.stem))[-1:]]
+    if not (remote / "config.json").exists() and (remote / "vae").is_dir():
+        remote = remote / "vae"
+    files = sorted(remote.iterdir())
+    whole = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in _WEIGHTS)]
+    if any(".safetensors" in file.name for file in whole):
+        return whole
+    return whole + [file for file in files if file.name in _PICKLED]

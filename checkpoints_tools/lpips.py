@@ -24,18 +24,57 @@ def _vgg_indices():
         index += 1
 
 
-def lpips_table():
-    """Conversion table of taming's LPIPS module: `net.slice1.0.weight` …, `lin0.model.1.weight` …"""
-    entries = []
-    for stage, i, index in _vgg_indices():
-        entries += linear(f"net.slice{stage + 1}.{index}", f"conv_{stage}_{i}", CONV)
-    for stage in range(len(VGG16_STAGES)):
-        entries.append(Entry((f"lin{stage}.model.1.weight",), (f"linear_{stage}",), CHANNEL_WEIGHTS))
-    constants = {
+def _convolutions(name):
+    """Entries of VGG16's convolutions, called `name(stage, torchvision's index)`."""
+    return [entry for stage, i, index in _vgg_indices() for entry in linear(name(stage, index), f"conv_{stage}_{i}", CONV)]
+
+
+def _linears():
+    return [Entry((f"lin{i}.model.1.weight",), (f"linear_{i}",), CHANNEL_WEIGHTS) for i in range(len(VGG16_STAGES))]
+
+
+def _scaling():
+    return {
         "scaling_layer.shift": np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 3, 1, 1),
         "scaling_layer.scale": np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 3, 1, 1),
     }
-    return Table(entries, constants, checked=tuple(constants))
+
+
+def lpips_table():
+    """Conversion table of taming's LPIPS module: `net.slice1.0.weight` …, `lin0.model.1.weight` …"""
+    convolutions = _convolutions(lambda stage, index: f"net.slice{stage + 1}.{index}")
+    return Table([*convolutions, *_linears()], _scaling(), checked=tuple(_scaling()))
+
+
+def _target():
+    """Tree of all parameters, as ShapeDtypeStruct."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)["params"]
+
+
+def check_files(arrays, kind, source):
+    """Checks one of the files that LPIPS is made of, by itself.
+
+    Args:
+      arrays: its state dict.
+      kind: 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
+        the lpips package or taming, which has convolutions, too.
+      source: the file's name, for errors.
+
+    Raises:
+      ValueError: listing every array that is missing, unexpected, of a wrong shape or dtype, or not finite; or if the file
+        gives an array twice with different values; or for another kind.
+    """
+    if kind == "vgg16":
+        table = Table(_convolutions(lambda stage, index: f"features.{index}"), ignored=("classifier.",))
+    elif kind == "lpips":
+        arrays = _merged(source, arrays)
+        whole = any(name.startswith("net.") for name in arrays)
+        table = lpips_table() if whole else Table(_linears(), _scaling(), checked=tuple(_scaling()))
+    else:
+        raise ValueError(f"{source}: kind={kind!r}; allowed: 'vgg16', 'lpips'")
+    filled = {path.partition("/")[0] for entry in table.entries for path in entry.flax}
+    to_flax(table, arrays, {name: leaves for name, leaves in _target().items() if name in filled}, source=source)
 
 
 def from_torchvision(vgg16, linear_weights):
@@ -52,9 +91,13 @@ def from_torchvision(vgg16, linear_weights):
     Raises:
       ValueError: listing every array that is given more than once with different values.
     """
+    return _merged("", vgg16, linear_weights)
+
+
+def _merged(source, *state_dicts):
     merged, conflicts = {}, []
     slices = {str(index): stage + 1 for stage, _, index in _vgg_indices()}
-    for state_dict in (vgg16, linear_weights):
+    for state_dict in state_dicts:
         for name, array in state_dict.items():
             if name.startswith("classifier."):
                 continue
@@ -67,7 +110,8 @@ def from_torchvision(vgg16, linear_weights):
             merged[name] = array
     if conflicts:
         names = ", ".join(sorted(conflicts))
-        raise ValueError(f"given twice, with different values: {names}; these weights do not belong together")
+        where = f"{source}: " if source else ""
+        raise ValueError(f"{where}given twice, with different values: {names}; these weights do not belong together")
     return merged
 
 
@@ -98,6 +142,4 @@ def load_lpips(vgg16, linear_weights=""):
         if not any(name.startswith(beginning) for name in state_dict):
             held = ", ".join(sorted(state_dict)[:3])
             raise ValueError(f"{source} lacks {what}; give the file that holds them, too. What is there begins with: {held}")
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    target = jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)["params"]
-    return to_flax(lpips_table(), state_dict, target, source=source)
+    return to_flax(lpips_table(), state_dict, _target(), source=source)

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from checkpoints_tools import locate, weights
 from checkpoints_tools.orders import parameter_order, registration_order
+from checkpoints_tools.sit import rename_legacy
 
 NETWORKS = ("model", "ema", "vae", "discriminator")
 OPTIMIZERS = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}  # which network each one trains
@@ -82,11 +84,13 @@ class Adam:
       steps: updates so far.
       exp_avg: parameter name -> first moment.
       exp_avg_sq: parameter name -> second moment.
+      group: torch's 'lr', 'betas', 'eps', 'weight_decay' and other settings.
     """
 
     steps: int
     exp_avg: Mapping[str, np.ndarray]
     exp_avg_sq: Mapping[str, np.ndarray]
+    group: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,32 +114,50 @@ class TrainingCheckpoint:
     @property
     def encoder_depth(self):
         """Blocks before the alignment tap; None if `args` do not say."""
-        return self.args.get("encoder_depth")
+        return self._number("encoder_depth", None)
 
     @property
     def num_heads(self):
         """Attention heads of the SiT; None if `args` do not say: the published number of its size."""
-        return self.args.get("num_heads")
+        return self._number("num_heads", None)
 
     @property
     def norm_groups(self):
         """Group-norm groups of the VAE; 32 in the published code."""
-        return self.args.get("norm_groups", 32)
+        return self._number("norm_groups", 32)
+
+    def _number(self, name, default):
+        value = self.args.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{self.source}: args.{name} is {value!r}; needed: a positive whole number")
+        return value
 
 
-def find(path):
-    """File of a training checkpoint: itself, or the newest of a published run's folder (`args.json`, `checkpoints/`).
+def find(path, step=None):
+    """File of a training checkpoint: itself, or one of a published run's folder (`args.json`, `checkpoints/`).
+
+    Args:
+      path: file or folder.
+      step: of the checkpoint in a folder; the newest by default.
 
     Raises:
       FileNotFoundError: if there is none.
+      ValueError: if a step is asked of a file.
     """
     path = locate.resolve(path)
     if not path.is_dir():
+        if step is not None:
+            raise ValueError(f"{path} is one checkpoint: step {step} can be chosen in the folder of a run only")
         return path
-    files = [file for file in (path / "checkpoints").glob("*") if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)]
+    found = [file for file in (path / "checkpoints").glob("*") if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)]
+    files = {int(file.stem): file for file in found}
     if not files:
         raise FileNotFoundError(f"{path} has no checkpoints/NNNNNNN.pt or .safetensors; name the file itself")
-    return max(files, key=lambda file: int(file.stem))
+    if step is not None and step not in files:
+        raise FileNotFoundError(f"{path} has no checkpoint of step {step}; there are {', '.join(map(str, sorted(files)))}")
+    return files[max(files) if step is None else step]
 
 
 def is_training_checkpoint(content):
@@ -143,12 +165,13 @@ def is_training_checkpoint(content):
     return isinstance(content, dict) and weights.is_state_dict(content.get("model")) and {"ema", "opt"} & set(content) != set()
 
 
-def read(path):
+def read(path, step=None):
     """Reads a training checkpoint.
 
     Args:
-      path: .pt or .safetensors file, or the folder of a published run, whose newest checkpoint is taken. A SiT's weights alone
-        are taken for both the model and its average. Where the file does not hold them, args are those of args.json.
+      path: .pt or .safetensors file, or the folder of a published run. A SiT's weights alone are taken for both the model and
+        its average. Where the file does not hold them, args are those of args.json.
+      step: of the checkpoint in a folder; the newest by default.
 
     Returns:
       TrainingCheckpoint.
@@ -157,26 +180,33 @@ def read(path):
       FileNotFoundError: if there is none.
       ValueError: if the file is no training checkpoint, or an optimizer state does not fit its network.
     """
-    path = find(path)
+    path = find(path, step)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = weights.read_torch(path)
     if _is_sit(content):
+        content = rename_legacy(content)
         return TrainingCheckpoint(str(path), _args_beside(path), None, {"model": content, "ema": content}, {})
     if not is_training_checkpoint(content):
         names = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} is no training checkpoint: expected model, ema, opt, … but it holds {names}"[:400])
     networks = {name: content[name] for name in NETWORKS if name in content}
-    optimizers = {
-        name: _adam(content[name], networks[trained], f"{path}: {name}")
-        for name, trained in OPTIMIZERS.items()
-        if name in content and trained in networks
-    }
+    if strangers := [name for name, arrays in networks.items() if not weights.is_state_dict(arrays)]:
+        raise ValueError(f"{path}: {', '.join(strangers)}: no state dict of arrays")
+    optimizers = {name: trained for name, trained in OPTIMIZERS.items() if name in content and trained in networks}
+    if any(name.startswith("decoder_blocks.") for name in networks["model"]):
+        networks |= {name: rename_legacy(networks[name]) for name in ("model", "ema") if name in networks}
+        if optimizers:
+            logging.warning("%s has legacy names, of whose parameters the order is unknown: its optimizers are left out", path)
+        optimizers = {}
+    optimizers = {name: _adam(content[name], networks[trained], f"{path}: {name}") for name, trained in optimizers.items()}
     args = content.get("args") or _args_beside(path)
     if not isinstance(args, dict):
         raise ValueError(f"{path}: args is {type(args).__name__}; allowed: argparse.Namespace")
     steps = content.get("steps")
-    return TrainingCheckpoint(str(path), args, None if steps is None else int(steps), networks, optimizers)
+    if steps is not None and not isinstance(steps, int):
+        raise ValueError(f"{path}: steps is {steps!r}; needed: a whole number")
+    return TrainingCheckpoint(str(path), args, steps, networks, optimizers)
 
 
 def _is_sit(content):
@@ -191,25 +221,30 @@ def _args_beside(file):
 
 def _adam(state, network, where):
     """torch.optim.AdamW.state_dict() -> Adam: entries are numbered in the order of the module's parameters."""
-    names, (group,) = parameter_order(network), state["param_groups"]
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(state.get("state"), dict):
+        raise ValueError(f"{where} is no state of AdamW with one group of parameters, as torch's optimizers save it")
+    names, (group,) = parameter_order(network), groups
     first = _BEFORE_DISCRIMINATOR if len(group["params"]) > len(names) else 0
     entries = {names[index - first]: entry for index, entry in state["state"].items() if 0 <= index - first < len(names)}
-    problems = [f"{name}: no state" for name in names if name not in entries and name != "pos_embed"]  # which is not trained
+    # positions have a state only where they were trained
+    problems = [f"{name}: no state" for name in names if name not in entries and name != "pos_embed"]
     strangers = [str(index) for index in state["state"] if not 0 <= index - first < len(names)]
     problems += [f"parameters {', '.join(strangers)}: not of this network"] if strangers else []
-    problems += [
-        f"{name}: {kind} has shape {tuple(entry[kind].shape)}, the parameter {tuple(network[name].shape)}"
-        for name, entry in entries.items()
-        for kind in ("exp_avg", "exp_avg_sq")
-        if entry[kind].shape != network[name].shape
-    ]
-    steps = {int(entry["step"]) for entry in entries.values()}
-    if len(steps) > 1:
+    for name, entry in entries.items():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            shape = np.shape(entry.get(kind))
+            if kind not in entry or shape != network[name].shape:
+                problems.append(f"{name}: {kind} has shape {shape}, the parameter {network[name].shape}")
+            elif not np.isfinite(entry[kind]).all():
+                problems.append(f"{name}: {kind} is not finite")
+    steps = {int(entry.get("step", -1)) for entry in entries.values()}
+    if len(steps) > 1 or -1 in steps:
         problems.append(f"parameters were updated {sorted(steps)} times; one number is needed")
     if problems or not entries:
         raise ValueError(f"{where} does not fit its network: {len(problems)} problems\n  " + "\n  ".join(problems))
     moments = ({name: entry[kind] for name, entry in entries.items()} for kind in ("exp_avg", "exp_avg_sq"))
-    return Adam(steps.pop(), *moments)
+    return Adam(steps.pop(), *moments, {name: value for name, value in group.items() if name != "params"})
 
 
 def _read_safetensors(path):
@@ -218,7 +253,11 @@ def _read_safetensors(path):
         return TrainingCheckpoint(str(path), _args_beside(path), None, {"model": flat, "ema": flat}, {})
     if METADATA not in metadata:
         raise ValueError(f"{path} is no training checkpoint: its header has no {METADATA!r}, only {sorted(metadata)}")
-    about = json.loads(metadata[METADATA])
+    try:
+        about = json.loads(metadata[METADATA])
+        args, steps, groups, updates = (about[name] for name in ("args", "steps", "optimizer_groups", "optimizer_steps"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the header's {METADATA!r} is damaged ({error!r}); convert the original again") from error
     parts = {}
     for name, array in flat.items():
         part, _, rest = name.partition("/")
@@ -230,11 +269,11 @@ def _read_safetensors(path):
             for rest, array in parts.pop(name).items():
                 kind, _, parameter = rest.partition("/")
                 moments[kind][parameter] = array
-            optimizers[name] = Adam(about["optimizer_steps"][name], **moments)
+            optimizers[name] = Adam(updates[name], **moments, group=groups[name])
     networks = {name: parts.pop(name) for name in NETWORKS if name in parts}
     if parts or "model" not in networks:
         raise ValueError(f"{path} holds {', '.join([*networks, *parts])}; needed: model; allowed: {', '.join(NETWORKS)}")
-    return TrainingCheckpoint(str(path), about["args"], about["steps"], networks, optimizers)
+    return TrainingCheckpoint(str(path), args, steps, networks, optimizers)
 
 
 def write(path, checkpoint, *, overwrite=False):
@@ -255,7 +294,10 @@ def write(path, checkpoint, *, overwrite=False):
             for kind in ("exp_avg", "exp_avg_sq"):
                 flat |= {f"{part}/{kind}/{name}": array for name, array in getattr(adam, kind).items()}
         steps = {part: adam.steps for part, adam in checkpoint.optimizers.items()}
-        about = {"args": dict(checkpoint.args), "steps": checkpoint.steps, "optimizer_steps": steps}
+        groups = {part: dict(adam.group) for part, adam in checkpoint.optimizers.items()}
+        about = {
+            "args": dict(checkpoint.args), "steps": checkpoint.steps, "optimizer_steps": steps, "optimizer_groups": groups,
+        }  # fmt: skip
         # one value: safetensors writes several in any order, and the same content should give the same file
         weights.write_safetensors(path, flat, {METADATA: json.dumps(about)}, overwrite=overwrite)
     elif str(path).endswith(".pt"):
@@ -274,14 +316,11 @@ def _torch_adam(part, adam, checkpoint):
     """What torch.optim.AdamW.load_state_dict takes."""
     names = parameter_order(checkpoint.networks[OPTIMIZERS[part]])
     before, behind = (_BEFORE_DISCRIMINATOR, _BEHIND_DISCRIMINATOR) if part == "opt_disc" else (0, 0)
-    prefix = {"opt": "", "opt_vae": "vae_", "opt_disc": "disc_"}[part]
-    args = checkpoint.args
     group = {
-        "lr": args[f"{prefix}learning_rate"], "betas": (args["adam_beta1"], args["adam_beta2"]), "eps": args["adam_epsilon"],
-        "weight_decay": args["adam_weight_decay"], "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
-        "differentiable": False, "fused": None, "decoupled_weight_decay": True,
-        "params": list(range(before + len(names) + behind)),
+        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+        "decoupled_weight_decay": True, **adam.group, "params": list(range(before + len(names) + behind)),
     }  # fmt: skip
+    group["betas"] = tuple(group["betas"])
     state = {
         before + index: {
             "step": np.asarray(adam.steps, np.float32),

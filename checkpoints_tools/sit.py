@@ -18,19 +18,17 @@ from absl import logging
 
 from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax, to_torch
 from checkpoints_tools.weights import read_state_dict
-from repae_jax.models.layers import sincos_position_embedding
 from repae_jax.models.sit import SiT
 
 # (hidden size, depth) -> (name, heads, blocks before the alignment tap): a file tells none of them
 _PUBLISHED = {(384, 12): ("S", 6, 4), (768, 12): ("B", 12, 4), (1024, 24): ("L", 16, 8), (1152, 28): ("XL", 16, 8)}
 
 
-def sit_table(sit, grid, updates=0, latent_norm=True):
+def sit_table(sit, updates=0, latent_norm=True):
     """Conversion table of a SiT and its latent batch norm.
 
     Args:
       sit: the SiT module (its sizes are read).
-      grid: tokens per side.
       updates: value written for the batch norm's `num_batches_tracked`.
       latent_norm: whether the file holds the latent batch norm; False for REPA, SiT and DiT.
 
@@ -57,6 +55,7 @@ def sit_table(sit, grid, updates=0, latent_norm=True):
         *linear("x_embedder.proj", "params/x_embedder", patch_embedding(sit.patch_size)),
         *linear("t_embedder.mlp.0", "params/t_embedder/fc1"),
         *linear("t_embedder.mlp.2", "params/t_embedder/fc2"),
+        Entry(("pos_embed",), ("params/pos_embed/table",)),
         Entry(("y_embedder.embedding_table.weight",), ("params/y_embedder/embedding",)),
         *stack(
             block,
@@ -68,12 +67,12 @@ def sit_table(sit, grid, updates=0, latent_norm=True):
     for i in range(len(sit.feature_dims)):
         for layer, torch in enumerate((0, 2, 4)):
             entries += linear(f"projectors.{i}.{torch}", f"params/projectors_{i}/fc{layer + 1}")
-    constants = {"pos_embed": sincos_position_embedding(sit.hidden_size, grid, grid)[None]}
+    constants = {}
     if latent_norm:
         entries.append(Entry(("bn.running_mean",), ("latent_stats/mean",)))
         entries.append(Entry(("bn.running_var",), ("latent_stats/var",)))
         constants["bn.num_batches_tracked"] = np.asarray(updates, np.int64)
-    return Table(entries, constants, checked=("pos_embed",))
+    return Table(entries, constants)
 
 
 def layout_of(state_dict):
@@ -98,12 +97,12 @@ def _count(state_dict, stem):
     return 1 + max((int(match[1]) for match in map(pattern.match, state_dict) if match), default=-1)
 
 
-def rename_legacy(state_dict, encoder_depth):
+def rename_legacy(state_dict, encoder_depth=None):
     """Today's names of a state dict whose blocks behind the alignment tap are called `decoder_blocks.i`, from 0.
 
     Args:
       state_dict: name -> array; one without such blocks comes back as it is.
-      encoder_depth: blocks before the tap.
+      encoder_depth: blocks before the tap, to be checked; whatever the file has by default.
 
     Returns:
       dict name -> array.
@@ -116,11 +115,11 @@ def rename_legacy(state_dict, encoder_depth):
     if not _count(state_dict, "decoder_blocks"):
         return dict(state_dict)
     early = _count(state_dict, "blocks")
-    if early != encoder_depth:
+    if encoder_depth not in (None, early):
         raise ValueError(f"encoder_depth={encoder_depth}, but the file has {early} blocks before its decoder_blocks")
 
     def rename(match):
-        return f"blocks.{int(match[1]) + encoder_depth}."
+        return f"blocks.{int(match[1]) + early}."
 
     return {re.sub(r"^decoder_blocks\.(\d+)\.", rename, name): array for name, array in state_dict.items()}
 
@@ -270,7 +269,10 @@ def from_state_dict(state_dict, source, encoder_depth=None, num_heads=None, dtyp
         target = _abstract_variables(module, grid, has_norm)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    variables = to_flax(sit_table(module, grid, latent_norm=has_norm), state_dict, target, source=source)
+    variables = to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
+    if has_norm and not (variables["latent_stats"]["var"] > 0).all():
+        smallest = variables["latent_stats"]["var"].min()
+        raise ValueError(f"{source}: bn.running_var must be positive; its smallest entry is {smallest}")
     return LoadedSiT(module, variables, layout, grid)
 
 
@@ -378,9 +380,10 @@ def torch_sit(module, params, grid):
     embedding.time_proj.downscale_freq_shift = 0  # the frequencies of the published code
     for block in network.transformer_blocks:
         block.norm1.emb = embedding  # theirs embeds time and label in every block, with equal weights
-    table = sit_table(module, grid, latent_norm=False)
+    table = sit_table(module, latent_norm=False)
     weights = _diffusers_names(to_torch(table, {"params": params}), module.depth)
     network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    network.pos_embed.pos_embed.copy_(torch.tensor(np.asarray(params["pos_embed"]["table"])))  # a fixed buffer there
     network.eval()
 
     def velocity(z_t, t, labels):

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.mapping import Table, to_flax, to_torch
 from checkpoints_tools.published import NETWORKS, OPTIMIZERS, Adam, TrainingCheckpoint
@@ -17,6 +19,7 @@ PLACES = {
     "vae": {"params": "vae.params"},
     "discriminator": {"params": "disc.params", "batch_stats": "disc.batch_stats"},
 }
+FIXED = "pos_embed"  # of which torch has no optimizer state where it is not trained
 OPT_STATES = {"opt": "sit.opt_state", "opt_vae": "vae.opt_state", "opt_disc": "disc.opt_state"}
 
 
@@ -26,13 +29,11 @@ class Networks:
 
     Attributes:
       sit: SiT module.
-      grid: tokens per side.
       vae: AutoencoderKL module, or None.
       disc: PatchDiscriminator module, or None.
     """
 
     sit: Any
-    grid: int
     vae: Any = None
     disc: Any = None
 
@@ -61,7 +62,7 @@ def tables(networks, updates=0, latent_norm=True):
     Returns:
       dict name -> Table.
     """
-    sit = sit_table(networks.sit, networks.grid, updates, latent_norm)
+    sit = sit_table(networks.sit, updates, latent_norm)
     made = {"model": sit, "ema": sit}
     if networks.vae is not None:
         made["vae"] = _below("params", vae_table(networks.vae))
@@ -97,14 +98,13 @@ def to_trees(checkpoint, networks, targets):
             trees[name] = to_flax(table, checkpoint.networks[name], target, f"{checkpoint.source}: {name}")
     for optimizer, name in OPTIMIZERS.items():
         if optimizer in checkpoint.optimizers and name in made:
-            adam, target = checkpoint.optimizers[optimizer], targets[name]["params"]
-            moments[optimizer] = (
-                adam.steps,
-                *(
-                    to_flax(_moments(made[name]), getattr(adam, kind), target, f"{checkpoint.source}: {optimizer} {kind}")
-                    for kind in ("exp_avg", "exp_avg_sq")
-                ),
-            )
+            adam, target, table = checkpoint.optimizers[optimizer], targets[name]["params"], _moments(made[name])
+            unmoved = {FIXED: np.zeros_like(checkpoint.networks[name][FIXED])} if name == "model" else {}
+            filled = [
+                to_flax(table, unmoved | dict(arrays), target, f"{checkpoint.source}: {optimizer} {kind}")
+                for kind, arrays in (("exp_avg", adam.exp_avg), ("exp_avg_sq", adam.exp_avg_sq))
+            ]
+            moments[optimizer] = (adam.steps, *filled)
     return trees, moments
 
 
@@ -114,7 +114,7 @@ def from_run(
     steps: int,
     args: Mapping[str, Any],
     source: str,
-    optimizers: bool = True,
+    groups: Mapping[str, Mapping[str, Any]],
 ) -> TrainingCheckpoint:
     """State of a run -> published training checkpoint.
 
@@ -125,7 +125,7 @@ def from_run(
       steps: training steps of the state.
       args: the published command line.
       source: where the state is from, for messages.
-      optimizers: whether to take AdamW's moments along, two thirds of the file.
+      groups: name of an optimizer -> its settings, see `Adam`; without any, AdamW's moments, two thirds of the file, stay out.
 
     Returns:
       TrainingCheckpoint.
@@ -136,10 +136,14 @@ def from_run(
         if name in made:
             converted[name] = to_torch(made[name], {leaf: read(path) for leaf, path in PLACES[name].items()})
     adams = {}
-    for optimizer, name in OPTIMIZERS.items() if optimizers else ():
-        if name in made:
+    for optimizer, name in OPTIMIZERS.items():
+        if name in made and optimizer in groups:
             adam, table = find_adam(read(OPT_STATES[optimizer])), _moments(made[name])
-            adams[optimizer] = Adam(int(adam["count"]), to_torch(table, adam.pop("mu")), to_torch(table, adam.pop("nu")))
+            moments = [to_torch(table, adam.pop(which)) for which in ("mu", "nu")]
+            if name == "model" and not networks.sit.learned_positions:
+                for arrays in moments:
+                    del arrays[FIXED]
+            adams[optimizer] = Adam(int(adam["count"]), *moments, groups[optimizer])
     return TrainingCheckpoint(source, args, steps, converted, adams)
 
 

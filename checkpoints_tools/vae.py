@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 from checkpoints_tools import locate, mapping, orders, weights
@@ -50,7 +51,8 @@ def load_vae(path, dtype=jnp.float32, remat=False):
       remat: the module's.
 
     Returns:
-      LoadedVAE.
+      LoadedVAE. Its parameters are float32 whatever the file holds: float16 and bfloat16 are widened, exactly, so that a file
+      written from them is twice as large.
 
     Raises:
       FileNotFoundError: if there is no such thing.
@@ -58,21 +60,24 @@ def load_vae(path, dtype=jnp.float32, remat=False):
         not finite; the message lists all of it.
     """
     state_dict, names, module, config, file = _read(path, dtype=dtype, remat=remat)
-    params = mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=str(path))
+    table = vae_table(module, names)
+    params = mapping.to_flax(table, state_dict, abstract_params(module), source=str(path))
+    dtypes = {str(state_dict[name].dtype) for entry in table.entries for name in entry.torch} - {"float32"}
+    if dtypes:
+        logging.info("%s: %s is widened to float32; files written from it are larger", path, " and ".join(sorted(dtypes)))
     channels = module.latent_channels
     if config is not None:
         stats = _config_stats(config, file.parent / _CONFIG, channels)
     else:
-        beside = [file.with_name(f"{file.stem}-latents-stats{suffix}") for suffix in (".pt", ".safetensors")]
-        stats = next(
-            (
-                latent_stats_from_arrays(weights.read_state_dict(candidate), candidate, channels)
-                for candidate in beside
-                if candidate.exists()
-            ),
-            None,
-        )
+        beside = next((candidate for candidate in _stats_beside(file) if candidate.exists()), None)
+        stats = latent_stats_from_arrays(weights.read_state_dict(beside), beside, channels) if beside else None
     return LoadedVAE(module, params, stats, names.layout)
+
+
+def _stats_beside(file):
+    """Where the statistics of a weight file may lie; first with its own ending, as `save_published` writes them."""
+    suffixes = sorted((".pt", ".safetensors"), key=lambda suffix: suffix != file.suffix)
+    return [file.parent / f"{file.stem}-latents-stats{suffix}" for suffix in suffixes]
 
 
 def from_state_dict(state_dict, source, norm_groups=_GROUPS):
@@ -181,12 +186,15 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
 
     Raises:
       FileExistsError: if there is such a model and `overwrite` is False; nothing is written then.
-      ValueError: if the parameters are not the module's, the statistics not its latents', or the network is one that
-        diffusers cannot express.
+      ValueError: if the parameters are not the module's, the statistics missing or not its latents', or the network is one
+        that diffusers cannot express.
+      OSError: as `weights.write_all`: if there is no space, what was there stays whole.
     """
     if latent_stats is None:
         raise ValueError(
-            "latent statistics are missing, without which diffusers would take those of Stable Diffusion: give them"
+            f"{folder}: latent statistics are missing, without which diffusers would take those of Stable Diffusion. Give a "
+            "file of them (--latent_stats), or put it beside the weights NAME.pt as NAME-latents-stats.pt or .safetensors; it "
+            "holds latents_scale (1 / std) and latents_bias (mean), or mean and std"
         )
     mean, std = _mean_and_std(latent_stats, module.latent_channels)
     config = {**_diffusers_config(module), "latents_mean": mean.tolist(), "latents_std": std.tolist()}
@@ -194,13 +202,15 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
         config |= {"shift_factor": float(mean[0]), "scaling_factor": float(1 / std[0])}
     state_dict = mapping.to_torch(diffusers_table(module), params)
     folder = epath.Path(folder)
+    weights_file, config_file = folder / _WEIGHTS, folder / _CONFIG
     if not overwrite:
-        weights.check_absent(folder / _WEIGHTS, folder / _CONFIG)
+        weights.check_absent(weights_file, config_file)
     folder.mkdir(parents=True, exist_ok=True)
-    # config.json goes first and comes last: a folder that has one is complete
-    (folder / _CONFIG).unlink(missing_ok=True)
-    weights.write_safetensors(folder / _WEIGHTS, state_dict, {"format": "pt"}, overwrite=overwrite)
-    weights.write_json(folder / _CONFIG, config, overwrite=overwrite)
+    writes = {
+        weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"}),
+        config_file: weights.json_writer(config, config_file),  # last: a folder that has one is complete
+    }
+    weights.write_all(writes, overwrite=overwrite)
 
 
 def save_published(stem, module, params, latent_stats, discriminator_state_dict=None, *, overwrite=False):
@@ -219,9 +229,11 @@ def save_published(stem, module, params, latent_stats, discriminator_state_dict=
       The paths written, the VAE's first.
 
     Raises:
-      FileExistsError: if one of the files exists and `overwrite` is False; nothing is written then.
+      FileExistsError: if one of the files exists and `overwrite` is False, or if there are no statistics to write but those
+        of the VAE that would be replaced would stay beside the new one; nothing is written then.
       ValueError: if the parameters are not the module's, the statistics not its latents', or the network is one that this
         layout cannot express.
+      OSError: as `weights.write_all`: if there is no space, what was there stays whole.
     """
     if module.norm_groups != _GROUPS:
         raise ValueError(
@@ -238,10 +250,14 @@ def save_published(stem, module, params, latent_stats, discriminator_state_dict=
     files = {stem.parent / f"{stem.name.removesuffix(suffix)}{part}{suffix}": content for part, content in contents.items()}
     if not overwrite:
         weights.check_absent(*files)
+    vae_file = next(iter(files))
+    if latent_stats is None and vae_file.exists():
+        stale = [str(path) for path in _stats_beside(vae_file) if path.exists()]
+        if stale:
+            raise FileExistsError(f"{', '.join(stale)} is of the VAE that would be replaced; remove it, or choose another name")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write = weights.write_torch if suffix == ".pt" else weights.write_safetensors
-    for path, content in files.items():
-        write(path, content, overwrite=overwrite)
+    writer = weights.torch_writer if suffix == ".pt" else weights.safetensors_writer
+    weights.write_all({path: writer(content, path) for path, content in files.items()}, overwrite=overwrite)
     return list(files)
 
 

@@ -1,5 +1,6 @@
 """Runs the PyTorch module of an artefact and ours on the same input: what `verify` does."""
 
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
@@ -12,8 +13,6 @@ import numpy as np
 from checkpoints_tools import sit, vae, vit, vit_reference
 from checkpoints_tools.identify import KINDS, identify
 from repae_jax import features
-
-TOLERANCE = 2e-5  # of the largest entry, float32
 
 
 class Difference(NamedTuple):
@@ -33,36 +32,42 @@ class Difference(NamedTuple):
 def verify(path, size=256, seed=0):
     """Compares our network with an independent PyTorch implementation (diffusers' or transformers'), with these weights.
 
+    Folders of diffusers and transformers are loaded by these libraries themselves, so that a config.json read wrongly shows;
+    other files cannot be, and their weights are put into a module of the same sizes.
+
     Args:
       path: what `identify` takes: a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
         are compared.
-      size: height and width in pixels of the random image.
+      size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
       seed: of the inputs.
 
     Returns:
       list of Difference.
 
     Raises:
-      ValueError: if the file is damaged, or there is no independent implementation to compare with.
+      ValueError: if the file is damaged, there is no independent implementation to compare with, or `size` is no size.
       ImportError: if torch, diffusers or transformers is not installed.
     """
+    if size < 1:
+        raise ValueError(f"image_size is {size}; allowed: a positive number of pixels, such as 256")
     artefact = identify(path)
     rng = np.random.default_rng(seed)
     if artefact.kind == "training":
         taken = artefact.checkpoint
         networks, found = taken.networks, []
         if "vae" in networks:
-            found += _vae(*vae.from_state_dict(networks["vae"], f"{taken.source}: vae", taken.norm_groups), size, rng)
+            module, params = vae.from_state_dict(networks["vae"], f"{taken.source}: vae", taken.norm_groups)
+            found += _vae(module, params, vae.torch_vae(module, params), size, rng)
         name = "ema" if "ema" in networks else "model"
         loaded = sit.from_state_dict(networks[name], f"{taken.source}: {name}", taken.encoder_depth, taken.num_heads)
         return found + _sit(loaded, rng)
     if artefact.kind == "vae":
-        loaded = vae.load_vae(path)
-        return _vae(loaded.module, loaded.params, size, rng)
+        loaded = vae.load_vae(artefact.path)
+        return _vae(loaded.module, loaded.params, _torch_vae(artefact, loaded), size, rng)
     if artefact.kind == "sit":
-        return _sit(sit.load_sit(path), rng)
+        return _sit(sit.from_state_dict(artefact.arrays, str(path)), rng)
     if artefact.kind in ("encoder", "mocov3"):
-        return _encoder(path, artefact, size, rng)
+        return _encoder(artefact, size, rng)
     raise ValueError(
         f"{path} is a {KINDS[artefact.kind]}: verify compares SiT, VAEs and encoders with diffusers and transformers; the "
         "others are pinned by the tests"
@@ -82,10 +87,18 @@ def _apply(module, params, *args, **options):
         return jax.jit(functools.partial(module.apply, **options))({"params": params}, *args)
 
 
-def _vae(module, params, size, rng):
+def _torch_vae(artefact, loaded):
+    """diffusers' own reading of its folders; of other files, its module of our sizes with our parameters."""
+    if not artefact.path.is_dir():
+        return vae.torch_vae(loaded.module, loaded.params)
+    import diffusers
+
+    return diffusers.AutoencoderKL.from_pretrained(artefact.path, local_files_only=True).float().eval()
+
+
+def _vae(module, params, reference, size, rng):
     import torch
 
-    reference = vae.torch_vae(module, params)
     side = max(size // module.factor, 1) * module.factor
     images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
 
@@ -114,18 +127,28 @@ def _sit(loaded, rng):
     return [_compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])]
 
 
-def _encoder(path, artefact, size, rng):
-    encoder, params = vit.load_encoder(path, size)
-    images = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-    pixels = np.asarray(features.preprocess(encoder, jnp.asarray(images)))
-    with tempfile.TemporaryDirectory() as folder:  # on the grid in use, whose positions both then share
-        vit.save_encoder(Path(folder) / "encoder", encoder.module, params)
-        expected = vit_reference.torch_tokens(Path(folder) / "encoder", pixels.transpose(0, 3, 1, 2))
+def _encoder(artefact, size, rng):
+    """At the size in use, to which both sides resample the positions by themselves, and at the size of the stored ones."""
+    stored, _ = vit.read_encoder(artefact.path)
+    native = stored.grid[0] * stored.patch_size
+    used = vit.load_encoder(artefact.path, size)
+    encoders = [used] if used[0].image_size == native else [used, vit.load_encoder(artefact.path, size, image_size=native)]
+    found = []
+    for encoder, params in encoders:
+        images = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+        pixels = np.asarray(features.preprocess(encoder, jnp.asarray(images)))
 
-    def tokens(dtype):
-        return _apply(encoder.module.clone(dtype=dtype), params, pixels)[1]
+        def tokens(dtype, module=encoder.module, params=params, pixels=pixels):
+            return _apply(module.clone(dtype=dtype), params, pixels)[1]
 
-    return [_compare(f"encoder tokens ({KINDS[artefact.kind]})", expected, tokens)]
+        with contextlib.ExitStack() as stack:
+            folder = artefact.path
+            if artefact.kind == "mocov3":  # which transformers does not read; as a ViT of its own
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "encoder"
+                vit.save_encoder(folder, encoder.module, params)
+            expected = vit_reference.torch_tokens(folder, pixels.transpose(0, 3, 1, 2))
+        found.append(_compare(f"encoder tokens at {encoder.image_size} px", expected, tokens))
+    return found
 
 
 def report(differences, tolerance):

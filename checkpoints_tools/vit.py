@@ -9,11 +9,11 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from checkpoints_tools import locate, weights
 from checkpoints_tools.mapping import COPY, LINEAR, Entry, Layout, Table, norm, patch_embedding, stack, to_flax, to_torch
@@ -467,7 +467,7 @@ def save_encoder(folder, module, params, *, overwrite=False):
     MoCo v3 becomes a 'vit', and NaFlex a 'siglip_vision_model' of its grid's size.
 
     Args:
-      folder: created if absent.
+      folder: local, or an address such as gs://bucket/folder; created if absent.
       module: the VisionTransformer.
       params: its parameters.
       overwrite: replace files that exist.
@@ -478,7 +478,7 @@ def save_encoder(folder, module, params, *, overwrite=False):
     """
     format, config = _config_of(module)
     state_dict = to_torch(encoder_table(module, format), params)
-    folder = Path(folder)
+    folder = epath.Path(folder)
     files = folder / "model.safetensors", folder / "config.json"
     if not overwrite:
         weights.check_absent(*files)

@@ -1,9 +1,11 @@
 """Weight files <-> name -> numpy array, without executing anything that a file contains."""
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -24,6 +26,13 @@ _FOLDER_FILES = (
     "pytorch_model.bin", "diffusion_pytorch_model.bin",
 )  # fmt: skip
 _LFS = b"version https://git-lfs.github.com/spec/"
+_TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
+# what both .safetensors and PyTorch files keep, by numpy's names and by those of a .safetensors header
+_DTYPES = tuple(
+    map(np.dtype, ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", ml_dtypes.bfloat16))
+)
+_HEADER_DTYPES = ("BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "F32", "F64", "C64", "BF16")
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)  # what `read_torch` takes back, besides arrays and containers
 
 
 def read_state_dict(path, entry=None):
@@ -39,8 +48,8 @@ def read_state_dict(path, entry=None):
 
     Raises:
       FileNotFoundError: if the file, or a shard, does not exist.
-      ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, or if it is
-        unclear which of its state dicts is meant.
+      ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
+        that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant.
       ImportError: for a PyTorch file when PyTorch is not installed.
     """
     path = weight_file(path)
@@ -49,15 +58,19 @@ def read_state_dict(path, entry=None):
     if entry is not None:
         raise ValueError(f"{path}: entry={entry!r} is for {', '.join(TORCH_SUFFIXES)} files only; leave it out")
     if path.name.endswith(".index.json"):
-        return _read_shards(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".npz":
-        return _read_npz(path)
-    raise ValueError(
-        f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
-        "or a folder with model.safetensors"
-    )
+        state_dict = _read_shards(path)
+    elif path.suffix == ".safetensors":
+        state_dict = _read_safetensors(path)
+    elif path.suffix == ".npz":
+        state_dict = _read_npz(path)
+    else:
+        raise ValueError(
+            f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
+            "or a folder with model.safetensors"
+        )
+    if not state_dict:
+        raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
+    return state_dict
 
 
 def weight_file(path):
@@ -99,6 +112,14 @@ def _read_safetensors(path):
     import safetensors.numpy
 
     try:
+        with safetensors.safe_open(path, "np") as file:
+            names = file.keys()
+            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        strange = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
+        if strange:
+            raise ValueError(
+                f"{path}: numpy has no such type: {', '.join(strange)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
+            )
         return safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         raise _damaged(path, error) from error
@@ -107,9 +128,13 @@ def _read_safetensors(path):
 def _read_shards(index):
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        shards = weight_map.values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, error) from error
+    nameless = [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]
+    if nameless:
+        raise ValueError(f"{index} is damaged: weight_map has {', '.join(nameless)}, no file name; download it again")
+    shards = sorted(set(shards))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; do not trust it")
@@ -159,33 +184,74 @@ def read_torch(path):
         raise ImportError(
             f"{path} is a PyTorch file: `pip install repae_jax[torch]`, or convert it to .safetensors elsewhere"
         ) from error
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    if not start.startswith(_TORCH_BEGINNINGS):
+        raise ValueError(f"{path} is no PyTorch file, or damaged (it begins with {start!r}): check it, or download it again")
     try:
-        # published training checkpoints keep their command line, an argparse.Namespace, beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        script = zipped and _is_torchscript(path)
+        if not script:
+            # published training checkpoints keep their command line, an argparse.Namespace, beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than arrays, which could run code when read; nothing was run. "
-            f"Get the weights as .safetensors, or save only the state dict ({error})"
+            f"{path} {_refusal(error)}, which could run code when read; nothing was run. "
+            "Get the weights as .safetensors, or save only the state dict"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
         raise _damaged(path, error) from error
+    if script:
+        raise ValueError(
+            f"{path} is a TorchScript archive, a network with its code, which is not run here; get the state dict, or a "
+            ".safetensors file (torch.save(torch.jit.load(file).state_dict(), other) makes one of a file that you trust)"
+        )
 
-    def to_numpy(value):
+    def to_numpy(value, name):
         if isinstance(value, torch.Tensor):
-            value = value.detach()
-            if value.dtype == torch.bfloat16:  # unknown to numpy: pass the bits
-                return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return value.numpy()
+            try:
+                if value.dtype == torch.bfloat16:  # unknown to numpy: pass the bits
+                    return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+                return value.numpy(force=True)
+            except (TypeError, RuntimeError) as error:  # float8, quantized, sparse, or on no device
+                raise ValueError(
+                    f"{path}: {name} is a tensor that numpy lacks ({value.dtype}, {value.layout}, device {value.device}); "
+                    "save it as a dense float32 tensor"
+                ) from error
         if isinstance(value, argparse.Namespace):
-            return vars(value)
-        if isinstance(value, dict):
-            return {name: to_numpy(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(to_numpy, value))
-        return value
+            value = vars(value)
+        return _rebuilt(value, name, to_numpy)
 
-    return to_numpy(loaded)
+    return to_numpy(loaded, "")
+
+
+def _rebuilt(value, name, change):
+    """`value` with `change(item, name)` of what it contains, if it is a container; names are joined with dots."""
+    if isinstance(value, dict):
+        return {key: change(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [change(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _is_torchscript(path):
+    with zipfile.ZipFile(path) as archive:
+        inside = [name.partition("/")[2] for name in archive.namelist()]
+    return any(name == "constants.pkl" or name.startswith("code/") for name in inside)
+
+
+def _refusal(error):
+    """What torch.load refused, without its advice to read the file as code."""
+    text = str(error)
+    blocked = re.search(r"GLOBAL ([\w.]+)", text)
+    if blocked:
+        return f"holds more than arrays: it asks for {blocked[1]}"
+    detail = (text.partition("WeightsUnpickler error:")[2].strip() or "not readable").splitlines()[0]
+    return f"is damaged, or holds more than arrays ({detail})"
 
 
 def is_state_dict(value):
@@ -222,12 +288,44 @@ def write_safetensors(path, state_dict, metadata=None, *, overwrite=False):
 
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
+      ValueError: as `safetensors_writer`.
+      OSError: as `write_all`.
+    """
+    write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
+
+
+def safetensors_writer(state_dict, source, metadata=None):
+    """Function for `write_all` that writes a .safetensors file.
+
+    Args:
+      state_dict: name -> array.
+      source: the file's name, for errors.
+      metadata: str -> str, kept in the file's header.
+
+    Raises:
+      ValueError: if something is no array of numbers, or the metadata is no text.
     """
     import safetensors.numpy
 
+    bad = [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]
+    if bad:
+        raise ValueError(f"{source}: the header keeps text only; {', '.join(map(str, bad))} is none: make it a string")
     # safetensors copies the memory as it lies, so transposed views must be laid out first
-    arrays = {name: np.asarray(array, order="C") for name, array in state_dict.items()}
-    write_atomically(path, lambda file: safetensors.numpy.save_file(arrays, file, metadata), overwrite)
+    arrays = {name: _array(value, name, source) for name, value in state_dict.items()}
+    return lambda file: safetensors.numpy.save_file(arrays, file, metadata)
+
+
+def _array(value, name, source):
+    """numpy array in C order, of a type that files keep."""
+    try:
+        array = np.asarray(value, order="C")  # keeps zero dimensions, which ascontiguousarray does not
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: {name} is {type(value).__name__}, no numpy array ({error}); give one") from error
+    if array.dtype not in _DTYPES:
+        raise ValueError(
+            f"{source}: {name} is {type(value).__name__} of {array.dtype}; allowed: arrays of {', '.join(map(str, _DTYPES))}"
+        )
+    return array
 
 
 def write_torch(path, content, *, overwrite=False):
@@ -235,36 +333,60 @@ def write_torch(path, content, *, overwrite=False):
 
     Args:
       path: the file; its folder must exist.
-      content: nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is kept.
+      content: as `torch_writer`.
       overwrite: replace a file that exists.
 
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
+      ValueError: as `torch_writer`.
+      OSError: as `write_all`.
+      ImportError: if PyTorch is not installed.
+    """
+    write_all({path: torch_writer(content, path)}, overwrite=overwrite)
+
+
+def torch_writer(content, source):
+    """Function for `write_all` that writes a PyTorch file, as `torch.save` does.
+
+    Args:
+      content: nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is kept,
+        and treated as a dict.
+      source: the file's name, for errors.
+
+    Raises:
+      ValueError: if something in it is of another type, which `read_torch` would refuse.
       ImportError: if PyTorch is not installed.
     """
     import torch
 
-    def to_tensors(value):
-        if isinstance(value, np.ndarray):
-            value = np.asarray(value, order="C")  # keeps zero dimensions, which ascontiguousarray does not
-            if value.dtype == ml_dtypes.bfloat16:
-                return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(value)
-        if isinstance(value, dict):
-            return {name: to_tensors(item) for name, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(map(to_tensors, value))
-        return value
+    def to_tensors(value, name):
+        if isinstance(value, argparse.Namespace):
+            return argparse.Namespace(**_rebuilt(vars(value), name, to_tensors))
+        if isinstance(value, dict | list | tuple):
+            return _rebuilt(value, name, to_tensors)
+        if type(value) in _PLAIN or isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, np.generic) and value.dtype in _DTYPES:
+            return value.item()
+        if hasattr(value, "__array__"):
+            array = _array(value, name, source)
+            if array.dtype == ml_dtypes.bfloat16:
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+        raise ValueError(
+            f"{source}: {name or 'the content'} is {type(value).__name__}, which could not be read back without running code; "
+            f"allowed: arrays, dict, list, tuple, {', '.join(kind.__name__ for kind in _PLAIN)}"
+        )
 
     with warnings.catch_warnings():  # arrays that jax owns are read-only; nobody writes to these tensors
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensors = to_tensors(content)
+        tensors = to_tensors(content, "")
 
     def save(file):
         with file.open("wb") as opened:  # torch would write the temporary file's name into it
             torch.save(tensors, opened)
 
-    write_atomically(path, save, overwrite)
+    return save
 
 
 def write_json(path, content, *, overwrite=False):
@@ -277,8 +399,27 @@ def write_json(path, content, *, overwrite=False):
 
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
+      ValueError: as `json_writer`.
+      OSError: as `write_all`.
     """
-    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"), overwrite)
+    write_all({path: json_writer(content, path)}, overwrite=overwrite)
+
+
+def json_writer(content, source):
+    """Function for `write_all` that writes a JSON file.
+
+    Args:
+      content: what to write.
+      source: the file's name, for errors.
+
+    Raises:
+      ValueError: if JSON cannot express it.
+    """
+    try:
+        text = json.dumps(content, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: JSON cannot express the content ({error}); give plain values only") from error
+    return lambda file: file.write_text(text)
 
 
 def check_absent(*paths):
@@ -289,48 +430,77 @@ def check_absent(*paths):
 
 
 def write_atomically(path, write, overwrite=False):
-    """Lets `write(temporary path)` write a file, which then appears under `path` complete and on disk, or not at all.
+    """`write_all` of one file: `write(temporary path)` writes it, and it appears complete and on disk, or not at all."""
+    write_all({path: write}, overwrite=overwrite)
+
+
+def write_all(writes, *, overwrite=False):
+    """Writes files that belong together: all are complete and on disk before the first appears under its name.
 
     Args:
-      path: local file, or an address such as gs://bucket/file, to which a local temporary file is then copied.
-      write: function of a local Path.
-      overwrite: replace a file that exists.
+      writes: path -> function of a local Path, which writes the file there. A path is a local file, whose folder must exist, or
+        an address such as gs://bucket/file, to which a local temporary file is then copied. The files appear in this order:
+        put last what makes the others count, such as config.json.
+      overwrite: replace files that exist.
 
     Raises:
-      FileExistsError: if the file exists and `overwrite` is False.
-      OSError: if it cannot be written, such as for lack of space; `path` is then as before.
+      FileExistsError: if one of the files exists and `overwrite` is False.
+      OSError: if they cannot be written, such as for lack of space; all of them are then as before. Only an object store that
+        fails amid several files can leave some of them missing, of which the message speaks.
     """
     if not overwrite:
-        check_absent(path)
-    if "://" in str(path):
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / epath.Path(path).name
-            write(local)
-            epath.Path(local).copy(path, overwrite=True)  # an object store shows an object when it is whole
-        return
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        check_absent(*writes)
+    paths, temporaries = list(writes), []
+    with contextlib.ExitStack() as stack:
+        for path, write in writes.items():
+            if "://" in str(path):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                temporaries.append(folder / epath.Path(path).name)
+            else:
+                temporaries.append(Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp"))
+                stack.callback(temporaries[-1].unlink, missing_ok=True)
+            _write_to_disk(temporaries[-1], write, path)
+        # Files that stay while others are replaced could be taken for the new ones' (old statistics beside a new VAE), so all
+        # but the first go before it is replaced. If the process is killed from here on, some files are missing and have to be
+        # written again, but no mixture of old and new is ever there.
+        try:
+            for path in reversed(paths[1:]):
+                epath.Path(path).unlink(missing_ok=True)
+            for path, temporary in zip(paths, temporaries):
+                if "://" in str(path):
+                    epath.Path(temporary).copy(path, overwrite=True)  # an object store shows an object when it is whole
+                else:
+                    os.replace(temporary, path)
+        except Exception as error:  # object stores have their own types besides OSError
+            names = ", ".join(map(str, paths))
+            state = "some of them may be missing now: write them again" if len(paths) > 1 else "nothing was changed there"
+            raise OSError(f"{names} could not be put in place ({error}); {state}") from error
+    for folder in {Path(path).parent for path in paths if "://" not in str(path)}:
+        opened = os.open(folder, os.O_RDONLY)  # the new names, too, have to reach the disk
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _write_to_disk(temporary, write, path):
+    """Lets `write` write the temporary file of `path`."""
     try:
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a folder")
         temporary.touch()
         mode = temporary.stat().st_mode  # some writers make private files: keep what the user's umask says
         write(temporary)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except Exception as error:  # the libraries that write raise RuntimeError and their own types besides OSError
-        free = shutil.disk_usage(path.parent).free / 1e9 if path.parent.is_dir() else 0.0
-        raise OSError(
-            f"{path} could not be written ({error}); nothing was changed there. Its disk has {free:.1f} GB free: make space, "
-            "or choose another place"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, has to reach the disk
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = temporary.parent
+        advice = f"There is no folder {folder}: make it first"
+        if folder.is_dir():
+            free = shutil.disk_usage(folder).free / 1e9
+            advice = f"The disk of {folder} has {free:.1f} GB free: make space, or choose another place"
+        raise OSError(f"{path} could not be written ({error}); nothing was changed there. {advice}") from error
 
 
 def read_metadata(path):

@@ -74,6 +74,7 @@ def get_config(arg=""):
         "projector_dim": 2048,
         "mlp_ratio": 4.0,
         "qk_norm": False,
+        "learned_positions": True,  # as in the published loop; its frozen-VAE training and REPA's keep them fixed
         "remat": "dots",  # 'none', 'dots' (recompute all but matmuls) or 'full'
         "unroll": 1,  # blocks per iteration of the scanned stacks
     }

@@ -20,6 +20,7 @@ from checkpoints_tools import mapping, published, weights
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.lpips import load_lpips
+from checkpoints_tools.sit import layout_of
 from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
 from repae_jax import data, features, sharding, train_step
@@ -181,7 +182,8 @@ def build(config, devices=None, encoders=None):
             )
     if "lpips" in recipe.vae_weights:
         lpips = LPIPS(dtype=_dtype("lpips", config))
-    tx = {name: construct(f"config.optim.{name}", optimizer, config["optim"][name]) for name in ("vae", "sit", "disc")}
+    fixed = {"vae": (), "sit": () if sit.learned_positions else ("pos_embed",), "disc": ()}
+    tx = {name: construct(f"config.optim.{name}", optimizer, config["optim"][name], fixed=fixed[name]) for name in fixed}
     job = Job(
         config=config,
         nets=train_step.Nets(vae=vae, sit=sit, disc=disc, lpips=lpips),
@@ -264,14 +266,21 @@ def _recipe(config):
     )
 
 
-def optimizer(learning_rate, warmup_steps, b1, b2, eps, weight_decay, clip_norm):
-    """AdamW behind clipping by the network's global gradient norm; the rate rises linearly over `warmup_steps`."""
+def optimizer(learning_rate, warmup_steps, b1, b2, eps, weight_decay, clip_norm, fixed):
+    """AdamW behind clipping by the network's global gradient norm; the rate rises linearly over `warmup_steps`.
+
+    Top-level names in `fixed`, which have no gradients, do not decay either.
+    """
     _at_least("learning_rate", learning_rate, 0)
     _at_least("warmup_steps", warmup_steps, 0)
     if clip_norm <= 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive; a large one never clips")
     schedule = optax.linear_schedule(0.0, learning_rate, warmup_steps) if warmup_steps else learning_rate
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+    def decays(params):
+        return {name: jax.tree.map(lambda _, decay=name not in fixed: decay, tree) for name, tree in params.items()}
+
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays if fixed else None)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
@@ -448,13 +457,17 @@ def _read_checkpoint(job, abstract):
         raise ValueError(
             f"{checkpoint.source} has taken {checkpoint.steps} steps already, config.steps is {job.config['steps']}: raise it"
         )
+    if layout_of(checkpoint.networks["model"]) == "repa" and not job.config["init"]["latent_stats"]:
+        raise ValueError(
+            f"{checkpoint.source} has no latent batch norm, as REPA has none: set config.init.latent_stats to the statistics "
+            "its latents were normalised with, such as diffusers' folder of its VAE (for 0.18215, stabilityai/sd-vae-ft-ema)"
+        )
     stats = {"mean": abstract.latent_stats.mean, "var": abstract.latent_stats.var}
     targets = {"model": {"params": abstract.sit.params, "latent_stats": stats}, "vae": {"params": abstract.vae.params}}
     targets["ema"] = targets["model"]
     if abstract.disc is not None:
         targets["discriminator"] = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
-    grid = job.latent_shape[0] // job.nets.sit.patch_size
-    networks = Networks(sit=job.nets.sit, grid=grid, vae=job.nets.vae, disc=job.nets.disc)
+    networks = Networks(sit=job.nets.sit, vae=job.nets.vae, disc=job.nets.disc)
     trees, moments = to_trees(checkpoint, networks, targets)
     places = {PLACES[name][leaf]: tree for name, made in trees.items() for leaf, tree in made.items()}
     for place in ("latent_stats", "ema.latent_stats"):

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from checkpoints_tools import published, weights
+from checkpoints_tools import locate, published, weights
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.sit import check_time, from_state_dict
 from repae_jax import build, checkpoint, generate, images, sharding
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="folder of a training run; or a published one, or its checkpoint")
+    parser.add_argument("--workdir", required=True, help="folder of a run, or a published one or its checkpoint, on the hub too")
     parser.add_argument("--vae", help="VAE of a published run or a SiT whose files hold none")
     parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
     parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
@@ -121,9 +121,10 @@ def load_trained(workdir, step=None, devices=None, vae_path=None):
     """
     devices = jax.devices() if devices is None else devices
     is_file = str(workdir).endswith((".pt", ".safetensors"))
+    if not epath.Path(workdir).exists():
+        workdir = locate.resolve(workdir)  # a name on the hub
     if is_file or (epath.Path(workdir) / "args.json").exists():
-        file = workdir if is_file or step is None else f"{workdir}/checkpoints/{step:07d}.pt"
-        return _load_published(file, devices, vae_path)
+        return _load_published(workdir, step, devices, vae_path)
     if vae_path:
         raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
     config = checkpoint.read_config(workdir, step)
@@ -140,9 +141,11 @@ def load_trained(workdir, step=None, devices=None, vae_path=None):
     )  # fmt: skip
 
 
-def _load_published(path, devices, vae_path):
-    taken = published.read(path)
+def _load_published(path, step, devices, vae_path):
+    taken = published.read(path, step)
     args, networks, source = taken.args, taken.networks, taken.source
+    if "ema" not in networks:
+        raise ValueError(f"{source} holds {', '.join(networks)}, but no ema, the averaged weights that samples are made with")
     sit = from_state_dict(networks["ema"], f"{source}: ema", taken.encoder_depth, taken.num_heads)
     check_time(sit.layout, source)
     latent_stats = sit.variables.get("latent_stats")

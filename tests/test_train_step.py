@@ -26,7 +26,7 @@ PUBLISHED_WEIGHTS = {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1
 def golden_run(name):
     """State, step function and conversion tables of a train_repae case."""
     case = reference.load(name)
-    hyper, config = case.meta["hyper"], case.meta["config"]
+    hyper = case.meta["hyper"]
     vae = golden_vae(case.meta["vae"], case.weights["vae"])
     vae_params = mapping.to_flax(vae_table(vae), case.weights["vae"], abstract_params(vae))
     sit, _, sit_params, _ = load_sit(case, weights=case.weights["sit"])
@@ -61,7 +61,7 @@ def golden_run(name):
     )
     tables = {
         "vae": vae_table(vae),
-        "sit": sit_table(sit, config["input_size"] // config["patch_size"]),
+        "sit": sit_table(sit),
         "discriminator": disc_table,
     }
     return case, state, step, tables

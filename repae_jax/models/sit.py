@@ -90,6 +90,26 @@ class Projector(nn.Module):
         return x
 
 
+class PositionEmbedding(nn.Module):
+    """Adds a table of positions, 2D sin-cos at first, to tokens [B, T, D].
+
+    Attributes:
+      learned: whether gradients reach the table.
+    """
+
+    learned: bool
+
+    @nn.compact
+    def __call__(self, x, height, width):
+        """x: [B, height * width, D], rows first; float32 result."""
+
+        def sincos(key, shape):
+            return jnp.asarray(layers.sincos_position_embedding(shape[2], height, width)[None])
+
+        table = self.param("table", sincos, (1, height * width, x.shape[-1]))
+        return x + (table if self.learned else jax.lax.stop_gradient(table))
+
+
 class SiT(nn.Module):
     """Scalable interpolant transformer with projectors at block `encoder_depth`.
 
@@ -110,6 +130,8 @@ class SiT(nn.Module):
       qk_norm: normalise queries and keys.
       learned_sigma: predict 2C channels, as DiT does for its variance; published SiTs have the second half, but leave it
         unused. To sample from such files only: training needs C channels.
+      learned_positions: train the position table. REPA-E's loop does, by switching the gradients of all parameters on again
+        after its VAE phase; SiT, REPA and training on a frozen VAE keep the sin-cos table.
       remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
       unroll: blocks per iteration of the scanned stacks.
       dtype: compute dtype.
@@ -127,6 +149,7 @@ class SiT(nn.Module):
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     learned_sigma: bool = False
+    learned_positions: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
@@ -142,6 +165,7 @@ class SiT(nn.Module):
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
         self.x_embedder = nn.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
+        self.pos_embed = PositionEmbedding(self.learned_positions)
         self.t_embedder = TimestepEmbedder(self.hidden_size, dtype=self.dtype)
         self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02)
         self.early_blocks = self._stack("early_blocks", self.encoder_depth)
@@ -159,8 +183,7 @@ class SiT(nn.Module):
     def _to_tap(self, z_t, t, labels):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
-        positions = layers.sincos_position_embedding(self.hidden_size, height, width)
-        x = x + positions  # float32 from here on, as is every residual sum
+        x = self.pos_embed(x, height, width)  # float32 from here on, as is every residual sum
         c = self.t_embedder(t) + self.y_embedder(labels)
         x, _ = self.early_blocks(x, c)
         return x, c

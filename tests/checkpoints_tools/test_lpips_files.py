@@ -8,7 +8,7 @@ import safetensors.numpy
 import torch
 
 from checkpoints_tools import mapping
-from checkpoints_tools.lpips import load_lpips, lpips_table
+from checkpoints_tools.lpips import check_files, load_lpips, lpips_table
 
 SCALING = {
     "scaling_layer.shift": np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 3, 1, 1),
@@ -123,3 +123,35 @@ def test_another_scaling_is_refused(parts, write):
 def test_an_absent_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.pth does not exist"):
         load_lpips(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("kind, name", [("vgg16", "vgg16"), ("lpips", "linear"), ("lpips", "taming"), ("lpips", "package")])
+def test_one_file_by_itself(kind, name, parts):
+    check_files(parts[name], kind, "file.pt")
+
+
+@pytest.mark.parametrize(
+    "kind, name, absent, wrong",
+    [
+        ("vgg16", "vgg16", "features.28.bias", "features.0.weight"),
+        ("lpips", "linear", "lin0.model.1.weight", "lin4.model.1.weight"),
+        ("lpips", "taming", "net.slice5.28.bias", "net.slice1.0.weight"),
+    ],
+)
+def test_one_damaged_file_lists_everything(kind, name, absent, wrong, parts):
+    arrays = {key: array for key, array in parts[name].items() if key != absent}
+    arrays |= {wrong: arrays[wrong][..., :1, :0], "surprise": np.ones(3, np.float32), "features.1.running_mean": np.ones(1)}
+    with pytest.raises(ValueError, match="file.pt does not fit the network: 4 mismatches") as error:
+        check_files(arrays, kind, "file.pt")
+    for what in (f"missing in file: {absent}", f"wrong shape: {wrong}", "file: surprise (3,)", "file: features.1.running_mean"):
+        assert what in str(error.value)
+
+
+def test_what_is_no_file_of_lpips(parts):
+    with pytest.raises(ValueError, match="file.pt: kind='alex'; allowed: 'vgg16', 'lpips'"):
+        check_files(parts["linear"], "alex", "file.pt")
+    array = parts["linear"]["lin2.model.1.weight"]
+    with pytest.raises(ValueError, match="file.pt: given twice, with different values: lin2.model.1.weight"):
+        check_files(parts["package"] | {"lins.2.model.1.weight": array + 1}, "lpips", "file.pt")
+    with pytest.raises(ValueError, match="not finite: lin2.model.1.weight"):
+        check_files(parts["linear"] | {"lin2.model.1.weight": array * np.nan}, "lpips", "file.pt")

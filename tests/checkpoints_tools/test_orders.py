@@ -33,7 +33,7 @@ def test_parameters_are_those_of_pytorch():
     sit = golden_sit(config)
     vae = AutoencoderKL(latent_channels=4, channel_multipliers=(1, 1, 1, 1), channels=32)
     tables = {
-        "sit": sit_table(sit, config["input_size"] // config["patch_size"]),
+        "sit": sit_table(sit),
         "vae": vae_table(vae),
         "discriminator": discriminator_table(PatchDiscriminator(channels=64, num_layers=3)),
     }

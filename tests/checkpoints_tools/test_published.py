@@ -46,7 +46,7 @@ def state(job):
 
 @pytest.fixture(scope="module")
 def networks(job):
-    return Networks(sit=job.nets.sit, grid=job.latent_shape[0] // job.nets.sit.patch_size, vae=job.nets.vae, disc=job.nets.disc)
+    return Networks(sit=job.nets.sit, vae=job.nets.vae, disc=job.nets.disc)
 
 
 def plain(value):
@@ -60,11 +60,15 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def exported(job, state, networks, **options):
+GROUP = {"lr": 3e-5, "betas": (0.5, 0.6), "eps": 1e-7, "weight_decay": 0.1}
+
+
+def exported(job, state, networks, groups=("opt", "opt_vae", "opt_disc")):
     args = published.args_from_config(job.config, "SiT-tiny/1", "tiny", "none", 2, job.nets.vae.norm_groups)
     return training_state.from_run(
-        lambda place: plain(operator.attrgetter(place)(state)), networks, int(state.step), args, "run", **options
-    )
+        lambda place: plain(operator.attrgetter(place)(state)), networks, int(state.step), args, "run",
+        {name: GROUP for name in groups},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,7 @@ def test_file_round_trip_is_the_identity(file, checkpoint):
         assert_same_arrays(read.networks[name], arrays)
     for name, adam in checkpoint.optimizers.items():
         assert read.optimizers[name].steps == adam.steps == 3
+        assert {key: read.optimizers[name].group[key] for key in GROUP} | {"betas": GROUP["betas"]} == GROUP
         assert_same_arrays(read.optimizers[name].exp_avg, adam.exp_avg)
         assert_same_arrays(read.optimizers[name].exp_avg_sq, adam.exp_avg_sq)
 
@@ -125,9 +130,8 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
         encoder_depth=hyper["encoder_depth"], feature_dims=tuple(hyper["z_dims"]), projector_dim=hyper["projector_dim"],
     )  # fmt: skip
     grid = hyper["input_size"] // hyper["patch_size"]
-    table = training_state.tables(Networks(sit, grid))["model"]
+    table = training_state.tables(Networks(sit))["model"]
     weights_of = {name: reference.draw(name, tuple(spec["shape"]), 0, "") for name, spec in case["state_dict"]["sit"].items()}
-    weights_of["pos_embed"] = table.constants["pos_embed"]
     from checkpoints_tools.sit import _abstract_variables
 
     tree = training_state.to_flax(table, weights_of, _abstract_variables(sit, grid, True))
@@ -170,8 +174,9 @@ def test_torch_continues_as_optax_does(job, state, networks, checkpoint, tmp_pat
     adam = torch.optim.AdamW(module.parameters(), lr=1.0)
     adam.load_state_dict(content[optimizer])
     group = adam.param_groups[0]
+    assert {name: group[name] for name in GROUP} == GROUP
     hyper = job.config["optim"][place]
-    assert (group["lr"], *group["betas"], group["eps"]) == tuple(hyper[name] for name in ("learning_rate", "b1", "b2", "eps"))
+    group.update(lr=hyper["learning_rate"], betas=(hyper["b1"], hyper["b2"]), eps=hyper["eps"], weight_decay=0.0)
 
     net, rng = getattr(state, place), np.random.default_rng(2)
     grads = jax.tree.map(lambda x: (1e-3 * rng.standard_normal(x.shape) / np.sqrt(x.size)).astype(np.float32), net.params)
@@ -190,8 +195,19 @@ def test_torch_continues_as_optax_does(job, state, networks, checkpoint, tmp_pat
 
 
 def test_weights_alone(job, state, networks):
-    taken = exported(job, state, networks, optimizers=False)
+    taken = exported(job, state, networks, groups=())
     assert taken.optimizers == {} and set(taken.networks) == set(published.NETWORKS)
+
+
+def test_positions_that_are_not_trained_have_no_moments_in_torch(job, state, networks, checkpoint):
+    """As in training on a frozen VAE. Where they are trained, as in REPA-E's loop, they have some."""
+    assert networks.sit.learned_positions and "pos_embed" in checkpoint.optimizers["opt"].exp_avg
+    fixed = dataclasses.replace(networks, sit=networks.sit.clone(learned_positions=False))
+    adam = exported(job, state, fixed, groups=("opt",)).optimizers["opt"]
+    assert set(checkpoint.optimizers["opt"].exp_avg) - set(adam.exp_avg) == {"pos_embed"}
+    only = dataclasses.replace(checkpoint, optimizers={"opt": adam})
+    _, moments = training_state.to_trees(only, fixed, targets_of(state))
+    assert not moments["opt"][1]["pos_embed"]["table"].any() and moments["opt"][1]["x_embedder"]["kernel"].any()
 
 
 def test_a_checkpoint_on_a_frozen_vae(checkpoint, networks, state, tmp_path):

@@ -1,9 +1,11 @@
 import json
+import os
 
 import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from absl import logging
 from flax import traverse_util
 from test_autoencoder import abstract_params, drawn_params, golden_vae
 
@@ -154,11 +156,17 @@ def test_extras_of_the_training_are_ignored(tmp_path, module, params, state_dict
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype):
+def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype, monkeypatch):
+    messages = []
+    monkeypatch.setattr(logging, "info", lambda message, *args: messages.append(message % args))
+    vae.load_vae(save(tmp_path / "single.safetensors", state_dict))
+    assert not messages
     halves = {name: array.astype(dtype) for name, array in state_dict.items()}
     loaded = vae.load_vae(save(tmp_path / "half.safetensors", halves))
     expected = {name: array.astype(np.float32) for name, array in halves.items()}
     same_tree(mapping.to_torch(vae.vae_table(loaded.module), loaded.params), expected)
+    (message,) = messages
+    assert f"half.safetensors: {np.dtype(dtype)} is widened to float32" in message
 
 
 def test_the_modules_compute_dtype_and_remat_are_the_callers(tmp_path, module, state_dict):
@@ -224,6 +232,15 @@ def test_published_statistics_lie_beside_the_weights(tmp_path, module, params):
     same_tree(loaded.params, params)
     np.testing.assert_array_equal(loaded.latent_stats["mean"], STATS["mean"])
     np.testing.assert_allclose(loaded.latent_stats["var"], STATS["var"], rtol=3e-7)
+
+
+def test_statistics_with_the_files_own_ending_count(tmp_path, module, params):
+    pytest.importorskip("torch")
+    other = {**STATS, "mean": STATS["mean"] + 1}
+    vae.save_published(tmp_path / "e2e.pt", module, params, other)
+    vae.save_published(tmp_path / "e2e.safetensors", module, params, STATS)
+    for suffix, stats in ((".pt", other), (".safetensors", STATS)):
+        np.testing.assert_array_equal(vae.load_vae(tmp_path / f"e2e{suffix}").latent_stats["mean"], stats["mean"])
 
 
 def test_statistics_of_a_diffusers_config(folder):
@@ -381,8 +398,10 @@ def test_published_files(tmp_path, module, params, state_dict, suffix):
 def test_published_weights_need_no_statistics(tmp_path, module, params):
     written = vae.save_published(tmp_path / "vae.safetensors", module, params, None)
     assert [path.name for path in written] == ["vae.safetensors"]
-    with pytest.raises(ValueError, match="latent statistics are missing"):
+    with pytest.raises(ValueError, match="vae: latent statistics are missing") as error:
         vae.save_diffusers(tmp_path / "vae", module, params, None)
+    for what in ("--latent_stats", "NAME-latents-stats.pt or .safetensors", "latents_scale", "latents_bias", "mean and std"):
+        assert what in str(error.value)
     assert not (tmp_path / "vae").exists()
 
 
@@ -410,14 +429,72 @@ def test_a_diffusers_folder_that_exists_is_kept(tmp_path, module, params, taken)
     same_tree(vae.load_vae(tmp_path).params, params)
 
 
-def test_a_folder_with_config_json_is_complete(folder, module, params, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
+def full_disk(monkeypatch, successes):
+    """os.fsync fails after so many files, as on a disk that is full by then."""
+    real, calls = os.fsync, []
 
-    monkeypatch.setattr(weights, "write_safetensors", fail)
-    with pytest.raises(OSError, match="disk full"):
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > successes:
+            raise OSError("disk full")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("successes", [0, 1])
+def test_a_diffusers_folder_survives_a_full_disk(folder, module, params, monkeypatch, successes):
+    before = contents(folder)
+    full_disk(monkeypatch, successes)
+    with pytest.raises(OSError, match="disk full.*nothing was changed there"):
+        vae.save_diffusers(folder, module, params, {**STATS, "mean": STATS["mean"] + 1}, overwrite=True)
+    assert contents(folder) == before
+
+
+def test_a_folder_with_config_json_is_complete(folder, module, params, monkeypatch):
+    real = os.replace
+
+    def killed(source, target):
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
         vae.save_diffusers(folder, module, params, STATS, overwrite=True)
     assert not (folder / "config.json").exists()  # new weights must not meet an old description
+
+
+@pytest.mark.parametrize("successes", [0, 1, 2])
+def test_published_files_survive_a_full_disk(tmp_path, module, params, monkeypatch, successes):
+    stem, disc = tmp_path / "e2e.safetensors", {"main.0.bias": SCALE}
+    vae.save_published(stem, module, params, STATS, disc)
+    before = contents(tmp_path)
+    full_disk(monkeypatch, successes)
+    stats = {**STATS, "mean": STATS["mean"] + 1}
+    with pytest.raises(OSError, match="disk full.*nothing was changed there"):
+        vae.save_published(stem, module, params, stats, {"main.0.bias": 2 * SCALE}, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_new_vae_never_lies_beside_old_statistics(tmp_path, module, params, monkeypatch):
+    stem = tmp_path / "e2e.safetensors"
+    vae.save_published(stem, module, params, STATS)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="e2e-latents-stats.safetensors is of the VAE that would be replaced; remove it"):
+        vae.save_published(stem, module, params, None, overwrite=True)
+    assert contents(tmp_path) == before
+    real = os.replace
+
+    def killed(source, target):
+        if "stats" in target.name:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        vae.save_published(stem, module, params, STATS, overwrite=True)
+    assert list(contents(tmp_path)) == ["e2e.safetensors"]
 
 
 def test_the_file_says_that_it_is_pytorchs(folder):

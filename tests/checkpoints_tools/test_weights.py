@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
 
@@ -108,6 +109,83 @@ for write, content in (
     assert list(tmp_path.iterdir()) == []
 
 
+def full_disk(monkeypatch, successes):
+    """os.fsync fails after so many files, as on a disk that is full by then."""
+    real, calls = os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > successes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three old files, and what would write new ones."""
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_text("old")
+    return folder, {folder / name: lambda file: file.write_text("new") for name in "abc"}
+
+
+def contents(folder):
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_files_that_belong_together(three):
+    folder, writes = three
+    with pytest.raises(FileExistsError, match="three/a, .*three/b, .*three/c exists"):
+        weights.write_all(writes)
+    weights.write_all(writes, overwrite=True)
+    assert contents(folder) == dict.fromkeys("abc", "new")
+
+
+@pytest.mark.parametrize("successes", [0, 1, 2])
+def test_no_space_for_all_of_several_files(three, monkeypatch, successes):
+    folder, writes = three
+    full_disk(monkeypatch, successes)
+    message = f"three/{'abc'[successes]} could not be written .*No space left.*nothing was changed there"
+    with pytest.raises(OSError, match=message):
+        weights.write_all(writes, overwrite=True)
+    assert contents(folder) == dict.fromkeys("abc", "old")
+
+
+@pytest.mark.parametrize("successes", [0, 1, 2])
+def test_killed_while_several_files_appear(three, monkeypatch, successes):
+    """Old and new are never mixed."""
+    folder, writes = three
+    real, calls = os.replace, []
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) > successes:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        weights.write_all(writes, overwrite=True)
+    assert contents(folder) == [{"a": "old"}, {"a": "new"}, {"a": "new", "b": "new"}][successes]
+
+
+def test_a_folder_in_the_way(three):
+    folder, writes = three
+    (folder / "c").unlink()
+    (folder / "c").mkdir()
+    with pytest.raises(OSError, match="three/c could not be written .it is a folder"):
+        weights.write_all(writes, overwrite=True)
+    assert (folder / "a").read_text() == (folder / "b").read_text() == "old"
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(OSError, match=f"There is no folder {tmp_path / 'no'}: make it first"):
+        weights.write_json(tmp_path / "no" / "a.json", {})
+
+
 def test_files_are_as_readable_as_the_umask_says(tmp_path, arrays):
     before = os.umask(0o022)
     try:
@@ -169,6 +247,32 @@ def test_remote_storage(bucket, arrays, tmp_path):
     assert_same(weights.read_state_dict("gs://bucket/w.safetensors"), arrays)  # not the old copy
     with pytest.raises(FileNotFoundError, match="gs://bucket/nothing.pt does not exist"):
         weights.read_state_dict("gs://bucket/nothing.pt")
+
+
+def test_several_remote_files(bucket, arrays, three, monkeypatch):
+    folder, writes = three
+    remote = {f"gs://bucket/{path.name}": write for path, write in writes.items()}
+    weights.write_all(remote)
+    assert contents(bucket) == dict.fromkeys("abc", "new")
+    for name in "abc":
+        (bucket / name).write_text("old")
+    with monkeypatch.context() as patch:
+        full_disk(patch, 2)
+        with pytest.raises(OSError, match="gs://bucket/c could not be written .*nothing was changed there"):
+            weights.write_all(remote, overwrite=True)
+    assert contents(bucket) == dict.fromkeys("abc", "old")
+    real = shutil.copy
+
+    def unreachable(source, target):
+        if target.name == "b":
+            raise OSError("connection lost")
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copy", unreachable)
+    message = "gs://bucket/c, .* could not be put in place .connection lost.; some .* missing .*write them"
+    with pytest.raises(OSError, match=message):
+        weights.write_all(remote | writes, overwrite=True)
+    assert contents(bucket) == {"a": "new"} and list(contents(folder)) == []
 
 
 def test_remote_folder(bucket, arrays):
@@ -264,7 +368,13 @@ def test_shards_without_what_the_index_promises(sharded):
 
 @pytest.mark.parametrize(
     "content, message",
-    [('{"weight_map": {"a": "../secret.safetensors"}}', "outside its folder"), ("[]", "damaged"), ("{", "damaged")],
+    [
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "outside its folder"),
+        ("[]", "damaged"),
+        ("{", "damaged"),
+        ('{"weight_map": {"a": 1, "b": "x", "c": null}}', "model.safetensors.index.json is damaged: .* 1 for a, None for c"),
+        ('{"weight_map": {}}', "holds no arrays"),
+    ],
 )
 def test_bad_index(tmp_path, content, message):
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -335,6 +445,77 @@ def test_malicious_files_are_refused_and_not_run(tmp_path):
     assert not trace.exists()
     np.load(tmp_path / "w.npz", allow_pickle=True)["a"]
     assert trace.exists(), "the payload itself does not work"
+
+
+def test_a_refusal_names_what_was_asked_for_and_gives_no_bad_advice(tmp_path, torch):
+    for zipped in (True, False):
+        torch.save({"a": Payload(tmp_path / "trace")}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match=r"w.pt holds more than arrays: it asks for \w+.mkdir, which could run") as error:
+            weights.read_state_dict(tmp_path / "w.pt")
+        assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_torchscript(tmp_path, torch):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for name in ("w/data.pkl", "w/data/0", "w/code/__torch__.py", "w/constants.pkl", "w/version"):
+            archive.writestr(name, b"")
+    with pytest.raises(ValueError, match="w.pt is a TorchScript archive.* get the state dict, or a .safetensors") as error:
+        weights.read_state_dict(tmp_path / "w.pt")
+    assert "damaged" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"<html>\n", b"Entry not found", b"\x80\x02.", b"\x80\x02h\x00."])
+def test_other_files_that_are_called_pt(tmp_path, torch, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.pt .*damaged"):
+        weights.read_state_dict(tmp_path / "x.pt")
+
+
+def test_files_without_arrays(tmp_path):
+    np.savez(tmp_path / "w.npz")
+    (tmp_path / "w.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    for name in ("w.npz", "w.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} holds no arrays"):
+            weights.read_state_dict(tmp_path / name)
+
+
+def test_tensors_that_numpy_lacks(tmp_path, torch):
+    eight_bits = torch.ones(2).to(torch.float8_e4m3fn)
+    for tensor, what in (
+        (eight_bits, "float8_e4m3fn"), (torch.eye(2).to_sparse(), "sparse_coo"), (torch.ones(1, device="meta"), "meta")
+    ):  # fmt: skip
+        torch.save({"model": {"a.weight": tensor}}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=f"w.pt: model.a.weight is a tensor that numpy lacks .*{what}.*float32"):
+            weights.read_state_dict(tmp_path / "w.pt")
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"00")
+    with pytest.raises(ValueError, match=r"w.safetensors: numpy has no such type: a \(F8_E4M3\); allowed: .*Save as F32"):
+        weights.read_state_dict(tmp_path / "w.safetensors")
+
+
+def test_arrays_within_the_command_line(tmp_path, torch):
+    content = {"args": argparse.Namespace(scale=np.ones(2), nested=[torch.ones(1)], steps=np.int64(3))}
+    weights.write_torch(tmp_path / "w.pt", content)
+    args = weights.read_torch(tmp_path / "w.pt")["args"]
+    np.testing.assert_array_equal(args["scale"], np.ones(2))
+    np.testing.assert_array_equal(args["nested"][0], np.ones(1))
+    assert args["steps"] == 3
+
+
+def test_what_cannot_be_written(tmp_path, torch):
+    path = tmp_path / "w"
+    for write, content, message in (
+        (weights.write_torch, {"args": argparse.Namespace(out=[Path("x")])}, r"w: args.out\[0\] is PosixPath, which could not"),
+        (weights.write_torch, {"a": np.ones(1, ml_dtypes.float8_e4m3fn)}, "w: a is ndarray of float8_e4m3fn; allowed: "),
+        (weights.write_safetensors, {"args": argparse.Namespace(a=1)}, "w: args is Namespace of object; allowed: "),
+        (weights.write_safetensors, {"a": torch.ones(1).bfloat16()}, "w: a is Tensor, no numpy array"),
+        (weights.write_json, {"args": {"a": np.ones(1)}}, "w: JSON cannot express the content .*ndarray"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(path, content)
+    with pytest.raises(ValueError, match="w: the header keeps text only; steps is none"):
+        weights.write_safetensors(path, {}, {"steps": 3})
+    assert not list(tmp_path.iterdir())
 
 
 def test_npz_of_a_dtype_that_numpy_forgets(tmp_path):
@@ -416,9 +597,7 @@ def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
     assert weights.read_config(locate.resolve("organisation/name")) == {"model_type": "dinov2"}
 
 
-@pytest.mark.parametrize(
-    "content, message", [(POINTER, "Git LFS"), ("{", "damaged"), (json.dumps([1]), "no JSON object")]
-)
+@pytest.mark.parametrize("content, message", [(POINTER, "Git LFS"), ("{", "damaged"), (json.dumps([1]), "no JSON object")])
 def test_bad_config(tmp_path, content, message):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
         weights.read_config(tmp_path)

@@ -11,6 +11,7 @@ from repae_jax import generate
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.layers import sincos_position_embedding
 from repae_jax.models.sit import SiT
 from repae_jax.running_stats import ChannelStats, batch_stats, update_running
 from repae_jax.train_step import Nets
@@ -58,8 +59,11 @@ def draw(tree, seed=0):
 def load_sit(case, remat="none", weights=None):
     config = case.meta["config"]
     sit = golden_sit(config, remat)
-    table = sit_table(sit, config["input_size"] // config["patch_size"])
-    tree = mapping.to_flax(table, weights or case.weights, abstract_tree(sit, config["input_size"]))
+    table = sit_table(sit)
+    grid = config["input_size"] // config["patch_size"]
+    positions = sincos_position_embedding(sit.hidden_size, grid, grid)[None]  # the only weight that is not drawn
+    state_dict = {"pos_embed": positions, **(weights or case.weights)}
+    tree = mapping.to_flax(table, state_dict, abstract_tree(sit, config["input_size"]))
     return sit, table, {"params": tree["params"]}, ChannelStats(**tree["latent_stats"])
 
 
@@ -190,8 +194,19 @@ def test_align_needs_nothing_past_the_tap():
 def test_plain_sit_has_no_projector_and_no_late_stack():
     sit = SiT(**{**TINY, "encoder_depth": 4, "feature_dims": ()})
     params = sit.init(jax.random.key(1), *ARGS)["params"]
-    assert set(params) == {"x_embedder", "t_embedder", "y_embedder", "early_blocks", "final_layer"}
+    assert set(params) == {"x_embedder", "pos_embed", "t_embedder", "y_embedder", "early_blocks", "final_layer"}
     assert sit.apply({"params": params}, *ARGS)[1] == ()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_positions_begin_as_sincos_and_move_only_if_learned(learned):
+    sit = SiT(**TINY, learned_positions=learned)
+    params = draw(abstract_tree(sit, 8)["params"])
+    start = sit.init(jax.random.key(1), *ARGS)["params"]["pos_embed"]["table"]
+    np.testing.assert_array_equal(start[0], sincos_position_embedding(32, 4, 4))
+    grads = jax.grad(lambda params: jnp.square(sit.apply({"params": params}, *ARGS)[0]).sum())(params)
+    assert bool(np.any(grads["pos_embed"]["table"])) == learned
+    assert np.any(grads["x_embedder"]["kernel"])
 
 
 def test_initialisation_is_the_published_one():

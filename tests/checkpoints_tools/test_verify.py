@@ -1,0 +1,108 @@
+"""`verify` beside the libraries' own reading of original folders."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import small
+from test_encoder_files import moco_weights, torch_model
+from test_places import error_of, save_vae
+
+from checkpoints_tools import __main__ as commands
+from checkpoints_tools import vae, verify, vit, weights
+
+torch = pytest.importorskip("torch")
+TOLERANCE = commands.parse_args(["verify", "x"]).tolerance
+ENCODER = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": 28,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with small.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture
+def vae_folder(tmp_path):
+    pytest.importorskip("diffusers")
+    save_vae(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def encoder_folder(tmp_path):
+    pytest.importorskip("transformers")
+    torch_model("Dinov2Model", ENCODER).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_the_tolerance_is_said_once():
+    assert TOLERANCE == 2e-5 and not hasattr(verify, "TOLERANCE")
+
+
+def test_a_vae_beside_diffusers(vae_folder, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    vae_folder.rename(tmp_path / "pipeline" / "vae")
+    found = verify.verify(tmp_path / "pipeline", 16)
+    assert len(found) == 2 and verify.report(found, TOLERANCE)[1]
+
+
+def test_norm_groups_read_wrongly_show(vae_folder, monkeypatch):
+    right = vae.load_vae
+
+    def wrong(path):
+        loaded = right(path)
+        assert loaded.module.norm_groups == 8
+        return dataclasses.replace(loaded, module=loaded.module.clone(norm_groups=32))
+
+    monkeypatch.setattr(vae, "load_vae", wrong)
+    assert all(difference.float32 > 1e-3 for difference in verify.verify(vae_folder, 16))
+
+
+def test_a_file_that_diffusers_cannot_load(tmp_path):
+    pytest.importorskip("diffusers")
+    module = save_vae(tmp_path / "vae")[0]
+    # the layout does not tell the groups, so that they are taken to be 32
+    arrays = vae.load_vae(tmp_path / "vae")
+    vae.save_published(tmp_path / "vae.pt", module.clone(norm_groups=32), arrays.params, arrays.latent_stats)
+    found = verify.verify(tmp_path / "vae.pt", 16)
+    assert len(found) == 2 and verify.report(found, TOLERANCE)[1]
+
+
+def test_an_encoder_beside_transformers(encoder_folder):
+    found = verify.verify(encoder_folder, 64)  # 56 pixels, of 64 as 224 are of 256
+    assert [difference.what for difference in found] == ["encoder tokens at 56 px", "encoder tokens at 28 px"]
+    assert verify.report(found, TOLERANCE)[1]
+    assert len(verify.verify(encoder_folder, 32)) == 1  # the stored size
+
+
+def test_an_encoder_config_read_wrongly_shows(encoder_folder, monkeypatch):
+    config = json.loads((encoder_folder / "config.json").read_text()) | {"layer_norm_eps": 0.1}
+    (encoder_folder / "config.json").write_text(json.dumps(config))
+    right = vit._from_config
+
+    def wrong(format, given, source):
+        fields, side = right(format, given, source)
+        return fields | {"norm_eps": 1e-6}, side
+
+    assert verify.report(verify.verify(encoder_folder, 32), TOLERANCE)[1]
+    monkeypatch.setattr(vit, "_from_config", wrong)
+    assert not verify.report(verify.verify(encoder_folder, 32), TOLERANCE)[1]
+
+
+def test_mocov3(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "moco.safetensors"
+    arrays = {f"module.base_encoder.{name}": np.asarray(array) for name, array in moco_weights(384, 1, 48, 2).items()}
+    weights.write_safetensors(path, arrays)
+    assert verify.report(verify.verify(path, 32), TOLERANCE)[1]
+
+
+@pytest.mark.parametrize("size", [0, -5])
+def test_no_size(tmp_path, monkeypatch, size):
+    save_vae(tmp_path / "vae")
+    message = error_of(monkeypatch, "verify", tmp_path / "vae", "--image_size", size)
+    assert f"image_size is {size}; allowed: a positive number" in message
