@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="folder of a run, or a published one or its checkpoint, on the hub too")
+    parser.add_argument("--workdir", required=True, help="folder of a run; or a published one, or its checkpoint")
     parser.add_argument("--vae", help="VAE of a published run or a SiT whose files hold none")
     parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
     parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
