@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+TORCH = ["torch>=2.5", "transformers>=5.0", "diffusers>=0.36"]
+
 setup(
     name="repae_jax",
     version="0.1.0",
@@ -34,7 +36,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         # conversion of PyTorch files; on a machine without a GPU, torch's CPU build is enough
-        "torch": ["torch>=2.5", "transformers>=5.0", "diffusers>=0.36"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "torch>=2.5", "transformers>=5.0", "diffusers>=0.36", "ruff>=0.9"],
+        "torch": TORCH,
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", *TORCH],
     },
 )

@@ -77,5 +77,5 @@ def check(actual, expected, rtol, what, record=None):
     error = relative_error(actual, expected)
     print(f"{what}: relative error {error:.1e} (tolerance {rtol:.0e})")
     if record is not None:
-        record(what, error)
+        record(what, float(error))
     assert error <= rtol, f"{what}: relative error {error:.2e} > {rtol:.0e}"

@@ -188,7 +188,7 @@ def check_logs(logs, metrics, i, record_property):
         ours, weight = LOG_NAMES[log] if isinstance(LOG_NAMES[log], tuple) else (LOG_NAMES[log], 1.0)
         # the alignment loss, a mean of cosines, may cancel to almost zero: some roundings of a cosine are added
         error = abs(weight * float(metrics[ours]) - expected)
-        record_property(f"step {i} {log}", error / abs(expected))
+        record_property(f"step {i} {log}", float(error / abs(expected)))
         print(f"step {i} {log}: relative error {error / abs(expected):.1e}")
         assert error <= reference.STEPS_RTOL * abs(expected) + 2e-6, (i, log, weight * float(metrics[ours]), expected)
 
@@ -202,6 +202,6 @@ def check_weights(actual, expected, steps_times_lr, entry, record_property):
         third = len(difference) // 3  # of q, k, v only the keys' part has a true zero gradient
         difference = np.delete(difference, np.s_[third : 2 * third])
     error = difference.max() / np.abs(expected).max()
-    record_property(entry, error)
+    record_property(entry, float(error))
     print(f"{entry}: relative error {error:.1e}")
     assert error <= reference.STEPS_RTOL, (entry, error)
