@@ -5,6 +5,7 @@ Reference: REPA-E's `loss/losses.py`; LeCam, arXiv 2104.03310.
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 LECAM_DECAY = 0.999
@@ -43,3 +44,59 @@ def update_lecam(ema, logits_real, logits_fake):
 def gan_factor(step, start, factor):
     """`factor` from step `start` on, 0 before."""
     return jnp.where(step >= start, jnp.float32(factor), 0.0)
+
+
+def adaptive_weight(reference_grad, grad, low=0.0, high=1e4, eps=1e-4):
+    """Weight that gives a loss as large a gradient as the reference loss has: |reference_grad| / (|grad| + eps), clipped.
+
+    The loss enters the total as `factor * adaptive_weight(…) * loss`. Published: high 1e4 and factor 0.5 for the adversarial
+    loss at the kernel of the decoder's last convolution; high 1e8 and factor 0.1 for VF at the kernel of the encoder's.
+
+    The published reference loss (L1 + LPIPS) is summed over pixels and channels. Where it is a mean, as in `reconstruction.l1`,
+    weights are smaller by H * W * 3; divide `high` and the KL weight by as much for the same proportions.
+
+    Args:
+      reference_grad: array or tree, gradient of the reconstruction loss at the last layer.
+      grad: the same of the loss to weight.
+      low: smallest weight.
+      high: largest weight.
+      eps: added to the norm of `grad`.
+
+    Returns:
+      float32 scalar in [low, high], a constant for differentiation; NaN if a gradient is.
+
+    Raises:
+      ValueError: if the two trees differ in structure or shapes, or low > high.
+
+    Reference: taming-transformers `vqperceptual.py`, LDM and LightningDiT `contperceptual.py`, `calculate_adaptive_weight`.
+    """
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (reference_grad, grad)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"gradients of {shapes[0]} and {shapes[1]}; allowed: both at the same layer")
+    if not low <= high:
+        raise ValueError(f"low {low} and high {high}; allowed: low <= high")
+    norms = [optax.tree.norm(jax.tree.map(jnp.float32, tree)) for tree in (reference_grad, grad)]
+    return jax.lax.stop_gradient(jnp.clip(norms[0] / (norms[1] + eps), low, high))
+
+
+def gradients_at(layer, pull_back, *cotangents):
+    """Gradients of several losses at one layer, for `adaptive_weight`, out of the backward pass that a step needs anyway.
+
+        recon, pull_back = jax.vjp(decode, params)
+        cotangents = jax.grad(pixel_loss)(recon), jax.grad(adversarial_loss)(recon)
+        weight = factor * adaptive_weight(*gradients_at(layer, pull_back, *cotangents))
+        (grads,) = pull_back(cotangents[0] + weight * cotangents[1])
+
+    Under jit, what `layer` does not pick from a gradient is dead code: near the output, each loss costs one kernel gradient,
+    and LPIPS and discriminator run once. Differentiating with respect to the kernel alone would trace the decoder a second
+    time, and that XLA merges the two forward passes cannot be relied on.
+
+    Args:
+      layer: picks from a tree like the parameters, e.g. lambda params: params["decoder"]["conv_out"]["kernel"].
+      pull_back: from `jax.vjp(fn, params)`.
+      *cotangents: gradients of the losses with respect to fn's output.
+
+    Returns:
+      tuple of gradients at the layer, one per cotangent.
+    """
+    return tuple(layer(pull_back(cotangent)[0]) for cotangent in cotangents)

@@ -1,13 +1,13 @@
-"""Representation alignment (REPA).
+"""Representation alignment (REPA), and iREPA's normalisation of its targets.
 
-Reference: REPA (arXiv 2410.06940) equation 8; REPA-E's `models/sit.py`.
+Reference: REPA (arXiv 2410.06940) equation 8; REPA-E's `models/sit.py`; iREPA (arXiv 2512.10794).
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def _unit(x):
+def unit(x):
     # float32, and torch's clamp of the norm: half precision here is the known cause of collapsed runs
     x = x.astype(jnp.float32)
     # the norm is clamped before the root, so that a zero vector has a zero gradient and not NaN
@@ -30,5 +30,29 @@ def alignment_loss(projections, targets):
     shapes = [p.shape for p in projections], [t.shape for t in targets]
     if shapes[0] != shapes[1]:
         raise ValueError(f"projections {shapes[0]} and targets {shapes[1]} differ: [B, T, F] per encoder must agree")
-    losses = [-jnp.mean(jnp.sum(_unit(p) * _unit(t), axis=-1)) for p, t in zip(projections, targets)]
+    losses = [-jnp.mean(jnp.sum(unit(p) * unit(t), axis=-1)) for p, t in zip(projections, targets)]
     return sum(losses) / len(losses)
+
+
+def spatial_normalize(tokens, gamma):
+    """(x - gamma * mean) / (std + 1e-6) per image and channel, over the tokens: contrast between positions instead of content.
+
+    Args:
+      tokens: [B, T, F] with T >= 2, an encoder's patch tokens.
+      gamma: share of the mean that is subtracted, 0 to 1; 0.6 by default in the published code.
+
+    Returns:
+      float32 [B, T, F].
+
+    Raises:
+      ValueError: for another shape or gamma.
+
+    Reference: iREPA `ldm/utils.py` `spatial_zscore`.
+    """
+    if tokens.ndim != 3 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens have shape {tokens.shape}; allowed: [B, T, F] with T >= 2")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma {gamma}; allowed: 0 to 1")
+    x = tokens.astype(jnp.float32)
+    mean = jnp.mean(x, axis=1, keepdims=True)
+    return (x - gamma * mean) / (jnp.std(x, axis=1, ddof=1, keepdims=True) + 1e-6)  # ddof: torch's std is the unbiased one
