@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 
 def unit(x):
+    """Vectors of length one along the last axis, float32; a zero vector stays zero."""
     # float32, and torch's clamp of the norm: half precision here is the known cause of collapsed runs
     x = x.astype(jnp.float32)
     # the norm is clamped before the root, so that a zero vector has a zero gradient and not NaN
