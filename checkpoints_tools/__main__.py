@@ -41,7 +41,6 @@ def parse_args(argv=None):
     convert.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
-
     convert.add_argument("--latent_stats", help="statistics of a VAE's latents, where its file has none beside it")
 
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")

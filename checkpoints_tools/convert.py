@@ -56,7 +56,7 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, late
       ValueError: if the source is damaged or unknown, or cannot become what the target's ending says.
     """
     ending = _ending(target, overwrite)
-    artefact = _identify(source, step)
+    artefact = identify(source, step)
     if latent_stats is not None and artefact.kind != "vae":
         raise ValueError(f"{source} is a {KINDS[artefact.kind]}: latent_stats {latent_stats} are for a VAE")
     if plain_sit:
@@ -92,17 +92,6 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, late
     return _write_arrays(target, ending, _checked(artefact, source), overwrite)
 
 
-def _identify(source, step):
-    """`identify`, with the checkpoint of that step if one is asked for."""
-    artefact = identify(source)
-    if step is None or artefact.kind == "run":
-        return artefact
-    if artefact.kind != "training":
-        raise ValueError(f"{source} is a {KINDS[artefact.kind]}, which has no step {step} to choose")
-    checkpoint_ = published.read(source, step)
-    return dataclasses.replace(artefact, path=Path(checkpoint_.source), checkpoint=checkpoint_)
-
-
 def _write_arrays(target, ending, state_dict, overwrite):
     epath.Path(target).parent.mkdir(parents=True, exist_ok=True)
     write = weights.write_torch if ending == ".pt" else weights.write_safetensors
@@ -128,7 +117,7 @@ def extract_vae(source, target, *, step=None, overwrite=False):
       ValueError: if the source holds no VAE.
     """
     ending = _ending(target, overwrite)
-    artefact = _identify(source, step)
+    artefact = identify(source, step)
     if artefact.kind == "run":
         networks, read, _, step = _open_run(artefact.path, step)
         module, params, disc = networks.vae, read("vae.params"), None
@@ -298,6 +287,7 @@ def _write_training(taken, target, ending, overwrite):
     if args.exists() and not overwrite and _recipe(weights.read_json(args)) != _recipe(json.loads(json.dumps(taken.args))):
         raise FileExistsError(f"{args} is of another run; choose another folder, or ask to overwrite (--overwrite)")
     file.parent.mkdir(parents=True, exist_ok=True)
-    published.write(file, taken, overwrite=overwrite)  # args.json last: what has one is a published run
-    weights.write_json(args, dict(taken.args), overwrite=True)
+    # args.json last: what has one is a published run
+    writes = {file: published.writer(file, taken), args: weights.json_writer(dict(taken.args), args)}
+    weights.write_all(writes, overwrite=True)
     return [args, file]

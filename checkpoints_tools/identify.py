@@ -57,22 +57,26 @@ class Artefact:
     checkpoint: published.TrainingCheckpoint | None = None
 
 
-def identify(path):
+def identify(path, step=None):
     """Recognises a file or folder by its content.
 
     Args:
       path: what `locate.resolve` takes.
+      step: which checkpoint of a published run to take; default the newest. Of a run of ours, the reader chooses.
 
     Returns:
       Artefact.
 
     Raises:
       FileNotFoundError: if there is no such thing.
-      ValueError: if it cannot be read, or is none of KINDS.
+      ValueError: if it cannot be read, is none of KINDS, or has no steps to choose from.
     """
     path = locate.resolve(path)
     with _naming(path):
-        return _identify(path)
+        artefact = _identify(path, step)
+        if step is not None and artefact.kind not in ("run", "training"):
+            raise ValueError(f"{path} is a {KINDS[artefact.kind]}, which has no step {step} to choose")
+        return artefact
 
 
 @contextlib.contextmanager
@@ -87,10 +91,11 @@ def _naming(path):
         raise ValueError(f"{path} is not what it looks like, or it is damaged: {reason}") from error
 
 
-def _identify(path):
+def _identify(path, step):
     if path.is_dir():
         if (path / "args.json").exists():
-            return Artefact(published.find(path), "training", checkpoint=published.read(path))
+            file = published.find(path, step)
+            return Artefact(file, "training", checkpoint=published.read(file))
         if (path / "checkpoints").is_dir():
             return Artefact(path, "run")
         if "model_type" in (weights.read_config(path) if (path / "config.json").exists() else {}):
@@ -100,11 +105,16 @@ def _identify(path):
     if path.suffix == ".pb":
         return Artefact(path, "inception")
     file = weights.weight_file(path)
-    if file.suffix in weights.TORCH_SUFFIXES and published.is_training_checkpoint(weights.read_torch(file)):
-        return Artefact(file, "training", checkpoint=published.read(file))
-    if file.suffix == ".safetensors" and published.METADATA in weights.read_metadata(file):
-        return Artefact(file, "training", checkpoint=published.read(file))
-    arrays = weights.read_state_dict(file)
+    if file.suffix in weights.TORCH_SUFFIXES:
+        content = weights.read_torch(file)
+        if published.is_training_checkpoint(content):
+            published.find(file, step)  # one file has no steps to choose from
+            return Artefact(file, "training", checkpoint=published.from_torch(content, file))
+        arrays = weights.unwrap(content, None, file)
+    elif file.suffix == ".safetensors" and published.METADATA in weights.read_metadata(file):
+        return Artefact(file, "training", checkpoint=published.read(file, step))
+    else:
+        arrays = weights.read_state_dict(file)
     if set(arrays) in ({"latents_scale", "latents_bias"}, {"mean", "std"}):
         return Artefact(file, "latent_stats", arrays)
     for kind, beginnings in _SIGNS.items():

@@ -12,13 +12,14 @@ from etils import epath
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organisation/name, and what is meant in it
 _SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".pb")
-# fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
-_WEIGHTS = (
-    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
+# what a Hugging Face folder may call its weights; the first that exists counts
+SAFETENSORS = (
+    "model.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model-*.safetensors",
 )  # fmt: skip
-_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")  # only where there is no safetensors file
+PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")  # only where there is no safetensors file
+# fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
+_WEIGHTS = ("config.json", *SAFETENSORS, "model-*.safetensors", "diffusion_pytorch_model-*.safetensors")
 _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where there is neither
 
 
@@ -57,7 +58,7 @@ def _from_hub(repository, inside):
         if inside and inside.endswith(_SUFFIXES):
             return Path(huggingface_hub.hf_hub_download(repository, inside))
         below = f"{inside}/" if inside else ""
-        for patterns in (_WEIGHTS, _PICKLED, _TRAINING):
+        for patterns in (_WEIGHTS, PICKLED, _TRAINING):
             wanted = [below + pattern for pattern in patterns]
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted)) / below
             if any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*")):
@@ -108,7 +109,7 @@ def _from_storage(address):
             folder, files = remote, _files_of(remote)
         if not files:
             raise FileNotFoundError(
-                f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *_PICKLED, *_TRAINING))}, nor checkpoints "
+                f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints "
                 "of a run; give the address of the file itself"
             )
         names = [str(file.relative_to(folder)) for file in files]
@@ -130,15 +131,21 @@ def _from_storage(address):
     return cache / names[0] if remote.is_file() else cache
 
 
+def training_files(folder):
+    """step -> file, of the checkpoints of a published training run; `folder` is local or an epath.Path."""
+    files = (folder / "checkpoints").iterdir() if (folder / "checkpoints").is_dir() else ()
+    return {int(file.stem): file for file in files if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)}
+
+
 def _files_of(remote):
     """The files of a remote folder that are read: a published run's, a pipeline's VAE's, or a model's."""
     if (remote / "args.json").exists() and (remote / "checkpoints").is_dir():
-        saved = [file for file in (remote / "checkpoints").iterdir() if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)]
-        return [remote / "args.json", *sorted(saved, key=lambda file: int(file.stem))[-1:]]
+        saved = training_files(remote)
+        return [remote / "args.json", *([saved[max(saved)]] if saved else [])]
     if not (remote / "config.json").exists() and (remote / "vae").is_dir():
         remote = remote / "vae"
     files = sorted(remote.iterdir())
     whole = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in _WEIGHTS)]
     if any(".safetensors" in file.name for file in whole):
         return whole
-    return whole + [file for file in files if file.name in _PICKLED]
+    return whole + [file for file in files if file.name in PICKLED]

@@ -9,7 +9,6 @@ Reference: REPA-E `train_repae.py`, `generate.py`.
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from checkpoints_tools.sit import rename_legacy
 
 NETWORKS = ("model", "ema", "vae", "discriminator")
 OPTIMIZERS = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}  # which network each one trains
+POSITIONS = "pos_embed"  # of which an optimizer has a state only where they are trained
 METADATA = "training_checkpoint"  # of a .safetensors file: JSON of args, steps and the optimizers' steps
 # The published discriminator is optimised together with a scalar before it and with LPIPS behind it, both without gradients.
 _BEFORE_DISCRIMINATOR, _BEHIND_DISCRIMINATOR = 1, 31
@@ -151,8 +151,7 @@ def find(path, step=None):
         if step is not None:
             raise ValueError(f"{path} is one checkpoint: step {step} can be chosen in the folder of a run only")
         return path
-    found = [file for file in (path / "checkpoints").glob("*") if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)]
-    files = {int(file.stem): file for file in found}
+    files = locate.training_files(path)
     if not files:
         raise FileNotFoundError(f"{path} has no checkpoints/NNNNNNN.pt or .safetensors; name the file itself")
     if step is not None and step not in files:
@@ -183,7 +182,11 @@ def read(path, step=None):
     path = find(path, step)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    content = weights.read_torch(path)
+    return from_torch(weights.read_torch(path), path)
+
+
+def from_torch(content, path):
+    """`read` of what `weights.read_torch` returned; `path` is the file it is from."""
     if _is_sit(content):
         content = rename_legacy(content)
         return TrainingCheckpoint(str(path), _args_beside(path), None, {"model": content, "ema": content}, {})
@@ -227,8 +230,7 @@ def _adam(state, network, where):
     names, (group,) = parameter_order(network), groups
     first = _BEFORE_DISCRIMINATOR if len(group["params"]) > len(names) else 0
     entries = {names[index - first]: entry for index, entry in state["state"].items() if 0 <= index - first < len(names)}
-    # positions have a state only where they were trained
-    problems = [f"{name}: no state" for name in names if name not in entries and name != "pos_embed"]
+    problems = [f"{name}: no state" for name in names if name not in entries and name != POSITIONS]
     strangers = [str(index) for index in state["state"] if not 0 <= index - first < len(names)]
     problems += [f"parameters {', '.join(strangers)}: not of this network"] if strangers else []
     for name, entry in entries.items():
@@ -280,13 +282,26 @@ def write(path, checkpoint, *, overwrite=False):
     """Writes a training checkpoint; the ending says how.
 
     Args:
-      path: .pt, as the published code saves it, or .safetensors.
+      path: as `writer`.
       checkpoint: TrainingCheckpoint.
       overwrite: replace a file that exists.
 
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
-      ValueError: for another ending.
+      ValueError: as `writer`.
+    """
+    weights.write_all({path: writer(path, checkpoint)}, overwrite=overwrite)
+
+
+def writer(path, checkpoint):
+    """Function for `weights.write_all` that writes a training checkpoint.
+
+    Args:
+      path: its ending says how: .pt, as the published code saves it, or .safetensors.
+      checkpoint: TrainingCheckpoint.
+
+    Raises:
+      ValueError: for another ending, or content that such a file cannot keep.
     """
     if str(path).endswith(".safetensors"):
         flat = {f"{part}/{name}": array for part, arrays in checkpoint.networks.items() for name, array in arrays.items()}
@@ -299,17 +314,16 @@ def write(path, checkpoint, *, overwrite=False):
             "args": dict(checkpoint.args), "steps": checkpoint.steps, "optimizer_steps": steps, "optimizer_groups": groups,
         }  # fmt: skip
         # one value: safetensors writes several in any order, and the same content should give the same file
-        weights.write_safetensors(path, flat, {METADATA: json.dumps(about)}, overwrite=overwrite)
-    elif str(path).endswith(".pt"):
+        return weights.safetensors_writer(flat, path, {METADATA: json.dumps(about)})
+    if str(path).endswith(".pt"):
         content = {
             part: {name: arrays[name] for name in registration_order(arrays)} for part, arrays in checkpoint.networks.items()
         }
         for part, adam in checkpoint.optimizers.items():
             content[part] = _torch_adam(part, adam, checkpoint)
         content |= {"args": argparse.Namespace(**checkpoint.args), "steps": checkpoint.steps}
-        weights.write_torch(path, content, overwrite=overwrite)
-    else:
-        raise ValueError(f"{path}: a training checkpoint ends in .pt or .safetensors")
+        return weights.torch_writer(content, path)
+    raise ValueError(f"{path}: a training checkpoint ends in .pt or .safetensors")
 
 
 def _torch_adam(part, adam, checkpoint):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax, to_torch
+from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax
 from checkpoints_tools.weights import read_state_dict
 from repae_jax.models.sit import SiT
 
@@ -342,91 +342,3 @@ def without_sigma(module, params):
     final = params["final_layer"]
     linear = {name: velocity_half(leaf) for name, leaf in final["linear"].items()}
     return module.clone(learned_sigma=False), {**params, "final_layer": {**final, "linear": linear}}
-
-
-def torch_sit(module, params, grid):
-    """The same network as an independent PyTorch implementation: diffusers' DiT, with our weights.
-
-    Args:
-      module: SiT without qk_norm, of mlp_ratio 4; its projectors are left out.
-      params: its parameters.
-      grid: tokens per side.
-
-    Returns:
-      (z_t [B, h, w, C], t [B], labels int [B]), all numpy -> velocity, numpy float32, as `module` gives it.
-
-    Raises:
-      ValueError: for qk_norm or another mlp_ratio, which diffusers' DiT lacks.
-      ImportError: if torch or diffusers is not installed.
-    """
-    if module.qk_norm or module.mlp_ratio != 4:
-        raise ValueError("diffusers' DiT has no qk_norm, and no mlp_ratio but 4: no independent implementation to compare with")
-    import torch
-    from diffusers import DiTTransformer2DModel
-
-    out_channels = (2 if module.learned_sigma else 1) * module.latent_channels
-    network = DiTTransformer2DModel(
-        num_attention_heads=module.num_heads,
-        attention_head_dim=module.hidden_size // module.num_heads,
-        in_channels=module.latent_channels,
-        out_channels=out_channels,
-        num_layers=module.depth,
-        sample_size=grid * module.patch_size,
-        patch_size=module.patch_size,
-        num_embeds_ada_norm=module.num_classes,
-        norm_eps=1e-6,
-    )
-    embedding = network.transformer_blocks[0].norm1.emb
-    embedding.time_proj.downscale_freq_shift = 0  # the frequencies of the published code
-    for block in network.transformer_blocks:
-        block.norm1.emb = embedding  # theirs embeds time and label in every block, with equal weights
-    table = sit_table(module, latent_norm=False)
-    weights = _diffusers_names(to_torch(table, {"params": params}), module.depth)
-    network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-    network.pos_embed.pos_embed.copy_(torch.tensor(np.asarray(params["pos_embed"]["table"])))  # a fixed buffer there
-    network.eval()
-
-    def velocity(z_t, t, labels):
-        z_t = torch.tensor(np.asarray(z_t, np.float32)).permute(0, 3, 1, 2)
-        t, labels = torch.tensor(np.asarray(t, np.float32)), torch.tensor(np.asarray(labels, np.int64))
-        with torch.no_grad():
-            return network(z_t, t, labels).sample.permute(0, 2, 3, 1).contiguous().numpy()
-
-    return velocity
-
-
-def _diffusers_names(state_dict, depth):
-    """SiT state dict -> that of diffusers' DiTTransformer2DModel."""
-    ends = {
-        "x_embedder.proj": "pos_embed.proj",
-        "final_layer.linear": "proj_out_2",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-    }
-    embedders = {
-        "t_embedder.mlp.0": "timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "timestep_embedder.linear_2",
-        "y_embedder.embedding_table": "class_embedder.embedding_table",
-    }
-    layers = {
-        "attn.proj": "attn1.to_out.0",
-        "mlp.fc1": "ff.net.0.proj",
-        "mlp.fc2": "ff.net.2",
-        "adaLN_modulation.1": "norm1.linear",
-    }
-    renamed = {}
-    for name, array in state_dict.items():
-        stem, _, kind = name.rpartition(".")
-        if stem in ends:
-            renamed[f"{ends[stem]}.{kind}"] = array
-        elif stem in embedders:
-            for i in range(depth):
-                renamed[f"transformer_blocks.{i}.norm1.emb.{embedders[stem]}.{kind}"] = array
-        elif stem.startswith("blocks."):
-            _, i, layer = stem.split(".", 2)
-            block = f"transformer_blocks.{i}"
-            if layer == "attn.qkv":
-                for part, piece in zip("qkv", np.split(array, 3)):
-                    renamed[f"{block}.attn1.to_{part}.{kind}"] = piece
-            else:
-                renamed[f"{block}.{layers[layer]}.{kind}"] = array
-    return renamed

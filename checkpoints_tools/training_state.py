@@ -8,7 +8,7 @@ import numpy as np
 
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.mapping import Table, to_flax, to_torch
-from checkpoints_tools.published import NETWORKS, OPTIMIZERS, Adam, TrainingCheckpoint
+from checkpoints_tools.published import NETWORKS, OPTIMIZERS, POSITIONS, Adam, TrainingCheckpoint
 from checkpoints_tools.sit import check_time, layout_of, sit_table
 from checkpoints_tools.vae_layouts import vae_table
 
@@ -19,7 +19,6 @@ PLACES = {
     "vae": {"params": "vae.params"},
     "discriminator": {"params": "disc.params", "batch_stats": "disc.batch_stats"},
 }
-FIXED = "pos_embed"  # of which torch has no optimizer state where it is not trained
 OPT_STATES = {"opt": "sit.opt_state", "opt_vae": "vae.opt_state", "opt_disc": "disc.opt_state"}
 
 
@@ -99,7 +98,7 @@ def to_trees(checkpoint, networks, targets):
     for optimizer, name in OPTIMIZERS.items():
         if optimizer in checkpoint.optimizers and name in made:
             adam, target, table = checkpoint.optimizers[optimizer], targets[name]["params"], _moments(made[name])
-            unmoved = {FIXED: np.zeros_like(checkpoint.networks[name][FIXED])} if name == "model" else {}
+            unmoved = {POSITIONS: np.zeros_like(checkpoint.networks[name][POSITIONS])} if name == "model" else {}
             filled = [
                 to_flax(table, unmoved | dict(arrays), target, f"{checkpoint.source}: {optimizer} {kind}")
                 for kind, arrays in (("exp_avg", adam.exp_avg), ("exp_avg_sq", adam.exp_avg_sq))
@@ -142,7 +141,7 @@ def from_run(
             moments = [to_torch(table, adam.pop(which)) for which in ("mu", "nu")]
             if name == "model" and not networks.sit.learned_positions:
                 for arrays in moments:
-                    del arrays[FIXED]
+                    del arrays[POSITIONS]
             adams[optimizer] = Adam(int(adam["count"]), *moments, groups[optimizer])
     return TrainingCheckpoint(source, args, steps, converted, adams)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import sit, vae, vit, vit_reference
+from checkpoints_tools import sit, sit_reference, vae, vit, vit_reference
 from checkpoints_tools.identify import KINDS, identify
 from repae_jax import features
 
@@ -123,7 +123,7 @@ def _sit(loaded, rng):
     z = rng.standard_normal((2, side, side, module.latent_channels)).astype(np.float32)
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
-    expected = sit.torch_sit(module, params, loaded.grid)(z, t, labels)
+    expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
     return [_compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])]
 
 

@@ -1,14 +1,13 @@
 """Frozen encoders: Hugging Face folders and MoCo v3's files <-> our vision transformer.
 
-Every kind of encoder is one `Format`: names, layouts and config.json keys as data. What follows the tokens that we take is not
-read: heads, poolers, the text side, and CLIP's and MAE's final norm, which is written as scale 1 and bias 0.
+What follows the tokens that we take is not read: heads, poolers, the text side, and CLIP's and MAE's final norm, which is
+written as scale 1 and bias 0.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,205 +15,10 @@ import numpy as np
 from etils import epath
 
 from checkpoints_tools import locate, weights
-from checkpoints_tools.mapping import COPY, LINEAR, Entry, Layout, Table, norm, patch_embedding, stack, to_flax, to_torch
+from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, norm, patch_embedding, stack, to_flax, to_torch
+from checkpoints_tools.vit_formats import FORMATS, MOCOV3, MOCOV3_HEADS, VISION_PARTS
 from repae_jax import features
 from repae_jax.models.vit import SWIGLU
-
-_VECTOR = Layout(lambda x: x[None, None], lambda x: x[0, 0])  # [D] <-> [1, 1, D]
-_EMBEDDING = Layout(lambda x: x[None], lambda x: x[0])  # [N, D] <-> [1, N, D]
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How one kind of encoder is stored.
-
-    Attributes:
-      family: key of features.FAMILIES.
-      model_class: its class in transformers.
-      names: our top-level parameters and layers -> PyTorch's.
-      blocks: beginning of PyTorch's names in block {i}.
-      block: our layers in a block -> PyTorch's after that; several of ours, separated by a space, share one of PyTorch's.
-      gated: the same of a SwiGLU, instead of the MLP's in `block`.
-      layouts: axis order of those of `names` for which it is not the usual one.
-      zeros: PyTorch name -> shape of what only training uses, with a leading D left out; transformers wants it in the file.
-      renames: old beginnings of PyTorch names, removed or replaced, in this order.
-      ignored: beginnings of PyTorch names, after that, of what is not ours.
-      config: the keys of config.json that matter, with transformers' defaults.
-      activations: its hidden_act -> VisionTransformer's activation.
-      gate: the key of config.json that says whether the MLP is a SwiGLU, and hidden_act if it is.
-      biases: keys of config.json that say whether these projections have a bias.
-      extra: further content of a config.json that we write.
-    """
-
-    family: str
-    model_class: str
-    names: Mapping[str, str]
-    blocks: str
-    block: Mapping[str, str]
-    gated: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    layouts: Mapping[str, Layout] = dataclasses.field(default_factory=dict)
-    zeros: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    renames: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    ignored: Sequence[str] = ()
-    config: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    activations: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"gelu": "gelu"})
-    gate: tuple[str, str] | None = None
-    biases: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    extra: Mapping[str, object] = dataclasses.field(default_factory=dict)
-
-
-def _attention(names, joint):
-    """Names of query, key, value and output projection, put into a pattern."""
-    return {f"attn/{ours}": joint.format(name) for ours, name in zip(("query", "key", "value", "out"), names)}
-
-
-_NORMS = {"norm1": "norm1", "norm2": "norm2"}
-_MLP = {"mlp/fc1": "mlp.fc1", "mlp/fc2": "mlp.fc2"}
-_SCALES = {"layer_scale1": "layer_scale1.lambda1", "layer_scale2": "layer_scale2.lambda1"}
-_CONFIG = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "gelu", "num_channels": 3,
-    "patch_size": 16, "image_size": 224,
-}  # fmt: skip
-
-_VIT = Format(
-    family="dino",
-    model_class="ViTModel",
-    names={
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    },
-    blocks="encoder.layer.{i}.",
-    block={
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        **_attention(("attention.query", "attention.key", "attention.value", "output.dense"), "attention.{}"),
-        "mlp/fc1": "intermediate.dense",
-        "mlp/fc2": "output.dense",
-    },
-    renames={"vit.": ""},
-    ignored=("pooler.", "classifier.", "embeddings.mask_token"),
-    config={**_CONFIG, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "qkv_bias": True},
-    biases={"qkv_bias": ("query", "key", "value")},
-)
-_DINOV2 = Format(
-    family="dinov2",
-    model_class="Dinov2Model",
-    names=_VIT.names,
-    blocks=_VIT.blocks,
-    block={**_VIT.block, **_NORMS, **_MLP, **_SCALES},
-    gated={"mlp/gate mlp/fc1": "mlp.weights_in", "mlp/fc2": "mlp.weights_out"},
-    zeros={"embeddings.mask_token": (1,)},
-    renames={"dinov2.": "", "dinov2_with_registers.": ""},
-    ignored=("classifier.",),
-    config={**_CONFIG, "patch_size": 14, "mlp_ratio": 4, "layer_norm_eps": 1e-6, "qkv_bias": True, "use_swiglu_ffn": False},
-    gate=("use_swiglu_ffn", "gelu"),
-    biases=_VIT.biases,
-)
-_SIGLIP = Format(
-    family="siglip2",
-    model_class="SiglipVisionModel",
-    names={
-        "pos_embed": "embeddings.position_embedding.weight",
-        "patch_embed": "embeddings.patch_embedding",
-        "norm": "post_layernorm",
-    },
-    blocks="encoder.layers.{i}.",
-    block={
-        "norm1": "layer_norm1",
-        "norm2": "layer_norm2",
-        **_attention(("q_proj", "k_proj", "v_proj", "out_proj"), "self_attn.{}"),
-        **_MLP,
-    },
-    layouts={"pos_embed": _EMBEDDING},
-    renames={"vision_model.": ""},
-    ignored=("embeddings.position_ids", "head.", "text_model.", "logit_scale", "logit_bias"),
-    config={**_CONFIG, "intermediate_size": 3072, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-    activations={"gelu_pytorch_tanh": "gelu_tanh"},
-    extra={"vision_use_head": False},
-)
-
-# by config.json's model_type
-FORMATS = {
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": dataclasses.replace(
-        _DINOV2,
-        model_class="Dinov2WithRegistersModel",
-        names={**_DINOV2.names, "register_tokens": "embeddings.register_tokens"},
-        config={**_DINOV2.config, "patch_size": 16, "num_register_tokens": 4},
-    ),
-    "vit": _VIT,
-    "vit_mae": dataclasses.replace(_VIT, family="mae", model_class="ViTMAEModel", ignored=("decoder.",)),
-    "ijepa": dataclasses.replace(_VIT, family="ijepa", model_class="IJepaModel", renames={"ijepa.": ""}),
-    "clip_vision_model": dataclasses.replace(
-        _SIGLIP,
-        family="clip",
-        model_class="CLIPVisionModel",
-        names={**_SIGLIP.names, "cls_token": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"},
-        layouts={**_SIGLIP.layouts, "cls_token": _VECTOR},
-        ignored=("embeddings.position_ids", "text_model.", "visual_projection.", "text_projection.", "logit_scale"),
-        config={**_SIGLIP.config, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-        activations={"quick_gelu": "quick_gelu", "gelu": "gelu"},
-        extra={},
-    ),
-    "siglip_vision_model": _SIGLIP,
-    # NaFlex: pixels in (row, column, channel) order in a linear layer, and a number of positions instead of an image size
-    "siglip2_vision_model": dataclasses.replace(
-        _SIGLIP,
-        model_class="Siglip2VisionModel",
-        layouts={**_SIGLIP.layouts, "patch_embed": LINEAR},
-        config={**{key: value for key, value in _SIGLIP.config.items() if key != "image_size"}, "num_patches": 256},
-    ),
-    "dinov3_vit": Format(
-        family="dinov3",
-        model_class="DINOv3ViTModel",
-        names={
-            "cls_token": "embeddings.cls_token",
-            "register_tokens": "embeddings.register_tokens",
-            "patch_embed": "embeddings.patch_embeddings",
-            "norm": "norm",
-        },
-        blocks="layer.{i}.",
-        block={
-            **_NORMS,
-            **_attention(("q", "k", "v", "o"), "attention.{}_proj"),
-            "mlp/fc1": "mlp.up_proj",
-            "mlp/fc2": "mlp.down_proj",
-            **_SCALES,
-        },
-        gated={"mlp/gate": "mlp.gate_proj", "mlp/fc1": "mlp.up_proj", "mlp/fc2": "mlp.down_proj"},
-        zeros={"embeddings.mask_token": (1, 1)},
-        renames={"model.layer.": "layer."},
-        config={
-            **_CONFIG, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "layer_norm_eps": 1e-5,
-            "query_bias": True, "key_bias": False, "value_bias": True, "proj_bias": True, "mlp_bias": True,
-            "num_register_tokens": 0, "rope_theta": 100.0, "use_gated_mlp": False,
-        },
-        gate=("use_gated_mlp", "silu"),
-        biases={"query_bias": ("query",), "key_bias": ("key",), "value_bias": ("value",), "proj_bias": ("out",)},
-    ),
-}  # fmt: skip
-# model_type of a model of images and texts -> of its vision part, which config.json has under vision_config
-_VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
-
-MOCOV3 = Format(
-    family="mocov3",
-    model_class="ViTModel",
-    names={"cls_token": "cls_token", "pos_embed": "pos_embed", "patch_embed": "patch_embed.proj", "norm": "norm"},
-    blocks="blocks.{i}.",
-    block={**_NORMS, "attn/query attn/key attn/value": "attn.qkv", "attn/out": "attn.proj", **_MLP},
-    # the released ViT-L has four layers under wrong names
-    renames={
-        "module.base_encoder.": "",
-        "blocks.13.norm13.": "blocks.13.norm1.",
-        "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
-        "blocks.14.norm14.": "blocks.14.norm2.",
-        "blocks.14.mlp.fc14.": "blocks.14.mlp.fc2.",
-    },
-    ignored=("module.momentum_encoder.", "module.predictor.", "head.", "fc."),
-)
-_MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # by width; the file does not tell
 
 
 def encoder_table(vit, format):
@@ -353,11 +157,11 @@ def format_of(folder):
     """
     config = weights.read_config(folder)
     model_type = config.get("model_type")
-    if model_type in _VISION_PARTS:
-        model_type, config = _VISION_PARTS[model_type], config.get("vision_config") or {}
+    if model_type in VISION_PARTS:
+        model_type, config = VISION_PARTS[model_type], config.get("vision_config") or {}
     if model_type not in FORMATS:
         raise ValueError(
-            f"{folder}/config.json has model_type {model_type!r}; allowed: {', '.join([*FORMATS, *_VISION_PARTS])}"
+            f"{folder}/config.json has model_type {model_type!r}; allowed: {', '.join([*FORMATS, *VISION_PARTS])}"
         )
     return FORMATS[model_type], config
 
@@ -444,8 +248,8 @@ def _from_mocov3(state_dict, source):
 
     hidden_size, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
     positions = shape("pos_embed", 3)[1]
-    if hidden_size not in _MOCOV3_HEADS:
-        raise ValueError(f"{source} has width {hidden_size}; allowed: {', '.join(map(str, _MOCOV3_HEADS))} (MoCo v3's S, B, L)")
+    if hidden_size not in MOCOV3_HEADS:
+        raise ValueError(f"{source} has width {hidden_size}; allowed: {', '.join(map(str, MOCOV3_HEADS))} (MoCo v3's S, B, L)")
     side = math.isqrt(max(positions - 1, 0))
     if positions != 1 + side**2:
         raise ValueError(f"{source} has {positions} positions in pos_embed; allowed: 1 + a square number")
@@ -455,7 +259,7 @@ def _from_mocov3(state_dict, source):
         "patch_size": patch_size,
         "hidden_size": hidden_size,
         "depth": 1 + max(blocks, default=0),
-        "num_heads": _MOCOV3_HEADS[hidden_size],
+        "num_heads": MOCOV3_HEADS[hidden_size],
         "mlp_dim": shape("blocks.0.mlp.fc1.weight", 2)[0],
     }
     return fields, side
@@ -484,8 +288,8 @@ def save_encoder(folder, module, params, *, overwrite=False):
         weights.check_absent(*files)
     folder.mkdir(parents=True, exist_ok=True)
     # config.json last: a folder without it is not taken for an encoder. transformers asks for the format.
-    weights.write_safetensors(files[0], state_dict, {"format": "pt"}, overwrite=overwrite)
-    weights.write_json(files[1], config, overwrite=overwrite)
+    writes = weights.safetensors_writer(state_dict, files[0], {"format": "pt"}), weights.json_writer(config, files[1])
+    weights.write_all(dict(zip(files, writes)), overwrite=overwrite)
 
 
 def _config_of(module):

@@ -16,15 +16,10 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from checkpoints_tools.locate import resolve
+from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-# what a Hugging Face folder may call its weights; the first that exists counts
-_FOLDER_FILES = (
-    "model.safetensors", "model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-    "pytorch_model.bin", "diffusion_pytorch_model.bin",
-)  # fmt: skip
+_FOLDER_FILES = (*SAFETENSORS, *PICKLED)
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
 # what both .safetensors and PyTorch files keep, by numpy's names and by those of a .safetensors header
@@ -54,7 +49,7 @@ def read_state_dict(path, entry=None):
     """
     path = weight_file(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _unwrap(read_torch(path), entry, path)
+        return unwrap(read_torch(path), entry, path)
     if entry is not None:
         raise ValueError(f"{path}: entry={entry!r} is for {', '.join(TORCH_SUFFIXES)} files only; leave it out")
     if path.name.endswith(".index.json"):
@@ -263,7 +258,8 @@ def is_state_dict(value):
     )
 
 
-def _unwrap(loaded, entry, path):
+def unwrap(loaded, entry, path):
+    """The state dict in what `read_torch` returned, see `read_state_dict`; `path` is the file it is from."""
     inner = {name: value for name, value in loaded.items() if is_state_dict(value)} if isinstance(loaded, dict) else {}
     if entry in inner:
         return inner[entry]
@@ -427,11 +423,6 @@ def check_absent(*paths):
     taken = [str(path) for path in map(epath.Path, paths) if path.exists()]
     if taken:
         raise FileExistsError(f"{', '.join(taken)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
-
-
-def write_atomically(path, write, overwrite=False):
-    """`write_all` of one file: `write(temporary path)` writes it, and it appears complete and on disk, or not at all."""
-    write_all({path: write}, overwrite=overwrite)
 
 
 def write_all(writes, *, overwrite=False):

@@ -397,7 +397,7 @@ def create_initial_state(job, make_batches):
     state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
     if "latent_stats" not in places:
         if "vae.params" in places:
-            state = _fill(state, "vae.params", jax.device_put(places["vae.params"], shardings.vae.params))
+            state = _fill(state, "vae.params", jax.device_put(places.pop("vae.params"), shardings.vae.params))
         places["latent_stats"] = _measure_latent_stats(job, state, make_batches)
     for place, average in (("sit.params", "ema.params"), ("latent_stats", "ema.latent_stats")):
         if place in places and average not in places:

@@ -228,7 +228,7 @@ def write_npz(path, parts, labels):
             with archive.open("arr_1.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, labels)
 
-    weights.write_atomically(path, write)
+    weights.write_all({path: write})
 
 
 def _save_part(path, array):
@@ -236,7 +236,7 @@ def _save_part(path, array):
         with temporary.open("wb") as file:
             np.save(file, array)
 
-    weights.write_atomically(path, write)
+    weights.write_all({path: write})
 
 
 def _open_parts(folder, settings):

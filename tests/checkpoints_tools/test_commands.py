@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import small
+from command_line import call, error_of
 from test_vae import STATS
 
 from checkpoints_tools import __main__ as commands
@@ -26,21 +27,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
 # group norms of 32 groups, as all published files have
 CHANGES = {"vae.channels": 32, "vae.norm_groups": 32}
-
-
-def call(*arguments):
-    """Exit status of the command."""
-    return commands.run(commands.parse_args(list(map(str, arguments))))
-
-
-def error_of(monkeypatch, *arguments):
-    """The line that a user sees when a command fails."""
-    monkeypatch.setattr(sys, "argv", ["checkpoints_tools", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    message = str(caught.value.code)
-    assert message.startswith("error: ")
-    return message
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import reference
 import small
 
-from checkpoints_tools import vit, weights
+from checkpoints_tools import vit, vit_formats, weights
 from checkpoints_tools.mapping import to_torch
 from checkpoints_tools.vit_reference import torch_tokens
 from repae_jax import features
@@ -258,7 +258,7 @@ def test_mocov3(moco, tmp_path, record_property):
     arrays, path = moco
     module, params = vit.read_encoder(path)
     assert (module.grid, module.mlp_dim) == ((2, 2), 48)
-    returned = to_torch(vit.encoder_table(module, vit.MOCOV3), params)
+    returned = to_torch(vit.encoder_table(module, vit_formats.MOCOV3), params)
     assert set(returned) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(returned[name].view(np.int32), array.view(np.int32), err_msg=name)

@@ -4,8 +4,6 @@ import jax
 import numpy as np
 import pytest
 import reference
-import safetensors.numpy
-import torch
 from tensorboard.compat.proto import graph_pb2
 from tensorboard.util import tensor_util
 
@@ -35,27 +33,6 @@ STATISTICS = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", 
 @pytest.fixture(scope="module")
 def state_dict():
     return reference.load("inception").weights
-
-
-@pytest.fixture(scope="module")
-def write(tmp_path_factory):
-    """write(name, state dict, as a graph or a file of PyTorch's) -> path; the files are large, so they go at the end."""
-    folder, paths = tmp_path_factory.mktemp("inception"), []
-
-    def write(name, content):
-        path = folder / name
-        paths.append(path)
-        if path.suffix == ".pb":
-            path.write_bytes(content)
-        elif path.suffix == ".pth":
-            torch.save({name: torch.from_numpy(array) for name, array in content.items()}, path)
-        else:
-            safetensors.numpy.save_file(content, path)
-        return path
-
-    yield write
-    for path in paths:
-        path.unlink()
 
 
 def graph_arrays(state_dict):

@@ -4,8 +4,6 @@ import jax
 import numpy as np
 import pytest
 import reference
-import safetensors.numpy
-import torch
 
 from checkpoints_tools import mapping
 from checkpoints_tools.lpips import check_files, load_lpips, lpips_table
@@ -36,28 +34,6 @@ def parts(taming):
         "package": taming | {f"lins.{name[len('lin') :]}": array for name, array in linear.items()},
         "nothing": None,
     }
-
-
-@pytest.fixture(scope="module")
-def write(tmp_path_factory):
-    """write(name, state dict) -> path; the files are large, so they go at the end."""
-    folder, paths = tmp_path_factory.mktemp("lpips"), []
-
-    def write(name, content):
-        if content is None:
-            return ""
-        path = folder / name
-        if path not in paths:
-            paths.append(path)
-        if path.suffix == ".pth":
-            torch.save({name: torch.from_numpy(array) for name, array in content.items()}, path)
-        else:
-            safetensors.numpy.save_file(content, path)
-        return path
-
-    yield write
-    for path in paths:
-        path.unlink()
 
 
 @pytest.mark.parametrize(

@@ -3,66 +3,30 @@
 import argparse
 import functools
 import json
-import os
-import shutil
 import sys
-from pathlib import Path, PosixPath
+from pathlib import Path
 from types import SimpleNamespace
 
+import command_line
 import jax
 import numpy as np
 import pytest
+from command_line import call
 from test_vae import STATS
 
 from checkpoints_tools import __main__ as commands
-from checkpoints_tools import convert, identify, inception, locate, vae, vit, weights
+from checkpoints_tools import identify, inception, locate, vae, vit, weights
 from repae_jax import checkpoint, features
 from repae_jax.models.autoencoder import AutoencoderKL
 
 pytest.importorskip("torch")
 
 
-def call(*arguments):
-    """Exit status of the command."""
-    return commands.run(commands.parse_args(list(map(str, arguments))))
-
-
 def error_of(monkeypatch, *arguments):
     """The one line that a user sees when a command fails."""
-    monkeypatch.setattr(sys, "argv", ["checkpoints_tools", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    message = str(caught.value.code)
-    assert message.startswith("error: ") and len(message.splitlines()) == 1, message
+    message = command_line.error_of(monkeypatch, *arguments)
+    assert len(message.splitlines()) == 1, message
     return message
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """A folder that is reached as gs://bucket, in place of the layer that reaches real ones; nothing else may be written."""
-    folder = tmp_path / "bucket"
-    folder.mkdir()
-
-    class Remote(PosixPath):
-        """What etils.epath gives for an address, of a local folder."""
-
-        def __new__(cls, path):
-            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
-
-        def stat(self):
-            found = os.stat(self)
-            return SimpleNamespace(length=found.st_size, mtime=found.st_mtime_ns, st_mode=found.st_mode)
-
-        def copy(self, target, overwrite):
-            shutil.copy(self, Remote(target))
-
-    for module in (locate, weights, vit, vae, convert):
-        monkeypatch.setattr(module, "epath", SimpleNamespace(Path=Remote))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    yield folder
-    assert list((tmp_path / "here").iterdir()) == []
 
 
 def cached(tmp_path):

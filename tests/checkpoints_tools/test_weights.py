@@ -6,8 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path, PosixPath
-from types import SimpleNamespace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -206,31 +205,6 @@ def test_torch_round_trip(tmp_path, arrays):
     assert read["args"] == {"seed": 0, "names": ["a", "b"]} and read["steps"] == 7 and read["betas"] == (0.9, 0.999)
     loaded = torch.load(tmp_path / "w.pt", weights_only=False)
     assert loaded["model"]["brain"].dtype == torch.bfloat16 and loaded["model"]["counter"].shape == ()
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """A folder that is reached as gs://bucket, in place of the layer that reaches real ones."""
-    folder = tmp_path / "bucket"
-    folder.mkdir()
-
-    class Remote(PosixPath):
-        """What etils.epath gives for an address, of a local folder."""
-
-        def __new__(cls, path):
-            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
-
-        def stat(self):
-            found = os.stat(self)
-            return SimpleNamespace(length=found.st_size, mtime=found.st_mtime_ns, st_mode=found.st_mode)
-
-        def copy(self, target, overwrite):
-            shutil.copy(self, Remote(target))
-
-    for module in (locate, weights):
-        monkeypatch.setattr(module, "epath", SimpleNamespace(Path=Remote))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return folder
 
 
 def test_remote_storage(bucket, arrays, tmp_path):

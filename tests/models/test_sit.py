@@ -5,7 +5,8 @@ import pytest
 import reference
 
 from checkpoints_tools import mapping
-from checkpoints_tools.sit import sit_table, torch_sit
+from checkpoints_tools.sit import sit_table
+from checkpoints_tools.sit_reference import torch_sit
 from configs import repae
 from repae_jax import generate
 from repae_jax.diffusion import interpolant, latent_norm

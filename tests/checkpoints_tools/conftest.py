@@ -1,0 +1,67 @@
+"""What the tests of weight files share: files that are removed at the end, and a bucket of remote storage."""
+
+import os
+import shutil
+from pathlib import PosixPath
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from checkpoints_tools import convert, locate, vae, vit, weights
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """write(name, content) -> path: bytes, or a state dict as a file of PyTorch's or .safetensors; None is no file, ''.
+
+    The files are large, so they go at the end.
+    """
+    folder, paths = tmp_path_factory.mktemp("files"), set()
+
+    def write(name, content):
+        if content is None:
+            return ""
+        path = folder / name
+        paths.add(path)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif path.suffix == ".pth":
+            torch = pytest.importorskip("torch")
+            torch.save({name: torch.from_numpy(array) for name, array in content.items()}, path)
+        else:
+            safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in content.items()}, path)
+        return path
+
+    yield write
+    for path in paths:
+        path.unlink()
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that is reached as gs://bucket, in place of the layer that reaches real ones; nothing else may be written."""
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+
+    class Remote(PosixPath):
+        """What etils.epath gives for an address, of a local folder."""
+
+        def __new__(cls, path):
+            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
+
+        def stat(self):
+            found = os.stat(self)
+            return SimpleNamespace(length=found.st_size, mtime=found.st_mtime_ns, st_mode=found.st_mode)
+
+        def copy(self, target, overwrite):
+            shutil.copy(self, Remote(target))
+
+    for module in (locate, weights, vit, vae, convert):
+        monkeypatch.setattr(module, "epath", SimpleNamespace(Path=Remote))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield folder
+    assert list((tmp_path / "here").iterdir()) == []
