@@ -37,14 +37,18 @@ def parse_args(argv=None):
         "another network; the target's ending says into what",
     )
     convert.add_argument("source")
-    convert.add_argument("target", help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model)")
+    convert.add_argument(
+        "target",
+        help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model); of a run, "
+        "NAME-discriminator-ckpt.pt is its discriminator alone, for config.init.disc",
+    )
     convert.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
     convert.add_argument("--latent_stats", help="statistics of a VAE's latents, where its file has none beside it")
 
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
-    extract.add_argument("source")
+    extract.add_argument("source", help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint")
     extract.add_argument("target", help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads")
     extract.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
     for command in (convert, extract):

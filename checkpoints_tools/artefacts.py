@@ -92,8 +92,8 @@ ARTEFACTS = (
         "VA-VAE of LightningDiT: latent statistics", "config.init.latent_stats", "MIT",
     ),
     Artefact(
-        "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", "DiT-XL/2", "verify",
-        "CC-BY-NC-4.0",
+        "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", "DiT-XL/2",
+        _CHECKPOINT, "CC-BY-NC-4.0",
     ),
     Artefact(
         "nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "SiT-XL-2-256.pt", "SiT-XL/2", "convert --plain_sit", "see its page"

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -31,6 +33,7 @@ from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.sit import SiT
 
+DISCRIMINATOR = "-discriminator-ckpt"  # the end of a name, as `vae.save_published` gives it: a discriminator alone
 SD_VAE_STD = 1 / 0.18215  # of the latents that plain SiT, REPA and DiT were trained on; their mean is taken to be 0
 
 
@@ -40,7 +43,8 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, late
     Args:
       source: what `identify` takes.
       target: file ending in .pt or .safetensors, or a folder (no ending): a published run for a run or a training checkpoint, a
-        diffusers or transformers folder for a VAE or an encoder.
+        diffusers or transformers folder for a VAE or an encoder. Of a run, a file NAME-discriminator-ckpt.pt is its
+        discriminator alone.
       step: of a run's checkpoint; the newest by default.
       optimizers: whether a training checkpoint takes the optimizer states along.
       plain_sit: the source is a plain SiT, whose t = 0 is noise: turn its time round, drop its unused sigma channels and add
@@ -67,7 +71,18 @@ def convert(source, target, *, step=None, optimizers=True, plain_sit=False, late
         del artefact  # its arrays: the file is read again, so that no more than two copies are held at a time
         return _write_arrays(target, ending, _reversed_sit(path), overwrite)
     if artefact.kind == "run":
-        return _write_training(_from_run(artefact.path, step, optimizers), target, ending, overwrite)
+        run = _open_run(artefact.path, step)
+        if ending and Path(target).stem.endswith(DISCRIMINATOR):
+            if run.networks.disc is None:
+                raise ValueError(f"{source} is a run without a discriminator, which {target} would be")
+            return _write_arrays(target, ending, _discriminator(run), overwrite)
+        if run.networks.sit is None:
+            vae_too = "" if run.networks.vae is None else "; extract-vae writes its VAE"
+            raise ValueError(
+                f"{source} is a run without a SiT, which cannot become a published training checkpoint: convert it to "
+                f"NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
+            )
+        return _write_training(_from_run(run, optimizers), target, ending, overwrite)
     if artefact.kind == "training":
         taken = artefact.checkpoint
         check_networks(taken)
@@ -103,7 +118,8 @@ def extract_vae(source, target, *, step=None, overwrite=False):
     """The VAE of a run or of a training checkpoint, with its latent statistics and discriminator.
 
     Args:
-      source: workdir of a run, or a published training checkpoint.
+      source: workdir of a run that trains a VAE, or a published training checkpoint. Of a run that trains the VAE without a SiT
+        it is the averaged one.
       target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
         ending), which diffusers reads and which carries the statistics as latents_mean and latents_std.
       step: of a run's checkpoint; the newest by default.
@@ -119,12 +135,15 @@ def extract_vae(source, target, *, step=None, overwrite=False):
     ending = _ending(target, overwrite)
     artefact = identify(source, step)
     if artefact.kind == "run":
-        networks, read, _, step = _open_run(artefact.path, step)
-        module, params, disc = networks.vae, read("vae.params"), None
-        stats = read("ema.latent_stats")
-        if networks.disc is not None:
-            tree = {"params": read("disc.params"), "batch_stats": read("disc.batch_stats")}
-            disc = mapping.to_torch(discriminator.discriminator_table(networks.disc, step), tree)
+        run = _open_run(artefact.path, step)
+        if run.networks.vae is None:
+            other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
+            raise ValueError(
+                f"{source} is a run on a frozen VAE and holds none: it is config.init.vae={run.config['init']['vae']!r}{other}"
+            )
+        places = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
+        module, params, stats = run.networks.vae, *map(run.read, places)
+        disc = None if run.networks.disc is None else _discriminator(run)
     elif artefact.kind == "training" and "vae" in artefact.checkpoint.networks:
         taken = artefact.checkpoint
         module, params = vae.from_state_dict(taken.networks["vae"], f"{source}: vae", taken.norm_groups)
@@ -208,18 +227,45 @@ def check_networks(taken):
         raise ValueError("\n".join(problems))
 
 
+class _Run(NamedTuple):
+    """A run's checkpoint, open.
+
+    Attributes:
+      workdir: of the run.
+      config: nested dict.
+      step: of the checkpoint.
+      networks: Networks that it trains.
+      vae: AutoencoderKL, trained or frozen.
+      read: place in the state, such as 'ema.params' -> that subtree.
+    """
+
+    workdir: Any
+    config: Mapping[str, Any]
+    step: int
+    networks: Networks
+    vae: AutoencoderKL
+    read: Callable[[str], Any]
+
+
 def _open_run(workdir, step):
-    """(Networks, function that reads one place of the stored state, config, step) of a run's checkpoint."""
     config = checkpoint.read_config(workdir, step)
     shapes, step = checkpoint.stored_shapes(workdir, step)
-    data, fields = config["data"], dict(config["sit"])
-    projectors = sorted(name for name in shapes["sit"]["params"] if name.startswith("projectors_"))
-    fields["feature_dims"] = tuple(shapes["sit"]["params"][name]["fc3"]["bias"].shape[0] for name in projectors)
-    module = AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in config["vae"].items()})
+    trained = {name: shapes[name]["params"] for name in ("sit", "vae", "disc") if shapes.get(name)}
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config["vae"].items()}
+    if "vf_projection" in trained.get("vae", {}):
+        fields["feature_dim"] = trained["vae"]["vf_projection"]["kernel"].shape[1]
+    module, sit_module = AutoencoderKL(**fields), None
+    if "sit" in trained:
+        projectors = [tree for name, tree in sorted(trained["sit"].items()) if name.startswith("projectors_")]
+        lasts = [tree["conv"] if "conv" in tree else tree["fc3"] for tree in projectors]
+        sit_module = SiT(
+            num_classes=config["data"]["num_classes"], latent_channels=module.latent_channels,
+            feature_dims=tuple(last["bias"].shape[0] for last in lasts), **config["sit"],
+        )  # fmt: skip
     networks = Networks(
-        sit=SiT(num_classes=data["num_classes"], latent_channels=module.latent_channels, **fields),
-        vae=module,
-        disc=PatchDiscriminator(**config["disc"]) if shapes.get("disc") else None,
+        sit=sit_module,
+        vae=module if "vae" in trained else None,
+        disc=PatchDiscriminator(**config["disc"]) if "disc" in trained else None,
     )
 
     def read(place):
@@ -230,17 +276,26 @@ def _open_run(workdir, step):
         restored, _ = checkpoint.restore_subset(workdir, wanted, step)
         return functools.reduce(operator.getitem, path, restored)
 
-    return networks, read, config, step
+    return _Run(workdir, config, step, networks, module, read)
 
 
-def _from_run(workdir, step, optimizers):
-    """TrainingCheckpoint of a run's checkpoint."""
-    networks, read, config, step = _open_run(workdir, step)
-    model, vae_name = sit.model_name(networks.sit), vae_layouts.published_name(networks.vae)
+def _discriminator(run):
+    """Published state dict of a run's discriminator."""
+    tree = {"params": run.read("disc.params"), "batch_stats": run.read("disc.batch_stats")}
+    return orders.to_ordered_torch(discriminator.discriminator_table(run.networks.disc, run.step), tree)
+
+
+def _from_run(run, optimizers):
+    """TrainingCheckpoint of a run that trains a SiT."""
+    config, networks = run.config, run.networks
+    model, vae_name = sit.model_name(networks.sit), vae_layouts.published_name(run.vae)
     encoders = [entry.get("architecture") or Path(entry["weights"]).name for _, entry in sorted(config["encoders"].items())]
     kinds = [published.ENCODER_TYPES.get(str(encoder)) for encoder in encoders]
     unknown = [what for what, name in (("SiT", model), ("VAE", vae_name)) if name is None]
-    unknown += ["encoders"] if None in kinds else []
+    unknown += ["encoders"] if None in kinds else ["SiT without projectors"] if not kinds else []
+    unknown += ["projector"] if networks.sit.projector != "mlp" else []
+    unknown += ["DiT"] if networks.sit.learned_sigma else []
+    unknown += ["map from the VAE's latents to tokens"] if run.vae.feature_dim else []
     if unknown:
         logging.warning(
             "the published code has no such %s: its scripts will not build these networks, whose weights are written all the "
@@ -252,7 +307,7 @@ def _from_run(workdir, step, optimizers):
         vae=vae_name or "custom",
         encoder_type=",".join(kind or "custom" for kind in kinds) or "None",
         num_heads=networks.sit.num_heads,
-        norm_groups=networks.vae.norm_groups,
+        norm_groups=run.vae.norm_groups,
     )
     groups = {
         optimizer: {
@@ -260,9 +315,10 @@ def _from_run(workdir, step, optimizers):
             "weight_decay": fields["weight_decay"],
         }
         for optimizer, place in training_state.OPT_STATES.items()
-        for fields in [config["optim"][place.partition(".")[0]]]
+        for name, fields in config["optim"].items()
+        if name == place.partition(".")[0]
     }  # fmt: skip
-    return training_state.from_run(read, networks, step, args, str(workdir), groups if optimizers else {})
+    return training_state.from_run(run.read, networks, run.step, args, str(run.workdir), groups if optimizers else {})
 
 
 def _recipe(args):

@@ -141,9 +141,14 @@ def _describe(artefact):
         config = checkpoint.read_config(artefact.path)
         shapes, step = checkpoint.stored_shapes(artefact.path)
         about |= {"step": step, "steps_saved": checkpoint.saved_steps(artefact.path), "job": config["job"]}
+        if "diffusion" in config:
+            about["objective"] = config["diffusion"]["path"]
+        about["encoders"] = {name: fields["weights"] for name, fields in config.get("encoders", {}).items()}
         for name in ("sit", "vae", "disc"):
             params = jax.tree.leaves((shapes.get(name) or {}).get("params", {}))
             about[name] = {**config[name], "parameters": sum(math.prod(leaf.shape) for leaf in params)} if params else None
+        if fingerprint := checkpoint.read_data_state(artefact.path).get("frozen_vae"):
+            about["vae"] = {**config["vae"], "frozen": config["init"]["vae"], "fingerprint": fingerprint}
     elif artefact.kind == "training":
         taken = artefact.checkpoint
         about["steps"] = taken.steps
@@ -191,7 +196,7 @@ def _describe_arrays(kind, arrays, source, encoder_depth=None, num_heads=None, n
 def _vae_sizes(module):
     sizes = (
         "factor", "latent_channels", "channels", "channel_multipliers", "num_res_blocks", "attention_levels", "norm_groups",
-        "quant_convs",
+        "quant_convs", "feature_dim",
     )  # fmt: skip
     return {name: getattr(module, name) for name in sizes}
 

@@ -7,8 +7,9 @@ _ORDER = (
     # SiT
     "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer", "bn",
     "linear", "block", "attn", "qkv", "q_norm", "k_norm", "mlp", "fc1", "fc2", "adaLN_modulation", "embedding_table",
+    "projection_layer",
     # autoencoder, whose "attn" comes after "block"
-    "encoder", "decoder", "quant_conv", "post_quant_conv",
+    "encoder", "decoder", "quant_conv", "post_quant_conv", "linear_proj",
     "conv_in", "down", "mid", "up", "norm_out", "conv_out", "downsample", "upsample", "block_1", "attn_1", "block_2",
     "norm", "q", "k", "v", "norm1", "conv1", "norm2", "conv2", "nin_shortcut", "conv", "proj_out", "proj",
     # discriminator

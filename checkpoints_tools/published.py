@@ -8,8 +8,11 @@ Reference: REPA-E `train_repae.py`, `generate.py`.
 
 import argparse
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,13 +29,14 @@ METADATA = "training_checkpoint"  # of a .safetensors file: JSON of args, steps 
 # The published discriminator is optimised together with a scalar before it and with LPIPS behind it, both without gradients.
 _BEFORE_DISCRIMINATOR, _BEHIND_DISCRIMINATOR = 1, 31
 
-# Argument of the published scripts -> field of our config: what a run must share with the checkpoint it continues; what it had
-# better share; what does not matter.
+# Argument of the published scripts -> field of our config, where its job has it: what a run must share with the checkpoint it
+# continues; what it had better share; what does not matter. The path_type of a DiT's run is 'ddpm', which they do not know.
 MEANING = {
     "num_classes": "data.num_classes",
     "resolution": "data.image_size",
     "encoder_depth": "sit.encoder_depth",
     "qk_norm": "sit.qk_norm",
+    "projection_layer_type": "sit.projector",  # iREPA's
     "path_type": "diffusion.path",
 }
 RECIPE = {
@@ -61,11 +65,11 @@ OPERATION = {
 }
 # what the published scripts ask for besides, and what they do whatever our config says
 _FIXED = {
-    "prediction": "v", "fused_attn": True, "compile": True, "allow_tf32": True, "mixed_precision": "bf16", "report_to": "wandb",
+    "fused_attn": True, "compile": True, "allow_tf32": True, "mixed_precision": "bf16", "report_to": "wandb",
     "output_dir": "exps", "logging_dir": "logs", "data_dir": "data", "epochs": 1400, "resume_step": 0,
-    "continue_train_exp_dir": None, "wandb_history_path": None, "vae_ckpt": None, "disc_pretrained_ckpt": None,
-    "loss_cfg_path": "configs/l1_lpips_kl_gan.yaml",
+    "continue_train_exp_dir": None, "wandb_history_path": None,
 }  # fmt: skip
+_TRAINED_VAE = {"vae_ckpt": None, "disc_pretrained_ckpt": None, "loss_cfg_path": "configs/l1_lpips_kl_gan.yaml"}
 ENCODER_TYPES = {  # our architecture -> the published `enc_type`
     "dinov2-small": "dinov2-vit-s", "dinov2-base": "dinov2-vit-b", "dinov2-large": "dinov2-vit-l",
     "dinov2-giant": "dinov2-vit-g",
@@ -347,17 +351,22 @@ def _torch_adam(part, adam, checkpoint):
     return {"state": state, "param_groups": [group]}
 
 
-def _field(config, name):
-    for part in name.split("."):
-        config = config[part]
-    return config
+def _values(table, config):
+    """Argument -> value of its field, without the fields that this config's job lacks."""
+    values = {}
+    for argument, field in table.items():
+        try:
+            values[argument] = functools.reduce(operator.getitem, field.split("."), config)
+        except KeyError:
+            continue
+    return values
 
 
 def args_from_config(config, model, vae, encoder_type, num_heads, norm_groups):
     """The published command line that says what a config says.
 
     Args:
-      config: nested dict of a REPA-E run.
+      config: nested dict of a run that trains a SiT or DiT.
       model: published name of the SiT, such as 'SiT-XL/2'.
       vae: published name of the VAE, 'f8d4' or 'f16d32'.
       encoder_type: published name of the encoders, such as 'dinov2-vit-b'.
@@ -367,9 +376,11 @@ def args_from_config(config, model, vae, encoder_type, num_heads, norm_groups):
     Returns:
       dict of JSON values.
     """
-    named = {argument: _field(config, field) for argument, field in (MEANING | RECIPE | OPERATION).items()}
+    frozen_vae = config["init"]["vae"]
+    of_vae = {"vae_ckpt": frozen_vae, "vae_latents_name": Path(frozen_vae).stem} if config["job"] == "ldm" else _TRAINED_VAE
     return {
-        **_FIXED, **named, "exp_name": "repae_jax",
+        **_FIXED, **of_vae, **_values(MEANING | RECIPE | OPERATION, config), "exp_name": "repae_jax",
+        "prediction": "eps" if config["diffusion"]["path"] == "ddpm" else "v",
         "model": model, "vae": vae, "enc_type": encoder_type, "num_heads": num_heads, "norm_groups": norm_groups,
     }  # fmt: skip
 
@@ -391,9 +402,9 @@ def check_args(args, config, source):
 
     def differing(table):
         return [
-            f"config.{field}={_field(config, field)!r}, but {argument}={args[argument]!r}"
-            for argument, field in table.items()
-            if argument in args and args[argument] != _field(config, field)
+            f"config.{table[argument]}={value!r}, but {argument}={args[argument]!r}"
+            for argument, value in _values(table, config).items()
+            if argument in args and args[argument] != value
         ]
 
     if different := differing(MEANING):

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax
+from checkpoints_tools.mapping import CONV, COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax
 from checkpoints_tools.weights import read_state_dict
 from repae_jax.models.sit import SiT
 
 # (hidden size, depth) -> (name, heads, blocks before the alignment tap): a file tells none of them
 _PUBLISHED = {(384, 12): ("S", 6, 4), (768, 12): ("B", 12, 4), (1024, 24): ("L", 16, 8), (1152, 28): ("XL", 16, 8)}
+
+_CONV_PROJECTOR = "projection_layer"  # iREPA's, by public forks of its code; unconfirmed by a file of its authors
 
 
 def sit_table(sit, updates=0, latent_norm=True):
@@ -65,6 +67,9 @@ def sit_table(sit, updates=0, latent_norm=True):
         *linear("final_layer.adaLN_modulation.1", "params/final_layer/adaLN_modulation"),
     ]
     for i in range(len(sit.feature_dims)):
+        if sit.projector == "conv":
+            entries += linear(f"projectors.{i}.{_CONV_PROJECTOR}", f"params/projectors_{i}/conv", CONV)
+            continue
         for layer, torch in enumerate((0, 2, 4)):
             entries += linear(f"projectors.{i}.{torch}", f"params/projectors_{i}/fc{layer + 1}")
     constants = {}
@@ -83,11 +88,12 @@ def layout_of(state_dict):
 
 
 def check_time(layout, source):
-    """ValueError for a plain SiT or DiT, whose weights mean something else than ours."""
+    """ValueError for a plain SiT, or a DiT where none is asked for: their weights mean something else than ours."""
     if layout == "sit-or-dit":
         raise ValueError(
             f"{source} has neither a latent batch norm nor projectors: it is a plain SiT, whose t = 0 is noise, or a DiT, "
-            "which predicts noise. Convert a SiT first: python -m checkpoints_tools convert --plain_sit"
+            "which predicts noise. Convert a SiT first: python -m checkpoints_tools convert --plain_sit. Of a DiT, which has "
+            "sigma channels, ask for sampling with --sampler ancestral, for training with config.diffusion.path='ddpm'"
         )
 
 
@@ -143,7 +149,7 @@ def describe_sit(state_dict, encoder_depth=None, num_heads=None):
 
     Returns:
       dict of SiT's fields: hidden_size, depth, num_heads, encoder_depth, patch_size, latent_channels, num_classes, mlp_ratio,
-      qk_norm, learned_sigma, feature_dims and, with projectors, projector_dim.
+      qk_norm, learned_sigma, feature_dims and, with projectors, projector_dim, or projector if it is 'conv'.
 
     Raises:
       ValueError: if arrays are missing or of impossible shapes, or a number that the file does not tell is needed.
@@ -158,8 +164,10 @@ def describe_sit(state_dict, encoder_depth=None, num_heads=None):
     if q_norm in state_dict:
         ranks[q_norm] = 1
     num_projectors = _count(state_dict, "projectors")
+    is_conv = f"projectors.0.{_CONV_PROJECTOR}.weight" in state_dict
+    last = _CONV_PROJECTOR if is_conv else "4"
     for i in range(num_projectors):
-        ranks |= {f"projectors.{i}.0.weight": 2, f"projectors.{i}.4.weight": 2}
+        ranks |= {f"projectors.{i}.{last}.weight": 4} if is_conv else {f"projectors.{i}.{layer}.weight": 2 for layer in (0, 4)}
     shapes = {name: np.shape(state_dict[name]) for name in ranks if name in state_dict}
     problems = [f"missing: {name}" for name in ranks if name not in shapes]
     problems += [
@@ -210,8 +218,10 @@ def describe_sit(state_dict, encoder_depth=None, num_heads=None):
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
         "qk_norm": q_norm in shapes,
         "learned_sigma": ratio == 2,
-        "feature_dims": tuple(shapes[f"projectors.{i}.4.weight"][0] for i in range(num_projectors)),
+        "feature_dims": tuple(shapes[f"projectors.{i}.{last}.weight"][0] for i in range(num_projectors)),
     }
+    if is_conv:
+        return fields | {"projector": "conv"}
     return fields | ({"projector_dim": shapes["projectors.0.0.weight"][0]} if num_projectors else {})
 
 

@@ -1,5 +1,7 @@
 """SiT's output as diffusers' own module computes it, to compare ours with."""
 
+import math
+
 import numpy as np
 
 from checkpoints_tools.mapping import to_torch
@@ -55,6 +57,28 @@ def torch_sit(module, params, grid):
             return network(z_t, t, labels).sample.permute(0, 2, 3, 1).contiguous().numpy()
 
     return velocity
+
+
+def torch_projections(module, params, tokens):
+    """The projections of tokens [B, T, D] as torch's own functions make them: list of float32 numpy [B, T, F]."""
+    import torch
+    from torch.nn.functional import conv2d, linear, silu
+
+    state_dict = to_torch(sit_table(module, latent_norm=False), {"params": params})
+    state_dict = {name: torch.tensor(array) for name, array in state_dict.items() if name.startswith("projectors.")}
+    made, side = [], math.isqrt(tokens.shape[1])
+    for i in range(len(module.feature_dims)):
+        names = sorted({name.rpartition(".")[0] for name in state_dict if name.startswith(f"projectors.{i}.")})
+        layers = [(state_dict[f"{name}.weight"], state_dict[f"{name}.bias"]) for name in names]
+        x = torch.tensor(np.asarray(tokens, np.float32))
+        if module.projector == "conv":
+            grid = x.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            x = conv2d(grid, *layers[0], padding=1).flatten(2).permute(0, 2, 1)
+        else:
+            for layer in layers:
+                x = linear(x if layer is layers[0] else silu(x), *layer)
+        made.append(x.numpy())
+    return made
 
 
 def _diffusers_names(state_dict, depth):

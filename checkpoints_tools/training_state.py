@@ -27,7 +27,7 @@ class Networks:
     """What the tables describe.
 
     Attributes:
-      sit: SiT module.
+      sit: SiT module; None in a run that trains no SiT, whose state has no published layout.
       vae: AutoencoderKL module, or None.
       disc: PatchDiscriminator module, or None.
     """
@@ -85,7 +85,8 @@ def to_trees(checkpoint, networks, targets):
       ValueError: listing all that does not fit.
     """
     layout = layout_of(checkpoint.networks["model"])
-    check_time(layout, checkpoint.source)
+    if not networks.sit.learned_sigma:  # what is trained with sigma is a DiT
+        check_time(layout, checkpoint.source)
     latent_norm = layout == "repae"
     made = tables(networks, latent_norm=latent_norm)
     trees, moments = {}, {}

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from checkpoints_tools import locate, mapping, orders, weights
-from checkpoints_tools.vae_layouts import detect_layout, diffusers_table, infer_module, vae_table
+from checkpoints_tools.vae_layouts import detect_layout, diffusers_table, infer_module, vae_table, without_projection
 from repae_jax.models.autoencoder import AutoencoderKL
 
 _GROUPS = 32  # of every published network; only diffusers' config.json can say otherwise
@@ -96,7 +96,8 @@ def read_vae_params(path, module, target):
       target: its parameter tree, of arrays or ShapeDtypeStruct.
 
     Returns:
-      Nested dict of numpy arrays with target's structure, shapes and dtypes.
+      Nested dict of numpy arrays with target's structure, shapes and dtypes; without 'vf_projection' if the file has no such
+      map from latents to tokens of module.feature_dim, which then has to start afresh.
 
     Raises:
       FileNotFoundError, ValueError: as `load_vae`; also if the file's network is another than `module`.
@@ -107,6 +108,12 @@ def read_vae_params(path, module, target):
     differences = [f"{name}: {there[name]} in the file, {here[name]} here" for name in there if there[name] != here[name]]
     if differences:
         raise ValueError(f"{path} holds another VAE than the one described\n  " + "\n  ".join(differences))
+    if module.feature_dim is not None and found.feature_dim != module.feature_dim:
+        logging.warning(
+            "the map from latents to tokens of width %s starts afresh: that of %s is of width %s", module.feature_dim, path,
+            found.feature_dim,
+        )  # fmt: skip
+        module, target = without_projection(module, target)
     return mapping.to_flax(vae_table(module, names), state_dict, target, source=str(path))
 
 
@@ -179,7 +186,7 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
     Args:
       folder: made if it does not exist.
       module: AutoencoderKL.
-      params: its parameters.
+      params: its parameters; a map from latents to tokens is left out.
       latent_stats: {'mean', 'var'}, [C]: `latents_mean` and `latents_std` of config.json, and, if the same in all channels,
         `shift_factor` and `scaling_factor`.
       overwrite: replace what is there.
@@ -197,6 +204,7 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
             "holds latents_scale (1 / std) and latents_bias (mean), or mean and std"
         )
     mean, std = _mean_and_std(latent_stats, module.latent_channels)
+    module, params = without_projection(module, params)
     config = {**_diffusers_config(module), "latents_mean": mean.tolist(), "latents_std": std.tolist()}
     if np.ptp(mean) == np.ptp(std) == 0:
         config |= {"shift_factor": float(mean[0]), "scaling_factor": float(1 / std[0])}
@@ -266,6 +274,7 @@ def torch_vae(module, params):
     import diffusers
     import torch
 
+    module, params = without_projection(module, params)
     config = {name: value for name, value in _diffusers_config(module).items() if name != "_class_name"}
     vae = diffusers.AutoencoderKL(**config)
     state_dict = mapping.to_torch(diffusers_table(module), params)

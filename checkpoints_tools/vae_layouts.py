@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
-from checkpoints_tools.mapping import CONV, LINEAR, Layout, Table, linear, norm
+from checkpoints_tools.mapping import CONV, LINEAR, Entry, Layout, Table, linear, norm
 from repae_jax.models.autoencoder import AutoencoderKL
 
 # 1x1 convolution [1, 1, in, out] kept as a linear layer [out, in]
 _POINTWISE = Layout(lambda x: LINEAR.to_flax(x)[None, None], lambda x: LINEAR.to_torch(x[0, 0]))
+# and the other way round: our linear layer [in, out] kept as a 1x1 convolution [out, in, 1, 1]
+_AS_CONV = Layout(lambda x: rearrange(x, "o i 1 1 -> i o"), lambda x: rearrange(x, "i o -> o i 1 1"))
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Names:
       shortcut: the 1x1 convolution of a residual block.
       attention: (norm, q, k, v, proj_out) of an attention block.
       projection: how the weights of the last four are kept.
+      vf_projection: our map from latents to an encoder's tokens, of LightningDiT's training; None: the layout has none.
       ignored: beginnings of names that a file may hold besides.
     """
 
@@ -35,6 +39,7 @@ class Names:
     shortcut: str
     attention: tuple[str, str, str, str, str]
     projection: Layout
+    vf_projection: str | None = None
     ignored: tuple[str, ...] = ()
 
 
@@ -58,7 +63,8 @@ COMPVIS = Names(
     shortcut="nin_shortcut",
     attention=("norm", "q", "k", "v", "proj_out"),
     projection=CONV,
-    # losses and averages of the original training; VA-VAE's alignment
+    vf_projection="linear_proj",
+    # losses and averages of the original training; VA-VAE's encoder, and the other way round, its map from tokens to latents
     ignored=("loss.", "model_ema.", "foundation_model.", "linear_proj."),
 )
 DIFFUSERS = Names(
@@ -93,7 +99,7 @@ _PUBLISHED = {
 
 def published_name(vae):
     """'f8d4' or 'f16d32', what the published scripts call a VAE of these sizes; None if they have no such."""
-    plain = vae.clone(dtype=jnp.float32, remat=False)
+    plain = vae.clone(dtype=jnp.float32, remat=False, feature_dim=None)
     return next((name for name, published in _PUBLISHED.items() if plain == published), None)
 
 
@@ -105,6 +111,11 @@ def vae_table(vae, names=COMPVIS):
 def diffusers_table(vae):
     """`vae_table` with the names of diffusers' AutoencoderKL."""
     return vae_table(vae, DIFFUSERS)
+
+
+def without_projection(vae, params):
+    """(module, parameters) of an AutoencoderKL without its map from latents to tokens, if it has one."""
+    return vae.clone(feature_dim=None), {name: tree for name, tree in params.items() if name != "vf_projection"}
 
 
 def _entries(vae, names):
@@ -157,6 +168,8 @@ def _entries(vae, names):
     if vae.quant_convs:
         yield from conv("quant_conv")
         yield from conv("post_quant_conv")
+    if vae.feature_dim is not None and names.vf_projection:
+        yield Entry((f"{names.vf_projection}.weight",), ("vf_projection/kernel",), _AS_CONV)
 
 
 def detect_layout(state_dict, source):
@@ -222,6 +235,10 @@ def infer_module(state_dict, names, source, norm_groups=32, **fields):
             raise ValueError(f"{source}: wrong shape: {name} {shape} has too few axes")
         return shape[axis]
 
+    def feature_dim():
+        shape = np.shape(state_dict.get(f"{names.vf_projection}.weight", 0))
+        return shape[0] if len(shape) == 4 and f"{names.vf_projection}.bias" not in state_dict else None
+
     levels = count(lambda level: has("encoder/down_{level}_block_{i}", level=level, i=0))
     channels = size("{half}/conv_in", "bias", 0, half="encoder")
     widths = [size("encoder/down_{level}_block_{i}", "conv2.bias", 0, level=level, i=0) for level in range(levels)]
@@ -237,5 +254,6 @@ def infer_module(state_dict, names, source, norm_groups=32, **fields):
         attention_levels=tuple(n for n in range(levels) if has("encoder/down_{level}_attn_{i}", level=n, i=0)),
         norm_groups=norm_groups,
         quant_convs=has("quant_conv") or has("post_quant_conv"),
+        feature_dim=feature_dim(),
         **fields,
     )

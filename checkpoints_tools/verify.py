@@ -124,7 +124,17 @@ def _sit(loaded, rng):
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
     expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
-    return [_compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])]
+    found = [_compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])]
+    if module.feature_dims:
+        tokens = _apply(module, params, z, t, labels, method="tap_tokens")
+
+        def projections(dtype):
+            made = _apply(module.clone(dtype=dtype), params, tokens, method="_project")
+            return jnp.concatenate(made, axis=-1)
+
+        expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
+        found.append(_compare("SiT projections", expected, projections))
+    return found
 
 
 def _encoder(artefact, size, rng):

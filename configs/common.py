@@ -1,4 +1,6 @@
-"""Tables and helpers that the configs share."""
+"""Tables and helpers that the configs share, and the small presets."""
+
+from ml_collections.config_dict import placeholder
 
 # alignment tap after block 4 for S and B, 8 for L and XL, as published
 SIT_SIZES = {
@@ -8,6 +10,8 @@ SIT_SIZES = {
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "encoder_depth": 8},
 }
 PATCH_SIZES = (1, 2, 4, 8)
+SMALL = ("digits", "tiny")  # presets of every file
+SIZES = ("sit", "model", "vae", "resolution")  # arguments that these presets leave nothing of
 
 VAES = {
     # SD-VAE: 256 px -> 32 x 32 x 4
@@ -36,37 +40,85 @@ ENCODERS = {
 }
 
 
-def parse_arg(arg, presets, **defaults):
+def adamw(learning_rate):
+    """AdamW as REPA-E uses it: constant rate, no decay, the network's gradient clipped to norm 1."""
+    return {
+        "learning_rate": learning_rate,
+        "warmup_steps": 0,
+        "schedule": "constant",  # 'linear' or 'cosine': falls until decay_steps
+        "decay_steps": placeholder(int),
+        "final_learning_rate": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "fixed": (),  # parts of the network that stay as they are, such as ("encoder", "quant_conv") of a VAE
+    }
+
+
+def vae_loss_options():
+    """Of `config.loss` where a VAE is trained, as REPA-E has them."""
+    return {
+        "pixel_reduction": "mean",  # of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
+        # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
+        "adaptive": {"gan": 0.0, "vf": 0.0},
+        "gan_start": 0,
+        "gan_factor": 1.0,
+        "lecam": 0.0,
+        "vf_margins": (0.0, 0.0),  # of cosines and of distances
+        "se_factors": (2, 4),
+        "eq_scales": (),  # of EQ-VAE's transform: (1.0, 0.25, 0.5, 0.75)
+        "eq_prior": 0.5,  # its share of untransformed steps
+    }
+
+
+def align_schedule():
+    """Of `config.loss` where a SiT is trained: the alignment's weights times 1 until `align_end`, or decaying towards it."""
+    return {"align_shape": "constant", "align_end": placeholder(int)}
+
+
+def parse_arg(arg, *words, **defaults):
     """Reads what follows the colon in `--config file.py:ARG`.
 
     Args:
-      arg: comma-separated; a bare word is a preset, `key=value` sets an argument, converted to its default's type.
-      presets: allowed bare words; '' is the default one.
+      arg: comma-separated; `key=value` sets an argument, converted to its default's type; the rest are bare words.
+      *words: collections of bare words, of each of which at most one may be given.
       **defaults: allowed keys and their defaults.
 
     Returns:
-      (preset, dict of arguments).
+      (the word given of each collection or '', …, dict of arguments).
 
     Raises:
-      ValueError: for an unknown preset or key, more than one preset, or a value of the wrong type.
+      ValueError: for an unknown word or key, a second word of a collection, a key given twice, a value of the wrong type, or a
+        network's size beside a preset that sets it.
     """
-    preset, values = "", dict(defaults)
+    chosen, values, given = [""] * len(words), dict(defaults), {}
+    allowed = " and ".join(f"one of {sorted(collection)}" for collection in words)
     for part in filter(None, (arg or "").split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            if part not in presets or preset:
-                raise ValueError(
-                    f"preset {part!r} in {arg!r} is unknown or a second one; allowed: one of {sorted(filter(None, presets))}"
-                )
-            preset = part
-        elif key not in defaults:
+            index = next((index for index, collection in enumerate(words) if part in collection), None)
+            if index is None:
+                raise ValueError(f"preset {part!r} in {arg!r} is unknown; allowed: {allowed}")
+            if chosen[index]:
+                raise ValueError(f"preset {part!r} in {arg!r} is a second one beside {chosen[index]!r}; allowed: {allowed}")
+            chosen[index] = part
+            continue
+        if key not in defaults:
             raise ValueError(f"config argument {key!r} in {arg!r} is unknown; allowed: {sorted(defaults)}")
-        else:
-            try:
-                values[key] = type(defaults[key])(value)
-            except ValueError:
-                raise ValueError(f"config argument {part!r}: expected a value like {defaults[key]!r}") from None
-    return preset, values
+        if key in given:
+            raise ValueError(f"config arguments {given[key]!r} and {part!r} in {arg!r}: give one of them")
+        given[key] = part
+        try:
+            values[key] = type(defaults[key])(value)
+        except ValueError:
+            raise ValueError(f"config argument {part!r}: expected a value like {defaults[key]!r}") from None
+    small = next((word for word in chosen if word in SMALL), None)
+    for key in SIZES:
+        if small and key in given:
+            raise ValueError(f"config argument {given[key]!r} and preset {small!r} in {arg!r} both set sizes: leave one out")
+    return *chosen, values
 
 
 def choose(what, name, table):
@@ -82,3 +134,102 @@ def sit_fields(name):
     if not patch.isdigit() or int(patch) not in PATCH_SIZES:
         raise ValueError(f"SiT {name!r}: expected SIZE/PATCH with SIZE in {list(SIT_SIZES)} and PATCH in {list(PATCH_SIZES)}")
     return {**choose("SiT size", size, SIT_SIZES), "patch_size": int(patch)}
+
+
+def encoder_fields(names):
+    """`config.encoders` of architectures joined by '+', as 'target', 'target_2', …; 'none' is no encoder."""
+    encoders = {}
+    for index, name in enumerate(() if names == "none" else names.split("+"), start=1):
+        encoders["target" if index == 1 else f"target_{index}"] = {
+            "architecture": name,
+            "weights": choose("encoder", name, ENCODERS),
+            "image_size": placeholder(int),
+            "spatial_gamma": placeholder(float),  # iREPA's normalisation over positions; published: 0.6
+        }
+    return encoders
+
+
+def vae_files(stem, *fields):
+    """Changes that start from the files of a VAE of REPA-E's, such as 'REPA-E/sdvae/sdvae-f8d4'; fields of `config.init`."""
+    endings = {"vae": ".pt", "latent_stats": "-latents-stats.pt", "disc": "-discriminator-ckpt.pt"}
+    return {f"init.{field}": stem + endings[field] for field in fields}
+
+
+def change(config, changes):
+    """Sets fields of a locked config; changes are dotted names -> values."""
+    for name, value in changes.items():
+        section = config
+        *above, field = name.split(".")
+        for part in above:
+            section = section[part]
+        section[field] = value
+
+
+# ---- small presets of any config: the recipe stays, networks and data change ----------------------------------------
+
+
+def shrink(config, preset):
+    """Applies '', 'digits' or 'tiny' to an unlocked config of any job."""
+    if preset:
+        _digits(config)
+    if preset == "tiny":
+        _tiny(config)
+
+
+def _digits(config):
+    """Digits at 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download."""
+    config.steps = 1000
+    if config.ema_decay:
+        config.ema_decay = 0.99
+    config.data.update(source="digits", image_size=16, num_classes=10, batch_size=64, workers=0, max_bad_fraction=0.0)
+    config.data.options = {"split": "train"}
+    config.vae.update(
+        latent_channels=8, channel_multipliers=(1, 2, 3), attention_levels=(), quant_convs=True, channels=16, norm_groups=8,
+        num_res_blocks=1,
+    )  # fmt: skip
+    for encoder in config.encoders.values():
+        encoder.update(architecture=placeholder(object), weights="", image_size=16)
+    for name in config.init:
+        config.init[name] = 512 if name == "stats_images" else ""
+    rates = {"vae": 1e-3, "disc": 2e-4, "sit": 1e-3}
+    for name, section in config.optim.items():
+        section.learning_rate = rates[name]
+    config.precision.compute = "float32"
+    config.checkpoint.update(every=250, keep_last=1, keep_every=250)
+    config.log.every = 25
+    config.hooks.images = 40
+    if "sit" in config:
+        config.sit.update(
+            patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none", unroll=6
+        )
+        config.hooks.samples_every = 250
+        config.sampling.update(steps=50, guidance_scale=1.5)
+    if "disc" in config:
+        config.disc.update(channels=32, num_layers=2)
+        config.loss.vae.lpips = 0.0
+        config.hooks.reconstructions_every = 250
+        if config.loss.eq_scales:
+            config.disc.num_layers = 1  # leaves a logit at half the size
+            config.loss.eq_scales = (1.0, 0.5)
+
+
+def _tiny(config):
+    config.steps = 2
+    config.data.batch_size = 8
+    config.vae.update(latent_channels=4, channels=8, channel_multipliers=(1, 1, 2))
+    for encoder in config.encoders.values():
+        encoder.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+        encoder.weights = "random"
+    config.checkpoint.update(every=2, keep_last=1, keep_every=placeholder(int))
+    config.log.every = 1
+    config.hooks.images = 8
+    if "sit" in config:
+        config.init.stats_images = 16
+        config.sit.update(hidden_size=32, depth=2, num_heads=2, encoder_depth=1, projector_dim=32)
+        config.hooks.samples_every = 2
+        config.sampling.steps = 2
+    if "disc" in config:
+        config.disc.channels = 8
+        config.hooks.reconstructions_every = 2
+    if config.job == "ldm" or not any(config.loss.vae.values()):
+        config.init.vae = "random"  # it is frozen

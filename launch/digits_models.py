@@ -208,7 +208,7 @@ def _train(logits_fn, model, name, settings):
     steps, image_size, start = settings["steps"], settings["image_size"], time.monotonic()
     if steps < 1:
         raise ValueError(f"steps is {steps}; allowed: at least 1")
-    train, test = (_all_records(DigitsSource(image_size, split)) for split in ("train", "test"))
+    train, test = (all_records(DigitsSource(image_size, split)) for split in ("train", "test"))
     init_key, run_key = jax.random.split(jax.random.key(settings["seed"]))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, image_size, image_size, 3)))["params"]
     schedule = optax.warmup_cosine_decay_schedule(0, _LEARNING_RATE, steps // 10, steps)
@@ -238,8 +238,8 @@ def _train(logits_fn, model, name, settings):
     return params, {**settings, "accuracy": accuracy, "seconds": seconds}
 
 
-def _all_records(source):
-    """Images uint8 [N, H, H, 3] and labels int32 [N]."""
+def all_records(source):
+    """All of a DigitsSource: images uint8 [N, H, H, 3] and labels int32 [N]."""
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves of its metrics, and images sorted by class."""
+"""Pictures of runs: curves of their metrics, settings side by side, images sorted by class, latents in colours."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def plot_curves(metrics_jsonl, path, groups):
     """
     if not groups:
         raise ValueError("groups is empty; allowed: at least one panel title with the names of its metrics")
-    curves = _read_curves(metrics_jsonl)
+    curves = read_curves(metrics_jsonl)
     missing = sorted({name for names in groups.values() for name in names} - set(curves))
     if missing:
         raise ValueError(
@@ -34,13 +34,11 @@ def plot_curves(metrics_jsonl, path, groups):
     figure = Figure(figsize=(4.2 * columns, 3.2 * rows), dpi=120, layout="constrained")
     for i, (title, names) in enumerate(groups.items(), start=1):
         _draw_panel(figure.add_subplot(rows, columns, i), title, {name: curves[name] for name in names})
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image_tools.save_png(path, np.asarray(canvas.buffer_rgba())[..., :3])
+    _save(figure, path)
 
 
-def _read_curves(metrics_jsonl):
-    """Metric name -> (steps int [N], values float [N])."""
+def read_curves(metrics_jsonl):
+    """Metric name -> (steps int [N], values float [N]) of a run's metrics.jsonl; ValueError if a line is broken."""
     points = {}
     lines = Path(metrics_jsonl).read_text().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -115,3 +113,92 @@ def label_rows(images, labels, scale=3):
     for row, label in zip(sheet, classes):
         row[: (labels == label).sum()] = images[labels == label]
     return image_tools.grid(sheet.reshape(-1, *images.shape[1:]), columns=int(counts.max()), scale=scale)
+
+
+def plot_settings(path, values, value_title, curves, curve_title, log_scale=False):
+    """Writes a PNG with two panels: a bar with a dot for every run per setting, and a curve per setting.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      values: setting -> numbers of its runs; those that are not finite are left out.
+      value_title: of the first panel.
+      curves: setting, as in values -> (steps, values).
+      curve_title: of the second panel.
+      log_scale: of the curves' values.
+
+    Raises:
+      ValueError: if there are no settings.
+    """
+    if not values:
+        raise ValueError("values is empty; allowed: at least one setting with its numbers")
+    figure = Figure(figsize=(10, max(2.6, 0.42 * len(values) + 1)), dpi=80, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, numbers in enumerate(values.values()):
+        finite = [x for x in numbers if np.isfinite(x)]
+        if finite:
+            left.barh(i, np.mean(finite), color=f"C{i % 10}", alpha=0.35)
+        left.plot(finite, [i] * len(finite), "o", color=f"C{i % 10}", markersize=4)
+    left.set_yticks(range(len(values)), list(values))
+    left.invert_yaxis()
+    left.set_title(value_title)
+    for i, name in enumerate(values):
+        if name in curves:
+            steps, heights = curves[name]
+            right.plot(steps, heights, color=f"C{i % 10}", marker="o" if len(steps) < 5 else None, markersize=4)
+    right.set_title(curve_title)
+    right.set_xlabel("step")
+    if log_scale:
+        right.set_yscale("log")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def show_pictures(path, pictures, columns=3):
+    """Writes a PNG of pictures side by side, their names above.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      pictures: name -> uint8 [H, W, 3], all of one size.
+      columns: pictures per row.
+
+    Raises:
+      ValueError: if there are no pictures.
+    """
+    if not pictures:
+        raise ValueError("pictures is empty; allowed: at least one name with its picture")
+    height, width = next(iter(pictures.values())).shape[:2]
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(4 * columns, rows * (4 * height / width + 0.3)), dpi=80, layout="constrained")
+    for i, (name, picture) in enumerate(pictures.items(), start=1):
+        axes = figure.add_subplot(rows, columns, i)
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(name, fontsize="small")
+        axes.axis("off")
+    _save(figure, path)
+
+
+def pca_colors(latents):
+    """Latents as pictures: their first three principal components over all positions of all images, each from 0 to 255.
+
+    Args:
+      latents: float [B, h, w, C], C >= 3.
+
+    Returns:
+      uint8 [B, h, w, 3].
+    """
+    latents = np.asarray(latents, np.float64)
+    tokens = latents.reshape(-1, latents.shape[-1])
+    tokens = tokens - tokens.mean(axis=0)
+    components = tokens @ np.linalg.svd(tokens, full_matrices=False)[2][:3].T
+    low, high = components.min(axis=0), components.max(axis=0)
+    scaled = (components - low) / np.maximum(high - low, 1e-12)
+    return np.round(255 * scaled).astype(np.uint8).reshape(*latents.shape[:-1], 3)
+
+
+def _save(figure, path):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image_tools.save_png(path, np.asarray(canvas.buffer_rgba())[..., :3])

@@ -11,6 +11,7 @@ the state (names, shapes and dtypes are compared before reading), and are the by
 notices truncated and missing files, but not changed array bytes: a checksum per array is stored beside them).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -213,6 +214,15 @@ def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, A
     return config
 
 
+def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """Reads the data position that `Checkpointer.save` was given; arguments and errors as `read_config`."""
+    path = _find_step(workdir, step)
+    data_state, damage = _attempt(_read_json, path, "data")
+    if damage:
+        raise _unreadable(path, damage)
+    return data_state
+
+
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = _absolute(workdir) / "checkpoints"
@@ -264,6 +274,20 @@ def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | N
     if damage:
         raise _unreadable(path, damage)
     return subtree, int(path.name)
+
+
+def fingerprint(tree: Any) -> str:
+    """What tells weights from others: a hash of the names, shapes, dtypes and checksums of all arrays.
+
+    Args:
+      tree: pytree of arrays, any sharding.
+
+    Returns:
+      16 hexadecimal digits, the same on any number of devices and processes.
+    """
+    described = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named_leaves(tree)}
+    content = json.dumps([described, _checksums(tree)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _absolute(workdir: epath.PathLike) -> epath.Path:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repae_jax.losses.alignment import spatial_normalize
 from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -26,6 +27,7 @@ class Family:
       pixels: side that an image of 256 pixels is resized to; in proportion for other sizes.
       mean: per-channel mean of the normalisation, for pixels in [0, 1].
       std: per-channel standard deviation, likewise.
+      spatial_gamma: share of the mean that iREPA's normalisation over the positions takes off; None is no normalisation.
     """
 
     fields: Mapping[str, Any]
@@ -110,6 +112,7 @@ class Encoder:
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    spatial_gamma: float | None = None
 
     @property
     def grid(self):
@@ -251,7 +254,8 @@ def resize_bicubic(images, height, width):
 
 
 def encode(encoder, params, images):
-    """Target tokens: the patch tokens that VisionTransformer gives, without class and register tokens.
+    """Target tokens: the patch tokens that VisionTransformer gives, without class and register tokens; normalised over the
+    positions if the encoder says so.
 
     Args:
       encoder: Encoder.
@@ -266,6 +270,8 @@ def encode(encoder, params, images):
     """
     with jax.named_scope("encoder"):
         _, patches = encoder.module.apply({"params": params}, preprocess(encoder, images))
+        if encoder.spatial_gamma is not None:
+            patches = spatial_normalize(patches, encoder.spatial_gamma)
         return jax.lax.stop_gradient(patches)
 
 

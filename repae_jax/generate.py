@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from repae_jax.diffusion import guidance, latent_norm, samplers
+from repae_jax.diffusion import ddpm, guidance, latent_norm, samplers
 from repae_jax.images import to_uint8
 
-SAMPLERS = ("euler", "heun", "sde")
+SAMPLERS = ("euler", "heun", "sde", "ancestral")
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,12 @@ class Sampling:
     """How to sample.
 
     Attributes:
-      sampler: 'euler' or 'heun' (ODE), or 'sde' (Euler-Maruyama, last step from t = 0.04), the paper's.
+      sampler: 'euler' or 'heun' (ODE), or 'sde' (Euler-Maruyama, last step from t = 0.04), the paper's; 'ancestral' for DiT.
       steps: steps from noise to data; of Heun, two network calls each but the last.
       guidance_scale: 1 is no guidance.
       guidance_low: guidance applies to steps that start at guidance_low <= t <= guidance_high (t = 1 is noise).
-      guidance_high: see above.
+      guidance_high: see above. DiT's timesteps count as t / 999.
+      guidance_channels: guide the first ones only, as DiT's, SiT's and LightningDiT's published sampling does (3); None is all.
 
     Raises:
       ValueError: for an unknown sampler or values out of range.
@@ -31,6 +32,7 @@ class Sampling:
     guidance_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
+    guidance_channels: int | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -41,16 +43,28 @@ class Sampling:
             raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
         if self.guidance_scale < 1:
             raise ValueError(f"guidance_scale={self.guidance_scale} must be at least 1 (1 is no guidance)")
+        if self.guidance_channels is not None and self.guidance_channels < 1:
+            raise ValueError(f"guidance_channels={self.guidance_channels} must be at least 1, or None for all")
 
 
-def make_generate(nets, path, latent_shape, sampling):
+def check_sampler(sampling, objective):
+    """ValueError unless the sampler is one for what the network has learned."""
+    is_ancestral = sampling.sampler == "ancestral"
+    if isinstance(objective, ddpm.NoiseObjective) != is_ancestral:
+        what, allowed = ("a velocity", SAMPLERS[:3]) if is_ancestral else ("DiT's noise", SAMPLERS[3:])
+        raise ValueError(f"sampler {sampling.sampler!r}: the network predicts {what}; allowed: {', '.join(allowed)}")
+    if is_ancestral:
+        ddpm.timesteps(sampling.steps)
+
+
+def make_generate(nets, objective, latent_shape, sampling):
     """Sampling function, to be jitted.
 
     Everything runs in float32, as published, whatever the compute dtype of training.
 
     Args:
       nets: Nets.
-      path: the interpolant's name.
+      objective: what SiT has learned, interpolant.VelocityObjective or ddpm.NoiseObjective.
       latent_shape: (h, w, C).
       sampling: Sampling.
 
@@ -58,12 +72,19 @@ def make_generate(nets, path, latent_shape, sampling):
       (params, labels int [B], ids int [B], key) -> uint8 images [B, H, W, 3]. `params` is {'sit': …, 'vae': …,
       'latent_stats': ChannelStats}: the averaged SiT and statistics, and the VAE. Image i depends on (key, ids[i], labels[i])
       alone, not on the batch it is in.
+
+    Raises:
+      ValueError: if the sampler does not fit the objective.
     """
+    check_sampler(sampling, objective)
     sit, vae = nets.sit.clone(dtype=jnp.float32), nets.vae.clone(dtype=jnp.float32)
 
     def generate(params, labels, ids, key):
+        is_ancestral = sampling.sampler == "ancestral"
+
         def velocity_fn(z_t, t, y):
-            return sit.apply({"params": params["sit"]}, z_t, t, y)[0][..., : latent_shape[-1]]  # without a learned sigma
+            output = sit.apply({"params": params["sit"]}, z_t, t, y)[0]
+            return output if is_ancestral else output[..., : latent_shape[-1]]  # a SiT's sigma, if it has one, is unused
 
         def plain(z_t, t):
             return velocity_fn(z_t, t, labels)
@@ -73,16 +94,20 @@ def make_generate(nets, path, latent_shape, sampling):
         def noise_fn(index):
             return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), latent_shape))(keys)
 
-        is_sde = sampling.sampler == "sde"
-        times = (samplers.sde_times if is_sde else samplers.ode_times)(sampling.steps)
+        make_times = {"sde": samplers.sde_times, "ancestral": ddpm.timesteps}.get(sampling.sampler, samplers.ode_times)
+        times = make_times(sampling.steps)
         segments = [(times, plain)]
         if sampling.guidance_scale > 1:
-            guided = guidance.guide(velocity_fn, labels, sit.null_label, sampling.guidance_scale)
-            interval = sampling.guidance_low, sampling.guidance_high
+            channels = sampling.guidance_channels or latent_shape[-1]
+            guided = guidance.guide(velocity_fn, labels, sit.null_label, sampling.guidance_scale, channels)
+            last = ddpm.NUM_TIMESTEPS - 1 if is_ancestral else 1
+            interval = sampling.guidance_low * last, sampling.guidance_high * last
             segments = guidance.segments(times, interval, guided, plain)
         z = noise_fn(sampling.steps)  # an index that no step uses
-        if is_sde:
-            z = samplers.euler_maruyama(segments, z, path, noise_fn)
+        if is_ancestral:
+            z = ddpm.ancestral(segments, z, noise_fn)
+        elif sampling.sampler == "sde":
+            z = samplers.euler_maruyama(segments, z, objective.path, noise_fn)
         else:
             z = (samplers.heun if sampling.sampler == "heun" else samplers.euler)(segments, z)
         latents = latent_norm.denormalize(z, params["latent_stats"])
@@ -96,9 +121,10 @@ def make_generate(nets, path, latent_shape, sampling):
     return precise
 
 
-def sampling_params(state):
-    """What `make_generate` needs of a TrainState."""
-    return {"sit": state.ema.params, "vae": state.vae.params, "latent_stats": state.ema.latent_stats}
+def sampling_params(state, frozen):
+    """What `make_generate` needs of a TrainState, with the frozen VAE if it has none."""
+    vae = frozen["vae"] if state.vae is None else state.vae.params
+    return {"sit": state.ema.params, "vae": vae, "latent_stats": state.ema.latent_stats}
 
 
 def make_reconstruct(nets):

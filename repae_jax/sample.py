@@ -24,6 +24,8 @@ from checkpoints_tools import locate, published, weights
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.sit import check_time, from_state_dict
 from repae_jax import build, checkpoint, generate, images, sharding
+from repae_jax.diffusion.ddpm import NoiseObjective
+from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.running_stats import ChannelStats
 from repae_jax.train_state import Ema
 from repae_jax.train_step import Nets
@@ -37,7 +39,7 @@ def parse_args(argv=None):
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="folder of a run; or a published one, or its checkpoint")
-    parser.add_argument("--vae", help="VAE of a published run or a SiT whose files hold none")
+    parser.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
     parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
     parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
     parser.add_argument("--num_samples", type=int, default=64, help="exactly so many images")
@@ -48,11 +50,14 @@ def parse_args(argv=None):
     parser.add_argument("--classes", type=int, nargs="+", help="draw labels from these classes only")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
-    parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE" + unset)
+    parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
     parser.add_argument("--steps", type=int, help="sampling steps" + unset)
     parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
     parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
     parser.add_argument("--guidance_high", type=float, help="… up to this t (1 is noise)" + unset)
+    parser.add_argument(
+        "--guidance_channels", type=int, help="guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples" + unset
+    )
     parser.add_argument("--grid", type=int, default=64, help="how many samples the picture shows")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size", "grid"):
@@ -87,7 +92,7 @@ class Trained:
       nets: Nets, without discriminator and LPIPS.
       params: for `generate.make_generate`.
       latent_shape: (h, w, C).
-      path: the interpolant's name.
+      objective: what the SiT has learned.
       num_classes: labels are 0..num_classes - 1.
       sampling: Sampling, the default.
       mesh: device mesh.
@@ -97,57 +102,86 @@ class Trained:
     nets: Nets
     params: Mapping[str, Any]
     latent_shape: tuple[int, int, int]
-    path: str
+    objective: Any
     num_classes: int
     sampling: generate.Sampling
     mesh: jax.sharding.Mesh
     step: int
 
 
-def load_trained(workdir, step=None, devices=None, vae_path=None):
+def load_trained(workdir, step=None, devices=None, vae_path=None, sampler=None):
     """What sampling needs of a training run, of ours or of the published code.
 
     Args:
       workdir: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
       step: checkpoint; default the newest.
       devices: default all.
-      vae_path: VAE of a published run on a frozen VAE, whose checkpoints hold none.
+      vae_path: VAE of a run on a frozen VAE: of a published one, whose checkpoints hold none; of one of ours, where
+        config.init.vae is not the place of it any more.
+      sampler: that will be used, if known: 'ancestral' says that published weights are a DiT's, not a plain SiT's.
 
     Returns:
       Trained.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no such checkpoint, or it is damaged.
+      FileNotFoundError, ValueError: if there is no such checkpoint, it is damaged, or there is no SiT in it; or its VAE is not
+        there or is another.
     """
     devices = jax.devices() if devices is None else devices
     is_file = str(workdir).endswith((".pt", ".safetensors"))
     if not epath.Path(workdir).exists():
         workdir = locate.resolve(workdir)  # a name on the hub
     if is_file or (epath.Path(workdir) / "args.json").exists():
-        return _load_published(workdir, step, devices, vae_path)
-    if vae_path:
-        raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
+        return _load_published(workdir, step, devices, vae_path, sampler)
     config = checkpoint.read_config(workdir, step)
+    if config["job"] == "vae":
+        raise ValueError(f"{workdir} is a run of a tokenizer: it has no SiT to sample from")
+    if vae_path:
+        if config["job"] != "ldm":
+            raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
+        config["init"]["vae"] = str(vae_path)
     # the training batch does not matter here, nor do encoders and projectors
     config = {**config, "mesh": {"fsdp": 1}, "accumulation": 1, "data": {**config["data"], "batch_size": len(devices)}}
     job = build.build(config, devices, encoders=())
     state = build.abstract_state(job)
-    subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats), "vae": {"params": state.vae.params}}
+    subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}
+    if job.frozen_vae:
+        try:
+            vae_params = build.load_frozen_vae(job)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the run in {workdir} has a frozen VAE, {config['init']['vae']}, which is not there: give --vae ({error})"
+            ) from error
+        before, now = checkpoint.read_data_state(workdir, step)["frozen_vae"], checkpoint.fingerprint(vae_params)
+        if before != now:
+            raise ValueError(
+                f"the run in {workdir} was trained on the frozen VAE {before}, not on {config['init']['vae']}, which is {now} "
+                "(fingerprints of the weights): give the right one as --vae"
+            )
+    else:
+        subset["vae"] = {"params": state.vae.params}
     loaded, step = checkpoint.restore_subset(workdir, subset, step)
-    params = {"sit": loaded["ema"].params, "vae": loaded["vae"]["params"], "latent_stats": loaded["ema"].latent_stats}
+    if not job.frozen_vae:
+        vae_params = loaded["vae"]["params"]
+    params = {"sit": loaded["ema"].params, "vae": vae_params, "latent_stats": loaded["ema"].latent_stats}
     return Trained(
-        nets=job.nets, params=params, latent_shape=job.latent_shape, path=job.recipe.path,
+        nets=job.nets, params=params, latent_shape=job.latent_shape, objective=job.recipe.objective,
         num_classes=config["data"]["num_classes"], sampling=job.sampling, mesh=job.mesh, step=step,
     )  # fmt: skip
 
 
-def _load_published(path, step, devices, vae_path):
+def _load_published(path, step, devices, vae_path, sampler):
     taken = published.read(path, step)
     args, networks, source = taken.args, taken.networks, taken.source
     if "ema" not in networks:
         raise ValueError(f"{source} holds {', '.join(networks)}, but no ema, the averaged weights that samples are made with")
     sit = from_state_dict(networks["ema"], f"{source}: ema", taken.encoder_depth, taken.num_heads)
-    check_time(sit.layout, source)
+    # nothing in the published DiTs' and plain SiTs' files tells them apart
+    is_dit = args.get("path_type") == "ddpm" or (
+        sit.layout == "sit-or-dit" and sit.module.learned_sigma and sampler == "ancestral"
+    )
+    if not is_dit:
+        check_time(sit.layout, source)
     latent_stats = sit.variables.get("latent_stats")
     if "vae" in networks and vae_path:
         raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
@@ -161,8 +195,8 @@ def _load_published(path, step, devices, vae_path):
         latent_stats = latent_stats or loaded.latent_stats
     if latent_stats is None:
         raise ValueError(
-            f"{source} has no latent batch norm, as REPA has none: give --vae as diffusers' folder, whose config.json tells "
-            "the statistics of its latents"
+            f"{source} has no latent batch norm, as REPA and DiT have none: give --vae as diffusers' folder, whose config.json "
+            "tells the statistics of its latents"
         )
     if vae.latent_channels != sit.module.latent_channels:
         raise ValueError(f"the VAE has {vae.latent_channels} latent channels, the SiT of {source} {sit.module.latent_channels}")
@@ -175,9 +209,9 @@ def _load_published(path, step, devices, vae_path):
             {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": stats}, sharding.replicated(mesh)
         ),
         latent_shape=(side, side, vae.latent_channels),
-        path=args.get("path_type", "linear"),
+        objective=NoiseObjective() if is_dit else VelocityObjective(args.get("path_type", "linear")),
         num_classes=sit.module.num_classes,
-        sampling=generate.Sampling(),
+        sampling=generate.Sampling(sampler="ancestral") if is_dit else generate.Sampling(),
         mesh=mesh,
         step=taken.steps or 0,
     )
@@ -197,7 +231,7 @@ def sample_batches(trained, sampling, labels, batch_size, seed, skip=()):
     Yields:
       (batch index, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
     """
-    run = jax.jit(generate.make_generate(trained.nets, trained.path, trained.latent_shape, sampling))
+    run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
     for index, first in enumerate(range(0, len(labels), batch_size)):
         if index in skip:
@@ -262,12 +296,16 @@ def run(args):
         raise ValueError("sampling runs in one process; start it on one host")
     if "://" in str(args.out or args.workdir):
         raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
-    trained = load_trained(args.workdir, args.step, vae_path=args.vae)
+    trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
     step, num_classes = trained.step, trained.num_classes
     if args.batch_size % trained.mesh.size:
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {trained.mesh.size} devices")
     overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
     sampling = dataclasses.replace(trained.sampling, **{name: value for name, value in overrides.items() if value is not None})
+    generate.check_sampler(sampling, trained.objective)
+    channels = trained.latent_shape[-1]
+    if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
+        raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
     classes = args.classes or list(range(num_classes))
     if min(classes) < 0 or max(classes) >= num_classes:
         raise ValueError(f"--classes {classes}: allowed are 0..{num_classes - 1}")
@@ -275,6 +313,7 @@ def run(args):
     how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
     if sampling.guidance_scale > 1:
         how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
+        how += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
     which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, classes)))
     name = f"{step:07d}-{how}-{which}-{args.num_samples}-seed{args.seed}"
     if not args.out and not Path(args.workdir).is_dir():

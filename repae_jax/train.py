@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repae_jax import build, generate, images, sharding
-from repae_jax.checkpoint import Checkpointer, prepare_workdir
+from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.run_log import Progress, make_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
@@ -68,8 +68,17 @@ def check_finite(step, metrics, limit):
         )
 
 
-def make_hooks(job, source, workdir, writer):
-    """Pictures during training: list of (every, function of (step, state))."""
+def check_frozen_vae(before, now, workdir):
+    """ValueError if a run would be continued on another frozen VAE than it began with; fingerprints or None."""
+    if before != now:
+        raise ValueError(
+            f"the run in {workdir} was trained on the frozen VAE {before}, config.init.vae is {now} now (fingerprints of the "
+            "weights): give the same weights, or another workdir"
+        )
+
+
+def make_hooks(job, frozen, workdir, writer):
+    """Pictures during training: list of (every, function of (step, state)); of what the job trains."""
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
     columns, scale = math.ceil(math.sqrt(count)), images.viewing_scale(job.config["data"]["image_size"])
@@ -82,26 +91,34 @@ def make_hooks(job, source, workdir, writer):
             images.save_png(folder / f"{step:07d}.png", picture)
             writer.write_images(step, {kind: picture[None]})
 
-    run_generate = jax.jit(generate.make_generate(job.nets, job.recipe.path, job.latent_shape, job.sampling))
-    labels = placed(np.arange(count, dtype=np.int32) * num_classes // count)
+    def make_samples():
+        run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
+        labels, ids = placed(np.arange(count, dtype=np.int32) * num_classes // count), placed(np.arange(count))
 
-    def samples(step, state):
-        made = run_generate(
-            generate.sampling_params(state), labels, placed(np.arange(count)), jax.random.key(job.config["seed"])
-        )
-        save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
+        def samples(step, state):
+            made = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
+            save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
 
-    run_reconstruct = jax.jit(generate.make_reconstruct(job.nets))
-    with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
-        originals = next(first_batches)["image"][:count]
+        return samples
 
-    def reconstructions(step, state):
-        recon = np.asarray(run_reconstruct(state.vae.params, placed(images.to_float(originals))))
-        pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
-        save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
+    def make_reconstructions():
+        run = jax.jit(generate.make_reconstruct(job.nets))
+        with build.make_loader(job, build.make_images(job.config), workers=0) as first_batches:  # passes over undecodable files
+            originals = next(first_batches)["image"][:count]
 
-    hooks = [(section["samples_every"], samples), (section["reconstructions_every"], reconstructions)]
-    return [(every, hook) for every, hook in hooks if every]
+        def reconstructions(step, state):
+            recon = np.asarray(run(state.vae.params, placed(images.to_float(originals))))
+            pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
+            save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
+
+        return reconstructions
+
+    hooks = []
+    if section.get("samples_every"):
+        hooks.append((section["samples_every"], make_samples()))
+    if section.get("reconstructions_every") and not job.frozen_vae:
+        hooks.append((section["reconstructions_every"], make_reconstructions()))
+    return hooks
 
 
 def train(config, workdir):
@@ -125,7 +142,8 @@ def train(config, workdir):
         )
     job = build.build(config)
     workdir = prepare_workdir(workdir)
-    source = build.make_source(config)
+    if not config.data.cache:
+        build.make_images(config)  # a wrong path is found before anything is loaded
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
@@ -133,23 +151,26 @@ def train(config, workdir):
         )
         restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         frozen = build.load_frozen(job)
+        source = build.make_source(job, frozen)
+        frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
         put = functools.partial(sharding.put_batch, job.mesh)
         if restored is None:
             with build.make_loader(job, source) as first_batches:
-                state = build.create_initial_state(job, lambda: map(put, first_batches))
+                state = build.create_initial_state(job, frozen, lambda: map(put, first_batches))
             start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
             loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
         else:
             state, data_state, start = restored
+            check_frozen_vae(data_state.pop("frozen_vae", None), frozen_vae, workdir)
             loader.restore(data_state)
             logging.info("continuing from step %d", start)
         logging.info("%s", summary(job, state, source))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
-        hooks = make_hooks(job, source, workdir, writer)
+        hooks = make_hooks(job, frozen, workdir, writer)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
         shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -176,7 +197,7 @@ def train(config, workdir):
             with progress.paused():
                 if step % every == 0 or last:  # before the pictures: they may take long, or fail
                     writer.flush()
-                    checkpointer.save(step, state, loader.state(), job.config)
+                    checkpointer.save(step, state, loader.state() | {"frozen_vae": frozen_vae}, job.config)
                 for hook_every, hook in hooks:
                     if (step % hook_every == 0 and not stopping) or step == steps:
                         hook(step, state)
@@ -226,14 +247,14 @@ def main(_):
     try:
         _, finished = train(_CONFIG.value, _WORKDIR.value)
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
-        if _is_internal(error):
+        if is_internal(error):
             raise
         sys.exit(f"error: {error}")
     if finished:
         print(f"finished; everything is in {_WORKDIR.value}")
 
 
-def _is_internal(error):
+def is_internal(error):
     """Errors raised by our own checks are for the user; those from inside jax deserve their traceback."""
     trace = error.__traceback__
     while trace.tb_next:

@@ -28,7 +28,8 @@ class Net:
 
 @struct.dataclass
 class Ema:
-    """Exponential moving averages: of SiT's parameters and of the latent statistics. The VAE has none, as published."""
+    """Exponential moving averages: of the latent statistics and of a network's parameters, SiT's; the VAE's in the job that
+    trains it alone. REPA-E's VAE has none, as published."""
 
     params: Any
     latent_stats: ChannelStats
@@ -70,7 +71,7 @@ def create_state(*, vae, disc, sit, latent_stats):
     Args:
       vae: Net or None.
       disc: Net or None.
-      sit: Net.
+      sit: Net or None.
       latent_stats: ChannelStats the VAE starts with.
 
     Returns:
@@ -84,9 +85,11 @@ def create_state(*, vae, disc, sit, latent_stats):
         return jnp.zeros((), jnp.int32)
 
     lecam = None if disc is None else LeCamEma(real=jnp.zeros(()), fake=jnp.zeros(()))
+    averaged = vae if sit is None else sit
+    ema = None if averaged is None else Ema(params=copy(averaged.params), latent_stats=copy(latent_stats))
     return TrainState(
         step=zero(), vae=vae, disc=disc, sit=sit, latent_stats=latent_stats, lecam=lecam,
-        ema=Ema(params=copy(sit.params), latent_stats=copy(latent_stats)), skipped=zero(), skipped_in_a_row=zero(),
+        ema=ema, skipped=zero(), skipped_in_a_row=zero(),
     )  # fmt: skip
 
 
@@ -96,10 +99,15 @@ def apply_update(net, grads, tx):
     return net.replace(params=optax.apply_updates(net.params, updates), opt_state=opt_state)
 
 
-def update_ema(ema, sit_params, latent_stats, decay):
-    """decay * ema + (1 - decay) * new, over parameters and latent statistics."""
-    new = Ema(params=sit_params, latent_stats=latent_stats)
-    return jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, ema, new)
+def update_ema(ema, params, latent_stats, decay):
+    """decay * ema + (1 - decay) * new, over parameters and latent statistics; these are None where they are fixed."""
+
+    def average(old, new):
+        return jax.tree.map(lambda old, x: decay * old + (1 - decay) * x, old, new)
+
+    # an average of equal numbers would drift: in float32, 0.9999 and 0.0001 do not make 1
+    stats = ema.latent_stats if latent_stats is None else average(ema.latent_stats, latent_stats)
+    return Ema(params=average(ema.params, params), latent_stats=stats)
 
 
 def keep_if_finite(finite, new, old):

@@ -11,16 +11,18 @@ from configs import repae
 from repae_jax import build, sharding
 
 
-def config(changes=None, **more):
+def config(changes=None, file=repae, arg="tiny", **more):
     """The tiny preset at 8 x 8 pixels; changes are dotted names -> values, those of `more` with __ for the dot."""
-    made = repae.get_config("tiny")
+    made = file.get_config(arg)
     made.unlock()
     made.data.image_size = 8
     made.vae.channel_multipliers = (1, 1)
     made.vae.norm_groups = 4
-    made.disc.num_layers = 1
-    made.encoders.target.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    made.encoders.target.image_size = 8
+    if "disc" in made:
+        made.disc.num_layers = 1
+    for encoder in made.encoders.values():
+        encoder.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+        encoder.image_size = 8
     for name, value in {**(changes or {}), **{name.replace("__", "."): value for name, value in more.items()}}.items():
         *sections, field = name.split(".")
         section = made
@@ -69,8 +71,10 @@ def random_state(job, seed=0):
     abstract = build.abstract_state(job)
     rng = np.random.default_rng(seed)
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: _random_leaf(path, leaf, rng), abstract)
-    ema = state.ema.replace(params=state.sit.params, latent_stats=state.latent_stats)
-    return jax.device_put(state.replace(ema=ema), jax.tree.map(lambda leaf: leaf.sharding, abstract), may_alias=False)
+    if state.ema is not None:
+        averaged = state.vae if state.sit is None else state.sit
+        state = state.replace(ema=state.ema.replace(params=averaged.params, latent_stats=state.latent_stats))
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract), may_alias=False)
 
 
 def leaves(tree):

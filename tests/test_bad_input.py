@@ -8,7 +8,7 @@ import pytest
 import small
 from PIL import Image
 
-from configs import common, repae
+from configs import common, ldm, repae, vae
 from repae_jax import build, checkpoint, train
 
 COMPILED = []
@@ -34,13 +34,13 @@ def nothing_compiled(warm, monkeypatch):
     assert not COMPILED
 
 
-def refused(changes, *messages, run=None):
+def refused(changes, *messages, run=None, file=repae):
     """The error of a config with changes, which must contain every message."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        (run or build.build)(small.config(changes))
+        (run or build.build)(small.config(changes, file))
     for message in messages:
         assert message in str(caught.value), str(caught.value)
-    assert not train._is_internal(caught.value)
+    assert not train.is_internal(caught.value)
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_tables_name_what_they_hold():
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
-        ({"job": "reape"}, ["config.job='reape'", "['repae']"]),
+        ({"job": "reape"}, ["config.job='reape'", "['repae', 'ldm', 'vae']"]),
         ({"steps": 0}, ["config.steps=0 must be at least 1"]),
         ({"steps": -5}, ["config.steps=-5 must be at least 1"]),
         ({"accumulation": 0}, ["config.accumulation=0 must be at least 1"]),
@@ -154,22 +154,31 @@ def test_tables_name_what_they_hold():
         ({"encoders": {}}, ["config.loss.vae.align and config.loss.sit.align", "config.encoders is empty"]),
         ({"loss.vae.gan": 0.0, "loss.lecam": 0.1}, ["config.loss.lecam=0.1 needs a discriminator"]),
         ({"loss.vae.gan": 0.0, "init.disc": "x.pt"}, ["config.init.disc='x.pt' needs a discriminator"]),
-        ({"encoders": {}, "loss.vae.align": 0.0}, ["config.loss.sit.align need", "config.encoders is empty"]),
-        ({"loss.vae.align": 0.0, "loss.sit.align": 0.0}, ["config.encoders has an encoder", "are 0"]),
+        ({"encoders": {}, "loss.vae.align": 0.0}, ["config.loss.sit.align needs an encoder", "config.encoders is empty"]),
+        ({"loss.vae.align": 0.0, "loss.sit.align": 0.0}, ["config.encoders has an encoder", "are all 0"]),
         ({"loss.vae.ssim": 1.0}, ["config.loss.vae has unknown terms ['ssim']", "'lpips'"]),
         ({"loss.sit.mse": 1.0}, ["config.loss.sit has unknown terms ['mse']", "'velocity'"]),
-        ({"loss.vae.l1": 0.0}, ["config.loss.vae needs a reconstruction term", "'l1' or 'l2'"]),
         ({"loss.sit.velocity": 0.0}, ["config.loss.sit.velocity must not be 0"]),
         ({"precision.compute": "float8"}, ["config.precision.compute='float8'", "['bfloat16', 'float32']"]),
         ({"loss.vae.lpips": 1.0, "precision.lpips": "half"}, ["config.precision.lpips='half'", "['bfloat16', 'float32']"]),
-        ({"diffusion.path": "quadratic"}, ["config.diffusion.path='quadratic'", "['cosine', 'linear']"]),
+        ({"diffusion.path": "quadratic"}, ["config.diffusion.path='quadratic'", "['cosine', 'ddpm', 'linear']"]),
         ({"diffusion.time_distribution": "beta"}, ["config.diffusion.time_distribution='beta'", "['lognormal', 'uniform']"]),
         ({"diffusion.label_dropout": 1.0}, ["config.diffusion.label_dropout=1.0", "[0, 1)"]),
-        ({"diffusion.norm_momentum": 1.5}, ["config.diffusion.norm_momentum=1.5", "(0, 1]"]),
+        ({"diffusion.norm_momentum": 1.5}, ["config.diffusion.norm_momentum=1.5", "[0, 1]"]),
         ({"lpips.input_range": (1.0, 0.0)}, ["config.lpips.input_range=(1.0, 0.0)", "low first"]),
         ({"optim.sit.learning_rate": -1e-4}, ["learning_rate=-0.0001 must be at least 0"]),
         ({"optim.vae.warmup_steps": -1}, ["warmup_steps=-1 must be at least 0"]),
-        ({"optim.disc.clip_norm": 0.0}, ["clip_norm=0.0"]),
+        ({"optim.disc.clip_norm": 0.0}, ["config.optim.disc: clip_norm=0.0"]),
+        ({"optim.vae.fixed": ("encoders",)}, ["config.optim.vae.fixed has ['encoders']", "'encoder'", "'quant_conv'"]),
+        ({"optim.sit.schedule": "exp"}, ["config.optim.sit: schedule='exp'", "['constant', 'linear', 'cosine']"]),
+        ({"optim.sit.schedule": "cosine"}, ["config.optim.sit: schedule='cosine' needs decay_steps", "None"]),
+        ({"loss.align_end": 0}, ["config.loss.align_end=0", "at least 1"]),
+        ({"loss.align_end": 5, "loss.align_shape": "step"}, ["align_shape='step'", "['constant', 'linear', 'cosine']"]),
+        ({"data.flip_probability": 1.5}, ["config.data.flip_probability=1.5", "[0, 1]"]),
+        ({"sit.projector": "linear"}, ["projector='linear'", "['mlp', 'conv']"]),
+        ({"encoders.target.spatial_gamma": 2.0}, ["config.encoders.target.spatial_gamma=2.0", "[0, 1]"]),
+        ({"sampling.guidance_channels": 0}, ["config.sampling: guidance_channels=0"]),
+        ({"data.cache": "latents"}, ["config.data.cache='latents'", "config.job='repae'", "configs/ldm.py"]),
         ({"sampling.sampler": "dpm"}, ["sampler 'dpm' is unknown", "euler, heun, sde"]),
         ({"sampling.steps": 1}, ["steps=1", "at least 2"]),
         ({"sampling.guidance_scale": 0.5}, ["guidance_scale=0.5", "at least 1"]),
@@ -179,6 +188,79 @@ def test_tables_name_what_they_hold():
 )
 def test_values(changes, messages):
     refused(changes, *messages)
+
+
+DDPM = {"diffusion.path": "ddpm", "sit.learned_sigma": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"encoders": {}}, ["config.loss.sit.align needs an encoder", "config.encoders is empty"]),
+        ({"loss.sit.align": 0.0}, ["config.encoders has an encoder", "config.loss.sit.align is 0"]),
+        ({"loss.sit.noise": 1.0}, ["config.loss.sit.noise=1.0", "config.diffusion.path='linear'"]),
+        (DDPM, ["config.loss.sit.velocity=1.0", "config.diffusion.path='ddpm'", "['noise', 'bound', 'align']"]),
+        ({"sit.learned_sigma": True}, ["config.sit.learned_sigma=True", "config.diffusion.path='linear'"]),
+        (
+            {**DDPM, "sit.learned_sigma": False, "loss.sit": {"noise": 1.0, "align": 0.5}},
+            ["config.sit.learned_sigma=False", "config.diffusion.path='ddpm'"],
+        ),
+        ({**DDPM, "loss.sit": {"noise": 1.0, "align": 0.5}}, ["sampler 'sde'", "DiT's noise", "ancestral"]),
+        ({"sampling.sampler": "ancestral"}, ["sampler 'ancestral'", "a velocity", "euler, heun, sde"]),
+    ],
+)
+def test_values_of_ldm(changes, messages):
+    refused(changes, *messages, file=ldm)
+
+
+def test_a_frozen_vae_must_be_given():
+    refused({"init.vae": ""}, "config.init.vae is empty", "'random'", file=ldm, run=lambda c: build.load_frozen(build.build(c)))
+    weights = {"init.vae": "", "loss.vae": {"l1": 0.0}}
+    refused(weights, "config.init.vae is empty", "'vae'", file=vae, run=lambda c: build.load_frozen(build.build(c)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"data.cache": "latents"}, ["config.data.cache='latents'", "config.job='vae'", "configs/ldm.py"]),
+        ({"loss.vae.vf": 0.1}, ["config.loss.vae.vf needs an encoder", "config.encoders is empty"]),
+        ({"loss.vae.align": 1.0}, ["config.loss.vae has unknown terms ['align']"]),
+        ({"loss.vae.l1": 0.0}, ["config.loss.vae needs a reconstruction term", "'l1' or 'l2'"]),
+        ({"loss.pixel_reduction": "max"}, ["config.loss.pixel_reduction='max'", "['mean', 'sum']"]),
+        ({"loss.vf_margins": (2.5, 0.0)}, ["config.loss.vf_margins=(2.5, 0.0)", "[0, 2)"]),
+        ({"loss.adaptive.vf": 1.0}, ["config.loss.adaptive.vf=1.0", "config.loss.vae.vf"]),
+        ({"loss.adaptive": {"gan": 1.0}}, ["config.loss.adaptive: unknown fields [], missing fields ['vf']"]),
+        ({"loss.eq_scales": (0.5, 1.0)}, ["config.loss.eq_scales", "(0.5, 1.0)", "1 first"]),
+        ({"loss.eq_scales": (1.0, 0.3)}, ["config.loss.eq_scales", "0.3", "whole sizes"]),
+        ({"loss.eq_scales": (1.0, 0.5), "loss.eq_prior": 1.5}, ["config.loss.eq_scales", "prior_probability 1.5"]),
+        ({"loss.eq_scales": (1.0, 0.5)}, ["config.disc.num_layers=1", "at the scale 0.5"]),
+        ({"loss.vae.se": 0.1, "loss.se_factors": (3,)}, ["config.loss.se_factors", "8 x 8", "whole sizes"]),
+        ({"loss.vae.se": 0.1, "loss.se_factors": ()}, ["config.loss.vae.se needs factors", "config.loss.se_factors"]),
+        ({"loss.vae": {"l1": 0.0}, "loss.eq_scales": (1.0, 0.5)}, ["config.loss.eq_scales", "all of config.loss.vae is 0"]),
+    ],
+)
+def test_values_of_vae(changes, messages):
+    refused(changes, *messages, file=vae)
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"loss.vae.diffusion": 1.0}, ["config.loss.vae.diffusion", "collapsed"]),
+        ({"diffusion.norm_momentum": 0.0}, ["config.diffusion.norm_momentum=0", "18.1"]),
+        ({"loss.vae.gan": 0.0}, ["config.loss.vae.gan=0", "19.2"]),
+        ({"loss.vae": {"align": 1.5}}, ["no reconstruction, KL or adversarial term"]),
+    ],
+)
+def test_ablations_that_lose_are_announced(changes, messages, monkeypatch):
+    said = []
+    monkeypatch.setattr(build.logging, "warning", lambda text, *values: said.append(text % values))
+    build.build(small.config(changes))
+    assert len(said) == 1 and said[0].startswith("ABLATION: "), said
+    assert all(message in said[0] for message in messages), said
+    said.clear()
+    build.build(small.config())
+    assert not said
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -227,7 +309,7 @@ def test_a_workdir_that_holds_another_run(tmp_path, monkeypatch):
     with checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"step": jax.numpy.int32(1)}, {"next_batch": 1, "bad_records": []}, other)
         checkpointer.wait()
-    monkeypatch.setattr(build, "load_frozen", lambda job: None)  # random weights are compiled, a file's are not
+    monkeypatch.setattr(build, "load_frozen", lambda job: {"vae": None})  # random weights are compiled, a file's are not
     COMPILED.clear()
     with pytest.raises(ValueError) as caught:
         train.train(small.config(), tmp_path)
@@ -259,5 +341,5 @@ def test_missing_encoder_weights(tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [({"data.workers": -1}, "workers is -1"), ({"seed": -1}, "seed is -1")])
 def test_what_the_loader_refuses(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "load_frozen", lambda job: None)
+    monkeypatch.setattr(build, "load_frozen", lambda job: {"vae": None})
     refused(changes, message, "allowed", run=training(tmp_path))

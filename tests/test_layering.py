@@ -27,6 +27,9 @@ ORDER = [
     "repae_jax.data",
     "checkpoints_tools",
     # the story
+    "repae_jax.accumulation",
+    "repae_jax.recipe",
+    "repae_jax.train_losses",
     "repae_jax.train_step",
     "repae_jax.generate",
     "repae_jax.build",

@@ -214,11 +214,11 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
     assert metrics_of(tmp_path / "run")[-1]["bad_records"] == 1
 
     job = build.build(config(2, **source, **{"data.max_bad_fraction": 0.0}))
-    with build.make_loader(job, build.make_source(job.config)) as loader, pytest.raises(RuntimeError) as caught:
+    with build.make_loader(job, build.make_images(job.config)) as loader, pytest.raises(RuntimeError) as caught:
         for _ in range(4):
             next(loader)
     assert re.search("1 of 16 records .* class1/15.png.*max_bad_fraction", str(caught.value))
-    assert not train._is_internal(caught.value)  # the command ends in this one line
+    assert not train.is_internal(caught.value)  # the command ends in this one line
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

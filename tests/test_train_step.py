@@ -56,7 +56,7 @@ def golden_run(name):
     nets = Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)
     step = jax.jit(
         lambda state, images, labels, targets, draws: train_step.repae_update(
-            state, images, labels, targets, draws, {"lpips": lpips_params}, nets=nets, tx=tx, recipe=recipe
+            state, images, labels, targets, draws, {"lpips": lpips_params}, jax.random.key(0), nets=nets, tx=tx, recipe=recipe
         )
     )
     tables = {

@@ -15,7 +15,8 @@ _WORKER_BUFFER = 1
 
 
 class Loader:
-    """Infinite iterator over `{'image': uint8 [b, H, W, 3], 'label': int32 [b]}`, b = batch_size / process_count.
+    """Infinite iterator over batches: the fields of the source's records, stacked, such as `{'image': uint8 [b, H, W, 3],
+    'label': int32 [b]}`, b = batch_size / process_count.
 
     All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a
     new order every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every
@@ -45,7 +46,8 @@ class Loader:
         """Prepares the stream; nothing is read before the first `next`.
 
         Args:
-          source: a source as described in `repae_jax.data`.
+          source: a source as described in `repae_jax.data`; its records may have any fields, all of them the same ones, each
+            an array or a number of one shape and type.
           batch_size: global batch size, over all processes.
           seed: of the shuffling, 0..2**32-1.
           start_batch: number of the first batch.
@@ -97,11 +99,12 @@ class Loader:
         except Exception:
             self.close()  # a read-ahead that has failed cannot be continued
             raise
-        self._note_failures(batch["failures"])
+        fields, failures = batch
+        self._note_failures(failures)
         self.next_batch += 1
         # Workers hand over shared memory that dies with the array; a copy may outlive the loader.
         copy = np.array if self._workers else np.asarray
-        return {"image": copy(batch["image"]), "label": copy(batch["label"])}
+        return {name: copy(values) for name, values in fields.items()}
 
     def __enter__(self):
         return self
@@ -150,15 +153,7 @@ class Loader:
 
     def _start(self):
         """Starts reading ahead from `next_batch` on."""
-        threads = _WORKER_THREADS if self._workers else _READ_THREADS
-        read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        batches = self._batches[self.next_batch :].to_iter_dataset(read_options)
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_WORKER_BUFFER)
-            batches = batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
-        return iter(batches)
+        return read_ahead(self._batches[self.next_batch :], self._workers)
 
     def _note_failures(self, failures):
         """Logs the records not seen before, and raises when they have become too many."""
@@ -169,7 +164,28 @@ class Loader:
         if len(self._bad_records) > self._max_bad:
             self.close()
             last_error = failures[-1][1] if failures else "found before this run was resumed"
-            raise RuntimeError(_too_many(self._source, sorted(self._bad_records), self._max_bad, last_error))
+            raise RuntimeError(too_many_bad(self._source, sorted(self._bad_records), self._max_bad, last_error))
+
+
+def read_ahead(batches, workers):
+    """Iterator that decodes ahead of its caller, in the order of the batches.
+
+    Args:
+      batches: grain.MapDataset of batches.
+      workers: processes that decode; 0 decodes in threads. Arrays from workers lie in shared memory that dies with them.
+
+    Returns:
+      Iterator; its `close()` stops threads and workers.
+    """
+    threads = _WORKER_THREADS if workers else _READ_THREADS
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    batches = batches.to_iter_dataset(read_options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
+        batches = batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
+    return iter(batches)
 
 
 class _ReplacingRecords:
@@ -187,34 +203,38 @@ class _ReplacingRecords:
         return len(self._source)
 
     def __getitem__(self, i):
-        """Returns the image, its label, and `[(record, error), ...]` of the records tried in vain."""
+        """Returns the fields of the record, and `[(record, error), ...]` of the records tried in vain."""
         failures = []
         while True:
             record = (i + len(failures)) % len(self)
             try:
-                example = self._source[record]
+                fields = self._source[record]
             except Exception as error:  # PIL raises nearly anything: OSError, SyntaxError, ValueError, struct.error
-                failures.append((record, f"{type(error).__name__}: {error}"))
+                failures.append((record, describe_error(error)))
             else:
-                return example["image"], example["label"], failures
+                return fields, failures
             # One unbroken run of bad records is enough to know that there are too many, or nothing else.
             if len(failures) > self._max_bad or len(failures) == len(self):
                 bad = [record for record, _ in failures]
-                raise RuntimeError(_too_many(self._source, bad, self._max_bad, failures[-1][1]))
+                raise RuntimeError(too_many_bad(self._source, bad, self._max_bad, failures[-1][1]))
 
 
 def _stack(records):
     """Batches what `_ReplacingRecords` returns; the failures of all records become one list."""
-    images, labels, failures = zip(*records)
-    return {
-        "image": np.stack(images),
-        "label": np.asarray(labels, np.int32),
-        "failures": [failure for one_record in failures for failure in one_record],
-    }
+    examples, failures = zip(*records)
+    fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    if "label" in fields:  # may be Python's int
+        fields["label"] = fields["label"].astype(np.int32)
+    return fields, [failure for one_record in failures for failure in one_record]
 
 
-def _too_many(source, bad, max_bad, last_error):
-    """The message that ends a run."""
+def describe_error(error):
+    """What is told of an undecodable record."""
+    return f"{type(error).__name__}: {error}"
+
+
+def too_many_bad(source, bad, max_bad, last_error):
+    """The message that ends a run because of too many undecodable records."""
     names = ", ".join(source.name(record) for record in bad[:5]) + (", ..." if len(bad) > 5 else "")
     return (
         f"{len(bad)} of {len(source)} records ({len(bad) / len(source):.2%}) cannot be decoded, {max_bad} are allowed: "

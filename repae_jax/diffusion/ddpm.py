@@ -11,6 +11,7 @@ Reference: DDPM (arXiv 2006.11239) equation 11, improved DDPM (2102.09672) secti
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -180,3 +181,23 @@ def ancestral(segments, z, noise_fn):
         z = jax.lax.scan(step, z, (t, t_next, first + jnp.arange(len(t)), _steps(t, t_next)))[0]
         first += len(t)
     return z
+
+
+@dataclass(frozen=True)
+class NoiseObjective:
+    """DiT's objective: the squared error of the noise and the variational bound."""
+
+    def sample_time(self, key, batch_size):
+        """Timesteps [B], see the function of this name."""
+        return sample_time(key, batch_size)
+
+    def add_noise(self, z, noise, t):
+        """z_t, see `q_sample`."""
+        return q_sample(z, noise, t)
+
+    def losses(self, output, z, noise, t):
+        """{'noise', 'bound'}: float32 scalars, means over the batch; arguments as in `variational_bound`."""
+        return {
+            "noise": jnp.mean(mean_squared_noise_error(output, noise)),
+            "bound": jnp.mean(variational_bound(output, z, noise, t)),
+        }

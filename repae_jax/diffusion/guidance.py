@@ -4,16 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def guide(velocity_fn, labels, null_label, scale):
-    """Guided velocity v_null + scale * (v_label - v_null), on all channels.
+def guide(velocity_fn, labels, null_label, scale, channels):
+    """Guided velocity v_null + scale * (v_label - v_null), on the first channels; v_label on the others.
 
-    Exact for the SDE sampler too: its drift is affine in the velocity and the two weights sum to one.
+    Exact for the SDE sampler too: its drift is affine in the velocity and the two weights sum to one. DiT's noise is guided
+    alike, its variance not.
 
     Args:
-      velocity_fn: (z_t [B, ...], t [B], labels [B]) -> velocity.
+      velocity_fn: (z_t [B, ...], t [B], labels [B]) -> velocity [B, ..., >= channels].
       labels: int [B].
       null_label: label of "no class".
       scale: guidance scale; 1 is no guidance.
+      channels: how many are guided.
 
     Returns:
       (z_t, t) -> velocity; one network call on the doubled batch.
@@ -23,7 +25,8 @@ def guide(velocity_fn, labels, null_label, scale):
     def guided(z_t, t):
         v = velocity_fn(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), doubled)
         conditional, unconditional = jnp.split(v, 2)
-        return unconditional + scale * (conditional - unconditional)
+        difference = (conditional - unconditional)[..., :channels]
+        return jnp.concatenate([unconditional[..., :channels] + scale * difference, conditional[..., channels:]], axis=-1)
 
     return guided
 

@@ -4,6 +4,7 @@ Reference: SiT (arXiv 2401.08740) section 3; REPA-E's `models/sit.py` and `sampl
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -115,3 +116,28 @@ def mean_squared_velocity_error(path, velocity, z, noise, t):
     """SiT's loss of each sample: [B], mean over positions and channels, float32."""
     error = velocity - velocity_target(path, z, noise, t)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
+
+
+@dataclass(frozen=True)
+class VelocityObjective:
+    """SiT's objective: the squared error of the velocity.
+
+    Attributes:
+      path: 'linear' or 'cosine'.
+      time_distribution: 'uniform' or 'lognormal'.
+    """
+
+    path: str = "linear"
+    time_distribution: str = "uniform"
+
+    def sample_time(self, key, batch_size):
+        """Times [B], see the function of this name."""
+        return sample_time(key, batch_size, self.path, self.time_distribution)
+
+    def add_noise(self, z, noise, t):
+        """z_t, see `interpolate`."""
+        return interpolate(self.path, z, noise, t)
+
+    def losses(self, output, z, noise, t):
+        """{'velocity': float32 scalar, mean over the batch, positions and channels}; arguments as in `velocity_target`."""
+        return {"velocity": jnp.mean(mean_squared_velocity_error(self.path, output, z, noise, t))}

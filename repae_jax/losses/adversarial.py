@@ -77,26 +77,3 @@ def adaptive_weight(reference_grad, grad, low=0.0, high=1e4, eps=1e-4):
         raise ValueError(f"low {low} and high {high}; allowed: low <= high")
     norms = [optax.tree.norm(jax.tree.map(jnp.float32, tree)) for tree in (reference_grad, grad)]
     return jax.lax.stop_gradient(jnp.clip(norms[0] / (norms[1] + eps), low, high))
-
-
-def gradients_at(layer, pull_back, *cotangents):
-    """Gradients of several losses at one layer, for `adaptive_weight`, out of the backward pass that a step needs anyway.
-
-        recon, pull_back = jax.vjp(decode, params)
-        cotangents = jax.grad(pixel_loss)(recon), jax.grad(adversarial_loss)(recon)
-        weight = factor * adaptive_weight(*gradients_at(layer, pull_back, *cotangents))
-        (grads,) = pull_back(cotangents[0] + weight * cotangents[1])
-
-    Under jit, what `layer` does not pick from a gradient is dead code: near the output, each loss costs one kernel gradient,
-    and LPIPS and discriminator run once. Differentiating with respect to the kernel alone would trace the decoder a second
-    time, and that XLA merges the two forward passes cannot be relied on.
-
-    Args:
-      layer: picks from a tree like the parameters, e.g. lambda params: params["decoder"]["conv_out"]["kernel"].
-      pull_back: from `jax.vjp(fn, params)`.
-      *cotangents: gradients of the losses with respect to fn's output.
-
-    Returns:
-      tuple of gradients at the layer, one per cotangent.
-    """
-    return tuple(layer(pull_back(cotangent)[0]) for cotangent in cotangents)

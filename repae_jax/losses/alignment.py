@@ -6,6 +6,8 @@ Reference: REPA (arXiv 2410.06940) equation 8; REPA-E's `models/sit.py`; iREPA (
 import jax
 import jax.numpy as jnp
 
+SCHEDULES = ("constant", "linear", "cosine")
+
 
 def unit(x):
     """Vectors of length one along the last axis, float32; a zero vector stays zero."""
@@ -33,6 +35,29 @@ def alignment_loss(projections, targets):
         raise ValueError(f"projections {shapes[0]} and targets {shapes[1]} differ: [B, T, F] per encoder must agree")
     losses = [-jnp.mean(jnp.sum(unit(p) * unit(t), axis=-1)) for p, t in zip(projections, targets)]
     return sum(losses) / len(losses)
+
+
+def schedule_factor(step, shape, end):
+    """Factor of the alignment's weight: 1 at the first step, 0 from step `end` on.
+
+    Early stop (HASTE, arXiv 2505.16792) is 'constant'. The alignment is computed after its end, too: one program serves all.
+
+    Args:
+      step: int32 scalar.
+      shape: 'constant' until the end, or 'linear' or 'cosine' decay towards it.
+      end: step.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    if shape not in SCHEDULES:
+        raise ValueError(f"schedule {shape!r} is unknown; allowed: {', '.join(SCHEDULES)}")
+    progress = jnp.minimum(step / end, 1.0)
+    decay = {"constant": jnp.float32(progress < 1), "linear": 1 - progress, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress))}
+    return decay[shape]
 
 
 def spatial_normalize(tokens, gamma):

@@ -108,16 +108,21 @@ def draw_transform(key, scales, prior_probability):
     Raises:
       ValueError: for scales or a probability out of range.
     """
-    if len(scales) < 2 or scales[0] != 1 or not all(0 < scale < 1 for scale in scales[1:]):
-        raise ValueError(f"scales {scales}; allowed: 1 first, then at least one scale strictly between 0 and 1")
-    if not 0 <= prior_probability <= 1:
-        raise ValueError(f"prior_probability {prior_probability}; allowed: 0 to 1")
+    check_scales(scales, prior_probability)
     prior_key, scale_key, turn_key = jax.random.split(key, 3)
     changed = jax.random.uniform(prior_key) >= prior_probability
     return Transform(
         scale_index=jnp.where(changed, jax.random.randint(scale_key, (), 1, len(scales)), 0),
         quarter_turns=jnp.where(changed, jax.random.randint(turn_key, (), 1, 4), 0),
     )
+
+
+def check_scales(scales, prior_probability):
+    """ValueError for what `draw_transform` does not take."""
+    if len(scales) < 2 or scales[0] != 1 or not all(0 < scale < 1 for scale in scales[1:]):
+        raise ValueError(f"scales {scales}; allowed: 1 first, then at least one scale strictly between 0 and 1")
+    if not 0 <= prior_probability <= 1:
+        raise ValueError(f"prior_probability {prior_probability}; allowed: 0 to 1")
 
 
 def transform(x, scale, quarter_turns):

@@ -27,9 +27,14 @@ class DiagonalGaussian:
     mean: jax.Array
     logvar: jax.Array
 
+    @property
+    def std(self):
+        """Standard deviation, [B, h, w, C]."""
+        return jnp.exp(0.5 * self.logvar)
+
     def sample(self, noise):
         """mean + std * noise, noise ~ N(0, 1) of the same shape."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+        return self.mean + self.std * noise
 
     def mode(self):
         """The mean."""
@@ -157,6 +162,7 @@ class AutoencoderKL(nn.Module):
       attention_levels: levels (0 = full resolution) with self-attention besides the middle.
       norm_groups: group-norm groups; divides every width.
       quant_convs: 1x1 convolutions of the moments and of the latents, between encoder and decoder.
+      feature_dim: width of the encoder's tokens that `project` maps latents to, for VA-VAE's VF loss; None is no such map.
       remat: recompute residual blocks in the backward pass.
       dtype: compute dtype.
     """
@@ -168,6 +174,7 @@ class AutoencoderKL(nn.Module):
     attention_levels: tuple[int, ...] = ()
     norm_groups: int = 32
     quant_convs: bool = True
+    feature_dim: int | None = None
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -201,6 +208,9 @@ class AutoencoderKL(nn.Module):
         if self.quant_convs:
             self.quant_conv = nn.Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
             self.post_quant_conv = nn.Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
+        if self.feature_dim is not None:
+            kernel_init = torch_default_init(c)["kernel_init"]
+            self.vf_projection = nn.Dense(self.feature_dim, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
 
     def encode(self, images):
         """Posterior of images.
@@ -231,7 +241,13 @@ class AutoencoderKL(nn.Module):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).astype(jnp.float32)
 
+    def project(self, latents):
+        """Latents [B, h, w, C] as an encoder's tokens: float32 [B, h, w, feature_dim]."""
+        return self.vf_projection(latents.astype(self.dtype)).astype(jnp.float32)
+
     def __call__(self, images, noise):
         """Encode, sample with the given noise [B, h, w, C], decode: (recon, posterior)."""
         posterior = self.encode(images)
+        if self.is_initializing() and self.feature_dim is not None:
+            self.project(noise)
         return self.decode(posterior.sample(noise)), posterior

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from repae_jax.models import layers
 
 normal_02 = nn.initializers.normal(0.02)
+PROJECTORS = ("mlp", "conv")
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
@@ -90,6 +91,21 @@ class Projector(nn.Module):
         return x
 
 
+class ConvProjector(nn.Module):
+    """iREPA's: one 3x3 convolution over the grid of tokens, from SiT tokens to one encoder's features."""
+
+    feature_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        side = math.isqrt(x.shape[1])
+        grid = x.reshape(x.shape[0], side, side, x.shape[2])
+        init = layers.torch_default_init(9 * x.shape[2])
+        made = nn.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)(grid)
+        return made.reshape(*x.shape[:2], self.feature_dim)
+
+
 class PositionEmbedding(nn.Module):
     """Adds a table of positions, 2D sin-cos at first, to tokens [B, T, D].
 
@@ -125,11 +141,12 @@ class SiT(nn.Module):
       num_heads: attention heads.
       encoder_depth: blocks before the alignment tap, 1..depth.
       feature_dims: feature width of each encoder to align with; () builds no projector.
-      projector_dim: hidden width of the projectors.
+      projector: 'mlp', REPA's, or 'conv', iREPA's 3x3 convolution, for square grids.
+      projector_dim: hidden width of an 'mlp' projector.
       mlp_ratio: MLP width / D.
       qk_norm: normalise queries and keys.
       learned_sigma: predict 2C channels, as DiT does for its variance; published SiTs have the second half, but leave it
-        unused. To sample from such files only: training needs C channels.
+        unused, and training them needs C channels.
       learned_positions: train the position table. REPA-E's loop does, by switching the gradients of all parameters on again
         after its VAE phase; SiT, REPA and training on a frozen VAE keep the sin-cos table.
       remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
@@ -145,6 +162,7 @@ class SiT(nn.Module):
     num_heads: int
     encoder_depth: int
     feature_dims: tuple[int, ...] = ()
+    projector: str = "mlp"
     projector_dim: int = 2048
     mlp_ratio: float = 4.0
     qk_norm: bool = False
@@ -171,7 +189,12 @@ class SiT(nn.Module):
         self.early_blocks = self._stack("early_blocks", self.encoder_depth)
         if self.encoder_depth < self.depth:  # Orbax refuses zero-size arrays: an empty stack is no stack
             self.late_blocks = self._stack("late_blocks", self.depth - self.encoder_depth)
-        self.projectors = [Projector(self.projector_dim, dim, dtype=self.dtype) for dim in self.feature_dims]
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector={self.projector!r} is unknown; allowed: {list(PROJECTORS)}")
+        if self.projector == "conv":
+            self.projectors = [ConvProjector(dim, dtype=self.dtype) for dim in self.feature_dims]
+        else:
+            self.projectors = [Projector(self.projector_dim, dim, dtype=self.dtype) for dim in self.feature_dims]
         out_channels = (2 if self.learned_sigma else 1) * self.latent_channels
         self.final_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
 
@@ -204,11 +227,11 @@ class SiT(nn.Module):
 
         Args:
           z_t: [B, h, w, C] noisy normalised latents.
-          t: [B] in [0, 1]; 0 is data, 1 is noise. (DiT's weights: 0..999, and the first C channels predict the noise.)
+          t: [B] in [0, 1]; 0 is data, 1 is noise. A DiT's: 0..999.
           labels: int [B] in 0..num_classes (num_classes = null).
 
         Returns:
-          velocity: float32 [B, h, w, C]; [B, h, w, 2C] if learned_sigma, the velocity first.
+          velocity: float32 [B, h, w, C]; [B, h, w, 2C] if learned_sigma, the velocity, or DiT's noise, first.
           projections: tuple of float32 [B, T, F], one per encoder.
         """
         x, c = self._to_tap(z_t, t, labels)

@@ -33,6 +33,7 @@ def published_shapes(
     head=None,
     norm=False,
     projector=2048,
+    conv=False,
 ):
     """The names of a published file, written out anew, with their shapes."""
     width, pixels = hidden_size, patch_size**2
@@ -51,7 +52,8 @@ def published_shapes(
         for name in ("q_norm", "k_norm") if head else ():
             shapes |= {f"blocks.{i}.attn.{name}.{kind}": (head,) for kind in ("weight", "bias")}
     for i, dim in enumerate(features):
-        for layer, shape in ((0, (projector, width)), (2, (projector, projector)), (4, (dim, projector))):
+        mlp = {"0": (projector, width), "2": (projector, projector), "4": (dim, projector)}
+        for layer, shape in ({"projection_layer": (dim, width, 3, 3)} if conv else mlp).items():
             shapes |= {f"projectors.{i}.{layer}.weight": shape, f"projectors.{i}.{layer}.bias": shape[:1]}
     for name, size in (("linear", outputs * channels * pixels), ("adaLN_modulation.1", 2 * width)):
         shapes |= {f"final_layer.{name}.weight": (size, width), f"final_layer.{name}.bias": (size,)}
@@ -70,6 +72,7 @@ def zeros(shapes):
     [
         ("XL/2", {"norm": True, "features": (768,)}, "repae", {"num_heads": 16, "encoder_depth": 8, "feature_dims": (768,)}),
         ("XL/2", {"features": (768, 1024)}, "repa", {"feature_dims": (768, 1024), "projector_dim": 2048}),
+        ("XL/2", {"features": (768, 1024), "conv": True}, "repa", {"feature_dims": (768, 1024), "projector": "conv"}),
         ("XL/2", {"outputs": 2}, "sit-or-dit", {"learned_sigma": True, "encoder_depth": 28, "feature_dims": ()}),
         ("B/1", {"channels": 32, "norm": True, "features": (768,)}, "repae", {"latent_channels": 32, "encoder_depth": 4}),
         ("B/1", {"head": 64, "rows": 11}, "sit-or-dit", {"qk_norm": True, "num_heads": 12, "num_classes": 10}),
@@ -80,7 +83,7 @@ def test_sizes_are_inferred(size, file, layout, expected):
     fields = describe_sit(state_dict)
     defaults = {"num_classes": 1000, "latent_channels": 4, "mlp_ratio": 4.0, "qk_norm": False, "learned_sigma": False}
     assert fields == {**fields, **SIZES[size], **defaults, **expected}
-    assert ("projector_dim" in fields) == bool(fields["feature_dims"])
+    assert ("projector_dim" in fields) == bool(fields["feature_dims"] and "conv" not in file)
     assert layout_of(state_dict) == layout and grid_of(state_dict) == 16
     # with these fields, the table has exactly the file's names
     table = sit_table(SiT(**fields), latent_norm=layout == "repae")
@@ -105,14 +108,20 @@ def state_dict_of(layout, **change):
     return to_ordered_torch(sit_table(sit, latent_norm=layout == "repae"), variables)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_comes_back_bit_for_bit(layout, qk_norm, tmp_path):
-    sit, variables = sample(layout, qk_norm=qk_norm)
-    state_dict = state_dict_of(layout, qk_norm=qk_norm)
+@pytest.mark.parametrize(
+    "layout, change",
+    [
+        *((layout, {"qk_norm": qk_norm}) for layout in LAYOUTS for qk_norm in (False, True)),
+        ("repa", {"projector": "conv", "projector_dim": SiT.projector_dim}),
+    ],
+)
+def test_a_file_comes_back_bit_for_bit(layout, change, tmp_path):
+    sit, variables = sample(layout, **change)
+    state_dict = state_dict_of(layout, **change)
     assert {name: array.shape for name, array in state_dict.items()} == published_shapes(
         hidden_size=32, depth=4, patch_size=2, rows=11, tokens=GRID**2, outputs=1 + sit.learned_sigma,
-        features=sit.feature_dims, head=16 if qk_norm else None, norm=layout == "repae", projector=32,
+        features=sit.feature_dims, head=16 if sit.qk_norm else None, norm=layout == "repae", projector=32,
+        conv=sit.projector == "conv",
     )  # fmt: skip
     weights.write_safetensors(tmp_path / "sit.safetensors", state_dict)
     known = {"encoder_depth": 2} if sit.feature_dims else {}

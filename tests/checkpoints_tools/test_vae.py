@@ -155,6 +155,34 @@ def test_extras_of_the_training_are_ignored(tmp_path, module, params, state_dict
     same_tree(vae.read_vae_params(tmp_path / "vavae.ckpt", module, abstract_params(module)), params)
 
 
+def test_the_map_from_latents_to_tokens(tmp_path, module, monkeypatch):
+    """VA-VAE's `linear_proj`, a 1x1 convolution without bias; one with a bias maps the other way round."""
+    messages = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: messages.append(message % args))
+    whole = module.clone(feature_dim=6)
+    params = drawn_params(whole)
+    rest = {name: tree for name, tree in params.items() if name != "vf_projection"}
+    state_dict = mapping.to_torch(vae.vae_table(whole), params)
+    np.testing.assert_array_equal(state_dict["linear_proj.weight"][:, :, 0, 0].T, params["vf_projection"]["kernel"])
+    path = save(tmp_path / "vavae.safetensors", state_dict)
+    loaded = vae.load_vae(path)
+    assert loaded.module == whole
+    same_tree(loaded.params, params)
+    same_tree(vae.read_vae_params(path, whole, abstract_params(whole)), params)
+    same_tree(vae.read_vae_params(path, module, abstract_params(module)), rest)
+    assert vae_layouts.published_name(AutoencoderKL(latent_channels=4, feature_dim=6)) == "f8d4" and not messages
+
+    vae.save_diffusers(tmp_path / "folder", whole, params, STATS)
+    assert vae.load_vae(tmp_path / "folder").module == module
+    path = save(tmp_path / "backward.safetensors", {**state_dict, "linear_proj.bias": np.zeros(6, np.float32)})
+    other = whole.clone(feature_dim=7)
+    vavae = tmp_path / "vavae.safetensors"
+    for source, described, width in ((tmp_path / "folder", whole, None), (path, whole, None), (vavae, other, 6)):
+        same_tree(vae.read_vae_params(source, described, abstract_params(described)), rest)
+        assert f"tokens of width {described.feature_dim} starts afresh" in messages[-1]
+        assert messages[-1].endswith(f"{source} is of width {width}")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype, monkeypatch):
     messages = []

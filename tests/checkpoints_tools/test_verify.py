@@ -8,9 +8,13 @@ import pytest
 import small
 from test_encoder_files import moco_weights, torch_model
 from test_places import error_of, save_vae
+from test_sit import TINY, abstract_tree, draw
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import vae, verify, vit, weights
+from checkpoints_tools.orders import to_ordered_torch
+from checkpoints_tools.sit import sit_table
+from repae_jax.models.sit import SiT
 
 torch = pytest.importorskip("torch")
 TOLERANCE = commands.parse_args(["verify", "x"]).tolerance
@@ -99,6 +103,17 @@ def test_mocov3(tmp_path):
     arrays = {f"module.base_encoder.{name}": np.asarray(array) for name, array in moco_weights(384, 1, 48, 2).items()}
     weights.write_safetensors(path, arrays)
     assert verify.report(verify.verify(path, 32), TOLERANCE)[1]
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_projections(tmp_path, projector):
+    pytest.importorskip("diffusers")
+    sit = SiT(**{**TINY, "hidden_size": 384, "num_heads": 6, "depth": 12, "encoder_depth": 4, "projector": projector})
+    variables = draw(abstract_tree(sit, 8))
+    weights.write_safetensors(tmp_path / "sit.safetensors", to_ordered_torch(sit_table(sit), variables))
+    found = verify.verify(tmp_path / "sit.safetensors")
+    assert [difference.what for difference in found] == ["SiT velocity", "SiT projections"]
+    assert verify.report(found, TOLERANCE)[1]
 
 
 @pytest.mark.parametrize("size", [0, -5])

@@ -120,6 +120,34 @@ def test_processes_share_the_same_global_batches(processes):
     assert_batches_equal(joined, whole)
 
 
+class Measured(Numbers):
+    """Records with other fields than images."""
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise OSError(f"broken {i}")
+        return {"moments": np.full((2, 2), i, np.float32), "weight": np.float16(i / 2), "failures": i, "label": int(i)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_records_may_have_any_fields(warnings, workers):
+    with (
+        Loader(Numbers(10, bad=[4]), batch_size=4, seed=3, max_bad_fraction=0.1) as images,
+        Loader(Measured(10, bad=[4]), batch_size=4, seed=3, max_bad_fraction=0.1, workers=workers) as measured,
+    ):
+        for image, batch in zip(take(images, 6), take(measured, 6)):
+            dtypes = {name: (values.dtype, values.shape) for name, values in batch.items()}
+            assert dtypes == {
+                "moments": (np.float32, (4, 2, 2)),
+                "weight": (np.float16, (4,)),
+                "failures": (np.int64, (4,)),
+                "label": (np.int32, (4,)),
+            }
+            for values in (batch["label"], batch["failures"], batch["moments"][:, 1, 0], 2 * batch["weight"]):
+                np.testing.assert_array_equal(values, image["label"])
+        assert images.state() == measured.state()
+
+
 # ----- resuming -----
 
 

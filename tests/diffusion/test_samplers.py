@@ -25,7 +25,7 @@ def test_matches_the_published_samplers(name, record_property):
         is_sde = run.startswith("sde")
         times = (samplers.sde_times if is_sde else samplers.ode_times)(kwargs["num_steps"])
         interval = kwargs.get("guidance_low", 0.0), kwargs.get("guidance_high", 1.0)
-        guided = guidance.guide(velocity_fn, labels, sit.null_label, kwargs.get("cfg_scale", 1.0))
+        guided = guidance.guide(velocity_fn, labels, sit.null_label, kwargs.get("cfg_scale", 1.0), sit.latent_channels)
         segments = [(times, lambda z_t, t: velocity_fn(z_t, t, labels))]
         if kwargs.get("cfg_scale", 1.0) > 1:
             segments = guidance.segments(times, interval, guided, segments[0][1])
@@ -52,7 +52,7 @@ def test_guidance_scale_one_is_the_conditional_velocity():
 
     labels = jnp.array([1, 2])
     z, t = jnp.ones((2, 3)), jnp.array([0.1, 0.2])
-    guided = guidance.guide(velocity_fn, labels, 10, 1.0)(z, t)
+    guided = guidance.guide(velocity_fn, labels, 10, 1.0, 3)(z, t)
     np.testing.assert_allclose(guided, velocity_fn(z, t, labels), rtol=1e-6)
 
 

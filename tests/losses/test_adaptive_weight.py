@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from repae_jax.losses.adversarial import adaptive_weight, generator_loss, gradients_at
+from repae_jax.losses.adversarial import adaptive_weight, generator_loss
 from repae_jax.losses.reconstruction import l1
 
 
@@ -60,10 +60,10 @@ def losses(recon, images, critic):
 
 
 def step(params, latents, images, critic):
-    """Weight and gradient of l1 + weight * adversarial, as the docstring of `gradients_at` writes it."""
+    """Weight and gradient of l1 + weight * adversarial, out of one backward pass."""
     recon, pull_back = jax.vjp(lambda params: decode(params, latents), params)
     cotangents = [jax.grad(lambda recon, i=i: losses(recon, images, critic)[i])(recon) for i in (0, 1)]
-    weight = adaptive_weight(*gradients_at(lambda params: params["last"], pull_back, *cotangents))
+    weight = adaptive_weight(*(pull_back(cotangent)[0]["last"] for cotangent in cotangents))
     return weight, pull_back(cotangents[0] + weight * cotangents[1])[0]
 
 

@@ -7,7 +7,6 @@ import reference
 from checkpoints_tools import mapping
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.sit_reference import torch_sit
-from configs import repae
 from repae_jax import generate
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.losses.alignment import alignment_loss
@@ -324,7 +323,8 @@ def test_samples_do_not_see_the_learned_sigma():
     vae = AutoencoderKL(latent_channels=4, channel_multipliers=(1,), channels=8, num_res_blocks=1, norm_groups=4)
     decoder = draw(jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8, 4)))["params"])
     sampling = generate.Sampling(sampler="euler", steps=2, guidance_scale=2.0)
-    make = jax.jit(generate.make_generate(Nets(vae, sit, None, None), "linear", (8, 8, 4), sampling))
+    nets, objective = Nets(vae, sit, None, None), interpolant.VelocityObjective("linear")
+    make = jax.jit(generate.make_generate(nets, objective, (8, 8, 4), sampling))
     params = draw(abstract_tree(sit, 8)["params"])
     stats = ChannelStats(mean=jnp.zeros(4), var=jnp.ones(4))
     linear = params["final_layer"]["linear"]
@@ -337,8 +337,3 @@ def test_samples_do_not_see_the_learned_sigma():
 
     np.testing.assert_array_equal(images(1.0), images(-3.0))
     assert len(np.unique(images(1.0))) > 20
-
-
-def test_learned_sigma_cannot_be_trained():
-    with pytest.raises((AttributeError, KeyError), match="learned_sigma"):
-        repae.get_config("tiny").sit.learned_sigma = True

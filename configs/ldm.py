@@ -1,0 +1,53 @@
+"""A diffusion transformer on a frozen VAE: SiT or DiT, with REPA or without.
+
+    python -m repae_jax.train --config configs/ldm.py --workdir runs/ldm \
+        --config.data.options.path=/data/imagenet/train --config.init.vae=REPA-E/e2e-vavae/e2e-vavae-400k.pt \
+        --config.init.latent_stats=REPA-E/e2e-vavae/e2e-vavae-400k-latents-stats.pt
+
+The default is REPA on REPA-E's VAE (arXiv 2504.10483v3, tables 8 and 9): SiT-XL/1, E2E-VAVAE f16d32, DINOv2-B, ImageNet 256 px,
+batch 256, 400k steps (80 epochs). Published gFID without guidance, SDE-250: 3.46; with guidance: 1.67. After 4M steps
+(`--config.steps=4000000`) and with as many images of every class: 1.69, with guidance 2.4 in [0, 0.73]: 1.12.
+Its cost is 0.90 TFLOP an image, 86 hours of an H100 at 30 % of its peak; with latents cached by
+`python -m repae_jax.cache_latents` (`config.data.cache`) 0.76 TFLOP, 73 hours. REPA's authors took 20.6 hours on 8 H100.
+
+After the colon, `--config configs/ldm.py:model=DiT-XL/2,vae=f8d4,encoder=none`, choose
+    model       SiT (learns a velocity) or DiT (noise and its variance), dash, S, B, L or XL, slash, patch size 1, 2, 4 or 8
+    vae         f8d4, f8d16 or f16d32
+    encoder     none, without REPA; or as in configs/repae.py, several joined by +
+    resolution  256 or 512
+or a preset:
+    digits      on the VAE of a run of configs/repae.py:digits or configs/vae.py:digits, given as config.init.vae
+    tiny        toy size, random VAE and encoder: a full step in seconds, for tests
+
+The published runs that differ from this one in more than these arguments are names of configs/paper.py.
+"""
+
+from configs import common, repae
+
+OBJECTIVES = {"SiT": False, "DiT": True}  # whether the network learns the noise's variance
+
+
+def get_config(arg=""):
+    """Config of a run on a frozen VAE; see the module's docstring for `arg`."""
+    preset, args = common.parse_arg(arg, common.SMALL, model="SiT-XL/1", vae="f16d32", encoder="dinov2-base", resolution=256)
+    objective, _, size = args["model"].partition("-")
+    shared = ",".join(f"{name}={args[name]}" for name in ("vae", "encoder", "resolution"))
+    config = repae.get_config(f"sit={size},{shared}").unlock()
+    config.job = "ldm"
+    for section in ("disc", "lpips"):
+        del config[section]
+    del config.precision.lpips, config.hooks.reconstructions_every
+    config.loss = {"sit": config.loss.sit, **common.align_schedule()}
+    config.optim = {"sit": config.optim.sit}
+    config.init = {"checkpoint": "", "vae": "", "latent_stats": "", "stats_images": config.init.stats_images}
+    config.sit.learned_positions = False
+    config.sit.learned_sigma = common.choose("objective", objective, OBJECTIVES)
+    config.diffusion.norm_momentum = 0.0
+    if config.sit.learned_sigma:
+        config.diffusion.path = "ddpm"
+        config.loss.sit.update(velocity=0.0, noise=1.0, bound=1.0)
+        config.sampling.sampler = "ancestral"
+    if not config.encoders:
+        config.loss.sit.align = 0.0
+    common.shrink(config, preset)
+    return config.lock()
