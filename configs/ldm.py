@@ -42,7 +42,7 @@ def get_config(arg=""):
     config.init = {"checkpoint": "", "vae": "", "latent_stats": "", "stats_images": config.init.stats_images}
     config.sit.learned_positions = False
     config.sit.learned_sigma = common.choose("objective", objective, OBJECTIVES)
-    config.diffusion.norm_momentum = 0.0
+    del config.diffusion.norm_momentum  # the latents' statistics are fixed
     if config.sit.learned_sigma:
         config.diffusion.path = "ddpm"
         config.loss.sit.update(velocity=0.0, noise=1.0, bound=1.0)

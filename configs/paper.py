@@ -8,11 +8,11 @@ The LPIPS weights are for names with `repae-`, `from-` and `without-`; the other
 start from are names on the Hugging Face hub, and fields like all others: `--config.init.vae=sdvae-f8d4.pt`. NAME,tiny is the
 same recipe at toy size with random weights, a full step in seconds; NAME,digits is scikit-learn's digits.
 
-    python -m configs.paper
+    python -m configs.paper [NAME …]
 
-prints every name with its table, published numbers, TFLOP an image and hours of an H100 at 30 % of its peak (configs/cost.py
-says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images without guidance, SDE-250,
-random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
+prints the command of these, or every name with its table, published numbers, TFLOP an image and hours of an H100 at 30 % of its
+peak (configs/cost.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images without
+guidance, SDE-250, random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
 `python -m repae_jax.sample --guidance_scale 2.2 --guidance_high 0.65`.
 
 Not here: the baselines of other code bases (MaskDiT, FasterDiT, LightningDiT, tables 1 and 9), LSGM's objective (table 11) and
@@ -21,6 +21,8 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 `--config.optim.sit.weight_decay=0.01`, `--config.ema_decay=0.9995`, `--config.data.flip_probability=0.5`.
 """
 
+import argparse
+import sys
 from typing import Any, NamedTuple
 
 from configs import common, cost, ldm, repae
@@ -173,5 +175,23 @@ def table():
     return lines
 
 
+def describe(name):
+    """Lines of text on one row: its command, and what differs from the file that it is a preset of."""
+    row = common.choose("name", name, ROWS)
+    weights = "" if row.file == "ldm" else " --config.lpips.vgg16=vgg16-397923af.pth --config.lpips.linear=vgg.pth"
+    return [
+        f"{name}: table {row.table}; published {row.published}",
+        f"  configs/{row.file}.py:{row.arg} with {row.changes}",
+        f"  python -m repae_jax.train --config configs/paper.py:{name} --workdir runs/{name} "
+        f"--config.data.options.path=/data/imagenet/train{weights}",
+    ]
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    parser = argparse.ArgumentParser(description="The runs of REPA-E's tables and of its neighbours.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="print the command of these; default: the table of all")
+    names = parser.parse_args().names
+    try:
+        print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

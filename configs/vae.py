@@ -35,7 +35,9 @@ Sources. rFID and PSNR: ImageNet's validation images (REPA-E, arXiv 2504.10483v3
     sdvae-ft-mse   the model card: the decoder alone, as the encoder stayed what it was
     invae          the paper says 'latent diffusion's code' on ImageNet; neither its config nor its code is public. Batch and
                    rate are VA-VAE's, the 50 epochs those of VA-VAE's comparisons
-    vavae-stage*   LightningDiT's config in three stages, epochs of ImageNet
+    vavae-stage*   LightningDiT's config in three stages, epochs of ImageNet. Its start of the GAN, 5001, counts the steps of
+                   both optimizers. It crops at random and gives DINOv2 images in [-1, 1], bilinearly resized; here the crop is
+                   central and DINOv2 gets what it was trained with
     eqvae          eqvae_config.yaml, 5 epochs of OpenImages. It names no number of GPUs: batch 160 is 8 of them. Four scales
                    stand for its 25
     se             arXiv 2502.14831, 10,000 to 20,000 steps; rate and other weights are REPA-E's
@@ -98,9 +100,9 @@ RECIPES = {
             "optim.vae.fixed": ("encoder", "quant_conv"),
         },
     ),
-    "invae": Recipe("f16d32", {**_LDM, **_adam(1e-4), "steps": 250_250, "loss.gan_start": 5001}),
+    "invae": Recipe("f16d32", {**_LDM, **_adam(1e-4), "steps": 250_250, "loss.gan_start": 2501}),
     "vavae-stage1": Recipe(
-        "f16d32", {**_VAVAE, "steps": 500_500, "loss.gan_start": 5001, "loss.vae.vf": 0.5}, "dinov2-large"
+        "f16d32", {**_VAVAE, "steps": 500_500, "loss.gan_start": 2501, "loss.vae.vf": 0.5}, "dinov2-large"
     ),
     "vavae-stage2": Recipe("f16d32", _stage("vavae-stage1"), "dinov2-large"),
     "vavae-stage3": Recipe("f16d32", {**_stage("vavae-stage2"), "loss.vf_margins": (0.5, 0.25)}, "dinov2-large"),

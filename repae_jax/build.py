@@ -89,7 +89,7 @@ FIELDS = {
         "flip_probability",
     },
     "lpips": {"vgg16", "linear", "input_range"},
-    "diffusion": {"path", "time_distribution", "label_dropout", "norm_momentum"},
+    "diffusion": {"path", "time_distribution", "label_dropout"},
     "mesh": {"fsdp"},
     "checkpoint": {"every", "keep_last", "keep_every"},
     "log": {"every"},
@@ -257,9 +257,15 @@ def build(config, devices=None, encoders=None):
     shapes = jax.eval_shape(functools.partial(initial_state, job), jax.random.key(0))  # checks of the networks, uncompiled
     for name in trains:
         parts = set(getattr(shapes, name).params)
-        unknown = sorted(set(config["optim"][name]["fixed"]) - parts)
-        if unknown:
-            raise ValueError(f"config.optim.{name}.fixed has {unknown}; allowed: {sorted(parts)}")
+        fixed = set(recipe.fixed[name])
+        if fixed - parts or fixed >= parts:
+            raise ValueError(f"config.optim.{name}.fixed={sorted(fixed)}; allowed: some, not all, of {sorted(parts)}")
+    for term, part in (("gan", "decoder"), ("vf", "encoder")):
+        if term in recipe.adaptive and part in recipe.fixed["vae"]:
+            raise ValueError(
+                f"config.loss.adaptive.{term}={recipe.adaptive[term]} compares gradients in the {part}, which "
+                "config.optim.vae.fixed keeps as it is: change one of them"
+            )
     warn_of_ablations(job)
     return job
 
@@ -272,6 +278,8 @@ def _check_fields(config):
     check_names("config", config, kind.sections)
     fields = {**FIELDS, "loss": kind.loss, "init": kind.init, "optim": kind.trains}
     fields |= {"precision": {"compute"}, "hooks": {"images"}}
+    if kind.trains == ("vae", "disc", "sit"):
+        fields["diffusion"] = fields["diffusion"] | {"norm_momentum"}
     if "vae" in kind.trains:
         fields["precision"] |= {"lpips"}
         fields["hooks"] |= {"reconstructions_every"}
@@ -307,10 +315,8 @@ def warn_of_ablations(job):
             "config.loss.vae.diffusion lets the diffusion loss reach the VAE: in the paper the latent space collapsed (spatial "
             "variance 17.06 to 0.02; gFID 444 instead of 16.3 at 100k steps)"
         )
-    if not set(weights) & {"l1", "l2", "lpips", "kl", "gan"}:
-        found.append(
-            "no reconstruction, KL or adversarial term holds the latents to the images: expect a VAE without a decoder"
-        )
+    if not set(weights) & set(train_losses.PIXEL_TERMS):
+        found.append("config.loss.vae has no reconstruction term: nothing holds the latents to the images")
     elif "gan" not in weights:
         found.append("config.loss.vae.gan=0: in the paper gFID was 19.2 instead of 16.3 at 100k steps")
     if not recipe.norm_momentum:
@@ -378,13 +384,17 @@ def _recipe(config):
         terms["sit"] = ("noise", "bound", "align") if is_ddpm else ("velocity", "align")
         if not 0 <= diffusion["label_dropout"] < 1:
             raise ValueError(f"config.diffusion.label_dropout={diffusion['label_dropout']} must lie in [0, 1)")
-        if not 0 <= diffusion["norm_momentum"] <= 1:
-            raise ValueError(
-                f"config.diffusion.norm_momentum={diffusion['norm_momentum']} must lie in [0, 1]; 0 is no batch norm"
-            )
-        fields |= {name: diffusion[name] for name in ("label_dropout", "norm_momentum")}
+        fields["label_dropout"] = diffusion["label_dropout"]
+        if "norm_momentum" in diffusion:
+            fields["norm_momentum"] = diffusion["norm_momentum"]
+            if not 0 <= diffusion["norm_momentum"] <= 1:
+                raise ValueError(
+                    f"config.diffusion.norm_momentum={diffusion['norm_momentum']} must lie in [0, 1]; 0 is no batch norm"
+                )
     for name, allowed in terms.items():
         named = {term: float(weight) for term, weight in loss[name].items() if weight}
+        for term, weight in named.items():
+            _at_least(f"config.loss.{name}.{term}", weight, 0)
         other = sorted(set(named) & {"velocity", "noise", "bound"} - set(allowed)) if name == "sit" else ()
         if other:
             raise ValueError(
@@ -401,12 +411,9 @@ def _recipe(config):
     if "vae" in terms:
         fields |= _vae_recipe(config, fields["vae_weights"])
     _check_encoders(config, fields)
+    if "sit" in terms:
+        _check_align_schedule(config, fields)
     if "sit" in terms and loss["align_end"] is not None:
-        if loss["align_end"] < 1 or loss["align_shape"] not in alignment.SCHEDULES:
-            raise ValueError(
-                f"config.loss.align_end={loss['align_end']} and align_shape={loss['align_shape']!r}: allowed are a step of at "
-                f"least 1, and one of {list(alignment.SCHEDULES)}"
-            )
         factor = functools.partial(alignment.schedule_factor, shape=loss["align_shape"], end=loss["align_end"])
         fields["align_factor"] = factor
     return train_step.Recipe(
@@ -414,7 +421,19 @@ def _recipe(config):
         flip_probability=config["data"]["flip_probability"],
         accumulation=config["accumulation"],
         ema_decay=config["ema_decay"],
+        fixed={name: tuple(section["fixed"]) for name, section in config["optim"].items()},
     )
+
+
+def _check_align_schedule(config, fields):
+    loss = config["loss"]
+    where = f"config.loss.align_end={loss['align_end']} and align_shape={loss['align_shape']!r}"
+    if loss["align_shape"] not in alignment.SCHEDULES or (loss["align_end"] is not None and loss["align_end"] < 1):
+        raise ValueError(f"{where}: allowed are a step of at least 1, and one of {list(alignment.SCHEDULES)}")
+    if loss["align_end"] is None and loss["align_shape"] != "constant":
+        raise ValueError(f"{where}: a decay needs the step where it ends")
+    if loss["align_end"] is not None and not any("align" in fields[f"{name}_weights"] for name in ("vae", "sit")):
+        raise ValueError(f"{where}, but no alignment has a weight: leave the end out, or give config.loss.sit.align one")
 
 
 def _objective(diffusion):
@@ -422,13 +441,31 @@ def _objective(diffusion):
         if diffusion[name] not in allowed:
             raise ValueError(f"config.diffusion.{name}={diffusion[name]!r} is unknown; allowed: {sorted(allowed)}")
     if diffusion["path"] == "ddpm":
+        if diffusion["time_distribution"] != "uniform":
+            raise ValueError(
+                f"config.diffusion.time_distribution={diffusion['time_distribution']!r} does not go with path='ddpm', whose "
+                "timesteps are uniform"
+            )
         return ddpm.NoiseObjective()
     return interpolant.VelocityObjective(diffusion["path"], diffusion["time_distribution"])
 
 
 def _vae_recipe(config, named):
-    """Fields of the Recipe that the VAE's loss needs; its weights in `named` are scaled in place if pixels are summed."""
-    loss, size = config["loss"], config["data"]["image_size"]
+    """Fields of the Recipe that the VAE's loss needs, besides its weights."""
+    loss = config["loss"]
+    if config["job"] == "repae" and not named:
+        raise ValueError("all of config.loss.vae is 0, so config.job='repae' would not train its VAE: take configs/ldm.py")
+    if loss["gan_factor"] <= 0:
+        raise ValueError(f"config.loss.gan_factor={loss['gan_factor']} must be positive; config.loss.vae.gan=0 is no GAN")
+    if not named and loss["gan_start"] > 0:
+        raise ValueError(
+            f"config.loss.gan_start={loss['gan_start']}, but all of config.loss.vae is 0: there is nothing to train before it"
+        )
+    if "diffusion" in named and config["accumulation"] > 1 and config["diffusion"]["norm_momentum"]:
+        raise ValueError(
+            f"config.loss.vae.diffusion={named['diffusion']} goes through the statistics of the whole batch, which "
+            f"config.accumulation={config['accumulation']} divides: set one of them to 0 or 1"
+        )
     if config["job"] == "vae" and named and not {"l1", "l2"} & set(named):
         raise ValueError(
             "config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight; all weights 0 train the discriminator "
@@ -436,11 +473,10 @@ def _vae_recipe(config, named):
         )
     if loss["pixel_reduction"] not in REDUCTIONS:
         raise ValueError(f"config.loss.pixel_reduction={loss['pixel_reduction']!r} is unknown; allowed: {list(REDUCTIONS)}")
-    if loss["pixel_reduction"] == "sum":
-        named |= {term: weight * size * size * 3 for term, weight in named.items() if term in train_losses.PIXEL_TERMS}
     check_names("config.loss.adaptive", loss["adaptive"], train_losses.ADAPTIVE)
     adaptive = {term: float(high) for term, high in loss["adaptive"].items() if high}
     for term in adaptive:
+        _at_least(f"config.loss.adaptive.{term}", adaptive[term], 0)
         if term not in named or not set(train_losses.PIXEL_TERMS) & set(named):
             raise ValueError(
                 f"config.loss.adaptive.{term}={adaptive[term]} compares the gradients of config.loss.vae.{term} and of a "
@@ -449,11 +485,14 @@ def _vae_recipe(config, named):
     low, high = config["lpips"]["input_range"]
     if not low < high:
         raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
-    for margin in loss["vf_margins"]:
-        if not 0 <= margin < 2:
-            raise ValueError(f"config.loss.vf_margins={tuple(loss['vf_margins'])} must lie in [0, 2)")
+    margins = tuple(loss["vf_margins"])
+    if len(margins) != 2 or not all(0 <= margin < 2 for margin in margins):
+        raise ValueError(f"config.loss.vf_margins={margins} must be two numbers in [0, 2), of cosines and of distances")
     if "se" in named and not loss["se_factors"]:
         raise ValueError("config.loss.vae.se needs factors, but config.loss.se_factors is empty: give integers, such as (2, 4)")
+    factors = tuple(loss["se_factors"])
+    if not all(factor == int(factor) >= 2 for factor in factors):
+        raise ValueError(f"config.loss.se_factors={factors} must be integers of at least 2")
     scales = tuple(loss["eq_scales"])
     if scales:
         try:
@@ -468,8 +507,9 @@ def _vae_recipe(config, named):
         "gan_start": loss["gan_start"],
         "gan_factor": loss["gan_factor"],
         "lecam_weight": loss["lecam"],
-        "vf_margins": tuple(loss["vf_margins"]),
-        "se_factors": tuple(loss["se_factors"]) if "se" in named else (),
+        "vf_margins": margins,
+        "se_factors": factors if "se" in named else (),
+        "pixel_reduction": loss["pixel_reduction"],
         "eq_scales": scales,
         "eq_prior": loss["eq_prior"],
     }
@@ -500,14 +540,23 @@ def optimizer(
 
     The rate rises linearly over `warmup_steps`; from there it stays ('constant'), or falls on a line or a cosine to
     `final_learning_rate`, which it reaches at step `decay_steps`. Parameters below the top-level names in `fixed` stay as they
-    are, and do not count in the norm.
+    are, as they have no gradients: they do not decay.
     """
-    for name, value in (("learning_rate", learning_rate), ("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
+    at_least_0 = {
+        "learning_rate": learning_rate, "warmup_steps": warmup_steps, "final_learning_rate": final_learning_rate, "eps": eps,
+        "weight_decay": weight_decay,
+    }  # fmt: skip
+    for name, value in at_least_0.items():
         _at_least(name, value, 0)
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must lie in [0, 1)")
     if clip_norm <= 0:
         raise ValueError(f"clip_norm={clip_norm} must be positive; a large one never clips")
     if schedule not in LR_SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: {list(LR_SCHEDULES)}")
+    if schedule == "constant" and decay_steps is not None:
+        raise ValueError(f"schedule='constant' does not decay, but decay_steps={decay_steps}: change one of them")
     if schedule != "constant" and (decay_steps is None or decay_steps <= warmup_steps):
         raise ValueError(f"schedule={schedule!r} needs decay_steps above warmup_steps={warmup_steps}; it is {decay_steps}")
     if schedule == "cosine" and learning_rate:
@@ -520,14 +569,11 @@ def optimizer(
         after = rate if callable(rate) else optax.constant_schedule(rate)
         rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
 
-    def is_fixed(params):
-        return {name: jax.tree.map(lambda _, value=name in fixed: value, tree) for name, tree in params.items()}
-
     def moves(params):
-        return jax.tree.map(operator.not_, is_fixed(params))
+        return {name: jax.tree.map(lambda _, value=name not in fixed: value, tree) for name, tree in params.items()}
 
-    chain = [optax.clip_by_global_norm(clip_norm), optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=moves)]
-    return optax.chain(*([optax.masked(optax.set_to_zero(), is_fixed)] if fixed else []), *chain)
+    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=moves)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +643,7 @@ def load_frozen_vae(job):
         return jax.jit(init, out_shardings=sharding.replicated(job.mesh))(jax.random.key(0))
     if not path:
         raise ValueError(
-            f"config.init.vae is empty: config.job={job.config['job']!r} with these weights takes the VAE as it is; give its "
+            f"config.init.vae is empty, but the VAE is not trained (config.job={job.config['job']!r}): give its "
             f"file, such as REPA-E/e2e-vavae/e2e-vavae-400k.pt, or {RANDOM!r} for tests and benchmarks"
         )
     params = vae_files.read_vae_params(path, job.nets.vae, jax.eval_shape(init, jax.random.key(0)))
@@ -792,16 +838,14 @@ def make_images(config):
     return source
 
 
-def make_source(job, frozen):
-    """What the job trains on: images; or latents from config.data.cache, with their images if there are encoders to show them.
+def make_cached_source(job, frozen):
+    """Latents from config.data.cache, with their images if there are encoders to show them to.
 
     Args:
       job: Job.
       frozen: what `load_frozen` returns; a cache must be of its VAE.
     """
     section = job.config["data"]
-    if not section["cache"]:
-        return make_images(job.config)
     cache = CachedLatents(section["cache"])
     check_cache(cache, fingerprint(frozen["vae"]), job.latent_shape, section["image_size"])
     if bool(section["flip_probability"]) != cache.flips:

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 # goes on, what it reports and where it reads and computes, not what it computes. `init` matters at step 0 alone.
 RESUMABLE = (
     "steps", "log", "hooks", "checkpoint", "sampling", "mesh", "init", "max_skipped_in_a_row", "data.workers",
-    "data.options.path", "data.max_bad_fraction", "sit.remat", "sit.unroll", "vae.remat",
+    "data.options.path", "data.cache", "data.max_bad_fraction", "sit.remat", "sit.unroll", "vae.remat",
 )  # fmt: skip
 
 _ABSENT = "<absent>"

@@ -1,6 +1,6 @@
 """What a training step is made of: networks, optimizers and the numbers of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Recipe:
       sit_weights: of the objective's terms and 'align'.
       objective: what SiT learns: interpolant.VelocityObjective or ddpm.NoiseObjective.
       align_factor: step -> factor of both alignment weights; None is 1.
+      pixel_reduction: 'mean' or 'sum' over an image's pixels and channels, of 'l1', 'l2' and 'lpips'; metrics show means.
       adaptive: term of the VAE's loss, 'gan' or 'vf' -> the largest factor by which its weight is adapted, so that its
         gradient is as large as the reconstruction's at the layer where both meet.
       lpips_input_range: see `reconstruction.perceptual`.
@@ -54,12 +55,14 @@ class Recipe:
       norm_momentum: of the latent batch norm (torch's convention); 0 is none: the initial statistics for good.
       ema_decay: of the averages.
       accumulation: micro-batches per step.
+      fixed: name of a network -> parts of it, top-level names of its parameters, that stay as they are.
     """
 
     vae_weights: Mapping[str, float]
     sit_weights: Mapping[str, float]
     objective: Any = VelocityObjective()
     align_factor: Any = None
+    pixel_reduction: str = "mean"
     adaptive: Mapping[str, float] = field(default_factory=dict)
     lpips_input_range: tuple[float, float] = (-1.0, 1.0)
     gan_start: int = 0
@@ -74,3 +77,4 @@ class Recipe:
     norm_momentum: float = 0.1
     ema_decay: float = 0.9999
     accumulation: int = 1
+    fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def check_frozen_vae(before, now, workdir):
         )
 
 
-def make_hooks(job, frozen, workdir, writer):
+def make_hooks(job, frozen, source, workdir, writer):
     """Pictures during training: list of (every, function of (step, state)); of what the job trains."""
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
@@ -103,11 +103,12 @@ def make_hooks(job, frozen, workdir, writer):
 
     def make_reconstructions():
         run = jax.jit(generate.make_reconstruct(job.nets))
-        with build.make_loader(job, build.make_images(job.config), workers=0) as first_batches:  # passes over undecodable files
+        with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
             originals = next(first_batches)["image"][:count]
 
         def reconstructions(step, state):
-            recon = np.asarray(run(state.vae.params, placed(images.to_float(originals))))
+            params = state.ema.params if job.nets.sit is None else state.vae.params
+            recon = np.asarray(run(params, placed(images.to_float(originals))))
             pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
             save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
 
@@ -142,8 +143,7 @@ def train(config, workdir):
         )
     job = build.build(config)
     workdir = prepare_workdir(workdir)
-    if not config.data.cache:
-        build.make_images(config)  # a wrong path is found before anything is loaded
+    images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
@@ -151,7 +151,7 @@ def train(config, workdir):
         )
         restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         frozen = build.load_frozen(job)
-        source = build.make_source(job, frozen)
+        source = images_source or build.make_cached_source(job, frozen)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
 
         # ---- state and data ---------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def train(config, workdir):
         logging.info("%s", summary(job, state, source))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
-        hooks = make_hooks(job, frozen, workdir, writer)
+        hooks = make_hooks(job, frozen, source, workdir, writer)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
         shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -1,5 +1,6 @@
 """The three losses, of VAE, discriminator and SiT. Each is a function of one network's parameters; the rest is an argument."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ def vae_loss(params, images, posterior_noise, disc, regularizers, weights, *, fr
 
     (latents, kl), encode_back = jax.vjp(encode, params)
     recon, decode_back = jax.vjp(decode, params, latents)
-    target, weights, terms, stats = deform(images), dict(weights), {}, None
+    target, terms, stats = deform(images), {}, None
+    weights = {**weights, **pixel_weights(weights, target, recipe)}
 
     # 1. At the reconstruction: pixels and the adversarial term.
     def pixel_loss(recon):
@@ -125,6 +127,12 @@ class VaeAux(NamedTuple):
     batch_stats: Any
 
 
+def pixel_weights(weights, images, recipe):
+    """The weights of the pixel terms, all of which are means, for sums over the pixels if the recipe says so."""
+    factor = math.prod(images.shape[1:]) if recipe.pixel_reduction == "sum" else 1
+    return {name: factor * weights[name] for name in PIXEL_TERMS if name in weights}
+
+
 def pixel_terms(weights, images, recon, frozen, *, nets, recipe):
     """Those of L1, L2 and LPIPS that have a weight: name -> scalar; arguments as in `vae_loss`."""
 
@@ -174,13 +182,12 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
 
     def se(params, latents):
         """Scale equivariance: downscaled latents give the downscaled image."""
-        pixel_weights = {name: recipe.vae_weights[name] for name in PIXEL_TERMS if name in recipe.vae_weights}
-
         def decode(latents):
             return nets.vae.apply({"params": params}, latents, method="decode")
 
         def pixel_loss(images, recon):
-            return weighted_sum(pixel_weights, pixel_terms(pixel_weights, images, recon, frozen, nets=nets, recipe=recipe))
+            weights = pixel_weights(recipe.vae_weights, images, recipe)
+            return weighted_sum(weights, pixel_terms(weights, images, recon, frozen, nets=nets, recipe=recipe))
 
         losses = [scale_equivariance_loss(batch["images"], latents, decode, pixel_loss, f) for f in recipe.se_factors]
         return sum(losses) / len(losses)

@@ -167,6 +167,11 @@ def latent_stats_after(state, latents, recipe):
     return stats, running, metrics | {"latents/running_std": jnp.mean(jnp.sqrt(running.var))}
 
 
+def keep_fixed(grads, parts):
+    """Gradients with zeros for the parts, top-level names, that stay as they are."""
+    return {name: jax.tree.map(jnp.zeros_like, tree) if name in parts else tree for name, tree in grads.items()}
+
+
 def update(state, grads, metrics, latent_stats, disc_state, *, tx, recipe):
     """The state after a step; unchanged but for its counters if a loss or a gradient was not finite.
 
@@ -182,6 +187,7 @@ def update(state, grads, metrics, latent_stats, disc_state, *, tx, recipe):
     Returns:
       (TrainState, metrics), see `repae_step`.
     """
+    grads = {name: keep_fixed(tree, recipe.fixed.get(name, ())) for name, tree in grads.items()}
     metrics = metrics | {f"grad_norm/{name}": optax.tree.norm(tree) for name, tree in grads.items()}
     watched = [value for name, value in metrics.items() if name.startswith("grad_norm/") or name.endswith("/loss")]
     finite = jnp.all(jnp.isfinite(jnp.stack(watched)))

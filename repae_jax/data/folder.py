@@ -42,6 +42,8 @@ class FolderSource:
         """
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
+        if not str(path):
+            raise ValueError("path is ''; give the folder that holds the images")
         self._root = Path(path)
         if not self._root.is_dir():
             raise ValueError(f"path is {str(path)!r}, which is not a folder; give the folder that holds the images")

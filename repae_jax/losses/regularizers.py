@@ -16,8 +16,6 @@ from flax import struct
 
 from repae_jax.losses.alignment import unit
 
-EQ_SCALES = (1.0, 0.25, 0.5, 0.75)  # 1 first: the identity
-
 
 def vf_loss(projected, tokens, cosine_margin, distance_margin):
     """VA-VAE's alignment with a vision foundation model: both marginal terms, each with weight 1.
@@ -96,8 +94,8 @@ def draw_transform(key, scales, prior_probability):
 
     Args:
       key: PRNG key, the same on every host: all devices must take the same branch.
-      scales: static tuple, 1 first, then scales in (0, 1). The published code has 8 / 32, 9 / 32, …, 31 / 32; EQ_SCALES, its
-        documented alternative, needs four branches instead of 25.
+      scales: static tuple, 1 first, then scales in (0, 1). The published code has 8 / 32, 9 / 32, …, 31 / 32; its documented
+        alternative (1, 0.25, 0.5, 0.75) needs four branches instead of 25.
       prior_probability: in [0, 1]; published: 0.5. The published code runs a quarter of these steps, encoder included, on an
         image of lower resolution; here all run at full resolution.
 

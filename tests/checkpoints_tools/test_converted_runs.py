@@ -242,8 +242,8 @@ def test_a_dits_file_is_none_for_a_velocity(sit_run, converted, tmp_path):
 
 def test_a_checkpoint_of_another_job(sit_run, converted, tmp_path):
     """Arguments of fields that this job does not have are no difference."""
-    args = published.read(converted["sit"]).args | {"vae_learning_rate": 1.0, "bn_momentum": 0.1}
-    assert published.check_args(args, sit_run[0].config, "x.pt") == ["config.diffusion.norm_momentum=0.0, but bn_momentum=0.1"]
+    args = published.read(converted["sit"]).args | {"vae_learning_rate": 1.0, "bn_momentum": 0.1, "cfg_prob": 0.2}
+    assert published.check_args(args, sit_run[0].config, "x.pt") == ["config.diffusion.label_dropout=0.1, but cfg_prob=0.2"]
 
 
 def test_the_frozen_vae_must_be_the_right_one(sit_run, frozen_vae, tmp_path):

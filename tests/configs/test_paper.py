@@ -183,7 +183,7 @@ def test_what_all_runs_share(name):
         assert config.loss.pixel_reduction == "mean" and config.loss.gan_start == 0
         assert config.diffusion.norm_momentum == (0.0 if name in ("without-batch-norm", "naive") else 0.1)
     else:
-        assert config.diffusion.norm_momentum == 0 and not config.sit.learned_positions
+        assert "norm_momentum" not in config.diffusion and not config.sit.learned_positions
     assert config.loss.sit.align == {"irepa": 1.0}.get(name, 0.5 if config.encoders else 0.0)
     assert config.diffusion.label_dropout == 0.1
 
@@ -199,34 +199,33 @@ def test_files_are_known_artefacts():
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
 
-SUMMED = 256 * 256 * 3
-# name -> (reconstruction weights, GAN's, its largest adaptive factor, its start, VF, margins, learning rate, batch)
+# name -> (reduction of pixels, reconstruction weights, GAN's, its largest adaptive factor, its start, VF, margins, rate, batch)
 RECIPES = {
     # REPA-E: configs/l1_lpips_kl_gan.yaml
-    "": ({"l1": 1.0, "lpips": 1.0}, 0.1, None, 0, None, (0, 0), 1e-4, 256),
+    "": ("mean", {"l1": 1.0, "lpips": 1.0}, 0.1, None, 0, None, (0, 0), 1e-4, 256),
     # latent diffusion: configs/autoencoder/autoencoder_kl_32x32x4.yaml, base rate 4.5e-6; LPIPSWithDiscriminator's clamp
-    "sdvae": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 50_001, None, (0, 0), 4.5e-6 * 96, 96),
+    "sdvae": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 50_001, None, (0, 0), 4.5e-6 * 96, 96),
     # sd-vae-ft-mse's model card: MSE + 0.1 LPIPS, batch 192
-    "sdvae-ft-mse": ({"l2": SUMMED, "lpips": 0.1 * SUMMED}, 0.5, 1e4, 0, None, (0, 0), 4.5e-6 * 192, 192),
-    "invae": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 5001, None, (0, 0), 1e-4, 256),
+    "sdvae-ft-mse": ("sum", {"l2": 1.0, "lpips": 0.1}, 0.5, 1e4, 0, None, (0, 0), 4.5e-6 * 192, 192),
+    "invae": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 2501, None, (0, 0), 1e-4, 256),
     # LightningDiT: vavae/configs, three stages
-    "vavae-stage1": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 5001, 0.5, (0, 0), 1e-4, 256),
-    "vavae-stage2": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 1, 0.1, (0, 0), 1e-4, 256),
-    "vavae-stage3": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 1, 0.1, (0.5, 0.25), 1e-4, 256),
+    "vavae-stage1": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 2501, 0.5, (0, 0), 1e-4, 256),
+    "vavae-stage2": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 1, 0.1, (0, 0), 1e-4, 256),
+    "vavae-stage3": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 1, 0.1, (0.5, 0.25), 1e-4, 256),
     # EQ-VAE: train_eqvae/configs/eqvae_config.yaml
-    "eqvae": ({"l1": SUMMED, "lpips": SUMMED}, 0.5, 1e4, 0, None, (0, 0), 4.5e-6 * 160, 160),
+    "eqvae": ("sum", {"l1": 1.0, "lpips": 1.0}, 0.5, 1e4, 0, None, (0, 0), 4.5e-6 * 160, 160),
     # arXiv 2502.14831
-    "se": ({"l1": 1.0, "lpips": 1.0, "se": 0.25}, 0.1, None, 0, None, (0, 0), 1e-4, 256),
+    "se": ("mean", {"l1": 1.0, "lpips": 1.0, "se": 0.25}, 0.1, None, 0, None, (0, 0), 1e-4, 256),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name):
-    reconstruction, gan, clip, start, vf, margins, rate, batch = RECIPES[name]
+    reduction, reconstruction, gan, clip, start, vf, margins, rate, batch = RECIPES[name]
     job = built("vae", name)
     weights, recipe, config = dict(job.recipe.vae_weights), job.recipe, job.config
     assert weights.pop("kl") == 1e-6 and weights.pop("gan") == gan and weights.pop("vf", None) == vf
-    assert weights == pytest.approx(reconstruction)
+    assert weights == pytest.approx(reconstruction) and recipe.pixel_reduction == reduction
     assert recipe.adaptive == {key: x for key, x in (("gan", clip), ("vf", vf and 1e8)) if x}
     assert recipe.gan_start == start and recipe.vf_margins == margins and config["data"]["batch_size"] == batch
     for section in config["optim"].values():

@@ -12,7 +12,6 @@ import reference
 from repae_jax.losses import reconstruction
 from repae_jax.losses.alignment import spatial_normalize
 from repae_jax.losses.regularizers import (
-    EQ_SCALES,
     downscale,
     draw_transform,
     marginal_cosine_loss,
@@ -21,6 +20,8 @@ from repae_jax.losses.regularizers import (
     transform,
     vf_loss,
 )
+
+EQ_SCALES = (1.0, 0.25, 0.5, 0.75)
 
 
 def normal(*shape, seed=0):
