@@ -49,7 +49,7 @@ def vae_loss(params, images, posterior_noise, disc, regularizers, weights, *, fr
       deform: EQ-VAE's transform, of the latents before the decoder and of the images that it shall give.
 
     Returns:
-      loss: float32 scalar, the sum of weight x term.
+      loss: float32 scalar, the sum of weight x term; pixel terms are summed or averaged as recipe.pixel_reduction says.
       grads: tree like params.
       aux: VaeAux.
     """
@@ -112,7 +112,7 @@ class VaeAux(NamedTuple):
 
     Attributes:
       terms: name -> unweighted scalar.
-      weights: name -> weight, adapted.
+      weights: name -> weight, adapted; those of pixel terms times the number of pixels if they are summed.
       latents: [B, h, w, C], sampled, un-normalised.
       images: [B, H, W, 3], deformed.
       recon: the same shape.
