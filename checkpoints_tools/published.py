@@ -379,6 +379,7 @@ def args_from_config(config, model, vae, encoder_type, num_heads, norm_groups):
     frozen_vae = config["init"]["vae"]
     of_vae = {"vae_ckpt": frozen_vae, "vae_latents_name": Path(frozen_vae).stem} if config["job"] == "ldm" else _TRAINED_VAE
     return {
+        "bn_momentum": 0.1,  # the published sampling asks for it, also where the statistics were fixed
         **_FIXED, **of_vae, **_values(MEANING | RECIPE | OPERATION, config), "exp_name": "repae_jax",
         "prediction": "eps" if config["diffusion"]["path"] == "ddpm" else "v",
         "model": model, "vae": vae, "enc_type": encoder_type, "num_heads": num_heads, "norm_groups": norm_groups,

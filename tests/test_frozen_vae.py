@@ -91,6 +91,7 @@ def test_flips_need_a_cache_with_flips(files, tmp_path):
     assert "config.data.flip_probability=0.5" in str(caught.value) and "--flips" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_run_continues_bit_for_bit(tmp_path):
     changes = {"checkpoint.every": 2, "hooks.reconstructions_every": 2, "loss.adaptive.gan": 1e4}
     whole, _ = train.train(small.config({**changes, "steps": 4}, vae), tmp_path / "whole")

@@ -173,7 +173,7 @@ def test_the_published_layout_of_a_run_on_a_frozen_vae(converted, frozen_vae):
 
     args = json.loads((converted["sit"] / "args.json").read_text())
     assert args["vae_ckpt"] == str(frozen_vae) and args["vae_latents_name"] == "vae" and args["enc_type"] == "custom"
-    assert (args["path_type"], args["prediction"], args["bn_momentum"]) == ("linear", "v", 0.0)
+    assert (args["path_type"], args["prediction"], args["bn_momentum"]) == ("linear", "v", 0.1)
     assert not {"loss_cfg_path", "disc_pretrained_ckpt", "vae_learning_rate", "vae_align_proj_coeff"} & set(args)
 
 

@@ -319,6 +319,7 @@ def random_tree(shapes, seed):
     return jax.tree_util.tree_map_with_path(lambda path, leaf: small._random_leaf(path, leaf, rng), shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TINY.values(), ids=label)
 def test_a_step_of_the_tiny_variant(case):
     """Those that are not here differ from one that is in numbers alone."""
