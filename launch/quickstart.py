@@ -70,7 +70,7 @@ def evaluate(workdir, classify):
     Returns:
       dict of numbers for the summary.
     """
-    data = {split: _stack(DigitsSource(16, split)) for split in ("train", "test")}
+    data = {split: digits_models.all_records(DigitsSource(16, split))[0] for split in ("train", "test")}
     real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}
     fid = {}
     for step in checkpoint_steps(workdir):
@@ -87,10 +87,6 @@ def evaluate(workdir, classify):
         "guidance_scale": GUIDANCE,
         "generated_digits": len(labels),
     }
-
-
-def _stack(source):
-    return np.stack([source[i]["image"] for i in range(len(source))])
 
 
 def training_numbers(workdir):

@@ -24,7 +24,6 @@ from checkpoints_tools.sit import layout_of
 from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
 from repae_jax import data, features, sharding, train_losses, train_step
-from repae_jax.checkpoint import fingerprint
 from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
 from repae_jax.data.loader import Loader
 from repae_jax.diffusion import ddpm, interpolant
@@ -278,7 +277,7 @@ def _check_fields(config):
     check_names("config", config, kind.sections)
     fields = {**FIELDS, "loss": kind.loss, "init": kind.init, "optim": kind.trains}
     fields |= {"precision": {"compute"}, "hooks": {"images"}}
-    if kind.trains == ("vae", "disc", "sit"):
+    if {"vae", "sit"} <= set(kind.trains):
         fields["diffusion"] = fields["diffusion"] | {"norm_momentum"}
     if "vae" in kind.trains:
         fields["precision"] |= {"lpips"}
@@ -838,16 +837,16 @@ def make_images(config):
     return source
 
 
-def make_cached_source(job, frozen):
+def make_cached_source(job, frozen_vae):
     """Latents from config.data.cache, with their images if there are encoders to show them to.
 
     Args:
       job: Job.
-      frozen: what `load_frozen` returns; a cache must be of its VAE.
+      frozen_vae: fingerprint of the frozen VAE, whose cache it must be.
     """
     section = job.config["data"]
     cache = CachedLatents(section["cache"])
-    check_cache(cache, fingerprint(frozen["vae"]), job.latent_shape, section["image_size"])
+    check_cache(cache, frozen_vae, job.latent_shape, section["image_size"])
     if bool(section["flip_probability"]) != cache.flips:
         raise ValueError(
             f"config.data.flip_probability={section['flip_probability']}, but {section['cache']} was made "

@@ -338,7 +338,7 @@ def make_encode(job, params, flips):
     @jax.jit
     def moments(params, pixels):
         posterior = job.nets.vae.apply({"params": params}, images.to_float(pixels), method="encode")
-        return jnp.concatenate([posterior.mean, jnp.exp(0.5 * posterior.logvar)], axis=-1)
+        return jnp.concatenate([posterior.mean, posterior.std], axis=-1)
 
     def encode(pixels):
         sides = [pixels, pixels[:, :, ::-1]] if flips else [pixels]

@@ -151,8 +151,8 @@ def train(config, workdir):
         )
         restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         frozen = build.load_frozen(job)
-        source = images_source or build.make_cached_source(job, frozen)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
+        source = images_source or build.make_cached_source(job, frozen_vae)
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
