@@ -114,15 +114,73 @@ def _write_arrays(target, ending, state_dict, overwrite):
     return [target]
 
 
-def extract_vae(source, target, *, step=None, overwrite=False):
-    """The VAE of a run or of a training checkpoint, with its latent statistics and discriminator.
+@dataclasses.dataclass(frozen=True)
+class FoundVae:
+    """The VAE of a run or of a training checkpoint.
+
+    Attributes:
+      module: AutoencoderKL.
+      params: its parameters; of a run that trains the VAE without a SiT the averaged ones.
+      latent_stats: {'mean', 'var'}, float32 [C].
+      discriminator: published state dict, or None.
+      steps: training steps taken, None if unknown.
+    """
+
+    module: AutoencoderKL
+    params: Mapping[str, Any]
+    latent_stats: Mapping[str, np.ndarray]
+    discriminator: Mapping[str, np.ndarray] | None
+    steps: int | None
+
+
+def find_vae(source, step=None):
+    """The VAE in a run or in a training checkpoint.
 
     Args:
-      source: workdir of a run that trains a VAE, or a published training checkpoint. Of a run that trains the VAE without a SiT
-        it is the averaged one.
-      target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
-        ending), which diffusers reads and which carries the statistics as latents_mean and latents_std.
+      source: workdir of a run that trains a VAE, or a published training checkpoint.
       step: of a run's checkpoint; the newest by default.
+
+    Returns:
+      FoundVae.
+
+    Raises:
+      ValueError: if the source holds no VAE.
+    """
+    artefact = identify(source, step)
+    if artefact.kind == "run":
+        run = _open_run(artefact.path, step)
+        if run.networks.vae is None:
+            other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
+            raise ValueError(
+                f"{source} is a run on a frozen VAE and holds none: it is config.init.vae={run.config['init']['vae']!r}{other}"
+            )
+        places = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
+        params, stats = map(run.read, places)
+        disc = None if run.networks.disc is None else _discriminator(run)
+        return FoundVae(run.networks.vae, params, stats, disc, run.step)
+    if artefact.kind == "training" and "vae" in artefact.checkpoint.networks:
+        taken = artefact.checkpoint
+        module, params = vae.from_state_dict(taken.networks["vae"], f"{source}: vae", taken.norm_groups)
+        average = taken.networks.get("ema", {})
+        if "bn.running_mean" not in average:
+            raise ValueError(f"{taken.source} has no averaged latent statistics (ema: bn.running_mean), which its VAE needs")
+        stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
+        return FoundVae(module, params, stats, taken.networks.get("discriminator"), taken.steps)
+    raise ValueError(
+        f"{source} is a {KINDS[artefact.kind]} without a VAE to extract; give the workdir of a run, or a published "
+        "checkpoint with a VAE in it"
+    )
+
+
+def extract_vae(source, target, *, step=None, overwrite=False):
+    """Writes the VAE of a run or of a training checkpoint, with its latent statistics and discriminator.
+
+    Args:
+      source: as `find_vae`.
+      target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
+        ending), which diffusers reads, which carries the statistics as latents_mean and latents_std, and the discriminator
+        as discriminator.safetensors.
+      step: as `find_vae`.
       overwrite: replace files that exist.
 
     Returns:
@@ -133,34 +191,9 @@ def extract_vae(source, target, *, step=None, overwrite=False):
       ValueError: if the source holds no VAE.
     """
     ending = _ending(target, overwrite)
-    artefact = identify(source, step)
-    if artefact.kind == "run":
-        run = _open_run(artefact.path, step)
-        if run.networks.vae is None:
-            other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
-            raise ValueError(
-                f"{source} is a run on a frozen VAE and holds none: it is config.init.vae={run.config['init']['vae']!r}{other}"
-            )
-        places = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
-        module, params, stats = run.networks.vae, *map(run.read, places)
-        disc = None if run.networks.disc is None else _discriminator(run)
-    elif artefact.kind == "training" and "vae" in artefact.checkpoint.networks:
-        taken = artefact.checkpoint
-        module, params = vae.from_state_dict(taken.networks["vae"], f"{source}: vae", taken.norm_groups)
-        average = taken.networks.get("ema", {})
-        if "bn.running_mean" not in average:
-            raise ValueError(f"{taken.source} has no averaged latent statistics (ema: bn.running_mean), which its VAE needs")
-        stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
-        disc = taken.networks.get("discriminator")
-    else:
-        raise ValueError(
-            f"{source} is a {KINDS[artefact.kind]} without a VAE to extract; give the workdir of a run, or a published "
-            "checkpoint with a VAE in it"
-        )
-    if ending:
-        return vae.save_published(target, module, params, stats, disc, overwrite=overwrite)
-    vae.save_diffusers(target, module, params, stats, overwrite=overwrite)
-    return [target]
+    found = find_vae(source, step)
+    write = vae.save_published if ending else vae.save_diffusers
+    return write(target, found.module, found.params, found.latent_stats, found.discriminator, overwrite=overwrite)
 
 
 def _ending(target, overwrite):

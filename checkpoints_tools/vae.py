@@ -18,6 +18,7 @@ from repae_jax.models.autoencoder import AutoencoderKL
 _GROUPS = 32  # of every published network; only diffusers' config.json can say otherwise
 _SCALING = 0.18215  # what diffusers takes for a config.json without scaling_factor, such as sd-vae-ft-mse's
 _WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+DISCRIMINATOR = "discriminator.safetensors"  # beside them in a folder that we write
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def abstract_params(module):
     return jax.eval_shape(module.init, jax.random.key(0), images, noise)["params"]
 
 
-def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
+def save_diffusers(folder, module, params, latent_stats, discriminator_state_dict=None, *, overwrite=False):
     """Writes a folder that `diffusers.AutoencoderKL.from_pretrained` loads.
 
     Args:
@@ -189,7 +190,11 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
       params: its parameters; a map from latents to tokens is left out.
       latent_stats: {'mean', 'var'}, [C]: `latents_mean` and `latents_std` of config.json, and, if the same in all channels,
         `shift_factor` and `scaling_factor`.
+      discriminator_state_dict: name -> numpy array, written beside the model as discriminator.safetensors, unless None.
       overwrite: replace what is there.
+
+    Returns:
+      The paths written, the VAE's first.
 
     Raises:
       FileExistsError: if there is such a model and `overwrite` is False; nothing is written then.
@@ -211,14 +216,19 @@ def save_diffusers(folder, module, params, latent_stats, *, overwrite=False):
     state_dict = mapping.to_torch(diffusers_table(module), params)
     folder = epath.Path(folder)
     weights_file, config_file = folder / _WEIGHTS, folder / _CONFIG
+    writes = {weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"})}
+    file = folder / DISCRIMINATOR
+    if discriminator_state_dict is None:
+        if file.exists():
+            raise FileExistsError(f"{file} is of the VAE that would be replaced; remove it, or choose another folder")
+    else:
+        writes[file] = weights.safetensors_writer(dict(discriminator_state_dict), file)
+    writes[config_file] = weights.json_writer(config, config_file)  # last: a folder that has one is complete
     if not overwrite:
-        weights.check_absent(weights_file, config_file)
+        weights.check_absent(*writes)
     folder.mkdir(parents=True, exist_ok=True)
-    writes = {
-        weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"}),
-        config_file: weights.json_writer(config, config_file),  # last: a folder that has one is complete
-    }
     weights.write_all(writes, overwrite=overwrite)
+    return list(writes)
 
 
 def save_published(stem, module, params, latent_stats, discriminator_state_dict=None, *, overwrite=False):

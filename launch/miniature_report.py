@@ -9,8 +9,8 @@ from pathlib import Path
 
 import miniature_tables as tables
 import numpy as np
-import plots
 
+from repae_jax import plots
 from repae_jax.images import grid
 
 AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN = "agrees", "within noise", "disagrees", "both diverged", "not run"

@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import miniature_tables as tables
 import numpy as np
-import plots
 import quickstart
 from absl import logging
 from ml_collections import ConfigDict
 
-from checkpoints_tools import mapping, vae, weights
-from checkpoints_tools.discriminator import discriminator_table
-from repae_jax import build, checkpoint, generate, sample
+from checkpoints_tools import convert, weights
+from repae_jax import generate, plots, sample
 from repae_jax.analysis.smoothness import spatial_variance, total_variation
 from repae_jax.data.digits import DigitsSource
 from repae_jax.images import to_float
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.train import TrainingStopped, train
+from repae_jax.trained import load_trained, load_vae
 
 DONE, DIVERGED = "done", "diverged"
 CLASSES = DigitsSource.num_classes
@@ -74,7 +73,7 @@ def _perform_run(folder, task):
         classify = digits_models.load_classifier(task["classifier"])
         numbers |= sample_numbers(folder, generate.Sampling(**sampler), classify, image_size, task["config"]["seed"])
     if task["export"]:
-        export_vae(folder)
+        convert.extract_vae(folder, tables.vae_files(folder)["vae"], overwrite=True)  # for others to start from
     return _result(DONE, numbers)
 
 
@@ -94,7 +93,7 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
     labels = np.repeat(np.arange(CLASSES, dtype=np.int32), tables.SAMPLES // CLASSES)
     fid = {}
     for step in quickstart.checkpoint_steps(folder):
-        trained = sample.load_trained(folder, step, jax.devices()[:1])
+        trained = load_trained(folder, step, jax.devices()[:1])
         made = np.concatenate([batch for _, batch in sample.sample_batches(trained, sampling, labels, _BATCH_SIZE, seed)])
         found, logits = classify(made)
         fid[step] = frechet_distance(*gaussian_stats(found), *real_stats)
@@ -110,19 +109,10 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
     }
 
 
-def load_vae(folder):
-    """(module, parameters) of the VAE that a run trained, or trained on."""
-    config = checkpoint.read_config(folder)
-    job = build.build(config, jax.devices()[:1], encoders=())
-    if job.frozen_vae:
-        return job.nets.vae, build.load_frozen_vae(job)
-    restored, _ = checkpoint.restore_subset(folder, {"vae": {"params": build.abstract_state(job).vae.params}})
-    return job.nets.vae, restored["vae"]["params"]
-
-
 def vae_numbers(folder, image_size):
     """Reconstruction and smoothness on the held-out digits; latents of one of each class go to latents.npy."""
-    module, params = load_vae(folder)
+    loaded = load_vae(folder)
+    module, params = loaded.module, loaded.params
     pixels, labels = digits_models.all_records(DigitsSource(image_size, "test"))
     images = to_float(jnp.asarray(pixels))
 
@@ -152,21 +142,3 @@ def last_losses(metrics_jsonl):
         for steps, values in (curves[metric] for metric in metrics if metric in curves):
             found[name] = float(values[steps > (1 - _LAST_SHARE) * steps[-1]].mean())
     return found
-
-
-def export_vae(folder):
-    """Writes the VAE of a run for others to start from, with its latent statistics and its discriminator."""
-    job = build.build(checkpoint.read_config(folder), jax.devices()[:1], encoders=())
-    state = build.abstract_state(job)
-    wanted = {
-        "vae": {"params": state.vae.params},
-        "disc": {"params": state.disc.params, "batch_stats": state.disc.batch_stats},
-        "latent_stats": state.latent_stats,
-    }
-    restored, step = checkpoint.restore_subset(folder, wanted)
-    stats = {name: np.asarray(getattr(restored["latent_stats"], name)) for name in ("mean", "var")}
-    disc = mapping.to_torch(discriminator_table(job.nets.disc, step), jax.device_get(restored["disc"]))
-    files = tables.vae_files(folder)
-    weights.write_safetensors(files["disc"], disc, overwrite=True)
-    # diffusers' layout, because the published one cannot tell the number of groups
-    vae.save_diffusers(files["vae"], job.nets.vae, jax.device_get(restored["vae"]["params"]), stats, overwrite=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import digits_models
 
+from checkpoints_tools.vae import DISCRIMINATOR
 from configs import ldm, repae, vae
 from repae_jax.build import RANDOM, plain_config
 
@@ -340,7 +341,7 @@ def config_of(run, workdir=Path()):
 
 def vae_files(folder):
     """Where a run's VAE, with its latent statistics, and its discriminator are kept for others."""
-    return {"vae": folder / "vae", "disc": folder / "discriminator.safetensors"}
+    return {"vae": folder / "vae", "disc": folder / "vae" / DISCRIMINATOR}
 
 
 def description(run):

@@ -16,16 +16,16 @@ from pathlib import Path
 import digits_models
 import jax
 import numpy as np
-import plots
 from absl import logging
 
 from checkpoints_tools import weights
 from configs import repae
-from repae_jax import generate, sample
+from repae_jax import generate, plots, sample
 from repae_jax.data.digits import DigitsSource
 from repae_jax.images import save_png
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.train import train
+from repae_jax.trained import load_trained
 
 CURVES = {
     "VAE": ["vae/l1", "vae/align"],
@@ -48,7 +48,7 @@ def parse_args(argv=None):
 
 def generated(workdir, step, guidance_scale):
     """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
-    trained = sample.load_trained(workdir, step, jax.devices()[:1])
+    trained = load_trained(workdir, step, jax.devices()[:1])
     labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
     sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
     batches = sample.sample_batches(trained, sampling, labels, batch_size=100, seed=0)

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from repae_jax import build, generate, images, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
+from repae_jax.data.latents import records_hash
 from repae_jax.run_log import Progress, make_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
@@ -68,13 +69,20 @@ def check_finite(step, metrics, limit):
         )
 
 
-def check_frozen_vae(before, now, workdir):
-    """ValueError if a run would be continued on another frozen VAE than it began with; fingerprints or None."""
-    if before != now:
-        raise ValueError(
-            f"the run in {workdir} was trained on the frozen VAE {before}, config.init.vae is {now} now (fingerprints of the "
-            "weights): give the same weights, or another workdir"
-        )
+def check_inputs(before, now, workdir):
+    """ValueError if a run would be continued on another frozen VAE or on other images than it began with.
+
+    Args:
+      before: {'frozen_vae': fingerprint of its weights or None, 'records': hash of the images' names and labels}.
+      now: likewise.
+      workdir: of the run.
+    """
+    for name, what in (("frozen_vae", "frozen VAE than config.init.vae"), ("records", "set of images than config.data")):
+        if before[name] != now[name]:
+            raise ValueError(
+                f"the run in {workdir} was trained on another {what} gives now (hash {before[name]}, now {now[name]}): give "
+                "the same, or another workdir"
+            )
 
 
 def make_hooks(job, frozen, source, workdir, writer):
@@ -153,6 +161,7 @@ def train(config, workdir):
         frozen = build.load_frozen(job)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
         source = images_source or build.make_cached_source(job, frozen_vae)
+        inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
@@ -164,8 +173,8 @@ def train(config, workdir):
             loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
         else:
             state, data_state, start = restored
-            check_frozen_vae(data_state.pop("frozen_vae", None), frozen_vae, workdir)
-            loader.restore(data_state)
+            loader.restore(data_state["loader"])
+            check_inputs(data_state["inputs"], inputs, workdir)
             logging.info("continuing from step %d", start)
         logging.info("%s", summary(job, state, source))
         writer = make_writer(workdir, start)
@@ -197,7 +206,7 @@ def train(config, workdir):
             with progress.paused():
                 if step % every == 0 or last:  # before the pictures: they may take long, or fail
                     writer.flush()
-                    checkpointer.save(step, state, loader.state() | {"frozen_vae": frozen_vae}, job.config)
+                    checkpointer.save(step, state, {"loader": loader.state(), "inputs": inputs}, job.config)
                 for hook_every, hook in hooks:
                     if (step % hook_every == 0 and not stopping) or step == steps:
                         hook(step, state)

@@ -9,7 +9,7 @@ import small
 from PIL import Image
 
 from configs import common, ldm, repae, vae
-from repae_jax import build, checkpoint, train
+from repae_jax import build, checkpoint, config_rules, train
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -273,7 +273,7 @@ def test_values_of_vae(changes, messages):
 )
 def test_ablations_that_lose_are_announced(changes, messages, monkeypatch):
     said = []
-    monkeypatch.setattr(build.logging, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(config_rules.logging, "warning", lambda text, *values: said.append(text % values))
     build.build(small.config(changes))
     assert len(said) == 1 and said[0].startswith("ABLATION: "), said
     assert all(message in said[0] for message in messages), said

@@ -1,6 +1,7 @@
 """Whole runs of the jobs beside REPA-E: from images and from a cache, resumed, and refused where the VAE is another one."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -80,8 +81,18 @@ def test_another_vae_is_refused(files, tmp_path):
         train.train(config(files, **{**other, "data.cache": str(files / "cache")}), tmp_path / "cache")
     assert "cache_latents" in str(caught.value)
     train.train(config(files), tmp_path / "run")
-    with pytest.raises(ValueError, match="was trained on the frozen VAE"):
+    with pytest.raises(ValueError, match="was trained on another frozen VAE than config.init.vae"):
         train.train(config(files, steps=4, **other), tmp_path / "run")
+
+
+def test_a_cache_of_other_images_does_not_continue_a_run(files, tmp_path):
+    without_images = {"encoders": {}, "loss.sit.align": 0.0}
+    train.train(config(files, **without_images, **{"data.cache": str(files / "cache")}), tmp_path / "run")
+    other = shutil.copytree(files / "cache", tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "records_hash": "0"}))
+    with pytest.raises(ValueError, match="another set of images than config.data gives now .*now 0"):
+        train.train(config(files, steps=4, **without_images, **{"data.cache": str(other)}), tmp_path / "run")
 
 
 def test_flips_need_a_cache_with_flips(files, tmp_path):

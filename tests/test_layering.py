@@ -24,6 +24,7 @@ ORDER = [
     "repae_jax.sharding",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
+    "repae_jax.plots",
     "repae_jax.data",
     "checkpoints_tools",
     # the story
@@ -32,8 +33,10 @@ ORDER = [
     "repae_jax.train_losses",
     "repae_jax.train_step",
     "repae_jax.generate",
+    "repae_jax.config_rules",
     "repae_jax.build",
     "repae_jax.train",
+    "repae_jax.trained",
     "repae_jax.sample",
     "repae_jax.evaluate",
     "repae_jax.cache_latents",

@@ -13,6 +13,7 @@ from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import generate, sample
 from repae_jax.train import train
+from repae_jax.trained import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_labels():
 
 def test_images_use_the_averages_and_no_epsilon(workdir):
     """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
-    trained = sample.load_trained(workdir)
+    trained = load_trained(workdir)
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
     base = np.asarray(run(trained.params, *args))
@@ -159,7 +160,7 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
 
 
 def test_guidance_outside_its_interval_changes_nothing(workdir):
-    trained = sample.load_trained(workdir)
+    trained = load_trained(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
     made = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
@@ -189,7 +190,7 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     frozen = tmp_path / "frozen.pt"
     published.write(frozen, dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="holds no VAE: give --vae"):
-        sample.load_trained(frozen)
+        load_trained(frozen)
     expected = load(sample.run(arguments(frozen, *arguments_, "--out", str(tmp_path / "frozen"))))
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("bn.")]:
@@ -200,10 +201,10 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
         np.testing.assert_array_equal(actual, array)
 
     with pytest.raises(ValueError, match="holds a VAE of its own"):
-        sample.load_trained(tmp_path / "whole.pt", vae_path=tmp_path / "vae")
+        load_trained(tmp_path / "whole.pt", vae_path=tmp_path / "vae")
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("projectors.")]:
             del arrays[name]
     published.write(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
-        sample.load_trained(tmp_path / "sit.pt", vae_path=tmp_path / "vae")
+        load_trained(tmp_path / "sit.pt", vae_path=tmp_path / "vae")

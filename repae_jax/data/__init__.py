@@ -6,6 +6,7 @@ processes get a copy. `repae_jax.data.loader` turns a source into batches.
 """
 
 import inspect
+import os
 
 import numpy as np
 
@@ -40,6 +41,32 @@ def make_source(source, image_size, **fields):
     if missing:
         raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}; set it")
     return _SOURCES[source](image_size=image_size, **fields)
+
+
+def parse_source(text):
+    """Source as commands take it: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test' or 'folder:path=/data/val'.
+
+    Args:
+      text: see above; or the path of a folder of images, whose classes do not matter.
+
+    Returns:
+      (name, fields) for `make_source`.
+
+    Raises:
+      ValueError: if the text is neither.
+    """
+    name, _, rest = text.partition(":")
+    if name not in _SOURCES:
+        if os.path.isdir(text):
+            return "folder", {"path": text, "labelled": False}
+        raise ValueError(
+            f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, _SOURCES))}, with fields behind a colon, "
+            "such as 'digits:split=test' or 'folder:path=/data/val'"
+        )
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if not all(sign and field for field, sign, _ in pairs):
+        raise ValueError(f"{text!r}: allowed behind the colon is FIELD=VALUE,FIELD=VALUE")
+    return name, {field: value for field, _, value in pairs}
 
 
 def check_labels(source, num_classes):

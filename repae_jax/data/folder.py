@@ -25,7 +25,7 @@ class FolderSource:
       image_size: side of the images in pixels.
     """
 
-    def __init__(self, path, image_size, labels_file=None):
+    def __init__(self, path, image_size, labels_file=None, labelled=True):
         """Lists the folder and checks the labels; decodes nothing.
 
         Args:
@@ -35,6 +35,7 @@ class FolderSource:
           labels_file: path of a labels file, relative to the folder or absolute. Either JSON
             `{"labels": [["sub/a.png", 3], ...]}`, or `.csv` / `.tsv` with two columns, path and label. The paths in
             it are relative to the folder; images it does not list are left out.
+          labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
 
         Raises:
           ValueError: if the folder is missing or holds no images, if it has neither class subfolders nor a labels
@@ -50,7 +51,9 @@ class FolderSource:
         paths = _list_images(self._root)
         if not paths:
             raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
-        if labels_file is None:
+        if not labelled:
+            self._paths, labels = paths, np.zeros(len(paths))
+        elif labels_file is None:
             self._paths, labels = paths, _labels_from_subfolders(self._root, paths)
         else:
             self._paths, labels = _labels_from_file(self._root / labels_file, paths)

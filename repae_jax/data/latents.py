@@ -44,7 +44,12 @@ def record_shape(latent_shape, flips):
 
 
 def records_hash(source):
-    """What tells a source from others: a hash of the names and labels of all its records, in order; decodes nothing."""
+    """What tells a source from others: a hash of the names and labels of all its records, in order; decodes nothing.
+
+    Of CachedLatents it is that of the images they were made from.
+    """
+    if isinstance(source, CachedLatents):
+        return source.records_hash
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
         digest.update(f"{source.name(i)}\0{label}\n".encode())

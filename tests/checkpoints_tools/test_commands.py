@@ -19,9 +19,10 @@ from checkpoints_tools import __main__ as commands
 from checkpoints_tools import artefacts, convert, identify, locate, orders, published, sit, training_state, vae, verify, weights
 from checkpoints_tools.mapping import to_torch
 from configs import common, repae
-from repae_jax import build, checkpoint, sample
+from repae_jax import build, checkpoint
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
+from repae_jax.trained import load_trained
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
@@ -204,7 +205,7 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
     model, ema = (orders.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables) for variables in networks)
     weights.write_torch(tmp_path / "training.pt", {"model": model, "ema": ema, "args": commands.argparse.Namespace(lr=1)})
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
-        sample.load_trained(tmp_path / "training.pt")
+        load_trained(tmp_path / "training.pt")
     call("convert", tmp_path / "training.pt", tmp_path / "turned.safetensors", "--plain_sit")
     turned = sit.load_sit(tmp_path / "turned.safetensors")
     np.testing.assert_array_equal(turned.variables["params"]["x_embedder"]["bias"], ema["x_embedder.proj.bias"])

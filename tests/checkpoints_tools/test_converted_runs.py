@@ -16,6 +16,7 @@ from checkpoints_tools import published, vae, weights
 from configs import ldm
 from configs import vae as vae_config
 from repae_jax import build, checkpoint, sample
+from repae_jax.trained import load_trained
 
 torch = pytest.importorskip("torch")
 STEP = 7
@@ -65,9 +66,9 @@ def make_run(folder, config):
             opt_state = optax.tree.set(net.opt_state, mu=mu, nu=nu, count=np.int32(STEP))
             state = state.replace(**{name: net.replace(opt_state=opt_state)})
     state = state.replace(step=np.int32(STEP))
-    data_state = {"next_batch": STEP, "bad_records": [], "records": 10, "frozen_vae": None}
-    if job.frozen_vae:
-        data_state["frozen_vae"] = checkpoint.fingerprint(build.load_frozen_vae(job))
+    loader_state = {"next_batch": STEP, "bad_records": [], "records": 10}
+    fingerprint = checkpoint.fingerprint(build.load_frozen_vae(job)) if job.frozen_vae else None
+    data_state = {"loader": loader_state, "inputs": {"frozen_vae": fingerprint, "records": ""}}
     with checkpoint.Checkpointer(folder) as checkpointer:
         assert checkpointer.save(STEP, state, data_state, job.config)
     return job, state, folder
@@ -138,7 +139,7 @@ def torch_content(folder):
 
 def images(workdir, **options):
     """The first samples of a run, as `repae_jax.sample` makes them."""
-    trained = sample.load_trained(workdir, devices=jax.devices()[:1], **options)
+    trained = load_trained(workdir, devices=jax.devices()[:1], **options)
     sampling = dataclasses.replace(trained.sampling, steps=3, guidance_scale=1.5, guidance_channels=3)
     labels = np.arange(4, dtype=np.int32)
     return np.concatenate([made for _, made in sample.sample_batches(trained, sampling, labels, 4, 0)])
@@ -208,7 +209,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
     with pytest.raises(ValueError, match="as REPA and DiT have none: give --vae as diffusers' folder"):
         images(tmp_path / "DiT.pt", vae_path=_without_stats(frozen_vae, tmp_path), sampler="ancestral")
     made = images(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
-    trained = sample.load_trained(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
+    trained = load_trained(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
     assert (trained.sampling.sampler, trained.sampling.steps) == ("ancestral", 250)
 
     # the same weights as a run that has the statistics of that VAE
@@ -324,7 +325,7 @@ def test_what_a_tokenizers_run_is_not(vae_run, disc_run, frozen_vae, tmp_path, m
     assert not list(tmp_path.iterdir())
     for _, _, workdir in (vae_run, disc_run):
         with pytest.raises(ValueError, match="a run of a tokenizer: it has no SiT to sample from"):
-            sample.load_trained(workdir)
+            load_trained(workdir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repae_jax import data
 from repae_jax.data.folder import FolderSource
 
 
@@ -158,3 +159,21 @@ def test_hidden_folders_and_files_are_no_data(class_folders):
     write_image(class_folders / "a" / ".hidden" / "x.png")
     write_image(class_folders / "a" / "._0.png")
     assert len(FolderSource(class_folders, 8)) == 5
+
+
+def test_without_labels_images_lie_anywhere(class_folders):
+    write_image(class_folders / "top.png")
+    with pytest.raises(ValueError, match="top.png"):
+        FolderSource(class_folders, 8)
+    source = FolderSource(class_folders, 8, labelled=False)
+    assert len(source) == 6 and set(source.labels) == {0} and source.num_classes == 1
+
+
+def test_sources_as_commands_take_them(class_folders):
+    assert data.parse_source("digits:split=test") == ("digits", {"split": "test"})
+    assert data.parse_source("digits") == ("digits", {})
+    name, fields = data.parse_source(str(class_folders))
+    assert len(data.make_source(name, 8, **fields)) == 5
+    for text in ("imagenet", "digits:split", str(class_folders / "absent")):
+        with pytest.raises(ValueError, match=text):
+            data.parse_source(text)

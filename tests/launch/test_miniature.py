@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax import build
+from repae_jax import build, plots
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
@@ -19,7 +19,6 @@ import miniature  # noqa: E402
 import miniature_report as report  # noqa: E402
 import miniature_run  # noqa: E402
 import miniature_tables as tables  # noqa: E402
-import plots  # noqa: E402
 
 # ---- the declaration ----------------------------------------------------------------------------------------------------
 
@@ -233,7 +232,6 @@ def test_last_losses(tmp_path):
 def found(**values):
     """setting -> runs with these Frechet distances; None is a run that diverged."""
 
-
     def run(fid):
         return Path("folder"), {"status": "diverged" if fid is None else "done", "numbers": {"fid": fid}}
 
@@ -354,5 +352,3 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "start_task", None)
     arguments = ["--workdir", str(tmp_path / "work"), "--results", str(tmp_path / "R.md"), "--report"]
     assert miniature.main(arguments) == 0 and (tmp_path / "R.md").exists()
-
-

@@ -1,14 +1,10 @@
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-
-import plots  # noqa: E402
+from repae_jax import plots
 
 
 def write_metrics(path, last=""):
