@@ -11,6 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["repae_jax*", "checkpoints_tools*", "configs*"]),
+    package_data={"repae_jax.report": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "absl-py>=2.0",
         "clu>=0.0.12",
@@ -28,6 +29,7 @@ setup(
         "pillow>=10",
         "safetensors>=0.8",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "tensorboard>=2.18",  # for clu's metric writers, with the next line
         "tensorflow-cpu>=2.18",
         "tqdm>=4.60",

@@ -164,8 +164,10 @@ def find(path, step=None):
 
 
 def is_training_checkpoint(content):
-    """Whether what `weights.read_torch` returned is one: several networks, or one beside its optimizer."""
-    return isinstance(content, dict) and weights.is_state_dict(content.get("model")) and {"ema", "opt"} & set(content) != set()
+    """Whether what `weights.read_torch` returned is one: several networks, one beside its optimizer, or a SiT under 'model'."""
+    if not isinstance(content, dict) or not weights.is_state_dict(content.get("model")):
+        return False
+    return bool({"ema", "opt"} & set(content)) or _is_sit(content["model"])
 
 
 def read(path, step=None):

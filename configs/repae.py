@@ -106,7 +106,11 @@ def get_config(arg=""):
     config.mesh = {"fsdp": 1}  # devices that share one copy of parameters and optimizer state
     config.checkpoint = {"every": 10_000, "keep_last": 2, "keep_every": 50_000}
     config.log = {"every": 100}
-    config.hooks = {"samples_every": 10_000, "reconstructions_every": 10_000, "images": 64}
+    config.hooks = {
+        "samples_every": 10_000, "reconstructions_every": 10_000, "images": 64,
+        # FID of a few samples against a reference (repae_jax/reference_stats.py), with Inception's weights
+        "fid_every": 0, "fid_samples": 5000, "fid_reference": "", "fid_inception": "",
+    }  # fmt: skip
     config.sampling = {  # of the pictures during training, and the defaults of repae_jax.sample
         "sampler": "sde",  # 'euler', 'heun' or 'sde'; 'ancestral' with diffusion.path='ddpm'
         "steps": 250,

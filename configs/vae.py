@@ -132,7 +132,7 @@ def get_config(arg=""):
     config.ema_decay = 0.0  # none: the VAE itself
     for section in ("sit", "diffusion", "sampling"):
         del config[section]
-    del config.hooks.samples_every
+    config.hooks = {name: config.hooks[name] for name in ("reconstructions_every", "images")}
     del config.loss.vae.align, config.loss.vae.diffusion
     config.loss = {"vae": config.loss.vae, **common.vae_loss_options()}
     config.optim = {name: config.optim[name] for name in ("vae", "disc")}

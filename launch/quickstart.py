@@ -24,6 +24,7 @@ from repae_jax import generate, plots, sample
 from repae_jax.data.digits import DigitsSource
 from repae_jax.images import save_png
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.report import __main__ as report
 from repae_jax.train import train
 from repae_jax.trained import load_trained
 
@@ -73,10 +74,22 @@ def evaluate(workdir, classify):
     data = {split: digits_models.all_records(DigitsSource(16, split))[0] for split in ("train", "test")}
     real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}
     fid = {}
+    (workdir / "evaluations").mkdir(exist_ok=True)
     for step in checkpoint_steps(workdir):
         made, _ = generated(workdir, step, guidance_scale=1.0)
         fid[step] = frechet_distance(*gaussian_stats(classify(made)[0]), *real["train"])
         print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
+        result = {
+            "kind": "generation",
+            "step": step,
+            "metrics": {"fid": fid[step]},
+            "protocol": {
+                **SAMPLER, "guidance_scale": 1.0, "labels": "balanced", "seed": 0, "num_samples": len(made),
+                "features": "the classifier's", "reference": "training digits",
+            },
+            "warnings": ["not Inception's features: comparable among these runs only"],
+        }  # fmt: skip
+        weights.write_json(workdir / "evaluations" / f"{step:07d}.json", result, overwrite=True)
     made, labels = generated(workdir, max(fid), GUIDANCE)
     rows = made.reshape(10, PER_CLASS, *made.shape[1:])[:, :16].reshape(-1, *made.shape[1:])
     save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
@@ -142,8 +155,9 @@ def main():
     }
     weights.write_json(workdir / "summary.json", summary, overwrite=True)
     print(json.dumps(summary, indent=2))
-    for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json"):
-        print(workdir / name)
+    page = report.run(report.parse_args([str(workdir)]))
+    for path in [*(workdir / name for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json")), page]:
+        print(path)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,12 @@ FIELDS = {
     "checkpoint": {"every", "keep_last", "keep_every"},
     "log": {"every"},
 }  # fmt: skip
+FID_HOOK = ("fid_every", "fid_samples", "fid_reference", "fid_inception")
 AT_LEAST = (
     ("data", "image_size", 1), ("data", "num_classes", 1), ("data", "batch_size", 1), ("init", "stats_images", 1),
     ("checkpoint", "every", 1), ("checkpoint", "keep_last", 1), ("log", "every", 1),
-    ("hooks", "images", 1), ("hooks", "samples_every", 0), ("hooks", "reconstructions_every", 0),
+    ("hooks", "images", 1), ("hooks", "samples_every", 0), ("hooks", "reconstructions_every", 0), ("hooks", "fid_every", 0),
+    ("hooks", "fid_samples", 2),
 )  # fmt: skip
 OBJECTIVES = (*sorted(interpolant.PATHS), "ddpm")
 REDUCTIONS = ("mean", "sum")
@@ -124,7 +126,7 @@ def check_fields(config):
         fields["precision"] |= {"lpips"}
         fields["hooks"] |= {"reconstructions_every"}
     if "sit" in kind.trains:
-        fields["hooks"] |= {"samples_every"}
+        fields["hooks"] |= {"samples_every", *FID_HOOK}
     for section in sorted(set(fields) & kind.sections):
         check_names(f"config.{section}", config[section], fields[section])
     for name in ("steps", "accumulation", "max_skipped_in_a_row"):
@@ -132,6 +134,13 @@ def check_fields(config):
     for section, name, low in AT_LEAST:
         if name in config[section]:
             _at_least(f"config.{section}.{name}", config[section][name], low)
+    if config["hooks"].get("fid_every"):
+        for name in ("fid_reference", "fid_inception"):
+            if not config["hooks"][name]:
+                raise ValueError(
+                    f"config.hooks.fid_every={config['hooks']['fid_every']}, but config.hooks.{name} is empty: give its file, "
+                    "or set fid_every=0"
+                )
     if not 0 <= config["ema_decay"] < 1:
         raise ValueError(f"config.ema_decay={config['ema_decay']} must lie in [0, 1)")
     if not 0 <= config["data"]["flip_probability"] <= 1:

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repae_jax.diffusion import ddpm, guidance, latent_norm, samplers
 from repae_jax.images import to_uint8
 
 SAMPLERS = ("euler", "heun", "sde", "ancestral")
+
+
+class SamplesNotFinite(ValueError):
+    """Something in a sample was not finite, which as a pixel would look like a color."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,9 @@ def make_generate(nets, objective, latent_shape, sampling):
       sampling: Sampling.
 
     Returns:
-      (params, labels int [B], ids int [B], key) -> uint8 images [B, H, W, 3]. `params` is {'sit': …, 'vae': …,
-      'latent_stats': ChannelStats}: the averaged SiT and statistics, and the VAE. Image i depends on (key, ids[i], labels[i])
-      alone, not on the batch it is in.
+      (params, labels int [B], ids int [B], key) -> (uint8 images [B, H, W, 3], bool [B]: which had only finite values before
+      they became pixels). `params` is {'sit': …, 'vae': …, 'latent_stats': ChannelStats}: the averaged SiT and statistics, and
+      the VAE. Image i depends on (key, ids[i], labels[i]) alone, not on the batch it is in.
 
     Raises:
       ValueError: if the sampler does not fit the objective.
@@ -111,7 +116,8 @@ def make_generate(nets, objective, latent_shape, sampling):
         else:
             z = (samplers.heun if sampling.sampler == "heun" else samplers.euler)(segments, z)
         latents = latent_norm.denormalize(z, params["latent_stats"])
-        return to_uint8(vae.apply({"params": params["vae"]}, latents, method="decode"))
+        decoded = vae.apply({"params": params["vae"]}, latents, method="decode")
+        return to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     def precise(*args):
         # float32 means float32 on every platform: at least three bfloat16 passes on TPUs, TF32 on GPUs as published
@@ -119,6 +125,38 @@ def make_generate(nets, objective, latent_shape, sampling):
             return generate(*args)
 
     return precise
+
+
+def in_batches(run, params, labels, batch_size, key, put, skip=()):
+    """Any number of samples, batch by batch.
+
+    Args:
+      run: what `make_generate` returns, jitted.
+      params: its first argument.
+      labels: int32 numpy [N]; the ids are 0..N - 1.
+      batch_size: images at a time; a multiple of the devices.
+      key: of the noise.
+      put: places an array with one entry per image on the devices.
+      skip: indices of batches not to make.
+
+    Yields:
+      (index of the batch, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
+
+    Raises:
+      SamplesNotFinite: if one is not.
+    """
+    for index, first in enumerate(range(0, len(labels), batch_size)):
+        if index in skip:
+            continue
+        ids = np.arange(first, first + batch_size)  # the last batch is filled up, so that one program serves all
+        made, finite = run(params, put(labels[np.minimum(ids, len(labels) - 1)]), put(ids), key)
+        broken = ids[~np.asarray(finite)]
+        if len(broken):
+            raise SamplesNotFinite(
+                f"{len(broken)} of {batch_size} samples are not finite, first number {broken[0]}: the weights are damaged, or "
+                "their training has diverged; take an earlier step"
+            )
+        yield index, np.asarray(made)[: len(labels) - first]
 
 
 def sampling_params(state, frozen):

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from repae_jax import images as image_tools
+from repae_jax.analysis.representation import principal_components
 
 
 def plot_curves(metrics_jsonl, path, groups):
@@ -187,15 +188,150 @@ def pca_colors(latents):
       latents: float [B, h, w, C], C >= 3.
 
     Returns:
-      uint8 [B, h, w, 3].
+      uint8 [B, h, w, 3]; black where nothing varies.
+
+    Raises:
+      ValueError: if there are fewer channels.
     """
-    latents = np.asarray(latents, np.float64)
-    tokens = latents.reshape(-1, latents.shape[-1])
-    tokens = tokens - tokens.mean(axis=0)
-    components = tokens @ np.linalg.svd(tokens, full_matrices=False)[2][:3].T
-    low, high = components.min(axis=0), components.max(axis=0)
+    components = principal_components(latents)
+    low, high = components.min(axis=(0, 1, 2)), components.max(axis=(0, 1, 2))
     scaled = (components - low) / np.maximum(high - low, 1e-12)
-    return np.round(255 * scaled).astype(np.uint8).reshape(*latents.shape[:-1], 3)
+    return np.round(255 * scaled).astype(np.uint8)
+
+
+def show_rows(path, rows, size=96):
+    """Writes a PNG of labelled rows of pictures, all enlarged to about one size.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      rows: label -> uint8 [N, H, W, 3]; H and W may differ from row to row; or a text to show in its place.
+      size: side of a picture in pixels, about.
+
+    Raises:
+      ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; allowed: at least one label with its pictures")
+    sheets = {
+        label: image_tools.grid(row, columns=len(row), scale=max(1, round(size / row.shape[1])))
+        for label, row in rows.items()
+        if not isinstance(row, str)
+    }
+    width = max((sheet.shape[1] for sheet in sheets.values()), default=6 * size)
+    height = max((sheet.shape[0] for sheet in sheets.values()), default=size)
+    figure = Figure(figsize=(width / 100, len(rows) * (height + 26) / 100), dpi=100, layout="constrained")
+    for i, (label, row) in enumerate(rows.items(), start=1):
+        axes = figure.add_subplot(len(rows), 1, i)
+        axes.set_title(label, fontsize="small", loc="left", pad=3)
+        axes.axis("off")
+        if label in sheets:
+            axes.imshow(sheets[label], interpolation="antialiased")
+        else:
+            axes.text(0, 0.5, row, fontsize="small", verticalalignment="center")
+    _save(figure, path)
+
+
+def plot_lines(path, panels, x_title, y_titles, log_scale=False, reference=None):
+    """Writes a PNG of panels with lines, side by side, with one legend for all.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      panels: title -> name -> (x, y), or (x, y, style) with matplotlib's keywords for a line.
+      x_title: of all panels.
+      y_titles: one for each panel.
+      log_scale: of y.
+      reference: (name, x, y) of a dashed line in all panels.
+
+    Raises:
+      ValueError: if there are no panels.
+    """
+    if not panels:
+        raise ValueError("panels is empty; allowed: at least one title with its lines")
+    figure = Figure(figsize=(5.2 * len(panels) + 2, 4), dpi=100, layout="constrained")
+    for i, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for number, (name, (x, y, *style)) in enumerate(lines.items()):
+            marker = "o" if len(x) < 40 else None
+            keywords = {"color": f"C{number % 10}", **(style[0] if style else {})}
+            axes.plot(x, y, label=name, linewidth=1.5, marker=marker, markersize=3, **keywords)
+        if reference is not None:
+            name, x, y = reference
+            axes.plot(x, y, label=name, color="black", linewidth=1.5, linestyle="--")
+        axes.set_title(title)
+        axes.set_xlabel(x_title)
+        axes.set_ylabel(y_titles[i])
+        axes.set_yscale("log" if log_scale else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def plot_channels(path, panels):
+    """Writes a PNG with a panel per model: the histogram of every channel, upright, dark where values are frequent.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      panels: title -> {'edges': bin edges [K + 1], 'shares': [C, K], 'median': [C], 'low': [C], 'high': [C]}; low and high
+        are quantiles, drawn as ticks.
+
+    Raises:
+      ValueError: if there are no panels.
+    """
+    if not panels:
+        raise ValueError("panels is empty; allowed: at least one model with its histograms")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), dpi=100, layout="constrained")
+    for i, (title, panel) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, i)
+        shares = np.asarray(panel["shares"])
+        channels = np.arange(len(shares))
+        peaks = np.maximum(shares.max(axis=1, keepdims=True), 1e-12)
+        axes.pcolormesh(np.arange(len(shares) + 1) - 0.5, panel["edges"], (shares / peaks).T, cmap="Blues", vmin=0, vmax=1)
+        axes.hlines(panel["median"], channels - 0.4, channels + 0.4, color="C3", linewidth=1.4, label="median")
+        for name in ("low", "high"):
+            label = "1 % and 99 %" if name == "low" else None
+            axes.hlines(panel[name], channels - 0.25, channels + 0.25, color="black", linewidth=0.8, label=label)
+        axes.set_title(title)
+        axes.set_xlabel("channel")
+        axes.set_ylabel("latent")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def plot_bars(path, panels, names):
+    """Writes a PNG of panels with groups of bars: a group per thing measured, in it a bar per model.
+
+    Args:
+      path: the PNG to write; its folder must exist.
+      panels: title -> group -> values, one per name; nan is no bar.
+      names: of the models.
+
+    Raises:
+      ValueError: if there are no panels or names.
+    """
+    if not panels or not names:
+        raise ValueError(f"panels {list(panels)}, names {list(names)}; allowed: at least one of each")
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=100, layout="constrained")
+    for i, (title, groups) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), i)
+        width = 0.8 / len(names)
+        for number, name in enumerate(names):
+            at = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+            heights = [values[number] for values in groups.values()]
+            axes.bar(at, heights, width=0.92 * width, color=f"C{number % 10}", label=name)
+        axes.set_xticks(range(len(groups)), list(groups), fontsize="x-small")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.25, axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    _save(figure, path)
 
 
 def _save(figure, path):

@@ -10,7 +10,6 @@ import functools
 import json
 import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -19,22 +18,16 @@ from tqdm import tqdm
 
 from checkpoints_tools import weights
 from repae_jax import generate, images, sharding
+from repae_jax.checkpoint import fingerprint
+from repae_jax.image_sets import npz_writer
 from repae_jax.trained import load_trained
 
 LABELS = ("random", "balanced")
 
 
-def parse_args(argv=None):
-    """Command line of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="folder of a run; or a published one, or its checkpoint")
-    parser.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
-    parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
-    parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
-    parser.add_argument("--num_samples", type=int, default=64, help="exactly so many images")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over all devices")
+def add_arguments(parser, num_samples):
+    """What to sample and how, for a parser or a group of arguments; `num_samples` is a default."""
+    parser.add_argument("--num_samples", type=int, default=num_samples, help="exactly so many images")
     parser.add_argument(
         "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
     )
@@ -49,6 +42,19 @@ def parse_args(argv=None):
     parser.add_argument(
         "--guidance_channels", type=int, help="guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples" + unset
     )
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a run; or a published one, or its checkpoint")
+    parser.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
+    parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
+    parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over all devices")
+    add_arguments(parser, num_samples=64)
     parser.add_argument("--grid", type=int, default=64, help="how many samples the picture shows")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size", "grid"):
@@ -75,29 +81,36 @@ def draw_labels(kind, count, classes, seed):
     return rng.permutation(np.resize(np.asarray(classes, np.int32), count))
 
 
+def choose_sampling(args, trained):
+    """Sampling, and classes to draw labels from, as the command line says; ValueError if they do not fit the model."""
+    overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
+    sampling = dataclasses.replace(trained.sampling, **{name: value for name, value in overrides.items() if value is not None})
+    generate.check_sampler(sampling, trained.objective)
+    channels = trained.latent_shape[-1]
+    if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
+        raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
+    classes = args.classes or list(range(trained.num_classes))
+    if min(classes) < 0 or max(classes) >= trained.num_classes:
+        raise ValueError(f"--classes {classes}: allowed are 0..{trained.num_classes - 1}")
+    return sampling, classes
+
+
+def settings_name(step, sampling, args):
+    """Name of what is made from a checkpoint with these settings."""
+    how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
+    if sampling.guidance_scale > 1:
+        how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
+        how += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
+    which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
+    at = "unknown-step" if step is None else f"{step:07d}"
+    return f"{at}-{how}-{which}-{args.num_samples}-seed{args.seed}"
+
+
 def sample_batches(trained, sampling, labels, batch_size, seed, skip=()):
-    """Samples, batch by batch.
-
-    Args:
-      trained: Trained.
-      sampling: Sampling.
-      labels: int32 [N].
-      batch_size: images at a time; a multiple of the devices.
-      seed: of the noise.
-      skip: batch indices not to make.
-
-    Yields:
-      (batch index, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
-    """
+    """Samples of a trained model; Args, Yields as `generate.in_batches`."""
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
-    for index, first in enumerate(range(0, len(labels), batch_size)):
-        if index in skip:
-            continue
-        ids = np.arange(first, first + batch_size)  # the last batch is filled up, so that one program serves all
-        part = labels[np.minimum(ids, len(labels) - 1)]
-        made = run(trained.params, put(part), put(ids), jax.random.key(seed))
-        yield index, np.asarray(made)[: len(labels) - first]
+    yield from generate.in_batches(run, trained.params, labels, batch_size, jax.random.key(seed), put, skip)
 
 
 def write_npz(path, parts, labels):
@@ -108,19 +121,8 @@ def write_npz(path, parts, labels):
       parts: .npy files in order, uint8 [b, H, W, 3].
       labels: int32 [N].
     """
-    shape = np.load(parts[0], mmap_mode="r").shape[1:]
-
-    def write(temporary):
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in parts:
-                    file.write(np.ascontiguousarray(np.load(part)).tobytes())
-            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, labels)
-
-    weights.write_all({path: write})
+    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(np.load, parts))})})
 
 
 def _save_part(path, array):
@@ -155,25 +157,12 @@ def run(args):
     if "://" in str(args.out or args.workdir):
         raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
     trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
-    step, num_classes = trained.step, trained.num_classes
+    step = trained.step
     if args.batch_size % trained.mesh.size:
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {trained.mesh.size} devices")
-    overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
-    sampling = dataclasses.replace(trained.sampling, **{name: value for name, value in overrides.items() if value is not None})
-    generate.check_sampler(sampling, trained.objective)
-    channels = trained.latent_shape[-1]
-    if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
-        raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
-    classes = args.classes or list(range(num_classes))
-    if min(classes) < 0 or max(classes) >= num_classes:
-        raise ValueError(f"--classes {classes}: allowed are 0..{num_classes - 1}")
+    sampling, classes = choose_sampling(args, trained)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
-    how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
-    if sampling.guidance_scale > 1:
-        how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
-        how += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
-    which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, classes)))
-    name = f"{step:07d}-{how}-{which}-{args.num_samples}-seed{args.seed}"
+    name = settings_name(step, sampling, args)
     if not args.out and not Path(args.workdir).is_dir():
         raise ValueError(f"{args.workdir} is no local folder to keep samples in: give --out")
     out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
@@ -181,8 +170,8 @@ def run(args):
     if npz.exists():
         raise ValueError(f"{npz} exists; choose another --out, or move it away")
     settings = {
-        "step": step, "num_samples": args.num_samples, "batch_size": args.batch_size, "labels": args.labels, "classes": classes,
-        "seed": args.seed, **dataclasses.asdict(sampling),
+        "step": step, "weights": fingerprint(trained.params), "num_samples": args.num_samples, "batch_size": args.batch_size,
+        "labels": args.labels, "classes": classes, "seed": args.seed, **dataclasses.asdict(sampling),
     }  # fmt: skip
     folder = _open_parts(out.with_name(out.name + ".parts"), settings)
     count = -(-args.num_samples // args.batch_size)
@@ -208,7 +197,7 @@ def main():
     args = parse_args()
     try:
         npz = run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.num_samples} samples: {npz}\npicture: {npz.with_suffix('.png')}")
 

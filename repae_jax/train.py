@@ -16,14 +16,19 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from tqdm import tqdm
 
-from repae_jax import build, generate, images, sharding
+from repae_jax import build, generate, images, inception_features, reference_stats, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
+from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.run_log import Progress, make_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
+
+
+FID_BATCH = 64  # samples at a time at least, over all devices
 
 
 class TrainingStopped(RuntimeError):
@@ -85,8 +90,22 @@ def check_inputs(before, now, workdir):
             )
 
 
-def make_hooks(job, frozen, source, workdir, writer):
-    """Pictures during training: list of (every, function of (step, state)); of what the job trains."""
+def load_scoring(job):
+    """(InceptionNetwork, Reference) of the FID during training, None if none is wanted."""
+    section = job.config["hooks"]
+    if not section.get("fid_every"):
+        return None
+    batch_size = job.mesh.size * -(-FID_BATCH // job.mesh.size)
+    network = inception_features.load_network(section["fid_inception"], batch_size, list(job.mesh.devices.flat))
+    reference = reference_stats.read_reference(section["fid_reference"], network)
+    reference_stats.check_shape([job.config["data"]["image_size"]] * 2, reference, section["fid_reference"])
+    for warning in reference_stats.count_warnings(section["fid_samples"], reference):
+        logging.warning("config.hooks.fid_samples: %s", warning)
+    return network, reference
+
+
+def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
+    """Pictures and scores during training: list of (every, function of (step, state)); of what the job trains."""
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
     columns, scale = math.ceil(math.sqrt(count)), images.viewing_scale(job.config["data"]["image_size"])
@@ -104,7 +123,7 @@ def make_hooks(job, frozen, source, workdir, writer):
         labels, ids = placed(np.arange(count, dtype=np.int32) * num_classes // count), placed(np.arange(count))
 
         def samples(step, state):
-            made = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
+            made, _ = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
             save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
 
         return samples
@@ -122,7 +141,33 @@ def make_hooks(job, frozen, source, workdir, writer):
 
         return reconstructions
 
+    def make_fid():
+        network, reference = scoring
+        run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
+        labels = np.arange(section["fid_samples"], dtype=np.int32) % num_classes
+        put = functools.partial(jax.device_put, device=sharding.batch_sharding(job.mesh))
+
+        def fid(step, state):
+            params, key = generate.sampling_params(state, frozen), jax.random.key(job.config["seed"])
+            made = generate.in_batches(run, params, labels, network.batch_size, key, put)
+            shown = tqdm(made, f"step {step}: samples", -(-len(labels) // network.batch_size), unit="batch", leave=False)
+            pool = RunningGaussian()
+            try:
+                for _, batch in shown:
+                    if stopped.is_set():
+                        return
+                    pool.update(network(batch).pool)
+            except generate.SamplesNotFinite as error:
+                logging.warning("step %d: no FID: %s", step, error)
+            else:
+                distance = frechet_distance(*pool.stats(), *reference.pool)
+                writer.write_scalars(step, {f"fid/{len(labels)}_samples": distance})
+
+        return fid
+
     hooks = []
+    if scoring:
+        hooks.append((section["fid_every"], make_fid()))
     if section.get("samples_every"):
         hooks.append((section["samples_every"], make_samples()))
     if section.get("reconstructions_every") and not job.frozen_vae:
@@ -152,6 +197,7 @@ def train(config, workdir):
     job = build.build(config)
     workdir = prepare_workdir(workdir)
     images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
+    scoring = load_scoring(job)
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
@@ -179,14 +225,14 @@ def train(config, workdir):
         logging.info("%s", summary(job, state, source))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
-        hooks = make_hooks(job, frozen, source, workdir, writer)
+        stopped = stack.enter_context(stop_signal())
+        hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
         shardings = jax.tree.map(lambda x: x.sharding, state)
         step_fn = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
         key = jax.random.key(job.config["seed"])
         pending = collections.deque()  # metrics are read two steps late, so that the device never waits
-        stopped = stack.enter_context(stop_signal())
         for step in range(start + 1, steps + 1):
             state, metrics = step_fn(state, put(next(loader)), frozen, key)
             pending.append((step, metrics))

@@ -32,7 +32,8 @@ class Trained:
       num_classes: labels are 0..num_classes - 1.
       sampling: Sampling, the default.
       mesh: device mesh.
-      step: training steps taken.
+      ema_decay: of the averages in `params`; 0 means the weights themselves, None that it is unknown.
+      step: training steps taken, None if unknown.
     """
 
     nets: Nets
@@ -42,7 +43,8 @@ class Trained:
     num_classes: int
     sampling: generate.Sampling
     mesh: jax.sharding.Mesh
-    step: int
+    ema_decay: float | None
+    step: int | None
 
 
 def load_trained(workdir, step=None, devices=None, vae_path=None, sampler=None):
@@ -102,7 +104,8 @@ def load_trained(workdir, step=None, devices=None, vae_path=None, sampler=None):
     params = {"sit": loaded["ema"].params, "vae": vae_params, "latent_stats": loaded["ema"].latent_stats}
     return Trained(
         nets=job.nets, params=params, latent_shape=job.latent_shape, objective=job.recipe.objective,
-        num_classes=config["data"]["num_classes"], sampling=job.sampling, mesh=job.mesh, step=step,
+        num_classes=config["data"]["num_classes"], sampling=job.sampling, mesh=job.mesh,
+        ema_decay=config["ema_decay"], step=step,
     )  # fmt: skip
 
 
@@ -149,7 +152,8 @@ def _load_published(path, step, devices, vae_path, sampler):
         num_classes=sit.module.num_classes,
         sampling=generate.Sampling(sampler="ancestral") if is_dit else generate.Sampling(),
         mesh=mesh,
-        step=taken.steps or 0,
+        ema_decay=None,
+        step=taken.steps,
     )
 
 

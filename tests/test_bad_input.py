@@ -131,6 +131,7 @@ def test_tables_name_what_they_hold():
         ({"log.every": 0}, ["config.log.every=0"]),
         ({"hooks.images": 0}, ["config.hooks.images=0"]),
         ({"hooks.samples_every": -1}, ["config.hooks.samples_every=-1"]),
+        ({"hooks.fid_every": 5}, ["config.hooks.fid_every=5", "config.hooks.fid_reference is empty"]),
         ({"init.stats_images": 0}, ["config.init.stats_images=0"]),
         ({"data.batch_size": 0}, ["config.data.batch_size=0"]),
         ({"data.batch_size": -8}, ["config.data.batch_size=-8"]),

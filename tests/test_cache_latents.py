@@ -30,6 +30,7 @@ from repae_jax.cache_latents import CacheWriter
 from repae_jax.data import latents
 
 REPOSITORY = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Pictures:
@@ -387,12 +388,6 @@ def frozen_config(changes=None):
     config.data.options = {"split": "test"}
     config.update_from_flattened_dict(changes or {})
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.mark.parametrize("flips", [False, True])

@@ -12,11 +12,7 @@ from checkpoints_tools import vae as vae_files
 from configs import ldm, vae
 from repae_jax import build, cache_latents, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

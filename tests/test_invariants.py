@@ -26,11 +26,7 @@ BATCH = 16
 KEY = jax.random.key(3)
 MOVING = {"step", "skipped", "skipped_in_a_row"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def sgd():
@@ -252,9 +248,7 @@ def test_the_published_order_gives_the_same_step(base):
         def align(_, latents):
             z = latent_norm.normalize(latents, state.latent_stats)
             z_t = interpolant.interpolate("linear", z, draws.noise, draws.t)
-            return alignment_loss(
-                nets.sit.apply({"params": state.sit.params}, z_t, draws.t, labels, method="align"), targets
-            )
+            return alignment_loss(nets.sit.apply({"params": state.sit.params}, z_t, draws.t, labels, method="align"), targets)
 
         _, grads, aux = train_losses.vae_loss(
             state.vae.params, images, draws.posterior_noise, state.disc, {"align": align}, recipe.vae_weights,
@@ -272,7 +266,13 @@ def test_the_published_order_gives_the_same_step(base):
         state = state.replace(latent_stats=train_step.update_running(state.latent_stats, stats, count, 0.1))
         dropped = jnp.where(draws.label_drop, 10, labels)
         grads, _ = jax.grad(train_losses.sit_loss, has_aux=True)(
-            state.sit.params, latent_norm.normalize(latents, stats), draws.t, draws.noise, dropped, targets, recipe.sit_weights,
+            state.sit.params,
+            latent_norm.normalize(latents, stats),
+            draws.t,
+            draws.noise,
+            dropped,
+            targets,
+            recipe.sit_weights,
             **fixed,
         )
         state = state.replace(sit=apply_update(state.sit, grads, tx.sit))

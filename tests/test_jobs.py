@@ -22,11 +22,7 @@ from repae_jax.running_stats import batch_stats
 
 EXACT = 2e-5
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def make(file, arg="tiny", changes=None, **more):

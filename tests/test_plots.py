@@ -55,3 +55,46 @@ def test_label_rows():
     assert uneven[2::6, 2::6, 0].tolist() == [[0, 255], [10, 20]]
     with pytest.raises(ValueError, match=r"4 images and labels of shape \[3\]"):
         plots.label_rows(images, [1, 2, 3])
+
+
+def read(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_pca_colors():
+    latents = np.random.default_rng(0).gamma(2.0, size=(2, 4, 4, 5))
+    colors = plots.pca_colors(latents)
+    assert colors.shape == (2, 4, 4, 3) and colors.dtype == np.uint8
+    assert colors.min(axis=(0, 1, 2)).tolist() == [0] * 3 and colors.max(axis=(0, 1, 2)).tolist() == [255] * 3
+    np.testing.assert_array_equal(plots.pca_colors(3 * latents[..., ::-1] + 1), colors)  # of order, scale and offset
+    assert not plots.pca_colors(np.full((1, 2, 2, 4), 7.0)).any()
+    with pytest.raises(ValueError, match="C >= 3"):
+        plots.pca_colors(np.zeros((1, 2, 2, 2)))
+
+
+def test_rows_lines_channels_and_bars(tmp_path):
+    small, large = np.zeros((3, 4, 4, 3), np.uint8), np.full((3, 32, 32, 3), 255, np.uint8)
+    plots.show_rows(tmp_path / "rows.png", {"latents": small, "images": large, "missing": "two channels"})
+    lines = {"a": ([1, 2, 3], [1.0, 0.5, 0.25]), "b": ([1, 2, 3], [1, None, 0.5], {"linestyle": "--"})}
+    reference = ("images", [1, 2, 3], [1, 0.1, 0.01])
+    plots.plot_lines(tmp_path / "lines.png", {"one": lines, "two": lines}, "x", ["y", "z"], log_scale=True, reference=reference)
+    shares = np.array([[0.5, 0.5], [0.0, 0.0]])  # the second channel: all values lie outside
+    panel = {"edges": [0, 1, 2], "shares": shares, "median": [1, 1], "low": [0, 0], "high": [2, 2]}
+    plots.plot_channels(tmp_path / "channels.png", {"a": panel, "b": panel, "c": panel})
+    plots.plot_bars(tmp_path / "bars.png", {"error": {"scale": [0.5, np.nan], "turn": [0.1, 0.2]}}, ["a", "b"])
+    for name in ("rows", "lines", "channels", "bars"):
+        pixels = read(tmp_path / f"{name}.png")
+        assert min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10, name
+
+
+def test_nothing_to_draw(tmp_path):
+    path = tmp_path / "x.png"
+    for draw in (
+        lambda: plots.show_rows(path, {}),
+        lambda: plots.plot_lines(path, {}, "x", []),
+        lambda: plots.plot_channels(path, {}),
+        lambda: plots.plot_bars(path, {}, ["a"]),
+    ):
+        with pytest.raises(ValueError, match="allowed: at least one"):
+            draw()
+    assert not path.exists()

@@ -15,6 +15,8 @@ from repae_jax import generate, sample
 from repae_jax.train import train
 from repae_jax.trained import load_trained
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
@@ -137,13 +139,22 @@ def test_images_use_the_averages_and_no_epsilon(workdir):
     trained = load_trained(workdir)
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
-    base = np.asarray(run(trained.params, *args))
+    base = np.asarray(run(trained.params, *args)[0])
     stats = trained.params["latent_stats"]
     # variance zero: without epsilon every sample decodes the mean, so all images are the same
-    flat = np.asarray(run({**trained.params, "latent_stats": stats.replace(var=0 * stats.var)}, *args))
+    flat = np.asarray(run({**trained.params, "latent_stats": stats.replace(var=0 * stats.var)}, *args)[0])
     assert not np.array_equal(base[0], base[1])
     for image in flat[1:]:
         np.testing.assert_array_equal(image, flat[0])
+
+
+def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
+    trained = load_trained(workdir)
+    latent_stats = jax.tree.map(lambda x: x * np.nan, trained.params["latent_stats"])
+    broken = dataclasses.replace(trained, params={**trained.params, "latent_stats": latent_stats})
+    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: broken)
+    with pytest.raises(ValueError, match="8 of 8 samples are not finite, first number 0: .* take an earlier step"):
+        sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
 
 
 def test_guidance_of_the_first_channels(workdir, tmp_path):
@@ -166,7 +177,7 @@ def test_guidance_outside_its_interval_changes_nothing(workdir):
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
         sampling = generate.Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
         run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
-        made.append(np.asarray(run(trained.params, *args)))
+        made.append(np.asarray(run(trained.params, *args)[0]))
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
 
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import feature_stub
 import jax
 import numpy as np
 import pytest
@@ -22,18 +23,18 @@ from PIL import Image
 
 from checkpoints_tools.convert import convert
 from repae_jax import build, checkpoint, train
+from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.reference_stats import read_reference
+from repae_jax.sample import sample_batches
+from repae_jax.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("quick"),
+]
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    with small.quick_compilation(folder):
-        yield folder
 
 
 def config(steps, **changes):
@@ -92,6 +93,25 @@ def test_pictures(whole):
             picture.load()
             assert picture.mode == "RGB" and min(picture.size) >= 2 * 8
             assert np.asarray(picture).std() > 0
+
+
+def test_fid_during_training(half, tmp_path, monkeypatch):
+    """It is that of the checkpoint's samples."""
+    network = feature_stub.StubNetwork(8)
+    stats = [gaussian_stats(np.random.default_rng(0).normal(size=(50, size))) for size in (6, 5)]
+    np.savez(tmp_path / "reference.npz", mu=stats[0][0], sigma=stats[0][1], mu_s=stats[1][0], sigma_s=stats[1][1])
+    files = {"hooks.fid_reference": str(tmp_path / "reference.npz"), "hooks.fid_inception": "inception.pth"}
+    monkeypatch.setattr(train.inception_features, "load_network", lambda *_: network)
+    workdir = copy_of(half, tmp_path)
+    train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_samples": 20}), workdir)
+    (found,) = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
+    trained, labels = load_trained(workdir), np.arange(20, dtype=np.int32) % 10
+    made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 8, config(4).seed)]
+    pool = np.concatenate([network(batch).pool for batch in made])
+    expected = frechet_distance(*gaussian_stats(pool), *read_reference(tmp_path / "reference.npz", network).pool)
+    assert found == {"step": 4, "fid/20_samples": pytest.approx(expected)} and len(np.concatenate(made)) == 20
+    with pytest.raises(FileNotFoundError, match="absent.npz"):
+        train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_reference": "absent.npz"}), tmp_path / "other")
 
 
 def test_two_halves_equal_the_whole(whole, half, tmp_path):

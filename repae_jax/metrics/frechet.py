@@ -3,6 +3,77 @@
 import numpy as np
 
 
+class RunningGaussian:
+    """Mean and covariance of features that come in batches, in float64; they need not fit in memory together.
+
+    Nothing cancels when the mean is large against the spread: deviations from each batch's own mean are summed, and joined
+    with Chan's formula.
+
+    Attributes:
+      count: number of features so far.
+      mean: float64 [F]; None before the first batch.
+      scatter: float64 [F, F], sum of the outer products of the deviations from the mean; None before the first batch.
+
+    Reference: Chan, Golub and LeVeque, 1983, Algorithms for computing the sample variance, eq. 1.3.
+    """
+
+    def __init__(self, count=0, mean=None, scatter=None):
+        self.count, self.mean, self.scatter = count, mean, scatter
+
+    def update(self, features):
+        """Adds a batch.
+
+        Args:
+          features: [N, F], any dtype, N >= 0.
+
+        Raises:
+          ValueError: if the features are no matrix, not all finite, or of another size than those before.
+        """
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2 or features.shape[1] < 1:
+            raise ValueError(f"features have shape {list(features.shape)}; allowed: [N, F] with F >= 1, one row per image")
+        if not np.isfinite(features).all():
+            raise ValueError(
+                f"features of {int((~np.isfinite(features)).any(axis=1).sum())} of {len(features)} images are not finite; "
+                "allowed: finite numbers; look for nan in the images, or use float32 in the network"
+            )
+        if len(features):
+            mean = features.mean(axis=0)
+            deviations = features - mean
+            self.merge(RunningGaussian(len(features), mean, deviations.T @ deviations))
+
+    def merge(self, other):
+        """Adds what another RunningGaussian has seen; ValueError if its features have another size."""
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self.scatter = other.count, other.mean.copy(), other.scatter.copy()
+            return
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"features have {other.mean.size} numbers, those before {self.mean.size}; take all from one feature network"
+            )
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter += np.outer(difference, difference * (self.count * other.count / count))
+        self.mean = self.mean + difference * (other.count / count)
+        self.count = count
+
+    def stats(self):
+        """Mean and covariance.
+
+        Returns:
+          mean float64 [F], covariance float64 [F, F] (unbiased: divided by N - 1).
+
+        Raises:
+          ValueError: if there were fewer than two features.
+        """
+        if self.count < 2:
+            raise ValueError(f"there are features of {self.count} images; a covariance needs 2 or more")
+        return self.mean, self.scatter / (self.count - 1)
+
+
 def gaussian_stats(features):
     """Mean and covariance of a set of features.
 
@@ -15,19 +86,9 @@ def gaussian_stats(features):
     Raises:
       ValueError: if the features are not a matrix of at least two rows, or not all finite.
     """
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1:
-        raise ValueError(
-            f"features have shape {list(features.shape)}; allowed: [N, F] with N >= 2 and F >= 1, one row per image; "
-            "a covariance needs more images"
-        )
-    if not np.isfinite(features).all():
-        raise ValueError(
-            f"features of {int((~np.isfinite(features)).any(axis=1).sum())} of {len(features)} images are not finite; "
-            "allowed: finite numbers; look for nan in the images, or use float32 in the network"
-        )
-    # np.cov drops the axes of a single feature
-    return features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], features.shape[1])
+    running = RunningGaussian()
+    running.update(features)
+    return running.stats()
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):

@@ -5,6 +5,7 @@ scores are computed. torchvision's InceptionV3 differs in its poolings and its w
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -60,6 +61,20 @@ def resize_tf1(images, size):
         a, b = (jnp.take(x, np.minimum(index, old - 1), axis=axis) for index in (low, low + 1))
         x = a + (b - a) * fraction
     return x
+
+
+def graph_input(images):
+    """What TensorFlow's graph makes of images [B, H, W, 3] in 0..255: float32 [B, 299, 299, 3] in [-1, 1)."""
+    return (resize_tf1(images, IMAGE_SIZE) - 128) / 128
+
+
+def pytorch_fid_input(images):
+    """What pytorch-fid makes of them, with the same weights behind: half-pixel centers, and [-1, 1] with both ends.
+
+    Reference: pytorch-fid `inception.py` `InceptionV3.forward`, torch's `F.interpolate(mode='bilinear', align_corners=False)`.
+    """
+    shape = (images.shape[0], IMAGE_SIZE, IMAGE_SIZE, 3)
+    return jax.image.resize(images.astype(jnp.float32), shape, "linear", antialias=False) / 127.5 - 1
 
 
 class FrozenBatchNorm(nn.Module):
@@ -215,13 +230,16 @@ class InceptionV3(nn.Module):
 
     Attributes:
       dtype: compute dtype of convolutions and the last product; batch norms, averages and outputs are float32.
+      prepare: function from images to float32 [B, 299, 299, 3]: `graph_input`, as ADM's evaluator scores samples, or
+        `pytorch_fid_input`, as VAEs' reconstructions are scored.
     """
 
     dtype: jnp.dtype = jnp.float32
+    prepare: Callable[[jax.Array], jax.Array] = graph_input
 
     @nn.compact
     def __call__(self, images):
-        """Resizes as the graph does, and extracts.
+        """Resizes and extracts.
 
         Args:
           images: [B, H, W, 3] in [0, 255], float32 or uint8.
@@ -237,7 +255,7 @@ class InceptionV3(nn.Module):
         if images.dtype not in (jnp.float32, jnp.uint8):
             raise ValueError(f"images are {images.dtype}; needed: float32 or uint8, in [0, 255]")
         conv = functools.partial(ConvUnit, dtype=self.dtype)
-        x = (resize_tf1(images, IMAGE_SIZE) - 128) / 128
+        x = self.prepare(images)
         x = conv(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
         x = conv(32, (3, 3), 1, "VALID", name="Conv2d_2a_3x3")(x)
         x = conv(64, (3, 3), name="Conv2d_2b_3x3")(x)

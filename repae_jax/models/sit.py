@@ -203,11 +203,14 @@ class SiT(nn.Module):
         how = {"remat": self.remat, "unroll": self.unroll, "num_broadcast": 1}
         return layers.scan_blocks(SiTBlock, length, name=name, **how, **fields)
 
-    def _to_tap(self, z_t, t, labels):
+    def _embed(self, z_t, t, labels):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
         x = self.pos_embed(x, height, width)  # float32 from here on, as is every residual sum
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        return x, self.t_embedder(t) + self.y_embedder(labels)
+
+    def _to_tap(self, z_t, t, labels):
+        x, c = self._embed(z_t, t, labels)
         x, _ = self.early_blocks(x, c)
         return x, c
 
@@ -217,6 +220,21 @@ class SiT(nn.Module):
     def tap_tokens(self, z_t, t, labels):
         """Hidden states after block `encoder_depth`: [B, T, D]. Arguments as in `__call__`."""
         return self._to_tap(z_t, t, labels)[0]
+
+    def mean_tokens(self, z_t, t, labels):
+        """Hidden states after every block, averaged over the tokens: float32 [depth, B, D]. Arguments as in `__call__`."""
+        x, c = self._embed(z_t, t, labels)
+        block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.dtype, parent=None)
+
+        def apply_block(x, params):
+            x, _ = block.apply({"params": params}, x, c)
+            return x, jnp.mean(x, axis=1)
+
+        means = []
+        for stack in [self.early_blocks] + ([self.late_blocks] if self.encoder_depth < self.depth else []):
+            x, of_stack = jax.lax.scan(apply_block, x, stack.variables["params"])  # the stack itself returns the last only
+            means.append(of_stack)
+        return jnp.concatenate(means)
 
     def align(self, z_t, t, labels):
         """Projections only; computes nothing past the tap and needs no `late_blocks`. As `__call__` otherwise."""

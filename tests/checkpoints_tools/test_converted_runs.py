@@ -27,11 +27,7 @@ ENCODERS = {
     },
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def make_config(module, **changes):

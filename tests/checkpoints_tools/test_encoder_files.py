@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-import small
 
 from checkpoints_tools import vit, vit_formats, weights
 from checkpoints_tools.mapping import to_torch
@@ -99,17 +98,6 @@ def assert_same_bits(actual, expected):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         assert a.dtype == b.dtype == np.float32
         np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture
-def quick(compiled):
-    with small.quick_compilation(compiled):
-        yield
 
 
 @pytest.fixture(scope="module", params=KINDS)

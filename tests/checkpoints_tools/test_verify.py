@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import small
 from test_encoder_files import moco_weights, torch_model
 from test_places import error_of, save_vae
 from test_sit import TINY, abstract_tree, draw
@@ -22,11 +21,7 @@ ENCODER = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": 28,
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

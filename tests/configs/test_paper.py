@@ -17,7 +17,7 @@ from full_size import abstract_inputs, check_step, millions
 
 from checkpoints_tools.artefacts import ARTEFACTS
 from configs import common, cost, ldm, paper, repae, vae
-from repae_jax import build, features
+from repae_jax import build, features, train
 from repae_jax.recipe import Optimizers
 
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
@@ -38,10 +38,7 @@ def label(case):
     return f"{case[0]}:{case[1]}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
@@ -50,8 +47,9 @@ def quick(tmp_path_factory):
 @pytest.mark.parametrize("case", NAMES, ids=label)
 def test_all_can_be_built(case):
     job = built(*case)
-    assert bool(job.encoders) == any(term in weights for weights in (job.recipe.vae_weights, job.recipe.sit_weights)
-                                     for term in ("align", "vf"))
+    assert bool(job.encoders) == any(
+        term in weights for weights in (job.recipe.vae_weights, job.recipe.sit_weights) for term in ("align", "vf")
+    )
 
 
 def parts(config):
@@ -340,6 +338,14 @@ def test_a_step_of_the_tiny_variant(case):
     assert {name for name in ("vae", "sit", "disc") if small.differing(getattr(state, name), getattr(new, name))} == {
         name for name in ("vae", "sit", "disc") if getattr(job.tx, name) is not None
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TINY.values(), ids=label)
+def test_the_tiny_variant_trains(case, tmp_path):
+    """As it is, by the training loop."""
+    state, finished = train.train(tiny(case), tmp_path)
+    assert finished and int(state.step) == tiny(case).steps and int(state.skipped) == 0
 
 
 @pytest.mark.parametrize("case", [("paper", "sit"), ("paper", "without-gan"), ("vae", "eqvae"), ("vae", "se")], ids=label)

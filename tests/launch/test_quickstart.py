@@ -13,6 +13,8 @@ from configs import repae
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def quickstart(monkeypatch):
@@ -47,6 +49,8 @@ def test_quickstart_writes_what_it_promises(quickstart, tmp_path, monkeypatch, c
     for name in ("samples.png", "reconstructions.png", "curves.png"):
         with Image.open(tmp_path / "run" / name) as picture:
             assert min(picture.size) > 100, name
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "sit/velocity" in page and len(page) < 10e6
     capsys.readouterr()
     quickstart.main()  # a second run finds everything done
     assert capsys.readouterr().out.count("training skipped") == 2

@@ -8,7 +8,7 @@ import reference
 
 from checkpoints_tools import mapping
 from checkpoints_tools.inception import inception_table
-from repae_jax.models.inception import InceptionV3, resize_tf1
+from repae_jax.models.inception import InceptionV3, pytorch_fid_input, resize_tf1
 
 INPUT = jax.ShapeDtypeStruct((2, 40, 24, 3), jnp.float32)
 
@@ -69,6 +69,16 @@ def test_resizing_is_not_the_one_with_half_pixel_centres():
     other = jax.image.resize(images, (1, 16, 16, 3), "bilinear")
     assert np.abs(resize_tf1(images, 16) - other).max() > 1
     np.testing.assert_array_equal(resize_tf1(images, 16)[:, ::2, ::2], images)
+
+
+@pytest.mark.parametrize("size", [16, 256, 299, 400])
+def test_images_prepared_as_by_pytorch_fid(size):
+    import torch
+
+    images = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    expected = 2 * torch.nn.functional.interpolate(scaled, (299, 299), mode="bilinear", align_corners=False) - 1
+    reference.check(pytorch_fid_input(images), expected.permute(0, 2, 3, 1).numpy(), 1e-5, "prepared")
 
 
 @pytest.mark.parametrize(

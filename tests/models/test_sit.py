@@ -333,7 +333,26 @@ def test_samples_do_not_see_the_learned_sigma():
     def images(factor):
         last = {**params["final_layer"], "linear": {k: np.where(is_sigma, factor * x, x) for k, x in linear.items()}}
         tree = {"sit": {**params, "final_layer": last}, "vae": decoder, "latent_stats": stats}
-        return make(tree, jnp.array([1, 2]), jnp.arange(2), jax.random.key(0))
+        return make(tree, jnp.array([1, 2]), jnp.arange(2), jax.random.key(0))[0]
 
     np.testing.assert_array_equal(images(1.0), images(-3.0))
     assert len(np.unique(images(1.0))) > 20
+
+
+@pytest.mark.parametrize("name", reference.cases("sit_patch"))
+def test_mean_tokens_of_every_block(name):
+    case = reference.load(name)
+    sit, _, params, _ = load_sit(case)
+    latents, t, labels, *_ = inputs(case)
+    means = sit.apply(params, latents, t, labels, method="mean_tokens")
+    assert means.shape == (sit.depth, len(latents), sit.hidden_size) and means.dtype == jnp.float32
+    tap = sit.apply(params, latents, t, labels, method="tap_tokens")
+    np.testing.assert_allclose(means[sit.encoder_depth - 1], tap.mean(axis=1), rtol=1e-5, atol=1e-6)
+    # a network that ends after the block has it as its tap
+    stacks = [params["params"][stack] for stack in ("early_blocks", "late_blocks")]
+    whole = sit.clone(encoder_depth=sit.depth, feature_dims=())
+    joined = {**params["params"], "early_blocks": jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)}
+    last = whole.apply({"params": joined}, latents, t, labels, method="tap_tokens")
+    np.testing.assert_allclose(means[-1], last.mean(axis=1), rtol=1e-5, atol=1e-6)
+    of_whole = whole.apply({"params": joined}, latents, t, labels, method="mean_tokens")
+    np.testing.assert_allclose(of_whole, means, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,93 @@
+"""What each latent channel holds, and how many of them count: moments, quantiles, histograms, effective dimensions."""
+
+import numpy as np
+
+QUANTILES = {"quantile_01": 0.01, "median": 0.5, "quantile_99": 0.99}
+
+
+def channel_stats(latents):
+    """Statistics of each channel over all positions of all images.
+
+    Args:
+      latents: float [B, h, w, C]; computed in float64.
+
+    Returns:
+      name -> float64 [C]: 'mean', 'std' (biased), 'min', 'max', those of QUANTILES, 'skewness' and 'kurtosis' (excess: 0 for a
+      Gaussian). The last two are nan for collapsed channels.
+
+    Raises:
+      ValueError: if the latents are not [B, h, w, C].
+    """
+    tokens = _tokens(latents)
+    mean, std = tokens.mean(axis=0), tokens.std(axis=0)
+    found = {"mean": mean, "std": std, "min": tokens.min(axis=0), "max": tokens.max(axis=0)}
+    found |= dict(zip(QUANTILES, np.quantile(tokens, list(QUANTILES.values()), axis=0)))
+    scaled = (tokens - mean) / np.where(_is_collapsed(mean, std), np.nan, std)
+    return found | {"skewness": (scaled**3).mean(axis=0), "kurtosis": (scaled**4).mean(axis=0) - 3}
+
+
+def collapsed(latents):
+    """Which channels hold the same number everywhere, up to float32's rounding: bool [C]."""
+    tokens = _tokens(latents)
+    return _is_collapsed(tokens.mean(axis=0), tokens.std(axis=0))
+
+
+def _is_collapsed(mean, std):
+    return std <= 1e-6 * np.maximum(np.abs(mean), 1)
+
+
+def variance_shares(latents):
+    """Shares of the variance along the principal axes of the channels, the largest first.
+
+    Args:
+      latents: float [B, h, w, C]; the covariance of the channels is over all positions of all images.
+
+    Returns:
+      float64 [C], sum 1; nan if every channel is collapsed.
+    """
+    tokens = _tokens(latents)
+    centered = tokens - tokens.mean(axis=0)
+    variances = np.linalg.eigvalsh(centered.T @ centered / len(tokens))[::-1].clip(min=0)
+    if _is_collapsed(tokens.mean(axis=0), tokens.std(axis=0)).all():
+        return np.full(len(variances), np.nan)
+    return variances / variances.sum()
+
+
+def effective_rank(shares):
+    """exp of the entropy of `variance_shares`: C if all axes vary alike, 1 if one does alone.
+
+    Reference: Roy and Vetterli, "The effective rank", EUSIPCO 2007, of the covariance's eigenvalues.
+    """
+    if np.isnan(shares).any():
+        return np.nan
+    positive = shares[shares > 0]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def participation_ratio(shares):
+    """1 / sum of the squared `variance_shares`: as `effective_rank`, but what varies little counts less."""
+    return float(1 / np.square(shares).sum())
+
+
+def histograms(latents, bins=80):
+    """Histogram of each channel, with the same bins for all.
+
+    Args:
+      latents: float [B, h, w, C].
+      bins: number of bins between the 0.05 % and 99.95 % quantiles of all channels together; what lies outside is left out.
+
+    Returns:
+      edges float64 [bins + 1]; shares of the channel's values per bin, float64 [C, bins].
+    """
+    tokens = _tokens(latents)
+    low, high = np.quantile(tokens, [0.0005, 0.9995])
+    edges = np.linspace(low, high, bins + 1) if high > low else np.linspace(low - 0.5, low + 0.5, bins + 1)
+    counts = [np.histogram(tokens[:, channel], edges)[0] for channel in range(tokens.shape[1])]
+    return edges, np.array(counts) / len(tokens)
+
+
+def _tokens(latents):
+    latents = np.asarray(latents, np.float64)
+    if latents.ndim != 4 or not latents.size:
+        raise ValueError(f"latents have shape {list(latents.shape)}; allowed: [B, h, w, C], none of them 0")
+    return latents.reshape(-1, latents.shape[-1])

@@ -1,0 +1,229 @@
+"""What representations have in common, and what they look like: CKNNA, mutual nearest neighbours, CKA, principal components.
+
+All similarities are inner products of features [N, F], one row per image; `unit_rows` makes them cosines, as published
+measurements do. No N x N matrix is ever whole: of a kernel only the nearest neighbours are kept.
+"""
+
+import dataclasses
+
+import numpy as np
+
+FORMULAS = ("paper", "platonic_code")
+EPSILON = 1e-6  # in the released code's denominators
+
+
+def unit_rows(features):
+    """Features [N, F] with rows of length 1; rows of zeros stay."""
+    features = np.asarray(features, np.float32)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbors:
+    """The nearest images of each image by one representation.
+
+    Attributes:
+      indices: int64 [N, k], the most similar images, not the image itself, in no order.
+      similarities: float64 [N, k], inner products with them.
+      row_means: float64 [N], mean inner product with all N images, itself included.
+    """
+
+    indices: np.ndarray
+    similarities: np.ndarray
+    row_means: np.ndarray
+
+    @property
+    def size(self):
+        """N, the number of images."""
+        return len(self.indices)
+
+
+def nearest(features, k=10, rows=1024):
+    """Nearest neighbours by inner product.
+
+    Args:
+      features: float [N, F]; multiplied in float32.
+      k: how many.
+      rows: of the kernel in memory at a time.
+
+    Returns:
+      Neighbors.
+
+    Raises:
+      ValueError: if there are too few images for k, features are not finite, or k is below 1.
+    """
+    features = np.asarray(features, np.float32)
+    if features.ndim != 2 or k < 1 or len(features) < k + 2:
+        raise ValueError(
+            f"features have shape {list(features.shape)}, k is {k}; allowed: [N, F] with N >= k + 2 and k >= 1: with fewer "
+            "images all are neighbors of all"
+        )
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        raise ValueError(
+            f"features of {bad} of {len(features)} images are not finite; look for nan in the images or the weights"
+        )
+    indices, similarities = [], []
+    for first in range(0, len(features), rows):
+        kernel = features[first : first + rows] @ features.T
+        itself = np.arange(len(kernel))
+        kernel[itself, first + itself] = -np.inf
+        indices.append(np.argpartition(kernel, -k, axis=1)[:, -k:])
+        similarities.append(np.take_along_axis(kernel, indices[-1], axis=1).astype(np.float64))
+    row_means = features.astype(np.float64) @ features.mean(axis=0, dtype=np.float64)
+    return Neighbors(np.concatenate(indices), np.concatenate(similarities), row_means)
+
+
+def _mutual(a, b):
+    """Pairs (i, j) with j among i's neighbors by both: rows, columns, similarities by a and by b, row-major."""
+    pairs = [(np.arange(x.size)[:, None] * x.size + x.indices).ravel() for x in (a, b)]
+    common, in_a, in_b = np.intersect1d(*pairs, assume_unique=True, return_indices=True)
+    rows, columns = np.divmod(common, a.size)
+    return rows, columns, a.similarities.ravel()[in_a], b.similarities.ravel()[in_b]
+
+
+def _centered_alignment(a, b):
+    rows, _, by_a, by_b = _mutual(a, b)
+    return ((by_a - a.row_means[rows]) * (by_b - b.row_means[rows])).sum()
+
+
+def _unbiased_alignment(a, b):
+    """Song et al.'s unbiased HSIC of the two kernels, each 0 but at mutual neighbors (and so not symmetric)."""
+    rows, columns, by_a, by_b = _mutual(a, b)
+    size = a.size
+    codes, mirrored = rows * size + columns, columns * size + rows
+    at = np.searchsorted(codes, mirrored).clip(max=max(len(codes) - 1, 0))
+    both = codes[at] == mirrored
+    trace = (by_a[both] * by_b[at[both]]).sum()
+    product = (np.bincount(columns, by_a, size) * np.bincount(rows, by_b, size)).sum()
+    sums = by_a.sum() * by_b.sum() / ((size - 1) * (size - 2))
+    return (trace + sums - 2 * product / (size - 2)) / (size * (size - 3))
+
+
+def neighbor_alignment(a, b, formula="paper"):
+    """CKNNA of two representations whose neighbors are known.
+
+    Args:
+      a: Neighbors.
+      b: Neighbors of the same images, as many.
+      formula: 'paper', kernels centered by the mean of each row over all images, then summed over mutual neighbors; or
+        'platonic_code', the released code's: kernels set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and
+        the second is not quite symmetric in a and b.
+
+    Returns:
+      float, 1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
+      representation is the same for all images.
+
+    Raises:
+      ValueError: for an unknown formula, or other numbers of images or neighbors.
+
+    Reference: Huh et al., arXiv 2405.07987, appendix A; REPA, arXiv 2410.06940, equations 22 to 24; platonic-rep `metrics.py`
+      `AlignmentMetrics.cknna`.
+    """
+    if formula not in FORMULAS:
+        raise ValueError(f"formula {formula!r} is unknown; allowed: {', '.join(FORMULAS)}")
+    _check_alike(a, b)
+    align = _centered_alignment if formula == "paper" else _unbiased_alignment
+    product = align(a, a) * align(b, b)
+    if product <= 0:
+        return np.nan
+    return float(align(a, b) / (np.sqrt(product) + (0 if formula == "paper" else EPSILON)))
+
+
+def neighbor_overlap(a, b):
+    """Mean share of an image's k neighbors that both representations have: float in [0, 1]. Arguments as above."""
+    _check_alike(a, b)
+    return len(_mutual(a, b)[0]) / a.indices.size
+
+
+def _check_alike(a, b):
+    if a.indices.shape != b.indices.shape:
+        raise ValueError(
+            f"neighbors are {list(a.indices.shape)} and {list(b.indices.shape)}; allowed: the same images and k for both"
+        )
+
+
+def cknna(a, b, k=10, formula="paper"):
+    """Centered kernel nearest-neighbor alignment.
+
+    Args:
+      a: float [N, F], one row per image; see `unit_rows`.
+      b: float [N, G] of the same images.
+      k: neighbors.
+      formula: see `neighbor_alignment`, as for all else.
+
+    Returns:
+      float.
+    """
+    return neighbor_alignment(nearest(a, k), nearest(b, k), formula)
+
+
+def mutual_knn(a, b, k=10):
+    """Mean share of an image's k nearest neighbors that both representations [N, F] and [N, G] have: float in [0, 1]."""
+    return neighbor_overlap(nearest(a, k), nearest(b, k))
+
+
+def cka(a, b, unbiased=False):
+    """Linear centered kernel alignment, through feature covariances: no kernel is made.
+
+    Args:
+      a: float [N, F], one row per image; computed in float64.
+      b: float [N, G] of the same images.
+      unbiased: by Song et al.'s unbiased HSIC, for few images of many features; may be below 0.
+
+    Returns:
+      float, 1 for equal representations, but for the released code's 1e-6 in its denominator; nan if a representation is the
+      same for all images.
+
+    Raises:
+      ValueError: if the images are not as many, or fewer than 4.
+
+    Reference: Kornblith et al., arXiv 1905.00414; unbiased: Nguyen et al., arXiv 2010.15327, equation 3; platonic-rep
+      `metrics.py` `AlignmentMetrics.cka`.
+    """
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"features have shapes {list(a.shape)} and {list(b.shape)}; allowed: [N, F] and [N, G] with N >= 4")
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)  # changes neither kind, but spares rounding
+    hsic = _unbiased_hsic if unbiased else lambda x, y: np.square(x.T @ y).sum()
+    product = hsic(a, a) * hsic(b, b)
+    return float(hsic(a, b) / (np.sqrt(product) + EPSILON)) if product > 0 else np.nan
+
+
+def _unbiased_hsic(a, b):
+    """Of the kernels' matrices without their diagonals, from the features alone."""
+    size = len(a)
+    lengths_a, lengths_b = np.square(a).sum(axis=1), np.square(b).sum(axis=1)
+    rows_a, rows_b = (x @ x.sum(axis=0) - lengths for x, lengths in ((a, lengths_a), (b, lengths_b)))
+    trace = np.square(a.T @ b).sum() - (lengths_a * lengths_b).sum()
+    sums = rows_a.sum() * rows_b.sum() / ((size - 1) * (size - 2))
+    return (trace + sums - 2 * (rows_a * rows_b).sum() / (size - 2)) / (size * (size - 3))
+
+
+def principal_components(latents, count=3):
+    """The first principal components of latents, fitted to all positions of all images together.
+
+    Args:
+      latents: float [B, h, w, C], C >= count; computed in float64.
+      count: how many.
+
+    Returns:
+      float64 [B, h, w, count], the one that varies most first, mean 0. The sign is the one with which the longer tail is
+      positive, so neither the order of the channels nor any rotation of them changes the result.
+
+    Raises:
+      ValueError: if there are too few channels.
+
+    Reference: https://github.com/End2End-Diffusion/REPA-E/issues/13.
+    """
+    latents = np.asarray(latents, np.float64)
+    if latents.ndim != 4 or latents.shape[-1] < count:
+        raise ValueError(
+            f"latents have shape {list(latents.shape)}; allowed: [B, h, w, C] with C >= {count} to have {count} components"
+        )
+    tokens = latents.reshape(-1, latents.shape[-1])
+    tokens = tokens - tokens.mean(axis=0)
+    axes = np.linalg.eigh(tokens.T @ tokens)[1][:, ::-1][:, :count]
+    scores = tokens @ axes
+    scores *= np.where((scores**3).sum(axis=0) < 0, -1, 1)
+    return scores.reshape(*latents.shape[:-1], count)

@@ -1,0 +1,78 @@
+"""How fast frequencies fall off, in latents as in images: amplitudes of the blockwise 2D DCT in zig-zag order.
+
+Reference: Skorokhodov et al., "Improving the diffusability of autoencoders" (arXiv 2502.14831): A_uv = |D_uv / D_00|, averaged.
+Latents have no offset as images have, so D_00 of a block can be about 0, and the average of such ratios is ruled by a few
+blocks (for a Gaussian D_00 it does not exist). `relative_spectrum` therefore divides averages; `mean_ratios` averages ratios.
+"""
+
+import numpy as np
+from scipy import fft
+
+
+def zigzag(block):
+    """Order of a block's frequencies (u, v), lowest first, as in JPEG: int [block ** 2, 2]."""
+    pairs = [(u, v) for u in range(block) for v in range(block)]
+    # diagonals of equal u + v, walked through in turns from either end
+    return np.array(sorted(pairs, key=lambda uv: (sum(uv), uv[0] if sum(uv) % 2 else uv[1])))
+
+
+def mean_amplitudes(x, block):
+    """|D_uv|, averaged over blocks and images.
+
+    Args:
+      x: float [B, h, w, C], latents or images; rows and columns beyond the last whole block are left out.
+      block: side of the blocks, at most h and w.
+
+    Returns:
+      float64 [block ** 2, C] in the order of `zigzag`, of the orthonormal DCT-II.
+
+    Raises:
+      ValueError: if no block fits.
+    """
+    return np.abs(_blocks(x, block)).mean(axis=0)
+
+
+def mean_ratios(x, block):
+    """|D_uv / D_00|, averaged over blocks and images; arguments as `mean_amplitudes`.
+
+    Returns:
+      float64 [block ** 2, C]; blocks whose D_00 is exactly 0 are left out, nan if none is left.
+    """
+    amplitudes = np.abs(_blocks(x, block))
+    usable = amplitudes[:, :1] > 0
+    ratios = np.divide(amplitudes, amplitudes[:, :1], out=np.zeros_like(amplitudes), where=usable)
+    count = usable.sum(axis=0)
+    return np.where(count > 0, ratios.sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def relative_spectrum(amplitudes):
+    """`mean_amplitudes` [K, C] over their first row, averaged over the channels: float64 [K], 1 first.
+
+    Channels that are 0 everywhere do not count; nan if all are.
+    """
+    usable = amplitudes[0] > 0
+    if not usable.any():
+        return np.full(len(amplitudes), np.nan)
+    return (amplitudes[:, usable] / amplitudes[0, usable]).mean(axis=1)
+
+
+def high_frequency_share(amplitudes):
+    """Of the amplitudes [K, C] but the first, summed over channels, the part in the upper half of the order; in [0, 1]."""
+    total = amplitudes[1:].sum()
+    return float(amplitudes[len(amplitudes) // 2 :].sum() / total) if total > 0 else np.nan
+
+
+def _blocks(x, block):
+    """DCT coefficients: float64 [number of blocks, block ** 2, C]."""
+    x = np.asarray(x, np.float64)
+    if x.ndim != 4 or not x.size or not 1 <= block <= min(x.shape[1:3]):
+        raise ValueError(
+            f"blocks of {block} x {block} in shape {list(x.shape)}; allowed: [B, h, w, C], and a block of at least 1 and at "
+            "most h and w"
+        )
+    b, h, w, c = x.shape
+    rows, columns = h // block, w // block
+    cut = x[:, : rows * block, : columns * block].reshape(b, rows, block, columns, block, c)
+    coefficients = fft.dctn(cut, axes=(2, 4), norm="ortho").transpose(0, 1, 3, 2, 4, 5).reshape(-1, block, block, c)
+    u, v = zigzag(block).T
+    return coefficients[:, u, v]

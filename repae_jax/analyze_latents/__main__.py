@@ -1,0 +1,174 @@
+"""Latents of VAEs side by side: `python -m repae_jax.analyze_latents runs/repae REPA-E/e2e-sdvae-hf --data /data/val`.
+
+Every SOURCE is a run of ours, a published training checkpoint, or a VAE's file, folder or hub name. Written are analysis.json,
+with all numbers, and pca.png (latents in colors), spectrum.png (frequencies against the images'), channels.png (histograms) and
+equivariance.png; with --cknna also cknna.png, on how far each block of the SiT sees images as a vision encoder does.
+"""
+
+import argparse
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_tools import weights
+from repae_jax import sharding
+from repae_jax.analysis import representation
+from repae_jax.analyze_latents.encoding import check_bytes, encode_images
+from repae_jax.analyze_latents.hidden_states import encoder_features, measure_cknna
+from repae_jax.analyze_latents.numbers import describe, plain, spectrum_of_images
+from repae_jax.analyze_latents.pictures import draw
+from repae_jax.analyze_latents.sources import (
+    NEIGHBORS,
+    RESULT,
+    check_cknna,
+    choose_encoders,
+    draw_records,
+    open_images,
+    out_folder,
+    parse_sources,
+    run_config,
+)
+from repae_jax.trained import TrainedVae, load_trained, load_vae
+
+LABELS = ("null", "own")
+BLOCK = 8  # pixels of a DCT block's side
+SHOWN = 10  # images in pca.png
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--step", type=int, help="checkpoint of all runs without @STEP; default the newest of each")
+    parser.add_argument("--vae", help="the VAE of a SOURCE that holds none; for one SOURCE")
+    parser.add_argument(
+        "--data", help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own"
+    )
+    parser.add_argument("--image_size", type=int, help="pixels of the images' sides; default: the first run's")
+    parser.add_argument("--num_images", type=int, default=256, help="drawn from the data without repetition (default: 256)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time, over all devices (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the images drawn, and of the noise (default: 0)")
+    parser.add_argument("--out", help="folder of the results; default WORKDIR/analysis for one run")
+    parser.add_argument(
+        "--cknna", nargs="*", metavar="ENCODER",
+        help="compare the SiT of every SOURCE, block by block, with these encoders: Hugging Face names or folders, "
+        "ENCODER@PIXELS for another image size; none: those that the runs were aligned with",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timesteps", type=float, nargs="+", default=[0.1, 0.5, 0.9],
+        help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)",
+    )  # fmt: skip
+    parser.add_argument("--cknna_images", type=int, default=10_000, help="for --cknna, at most (default: 10000, as published)")
+    parser.add_argument(
+        "--labels", choices=LABELS, default="null",
+        help="for --cknna: what the SiT is told. null (default), no class, so that nothing but the noisy latent tells what the "
+        "image shows; own, the image's class",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    for name in ("num_images", "batch_size", "cknna_images"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def _load(source, vae_path):
+    if not vae_path:
+        return load_vae(source.path, source.step)
+    whole = load_trained(source.path, source.step, jax.devices()[:1], vae_path)
+    module = whole.nets.vae.clone(dtype=jnp.float32)
+    return TrainedVae(module, whole.params["vae"], whole.params["latent_stats"], step=whole.step)
+
+
+def run(args):
+    """Analyze as the command line says; returns the path of analysis.json."""
+    if jax.process_count() > 1:
+        raise ValueError("the analysis runs in one process; start it on one host")
+    mesh = sharding.make_mesh(1)
+    if args.batch_size % mesh.size:
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {mesh.size} devices")
+    sources = parse_sources(args.sources, args.step)
+    if args.vae and len(sources) > 1:
+        raise ValueError("--vae is for one SOURCE; give a SiT's VAE as a SOURCE of its own")
+    configs = [run_config(source) for source in sources]
+    folder = out_folder(args, sources, configs)
+    images_source, described_data = open_images(args, configs)
+    records = draw_records(images_source, args.num_images, args.seed)
+    encoders = {}
+    if args.cknna is not None:
+        cknna_records = draw_records(images_source, args.cknna_images, args.seed)
+        check_cknna(args, sources, configs, len(cknna_records))
+        chosen = choose_encoders(args.cknna, configs)
+        for label, (path, pixels) in chosen.items():
+            found = encoder_features(label, path, pixels, images_source, cknna_records, args.batch_size, mesh)
+            encoders[label] = found, representation.nearest(found, NEIGHBORS)
+
+    models = []
+    for source in sources:
+        vae = _load(source, args.vae)
+        grid = images_source.image_size // vae.module.factor
+        count = sum(model.latents.nbytes for model in models) + 4 * len(records) * grid**2 * vae.module.latent_channels
+        check_bytes(count, f"the latents of {len(records)} images by {len(models) + 1} VAEs")
+        models.append(encode_images(source, vae, images_source, records, args.batch_size, mesh))
+    block = min([BLOCK] + [model.latents.shape[1] for model in models])
+    rgb_spectrum, rgb_ratios = spectrum_of_images(images_source, records, args.batch_size, block)
+    described = [describe(model, block) for model in models]
+    if encoders:
+        for source, about in zip(sources, described):
+            trained = load_trained(source.path, source.step, vae_path=args.vae)
+            about["cknna"] = measure_cknna(args, source, trained, images_source, cknna_records, encoders)
+
+    protocol = {
+        "data": described_data, "image_size": images_source.image_size, "num_images": len(records), "seed": args.seed,
+        "latents": "posterior mean, not normalized", "precision": "float32", "dct_block": block, "pixels": "in [-1, 1]",
+        "resampling": "bilinear, not antialiased",
+    }  # fmt: skip
+    if encoders:
+        protocol["cknna"] = {
+            "num_images": len(cknna_records), "k": NEIGHBORS, "labels": args.labels, "timesteps": list(args.timesteps),
+            "encoders": {label: path for label, (path, _) in chosen.items()},
+            "features": "tokens averaged per image, rows of length 1, outliers not clipped; latents normalized, then noised",
+        }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    originals = np.stack([images_source[i]["image"] for i in records[:SHOWN]])
+    draw(folder, models, described, originals, rgb_spectrum)
+    content = {
+        "kind": "analysis", "models": described, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,
+        "protocol": protocol,
+    }  # fmt: skip
+    weights.write_json(folder / RESULT, plain(content))  # last: where it is, the pictures are whole
+    return folder / RESULT
+
+
+def summary(path):
+    """The main numbers of an analysis.json as a table for people."""
+    models = weights.read_json(path)["models"]
+    names = [
+        "spatial_variance", "total_variation", "effective_rank", "collapsed_channels", "high_frequency_share", "scale_error",
+        "rotation_error", "psnr",
+    ]  # fmt: skip
+    width = max(len(about["name"]) for about in models)
+    lines = [" " * width + "  " + "  ".join(names)]
+    for about in models:
+        values = ("-" if about["numbers"][name] is None else f"{about['numbers'][name]:.4g}" for name in names)
+        lines.append(f"{about['name']:<{width}}  " + "  ".join(f"{value:>{len(name)}}" for name, value in zip(names, values)))
+    return "\n".join(lines)
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    args = parse_args()
+    try:
+        path = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{summary(path)}\nnumbers: {path}\npictures: {os.path.join(path.parent, '*.png')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A page about runs: `python -m repae_jax.report runs/repae [runs/other …]`.
+
+Writes one HTML file that opens from disk, without network, of less than 10 MB: curves, samples and reconstructions over
+training time, evaluations, latent analysis, configs and their differences, cost. Whatever a run does not have yet is left out,
+and what cannot be read is named, so it works while the run goes on, and on a machine that has no accelerator.
+"""
+
+import argparse
+import sys
+import time
+
+from etils import epath
+
+from checkpoints_tools.weights import write_all
+from repae_jax.report.page import MARKER, make_page
+from repae_jax.report.run_folder import read_run
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(prog="python -m repae_jax.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a run; several are compared")
+    parser.add_argument(
+        "--out", help="the page; default report.html in the folder of a single run, comparison.html in that of the first"
+    )
+    return parser.parse_args(argv)
+
+
+def names_of(workdirs):
+    """Short names: the last folder, with as many of those above as it takes to tell them apart."""
+    parts = [epath.Path(workdir).expanduser().absolute().parts for workdir in workdirs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-depth:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = sorted({str(workdir) for workdir, one in zip(workdirs, parts) if parts.count(one) > 1})
+    raise ValueError(f"{', '.join(twice)} is given more than once; give every run once")
+
+
+def check_out(out):
+    """ValueError if the page would replace a file that is not a report; FileNotFoundError if it has no folder to go to."""
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} does not exist; make the folder first, or give another --out")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name the file in --out")
+    if out.exists():
+        with out.open("rb") as file:
+            if MARKER.encode() not in file.read(1000):
+                raise ValueError(f"{out} exists and is not a report; choose another --out, or move it away")
+
+
+def run(args):
+    """Writes the page as the command line says; returns its path."""
+    names = names_of(args.workdirs)
+    default = epath.Path(args.workdirs[0]) / ("report.html" if len(names) == 1 else "comparison.html")
+    out, now = epath.Path(args.out or default), time.time()
+    runs = [read_run(workdir, name, now) for workdir, name in zip(args.workdirs, names)]
+    check_out(out)
+    page = make_page(runs, now)
+    write_all({out: lambda temporary: temporary.write_text(page, encoding="utf-8")}, overwrite=True)
+    return out
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    args = parse_args()
+    try:
+        out = run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"report: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A quick stand-in for Inception: a few numbers per image that depend on all of its pixels."""
+
+import numpy as np
+
+from repae_jax.models.inception import InceptionFeatures
+
+
+class StubNetwork:
+    checksum = "stub"
+    pool_features, spatial_features = 6, 5
+
+    def __init__(self, batch_size=8):
+        self.batch_size = batch_size
+        self.images = 0  # how many it has seen
+
+    def __call__(self, images):
+        assert images.dtype == np.uint8 and len(images) <= self.batch_size
+        self.images += len(images)
+        pixels = images.reshape(len(images), -1) / 255 - 0.5
+        weights = np.random.default_rng(0).normal(size=(pixels.shape[1], 21)) / np.sqrt(pixels.shape[1])
+        made = np.stack([row @ weights for row in pixels]).astype(np.float32)  # one by one: batches change nothing
+        return InceptionFeatures(pool=np.abs(made[:, :6]), spatial=made[:, 6:11], logits=20 * made[:, 11:])
+
+
+class Noise:
+    """A source of square images."""
+
+    num_classes = 1
+
+    def __init__(self, count, image_size=4, seed=0):
+        self.image_size = image_size
+        self.pixels = np.random.default_rng(seed).integers(0, 256, (count, image_size, image_size, 3), np.uint8)
+        self.labels = np.zeros(count, np.int32)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"image": self.pixels[i], "label": self.labels[i]}
+
+    def name(self, i):
+        return f"noise-{i}"

@@ -1,0 +1,404 @@
+"""Evaluation of runs, files and folders: the scores, what is said beside them, resumption, processes, mistakes."""
+
+import dataclasses
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+import small
+from feature_stub import Noise, StubNetwork
+from test_cache_latents import script_env
+from test_image_sets import save_images
+
+from checkpoints_tools import published
+from checkpoints_tools.convert import convert
+from repae_jax import build, evaluate, inception_features, reference_stats, sample
+from repae_jax.checkpoint import Checkpointer
+from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.metrics.inception_score import RunningInceptionScore
+from repae_jax.metrics.precision_recall import precision_recall
+from repae_jax.trained import load_trained
+
+pytestmark = pytest.mark.usefixtures("quick")
+COUNT = 70
+METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setattr(inception_features, "PART_SIZE", 16)
+    monkeypatch.setattr(inception_features, "_POLL_SECONDS", 0.01)
+    made = []
+    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: made.append(StubNetwork(batch_size)) or made[-1])
+    return made
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, quick):
+    """A run of two steps, as it is on disk; its weights are drawn."""
+    job = build.build(build.plain_config(small.config()), jax.devices())
+    workdir = tmp_path_factory.mktemp("run")
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(workdir):
+    return load_trained(workdir)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A reference as ADM's, of 8 x 8 pixels."""
+    path = tmp_path_factory.mktemp("real") / "adm.npz"
+    write_adm(path, Noise(90, 8, seed=1).pixels)
+    return path
+
+
+def write_adm(path, pixels, *left_out):
+    features = StubNetwork(len(pixels))(pixels)
+    (mu, sigma), (mu_s, sigma_s) = gaussian_stats(features.pool), gaussian_stats(features.spatial)
+    arrays = {"arr_0": pixels, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    np.savez(path, **{name: array for name, array in arrays.items() if name not in left_out})
+
+
+def arguments(source, reference, *extra, size=8):
+    given = [str(source), "--reference", str(reference), "--inception", "weights.pth", "--batch_size", str(size)]
+    return evaluate.parse_args([*given, *map(str, extra)])
+
+
+def result_of(source, reference, *extra, size=8):
+    """The result file, without what depends on names and times of files."""
+    path, result = evaluate.run(arguments(source, reference, *extra, size=size))
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert not path.with_suffix(".parts").exists()
+    return result
+
+
+@pytest.fixture
+def npz(tmp_path):
+    np.savez(tmp_path / "made.npz", Noise(COUNT, 8).pixels)
+    return tmp_path / "made.npz"
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_an_npz(npz, real):
+    result = result_of(npz, real)
+    made, expected = StubNetwork(COUNT)(Noise(COUNT, 8).pixels), StubNetwork(90)(Noise(90, 8, seed=1).pixels)
+    score = RunningInceptionScore()
+    score.update(made.logits)
+    mean, std = score.result()
+    precision, recall = precision_recall(expected.pool, made.pool)
+    assert result["metrics"] == pytest.approx(
+        {
+            "fid": frechet_distance(*gaussian_stats(made.pool), *gaussian_stats(expected.pool)),
+            "sfid": frechet_distance(*gaussian_stats(made.spatial), *gaussian_stats(expected.spatial)),
+            "inception_score": mean, "inception_score_std": std, "precision": precision, "recall": recall,
+        }, rel=1e-5,
+    )  # fmt: skip
+    assert result["kind"] == "generation" and result["step"] is None
+    protocol = result["protocol"]
+    assert protocol["num_samples"] == COUNT and protocol["image_size"] == [8, 8]
+    assert protocol["inception"] == {"weights": "weights.pth", "checksum": "stub"}
+    assert protocol["reference"]["npz"] == "adm.npz"
+    assert (npz.parent / "made.evaluation.json").exists()
+    shown = evaluate.table(result)
+    assert f"FID{result['metrics']['fid']:25.4f}" in shown and "num_samples 70" in shown
+
+
+def test_a_folder_scores_as_the_npz(npz, real, tmp_path):
+    folder = save_images(tmp_path / "images", Noise(COUNT, 8).pixels)
+    assert result_of(folder, real)["metrics"] == result_of(npz, real)["metrics"]
+
+
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_batches_change_nothing(npz, real, tmp_path, size):
+    expected = result_of(npz, real, "--out", tmp_path / "a.json")
+    made = result_of(npz, real, "--out", tmp_path / "b.json", size=size)
+    assert made["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
+
+
+def test_reference_of_our_own_and_of_a_dataset(npz, tmp_path, stub):
+    folder = save_images(tmp_path / "real", Noise(90, 8, seed=1).pixels)
+    ours = tmp_path / "ours.npz"
+    given = ["--make_reference", ours, "--data", folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
+    assert evaluate.make_reference(evaluate.parse_args(list(map(str, given)))) == ours
+    assert not (tmp_path / "ours.parts").exists()
+    expected = result_of(npz, ours, "--out", tmp_path / "a.json")
+    assert stub[-1].images == COUNT, "features of the reference are not made again"
+    made = result_of(npz, folder, "--out", tmp_path / "b.json")
+    assert made["metrics"] == expected["metrics"] and set(made["metrics"]) == METRICS
+    assert expected["protocol"]["reference"]["source"]["data"] == str(folder)
+    with pytest.raises(ValueError, match="ours.npz exists; choose another name"):
+        evaluate.make_reference(evaluate.parse_args(list(map(str, given))))
+
+
+def test_scores_that_cannot_be_computed(npz, tmp_path):
+    pixels = Noise(90, 8, seed=1).pixels
+    write_adm(tmp_path / "old.npz", pixels, "mu_s", "sigma_s", "arr_0")
+    result = result_of(npz, tmp_path / "old.npz")
+    assert set(result["metrics"]) == {"fid", "inception_score", "inception_score_std"}
+    assert "no sfid: the reference has no mu_s and sigma_s" in result["warnings"]
+    assert "no precision and recall: the reference has no images (arr_0)" in result["warnings"]
+    assert "warning: no sfid" in evaluate.table(result)
+
+
+def test_too_few_samples(real, tmp_path):
+    np.savez(tmp_path / "few.npz", Noise(3, 8).pixels)
+    result = result_of(tmp_path / "few.npz", real)
+    warnings = "\n".join(result["warnings"])
+    assert "features of 3 samples span at most 2 dimensions, of 6 in FID: the covariances are rank-deficient" in warnings
+    assert "of 3 samples; published ones are of 50000. Fewer give larger distances" in warnings
+    assert "no precision and recall: 3 samples and 90 reference images; needed: more than 3 of each" in warnings
+    assert result["metrics"]["fid"] > 0 and result["protocol"]["num_samples"] == 3
+    np.savez(tmp_path / "one.npz", Noise(1, 8).pixels)
+    with pytest.raises(ValueError, match="features of 1 images; a covariance needs 2"):
+        evaluate.run(arguments(tmp_path / "one.npz", real))
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+MODEL = ("--num_samples", "40", "--steps", "3")
+
+
+def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
+    kept = tmp_path / "kept.npz"
+    result = result_of(workdir, real, *MODEL, "--keep_samples", kept, "--guidance_scale", "2")
+    name = "0000002-sde3-cfg2in0to1-balanced-40-seed0.json"
+    assert (workdir / "evaluations" / name).exists()
+    (workdir / "evaluations" / name).unlink()
+    drawn = sample.run(sample.parse_args([
+        "--workdir", str(workdir), *MODEL, "--guidance_scale", "2", "--out", str(tmp_path / "drawn"), "--batch_size", "8",
+    ]))  # fmt: skip
+    with np.load(kept) as ours, np.load(drawn) as expected:
+        for key in ("arr_0", "arr_1"):
+            np.testing.assert_array_equal(ours[key], expected[key])
+    assert result["metrics"] == result_of(drawn, real)["metrics"]
+    protocol = result["protocol"]
+    expected = {"step": 2, "sampler": "sde", "steps": 3, "guidance_scale": 2.0, "labels": "balanced", "seed": 0}
+    assert expected.items() <= protocol.items() and result["step"] == 2
+    assert len(protocol["model_checksum"]) == 16
+
+
+def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monkeypatch):
+    convert(workdir, tmp_path / "weights.safetensors", optimizers=False)
+    given = (*MODEL, "--guidance_scale", "1.5")
+    made = result_of(tmp_path / "weights.safetensors", real, *given, "--out", tmp_path / "a.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+        expected = result_of(workdir, real, *given, "--out", tmp_path / "b.json")
+    assert made["metrics"] == expected["metrics"]
+    with pytest.raises(ValueError, match="is no local folder to keep the result in: give --out"):
+        evaluate.run(arguments(tmp_path / "weights.safetensors", real, *MODEL))
+
+    taken = published.read(tmp_path / "weights.safetensors")
+    networks = {name: arrays for name, arrays in taken.networks.items() if name != "ema"}
+    without = dataclasses.replace(taken, networks=networks, optimizers={})
+    for ending in ("safetensors", "pt"):
+        published.write(tmp_path / f"raw.{ending}", without)
+        with pytest.raises(ValueError, match="but no ema, the averaged weights that samples are made with"):
+            evaluate.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
+
+
+def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(sample, "draw_labels", lambda *given: drawn.append(given) or np.zeros(given[1], np.int32))
+    result = result_of(workdir, real, *MODEL, "--labels", "random", "--classes", 3, 5, "--out", tmp_path / "x.json")
+    assert drawn == [("random", 40, [3, 5], 0)]
+    assert result["protocol"]["labels"] == "random" and result["protocol"]["classes"] == [3, 5]
+
+
+# ---- interruptions and processes ------------------------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch, count):
+    class Interrupted(StubNetwork):
+        def __call__(self, images):
+            if self.images >= count:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: Interrupted(batch_size))
+
+
+@pytest.mark.parametrize("kind", ["npz", "run"])
+def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp_path, monkeypatch, stub):
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    source, extra = (npz, ()) if kind == "npz" else (workdir, MODEL)
+    whole = result_of(source, real, *extra, "--out", tmp_path / "whole.json")
+    out = tmp_path / "cut.json"
+    for count in (40, 20):  # in the reference; in the samples
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, count + (90 - 32 if count == 20 else 0))
+            evaluate.run(arguments(source, real, *extra, "--out", out))
+    assert len(list(out.with_suffix(".parts").glob("samples/part-*.npz"))) == 1
+    continued = result_of(source, real, *extra, "--out", out)
+    assert stub[-1].images == whole["protocol"]["num_samples"] - 16
+    assert continued == whole
+
+
+def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    out = tmp_path / "x.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 90 + 20)
+        evaluate.run(arguments(workdir, real, *MODEL, "--out", out))
+    with pytest.raises(ValueError, match="unfinished work with other settings.*seed.*choose another --out"):
+        evaluate.run(arguments(workdir, real, *MODEL, "--seed", 1, "--out", out))
+
+
+def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
+    """As three processes that look at one folder; threads here, which are told which one they are."""
+    whole = result_of(npz, real, "--out", tmp_path / "one.json")
+    which = threading.local()
+    monkeypatch.setattr(evaluate.jax, "process_index", lambda: which.index)
+    monkeypatch.setattr(evaluate.jax, "process_count", lambda: 3)
+    results = {}
+
+    def work(index):
+        which.index = index
+        results[index] = evaluate.run(arguments(npz, real, "--out", tmp_path / "three.json"))[1]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results[1] is None and results[2] is None
+    assert results[0] == whole
+    assert sum(network.images for network in stub[-3:]) == COUNT + 90, "nothing is made twice"
+
+
+@pytest.mark.slow
+def test_two_real_processes(workdir, real, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    script = f"""
+import sys, jax
+index, count = map(int, sys.argv[1:3])
+if count > 1:
+    jax.distributed.initialize({address!r}, num_processes=count, process_id=index)
+import feature_stub
+from repae_jax import evaluate, inception_features
+inception_features.PART_SIZE = 16
+evaluate.load_network = lambda _, batch_size: feature_stub.StubNetwork(batch_size)
+evaluate.run(evaluate.parse_args(sys.argv[3:]))
+"""
+    started = []
+    for index, count in ((0, 2), (1, 2), (0, 1)):
+        env = script_env(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        given = [
+            workdir,
+            "--reference",
+            real,
+            "--inception",
+            "x",
+            "--batch_size",
+            8,
+            *MODEL,
+            "--out",
+            tmp_path / f"{count}.json",
+        ]
+        command = [sys.executable, "-c", script, index, count, *given]
+        started.append(subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    assert json.loads((tmp_path / "2.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_result_is_kept(npz, real, tmp_path):
+    (tmp_path / "x.json").write_text("mine")
+    with pytest.raises(ValueError, match="x.json exists; choose another name"):
+        evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json"))
+    assert (tmp_path / "x.json").read_text() == "mine"
+
+
+def test_unfinished_samples(real, tmp_path):
+    parts = tmp_path / "generated" / "x-cfg1.5.parts"
+    parts.mkdir(parents=True)
+    (parts / "settings.json").write_text("{}")
+    for source in (parts, parts.with_suffix(".npz"), tmp_path / "generated"):
+        with pytest.raises(ValueError, match="x-cfg1.5.parts holds unfinished samples: finish them with .*repae_jax.sample"):
+            evaluate.run(arguments(source, real))
+    shutil.rmtree(parts)
+    parts.with_suffix(".npz").touch()
+    with pytest.raises(ValueError, match="generated holds x-cfg1.5.npz, not only images"):
+        evaluate.run(arguments(tmp_path / "generated", real))
+
+
+def test_sizes_that_do_not_fit(workdir, real, tmp_path):
+    np.savez(tmp_path / "made.npz", Noise(9, 4).pixels)
+    write_adm(tmp_path / "small.npz", Noise(9, 4).pixels)
+    for source, reference in ((tmp_path / "made.npz", real), (workdir, tmp_path / "small.npz")):
+        with pytest.raises(
+            ValueError, match="the samples have . x . pixels, the images of .* . x .; scores compare equal sizes"
+        ):
+            evaluate.run(arguments(source, reference, *MODEL, "--out", tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--batch_size", "9"), "batch_size=9 is not a multiple of the 8 devices"),
+        (("--classes", "3", "10"), "allowed are 0..9"),
+        (("--guidance_channels", "9"), "--guidance_channels=9: the latents have 4"),
+        (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
+        (("--out", "x.txt"), "--out=x.txt: the result is a file .* ending in .json"),
+        (("--out", "gs://bucket/x.json"), "--out=gs://bucket/x.json: the result is a file on a local or mounted disk"),
+        (("--reference", "absent.npz"), "absent.npz does not exist; check --reference"),
+        (("--reference", "nothing"), "'nothing' is no folder, and no source"),
+    ],
+)
+def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
+
+
+def test_samples_are_kept_of_models_only(npz, real, tmp_path):
+    with pytest.raises(ValueError, match="--keep_samples is for models"):
+        evaluate.run(arguments(npz, real, "--keep_samples", tmp_path / "x.npz"))
+
+
+def test_no_such_source(real, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.npz does not exist"):
+        evaluate.run(arguments(tmp_path / "absent.npz", real))
+    with pytest.raises(ValueError, match="no images below"):
+        evaluate.run(arguments(tmp_path, real))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--inception", "x"], "an evaluation needs source"),
+        (["a.npz", "--inception", "x"], "an evaluation needs --reference"),
+        (["--make_reference", "a.npz", "--inception", "x"], "--make_reference needs --data"),
+        (["a.npz", "--reference", "b.npz", "--inception", "x", "--num_samples", "0"], "--num_samples must be at least 1"),
+    ],
+)
+def test_command_lines_that_lack_something(given, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(given)
+    assert message in capsys.readouterr().err
+
+
+def test_mistakes_end_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path / "a.npz"), "--reference", "absent.npz", "--inception", "x"])
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main()
+    assert str(caught.value.code) == "error: absent.npz does not exist; check --reference"
+    assert reference_stats.KEPT_IMAGES == 10_000 and jax.process_count() == 1
