@@ -39,6 +39,6 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         # conversion of PyTorch files; on a machine without a GPU, torch's CPU build is enough
         "torch": TORCH,
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", *TORCH],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH],
     },
 )
