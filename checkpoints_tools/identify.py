@@ -147,7 +147,7 @@ def _describe(artefact):
         for name in ("sit", "vae", "disc"):
             params = jax.tree.leaves((shapes.get(name) or {}).get("params", {}))
             about[name] = {**config[name], "parameters": sum(math.prod(leaf.shape) for leaf in params)} if params else None
-        if fingerprint := checkpoint.read_data_state(artefact.path)["inputs"]["frozen_vae"]:
+        if fingerprint := checkpoint.read_data_state(artefact.path).get("inputs", {}).get("frozen_vae"):
             about["vae"] = {**config["vae"], "frozen": config["init"]["vae"], "fingerprint": fingerprint}
     elif artefact.kind == "training":
         taken = artefact.checkpoint

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repae_jax.data.latents import records_hash
 from repae_jax.image_sets import SORTED, DatasetImages, FolderImages, NpzImages, npz_writer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
@@ -96,6 +97,7 @@ def test_folder(tmp_path):
 
 def test_images_class_by_class(tmp_path):
     """Splits of the inception score are consecutive images."""
+    (tmp_path / "made").mkdir()
     save_images(tmp_path / "made" / "a")
     assert FolderImages(tmp_path / "made").warnings == []
     save_images(tmp_path / "made" / "b")
@@ -131,6 +133,7 @@ def test_images_that_do_not_belong(tmp_path, name, image, message):
 def test_dataset():
     class Source:
         image_size = 4
+        labels = np.zeros(11, np.int32)
 
         def __len__(self):
             return 11
@@ -144,7 +147,8 @@ def test_dataset():
             return f"picture-{i}"
 
     images = DatasetImages(Source(), {"data": "here"})
-    assert images.description == {"data": "here", "images": 11, "image_size": 4} and images.shape == [4, 4]
+    expected = {"data": "here", "images": 11, "image_size": 4, "records": records_hash(Source())}
+    assert images.description == expected and images.shape == [4, 4]
     np.testing.assert_array_equal(next(images.blocks([(3, 5)])), PIXELS[3:5, :4])
     with pytest.raises(ValueError, match="picture-10 cannot be read .*OSError: broken.*; repair or remove it"):
         list(images.blocks([(8, 11)]))

@@ -62,7 +62,8 @@ def test_written_and_read(tmp_path):
         np.testing.assert_array_equal(made, expected)
     np.testing.assert_array_equal(back.features, reference.features)
     assert back.shape == [4, 4] and back.images is None
-    assert back.description["source"] == {"data": "noise", "images": COUNT, "image_size": 4}
+    source = {"data": "noise", "images": COUNT, "image_size": 4}
+    assert source.items() <= back.description["source"].items() and len(back.description["checksum"]) == 16
     with np.load(path) as archive:  # as ADM's evaluator does, pickle not allowed
         assert set(archive) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "pool", "about"}
         np.testing.assert_array_equal(StubNetwork(20)(archive["arr_0"]).pool, reference.features)

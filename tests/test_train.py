@@ -111,7 +111,7 @@ def test_fid_during_training(half, tmp_path, monkeypatch):
     expected = frechet_distance(*gaussian_stats(pool), *read_reference(tmp_path / "reference.npz", network).pool)
     assert found == {"step": 4, "fid/20_samples": pytest.approx(expected)} and len(np.concatenate(made)) == 20
     with pytest.raises(FileNotFoundError, match="absent.npz"):
-        train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_reference": "absent.npz"}), tmp_path / "other")
+        train.train(config(4, **{**files, "hooks.fid_every": 2, "hooks.fid_reference": "absent.npz"}), tmp_path / "other")
 
 
 def test_two_halves_equal_the_whole(whole, half, tmp_path):
