@@ -402,3 +402,40 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path):
         evaluate.main()
     assert str(caught.value.code) == "error: absent.npz does not exist; check --reference"
     assert reference_stats.KEPT_IMAGES == 10_000 and jax.process_count() == 1
+
+
+COST = """
+import resource, time
+import numpy as np
+from repae_jax.evaluate import measure
+from repae_jax.metrics.frechet import RunningGaussian
+from repae_jax.models.inception import InceptionFeatures
+from repae_jax.reference_stats import Reference
+
+rng = np.random.default_rng(0)
+
+def draw(count):
+    for first in range(0, count, 500):
+        pool, spatial, logits = (rng.standard_normal((500, size), dtype=np.float32) for size in (2048, 2023, 1008))
+        yield InceptionFeatures(pool=np.abs(pool), spatial=spatial, logits=logits)
+
+pool, spatial, kept = RunningGaussian(), RunningGaussian(), []
+for part in draw(10_000):
+    pool.update(part.pool)
+    spatial.update(part.spatial)
+    kept.append(part.pool)
+reference = Reference(pool.stats(), spatial.stats(), np.concatenate(kept), None, None, {})
+start = time.monotonic()
+metrics, _ = measure(draw(50_000), reference)
+assert len(metrics) == 6, metrics
+print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+@pytest.mark.slow
+def test_the_cost_of_50000_samples(record_property):
+    """Of features that are there: five minutes and 8 GB at most, on two cores."""
+    done = subprocess.run([sys.executable, "-c", COST], env=script_env(), capture_output=True, text=True, check=True)
+    seconds, gigabytes = map(float, done.stdout.split())
+    record_property("seconds, GB", (round(seconds), round(gigabytes, 1)))
+    assert seconds < 300 and gigabytes < 8
