@@ -157,6 +157,7 @@ def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
         sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
 
 
+@pytest.mark.slow
 def test_guidance_of_the_first_channels(workdir, tmp_path):
     made = []
     for channels in ((), ("--guidance_channels", "4"), ("--guidance_channels", "3")):

@@ -169,7 +169,7 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
     assert_same_run(state, tmp_path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_while_waiting_for_metrics_loses_nothing(half, tmp_path, monkeypatch, number):
     """The signal comes after the step was dispatched: that step or the next is saved, never none."""
     workdir, check = copy_of(half, tmp_path), train.check_finite

@@ -137,6 +137,7 @@ def test_lpips_from_torchvision_names(case):
         np.testing.assert_array_equal(value, weights[name])
 
 
+@pytest.mark.slow
 def test_lpips_gradient_is_finite_on_constant_images():
     lpips = LPIPS()
     x = jnp.zeros((1, 16, 16, 3))

@@ -94,6 +94,7 @@ def test_without_quant_convs_the_rest_is_the_same():
     assert set(whole) - set(bare) == {"quant_conv", "post_quant_conv"}
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     sizes = {"latent_channels": 4, "channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4}
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
