@@ -34,14 +34,13 @@ from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.models.inception import pytorch_fid_input
 from repae_jax.models.lpips import LPIPS
+from repae_jax.reference_stats import PUBLISHED_COUNT
 from repae_jax.trained import load_vae
 
 LATENTS = ("sampled", "mode")
 SHOWN = 16  # images in the picture, and in the list of the worst
 COLUMNS = 8  # of the picture
 LPIPS_SIDE = 16  # pixels that its poolings need
-INCEPTION_FEATURES = 2048
-PUBLISHED_COUNT = 50_000
 # JSON name -> (what the table calls it, unit or range)
 NAMES = {
     "rfid": ("rFID", ""),
@@ -446,7 +445,7 @@ def run(args):
         warn(f"{len(bad)} of {len(records)} images cannot be decoded and do not count, first {names}")
     metrics = mean_values(comparison.values, warn)
     if comparison.rfid is not None:
-        check_count(count, INCEPTION_FEATURES, warn)
+        check_count(count, inception_features.InceptionNetwork.pool_features, warn)
         metrics["rfid"] = comparison.rfid
     metrics = {metric: metrics[metric] for metric in NAMES if metric in metrics}
     protocol = {

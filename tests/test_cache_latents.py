@@ -199,6 +199,16 @@ def run_script(script):
     return subprocess.run([sys.executable, "-c", script], env=script_env(), capture_output=True, text=True, timeout=120)
 
 
+def in_threads(work):
+    """Three processes' worth of work(process index), the first process coming last."""
+    threads = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(30)
+
+
 def script_env(**env):
     return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **env}
 
@@ -266,12 +276,7 @@ def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
     def work(process):
         made[process] = make_cache(tmp_path / "three", source, process_index=process, process_count=3)
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join(30)
+    in_threads(work)
     assert made == {0: 3, 1: 2, 2: 2}
     make_cache(tmp_path / "one", source)
     assert contents(tmp_path / "three") == contents(tmp_path / "one")

@@ -1,14 +1,12 @@
 """Inception's features: golden values through the whole path, and parts that are the same however they are made."""
 
-import threading
-import time
-
 import jax
 import numpy as np
 import pytest
 import reference
 import small
 from feature_stub import Noise, StubNetwork
+from test_cache_latents import in_threads
 
 from checkpoints_tools import mapping, weights
 from checkpoints_tools.inception import inception_table
@@ -132,12 +130,7 @@ def test_processes_take_turns(tmp_path):
     def work(process):
         make_parts(tmp_path / "three", networks[process], process_index=process, process_count=3)
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join(30)
+    in_threads(work)
     assert [network.images for network in networks] == [32, 22, 16]
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 

@@ -46,8 +46,10 @@ def record_shape(latent_shape, flips):
 def records_hash(source):
     """What tells a source from others: a hash of the names and labels of all its records, in order; decodes nothing.
 
-    Of CachedLatents it is that of the images they were made from.
+    Of cached latents, with their images or without, it is that of the images they were made from.
     """
+    if isinstance(source, WithMoments):
+        source = source.cache  # which was compared with its images
     if isinstance(source, CachedLatents):
         return source.records_hash
     digest = hashlib.sha256()
