@@ -9,302 +9,79 @@ again unless it was damaged since. Several processes on one file system, as jax.
 turns with the shards, each on its own devices. The files are the same, bit for bit, on as many devices of a kind altogether.
 """
 
-import functools
-import hashlib
-import io
-import json
 import math
-import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import app, flags, logging
-from array_record.python.array_record_module import ArrayRecordWriter
-from grain import MapDataset
-from tqdm import tqdm
+from absl import app, flags
 
 from checkpoints_tools import vae as vae_files
-from checkpoints_tools import weights
-from repae_jax import build, images, sharding, train
+from repae_jax import build, images, shard_writer, sharding, train
 from repae_jax.checkpoint import fingerprint, prepare_workdir
-from repae_jax.data import latents, loader
+from repae_jax.data import latents
 
 SHARD_SIZE = 4096  # records; 134 MB of SD-VAE's at 256 pixels
 NOTES = ("vae", "images")  # settings that may differ when a cache is continued: files may move
-_POLL_SECONDS = 1.0
 
 
-class _Blocks:
-    """Blocks of a source's images, decoded in order; what is no image stays black.
-
-    Item k is (uint8 [block_size, H, W, 3], [(record, error), ...]), of the records `ranges[k]`, a (first, end), and filled up
-    with black images.
-    """
-
-    def __init__(self, source, ranges, block_size):
-        self._source = source
-        self._ranges = ranges
-        self._block_size = block_size
-
-    def __len__(self):
-        return len(self._ranges)
-
-    def __getitem__(self, k):
-        decoded = np.zeros((self._block_size, self._source.image_size, self._source.image_size, 3), np.uint8)
-        failures = []
-        for place, record in enumerate(range(*self._ranges[k])):
-            try:
-                decoded[place] = self._source[record]["image"]
-            except Exception as error:  # as in the training's loader
-                failures.append((record, loader.describe_error(error)))
-        return decoded, failures
-
-
-class CacheWriter:
-    """One process' part in making a cache.
+class Latents:
+    """Latents as `shard_writer.ShardWriter` makes records of them.
 
     Args:
-      folder: of the cache, which exists.
-      source: of the images.
-      encode: uint8 [block_size, H, W, 3] -> float32 [block_size, *`latents.record_shape`]; an image's posterior must not depend
-        on the others.
+      image_size: side of the images in pixels.
+      encode: uint8 [block_size, H, W, 3] -> float32 [block_size, *shape]; an image's posterior must not depend on the others.
       block_size: images at a time.
-      settings: dict, what `_settings` returns: the manifest without its results.
-      workers: processes that decode images; 0 decodes in threads.
-      max_bad_fraction: share of undecodable images above which the work ends.
-      process_index, process_count: process p makes the shards p, p + process_count, ...
+      shape: of a record, `latents.record_shape`.
     """
 
-    def __init__(
-        self, folder, source, encode, block_size, settings, *, workers=0, max_bad_fraction=0.0, process_index=0, process_count=1
-    ):
-        self._folder = Path(folder)
-        self._source = source
+    kind = latents.KIND
+
+    def __init__(self, image_size, encode, block_size, shape):
+        self.block_size = block_size
+        self.record_bytes = 4 * math.prod(shape)
+        self._image_size = image_size
         self._encode = encode
-        self._block_size = block_size
-        self._settings = settings
-        self._workers = workers
-        self._max_bad = int(max_bad_fraction * len(source))
-        self._process_index = process_index
-        starts = range(0, len(source), settings["shard_size"])
-        self._ranges = [(start, min(start + settings["shard_size"], len(source))) for start in starts]
-        self._own_shards = range(process_index, len(starts), process_count)
-        self._bad_records = []
 
-    def run(self, stopped):
-        """Makes the shards that are missing or damaged, and once those of all processes are there, the manifest.
+    def blocks(self, source, ranges):
+        """Blocks of images."""
+        black = np.zeros((self._image_size, self._image_size, 3), np.uint8)
+        return shard_writer.Blocks(source, ranges, _pixels, black)
 
-        Args:
-          stopped: Event; once it is set, the shard being made is given up.
+    def encode(self, images_of_block):
+        """Moments of each image; the last block is filled up with black ones."""
+        pixels = np.zeros((self.block_size, self._image_size, self._image_size, 3), np.uint8)
+        pixels[: len(images_of_block)] = images_of_block
+        return self._encode(pixels)
 
-        Returns:
-          How many shards were made here; None if stopped before the cache was finished.
-
-        Raises:
-          ValueError: if the folder holds, or is to hold, a cache made with other settings, or has not enough space.
-          RuntimeError: if too many images cannot be decoded, or latents are not finite.
-          OSError: if something cannot be written.
-        """
-        if not self._agree(stopped):
-            return None
-        todo = [shard for shard in self._own_shards if not self._is_whole(shard)]
-        self._check_space()
-        if not self._make(todo, stopped):
-            return None
-        if not self._wait_for([_entry_file(shard) for shard in range(len(self._ranges))], stopped):
-            return None
-        if self._process_index == 0:
-            self._finish()
-        return len(todo) if self._wait_for([latents.MANIFEST], stopped) else None
-
-    def _agree(self, stopped):
-        """Process 0 writes the settings if it is the first to come; all compare theirs. Removes what a killed process left."""
-        file = self._folder / latents.SETTINGS
-        for shard in self._own_shards:
-            self._remove(f".shard-{shard:05d}.*.tmp")
-        if self._process_index == 0:
-            for name in (latents.SETTINGS, latents.LABELS, latents.STATS, latents.MANIFEST):
-                self._remove(f".{name}.*.tmp")
-            if not file.exists():
-                weights.write_json(file, self._settings)
-        if not self._wait_for([latents.SETTINGS], stopped):
-            return False
-        stored = weights.read_json(file)
-        compared = sorted((stored.keys() | self._settings.keys()) - set(NOTES))
-        differing = [
-            f"\n  {name}: {stored.get(name)!r} there, {self._settings.get(name)!r} here"
-            for name in compared
-            if stored.get(name) != self._settings.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"{self._folder} holds a cache made with other settings; choose another --out, or use the old ones:"
-                + "".join(differing)
-            )
-        self._settings = stored  # the notes of whoever began
-        return True
-
-    def _remove(self, pattern):
-        for left in self._folder.glob(pattern):
-            left.unlink(missing_ok=True)
-
-    def _wait_for(self, names, stopped):
-        """Waits until other processes have written files; False if stopped before.
-
-        Looking at the files needs no collective operation, which some backends let wait for minutes only.
-        """
-        missing = [name for name in names if not (self._folder / name).exists()]
-        if missing:
-            logging.info("waiting for the other processes: %d files, first %s", len(missing), missing[0])
-        while missing and not stopped.is_set():
-            time.sleep(_POLL_SECONDS)
-            missing = [name for name in missing if not (self._folder / name).exists()]
-        return not missing
-
-    def _is_whole(self, shard):
-        """Whether a shard is finished and undamaged; its undecodable records are noted."""
-        file = self._folder / _entry_file(shard)
-        if not file.exists():
-            return False
-        try:
-            entry = weights.read_json(file)
-            damage = latents.shard_damage(self._folder, entry, check_content=True)
-        except (ValueError, KeyError) as error:
-            damage = f"{file.name}: {error}"
-        if damage:
-            logging.warning("%s is damaged (%s) and made again", self._folder / latents.shard_file(shard), damage)
-            file.unlink()
-            return False
-        self._bad_records += [record for record, _ in entry["bad_records"]]
-        return True
-
-    def _check_space(self):
-        """Refuses to begin what the disk cannot hold."""
-        missing = [shard for shard in range(len(self._ranges)) if not (self._folder / _entry_file(shard)).exists()]
-        shape = latents.record_shape(self._settings["latent_shape"], self._settings["flips"])
-        needed, free = 4 * math.prod(shape) * sum(map(self._count, missing)), shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise ValueError(
-                f"the cache needs {needed / 1e9:.1f} GB more, the disk of {self._folder} has {free / 1e9:.1f} GB free: make "
-                "space, or choose another --out"
-            )
-
-    def _count(self, shard):
-        """Records of a shard."""
-        first, end = self._ranges[shard]
-        return end - first
-
-    def _blocks(self, shard):
-        """The records of a shard, cut into blocks: [(first, end), ...]."""
-        first, end = self._ranges[shard]
-        return [(at, min(at + self._block_size, end)) for at in range(first, end, self._block_size)]
-
-    def _make(self, todo, stopped):
-        """Makes shards; False if stopped."""
-        if not todo:
-            return True
-        ranges = [block for shard in todo for block in self._blocks(shard)]
-        own, missing = (sum(self._count(shard) for shard in shards) for shards in (self._own_shards, todo))
-        decoded = loader.read_ahead(MapDataset.source(_Blocks(self._source, ranges, self._block_size)), self._workers)
-        bar = tqdm(total=own, initial=own - missing, unit="img", desc="encoding", disable=self._process_index != 0)
-        pool, writing = ThreadPoolExecutor(1), None  # a shard is written while the next one is encoded
-        try:
-            for shard in todo:
-                made, failures = [], []
-                for first, end in self._blocks(shard):
-                    if stopped.is_set():
-                        return False
-                    pixels, failed = next(decoded)
-                    self._note_failures(failed)
-                    failures += failed
-                    made.append(self._encode(pixels)[: end - first])
-                    bar.update(end - first)
-                if writing:
-                    writing.result()
-                writing = pool.submit(self._write_shard, shard, np.concatenate(made), [record for record, _ in failures])
-            writing.result()
-        finally:
-            pool.shutdown()
-            bar.close()
-            decoded.close()
-        return True
-
-    def _note_failures(self, failures):
-        for record, error in failures:
-            self._bad_records.append(record)
-            logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
-            if len(self._bad_records) > self._max_bad:
-                raise RuntimeError(loader.too_many_bad(self._source, self._bad_records, self._max_bad, error))
-
-    def _write_shard(self, shard, moments, bad):
-        """Writes a shard and its entry, with the sums that the statistics are made of; the entry comes last."""
-        first, end = self._ranges[shard]
-        good = np.isin(np.arange(first, end), bad, invert=True)
-        finite = np.isfinite(moments).all(axis=tuple(range(1, moments.ndim))) | ~good
-        if not finite.all():
-            names = ", ".join(self._source.name(first + int(i)) for i in np.flatnonzero(~finite)[:5])
+    def pack(self, name, moments, good):
+        """Records, and the sums that the statistics are made of; RuntimeError if latents are not finite."""
+        finite = [bool(np.isfinite(record).all()) or not is_good for record, is_good in zip(moments, good)]
+        if not all(finite):
+            names = ", ".join(name(int(i)) for i in np.flatnonzero(np.logical_not(finite))[:5])
             raise RuntimeError(
-                f"latents of {(~finite).sum()} images are not finite, first {names}; check config.init.vae, or use "
+                f"latents of {finite.count(False)} images are not finite, first {names}; check config.init.vae, or use "
                 "config.precision.compute='float32'"
             )
-        entry = {
-            "file": latents.shard_file(shard),
-            "records": end - first,
-            "bad_records": [[i, self._source.name(i)] for i in bad],
-            "sums": _sums(moments[good]),
-        }
+        sums = _sums([record for record, is_good in zip(moments, good) if is_good], moments[0].shape[-1] // 2)
+        return (record.astype("<f4").tobytes() for record in moments), {"sums": sums}
 
-        def write_records(temporary):
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # one record a chunk: for random access
-            for record, is_good in zip(moments, good):
-                writer.write(record.astype("<f4").tobytes() if is_good else b"")
-            writer.close()
-            entry.update(bytes=temporary.stat().st_size, sha256=latents.file_hash(temporary))
-
-        def write_entry(temporary):
-            temporary.write_text(json.dumps(entry, indent=2) + "\n")
-
-        files = {latents.shard_file(shard): write_records, _entry_file(shard): write_entry}
-        weights.write_all({self._folder / name: write for name, write in files.items()}, overwrite=True)
-
-    def _finish(self):
-        """Writes labels, statistics and manifest, in this order, unless they are there."""
-        entries = [weights.read_json(self._folder / _entry_file(shard)) for shard in range(len(self._ranges))]
+    def finish(self, entries):
+        """Statistics of all latents, for the manifest and in a file of their own."""
         stats = _merge([entry["sums"] for entry in entries])
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(self._source.labels, np.int32))
-        labels = buffer.getvalue()
-        manifest = self._settings | {
-            "bad_records": [bad for entry in entries for bad in entry["bad_records"]],
-            "shards": [{name: entry[name] for name in ("file", "records", "bytes", "sha256")} for entry in entries],
-            "labels_sha256": hashlib.sha256(labels).hexdigest(),
-            "latent_stats": stats,
-        }
-        files = {
-            latents.LABELS: labels,
-            latents.STATS: safetensors.numpy.save(vae_files.published_stats(stats)),
-            latents.MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode(),
-        }
-        paths = {self._folder / name: content for name, content in files.items()}
-        if not all(path.is_file() and path.read_bytes() == content for path, content in paths.items()):
-            writes = {path: functools.partial(Path.write_bytes, data=content) for path, content in paths.items()}
-            weights.write_all(writes, overwrite=True)
+        return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_files.published_stats(stats))}
 
 
-def _entry_file(shard):
-    """Name of the file that tells what a shard holds."""
-    return latents.shard_file(shard).replace(".array_record", ".json")
+def _pixels(fields):
+    return fields["image"]
 
 
-def _sums(moments):
+def _sums(moments, channels):
     """Sums over all but the channels, [C] each, in float64: of means, their squares and the variances; and their number."""
-    totals, count = np.zeros((3, moments.shape[-1] // 2)), 0
+    totals, count = np.zeros((3, channels)), 0
     for record in moments:  # one at a time: float64 takes space
         mean, std = np.split(record.reshape(-1, record.shape[-1]).astype(np.float64), 2, axis=-1)
         totals += [mean.sum(axis=0), np.square(mean).sum(axis=0), np.square(std).sum(axis=0)]
@@ -324,7 +101,7 @@ def _merge(sums):
 
 
 def make_encode(job, params, flips):
-    """Function for CacheWriter that encodes as training does.
+    """Function for Latents that encodes as training does.
 
     Args:
       job: Job.
@@ -352,7 +129,7 @@ def _settings(job, source, params, flips, shard_size):
     """What makes a cache this one and no other, and NOTES."""
     data = job.config["data"]
     return {
-        "format": latents.FORMAT,
+        "format": latents.KIND.format,
         "records": len(source),
         "records_hash": latents.records_hash(source),
         "num_classes": source.num_classes,
@@ -389,7 +166,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
 
     Raises:
       ValueError, FileNotFoundError: for anything wrong with config, weights or folder.
-      RuntimeError, OSError: as `CacheWriter.run`.
+      RuntimeError, OSError: as `ShardWriter.run`.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
@@ -405,12 +182,13 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
         source = build.make_images(config)
         folder = Path(prepare_workdir(out))
         params = build.load_frozen(job)["vae"]
-        writer = CacheWriter(
+        shape = latents.record_shape(job.latent_shape, flips)
+        writer = shard_writer.ShardWriter(
             folder,
             source,
-            make_encode(job, params, flips),
-            config["data"]["batch_size"],
+            Latents(source.image_size, make_encode(job, params, flips), config["data"]["batch_size"], shape),
             _settings(job, source, params, flips, shard_size),
+            notes=NOTES,
             workers=config["data"]["workers"],
             max_bad_fraction=config["data"]["max_bad_fraction"],
             process_index=jax.process_index(),

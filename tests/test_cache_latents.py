@@ -25,9 +25,8 @@ from absl import logging
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
-from repae_jax import build, cache_latents, images, train
-from repae_jax.cache_latents import CacheWriter
-from repae_jax.data import latents
+from repae_jax import build, cache_latents, images, shard_writer, train
+from repae_jax.data import latents, shards
 
 REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick")
@@ -69,7 +68,7 @@ def encode_both(pixels):
 
 def settings_of(source, flips=False, shard_size=8, **changes):
     return {
-        "format": latents.FORMAT, "records": len(source), "records_hash": latents.records_hash(source),
+        "format": latents.KIND.format, "records": len(source), "records_hash": latents.records_hash(source),
         "num_classes": source.num_classes, "image_size": source.image_size, "latent_shape": [2, 2, 2], "flips": flips,
         "precision": "float32", "fingerprint": "0123456789abcdef", "shard_size": shard_size, "vae": "vae.pt",
         "images": {"source": "pictures", "options": {}},
@@ -82,7 +81,10 @@ def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(
     encode = encode or (encode_both if flips else globals()["encode"])
     options = {"max_bad_fraction": len(source.bad) / len(source)} | options
     settings = settings_of(source, flips, **dict(changes))
-    return CacheWriter(folder, source, encode, 3, settings, **options).run(stopped or threading.Event())
+    shape = latents.record_shape(settings["latent_shape"], settings["flips"])
+    records = cache_latents.Latents(source.image_size, encode, 3, shape)
+    writer = shard_writer.ShardWriter(folder, source, records, settings, notes=cache_latents.NOTES, **options)
+    return writer.run(stopped or threading.Event())
 
 
 def contents(folder):
@@ -102,8 +104,7 @@ def warnings(monkeypatch):
 
 def test_files(tmp_path):
     assert make_cache(tmp_path / "a", Pictures(20)) == 3
-    shards = [f"shard-{i:05d}" for i in range(3)]
-    named = [f"{shard}{ending}" for shard in shards for ending in (".array_record", ".json")]
+    named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
     assert sorted(contents(tmp_path / "a")) == sorted(
         [*named, "labels.npy", "latents-stats.safetensors", "manifest.json", "settings.json"]
     )
@@ -111,8 +112,8 @@ def test_files(tmp_path):
     assert manifest["records"] == 20 and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["vae"] == "vae.pt" and manifest["fingerprint"] == "0123456789abcdef"
     for shard in manifest["shards"]:
-        assert latents.shard_damage(tmp_path / "a", shard, check_content=True) is None
-    assert (latents.SETTINGS, latents.MANIFEST) == ("settings.json", "manifest.json")
+        assert shards.shard_damage(tmp_path / "a", shard, check_content=True) is None
+    assert (shards.SETTINGS, shards.MANIFEST) == ("settings.json", "manifest.json")
 
 
 @pytest.mark.parametrize("flips", [False, True])
@@ -157,7 +158,7 @@ def interrupted_trials(folder, trials, seed):
             try:
                 make_cache(out, source, encode=slow_encode)
             finally:
-                os._exit(0 if (out / latents.MANIFEST).exists() else 1)
+                os._exit(0 if (out / shards.MANIFEST).exists() else 1)
         return pid
 
     began = time.perf_counter()
@@ -270,7 +271,7 @@ def test_damaged_files_are_made_again(tmp_path, warnings, name, damage):
 
 
 def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_latents, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shard_writer, "_POLL_SECONDS", 0.01)
     source, made = Pictures(50, bad=[9]), {}
 
     def work(process):
@@ -283,7 +284,7 @@ def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
 
 
 def test_what_another_number_of_processes_began_is_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_latents, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shard_writer, "_POLL_SECONDS", 0.01)
     source, stopped = Pictures(50), threading.Event()
     threading.Timer(1.0, stopped.set).start()
     assert make_cache(tmp_path / "a", source, stopped=stopped, process_count=3) is None  # waits for processes 1 and 2
@@ -359,12 +360,12 @@ def test_latents_that_are_not_finite(tmp_path):
 def test_a_disk_too_small_is_noticed_first(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="the cache needs 0.0 GB more, the disk of .* has 0.0 GB free"):
+    with pytest.raises(ValueError, match="the cache of latents needs 0.0 GB more, the disk of .* has 0.0 GB free"):
         make_cache(tmp_path / "a", Pictures(20))
 
 
 def test_a_disk_that_fills_up(tmp_path, monkeypatch):
-    write, written = cache_latents.ArrayRecordWriter, []
+    write, written = shard_writer.ArrayRecordWriter, []
 
     class Full(write):
         def close(self):
@@ -373,7 +374,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
             if len(written) == 2:
                 raise RuntimeError("write() failed: No space left on device")
 
-    monkeypatch.setattr(cache_latents, "ArrayRecordWriter", Full)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", Full)
     with pytest.raises(OSError, match="shard-00001.array_record could not be written .*No space left.* GB free: make space"):
         make_cache(tmp_path / "a", Pictures(20))
     assert sorted(contents(tmp_path / "a")) == ["settings.json", "shard-00000.array_record", "shard-00000.json"]

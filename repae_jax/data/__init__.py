@@ -10,17 +10,26 @@ import os
 
 import numpy as np
 
+from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.digits import DigitsSource
 from repae_jax.data.folder import FolderSource
+from repae_jax.data.imagenet import ImagenetSource
+from repae_jax.data.parquet import ParquetSource
 
-_SOURCES = {"digits": DigitsSource, "folder": FolderSource}
+_SOURCES = {
+    "digits": DigitsSource,
+    "folder": FolderSource,
+    "imagenet": ImagenetSource,
+    "parquet": ParquetSource,
+    "array_record": PreparedImages,
+}
 
 
 def make_source(source, image_size, **fields):
     """Builds a source by name.
 
     Args:
-      source: 'digits' or 'folder'.
+      source: 'digits', 'folder', 'imagenet' (of TFDS), 'parquet' (of Hugging Face) or 'array_record' (prepared images).
       image_size: side of the images in pixels.
       **fields: the other arguments of that source, such as `split` or `path`.
 

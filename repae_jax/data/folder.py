@@ -7,9 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from repae_jax.images import center_crop
+from repae_jax.data.decoding import decode_crop
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -70,8 +69,8 @@ class FolderSource:
         Raises:
           Exception: whatever PIL raises for a file it cannot decode, a truncated one included.
         """
-        with Image.open(self._root / self._paths[i]) as image:
-            return {"image": center_crop(image, self.image_size), "label": self.labels[i]}
+        content = (self._root / self._paths[i]).read_bytes()
+        return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
 
     def name(self, i):
         """The path of record `i`, relative to the folder."""

@@ -1,40 +1,23 @@
 """Cached latents: the posterior of every image of a source, on disk, as `repae_jax.cache_latents` writes it.
 
-A cache is a folder:
+A cache is a folder of shards, see `repae_jax.data.shards`, with one file more:
 
-  manifest.json                what the cache holds, see `read_manifest`; written last: without it, the cache is unfinished
-  shard-00000.array_record     the first records, shard-00001.array_record those that follow, ...
-  labels.npy                   int32 [N]
   latents-stats.safetensors    the latents' statistics, for config.init.latent_stats
-  settings.json                what was to be made, and
-  shard-00000.json             what each shard holds: from these an interrupted cache is continued, and a damaged one repaired
 
 Record i is of image i of the source, so images and latents are joined by their numbers. It holds float32 [h, w, 2C], mean and
 then standard deviation of the posterior; in a cache with flips [2, h, w, 2C], the second being the mirrored image's posterior.
-The record of an undecodable image is empty. ArrayRecord keeps a hash with each record, which finds changed bytes as they are
-read.
 """
 
-import functools
 import hashlib
-import io
-import json
 import math
-from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
-FORMAT = 1
-MANIFEST, SETTINGS, LABELS, STATS = "manifest.json", "settings.json", "labels.npy", "latents-stats.safetensors"
-_OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
-_COMMAND = "python -m repae_jax.cache_latents"
-_ANOTHER = f"make one for this run: `{_COMMAND}` with its config and another --out"
+from repae_jax.data import array_record, shards
 
-
-def shard_file(shard):
-    """Name of a shard's file."""
-    return f"shard-{shard:05d}.array_record"
+KIND = shards.Kind("cache of latents", "python -m repae_jax.cache_latents", 1)
+STATS = "latents-stats.safetensors"
+_ANOTHER = f"make one for this run: `{KIND.command}` with its config and another --out"
 
 
 def record_shape(latent_shape, flips):
@@ -46,44 +29,16 @@ def record_shape(latent_shape, flips):
 def records_hash(source):
     """What tells a source from others: a hash of the names and labels of all its records, in order; decodes nothing.
 
-    Of cached latents, with their images or without, it is that of the images they were made from.
+    Of cached latents, with their images or without, and of PreparedImages it is that of the images they were made from.
     """
     if isinstance(source, WithMoments):
         source = source.cache  # which was compared with its images
-    if isinstance(source, CachedLatents):
+    if isinstance(source, (CachedLatents, array_record.PreparedImages)):
         return source.records_hash
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
         digest.update(f"{source.name(i)}\0{label}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def file_hash(path):
-    """Hash of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def shard_damage(folder, entry, check_content):
-    """What is wrong with a shard.
-
-    Args:
-      folder: the cache.
-      entry: {'file', 'bytes', 'sha256', ...}, its entry in the manifest.
-      check_content: read it all and compare the checksum, too.
-
-    Returns:
-      A few words, or None if nothing is wrong.
-    """
-    path = Path(folder) / entry["file"]
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{size} bytes instead of {entry['bytes']}"
-    if check_content and file_hash(path) != entry["sha256"]:
-        return "another checksum than when it was written"
-    return None
 
 
 def read_manifest(path):
@@ -102,23 +57,7 @@ def read_manifest(path):
     Raises:
       ValueError: if there is no finished cache, or the manifest is damaged or of another version.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"no cache of latents at {str(path)!r}: make one with `{_COMMAND} --out {path}`")
-    file = path / MANIFEST
-    if not file.is_file():
-        raise ValueError(
-            f"{str(path)!r} has no {MANIFEST}: it is no cache of latents, or an unfinished one; run `{_COMMAND} --out {path}`, "
-            "again with the same config, which continues where it stopped"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): {_repair(path)}") from error
-    if version != FORMAT:
-        raise ValueError(f"{file} is of format {version}, this code reads {FORMAT}: make the cache again in another folder")
-    return manifest
+    return shards.read_manifest(path, KIND)
 
 
 class CachedLatents:
@@ -147,6 +86,7 @@ class CachedLatents:
           ValueError: if the cache is unfinished, damaged or of another version.
         """
         manifest = read_manifest(path)
+        self._shards = shards.Shards(path, KIND)
         self.path = str(path)
         self.num_classes = manifest["num_classes"]
         self.image_size = manifest["image_size"]
@@ -156,21 +96,8 @@ class CachedLatents:
         self.vae = manifest["vae"]
         self.records_hash = manifest["records_hash"]
         self.latent_stats = {name: np.asarray(values, np.float32) for name, values in manifest["latent_stats"].items()}
-        self.labels = _read_labels(Path(path) / LABELS, manifest["labels_sha256"])
-        self._bad_names = dict(manifest["bad_records"])
-        self._shard_size = manifest["shard_size"]
+        self.labels = self._shards.labels
         self._shape = record_shape(self.latent_shape, self.flips)
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
-        damages = {entry["file"]: shard_damage(path, entry, check_content=False) for entry in manifest["shards"]}
-        found = [f"{file}: {damage}" for file, damage in damages.items() if damage]
-        if found:
-            raise ValueError(
-                f"cache {self.path!r} is damaged, {len(found)} of {len(damages)} shards, first {', '.join(found[:5])}; "
-                f"{_repair(path)}"
-            )
-
-    def __reduce__(self):
-        return CachedLatents, (self.path,)
 
     def __len__(self):
         return len(self.labels)
@@ -181,22 +108,14 @@ class CachedLatents:
         Raises:
           ValueError: if the image could not be decoded when the cache was made, or the record is damaged.
         """
-        i = range(len(self))[i]  # IndexError beyond the end
-        if i in self._bad_names:
-            raise ValueError(f"the image could not be decoded when the cache {self.path!r} was made")
-        shard, place = divmod(i, self._shard_size)
-        file = Path(self.path) / shard_file(shard)
-        try:
-            (content,) = self._open(file).read([place])
-        except RuntimeError as error:
-            raise ValueError(f"record {place} of {file} is damaged ({error}); {_repair(self.path)}") from error
+        content = self._shards[i]
         if len(content) != 4 * math.prod(self._shape):
-            raise ValueError(f"record {place} of {file} is {len(content)} bytes, not {self._shape}; {_repair(self.path)}")
+            raise self._shards.damaged(i, f"it is {len(content)} bytes, not {self._shape}")
         return {"moments": np.frombuffer(content, "<f4").reshape(self._shape), "label": self.labels[i]}
 
     def name(self, i):
         """Names record `i`: its number, and the name of its image if that was undecodable."""
-        return f"{self.path} #{i}" + (f" ({self._bad_names[i]})" if i in self._bad_names else "")
+        return self._shards.name(i)
 
 
 class WithMoments:
@@ -276,21 +195,3 @@ def check_cache(cache, fingerprint, latent_shape, image_size):
             differing.append(f"{what} {there} (this run's: {here})")
     if differing:
         raise ValueError(f"cache {cache.path!r} was made with {' and '.join(differing)}; {_ANOTHER}")
-
-
-def _repair(path):
-    return f"run `{_COMMAND} --out {path}` again with the same config, which makes damaged parts anew"
-
-
-def _open_shard(file):
-    return ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")  # for random access
-
-
-def _read_labels(file, expected_hash):
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error}); {_repair(file.parent)}") from error
-    if hashlib.sha256(content).hexdigest() != expected_hash:
-        raise ValueError(f"{file} has another checksum than when it was written; {_repair(file.parent)}")
-    return np.load(io.BytesIO(content), allow_pickle=False)

@@ -1,6 +1,7 @@
 """Batches without end from a source: shuffled, split over processes, resumable, and forgiving of a few bad files."""
 
 import os
+import time
 
 import grain
 import jax
@@ -29,6 +30,7 @@ class Loader:
 
     Attributes:
       next_batch: number of the batch that `next` returns next.
+      wait_seconds: how long `next` has waited for batches so far, all calls together: what reading ahead could not hide.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Loader:
         if batch_size % process_count:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
         self.next_batch = int(start_batch)
+        self.wait_seconds = 0.0
         self._source = source
         self._workers = workers
         self._max_bad = int(max_bad_fraction * len(source))
@@ -92,6 +95,7 @@ class Loader:
         Raises:
           RuntimeError: if more records than allowed have turned out undecodable.
         """
+        began = time.perf_counter()
         if self._iterator is None:
             self._iterator = self._start()
         try:
@@ -99,6 +103,8 @@ class Loader:
         except Exception:
             self.close()  # a read-ahead that has failed cannot be continued
             raise
+        finally:
+            self.wait_seconds += time.perf_counter() - began
         fields, failures = batch
         self._note_failures(failures)
         self.next_batch += 1

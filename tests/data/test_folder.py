@@ -174,6 +174,6 @@ def test_sources_as_commands_take_them(class_folders):
     assert data.parse_source("digits") == ("digits", {})
     name, fields = data.parse_source(str(class_folders))
     assert len(data.make_source(name, 8, **fields)) == 5
-    for text in ("imagenet", "digits:split", str(class_folders / "absent")):
+    for text in ("imagenette", "digits:split", str(class_folders / "absent")):
         with pytest.raises(ValueError, match=text):
             data.parse_source(text)

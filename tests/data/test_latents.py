@@ -53,7 +53,7 @@ def test_flips_are_the_mirrored_image(tmp_path):
 
 
 def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("repae_jax.data.latents._OPEN_SHARDS", 2)
+    monkeypatch.setattr("repae_jax.data.shards._OPEN_SHARDS", 2)
     make_cache(tmp_path / "cache", Pictures(20), changes={"shard_size": 1})
     cache = CachedLatents(tmp_path / "cache")
     for i in np.random.default_rng(0).integers(0, 20, 100):
@@ -199,7 +199,7 @@ def test_damaged_manifests(made):
     for content, message in (
         (file.read_text()[:100], "manifest.json is damaged .* again"),
         ("[]", "manifest.json is damaged"),
-        (json.dumps(manifest | {"format": 2}), "is of format 2, this code reads 1: make the cache again in another folder"),
+        (json.dumps(manifest | {"format": 2}), "is of format 2, this code reads 1: make the cache of latents again"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):

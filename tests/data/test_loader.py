@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -203,6 +204,56 @@ def test_closing_pauses():
 def test_restore_errors(state, message):
     with pytest.raises(ValueError, match=message):
         Loader(Numbers(37), batch_size=8, seed=3).restore(state)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 4), (4, 1, 2), (2, 4, 1)])
+def test_another_number_of_processes_continues_the_stream(warnings, counts):
+    """Three epochs and a part, each third by another number of processes: no record is missing, none is there twice."""
+    source, options = Numbers(37, bad=[5, 20]), dict(batch_size=8, seed=3, max_bad_fraction=0.1)
+    whole = Loader(source, **options)
+    expected = take(whole, 15)
+    joined, state = [], {"next_batch": 0, "bad_records": [], "records": 37}
+    for count in counts:
+        loaders = [Loader(source, process_index=p, process_count=count, **options) for p in range(count)]
+        for loader in loaders:
+            loader.restore(state)
+        parts = [take(loader, 5) for loader in loaders]
+        joined += [{field: np.concatenate([part[field] for part in step]) for field in step[0]} for step in zip(*parts)]
+        states = [loader.state() for loader in loaders]
+        assert {each["next_batch"] for each in states} == {len(joined)}
+        state = json.loads(json.dumps(states[0]))  # that of process 0 is saved
+    assert_batches_equal(joined, expected)
+    stream = np.concatenate([batch["label"] for batch in joined])[: 3 * 37].reshape(3, 37)
+    for epoch in stream:
+        assert sorted(epoch) == sorted([*set(range(37)) - {5, 20}, 6, 21])  # neighbors stand in for the two
+    assert len({tuple(epoch) for epoch in stream}) == 3
+
+
+def test_no_batch_is_cut_short_at_the_end_of_an_epoch():
+    """37 records, batches of 8: the fifth batch holds the last 5 of one epoch and the first 3 of the next."""
+    batches = [batch["label"] for batch in take(Loader(Numbers(37), batch_size=8, seed=3), 10)]
+    assert {len(batch) for batch in batches} == {8}
+    assert sorted(np.concatenate([*batches[:4], batches[4][:5]])) == list(range(37))
+    assert sorted(np.concatenate([batches[4][5:], *batches[5:9], batches[9][:2]])) == list(range(37))
+
+
+class Slow(Numbers):
+    """Each record takes a while to read."""
+
+    def __getitem__(self, i):
+        time.sleep(0.02)
+        return super().__getitem__(i)
+
+
+def test_waiting_is_measured():
+    with Loader(Slow(8), batch_size=8, seed=0) as loader:
+        assert loader.wait_seconds == 0
+        next(loader)
+        first = loader.wait_seconds
+        assert first >= 8 * 0.02
+        time.sleep(1)  # meanwhile batches are read ahead
+        next(loader)
+        assert loader.wait_seconds - first < 0.1
 
 
 # ----- undecodable records -----

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of a GKE cluster, as a JobSet: one pod per host, all restarted together when one of them ends early.
+# usage: bash launch/gke_jobset.sh [--dry-run] COMMAND
+#
+#   submit FLAGS        python -m repae_jax.train --distributed FLAGS on every host; the same workdir continues a run
+#   manifest FLAGS      print the JobSet, to be changed by hand
+#   logs [HOST|all]     follow the log of a host of the first slice (0 if none is named), or of all pods
+#   status              of the JobSet and its pods
+#   delete              end the run, which saves itself first
+#
+# Settings, from the environment:
+#   NAME                of the JobSet
+#   IMAGE               container with this repository as its working folder, installed with the extra [tpu]
+#   ACCELERATOR         label of the node pools: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, …
+#   TOPOLOGY            of a slice, e.g. 8x8
+#   CHIPS_PER_HOST      4 if not set
+#   SLICES              1 if not set; each is a node pool of its own
+#   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every error
+#   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
+#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set
+#
+# The cluster needs the JobSet controller (https://jobset.sigs.k8s.io). --dry-run prints the commands and runs none.
+script=$0
+# shellcheck source=launch/commands.sh
+source "$(dirname "$0")/commands.sh"
+options "$@"
+command=${rest[0]:-}
+options "${rest[@]:1}"
+
+kube() { call kubectl --namespace="${NAMESPACE:-default}" "$@"; }
+
+# A text as JSON, which YAML reads, too.
+quoted() {
+    local text=${1//\\/\\\\}
+    text=${text//\"/\\\"}
+    text=${text//$'\n'/\\n}
+    text=${text//$'\t'/\\t}
+    printf '"%s"' "$text"
+}
+
+# One line per word; $ is doubled because Kubernetes replaces $(NAME) in commands.
+words() {
+    local word
+    for word in "$@"; do printf '                - %s\n' "$(quoted "${word//\$/\$\$}")"; done
+}
+
+manifest() {
+    need IMAGE=us-docker.pkg.dev/my-project/repae/train:1 ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=8x8
+    [ $# -gt 0 ] || fail "$command needs flags of training: $command --config configs/repae.py --workdir gs://bucket/run"
+    local setting chips per_host=${CHIPS_PER_HOST:-4} slices=${SLICES:-1} restarts=${MAX_RESTARTS:-20} grace=${GRACE_SECONDS:-120}
+    [[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY: expected chips per side, e.g. 8x8 or 4x4x8"
+    for setting in "CHIPS_PER_HOST=$per_host" "SLICES=$slices" "MAX_RESTARTS=$restarts" "GRACE_SECONDS=$grace"; do
+        [[ $setting =~ =[0-9]+$ ]] || fail "$setting: expected a whole number"
+    done
+    chips=$((${TOPOLOGY//x/*}))
+    ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
+    cat <<MANIFEST
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool  # a slice is a node pool
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+  replicatedJobs:
+    - name: slice
+      replicas: $slices
+      template:
+        spec:
+          parallelism: $((chips / per_host))
+          completions: $((chips / per_host))
+          backoffLimit: 0  # one failed pod restarts them all
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: $grace
+              serviceAccountName: $(quoted "${SERVICE_ACCOUNT:-default}")
+              hostNetwork: true
+              dnsPolicy: ClusterFirstWithHostNet
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $(quoted "$ACCELERATOR")
+                cloud.google.com/gke-tpu-topology: $(quoted "$TOPOLOGY")
+              containers:
+              - name: train
+                image: $(quoted "$IMAGE")
+                ports:
+                - containerPort: 8471  # between the TPUs of a slice
+                - containerPort: 8080  # between slices
+                - containerPort: 8482  # jax.distributed's coordinator
+                resources:
+                  limits:
+                    google.com/tpu: $per_host
+                command:
+$(words python -m repae_jax.train --distributed "$@")
+MANIFEST
+}
+
+submit() {
+    local text
+    text=$(manifest "$@")
+    if [ -n "$dry_run" ]; then
+        printf "%s <<'MANIFEST'\n%s\nMANIFEST\n" "$(kube create --filename=-)" "$text"
+    else
+        kube create --filename=- <<<"$text"
+    fi
+}
+
+logs() {
+    local pods=jobset.sigs.k8s.io/jobset-name=$NAME
+    case ${1:-0} in
+    all) kube logs --prefix --tail=5 --max-log-requests=1000 --selector="$pods" ;;
+    *[!0-9]*) fail "logs takes the number of a host or 'all', not '$1'" ;;
+    *) kube logs --follow --tail=100 --selector="$pods,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=${1:-0}" ;;
+    esac
+}
+
+status() {
+    kube get jobset "$NAME"
+    kube get pods --output=wide --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
+}
+
+delete() { kube delete jobset "$NAME"; }
+
+case $command in
+submit | manifest | logs | status | delete) ;;
+*) fail "'$command' is none of the commands submit, manifest, logs, status or delete; see --help" ;;
+esac
+need NAME=repae
+[[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "NAME=$NAME: expected small letters, digits and hyphens, a letter first"
+"$command" "${rest[@]}"

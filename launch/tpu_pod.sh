@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Trains on a slice of a Cloud TPU pod: one command on all its workers, which find each other through the TPU's metadata.
+# usage: bash launch/tpu_pod.sh [--dry-run] COMMAND
+#
+#   create [FLAGS]      ask for the slice and wait until it is there; FLAGS go to gcloud: --spot, --service-account=…
+#   setup               copy the code at COMMIT to all workers and install it there
+#   run FLAGS           python -m repae_jax.train --distributed FLAGS on all workers; goes on when this machine disconnects
+#   logs [WORKER|all]   follow the log of a worker (0 if none is named), or show the last lines of each
+#   status              of the slice and of the run on each worker
+#   stop                let the run save itself and end
+#   resume              after a preemption: make the slice again, set it up, run what ran; nothing if all is well
+#   delete [--quiet]    give the slice back
+#
+# Settings, from the environment:
+#   NAME PROJECT ZONE   of the slice
+#   ACCELERATOR_TYPE    e.g. v5litepod-64
+#   RUNTIME_VERSION     e.g. v2-alpha-tpuv5-lite
+#   COMMIT              what setup copies: any name git knows; HEAD if not set
+#   POLL_SECONDS        between two looks at the state of the slice; 30 if not set
+#
+# Flags of create and run and the commit are noted under runs/tpu_pod, where resume finds them. --workdir and the data must be
+# addresses that all workers reach: gs://bucket/run. --dry-run prints the commands and runs none.
+script=$0
+# shellcheck source=launch/commands.sh
+source "$(dirname "$0")/commands.sh"
+options "$@"
+command=${rest[0]:-}
+options "${rest[@]:1}"
+cd "$(dirname "$0")/.."
+
+there=repae/launch/tpu_worker.sh # from the home folder of a worker
+worker="bash $there"
+
+# on WORKER COMMAND: over ssh; COMMAND is one string, which the worker's shell reads.
+on() {
+    call gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker="$1" --command="$2"
+}
+
+note() {
+    [ -z "$dry_run" ] || return 0
+    mkdir -p "$notes"
+    shown "${@:2}" >"$notes/$1.new"
+    mv "$notes/$1.new" "$notes/$1"
+}
+
+noted=()
+
+# Leaves what was noted in $noted.
+recall() {
+    [ -f "$notes/$1" ] || fail "resume needs what '$1' noted in $notes/$1, which does not exist: use '$1'"
+    eval "noted=($(<"$notes/$1"))"
+}
+
+# State of the slice: the queue's until it is granted, then the node's; ABSENT if nobody asked for it.
+state() {
+    local found
+    found=$("${queue_state[@]}") || return
+    if [ "$found" = ACTIVE ]; then
+        found=$("${node_state[@]}") || return
+        found=${found:-GONE}
+    fi
+    echo "${found:-ABSENT}"
+}
+
+show_state() {
+    shown "${queue_state[@]}"
+    shown "${node_state[@]}"
+}
+
+# Waits while the slice is on its way somewhere; leaves where it arrived in $now.
+settle() {
+    local seconds=${POLL_SECONDS:-30}
+    if [ -n "$dry_run" ]; then
+        echo "# every $seconds s until the first prints ACTIVE and the second READY:"
+        show_state
+        return
+    fi
+    until now=$(state) && [[ ! $now =~ ING$|^WAITING|^ACCEPTED ]]; do
+        echo "$(date +%T) $NAME is ${now:-out of reach}"
+        sleep "$seconds"
+    done
+    echo "$(date +%T) $NAME is $now"
+}
+
+create() {
+    need ACCELERATOR_TYPE=v5litepod-64 RUNTIME_VERSION=v2-alpha-tpuv5-lite
+    call gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${where[@]}" \
+        --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "$@"
+    note create "$@"
+    settle
+    [ -n "$dry_run" ] || [ "$now" = READY ] || fail "the slice is $now; 'resume' or 'create' after 'delete' asks for it again"
+}
+
+setup() {
+    local commit archive=$notes/code.tar.gz emptied='find repae -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
+    commit=$(git rev-parse --verify "${COMMIT:-HEAD}^{commit}" 2>/dev/null) || fail "COMMIT=${COMMIT:-HEAD} is no commit of a git repository in $PWD"
+    git diff --quiet HEAD || echo "note: changes that are not committed stay here; the workers get commit $commit" >&2
+    call mkdir -p "$notes"
+    call git archive --format=tar.gz --output="$archive" "$commit"
+    call gcloud compute tpus tpu-vm scp "$archive" "$NAME:repae.tar.gz" "${where[@]}" --worker=all
+    # all but .venv is replaced; tar gives new times (-m), by which the installation sees what has changed
+    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $emptied && tar -xzmf repae.tar.gz -C repae && $worker setup"
+    note commit "$commit"
+}
+
+run() {
+    [ $# -gt 0 ] || fail "run needs flags of training: run --config configs/repae.py --workdir gs://bucket/run"
+    note run "$@"
+    on all "$worker start $(shown python -m repae_jax.train --distributed "$@")"
+}
+
+logs() {
+    case ${1:-0} in
+    all) on all "$worker log" ;;
+    *[!0-9]*) fail "logs takes the number of a worker or 'all', not '$1'" ;;
+    *) on "${1:-0}" "tail -n 100 -F train.log" ;;
+    esac
+}
+
+status() {
+    if [ -n "$dry_run" ]; then
+        show_state
+    else
+        now=$(state)
+        echo "$NAME is $now"
+    fi
+    if [ -n "$dry_run" ] || [ "$now" = READY ]; then on all "$worker status"; fi
+}
+
+stop() {
+    on all "[ ! -e $there ] || $worker stop"
+}
+
+delete() {
+    call gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force "$@"
+}
+
+resume() {
+    local flags
+    recall commit
+    COMMIT=${noted[0]}
+    recall create
+    flags=("${noted[@]}")
+    recall run
+    if [ -n "$dry_run" ]; then now=SUSPENDED; else settle; fi
+    case $now in
+    READY)
+        if on all "$worker status"; then
+            echo "nothing to resume"
+            return
+        fi
+        stop
+        ;;
+    ABSENT) create "${flags[@]}" ;;
+    *) # a preempted slice cannot be started again, only made again
+        delete --quiet
+        create "${flags[@]}"
+        ;;
+    esac
+    setup
+    run "${noted[@]}"
+}
+
+case $command in
+create | setup | run | logs | status | stop | resume | delete) ;;
+*) fail "'$command' is none of the commands create, setup, run, logs, status, stop, resume or delete; see --help" ;;
+esac
+need NAME=repae PROJECT=my-project ZONE=us-west4-a
+where=(--project="$PROJECT" --zone="$ZONE")
+notes=runs/tpu_pod/$PROJECT/$ZONE/$NAME
+queue_state=(gcloud compute tpus queued-resources list "${where[@]}" --filter="name~(^|/)$NAME\$" --format="value(state.state)")
+node_state=(gcloud compute tpus tpu-vm list "${where[@]}" --filter="name~(^|/)$NAME\$" --format="value(state)")
+"$command" "${rest[@]}"

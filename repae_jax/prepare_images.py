@@ -1,0 +1,173 @@
+"""Preparing images: `python -m repae_jax.prepare_images --data folder:path=/data/imagenet/train --out /data/imagenet256`.
+
+Decodes and crops the images of any source once, as training would, and writes them to ArrayRecords that the source
+'array_record' reads: no JPEG is decoded again, and reading is quick from any disk. The pixels are the same.
+
+The same command continues where it stopped: a shard is there when it is whole and on disk, and then never made again unless it
+was damaged since. Several machines on one file system take turns with the shards, with --process_index and --process_count. The
+files are the same, byte for byte, however many there are, as long as their versions of Pillow are.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from repae_jax import data, shard_writer
+from repae_jax.data import array_record, latents, shards
+
+SHARD_SIZE = 4096  # records; some 500 MB of PNGs at 256 pixels
+NOTES = ("images",)  # settings that may differ when the work is continued: files may move
+_BLOCK_SIZE = 64
+_COMPRESSION = {"raw": 1.0, "png": 0.5, "webp": 0.4}  # of photographs, about
+
+
+class _Images:
+    """Images as `shard_writer.ShardWriter` makes records of them: encoded by the workers."""
+
+    kind = array_record.KIND
+    block_size = _BLOCK_SIZE
+
+    def __init__(self, image_size, encoding):
+        self.record_bytes = int(3 * image_size**2 * _COMPRESSION[encoding])
+        self._encoding = encoding
+
+    def blocks(self, source, ranges):
+        return shard_writer.Blocks(source, ranges, self._encode, b"")
+
+    def _encode(self, fields):
+        return array_record.encode(fields["image"], self._encoding)
+
+    def encode(self, contents):
+        return contents
+
+    def pack(self, name, contents, good):
+        del name, good
+        return contents, {}
+
+    def finish(self, entries):
+        del entries
+        return {}, {}
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    examples = "folder:path=/data/train, imagenet:split=train or parquet:path=/data"
+    parser.add_argument("--data", required=True, help=f"source of images and its fields, such as {examples}")
+    parser.add_argument("--out", required=True, help="folder for the prepared images, on a disk; continued if it exists")
+    parser.add_argument("--image_size", type=int, default=256, help="side of the prepared images in pixels")
+    parser.add_argument(
+        "--format", choices=array_record.ENCODINGS, default="png", help="of the records; without loss, raw reads quickest"
+    )
+    parser.add_argument("--shard_size", type=int, default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads")
+    parser.add_argument(
+        "--max_bad_fraction", type=float, default=0.01, help="end when more than this share of the images is undecodable"
+    )
+    parser.add_argument("--process_index", type=int, default=0, help="which of several such commands this is, from 0")
+    parser.add_argument("--process_count", type=int, default=1, help="how many there are, on machines that share a disk")
+    args = parser.parse_args(argv)
+    for name, low, high in (
+        ("image_size", 1, None),
+        ("shard_size", 1, None),
+        ("workers", 0, None),
+        ("max_bad_fraction", 0, 1),
+        ("process_count", 1, None),
+        ("process_index", 0, args.process_count - 1),
+    ):
+        value = getattr(args, name)
+        if value < low or (high is not None and value > high):
+            allowed = f"{low} and above" if high is None else f"{low} to {high}"
+            parser.error(f"--{name} is {value}; allowed: {allowed}")
+    return args
+
+
+def _settings(source, name, fields, args):
+    """What makes prepared images these and no others, and NOTES."""
+    return {
+        "format": array_record.KIND.format,
+        "records": len(source),
+        "records_hash": latents.records_hash(source),
+        "num_classes": source.num_classes,
+        "image_size": source.image_size,
+        "encoding": args.format,
+        "shard_size": args.shard_size,
+        "images": {"source": name, "options": fields},
+    }
+
+
+def _make_folder(out):
+    """The folder, made if need be; ValueError if nothing can be written to it."""
+    folder = Path(out).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} cannot be written to ({error}): give another --out") from error
+    return folder
+
+
+def run(args):
+    """Prepares images as the command line says.
+
+    Returns:
+      How many shards were made; None if SIGTERM or Ctrl-C ended the work early.
+
+    Raises:
+      ValueError: for a wrong source or folder.
+      RuntimeError, OSError: as `ShardWriter.run`.
+    """
+    from repae_jax.train import stop_signal  # here: every worker imports this module, and would import all networks
+
+    if "://" in args.out:
+        raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
+    name, fields = data.parse_source(args.data)
+    with stop_signal() as stopped:
+        source = data.make_source(name, args.image_size, **fields)
+        writer = shard_writer.ShardWriter(
+            _make_folder(args.out),
+            source,
+            _Images(args.image_size, args.format),
+            _settings(source, name, fields, args),
+            notes=NOTES,
+            workers=args.workers,
+            max_bad_fraction=args.max_bad_fraction,
+            process_index=args.process_index,
+            process_count=args.process_count,
+        )
+        return writer.run(stopped)
+
+
+def summary(folder):
+    """A paragraph on finished prepared images, and what to give to training."""
+    manifest = shards.read_manifest(folder, array_record.KIND)
+    bad, size = manifest["bad_records"], sum(shard["bytes"] for shard in manifest["shards"])
+    first = f", first {', '.join(name for _, name in bad[:5])}" if bad else ""
+    return (
+        f"{folder}: {manifest['records']} images of {manifest['image_size']} pixels in {manifest['num_classes']} classes "
+        f"({len(bad)} undecodable, their records are empty{first}), {len(manifest['shards'])} shards, {size / 1e9:.2f} GB\n"
+        f"train with --config.data.source=array_record --config.data.options.path={Path(folder).absolute()} "
+        f"--config.data.image_size={manifest['image_size']} --config.data.num_classes={manifest['num_classes']}"
+    )
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    args = parse_args()
+    try:
+        made = run(args)
+        if made is None:
+            print("asked to stop: what is finished is kept; run the same command to continue")
+        elif args.process_index == 0:
+            print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

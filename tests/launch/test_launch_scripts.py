@@ -1,0 +1,483 @@
+"""The launchers against stubs that record how gcloud, kubectl, srun, … are called."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SCRIPTS = ["tpu_pod.sh", "gke_jobset.sh", "slurm.sh", "multi_gpu.sh"]
+HARD = [
+    "--config",
+    "configs/repae.py:sit=B/1,vae=f16d32",
+    "--workdir=gs://bucket/a run",
+    "--config.lpips.input_range=(0.,1.)",
+    """--config.note=it's "a $HOME" `ls` \\ & ; * ~ # !""",
+    "--config.lines=one\ntwo\tthree",
+    "--config.empty=",
+    "",
+]
+POD = {
+    "NAME": "pod",
+    "PROJECT": "project",
+    "ZONE": "us-west4-a",
+    "ACCELERATOR_TYPE": "v5litepod-64",
+    "RUNTIME_VERSION": "v2-alpha-tpuv5-lite",
+    "POLL_SECONDS": "0",
+}
+WHERE = ["--project=project", "--zone=us-west4-a"]
+JOBSET = {"NAME": "run", "IMAGE": "host/repae:1", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "8x8"}
+JOB = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
+STUB = """#!{python} -IS
+import json, os, sys
+with open({calls!r}, "a") as file:
+    name, ids = os.path.basename(sys.argv[0]), os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    file.write(json.dumps({{"name": name, "argv": sys.argv[1:], "ids": ids}}) + "\\n")
+behavior = os.path.join({folder!r}, name)
+if os.path.exists(behavior):
+    os.execv({bash!r}, ["bash", behavior, *sys.argv[1:]])
+"""
+
+
+class Place:
+    """A checkout of the scripts, a home folder of a worker, and stubs that record their arguments."""
+
+    def __init__(self, root):
+        self.root, self.home, self.calls_file = root / "checkout", root / "home", root / "calls"
+        self.stubs, self.behaviors = root / "stubs", root / "behaviors"
+        for folder in (self.root / "launch", self.home, self.stubs, self.behaviors):
+            folder.mkdir(parents=True)
+        for script in LAUNCH.glob("*.sh"):
+            shutil.copy(script, self.root / "launch")
+        for name in ("setup.py", "constraints.txt"):
+            (self.root / name).touch()
+        for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
+            self.stub(self.stubs / name)
+        (self.root / ".gitignore").write_text(".venv/\nruns/\n")
+        self.install(self.root, "cuda")
+
+    def stub(self, path):
+        options = {"python": sys.executable, "calls": str(self.calls_file), "folder": str(self.behaviors)}
+        path.write_text(STUB.format(bash=shutil.which("bash"), **options))
+        path.chmod(0o755)
+
+    def install(self, folder, extra):
+        """A virtual environment that launch/environment.sh takes for complete."""
+        (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
+        self.stub(folder / ".venv/bin/python")
+        (folder / f".venv/installed-{extra}").touch()
+
+    def behave(self, name, code):
+        """What the stub does besides recording: bash code that sees its arguments."""
+        (self.behaviors / name).write_text(code)
+
+    def states(self, queue, node="READY"):
+        """States that gcloud reports one after the other, then the last for ever."""
+        (self.behaviors / "queue").write_text("\n".join(queue) + "\n")
+        (self.behaviors / "node").write_text(f"{node}\n")
+        self.behave(
+            "gcloud",
+            f"cd {self.behaviors}\n"
+            'case "$*" in\n'
+            "*queued-resources\\ list*) file=queue ;;\n"
+            "*tpu-vm\\ list*) file=node ;;\n"
+            "*queued-resources\\ create*) echo ACTIVE >queue; echo READY >node; exit ;;\n"
+            "*tpu_worker.sh\\ status*) [ -e healthy ]; exit ;;\n"
+            "*) exit 0 ;;\n"
+            "esac\n"
+            'head -n 1 $file\n[ "$(wc -l <$file)" -eq 1 ] || sed -i 1d $file\n',
+        )
+
+    def environment(self, settings):
+        return {"PATH": f"{self.stubs}:{os.environ['PATH']}", "HOME": str(self.home), **settings}
+
+    def bash(self, *arguments, cwd=None, **settings):
+        options = {"capture_output": True, "text": True, "timeout": 100, "stdin": subprocess.DEVNULL}
+        return subprocess.run(
+            ["bash", *arguments], cwd=cwd or self.root, env=self.environment(settings), check=False, **options
+        )
+
+    def launch(self, script, *arguments, **settings):
+        """Run a script that must succeed: its output."""
+        done = self.bash(f"launch/{script}", *arguments, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def refused(self, script, *arguments, **settings):
+        """Run a script that must end in one line of error before anything is called: that line."""
+        done = self.bash(f"launch/{script}", *arguments, **settings)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert self.calls() == []
+        return done.stderr
+
+    def calls(self, *names):
+        """Argument lists that were recorded since the last time, of the stubs named, or of all."""
+        if not self.calls_file.exists():
+            return []
+        found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        self.calls_file.unlink()
+        return [call["argv"] for call in found if not names or call["name"] in names]
+
+    def commit(self):
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+        for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=a"]):
+            subprocess.run([*git, *arguments], cwd=self.root, env=self.environment({}), check=True)
+        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=self.root, capture_output=True, text=True, check=True)
+        return shown.stdout.strip()
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def on_worker(place, call):
+    """Run what gcloud was asked to run over ssh, as a worker's shell would."""
+    command = call[-1].removeprefix("--command=")
+    assert command != call[-1]
+    return place.bash("-c", command, cwd=place.home)
+
+
+def wait_for(path, seconds=100):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(place, script):
+    shown = place.launch(script, "--help")
+    assert "usage: " in shown and "--dry-run" in shown and "#" not in shown
+    assert place.calls() == []
+
+
+def test_scripts_are_clean():
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    files = [LAUNCH / name for name in (*SCRIPTS, "commands.sh", "tpu_worker.sh")]
+    subprocess.run(["shellcheck", "--external-sources", *files], cwd=LAUNCH.parent, check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "settings", "message"),
+    [
+        ("tpu_pod.sh", ["status"], {}, "NAME PROJECT ZONE not set; for example: export NAME=repae PROJECT=my-project ZONE="),
+        ("tpu_pod.sh", ["create"], POD | {"ACCELERATOR_TYPE": ""}, "ACCELERATOR_TYPE not set; for example: export ACCEL"),
+        ("tpu_pod.sh", [], POD, "'' is none of the commands create, setup, run"),
+        ("tpu_pod.sh", ["fly"], POD, "'fly' is none of the commands create, setup, run"),
+        ("tpu_pod.sh", ["run"], POD, "run needs flags of training"),
+        ("tpu_pod.sh", ["logs", "first"], POD, "logs takes the number of a worker or 'all', not 'first'"),
+        ("tpu_pod.sh", ["setup"], POD | {"COMMIT": "nowhere"}, "COMMIT=nowhere is no commit of a git repository in "),
+        ("tpu_pod.sh", ["resume"], POD, "resume needs what 'commit' noted in runs/tpu_pod/project/us-west4-a/pod/commit"),
+        ("gke_jobset.sh", ["delete"], {}, "NAME not set"),
+        ("gke_jobset.sh", ["submit", "--config", "c"], {"NAME": "a"}, "IMAGE ACCELERATOR TOPOLOGY not set; for example"),
+        ("gke_jobset.sh", ["submit"], JOBSET, "submit needs flags of training"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"NAME": "My_Run"}, "NAME=My_Run: expected small letters"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"TOPOLOGY": "64"}, "TOPOLOGY=64: expected chips per side, e.g. 8x8"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"SLICES": "two"}, "SLICES=two: expected a whole number"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"TOPOLOGY": "3x3"}, "9 chips, which CHIPS_PER_HOST=4 does not divide"),
+        ("slurm.sh", ["--config", "c"], {}, "this is no SLURM job; submit it: sbatch launch/slurm.sh FLAGS"),
+        ("slurm.sh", [], JOB, "flags of training are missing"),
+        ("slurm.sh", ["-c"], JOB | {"SLURM_GPUS_ON_NODE": ""}, "SLURM_GPUS_ON_NODE not set"),
+        ("slurm.sh", ["-c"], JOB | {"SLURM_NTASKS_PER_NODE": "3"}, "--ntasks-per-node must be 1 or 4"),
+        ("slurm.sh", ["-c"], JOB | {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository's folder"),
+        ("multi_gpu.sh", [], {}, "flags of training are missing"),
+        ("multi_gpu.sh", ["--processes", "--config", "c"], {}, "--processes '--config': expected their number"),
+    ],
+)
+def test_mistakes_end_in_one_line(place, script, arguments, settings, message):
+    assert message in place.refused(script, *arguments, **settings)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "settings"),
+    [
+        ("tpu_pod.sh", ["create", "--spot"], POD),
+        ("tpu_pod.sh", ["setup"], POD),
+        ("tpu_pod.sh", ["run", *HARD], POD),
+        ("tpu_pod.sh", ["logs"], POD),
+        ("tpu_pod.sh", ["logs", "all"], POD),
+        ("tpu_pod.sh", ["status"], POD),
+        ("tpu_pod.sh", ["stop"], POD),
+        ("tpu_pod.sh", ["delete", "--quiet"], POD),
+        ("gke_jobset.sh", ["submit", *HARD], JOBSET),
+        ("gke_jobset.sh", ["logs", "3"], JOBSET),
+        ("gke_jobset.sh", ["status"], JOBSET),
+        ("gke_jobset.sh", ["delete"], JOBSET | {"NAMESPACE": "mine"}),
+        ("slurm.sh", HARD, JOB),
+        ("multi_gpu.sh", HARD, {}),
+        ("multi_gpu.sh", ["--processes", "2", *HARD], {}),
+    ],
+)
+def test_dry_run_prints_what_a_run_does(place, script, arguments, settings):
+    place.commit()
+    place.states(["ACTIVE"])
+    (place.behaviors / "healthy").touch()
+    text = place.behaviors.parent / "stdin"
+    place.behave("kubectl", f'case "$*" in *create*) cat >{text} ;; esac')
+    before = sorted(path for path in place.root.rglob("*") if ".git" not in path.parts)
+    at = 0 if script in ("slurm.sh", "multi_gpu.sh") else len(arguments) % 2  # before the command, or after it
+    shown = place.launch(script, *arguments[:at], "--dry-run", *arguments[at:], **settings)
+    assert place.calls() == []
+    assert sorted(path for path in place.root.rglob("*") if ".git" not in path.parts) == before
+
+    (place.root / "shown.sh").write_text(shown.partition("\n# if that ends")[0] + "\nwait\n")
+    assert place.bash("shown.sh", **settings).returncode == 0
+    printed = place.calls("gcloud", "kubectl", "srun", "python"), text.exists() and text.read_text()
+    place.launch(script, *arguments, **settings)
+    run = place.calls("gcloud", "kubectl", "srun", "python"), text.exists() and text.read_text()
+    assert sorted(printed[0]) == sorted(run[0]) and printed[1] == run[1]
+
+
+def test_slice_is_asked_for_and_waited_for(place):
+    place.states(["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    place.behave("gcloud", (place.behaviors / "gcloud").read_text().replace("echo ACTIVE >queue; ", ""))
+    shown = place.launch("tpu_pod.sh", "create", "--spot", **POD)
+    queue, *looks = place.calls()
+    assert queue == ["compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", *WHERE,
+                     "--accelerator-type=v5litepod-64", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]  # fmt: skip
+    assert [look[2:4] for look in looks] == [["queued-resources", "list"]] * 3 + [["tpu-vm", "list"]]
+    assert [line.split()[-1] for line in shown.splitlines()] == ["WAITING_FOR_RESOURCES", "PROVISIONING", "READY"]
+
+
+def test_refused_slice_ends_create(place):
+    place.states(["FAILED"])
+    place.behave("gcloud", (place.behaviors / "gcloud").read_text().replace("echo ACTIVE >queue; ", ""))
+    done = place.bash("launch/tpu_pod.sh", "create", **POD)
+    assert done.returncode == 1 and done.stderr.startswith("error: the slice is FAILED; ")
+
+
+def test_setup_copies_the_commit_and_installs_it(place):
+    commit = place.commit()
+    (place.root / "setup.py").write_text("not committed")
+    done = place.bash("launch/tpu_pod.sh", "setup", **POD)
+    assert done.returncode == 0 and commit in done.stderr and "not committed stay here" in done.stderr
+    copy, install = place.calls("gcloud")
+    archive = "runs/tpu_pod/project/us-west4-a/pod/code.tar.gz"
+    assert copy == ["compute", "tpus", "tpu-vm", "scp", archive, "pod:repae.tar.gz", *WHERE, "--worker=all"]
+    assert install[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
+
+    shutil.copy(place.root / archive, place.home / "repae.tar.gz")
+    place.install(place.home / "repae", "base")
+    (place.home / "repae/old.py").touch()
+    place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
+    done = on_worker(place, install)
+    assert done.returncode == 0, done.stderr
+    assert (place.home / "repae/setup.py").read_text() == "" and not (place.home / "repae/old.py").exists()
+    assert [call[-1] for call in place.calls("python")] == ["pip", ".[tpu]"]
+    assert (place.home / "repae/.venv/installed-tpu").exists()
+
+
+def test_run_reaches_the_workers_as_typed(place):
+    place.launch("tpu_pod.sh", "run", *HARD, **POD)
+    (start,) = place.calls()
+    assert start[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
+    shutil.copytree(place.root, place.home / "repae")
+    place.install(place.home / "repae", "tpu")
+    place.behave("python", "echo step 1; exit 3")
+    assert on_worker(place, start).returncode == 0
+    wait_for(place.home / "train.exit")
+    assert place.calls("python") == [["-m", "repae_jax.train", "--distributed", *HARD]]
+    assert (place.home / "train.log").read_text() == "step 1\n"
+    place.launch("tpu_pod.sh", "status", **POD | {"NAME": "other"})  # not there: nobody is asked over ssh
+    assert all("ssh" not in call for call in place.calls())
+    done = place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae")
+    assert done.returncode == 1 and "ended with exit code 3: step 1" in done.stdout
+
+
+def test_run_on_a_worker_outlives_the_call_and_saves_itself(place):
+    folder = place.home / "repae"
+    shutil.copytree(place.root, folder)
+    place.install(folder, "tpu")
+    place.behave("python", "trap 'echo saved; exit 75' TERM; echo begun; while sleep 0.05; do :; done")
+    worker = ["launch/tpu_worker.sh"]
+    assert place.bash(*worker, "status", cwd=folder).returncode == 1
+    assert place.bash(*worker, "start", "python", "-m", "x", cwd=folder).returncode == 0
+    wait_for(place.home / "train.log")
+    while "begun" not in (place.home / "train.log").read_text():
+        time.sleep(0.02)
+    done = place.bash(*worker, "status", cwd=folder)
+    assert done.returncode == 0 and "running: begun" in done.stdout
+    for command in (["start", "python", "-m", "x"], ["idle"]):
+        done = place.bash(*worker, *command, cwd=folder)
+        assert done.returncode == 1 and "a run is going on" in done.stderr
+    assert place.bash(*worker, "stop", cwd=folder).returncode == 0
+    assert (place.home / "train.exit").read_text() == "75\n"
+    assert place.bash(*worker, "log", cwd=folder).stdout.splitlines()[-1].endswith(": saved")
+    assert place.bash(*worker, "status", cwd=folder).returncode == 1
+
+
+def verbs(calls):
+    """Calls of gcloud without looks at the state: (what was done, over ssh with the worker's command)."""
+    words = [call[3] if call[3] != "ssh" else re.search(r"tpu_worker.sh (\w+)", call[-1])[1] for call in calls]
+    return [word for word in words if word != "list"]
+
+
+@pytest.fixture
+def preempted(place):
+    """A place where a run had begun, and its commit; nothing but files is left of it."""
+    commit = place.commit()
+    place.states(["ACTIVE"])
+    for command in (["create", "--spot", "--labels=a=b c"], ["setup"], ["run", *HARD]):
+        place.launch("tpu_pod.sh", *command, **POD)
+    (place.root / "setup.py").write_text("newer")
+    assert place.commit() != commit
+    created, *_, started = place.calls()
+    return place, commit, created, started
+
+
+@pytest.mark.parametrize(
+    ("queue", "node", "first"),
+    [
+        (["SUSPENDING", "SUSPENDED"], "", ["delete", "create"]),
+        (["ACTIVE"], "PREEMPTED", ["delete", "create"]),
+        (["ACTIVE"], "", ["delete", "create"]),
+        ([""], "", ["create"]),
+        (["PROVISIONING", "ACTIVE"], "READY", ["status", "stop"]),
+    ],
+)
+def test_resume_makes_the_slice_again_and_runs_what_ran(preempted, queue, node, first):
+    place, commit, created, started = preempted
+    place.states(queue, node)
+    place.launch("tpu_pod.sh", "resume", **POD | {"COMMIT": "of another time"})
+    calls = [call for call in place.calls() if call[3] != "list"]
+    assert verbs(calls) == [*first, "scp", "idle", "start"]
+    assert calls[-1] == started
+    if "create" in first:
+        assert calls[-4] == created
+    if "delete" in first:
+        assert calls[0] == ["compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
+    notes = place.root / "runs/tpu_pod/project/us-west4-a/pod"
+    assert (notes / "commit").read_text().strip() == commit
+    packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "setup.py"], capture_output=True, check=True)
+    assert packed.stdout == b""
+
+
+def test_resume_leaves_a_healthy_run_alone(preempted):
+    place = preempted[0]
+    place.states(["ACTIVE"])
+    (place.behaviors / "healthy").touch()
+    assert "nothing to resume" in place.launch("tpu_pod.sh", "resume", **POD)
+    assert verbs(place.calls()) == ["status"]
+    shown = place.launch("tpu_pod.sh", "resume", "--dry-run", **POD)
+    assert place.calls() == []
+    assert [line.split()[4] for line in shown.splitlines() if "delete" in line or "create" in line] == ["delete", "create"]
+
+
+def manifest_of(place, **settings):
+    return yaml.safe_load(place.launch("gke_jobset.sh", "manifest", *HARD, **JOBSET | settings))
+
+
+def test_manifest(place):
+    jobset = manifest_of(place)
+    assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "run"
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20}
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert replicated["replicas"] == 1 and job["parallelism"] == job["completions"] == 16 and job["backoffLimit"] == 0
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "8x8",
+    }
+    assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
+    assert container["image"] == "host/repae:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
+    command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
+    assert command == ["python", "-m", "repae_jax.train", "--distributed", *HARD]
+    assert all("$" not in word.replace("$$", "") for word in container["command"])
+
+
+def test_manifest_of_several_slices(place):
+    jobset = manifest_of(
+        place, TOPOLOGY="4x4x8", CHIPS_PER_HOST="8", SLICES="2", MAX_RESTARTS="5", GRACE_SECONDS="15", SERVICE_ACCOUNT="me"
+    )
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert replicated["replicas"] == 2 and job["parallelism"] == 16 and jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
+    assert pod["terminationGracePeriodSeconds"] == 15 and pod["serviceAccountName"] == "me"
+
+
+def test_logs_of_a_host(place):
+    place.launch("gke_jobset.sh", "logs", "3", **JOBSET)
+    (call,) = place.calls()
+    assert call[:3] == ["--namespace=default", "logs", "--follow"]
+    assert call[-1].endswith("=run,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=3")
+
+
+@pytest.mark.parametrize(("tasks", "ids"), [("4", None), ("1", "0,1,2,3")])
+def test_slurm_starts_one_process_per_gpu_or_node(place, tasks, ids):
+    copy = place.root.parent / "slurm_script"  # SLURM runs a copy of the script from its spool folder
+    shutil.copy(place.root / "launch/slurm.sh", copy)
+    settings = JOB | {"SLURM_NTASKS_PER_NODE": tasks, "SLURM_SUBMIT_DIR": str(place.root)}
+    assert place.bash(copy, *HARD, cwd="/", **settings).returncode == 0
+    (line,) = place.calls_file.read_text().splitlines()
+    call = json.loads(line)
+    options = ["--gpu-bind=none", "--cpus-per-task=6", "--kill-on-bad-exit=0", "--wait=60"]
+    assert call["name"] == "srun" and call["ids"] == ids
+    assert call["argv"] == [*options, "python", "-m", "repae_jax.train", "--distributed", *HARD]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, []), (1, []), (75, [["requeue", "7"]]), (137, [])])
+def test_slurm_job_goes_back_into_the_queue_if_the_run_was_stopped(place, code, requeued):
+    place.behave("srun", f"exit {code}")
+    done = place.bash("launch/slurm.sh", "--config", "c", **JOB)
+    assert done.returncode == (0 if requeued else code)
+    assert place.calls("scontrol") == requeued
+
+
+def test_sbatch_sees_all_its_options():
+    lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [line for line in lines if line.startswith("#SBATCH ")]
+    assert options == [line for line in lines[:first] if line.startswith("#SBATCH ")]
+    assert {"#SBATCH --signal=TERM@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert not any("gpus-per-task" in line for line in options)  # hides GPUs that JAX counts on
+
+
+def test_one_process_for_all_gpus(place):
+    place.behave("python", "exit 75")
+    assert place.bash("launch/multi_gpu.sh", *HARD).returncode == 75
+    assert place.calls() == [["-m", "repae_jax.train", *HARD]]
+
+
+def test_one_process_per_gpu(place):
+    place.behave("python", "echo hello")
+    assert place.launch("multi_gpu.sh", "--processes", "3", *HARD, PORT="4000") == "hello\n"
+    calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
+    calls.sort(key=lambda call: call["ids"])
+    by_hand = ["-m", "repae_jax.train", "--coordinator", "localhost:4000", "--num_processes", "3", "--process_id"]
+    assert [call["ids"] for call in calls] == ["0", "1", "2"]
+    assert [call["argv"] for call in calls] == [[*by_hand, str(i), *HARD] for i in range(3)]
+    assert (place.root / "runs/multi_gpu/process-2.log").read_text() == "hello\n"
+
+
+def test_dead_process_ends_the_others(place):
+    place.behave("python", 'case "$*" in *process_id\\ 1*) exit 9 ;; *) exec sleep 60 ;; esac')
+    done = place.bash("launch/multi_gpu.sh", "--processes", "3", "--config", "c", GRACE_SECONDS="0.2")
+    assert done.returncode == 137
+    lines = [line for line in done.stderr.splitlines() if line.startswith("process")]
+    assert lines == [f"process {i} ended with exit code {code}" for i, code in ((0, 137), (1, 9), (2, 137))]
+
+
+def test_processes_save_themselves_on_request(place):
+    ready = place.behaviors / "ready"
+    place.behave("python", f"trap 'sleep 0.3; exit 75' TERM; echo >>{ready}; while sleep 0.05; do :; done")
+    command = ["bash", "launch/multi_gpu.sh", "--processes", "2", "--config", "c"]
+    process = subprocess.Popen(command, cwd=place.root, env=place.environment({"GRACE_SECONDS": "0"}), stderr=subprocess.PIPE)
+    wait_for(ready)
+    while ready.read_text() != "\n\n":
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode == 75

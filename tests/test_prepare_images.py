@@ -1,0 +1,314 @@
+"""Preparing images: the pixels of the source, the same files whatever interrupts the work and however many processes do it."""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from repae_jax import data, prepare_images, shard_writer
+from repae_jax.data import array_record, latents, shards
+from repae_jax.data.array_record import PreparedImages
+from repae_jax.data.folder import FolderSource
+from repae_jax.data.loader import Loader
+
+REPOSITORY = Path(__file__).parents[1]
+COUNT, SIZE = 20, 8
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of 20 noisy pictures in 4 classes; number 6 is truncated."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        file = root / f"class{i // 5}" / f"{i:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (10 + i, 17, 3), np.uint8)).save(file)
+    broken = root / "class1/06.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    return root
+
+
+def arguments(pictures, out, *more):
+    settings = {"--image_size": SIZE, "--shard_size": 8, "--workers": 0, "--max_bad_fraction": 0.05}
+    options = [f"{name}={value}" for name, value in settings.items()]
+    return [f"--data=folder:path={pictures}", f"--out={out}", *options, *map(str, more)]
+
+
+def prepare(pictures, out, *more):
+    return prepare_images.run(prepare_images.parse_args(arguments(pictures, out, *more)))
+
+
+def contents(folder):
+    """Name -> bytes of all files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared")
+    assert prepare(pictures, out) == 3
+    return out
+
+
+# ---- the files, and reading them ------------------------------------------------------------------------------------
+
+
+def test_files(pictures, made):
+    named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
+    assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "settings.json"])
+    manifest = shards.read_manifest(made, array_record.KIND)
+    assert manifest["records"] == COUNT and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
+    assert manifest["bad_records"] == [[6, "class1/06.png"]] and manifest["images"]["source"] == "folder"
+    for shard in manifest["shards"]:
+        assert shards.shard_damage(made, shard, check_content=True) is None
+
+
+@pytest.mark.parametrize("encoding", array_record.ENCODINGS)
+def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding):
+    prepare(pictures, tmp_path / "out", "--format", encoding)
+    source, prepared = FolderSource(pictures, SIZE), data.make_source("array_record", SIZE, path=str(tmp_path / "out"))
+    assert len(prepared) == COUNT and prepared.num_classes == 4 and prepared.image_size == SIZE
+    assert prepared.labels.dtype == np.int32 and prepared.labels.tolist() == source.labels.tolist()
+    assert prepared.records_hash == latents.records_hash(source)
+    for i in (7, 8, 0, 19, 3):
+        np.testing.assert_array_equal(prepared[i]["image"], source[i]["image"])
+        assert prepared[i]["label"] == source.labels[i]
+    with pytest.raises(ValueError, match="could not be decoded when the set of prepared images"):
+        prepared[6]
+    assert prepared.name(5).endswith(" #5") and prepared.name(6).endswith(" #6 (class1/06.png)")
+    with pytest.raises(IndexError):
+        prepared[COUNT]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_those_of_the_source(pictures, made, workers):
+    prepared = PreparedImages(made, SIZE)
+    prepared[0]  # a file is open
+    assert pickle.loads(pickle.dumps(prepared)).name(3) == prepared.name(3)
+    options = {"batch_size": 6, "seed": 3, "max_bad_fraction": 0.05}
+    with Loader(FolderSource(pictures, SIZE), **options) as one, Loader(prepared, workers=workers, **options) as other:
+        for expected, batch in itertools.islice(zip(one, other), 8):
+            for field in expected:
+                np.testing.assert_array_equal(batch[field], expected[field])
+
+
+def test_training_takes_the_flags_that_are_printed(made):
+    text = prepare_images.summary(made)
+    assert "20 images of 8 pixels in 4 classes (1 undecodable, their records are empty, first class1/06.png), 3 shards" in text
+    given = dict(word.removeprefix("--config.data.").split("=") for word in text.split() if word.startswith("--config."))
+    source = data.make_source(given["source"], int(given["image_size"]), path=given["options.path"])
+    data.check_labels(source, int(given["num_classes"]))
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_folder_is_left_alone(pictures, made):
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert prepare(pictures, made) == 0
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+
+
+def killed_trials(pictures, folder, trials):
+    """In a process of its own: kills the work at random times until it is done. Prints how often."""
+    folder, draw = Path(folder), random.Random(0)
+    encode = array_record.encode
+    array_record.encode = lambda *given: time.sleep(0.01) or encode(*given)
+    for trial in range(trials):
+        kills = 0
+        while True:
+            pid = os.fork()  # importing takes seconds: that is done once
+            if not pid:
+                out = folder / f"cut-{trial}"
+                try:
+                    prepare(pictures, out)
+                finally:
+                    os._exit(0 if (out / shards.MANIFEST).exists() else 1)
+            if kills < 3:
+                time.sleep(draw.uniform(0.05, 0.3))
+                os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status), status
+            kills += 1
+        print(json.dumps({"kills": kills}))
+
+
+def test_killed_at_random_times_the_files_are_the_same(pictures, made, tmp_path):
+    script = f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)"
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert sum(json.loads(line)["kills"] for line in run.stdout.splitlines()) >= 1  # how many depends on the machine
+    for trial in range(4):
+        assert contents(tmp_path / f"cut-{trial}") == contents(made)
+
+
+@pytest.mark.parametrize("damage", ["cut", "byte", "gone"])
+@pytest.mark.parametrize("name", ["shard-00001.array_record", "labels.npy", "manifest.json"])
+def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnings, name, damage):
+    shutil.copytree(made, tmp_path / "out")
+    file = tmp_path / "out" / name
+    whole = file.read_bytes()
+    at = len(whole) // 2
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:at] + (b"" if damage == "cut" else bytes([whole[at] ^ 1]) + whole[at + 1 :]))
+    if name.startswith("shard") and damage == "byte":  # found when its record is read
+        prepared = PreparedImages(tmp_path / "out", SIZE)
+        with pytest.raises(ValueError, match=r"record \d of .*shard-00001.array_record is damaged .*prepare_images --out"):
+            [prepared[i] for i in range(8, 16)]
+    elif (name, damage) != ("manifest.json", "byte"):  # which may be anywhere
+        with pytest.raises(ValueError, match=name):
+            PreparedImages(tmp_path / "out", SIZE)
+    prepare(pictures, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(made)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_worker_processes_change_nothing(pictures, made, tmp_path):
+    command = [sys.executable, "-m", "repae_jax.prepare_images", *arguments(pictures, tmp_path / "out", "--workers=1")]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.startswith(f"{tmp_path / 'out'}: 20 images"), run.stderr
+    assert "100%" in run.stderr and "Leaving out undecodable record class1/06.png" in run.stderr
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "_POLL_SECONDS", 0.01)
+    results = {}
+
+    def work(process):
+        results[process] = prepare(pictures, tmp_path / "out", f"--process_index={process}", "--process_count=2")
+
+    threads = [threading.Thread(target=work, args=(process,)) for process in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == {0: 2, 1: 1}
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_asked_to_stop_it_keeps_what_is_finished(pictures, made, tmp_path, monkeypatch):
+    encode, asked = array_record.encode, threading.Lock()
+
+    def slow_encode(pixels, encoding):
+        time.sleep(0.05)
+        if (tmp_path / "out/shard-00000.json").exists() and asked.acquire(blocking=False):  # a second one acts at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(pixels, encoding)
+
+    monkeypatch.setattr(prepare_images._Images, "block_size", 1)
+    monkeypatch.setattr(array_record, "encode", slow_encode)
+    monkeypatch.setattr(prepare_images.shard_writer.loader, "_READ_THREADS", 1)  # encodes just ahead of what is written
+    assert prepare(pictures, tmp_path / "out") is None
+    kept = sorted((tmp_path / "out").glob("shard-*.json"))
+    assert kept and len(kept) < 3
+    with pytest.raises(ValueError, match="has no manifest.json.*unfinished.*continues where it stopped"):
+        PreparedImages(tmp_path / "out", SIZE)
+    monkeypatch.undo()
+    assert prepare(pictures, tmp_path / "out") == 3 - len(kept)
+    assert contents(tmp_path / "out") == contents(made)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--format=raw"], "holds a set of prepared images made with other settings(.|\n)*encoding: 'png' there, 'raw' here"),
+        (["--image_size=16"], "image_size: 8 there, 16 here"),
+        (["--shard_size=5"], "shard_size: 8 there, 5 here"),
+        (["--out=gs://bucket/a"], "go to a local or mounted disk, not to gs://bucket/a"),
+        (["--out=/proc/a"], "'/proc/a' cannot be written to"),
+        (["--data=imagenette"], "'imagenette' is no folder, and no source"),
+        (["--data=folder:split=train"], "'folder' has no argument split"),
+        (["--data=folder:path=nowhere"], "'nowhere', which is not a folder"),
+    ],
+)
+def test_wrong_arguments(pictures, made, more, message):
+    before = contents(made)
+    with pytest.raises(ValueError, match=message):
+        prepare(pictures, made, *more)
+    assert contents(made) == before
+
+
+def test_mistakes_end_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_images", "--data=nonsense", "--out=a"])
+    with pytest.raises(SystemExit) as caught:
+        prepare_images.main()
+    assert str(caught.value.code).startswith("error: 'nonsense' is no folder") and "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize(
+    "argument", ["--image_size=0", "--workers=-1", "--process_index=1", "--max_bad_fraction=2", "--format=jpeg"]
+)
+def test_numbers_out_of_range(argument, capsys):
+    with pytest.raises(SystemExit):
+        prepare_images.parse_args(["--data=digits", "--out=a", argument])
+    name, value = argument.split("=")
+    assert name in capsys.readouterr().err and value
+
+
+def test_too_many_bad_images(pictures, tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1 of 20 records \(5.00%\) cannot be decoded, 0 are allowed: class1/06.png"):
+            prepare(pictures, tmp_path / "out", "--max_bad_fraction=0")
+
+
+def test_images_that_changed(pictures, made, tmp_path):
+    shutil.copytree(pictures, tmp_path / "others")
+    (tmp_path / "others/class0/00.png").rename(tmp_path / "others/class0/000.png")
+    with pytest.raises(ValueError, match="records_hash"):
+        prepare(tmp_path / "others", made)
+
+
+def test_images_that_moved(pictures, made, tmp_path):
+    shutil.copytree(pictures, tmp_path / "elsewhere")
+    before = contents(made)
+    assert prepare(tmp_path / "elsewhere", made) == 0
+    assert contents(made) == before
+
+
+def test_another_size_than_prepared(made):
+    with pytest.raises(ValueError, match="have 8 pixels on a side, image_size is 16: set image_size to 8, or"):
+        PreparedImages(made, 16)
+
+
+def test_not_prepared(tmp_path):
+    with pytest.raises(ValueError, match="no set of prepared images at .*nowhere': make one with `python -m repae_jax.pre"):
+        PreparedImages(tmp_path / "nowhere", SIZE)
+
+
+def test_a_disk_too_small_is_noticed_first(pictures, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(ValueError, match="the set of prepared images needs 0.0 GB more, the disk of .* has 0.0 GB free"):
+        prepare(pictures, tmp_path / "out")
