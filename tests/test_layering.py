@@ -40,6 +40,8 @@ ORDER = [
     "repae_jax.reference_stats",
     "repae_jax.train",
     "repae_jax.trained",
+    "repae_jax.shard_writer",
+    "repae_jax.prepare_images",
     "repae_jax.sample",
     "repae_jax.evaluate",
     "repae_jax.evaluate_tokenizer",
