@@ -103,7 +103,8 @@ def get_config(arg=""):
         "stats_images": 4096,
     }
     config.precision = {"compute": "bfloat16", "lpips": "float32"}
-    config.mesh = {"fsdp": 1}  # devices that share one copy of parameters and optimizer state
+    # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, among which none is shared
+    config.mesh = {"fsdp": 1, "slices": 1}
     config.checkpoint = {"every": 10_000, "keep_last": 2, "keep_every": 50_000}
     config.log = {"every": 100}
     config.hooks = {

@@ -23,7 +23,7 @@ from checkpoints_tools.sit import layout_of
 from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
 from repae_jax import config_rules as rules
-from repae_jax import data, features, sharding, train_step
+from repae_jax import data, features, hosts, sharding, train_step
 from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
 from repae_jax.data.loader import Loader
 from repae_jax.generate import Sampling, check_sampler
@@ -98,7 +98,7 @@ def build(config, devices=None, encoders=None):
     config = plain_config(config)
     kind = rules.check_fields(config)
     recipe = rules.make_recipe(config)
-    mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices)
+    mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices, config["mesh"]["slices"])
     sharding.check_batch(config["data"]["batch_size"], config["accumulation"], mesh)
     dtype = rules.compute_dtype("compute", config)
     if encoders is None:
@@ -253,7 +253,7 @@ def load_frozen_vae(job):
             f"file, such as REPA-E/e2e-vavae/e2e-vavae-400k.pt, or {RANDOM!r} for tests and benchmarks"
         )
     params = vae_files.read_vae_params(path, job.nets.vae, jax.eval_shape(init, jax.random.key(0)))
-    return jax.device_put(params, sharding.replicated(job.mesh))
+    return _put_weights(job, params, sharding.replicated(job.mesh))
 
 
 def load_frozen(job):
@@ -265,7 +265,14 @@ def load_frozen(job):
         ),
         "lpips": None if job.nets.lpips is None else _lpips_params(job),
     }
-    return jax.device_put(frozen, sharding.tree_sharding(job.mesh, frozen))
+    return _put_weights(job, frozen, sharding.tree_sharding(job.mesh, frozen))
+
+
+def _put_weights(job, tree, shardings):
+    """The tree on the mesh; ValueError if processes that share the mesh have read different weights."""
+    if job.mesh.is_multi_process:
+        hosts.check_same(weights=sharding.local_checksums(tree))
+    return sharding.put(tree, shardings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,21 +334,22 @@ def create_initial_state(job, frozen, make_batches):
         places["vae.params"] = {**state.vae.params, **places["vae.params"]}
     if "latent_stats" not in places and state.sit is not None:
         if "vae.params" in places:
-            state = _fill(state, "vae.params", jax.device_put(places.pop("vae.params"), shardings.vae.params))
+            state = _fill(state, "vae.params", _put_weights(job, places.pop("vae.params"), shardings.vae.params))
         vae_params = frozen["vae"] if job.frozen_vae else state.vae.params
         places["latent_stats"] = _measure_latent_stats(job, vae_params, make_batches)
     averaged = "vae.params" if state.sit is None else "sit.params"
     for place, average in ((averaged, "ema.params"), ("latent_stats", "ema.latent_stats")):
         if place in places and average not in places and state.ema is not None:
-            places[average] = jax.tree.map(np.copy, places[place])  # donation refuses two leaves that share one buffer
+            # donation refuses two leaves that share one buffer
+            places[average] = jax.tree.map(operator.methodcaller("copy"), places[place])
     for place, tree in places.items():
-        state = _fill(state, place, jax.device_put(tree, operator.attrgetter(place)(shardings)))
+        state = _fill(state, place, _put_weights(job, tree, operator.attrgetter(place)(shardings)))
     for place, (updates, mu, nu) in opt_states.items():
         filled = optax.tree.set(operator.attrgetter(place)(state), count=np.int32(updates), mu=mu, nu=nu)
-        state = _fill(state, place, jax.device_put(filled, operator.attrgetter(place)(shardings)))
+        state = _fill(state, place, _put_weights(job, filled, operator.attrgetter(place)(shardings)))
     stats = state.latent_stats
     logging.info("latent statistics: mean %s, var %s", np.asarray(stats.mean), np.asarray(stats.var))
-    return state.replace(step=jax.device_put(jnp.asarray(steps, jnp.int32), shardings.step))
+    return state.replace(step=sharding.put(np.int32(steps), shardings.step))
 
 
 def _fill(state, place, tree):
@@ -418,7 +426,7 @@ def _read_checkpoint(job, abstract):
 def _measure_latent_stats(job, vae_params, make_batches):
     """Statistics of the VAE's sampled latents over the first config.init.stats_images images."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(job.mesh))
     def moments(params, images, key):
         posterior = job.nets.vae.apply({"params": params}, to_float(images), method="encode")
         latents = posterior.sample(jax.random.normal(key, posterior.mean.shape))

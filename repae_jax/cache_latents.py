@@ -20,7 +20,7 @@ import safetensors.numpy
 from absl import app, flags
 
 from checkpoints_tools import vae as vae_files
-from repae_jax import build, images, shard_writer, sharding, train
+from repae_jax import build, hosts, images, shard_writer, sharding, train
 from repae_jax.checkpoint import fingerprint, prepare_workdir
 from repae_jax.data import latents
 
@@ -149,7 +149,7 @@ def _local(config):
     config = build.plain_config(config)
     per_device = max(1, config["data"]["batch_size"] // jax.device_count())
     data = {**config["data"], "batch_size": per_device * jax.local_device_count(), "cache": ""}
-    return {**config, "mesh": {"fsdp": 1}, "accumulation": 1, "data": data}
+    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
 
 
 def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
@@ -172,7 +172,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
     if "://" in str(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
-    with train.stop_signal() as stopped:
+    with hosts.stop_signal() as stopped:
         config = _local(config)
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:
@@ -212,29 +212,29 @@ def summary(folder):
 
 def _define_flags():
     """Only of this program: other programs' modules have flags of the same names."""
-    flags.declare_key_flag("config")
+    for name in ("config", "distributed", "coordinator", "num_processes", "process_id"):
+        flags.declare_key_flag(name)
     flags.DEFINE_string("out", None, "Folder of the cache, on a disk that all processes share. Continued if it exists.")
     flags.DEFINE_bool("flips", False, "Encode the mirrored images, too, for training with random flips.")
     flags.DEFINE_integer("shard_size", SHARD_SIZE, "Images in a shard, which is made as a whole or not at all.", lower_bound=1)
-    flags.DEFINE_bool("distributed", False, "Work in several processes: calls jax.distributed.initialize().")
     flags.mark_flags_as_required(["config", "out"])
 
 
 def main(_):
     """Entry point: mistakes end in one line, not in a traceback."""
     options = flags.FLAGS
-    try:
-        if options.distributed:
-            jax.distributed.initialize()
-        made = cache_latents(options.config, options.out, options.flips, options.shard_size)
-        if made is None:
-            print("asked to stop: what is finished is kept; run the same command to continue")
-        elif jax.process_index() == 0:
-            print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if train.is_internal(error):
-            raise
-        sys.exit(f"error: {error}")
+    with hosts.failing_together():
+        try:
+            train.start_processes()
+            made = cache_latents(options.config, options.out, options.flips, options.shard_size)
+            if made is None:
+                print("asked to stop: what is finished is kept; run the same command to continue")
+            elif jax.process_index() == 0:
+                print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            if train.is_internal(error):
+                raise
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from repae_jax import hosts
+
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
 # goes on, what it reports and where it reads and computes, not what it computes. `init` matters at step 0 alone.
 RESUMABLE = (
@@ -60,6 +62,13 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but when to stop is asked in `hosts.stop_requests` alone: JAX takes every question for a step taken."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpointer:
     """Checkpoints of one run, saved in the background while training goes on.
 
@@ -83,15 +92,16 @@ class Checkpointer:
         logging.get_absl_logger().addFilter(_not_orbax_chatter)
         self._workdir = _absolute(workdir)
         self._directory = self._workdir / "checkpoints"
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
         )
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception) -> None:
+        if kind is None or not hosts.several() or issubclass(kind, hosts.FailedTogether):
+            self.close()  # else what is being saved cannot be completed, and nobody should wait for it
 
     def save(self, step: int, state: Any, data_state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         """Starts saving a checkpoint; returns once `state` may be donated.

@@ -70,7 +70,7 @@ FIELDS = {
     },
     "lpips": {"vgg16", "linear", "input_range"},
     "diffusion": {"path", "time_distribution", "label_dropout"},
-    "mesh": {"fsdp"},
+    "mesh": {"fsdp", "slices"},
     "checkpoint": {"every", "keep_last", "keep_every"},
     "log": {"every"},
 }  # fmt: skip

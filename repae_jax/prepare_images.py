@@ -122,7 +122,7 @@ def run(args):
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: as `ShardWriter.run`.
     """
-    from repae_jax.train import stop_signal  # here: every worker imports this module, and would import all networks
+    from repae_jax.hosts import stop_signal  # here: every worker imports this module, and would import JAX
 
     if "://" in args.out:
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")

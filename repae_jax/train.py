@@ -1,60 +1,38 @@
 """Training: `python -m repae_jax.train --config configs/repae.py --workdir runs/repae`.
 
 Only plumbing lives here; the algorithm is `repae_jax/train_step.py`. Runs resume by themselves: the same command with the same
-workdir continues, bit for bit.
+workdir continues, bit for bit. In several processes, one per host or per GPU, it is the same command with --distributed; then
+every process loads its share of every batch, all save, and process 0 writes metrics and pictures.
 """
 
 import collections
 import contextlib
 import functools
 import math
-import signal
+import os
 import sys
-import threading
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
-from tqdm import tqdm
 
-from repae_jax import build, generate, images, inception_features, reference_stats, sharding
+from repae_jax import build, hosts, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
-from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
+from repae_jax.data.loader import too_many_bad
+from repae_jax.hooks import load_scoring, make_hooks
 from repae_jax.run_log import Progress, make_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes that find each other: TPU pod, SLURM, GKE.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "By hand instead: HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.", lower_bound=0)
 
 
-FID_BATCH = 64  # samples at a time at least, over all devices
-
-
-class TrainingStopped(RuntimeError):
-    """Too many updates in a row were not finite."""
-
-
-@contextlib.contextmanager
-def stop_signal():
-    """Event that is set by SIGTERM and by the first Ctrl-C; the handlers before are restored afterwards."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number, _):
-        event.set()
-        signal.signal(number, before[number])  # a second one acts at once
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class TrainingStopped(hosts.FailedTogether):
+    """Too many updates in a row were not finite, or too many images undecodable."""
 
 
 def check_finite(step, metrics, limit):
@@ -74,6 +52,15 @@ def check_finite(step, metrics, limit):
         )
 
 
+def position_of(loader, source, max_bad_fraction):
+    """The loader's state with the bad records of all processes; TrainingStopped if they are too many, as in one loader."""
+    position = loader.state()
+    bad, allowed = hosts.union(position["bad_records"]), int(max_bad_fraction * len(source))
+    if len(bad) > allowed:
+        raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
+    return {**position, "bad_records": bad}
+
+
 def check_inputs(before, now, workdir):
     """ValueError if a run would be continued on another frozen VAE or on other images than it began with.
 
@@ -90,91 +77,6 @@ def check_inputs(before, now, workdir):
             )
 
 
-def load_scoring(job):
-    """(InceptionNetwork, Reference) of the FID during training, None if none is wanted."""
-    section = job.config["hooks"]
-    if not section.get("fid_every"):
-        return None
-    batch_size = job.mesh.size * -(-FID_BATCH // job.mesh.size)
-    network = inception_features.load_network(section["fid_inception"], batch_size, list(job.mesh.devices.flat))
-    reference = reference_stats.read_reference(section["fid_reference"], network)
-    reference_stats.check_shape([job.config["data"]["image_size"]] * 2, reference, section["fid_reference"])
-    for warning in reference_stats.count_warnings(section["fid_samples"], reference):
-        logging.warning("config.hooks.fid_samples: %s", warning)
-    return network, reference
-
-
-def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
-    """Pictures and scores during training: list of (every, function of (step, state)); of what the job trains."""
-    section = job.config["hooks"]
-    count, num_classes = section["images"], job.config["data"]["num_classes"]
-    columns, scale = math.ceil(math.sqrt(count)), images.viewing_scale(job.config["data"]["image_size"])
-    placed = functools.partial(jax.device_put, device=sharding.replicated(job.mesh))
-
-    def save(kind, step, picture):
-        if jax.process_index() == 0:
-            folder = workdir / kind
-            folder.mkdir(exist_ok=True)
-            images.save_png(folder / f"{step:07d}.png", picture)
-            writer.write_images(step, {kind: picture[None]})
-
-    def make_samples():
-        run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
-        labels, ids = placed(np.arange(count, dtype=np.int32) * num_classes // count), placed(np.arange(count))
-
-        def samples(step, state):
-            made, _ = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-            save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
-
-        return samples
-
-    def make_reconstructions():
-        run = jax.jit(generate.make_reconstruct(job.nets))
-        with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
-            originals = next(first_batches)["image"][:count]
-
-        def reconstructions(step, state):
-            params = state.ema.params if job.nets.sit is None else state.vae.params
-            recon = np.asarray(run(params, placed(images.to_float(originals))))
-            pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
-            save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
-
-        return reconstructions
-
-    def make_fid():
-        network, reference = scoring
-        run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
-        labels = np.arange(section["fid_samples"], dtype=np.int32) % num_classes
-        put = functools.partial(jax.device_put, device=sharding.batch_sharding(job.mesh))
-
-        def fid(step, state):
-            params, key = generate.sampling_params(state, frozen), jax.random.key(job.config["seed"])
-            made = generate.in_batches(run, params, labels, network.batch_size, key, put)
-            shown = tqdm(made, f"step {step}: samples", -(-len(labels) // network.batch_size), unit="batch", leave=False)
-            pool = RunningGaussian()
-            try:
-                for _, batch in shown:
-                    if stopped.is_set():
-                        return
-                    pool.update(network(batch).pool)
-            except generate.SamplesNotFinite as error:
-                logging.warning("step %d: no FID: %s", step, error)
-            else:
-                distance = frechet_distance(*pool.stats(), *reference.pool)
-                writer.write_scalars(step, {f"fid/{len(labels)}_samples": distance})
-
-        return fid
-
-    hooks = []
-    if scoring:
-        hooks.append((section["fid_every"], make_fid()))
-    if section.get("samples_every"):
-        hooks.append((section["samples_every"], make_samples()))
-    if section.get("reconstructions_every") and not job.frozen_vae:
-        hooks.append((section["reconstructions_every"], make_reconstructions()))
-    return hooks
-
-
 def train(config, workdir):
     """Train until config.steps, from the newest checkpoint of the workdir if it has one.
 
@@ -186,16 +88,15 @@ def train(config, workdir):
       (state, finished): the TrainState; False if SIGTERM or Ctrl-C ended the run early, its state saved.
 
     Raises:
-      ValueError: for anything wrong with config, data or workdir, before the first compilation.
-      TrainingStopped: if too many updates in a row were not finite.
+      ValueError: for anything wrong with config, data or workdir, or not the same in all processes, before the first
+        compilation.
+      TrainingStopped: if too many updates in a row were not finite, or too many images undecodable.
     """
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"training runs in one process with all its devices; jax.distributed has {jax.process_count()} of them"
-        )
+    hosts.check_alike(build.plain_config(config))
     job = build.build(config)
     workdir = prepare_workdir(workdir)
+    hosts.check_shared(workdir)
     images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
     scoring = load_scoring(job)
     steps, every = config.steps, config.checkpoint.every
@@ -208,6 +109,7 @@ def train(config, workdir):
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
         source = images_source or build.make_cached_source(job, frozen_vae)
         inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
+        hosts.check_same(data=inputs)
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
@@ -225,7 +127,7 @@ def train(config, workdir):
         logging.info("%s", summary(job, state, source))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
-        stopped = stack.enter_context(stop_signal())
+        stopped = stack.enter_context(hosts.stop_requests())
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -236,23 +138,27 @@ def train(config, workdir):
         for step in range(start + 1, steps + 1):
             state, metrics = step_fn(state, put(next(loader)), frozen, key)
             pending.append((step, metrics))
-            stopping = stopped.is_set()  # read once: a signal that comes later ends the next step
+            stopping = stopped()  # asked once: a signal that comes later ends the next step
             last = step == steps or stopping
-            while pending and (last or step % every == 0 or pending[0][0] <= step - 2):
+            saving, logged = step % every == 0 or last, step % config.log.every == 0 or last or step == 1
+            while pending and (saving or pending[0][0] <= step - 2):
                 check_finite(*pending.popleft(), config.max_skipped_in_a_row)
             if step == start + 1:
                 jax.block_until_ready(metrics)
                 progress = Progress(steps, step, config.data.batch_size)  # compilation is not speed
-            if step % config.log.every == 0 or last or step == 1:
-                values = {name: float(value) for name, value in metrics.items()} | {"bad_records": loader.bad_records}
+            if saving or logged:
+                position = position_of(loader, source, config.data.max_bad_fraction)
+            if logged:
+                values = {name: float(value) for name, value in metrics.items()}
+                values["bad_records"] = len(position["bad_records"])
                 speed = progress.update(step) if step > start + 1 else {}
                 writer.write_scalars(step, values | speed)
                 if jax.process_index() == 0:
                     print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
             with progress.paused():
-                if step % every == 0 or last:  # before the pictures: they may take long, or fail
+                if saving:  # before the pictures: they may take long, or fail
                     writer.flush()
-                    checkpointer.save(step, state, {"loader": loader.state(), "inputs": inputs}, job.config)
+                    checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
                 for hook_every, hook in hooks:
                     if (step % hook_every == 0 and not stopping) or step == steps:
                         hook(step, state)
@@ -297,15 +203,25 @@ def parse_flags(arguments):
     return rest
 
 
+def start_processes():
+    """Connects this process with the others that the command line tells of, if any."""
+    hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+
+
 def main(_):
-    """Entry point: config mistakes end in one line, not in a traceback."""
-    try:
-        _, finished = train(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
-        if is_internal(error):
-            raise
-        sys.exit(f"error: {error}")
-    if finished:
+    """Entry point: config mistakes end in one line, not in a traceback; exit code 75 says that a signal ended the run early."""
+    with hosts.failing_together():
+        try:
+            start_processes()
+            hosts.use_compilation_cache(_WORKDIR.value)
+            _, finished = train(_CONFIG.value, _WORKDIR.value)
+        except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+            if is_internal(error):
+                raise
+            sys.exit(f"error: {error}")
+    if not finished:
+        sys.exit(os.EX_TEMPFAIL)
+    if jax.process_index() == 0:
         print(f"finished; everything is in {_WORKDIR.value}")
 
 

@@ -21,6 +21,7 @@ ORDER = [
     # plumbing
     "repae_jax.features",
     "repae_jax.train_state",
+    "repae_jax.hosts",
     "repae_jax.sharding",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
@@ -38,6 +39,7 @@ ORDER = [
     "repae_jax.image_sets",
     "repae_jax.inception_features",
     "repae_jax.reference_stats",
+    "repae_jax.hooks",
     "repae_jax.train",
     "repae_jax.trained",
     "repae_jax.shard_writer",

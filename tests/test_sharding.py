@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -31,6 +32,39 @@ def test_the_mesh_has_all_devices():
 def test_fsdp_that_does_not_divide_the_devices(fsdp):
     with pytest.raises(ValueError, match=rf"mesh.fsdp={fsdp} does not divide the 8 devices; allowed: \[1, 2, 4, 8\]"):
         sharding.make_mesh(fsdp)
+
+
+def stand_ins(*sizes, platform="tpu"):
+    """For the devices of slices of these sizes, told out of order."""
+    slices = [number for number, size in enumerate(sizes) for _ in range(size)]
+    made = [SimpleNamespace(id=i, slice_index=n, platform=platform, device_kind="stand-in") for i, n in enumerate(slices)]
+    return made[1::2] + made[::2]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 4])
+def test_no_copy_of_the_parameters_is_shared_across_slices(fsdp):
+    grid = sharding.slice_grid(fsdp, stand_ins(4, 4, 4, platform="gpu"), 3)  # TPUs need coordinates
+    assert grid.shape == (12 // fsdp, fsdp) and len({device.id for device in grid.flat}) == 12
+    assert [device.slice_index for device in grid.flat] == 4 * [0] + 4 * [1] + 4 * [2]
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "sizes", "slices", "message"),
+    [
+        (1, (4, 4), 3, r"mesh.slices=3, but the 8 devices are in 2 slices of \[4, 4\]; allowed: 2"),
+        (1, (4, 4), 1, r"mesh.slices=1, but the 8 devices are in 2 slices of \[4, 4\]; allowed: 2"),
+        (1, (4, 2), 2, r"mesh.slices=2, but the 6 devices are in 2 slices of \[2, 4\]"),
+        (8, (4, 4), 2, r"mesh.fsdp=8 does not divide the 4 devices of a slice; allowed: \[1, 2, 4\]"),
+    ],
+)
+def test_slices_that_are_not_there(fsdp, sizes, slices, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(fsdp, stand_ins(*sizes), slices)
+
+
+def test_slices_asked_of_devices_that_have_none():
+    with pytest.raises(ValueError, match=r"mesh.slices=2, but the 8 devices are in 1 slices"):
+        sharding.make_mesh(1, slices=2)
 
 
 def test_the_largest_axis_that_divides_is_sharded():

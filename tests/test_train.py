@@ -3,6 +3,7 @@
 One config serves all runs, so that its programs are compiled once.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import small
 from PIL import Image
 
 from checkpoints_tools.convert import convert
-from repae_jax import build, checkpoint, train
+from repae_jax import build, checkpoint, hooks, train
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
@@ -97,16 +98,16 @@ def test_pictures(whole):
 
 def test_fid_during_training(half, tmp_path, monkeypatch):
     """It is that of the checkpoint's samples."""
-    network = feature_stub.StubNetwork(8)
+    network = feature_stub.StubNetwork(64)
     stats = [gaussian_stats(np.random.default_rng(0).normal(size=(50, size))) for size in (6, 5)]
     np.savez(tmp_path / "reference.npz", mu=stats[0][0], sigma=stats[0][1], mu_s=stats[1][0], sigma_s=stats[1][1])
     files = {"hooks.fid_reference": str(tmp_path / "reference.npz"), "hooks.fid_inception": "inception.pth"}
-    monkeypatch.setattr(train.inception_features, "load_network", lambda *_: network)
+    monkeypatch.setattr(hooks.inception_features, "load_network", lambda *_: network)
     workdir = copy_of(half, tmp_path)
     train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_samples": 20}), workdir)
     (found,) = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
     trained, labels = load_trained(workdir), np.arange(20, dtype=np.int32) % 10
-    made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 8, config(4).seed)]
+    made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 64, config(4).seed)]
     pool = np.concatenate([network(batch).pool for batch in made])
     expected = frechet_distance(*gaussian_stats(pool), *read_reference(tmp_path / "reference.npz", network).pool)
     assert found == {"step": 4, "fid/20_samples": pytest.approx(expected)} and len(np.concatenate(made)) == 20
@@ -268,16 +269,30 @@ def test_the_command_trains_and_takes_overrides(compiled, whole, tmp_path):
     assert metrics_of(tmp_path / "run") == whole.metrics[:2]  # the same run as from Python
 
 
+def replace_training(monkeypatch, function):
+    monkeypatch.setattr(train, "train", function)
+    monkeypatch.setattr(train, "start_processes", lambda: None)
+    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
+    monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="run"))
+
+
 @pytest.mark.parametrize("module", ["repae_jax.build", "checkpoints_tools.weights", "__main__", "jax.numpy"])
 def test_only_errors_of_our_own_end_in_one_line(module, monkeypatch):
     """`__main__` is what repae_jax/train.py is called when it runs as a command."""
     scope = {"__name__": module, "error": train.TrainingStopped("stopped at step 3")}
     exec("def fail(*_):\n    raise error", scope)
-    monkeypatch.setattr(train, "train", scope["fail"])
-    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
-    monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value=None))
+    replace_training(monkeypatch, scope["fail"])
     with pytest.raises(train.TrainingStopped if module == "jax.numpy" else SystemExit, match="stopped at step 3"):
         train.main([])
+
+
+@pytest.mark.parametrize(("finished", "code"), [(True, None), (False, 75)])
+def test_the_exit_code_says_whether_the_run_is_finished(finished, code, monkeypatch):
+    """Of a saved one, the launch scripts know by it that there is more to do."""
+    replace_training(monkeypatch, lambda *_: (None, finished))
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as caught:
+        train.main([])
+    assert not code or caught.value.code == code
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,365 @@
+"""Several processes of one run: how they start, what they must agree on, how they stop and how they fail, all together.
+
+What is exchanged here goes through JAX's coordination service and not over the devices. So it works before these are used, and
+while processes still differ. Every process calls the same functions in the same order; with one process, all are trivial.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import jax
+from jax._src import distributed  # the coordination service has no public name
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
+START_SECONDS = 600  # in which all processes must have come; containers are pulled meanwhile
+WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
+SEEN_SECONDS = 60  # until a new file is seen by all: network file systems keep what they know for a while
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
+_POLL_SECONDS = 1.0
+_ABSENT = "<absent>"
+_FAILED = "repae_jax/failed"
+_numbers = itertools.count()
+
+
+class FailedTogether(RuntimeError):
+    """Raised in all processes at once: no process needs to be told, and what is being saved can be completed."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start(automatic=False, coordinator=None, num_processes=None, process_id=None):
+    """Makes this process one of several, unless nothing is given; before anything else of JAX is used.
+
+    Args:
+      automatic: the processes find each other, on TPU pods, SLURM, GKE and whatever else jax.distributed knows.
+      coordinator, num_processes, process_id: by hand instead: 'HOST:PORT' of process 0, and which one this is.
+
+    Raises:
+      ValueError: if what is given cannot work.
+      RuntimeError: if the processes do not find each other.
+    """
+    by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    given = {name: value for name, value in by_hand.items() if value is not None}
+    if not given and not automatic:
+        return
+    if given:
+        _check_by_hand(by_hand, automatic)
+    try:
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, cluster_detection_method="deactivate" if given else None,
+            initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed: no TPU pod, SLURM job or other cluster was found ({error}); give --coordinator=HOST:PORT, "
+            "--num_processes and --process_id, or leave it out to train in one process"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise RuntimeError(
+            f"the processes did not find each other within {START_SECONDS} s: {_first_line(error)}. Start all of them, with "
+            "the same coordinator and number, each with a process_id of its own"
+        ) from error
+    if several():
+        threading.Thread(target=_watch, args=(distributed.global_state.client,), daemon=True).start()
+
+
+def _check_by_hand(by_hand, automatic):
+    missing = [name for name, value in by_hand.items() if value is None]
+    coordinator, count, index = by_hand.values()
+    if automatic or missing:
+        wrong = "--distributed is for processes that find each other" if automatic else f"{' and '.join(missing)} missing"
+        raise ValueError(f"{wrong}: give either --distributed, or all of {', '.join(by_hand)}")
+    if not re.fullmatch(r"\S+:\d+", coordinator):
+        raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
+    if not 0 <= index < count:
+        raise ValueError(f"--process_id={index}: with --num_processes={count}, allowed are 0..{count - 1}")
+
+
+def several():
+    """Whether this process is one of several that `start` has connected."""
+    return distributed.global_state.num_processes > 1
+
+
+def use_compilation_cache(workdir):
+    """Keeps compiled programs in WORKDIR/compiled, from where later starts take them, unless the user has named a place.
+
+    Args:
+      workdir: a local path, or an address such as gs://bucket/run.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    if "://" in str(workdir):  # XLA's own caches know paths only
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+        folder = f"{workdir}/compiled"
+    else:
+        folder = str(Path(workdir).expanduser().absolute() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreeing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gather(value):
+    """List of the values of all processes, in their order, in all of them; a value is what JSON can hold."""
+    state = distributed.global_state
+    if not several():
+        return [value]
+    number = next(_numbers)
+    folder = f"repae_jax/gathered/{number}/"
+    state.client.key_value_set(f"{folder}{state.process_id}", json.dumps(value))
+    state.client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
+    found = {int(name.rpartition("/")[2]): text for name, text in state.client.key_value_dir_get(folder)}
+    state.client.wait_at_barrier(f"{folder}read", WAIT_SECONDS * 1000)
+    state.client.key_value_delete(f"{folder}{state.process_id}")
+    return [json.loads(found[index]) for index in sorted(found)]
+
+
+def from_first(value):
+    """The value of process 0, in all processes."""
+    state = distributed.global_state
+    if not several():
+        return value
+    name = f"repae_jax/from_first/{next(_numbers)}"
+    if state.process_id == 0:
+        state.client.key_value_set(name, json.dumps(value))
+    return json.loads(state.client.blocking_key_value_get(name, WAIT_SECONDS * 1000))
+
+
+def union(values):
+    """What any process has in its list, sorted, in all of them."""
+    return sorted(set().union(*gather(values)))
+
+
+def check_same(**description):
+    """Checks that all processes were started alike.
+
+    Args:
+      **description: nested dicts of what JSON can hold.
+
+    Raises:
+      ValueError: in all processes, naming those that differ from process 0, in what, and both values.
+    """
+    if not several():
+        return
+    own = _flat(json.loads(json.dumps(description)))
+    first, host = from_first([own, socket.gethostname()])
+    differing = [
+        f"\n  {name}: {first.get(name, _ABSENT)!r} in process 0, {own.get(name, _ABSENT)!r} in process "
+        f"{distributed.global_state.process_id}"
+        for name in sorted(first.keys() | own.keys())
+        if first.get(name, _ABSENT) != own.get(name, _ABSENT)
+    ]
+    found = [(*who, lines) for *who, lines in gather([*_who(), differing]) if lines]
+    if found:
+        raise ValueError(
+            "; ".join(f"process {index} on host {name}" for index, name, _ in found)
+            + f" differs from process 0 on host {host}, but all must be started alike:"
+            + "".join(line for *_, lines in found for line in lines)
+        )
+
+
+def check_alike(config):
+    """Checks that all processes run the same code on the same packages with the same config and number of devices.
+
+    Args:
+      config: nested dict of what JSON can hold.
+
+    Raises:
+      ValueError: as `check_same`; or if this is one of several processes, as on a TPU pod, started as if it were alone.
+    """
+    check_same(packages=_versions(), code=_sources(), config=config)  # before the devices are looked at: that fails with others
+    if jax.process_count() > 1 and not several():
+        raise ValueError(f"this is one of {jax.process_count()} processes: start all of them with --distributed")
+    local = jax.local_devices()
+    check_same(devices=f"{len(local)} x {local[0].device_kind}")
+
+
+def check_shared(folder):
+    """Checks that all processes see one and the same folder.
+
+    Args:
+      folder: epath.Path of a folder that exists.
+
+    Raises:
+      ValueError: in all processes, naming those that do not see what process 0 wrote.
+    """
+    if not several():
+        return
+    name = folder / f".shared-{from_first(secrets.token_hex(8))}"
+    if distributed.global_state.process_id == 0:
+        name.write_text("seen")
+    gather(None)
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := name.exists()) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    found = gather([*_who(), str(folder), seen])
+    if distributed.global_state.process_id == 0:
+        name.unlink()
+    blind = [f"process {index} on host {host}, in {where}" for index, host, where, sees in found if not sees]
+    if blind:
+        raise ValueError(
+            f"what process 0 wrote to the workdir {found[0][2]} is not seen by {'; '.join(blind)}: give a workdir on a disk "
+            "that all hosts share, or an address such as gs://bucket/run"
+        )
+
+
+def _versions():
+    """Versions of Python and the packages that computing, reading and saving depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _sources():
+    """Hash of every file of our own code, by name."""
+    here = Path(__file__).parent
+    folders = (here, here.parent / "checkpoints_tools")
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return {str(path.relative_to(here.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in files}
+
+
+def _flat(description):
+    """Nested dicts as one with dotted names."""
+    leaves = jax.tree_util.tree_flatten_with_path(description, is_leaf=lambda node: not isinstance(node, dict) or not node)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _who():
+    return [distributed.global_state.process_id, socket.gethostname()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_signal():
+    """Event that is set by SIGTERM and by the first Ctrl-C; the handlers before are restored afterwards."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number, _):
+        event.set()
+        signal.signal(number, before[number])  # a second one acts at once
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Function that says whether to stop: from some call on, the same one in all processes, once any got SIGTERM or Ctrl-C.
+
+    All processes call it equally often, at least once per step. With several, JAX's preemption service catches SIGTERM, from
+    `start` on, and finds the next call that none has made.
+    """
+    if not several():
+        with stop_signal() as event:
+            yield event.is_set
+        return
+    numbers, stopped = itertools.count(1), []
+
+    def ask():
+        if not stopped and multihost_utils.reached_preemption_sync_point(next(numbers)):
+            stopped.append(True)
+        return bool(stopped)
+
+    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield ask
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def failing_together():
+    """A process of several that fails in here ends the others, too, which would wait for it; they tell why.
+
+    One that is killed cannot: JAX ends the others when it has given no sign of life for HEARTBEAT_SECONDS.
+    """
+    try:
+        yield
+    except BaseException as error:
+        exits = isinstance(error, SystemExit)
+        reason = error.__context__ or error if exits else error
+        if not several() or isinstance(reason, FailedTogether) or (exits and not isinstance(error.code, str)):
+            raise
+        if exits:
+            print(error.code, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        _end_all(reason)
+
+
+def _end_all(reason):
+    """Tells the other processes, and ends this one without waiting for them."""
+    if isinstance(reason, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(reason):
+        print("error: another process may be gone; JAX names it within a minute, if so", file=sys.stderr, flush=True)
+        time.sleep(HEARTBEAT_SECONDS + 15)
+    message = json.dumps([*_who(), f"{type(reason).__name__}: {_first_line(reason)}"])
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed, too
+        distributed.global_state.client.key_value_set(_FAILED, message)
+    _exit()
+
+
+def _watch(client):
+    """Ends this process when another one has failed."""
+    while True:
+        time.sleep(_POLL_SECONDS)
+        if distributed.global_state.client is not client:
+            return
+        try:
+            index, host, message = json.loads(client.key_value_try_get(_FAILED))
+        except jax.errors.JaxRuntimeError:
+            continue  # none has failed
+        if index != distributed.global_state.process_id:
+            print(f"error: process {index} on host {host} failed: {message}", file=sys.stderr)
+            _exit()
+        return
+
+
+def _exit():
+    if distributed.global_state.process_id == 0:
+        time.sleep(3 * _POLL_SECONDS)  # the others hear what happened from it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,472 @@
+"""Training in several processes, real ones: equal to one process, stopped together, failing together, resumed.
+
+The processes are started as the launch scripts do by hand. Whole runs share one config and one folder of compiled programs.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import small
+from absl import app, flags
+
+from configs import ldm, repae
+from repae_jax import build, checkpoint, hosts, train
+
+ROOT = Path(__file__).parents[1]
+HOST = socket.gethostname()
+CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
+STEPS = 4
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("quick"),
+]
+
+
+def config(file="ldm"):
+    """Of the runs here: the quickest to compile, SiT alone on a frozen VAE; or REPA-E."""
+    changes = {"steps": STEPS, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
+    if file == "ldm":
+        return small.config({**changes, "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm)
+    return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
+
+
+# ---- what the processes run -----------------------------------------------------------------------------------------
+
+
+def train_as_command(seconds_per_step=0, fail_at=None, min_sharded_size=None, stop_early=False):
+    """`python -m repae_jax.train`, but slower, failing at a batch, sharding small parameters, or terminated from the start."""
+    put, load, batches = train.sharding.put_batch, train.load_scoring, []
+
+    def slow_put(mesh, batch):
+        batches.append(batch)
+        if fail_at == len(batches):
+            raise RuntimeError("the disk has gone\nand more")
+        time.sleep(seconds_per_step if len(batches) > 2 else 0)  # the first two are for the latent statistics
+        return put(mesh, batch)
+
+    train.sharding.put_batch = slow_put
+
+    def terminated_load(job):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)  # JAX looks every second
+        return load(job)
+
+    train.load_scoring = terminated_load if stop_early else load
+    train.sharding.MIN_SHARDED_SIZE = min_sharded_size or train.sharding.MIN_SHARDED_SIZE
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(train.main, flags_parser=train.parse_flags)
+
+
+def agree(coordinator, process, folder):
+    """Calls `hosts` in all ways that need no training; prints what came out as JSON."""
+    hosts.start(False, coordinator, 2, process)
+    hosts.SEEN_SECONDS = 1
+
+    def error_of(call):
+        try:
+            call()
+        except ValueError as error:
+            return str(error)
+
+    def alike(config=(), **replaced):
+        before = {name: getattr(hosts, name) for name in replaced}
+        for name, changes in replaced.items() if process else ():
+            setattr(hosts, name, lambda name=name, changes=changes: {**before[name](), **changes})
+        found = error_of(lambda: hosts.check_alike({"seed": 0, "sit": {"depth": 2}, **(dict(config) if process else {})}))
+        for name, function in before.items():
+            setattr(hosts, name, function)
+        return found
+
+    own = Path(folder) / str(process)
+    own.mkdir()
+    result = {
+        "gathered": hosts.gather({"process": process}),
+        "first": hosts.from_first(process),
+        "union": hosts.union([3, process]),
+        "same": alike(),
+        "config": alike({"sit": {"depth": 3}, "extra": 1}),
+        "version": alike(_versions={"flax": "0.0.1"}),
+        "code": alike(_sources={"repae_jax/train.py": "0"}),
+        "data": error_of(lambda: hosts.check_same(data={"records": "ab" if process else "cd", "frozen_vae": None})),
+        "shared": error_of(lambda: hosts.check_shared(Path(folder))),
+        "own": error_of(lambda: hosts.check_shared(own)),
+        "gathered_again": hosts.gather(process),
+    }
+    print(json.dumps(result))
+
+
+def wait_for_each_other(coordinator, process, what):
+    """A run without training, of ten minutes at most: in process 1, an error or a request to stop comes before it begins."""
+    with hosts.failing_together():
+        hosts.start(False, coordinator, 2, process)
+        print("started", flush=True)
+        if process and what == "error":
+            raise RuntimeError("the disk has gone\nand more")
+        if process and what == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)  # JAX looks every second
+        hosts.gather(None)
+        with hosts.stop_requests() as stopped:
+            for step in range(600):
+                if stopped():
+                    sys.exit(75 + step)
+                hosts.gather(step)
+                time.sleep(1)
+
+
+# ---- starting them --------------------------------------------------------------------------------------------------
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def launch(arguments, compiled, devices=1):
+    """Popen of a Python process with its own devices."""
+    env = {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }  # fmt: skip
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class Run:
+    """The processes of one run; `scripts` are arguments for `train_as_command`, of all or of each."""
+
+    def __init__(self, workdir, compiled, count=2, flags=(), scripts="", devices=1, file="ldm"):
+        config_file = workdir.parent / f"{workdir.name}-config.py"
+        config_file.write_text(f"import test_distributed as t\ndef get_config():\n    return t.config({file!r})\n")
+        scripts = [scripts] * count if isinstance(scripts, str) else scripts
+        flags = [flags] * count if isinstance(flags, tuple) else flags
+        address = free_address()
+        self.processes = []
+        for index, (script, own) in enumerate(zip(scripts, flags)):
+            by_hand = ["--coordinator", address, "--num_processes", count, "--process_id", index]
+            arguments = ["-c", f"import test_distributed as t; t.train_as_command({script})", "--config", config_file]
+            arguments += ["--workdir", workdir, *by_hand, *own]
+            self.processes.append(launch(arguments, compiled, devices))
+
+    def wait_for(self, start, process=0):
+        """Until a line of the standard output starts so."""
+        for line in self.processes[process].stdout:
+            if line.startswith(start):
+                return
+        raise AssertionError(self.processes[process].communicate()[1][-3000:])
+
+    def end(self, timeout=240):
+        """[(exit code, standard output, standard error)]."""
+        outputs = [process.communicate(timeout=timeout) for process in self.processes]
+        return [(process.returncode, *output) for process, output in zip(self.processes, outputs)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.kill()
+
+
+def finish(*args, **kwargs):
+    """A run that ends well."""
+    with Run(*args, **kwargs) as run:
+        ended = run.end()
+    assert [code for code, *_ in ended] == [0] * len(ended), [error[-3000:] for *_, error in ended]
+    return ended
+
+
+def metrics_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def state_of(workdir, file="ldm"):
+    job = build.build(config(file))
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        state, data_state, step = checkpointer.restore(build.abstract_state(job), job.config)
+    return jax.device_get(state), data_state, step
+
+
+def copy_of(workdir, tmp_path):
+    return Path(shutil.copytree(workdir, tmp_path / "copy"))
+
+
+def assert_close(workdir, other):
+    """The same steps with the same values, but for the order in which numbers are added up."""
+    found, expected = metrics_of(workdir), metrics_of(other)
+    assert [sorted(line) for line in found] == [sorted(line) for line in expected]
+    for line, wanted in zip(found, expected):
+        for name in line:
+            np.testing.assert_allclose(line[name], wanted[name], rtol=2e-3, atol=2e-5, err_msg=f"{name}, step {line['step']}")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Workdir of a whole run in this process, on eight devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert train.train(config(), workdir)[1]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, compiled):
+    """Workdir of a whole run in two processes, and how these ended."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    ended = finish(workdir, compiled, flags=("--config.hooks.samples_every=4",))
+    return SimpleNamespace(workdir=workdir, ended=ended)
+
+
+def assert_same_run(workdir, two):
+    """Bit for bit that of the uninterrupted run."""
+    assert small.differing(state_of(workdir)[0], state_of(two.workdir)[0]) == []
+    assert metrics_of(workdir) == metrics_of(two.workdir)
+
+
+# ---- what they agree on ---------------------------------------------------------------------------------------------
+
+
+def test_what_processes_agree_on(tmp_path, compiled):
+    address = free_address()
+    scripts = [f"import test_distributed as t; t.agree({address!r}, {i}, {str(tmp_path)!r})" for i in range(2)]
+    started = [launch(["-c", script], compiled) for script in scripts]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    (first, second) = [json.loads(output) for output, _ in ended]
+    assert first == second
+    assert first["gathered"] == [{"process": 0}, {"process": 1}] and first["gathered_again"] == [0, 1]
+    assert first["first"] == 0 and first["union"] == [0, 1, 3]
+    assert first["same"] is None and first["shared"] is None
+    who = f"process 1 on host {HOST} differs from process 0 on host {HOST}, but all must be started alike:"
+    assert first["config"].splitlines() == [
+        who,
+        "  config.extra: '<absent>' in process 0, 1 in process 1",
+        "  config.sit.depth: 2 in process 0, 3 in process 1",
+    ]
+    assert re.fullmatch(rf"{who}\n  packages.flax: '[\d.]+' in process 0, '0.0.1' in process 1", first["version"])
+    assert re.fullmatch(rf"{who}\n  code.repae_jax/train.py: '\w+' in process 0, '0' in process 1", first["code"])
+    assert first["data"] == f"{who}\n  data.records: 'cd' in process 0, 'ab' in process 1"
+    unseen = (
+        f"what process 0 wrote to the workdir {tmp_path / '0'} is not seen by process 1 on host {HOST}, in {tmp_path / '1'}:"
+    )
+    assert first["own"].startswith(unseen)
+    assert [list((tmp_path / str(i)).iterdir()) for i in range(2)] == [[], []]
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    hosts.check_alike({"seed": 0})
+    hosts.check_shared(tmp_path)
+    assert hosts.gather({"a": 1}) == [{"a": 1}] and hosts.from_first(2) == 2 and hosts.union([3, 1, 3]) == [1, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((True, "localhost:1", 2, 0), "--distributed is for processes that find each other: give either --distributed, or all"),
+        ((False, "localhost:1", None, 0), "--num_processes missing: give either"),
+        ((False, None, 2, None), "--coordinator and --process_id missing"),
+        ((False, "localhost", 2, 0), "--coordinator=localhost: expected HOST:PORT"),
+        ((False, "localhost:1", 2, 2), "--process_id=2: with --num_processes=2, allowed are 0..1"),
+    ],
+)
+def test_processes_that_cannot_be_started(given, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.start(*given)
+
+
+def test_too_many_bad_records_of_all_together(monkeypatch):
+    class Source(list):
+        def name(self, record):
+            return f"image-{record}"
+
+    loader = SimpleNamespace(state=lambda: {"next_batch": 7, "bad_records": [4], "records": 100})
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, [8, 4]])
+    source = Source(range(100))
+    assert train.position_of(loader, source, 0.02) == {"next_batch": 7, "bad_records": [4, 8], "records": 100}
+    with pytest.raises(hosts.FailedTogether, match=r"2 of 100 records .*, 1 are allowed: image-4, image-8"):
+        train.position_of(loader, source, 0.01)
+
+
+@pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])
+def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
+    updates = {}
+    config = SimpleNamespace(jax_compilation_cache_dir="elsewhere", update=updates.__setitem__)
+    monkeypatch.setattr(hosts, "jax", SimpleNamespace(config=config))
+    hosts.use_compilation_cache(given)
+    assert updates == {}
+    config.jax_compilation_cache_dir = None
+    hosts.use_compilation_cache(given)
+    local = str(Path.cwd() / "runs/a/compiled")
+    assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
+
+
+# ---- stopping and failing, without training ---------------------------------------------------------------------------
+
+
+def end_of_waiting(compiled, what, killed=None):
+    """[(exit code, standard error)] of two processes that wait for each other, and the seconds until then."""
+    address = free_address()
+    scripts = [f"import test_distributed as t; t.wait_for_each_other({address!r}, {i}, {what!r})" for i in range(2)]
+    started = [launch(["-c", script], compiled) for script in scripts]
+    try:
+        for process in started:
+            assert process.stdout.readline() == "started\n"
+        if killed is not None:
+            started[killed].kill()
+        began = time.monotonic()
+        errors = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(started, errors)], time.monotonic() - began
+
+
+def test_an_error_in_one_process_ends_all(compiled):
+    ((code, first), (other, second)), _ = end_of_waiting(compiled, "error")
+    assert code == 1 and other != 0
+    assert first == f"error: process 1 on host {HOST} failed: RuntimeError: the disk has gone\n"
+    assert "Traceback" in second and "RuntimeError: the disk has gone\nand more" in second
+
+
+def test_a_request_before_the_first_step_is_not_lost(compiled):
+    ended, _ = end_of_waiting(compiled, "stop")
+    assert [code for code, _ in ended] == [75, 75], ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_within_a_minute(killed, compiled):
+    ended, seconds = end_of_waiting(compiled, "killed", killed)
+    code, error = ended[1 - killed]
+    print(f"{seconds:.0f} s; exit code {code}\n{error[:3000]}")
+    assert seconds < 60 and code not in (0, 75)
+    assert "another process may be gone" in error or "detected fatal errors" in error
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one(one, two):
+    """Written by two, read by one."""
+    assert_close(two.workdir, one)
+    (state, data_state, step), (expected, position, _) = state_of(two.workdir), state_of(one)
+    assert step == STEPS and data_state == position
+    assert small.largest_error(state, expected) < 5e-3  # Adam's first steps are signs of gradients
+
+
+def test_process_0_alone_writes_metrics_and_pictures(two):
+    (_, first, _), (_, second, _) = two.ended
+    assert "step 4/4 (100 %)" in first and "finished; everything is in" in first
+    assert "step" not in second and "finished" not in second
+    assert [line["step"] for line in metrics_of(two.workdir)] == [1, 2, 3, 4]
+    pictures = sorted(str(path.relative_to(two.workdir)) for path in two.workdir.rglob("*.png"))
+    assert pictures == ["samples/0000004.png"]
+    assert len(list((two.workdir / "tensorboard").iterdir())) == 1
+
+
+def test_another_config_is_refused_and_ends_all(tmp_path, compiled):
+    with Run(tmp_path / "run", compiled, flags=[(), ("--config.seed=7",)]) as run:
+        ended = run.end(timeout=120)
+    for code, _, error in ended:
+        assert code == 1 and "Traceback" not in error, error
+        assert f"error: process 1 on host {HOST} differs from process 0" in error
+        assert "config.seed: 0 in process 0, 7 in process 1" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_asked_to_stop_all_stop_after_the_same_step(two, tmp_path, compiled):
+    workdir = tmp_path / "run"
+    with Run(workdir, compiled, scripts="seconds_per_step=2.5") as run:
+        run.wait_for("step 1/4")
+        run.processes[1].send_signal(signal.SIGTERM)
+        ended = run.end()
+    assert [code for code, *_ in ended] == [75, 75], [error[-3000:] for *_, error in ended]
+    stopped_at = metrics_of(workdir)[-1]["step"]
+    assert 1 < stopped_at < STEPS
+    for *_, error in ended:
+        assert f"asked to stop: saved step {stopped_at}; run the same command to continue" in error
+    assert state_of(workdir)[2] == stopped_at
+    finish(workdir, compiled)
+    assert_same_run(workdir, two)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_before_the_first_step(two, tmp_path, compiled):
+    """Of a run that is resumed, whose first step is not 1."""
+    shutil.copytree(two.workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    with Run(tmp_path / "run", compiled, scripts=["", "stop_early=True"]) as run:
+        ended = run.end()
+    assert [code for code, *_ in ended] == [75, 75], [error[-3000:] for *_, error in ended]
+    assert state_of(tmp_path / "run")[2] == 3
+    finish(tmp_path / "run", compiled)
+    assert_same_run(tmp_path / "run", two)
+
+
+@pytest.mark.slow
+def test_an_error_while_training_ends_all(tmp_path, compiled):
+    with Run(tmp_path / "run", compiled, scripts=["", "fail_at=4"]) as run:
+        ended = run.end()
+    assert 0 not in [code for code, *_ in ended], ended
+    assert f"error: process 1 on host {HOST} failed: RuntimeError: the disk has gone\n" in ended[0][2]
+    assert "the disk has gone" in ended[1][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_resumes(killed, two, tmp_path, compiled):
+    workdir = tmp_path / "run"
+    with Run(workdir, compiled, scripts="seconds_per_step=3") as run:
+        run.wait_for("step 3/4")
+        began = time.monotonic()
+        run.processes[killed].kill()
+        code, _, error = run.end(timeout=120)[1 - killed]
+        seconds = time.monotonic() - began
+    print(f"{seconds:.0f} s; exit code {code}; {error[-3000:]}")
+    assert seconds < 60 and code != 0
+    assert "error: another process may be gone" in error or "detected fatal errors" in error
+    if killed:  # without process 0 there is nobody to say who is gone
+        assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", error)
+    finish(workdir, compiled)
+    assert_same_run(workdir, two)
+
+
+@pytest.mark.slow
+def test_four_processes(one, two, tmp_path, compiled):
+    """From scratch as one; from what two have saved, and one from what four have."""
+    finish(tmp_path / "whole", compiled, count=4)
+    assert_close(tmp_path / "whole", one)
+    for source, count in ((two.workdir, 4), (tmp_path / "whole", 1)):
+        workdir = copy_of(source, tmp_path / str(count))
+        shutil.rmtree(workdir / "checkpoints" / "4")
+        finish(workdir, compiled, count=count, devices=4 // count)
+        assert_close(workdir, one)
+
+
+@pytest.mark.slow
+def test_repa_e_with_parameters_split_over_processes(tmp_path, compiled):
+    """Two processes with two devices each, parameters over all four; and pictures."""
+    flags = ("--config.mesh.fsdp=4", "--config.hooks.samples_every=4", "--config.hooks.reconstructions_every=4")
+    workdir, alone = tmp_path / "run", tmp_path / "alone"
+    finish(workdir, compiled, flags=flags, scripts="min_sharded_size=64", devices=2, file="repae")
+    assert train.train(config("repae"), alone)[1]
+    assert_close(workdir, alone)
+    assert state_of(workdir, "repae")[2] == STEPS
+    pictures = sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*.png"))
+    assert pictures == ["reconstructions/0000004.png", "samples/0000004.png"]
