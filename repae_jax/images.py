@@ -125,9 +125,14 @@ def center_crop(image, size):
     image = image.convert("RGB")
     # Box halving first: one bicubic step by a large factor would differ from the published statistics.
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+        image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    image = _resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     pixels = np.array(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def _resize(image, size, resample):
+    """Resizes along the rows, rounds to 8 bits, then along the columns, whichever order this version of Pillow would choose."""
+    return image.resize((size[0], image.height), resample=resample).resize(size, resample=resample)
