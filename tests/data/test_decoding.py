@@ -1,0 +1,93 @@
+"""Decoding against Pillow: the pixels of `images.center_crop`, bit for bit, with the fast libraries and without."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from pictures import encoded, picture
+
+from repae_jax.data import decoding
+from repae_jax.images import center_crop
+
+KINDS = {
+    "jpeg": {"kind": "jpeg"},
+    "best": {"kind": "jpeg", "quality": 100, "subsampling": 0},
+    "progressive": {"kind": "jpeg", "progressive": True},
+    "png": {"kind": "png"},
+    "webp": {"kind": "webp"},
+}
+
+
+@pytest.fixture(params=["fast", "pillow"])
+def libraries(request, monkeypatch):
+    """The extra `data`, and a machine without it."""
+    if request.param == "pillow":
+        monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
+        monkeypatch.setattr(decoding, "_compiled", lambda: None)
+    else:
+        assert decoding._simplejpeg() and decoding._compiled()
+
+
+def by_pillow(content, size):
+    return center_crop(Image.open(io.BytesIO(content)), size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_all_kinds(kind, libraries):
+    content = encoded(picture(0, (75, 53)), **KINDS[kind])
+    np.testing.assert_array_equal(decoding.decode_crop(content, 32), by_pillow(content, 32))
+
+
+def test_jpegs_take_the_fast_way(monkeypatch):
+    content = encoded(picture(0, (75, 53)))
+    monkeypatch.setattr(decoding, "center_crop", None)
+    assert decoding.decode_crop(content, 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_colors_of_jpegs(mode):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(1)).convert(mode).save(buffer, "jpeg")
+    np.testing.assert_array_equal(decoding.decode_crop(buffer.getvalue(), 16), by_pillow(buffer.getvalue(), 16))
+
+
+def test_crops_of_all_shapes():
+    """Smaller and larger than the crop, odd and even sides, tall and wide, noise: where roundings would show."""
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        height, width = rng.integers(5, 250, 2)
+        size = int(rng.integers(4, 80))
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        expected = center_crop(Image.fromarray(pixels), size)
+        np.testing.assert_array_equal(decoding.crop_pixels(pixels, size), expected, f"{height} x {width} to {size}")
+
+
+def test_a_photograph_of_usual_size():
+    content = encoded(picture(2, (500, 375)))
+    np.testing.assert_array_equal(decoding.decode_crop(content, 256), by_pillow(content, 256))
+
+
+def test_threads():
+    contents = [encoded(picture(i, (40 + i, 30))) for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda content: decoding.decode_crop(content, 16), contents))
+    for content, pixels in zip(contents, made):
+        np.testing.assert_array_equal(pixels, by_pillow(content, 16))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no image", "empty"])
+def test_what_cannot_be_decoded_is_said_by_pillow(damage, libraries):
+    content = encoded(picture(3))
+    content = {"truncated": content[: len(content) // 2], "no image": b"hello", "empty": b""}[damage]
+    with pytest.raises(Exception) as expected:  # noqa: B017
+        by_pillow(content, 16)
+    with pytest.raises(type(expected.value), match="(?i)truncated" if damage == "truncated" else "cannot identify"):
+        decoding.decode_crop(content, 16)
+
+
+def test_a_bomb_is_left_to_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Image.DecompressionBombError):
+        decoding.decode_crop(encoded(picture(4)), 16)
