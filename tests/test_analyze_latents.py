@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
+def few_transforms():
+    with pytest.MonkeyPatch.context() as patch:
         few = {name: encoding.TRANSFORMS[name] for name in TRANSFORMS}
         patch.setattr(encoding, "TRANSFORMS", few)  # each is a program to compile
         yield

@@ -30,7 +30,6 @@ from repae_jax.cache_latents import CacheWriter
 from repae_jax.data import latents
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Pictures:

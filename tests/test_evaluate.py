@@ -25,7 +25,6 @@ from repae_jax.metrics.inception_score import RunningInceptionScore
 from repae_jax.metrics.precision_recall import precision_recall
 from repae_jax.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 70
 METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
 
@@ -40,7 +39,7 @@ def stub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, quick):
+def workdir(tmp_path_factory):
     """A run of two steps, as it is on disk; its weights are drawn."""
     job = build.build(build.plain_config(small.config()), jax.devices())
     workdir = tmp_path_factory.mktemp("run")

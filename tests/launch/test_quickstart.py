@@ -13,7 +13,6 @@ from configs import repae
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
