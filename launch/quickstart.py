@@ -3,7 +3,7 @@
 1. An alignment target: a small encoder of DINOv2's architecture learns the digits and is saved in Hugging Face layout.
 2. A judge: a separate small classifier, whose features give the Frechet distance and whose labels give the label accuracy.
 3. REPA-E: `configs/repae.py:digits` trains VAE and SiT together, the encoder loaded as facebook/dinov2-base would be.
-4. Pictures and summary.json.
+4. Pictures, summary.json, the tokenizer's scores and its latents, and report.html, which shows all of it.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from absl import logging
 
 from checkpoints_tools import weights
 from configs import repae
-from repae_jax import generate, plots, sample
+from repae_jax import evaluate_tokenizer, generate, plots, sample
+from repae_jax.analyze_latents import __main__ as analyze_latents
 from repae_jax.data.digits import DigitsSource
 from repae_jax.images import save_png
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
@@ -102,6 +103,15 @@ def evaluate(workdir, classify):
     }
 
 
+def look_at_latents(workdir):
+    """Scores of the tokenizer and the analysis of its latents, on held-out digits, unless they are there."""
+    data = ["--data", "digits:split=test"]
+    if not list((workdir / "evaluations").glob(f"tokenizer-{max(checkpoint_steps(workdir)):07d}-*.json")):
+        evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), *data]))
+    if not (workdir / "analysis").exists():
+        analyze_latents.run(analyze_latents.parse_args([str(workdir), *data, "--cknna", f"{workdir / 'encoder'}@16"]))
+
+
 def training_numbers(workdir):
     """Numbers of the run from its metrics.jsonl; seconds count training alone, without compilation and pictures."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -155,6 +165,7 @@ def main():
     }
     weights.write_json(workdir / "summary.json", summary, overwrite=True)
     print(json.dumps(summary, indent=2))
+    look_at_latents(workdir)
     page = report.run(report.parse_args([str(workdir)]))
     for path in [*(workdir / name for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json")), page]:
         print(path)

@@ -67,6 +67,8 @@ def parse_args(argv=None):
     sampling.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
     sampling.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
     args = parser.parse_args(argv)
+    names = [action.dest for action in sampling._group_actions]
+    args.model_options = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
     needed = ("data", "image_size") if args.make_reference else ("source", "reference")
     for name in needed:
         if getattr(args, name) is None:
@@ -160,8 +162,8 @@ def _open_source(args):
     else:
         images, protocol, name, labels = _open_model(args)
         beside = path / "evaluations" / name if path.is_dir() else None
-    if labels is None and args.keep_samples:
-        raise ValueError(f"--keep_samples is for models; the images of {path} are there already")
+    if labels is None and args.model_options:
+        raise ValueError(f"{', '.join(args.model_options)}: for models only; the images of {path} are there already")
     if args.out is None and beside is None:
         raise ValueError(f"{path} is no local folder to keep the result in: give --out")
     default = beside and beside.with_name(beside.name + (".json" if name else ".evaluation.json"))
@@ -191,9 +193,7 @@ def _open_dataset(text, image_size):
         if images.shape != [image_size] * 2:
             raise ValueError(f"the images of {text} have {images.shape[0]} x {images.shape[1]} pixels, not {image_size}")
         return images
-    name, fields = data.parse_source(text)
-    if name == "folder" and "labels_file" not in fields:
-        fields = {"labelled": False, **fields}  # classes do not matter here
+    name, fields = data.parse_source(text, labelled=False)
     return DatasetImages(data.make_source(name, image_size, **fields), {"data": text})
 
 
@@ -254,9 +254,7 @@ def run(args):
     images, protocol, out, labels = _open_source(args)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "is_done": out.exists}
     if share["process_index"] == 0:
-        # samples that were kept just before the result could be written are written again
-        kept_files = [Path(args.keep_samples)] if args.keep_samples and not out.with_suffix(".parts").exists() else []
-        for path in [out, *kept_files]:
+        for path in [out, *([Path(args.keep_samples)] if args.keep_samples else [])]:
             if path.exists():
                 raise ValueError(f"{path} exists; choose another name, or move it away")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,11 +281,11 @@ def run(args):
         },
         "warnings": warnings + list(images.warnings),
     }  # fmt: skip
+    writes = {out: weights.json_writer(result, out)}
     if args.keep_samples:
         shape = (images.count, *images.shape, 3)
-        writer = npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())})
-        weights.write_all({Path(args.keep_samples): writer}, overwrite=True)
-    weights.write_json(out, result)
+        writes = {Path(args.keep_samples): npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())}), **writes}
+    weights.write_all(writes)
     shutil.rmtree(folder)  # everything in it is in the result now
     return out, result
 
@@ -340,6 +338,8 @@ def main():
                 print(f"{table(result)}\n{out}")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is finished is kept; run the same command to continue")
 
 
 if __name__ == "__main__":

@@ -315,9 +315,7 @@ def _choose_images(args, config, warn):
     if size is None:
         raise ValueError(f"{args.source} is no run of ours, whose config tells the size of its images: give --image_size")
     if args.data:
-        name, fields = data.parse_source(args.data)
-        if name == "folder" and "labels_file" not in fields:
-            fields = {"labelled": False, **fields}  # classes do not matter here
+        name, fields = data.parse_source(args.data, labelled=False)
     elif config is not None:
         name, fields = config["data"]["source"], config["data"]["options"]
         warn(f"no --data: these are the images that the run trained on, {name} {dict(fields)}; held-out images come out worse")

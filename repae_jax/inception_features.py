@@ -164,7 +164,12 @@ class FeatureParts:
         cut = {part: _cut(*self._ranges[part], batch) for part in todo}
         blocks = self._images.blocks([block for part in todo for block in cut[part]])
         total = sum(counts.values())
-        needed = IMAGE_BYTES * sum(counts[part] for part in todo)
+        height, width = self._images.shape
+        needed = sum(
+            IMAGE_BYTES * (end - first) + 3 * height * width * int(self._kept[first:end].sum())
+            for part, (first, end) in enumerate(self._ranges)
+            if not self._path(part).exists()  # of the other processes, too: they share the disk
+        )
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise ValueError(

@@ -199,6 +199,8 @@ def main():
         npz = run(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is finished is kept; run the same command to continue")
     print(f"{args.num_samples} samples: {npz}\npicture: {npz.with_suffix('.png')}")
 
 

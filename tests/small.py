@@ -1,11 +1,9 @@
-"""The smallest run with every part of the real one, and quick compilation, for tests of whole steps and runs."""
+"""The smallest run with every part of the real one, for tests of whole steps and runs."""
 
-import contextlib
 import math
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from configs import repae
 from repae_jax import build, sharding
@@ -30,26 +28,6 @@ def config(changes=None, file=repae, arg="tiny", **more):
             section = section[part]
         section[field] = value
     return made
-
-
-@contextlib.contextmanager
-def quick_compilation(folder):
-    """No optimisation by XLA, and every program compiled once for all tests that share the folder."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def _random_leaf(path, leaf, rng):

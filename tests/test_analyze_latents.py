@@ -14,7 +14,7 @@ from checkpoints_tools.convert import extract_vae
 from checkpoints_tools.vit import save_encoder
 from repae_jax import build, checkpoint, data, features, sharding
 from repae_jax.analyze_latents import __main__ as command
-from repae_jax.analyze_latents import encoding, hidden_states, sources
+from repae_jax.analyze_latents import encoding, hidden_states, numbers, sources
 from repae_jax.running_stats import ChannelStats
 from repae_jax.trained import load_trained, load_vae
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, small.quick_compilation(tmp_path_factory.getbasetemp() / "compiled"):
+def few_transforms():
+    with pytest.MonkeyPatch.context() as patch:
         few = {name: encoding.TRANSFORMS[name] for name in TRANSFORMS}
         patch.setattr(encoding, "TRANSFORMS", few)  # each is a program to compile
         yield
@@ -97,6 +97,10 @@ def test_what_is_written(made):
     assert [about["name"] for about in content["models"]] == ["early", "repae", "vae"]
     assert [about["step"] for about in content["models"]] == [2, 4, None]
     assert content["protocol"]["data"] == "digits:split=train" and content["protocol"]["num_images"] == 40
+    assert content["protocol"]["mean_errors_over"] == ["scale 0.5", "turn 90°"]
+    assert content["warnings"] == ["no --data: these are the images that the first run trained on"]
+    early, whole, exported = (about["vae_fingerprint"] for about in content["models"])
+    assert early != whole == exported
     for about in content["models"]:
         assert about["latent_shape"] == [4, 4, 4] and len(about["spectrum"]) == 16 and about["spectrum"][0] == 1
         assert set(about["channels"]) >= {"mean", "std", "skewness", "quantile_99", "collapsed"} and about["cknna"] == []
@@ -134,6 +138,9 @@ def test_cknna_of_every_block(with_cknna, workdir):
     assert all(len(row["blocks"]) == 2 and all(-1 <= value <= 1 for value in row["blocks"]) for row in rows)
     about = with_cknna["protocol"]["cknna"]
     assert about["num_images"] == 40 and about["k"] == 10 and about["labels"] == "null"
+    assert about["encoders"]["tiny-vit"]["image_size"] == 8 and len(about["encoders"]["tiny-vit"]["fingerprint"]) == 16
+    assert len(with_cknna["models"][0]["sit_fingerprint"]) == 16
+    assert "CKNNA of 40 images" in with_cknna["warnings"][1] and "mutual_knn is 0.26 by chance" in with_cknna["warnings"][1]
     assert (workdir / "analysis" / "cknna.png").exists(), "the default place"
 
 
@@ -250,7 +257,7 @@ def test_a_vae_alone(vae, made, tmp_path):
         analyze(vae, *whole)
     with pytest.raises(ValueError, match="vae is a AutoencoderKL: it has no SiT for --cknna"):
         analyze(vae, *whole, "--out", tmp_path, "--cknna")
-    with pytest.raises(ValueError, match="analysis.json exists; give another --out, or move it away"):
+    with pytest.raises(ValueError, match="analysis holds analysis.json, pca.png, .*: give another --out, or move it away"):
         analyze(vae, *whole, "--out", made)
 
 
@@ -259,6 +266,37 @@ def test_too_much_for_the_memory(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "MAX_BYTES", 2**10)
     with pytest.raises(ValueError, match=r"latents of 8 images by 1 VAEs take 0.0 GiB of memory; .* use fewer images"):
         analyze(workdir, "--num_images", "8", "--out", tmp_path)
+
+
+def test_the_published_number_of_images_fits_with_the_largest_sit():
+    size = 4 * 28 * sources.PUBLISHED_COUNT * 1152
+    encoding.check_bytes(size, "hidden states", hidden_states.MAX_BYTES)
+    with pytest.raises(ValueError, match="hidden states take 12.0 GiB of memory; allowed: 8; use fewer images"):
+        encoding.check_bytes(10 * size, "hidden states", hidden_states.MAX_BYTES)
+
+
+def test_labels_of_a_folder_without_classes(workdir, tmp_path):
+    """They are asked for, and never taken for class 0."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no class subfolders"):
+        analyze(workdir, "--data", tmp_path, "--labels", "own", "--cknna", "--out", tmp_path / "out")
+
+
+def test_pictures_that_exist_are_kept(workdir, tmp_path):
+    (tmp_path / "pca.png").write_text("mine")
+    with pytest.raises(ValueError, match="holds pca.png: give another --out"):
+        analyze(workdir, "--out", tmp_path)
+    assert (tmp_path / "pca.png").read_text() == "mine"
+
+
+def test_errors_are_means_over_what_all_models_were_measured_under(workdir, loaded):
+    source = data.make_source("digits", 8)
+    model = encoding.encode_images(sources.Source("x", "x", None), loaded, source, np.arange(4), 32, sharding.make_mesh(1))
+    rows = [{**row, "latent_error": error} for row, error in zip(model.equivariance, (0, 1, 2))]
+    model = dataclasses.replace(model, equivariance=rows)
+    all_of_them = numbers.describe(model, 2, {"none", "scale 0.5", "turn 90°"})["numbers"]
+    assert all_of_them["scale_error"] == 1 and all_of_them["rotation_error"] == 2
+    assert np.isnan(numbers.describe(model, 2, {"none", "turn 90°"})["numbers"]["scale_error"])
 
 
 def test_a_broken_image_is_named(workdir, loaded, tmp_path, monkeypatch):

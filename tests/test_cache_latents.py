@@ -29,7 +29,6 @@ from repae_jax import build, cache_latents, images, shard_writer, train
 from repae_jax.data import latents, shards
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Pictures:

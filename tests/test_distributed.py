@@ -28,10 +28,7 @@ ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
 CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
 STEPS = 4
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("quick"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def config(file="ldm"):

@@ -25,7 +25,6 @@ from repae_jax.metrics.inception_score import RunningInceptionScore
 from repae_jax.metrics.precision_recall import precision_recall
 from repae_jax.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 70
 METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
 
@@ -40,7 +39,7 @@ def stub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, quick):
+def workdir(tmp_path_factory):
     """A run of two steps, as it is on disk; its weights are drawn."""
     job = build.build(build.plain_config(small.config()), jax.devices())
     workdir = tmp_path_factory.mktemp("run")
@@ -327,6 +326,19 @@ def test_an_existing_result_is_kept(npz, real, tmp_path):
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
+def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
+    """Not even when the evaluation was interrupted before."""
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    out, mine = tmp_path / "x.json", tmp_path / "mine.npz"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 90 + 20)
+        evaluate.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", tmp_path / "first.npz"))
+    mine.write_text("my thesis")
+    with pytest.raises(ValueError, match="mine.npz exists; choose another name"):
+        evaluate.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", mine))
+    assert mine.read_text() == "my thesis"
+
+
 def test_unfinished_samples(real, tmp_path):
     parts = tmp_path / "generated" / "x-cfg1.5.parts"
     parts.mkdir(parents=True)
@@ -343,11 +355,11 @@ def test_unfinished_samples(real, tmp_path):
 def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     np.savez(tmp_path / "made.npz", Noise(9, 4).pixels)
     write_adm(tmp_path / "small.npz", Noise(9, 4).pixels)
-    for source, reference in ((tmp_path / "made.npz", real), (workdir, tmp_path / "small.npz")):
+    for source, reference, extra in ((tmp_path / "made.npz", real, ()), (workdir, tmp_path / "small.npz", MODEL)):
         with pytest.raises(
             ValueError, match="the samples have . x . pixels, the images of .* . x .; scores compare equal sizes"
         ):
-            evaluate.run(arguments(source, reference, *MODEL, "--out", tmp_path / "x.json"))
+            evaluate.run(arguments(source, reference, *extra, "--out", tmp_path / "x.json"))
 
 
 @pytest.mark.parametrize(
@@ -369,9 +381,10 @@ def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeyp
         evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
 
 
-def test_samples_are_kept_of_models_only(npz, real, tmp_path):
-    with pytest.raises(ValueError, match="--keep_samples is for models"):
-        evaluate.run(arguments(npz, real, "--keep_samples", tmp_path / "x.npz"))
+def test_options_for_models_only(npz, real, tmp_path):
+    given = ("--steps", 3, "--keep_samples", tmp_path / "x.npz", "--step", 4)
+    with pytest.raises(ValueError, match="--steps, --keep_samples, --step: for models only; the images of .* are there"):
+        evaluate.run(arguments(npz, real, *given))
 
 
 def test_no_such_source(real, tmp_path):

@@ -69,12 +69,6 @@ class Extent:
         return variables["params"] * (originals.max(axis=(1, 2, 3)) - originals.min(axis=(1, 2, 3)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(tmp_path_factory):
-    with small.quick_compilation(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def vae():
     """A random VAE of factor 2."""

@@ -12,8 +12,6 @@ from checkpoints_tools import vae as vae_files
 from configs import ldm, vae
 from repae_jax import build, cache_latents, train
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 import reference
-import small
 from feature_stub import Noise, StubNetwork
 from test_cache_latents import in_threads
 
@@ -36,9 +35,8 @@ def params(golden):
 
 
 @pytest.fixture(scope="module")
-def features(golden, params, compiled):
-    with small.quick_compilation(compiled):
-        return InceptionNetwork(params, 8)(golden.arrays["images_64"])
+def features(golden, params):
+    return InceptionNetwork(params, 8)(golden.arrays["images_64"])
 
 
 @pytest.mark.parametrize(("name", "key"), [("pool", "pool_3"), ("spatial", "spatial"), ("logits", "logits_without_bias")])

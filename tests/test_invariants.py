@@ -26,7 +26,6 @@ BATCH = 16
 KEY = jax.random.key(3)
 MOVING = {"step", "skipped", "skipped_in_a_row"}
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def sgd():

@@ -22,7 +22,6 @@ from repae_jax.running_stats import batch_stats
 
 EXACT = 2e-5
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def make(file, arg="tiny", changes=None, **more):

@@ -70,7 +70,9 @@ def write_results(folder):
     save(folder / "evaluations" / "fid.png", pixels)
     write_json(folder / "evaluations" / "rfid.json", {"kind": "tokenizer", "step": None, "metrics": {"rfid": 0.74}})
     model = {"name": "sdvae", "source": "sdvae.pt", "step": None, "numbers": {"tv": 6627.35, "error": {"rot90": 0.4}}}
-    write_json(folder / "analysis" / "analysis.json", {"kind": "analysis", "models": [model]})
+    model["cknna"] = [{"encoder": "dino", "measure": "cknna_paper", "timestep": 0.5, "blocks": [0.1, 0.6, 0.4, None]}]
+    about = {"protocol": {"data": "digits", "cknna": {"k": 10}}, "warnings": ["few images"]}
+    write_json(folder / "analysis" / "analysis.json", {"kind": "analysis", "models": [model], **about})
     for name in ("spectrum", "pca"):
         save(folder / "analysis" / f"{name}.png", pixels)
     save(folder / "generated" / "0000300-sde.png", pixels)
@@ -141,14 +143,15 @@ def test_cost():
     }
     steps = np.array([1, 100, 200, 300, 400])
     times = NOW - np.array([250_800, 250_600, 250_400, 210, 10])  # three days between steps 200 and 300
-    cost = run_folder.run_cost(metrics, steps, times, {"steps": 500}, 8, NOW)
+    config = {"steps": 500, "data": {"batch_size": 64}}
+    cost = run_folder.run_cost(metrics, steps, times, config, 8, NOW)
     assert cost == {
         "step": 400, "total": 500, "devices": 8, "images_per_second": 32, "seconds_per_step": 2, "mfu": 0.4, "images": 25_600,
         "training_seconds": 800, "elapsed_seconds": 600, "pauses": 1, "device_hours": 8 * 600 / 3600, "updated": NOW - 10,
         "state": "running", "eta_seconds": 4,
     }  # fmt: skip
-    assert run_folder.run_cost(metrics, steps, times, {"steps": 500}, 8, NOW + 9e4)["state"] == "stopped"
-    finished = run_folder.run_cost(metrics, steps, times, {"steps": 400}, None, NOW)
+    assert run_folder.run_cost(metrics, steps, times, config, 8, NOW + 9e4)["state"] == "stopped"
+    finished = run_folder.run_cost(metrics, steps, times, config | {"steps": 400}, None, NOW)
     assert finished["state"] == "finished" and not {"devices", "device_hours", "eta_seconds"} & set(finished)
     empty = np.array([])
     assert run_folder.run_cost({}, empty, empty, None, None, NOW) == {}
@@ -206,6 +209,10 @@ def test_page_of_one_run(tmp_path, capsys, monkeypatch):
     assert generation["protocol"] == {"sampler": "sde", "guidance.scale": 2.2} and generation["picture"]["width"] == 60
     assert tokenizer["step"] is None and tokenizer["picture"] is None
     assert run["analysis"]["models"][0]["numbers"] == {"tv": 6627.35, "error.rot90": 0.4}
+    assert run["analysis"]["protocol"] == {"data": "digits", "cknna.k": 10} and run["analysis"]["warnings"] == ["few images"]
+    assert run["analysis"]["cknna"] == [
+        {"model": "sdvae", "encoder": "dino", "measure": "cknna_paper", "timestep": 0.5, "best": 0.6, "block": 2, "last": 0.4}
+    ]
     assert [one["picture"]["alt"][:8] for one in run["analysis"]["pictures"]] == ["Latents ", "Spectrum"]
     assert run["generated"][0]["settings"] == {"step": 300, "sampler": "sde"}
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
@@ -478,6 +485,10 @@ def test_browser_renders_everything(opened):
         "Curves", "Samples", "Reconstructions", "Generated images", "Evaluations", "Latents", "Config", "Cost"
     ]  # fmt: skip
     assert opened.evaluate("document.querySelectorAll('.chart .line').length") == 4  # two metrics change, in two runs
+    assert "⚠ few images" in opened.evaluate("document.querySelector('#latents').innerText")
+    agreement = opened.evaluate("document.querySelector('#latents details.fields tbody tr').textContent")
+    assert "cknna_paper" in agreement and agreement.endswith("0.50.620.4")
+    assert "[object" not in opened.evaluate("document.body.textContent")
     assert "skipped = 0" in opened.evaluate("document.querySelector('#curves').textContent")
     assert HOSTILE.replace("/", "") in opened.evaluate("document.querySelector('header').innerText")
     assert "samples/0000300.png" in opened.evaluate("document.querySelector('.box').innerText")

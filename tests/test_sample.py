@@ -15,8 +15,6 @@ from repae_jax import generate, sample
 from repae_jax.train import train
 from repae_jax.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

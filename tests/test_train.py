@@ -31,10 +31,7 @@ from repae_jax.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("quick"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
 
 
@@ -246,9 +243,7 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
 
 
 def command(*arguments, compiled=None, timeout=300):
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    if compiled:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": str(compiled)} if compiled else {})
     program = [sys.executable, "-m", "repae_jax.train", *arguments]
     return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 

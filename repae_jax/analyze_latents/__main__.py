@@ -22,6 +22,7 @@ from repae_jax.analyze_latents.numbers import describe, plain, spectrum_of_image
 from repae_jax.analyze_latents.pictures import draw
 from repae_jax.analyze_latents.sources import (
     NEIGHBORS,
+    PUBLISHED_COUNT,
     RESULT,
     check_cknna,
     choose_encoders,
@@ -31,6 +32,7 @@ from repae_jax.analyze_latents.sources import (
     parse_sources,
     run_config,
 )
+from repae_jax.checkpoint import fingerprint
 from repae_jax.trained import TrainedVae, load_trained, load_vae
 
 LABELS = ("null", "own")
@@ -104,9 +106,11 @@ def run(args):
         cknna_records = draw_records(images_source, args.cknna_images, args.seed)
         check_cknna(args, sources, configs, len(cknna_records))
         chosen = choose_encoders(args.cknna, configs)
+        used = {}
         for label, (path, pixels) in chosen.items():
-            found = encoder_features(label, path, pixels, images_source, cknna_records, args.batch_size, mesh)
+            found, checksum = encoder_features(label, path, pixels, images_source, cknna_records, args.batch_size, mesh)
             encoders[label] = found, representation.nearest(found, NEIGHBORS)
+            used[label] = {"weights": path, "image_size": pixels, "fingerprint": checksum}
 
     models = []
     for source in sources:
@@ -117,21 +121,23 @@ def run(args):
         models.append(encode_images(source, vae, images_source, records, args.batch_size, mesh))
     block = min([BLOCK] + [model.latents.shape[1] for model in models])
     rgb_spectrum, rgb_ratios = spectrum_of_images(images_source, records, args.batch_size, block)
-    described = [describe(model, block) for model in models]
+    compared = set.intersection(*({row["transform"] for row in model.equivariance} for model in models))
+    described = [describe(model, block, compared) for model in models]
     if encoders:
         for source, about in zip(sources, described):
             trained = load_trained(source.path, source.step, vae_path=args.vae)
+            about["sit_fingerprint"] = fingerprint(trained.params["sit"])
             about["cknna"] = measure_cknna(args, source, trained, images_source, cknna_records, encoders)
 
     protocol = {
         "data": described_data, "image_size": images_source.image_size, "num_images": len(records), "seed": args.seed,
         "latents": "posterior mean, not normalized", "precision": "float32", "dct_block": block, "pixels": "in [-1, 1]",
-        "resampling": "bilinear, not antialiased",
+        "resampling": "bilinear, not antialiased", "mean_errors_over": sorted(compared - {"none"}),
     }  # fmt: skip
     if encoders:
         protocol["cknna"] = {
             "num_images": len(cknna_records), "k": NEIGHBORS, "labels": args.labels, "timesteps": list(args.timesteps),
-            "encoders": {label: path for label, (path, _) in chosen.items()},
+            "encoders": used,
             "features": "tokens averaged per image, rows of length 1, outliers not clipped; latents normalized, then noised",
         }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,15 +145,29 @@ def run(args):
     draw(folder, models, described, originals, rgb_spectrum)
     content = {
         "kind": "analysis", "models": described, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,
-        "protocol": protocol,
+        "protocol": protocol, "warnings": _warnings(args, len(cknna_records) if encoders else None),
     }  # fmt: skip
     weights.write_json(folder / RESULT, plain(content))  # last: where it is, the pictures are whole
     return folder / RESULT
 
 
+def _warnings(args, cknna_count):
+    """What is wrong with the numbers."""
+    found = []
+    if not args.data:
+        found.append("no --data: these are the images that the first run trained on")
+    if cknna_count is not None and cknna_count < PUBLISHED_COUNT:
+        found.append(
+            f"CKNNA of {cknna_count} images: it is the higher the fewer they are, published values are of {PUBLISHED_COUNT}; "
+            f"mutual_knn is {NEIGHBORS / (cknna_count - 1):.2g} by chance"
+        )
+    return found
+
+
 def summary(path):
-    """The main numbers of an analysis.json as a table for people."""
-    models = weights.read_json(path)["models"]
+    """The main numbers of an analysis.json as a table for people, and its warnings."""
+    content = weights.read_json(path)
+    models = content["models"]
     names = [
         "spatial_variance", "total_variation", "effective_rank", "collapsed_channels", "high_frequency_share", "scale_error",
         "rotation_error", "psnr",
@@ -157,7 +177,7 @@ def summary(path):
     for about in models:
         values = ("-" if about["numbers"][name] is None else f"{about['numbers'][name]:.4g}" for name in names)
         lines.append(f"{about['name']:<{width}}  " + "  ".join(f"{value:>{len(name)}}" for name, value in zip(names, values)))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"warning: {text}" for text in content["warnings"]])
 
 
 def main():
@@ -167,6 +187,8 @@ def main():
         path = run(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: nothing was written; the same command starts again")
     print(f"{summary(path)}\nnumbers: {path}\npictures: {os.path.join(path.parent, '*.png')}")
 
 

@@ -18,7 +18,7 @@ from repae_jax.losses.regularizers import downscale
 from repae_jax.trained import TrainedVae
 
 SCALES = (0.75, 0.5, 0.25)
-MAX_BYTES = 2**30  # of latents, or of one timestep's hidden states; some numbers take four times as much for a while
+MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while
 _READ_THREADS = 4
 
 
@@ -50,10 +50,11 @@ def in_float32(function):
     return jax.jit(precise)
 
 
-def check_bytes(count, what):
-    """ValueError if `what` is more than fits in memory."""
-    if count > MAX_BYTES:
-        raise ValueError(f"{what} take {count / 2**30:.1f} GiB of memory; allowed: {MAX_BYTES / 2**30:g}; use fewer images")
+def check_bytes(count, what, allowed=None):
+    """ValueError if `what` is more than fits in memory, MAX_BYTES if not told otherwise."""
+    allowed = allowed or MAX_BYTES
+    if count > allowed:
+        raise ValueError(f"{what} take {count / 2**30:.1f} GiB of memory; allowed: {allowed / 2**30:g}; use fewer images")
 
 
 def read_batches(source, records, batch_size):

@@ -12,7 +12,10 @@ from repae_jax import data, features, images, sharding
 from repae_jax.analysis import representation
 from repae_jax.analyze_latents.encoding import check_bytes, check_finite, in_float32, posterior_mean, read_batches
 from repae_jax.analyze_latents.sources import NEIGHBORS
+from repae_jax.checkpoint import fingerprint
 from repae_jax.diffusion import ddpm, latent_norm
+
+MAX_BYTES = 2**33  # of one timestep's hidden states: SiT-XL's of 10,000 images, as published, take 1.2 GiB
 
 
 def encoder_features(name, path, pixels, source, records, batch_size, mesh):
@@ -28,9 +31,13 @@ def encoder_features(name, path, pixels, source, records, batch_size, mesh):
       mesh: device mesh.
 
     Returns:
-      float32 numpy [N, F], rows of length 1.
+      (float32 numpy [N, F], rows of length 1; fingerprint of the weights).
     """
-    encoder, params = load_encoder(path, source.image_size, pixels)
+    try:
+        encoder, params = load_encoder(path, source.image_size, pixels)
+    except ValueError as error:
+        raise ValueError(f"--cknna {path}: {error} (another image size of the encoder: {path}@PIXELS)") from error
+    weights = fingerprint(params)
     params = jax.device_put(params, sharding.replicated(mesh))
     run = in_float32(lambda params, pixels: features.encode(encoder, params, pixels).mean(axis=1))
     found = []
@@ -38,7 +45,7 @@ def encoder_features(name, path, pixels, source, records, batch_size, mesh):
         for batch, count in read_batches(source, records, batch_size):
             found.append(np.asarray(run(params, jax.device_put(batch, sharding.batch_sharding(mesh))))[:count])
             bar.update(count)
-    return representation.unit_rows(np.concatenate(found))
+    return representation.unit_rows(np.concatenate(found)), weights
 
 
 def make_hidden_states(trained):
@@ -98,7 +105,8 @@ def measure_cknna(args, source, trained, images_source, records, encoders):
       mutual kNN and linear CKA (biased).
     """
     sit, batch_size = trained.nets.sit, args.batch_size
-    check_bytes(4 * sit.depth * len(records) * sit.hidden_size, f"{source.name}: hidden states of {len(records)} images")
+    size = 4 * sit.depth * len(records) * sit.hidden_size
+    check_bytes(size, f"{source.name}: hidden states of {len(records)} images", MAX_BYTES)
     z = normalized_latents(trained, source.name, images_source, records, batch_size)
     if args.labels == "own":
         data.check_labels(images_source, trained.num_classes)

@@ -5,14 +5,16 @@ import numpy as np
 from repae_jax import images
 from repae_jax.analysis import channels, smoothness, spectrum
 from repae_jax.analyze_latents.encoding import read_batches
+from repae_jax.checkpoint import fingerprint
 
 
-def describe(model, block):
+def describe(model, block, compared):
     """All that analysis.json says of a model, but CKNNA.
 
     Args:
       model: Model.
       block: side of the DCT's blocks.
+      compared: names of the transforms that all models were measured under, which equivariance errors are means over.
 
     Returns:
       dict; what is not defined for collapsed latents is nan.
@@ -22,6 +24,7 @@ def describe(model, block):
     amplitudes = spectrum.mean_amplitudes(latents, block)
     alive = latents[..., ~collapsed] / stats["std"][~collapsed]
     as_is, *changed = model.equivariance
+    changed = [row for row in changed if row["transform"] in compared]
     errors = {kind: [row["latent_error"] for row in changed if row["transform"].startswith(kind)] for kind in ("scale", "turn")}
     numbers = {
         "spatial_variance": smoothness.spatial_variance(latents),
@@ -43,6 +46,7 @@ def describe(model, block):
         "name": model.source.name,
         "source": model.source.path,
         "step": model.source.step if model.vae.step is None else model.vae.step,
+        "vae_fingerprint": fingerprint(model.vae.params),
         "latent_shape": list(latents.shape[1:]),
         "collapsed": bool(collapsed.all()),
         "numbers": {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()},

@@ -11,6 +11,8 @@ from checkpoints_tools import identify
 from repae_jax import build, checkpoint, data
 
 RESULT = "analysis.json"
+PICTURES = ("pca.png", "spectrum.png", "channels.png", "equivariance.png", "cknna.png")
+PUBLISHED_COUNT = 10_000  # images behind published CKNNA
 NEIGHBORS = 10
 
 
@@ -85,7 +87,8 @@ def open_images(args, configs):
     own = next((config["data"] for config in configs if config), None)
     if own is None and not (args.data and args.image_size):
         raise ValueError("no SOURCE is a run of ours, whose images would be the default: give --data and --image_size")
-    name, fields = data.parse_source(args.data) if args.data else (own["source"], own["options"])
+    labelled = args.labels == "own"
+    name, fields = data.parse_source(args.data, labelled) if args.data else (own["source"], own["options"])
     size = args.image_size or own["image_size"]
     described = ",".join(f"{field}={value}" for field, value in dict(fields).items())
     return data.make_source(name, size, **fields), f"{name}:{described}" if described else name
@@ -107,8 +110,9 @@ def out_folder(args, sources, configs):
         raise ValueError("give --out, the folder of the results; only those of one run have a default")
     if "://" in out:
         raise ValueError(f"results go to a local disk, not to {out}: give a local --out")
-    if (Path(out) / RESULT).exists():
-        raise ValueError(f"{Path(out) / RESULT} exists; give another --out, or move it away")
+    taken = [name for name in (RESULT, *PICTURES) if (Path(out) / name).exists()]
+    if taken:
+        raise ValueError(f"{out} holds {', '.join(taken)}: give another --out, or move it away")
     return Path(out)
 
 

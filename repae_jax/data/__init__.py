@@ -52,11 +52,12 @@ def make_source(source, image_size, **fields):
     return _SOURCES[source](image_size=image_size, **fields)
 
 
-def parse_source(text):
+def parse_source(text, labelled=True):
     """Source as commands take it: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test' or 'folder:path=/data/val'.
 
     Args:
-      text: see above; or the path of a folder of images, whose classes do not matter.
+      text: see above; or the path of a folder of images.
+      labelled: whether classes matter; if not, a folder needs none.
 
     Returns:
       (name, fields) for `make_source`.
@@ -67,7 +68,7 @@ def parse_source(text):
     name, _, rest = text.partition(":")
     if name not in _SOURCES:
         if os.path.isdir(text):
-            return "folder", {"path": text, "labelled": False}
+            return "folder", {"path": text} | ({} if labelled else {"labelled": False})
         raise ValueError(
             f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, _SOURCES))}, with fields behind a colon, "
             "such as 'digits:split=test' or 'folder:path=/data/val'"
@@ -75,7 +76,10 @@ def parse_source(text):
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     if not all(sign and field for field, sign, _ in pairs):
         raise ValueError(f"{text!r}: allowed behind the colon is FIELD=VALUE,FIELD=VALUE")
-    return name, {field: value for field, _, value in pairs}
+    fields = {field: value for field, _, value in pairs}
+    if name == "folder" and not labelled and "labels_file" not in fields:
+        fields["labelled"] = False
+    return name, fields
 
 
 def check_labels(source, num_classes):

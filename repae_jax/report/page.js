@@ -459,7 +459,7 @@ const table = (head, rows) => el("div", { class: "scroll", tabindex: "0", role: 
   el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
 const th = (text, kind) => el("th", { scope: "col", class: kind }, text);
 
-const DIRECTIONS = [[/fid|lpips|equivariance|mse|l1/i, " ↓"], [/psnr|ssim|precision|recall|inception|(^|[_/])is($|[_/])/i, " ↑"]];
+const DIRECTIONS = [[/_std$/, ""], [/fid|lpips|equivariance|mse|l1/i, " ↓"], [/psnr|ssim|precision|recall|inception|(^|[_/])is($|[_/])/i, " ↑"]];
 const arrow = (metric) => (DIRECTIONS.find(([pattern]) => pattern.test(metric)) || [null, ""])[1];
 
 function evaluationTable([kind, title]) {
@@ -495,7 +495,14 @@ function latentsSection() {
   const head = [th("Model"), ...rows.map((row) => el("th", { scope: "col", class: "number", title: row.source }, runs.length > 1 ? `${runs[row.index].name}: ` : "",
     String(row.name ?? "?"), row.step === null ? "" : ` at ${number(row.step)}`))];
   const lines = names.map((name) => el("tr", {}, el("th", { scope: "row" }, name), rows.map((row) => el("td", { class: "number" }, number(row.numbers[name])))));
-  return el("section", { id: "latents" }, el("h2", {}, "Latents"), names.length ? table(head, lines) : null,
+  const about = runs.flatMap((run, index) => Object.keys(run.analysis.protocol).length
+    ? [el("details", { class: "small" }, el("summary", {}, runLabel(index), "Protocol"), fieldList(run.analysis.protocol)),
+      ...run.analysis.warnings.map((text) => el("div", { class: "warning" }, `⚠ ${text}`))] : []);
+  const agreements = runs.flatMap((run, index) => run.analysis.cknna.map((row) => el("tr", {}, el("th", { scope: "row" }, runs.length > 1 ? `${runs[index].name}: ` : "", String(row.model ?? "?")),
+    el("td", {}, row.encoder), el("td", {}, row.measure), [row.timestep, row.best, row.block, row.last].map((value) => el("td", { class: "number" }, number(value))))));
+  const columns = [th("Model"), th("Encoder"), th("Measure"), ...["t", "best block's", "block", "last block's"].map((text) => th(text, "number"))];
+  return el("section", { id: "latents" }, el("h2", {}, "Latents"), names.length ? table(head, lines) : null, about,
+    agreements.length ? el("details", { class: "fields" }, el("summary", {}, `The SiT's hidden states and encoders (${agreements.length})`), table(columns, agreements)) : null,
     pictures.length ? el("div", { class: "pictures fields" }, pictures) : null);
 }
 

@@ -168,8 +168,8 @@ def run_cost(curves, steps, times, config, devices, now):
             cost["eta_seconds"] = float(curves["eta_seconds"][1][-1])
         if cost["seconds_per_step"]:
             cost["training_seconds"] = cost["seconds_per_step"] * step
-        if cost["seconds_per_step"] and cost["images_per_second"]:
-            cost["images"] = round(cost["seconds_per_step"] * cost["images_per_second"]) * step
+        if config is not None:
+            cost["images"] = config["data"]["batch_size"] * step
         if devices:
             cost["device_hours"] = elapsed * devices / 3600
     return {name: value for name, value in cost.items() if value is not None and value == value}
@@ -209,8 +209,17 @@ def read_analysis(workdir, problems):
             "numbers": flatten(model.get("numbers") or {})
         }
 
+    rows = [
+        {
+            "model": _leaf(model.get("name")), **{name: _leaf(row.get(name)) for name in ("encoder", "measure", "timestep")},
+            "best": max(values), "block": 1 + values.index(max(values)), "last": values[-1],
+        }
+        for model in models for row in model.get("cknna") or []
+        if (values := [value for value in row.get("blocks") or [] if isinstance(value, float)])
+    ]  # fmt: skip
     return {
-        "models": [shown(model) for model in models],
+        "models": [shown(model) for model in models], "cknna": rows, "protocol": flatten(record.get("protocol") or {}),
+        "warnings": [_leaf(text) for text in record.get("warnings") or []],
         "pictures": [{"picture": Picture(paths[stem], ANALYSIS_PICTURES.get(stem, stem))} for stem in order],
     }  # fmt: skip
 

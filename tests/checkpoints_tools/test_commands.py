@@ -24,8 +24,6 @@ from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
 from repae_jax.trained import load_trained
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
 # group norms of 32 groups, as all published files have

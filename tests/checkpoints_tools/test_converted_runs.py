@@ -27,7 +27,6 @@ ENCODERS = {
     },
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def make_config(module, **changes):

@@ -109,7 +109,6 @@ def saved(request, tmp_path_factory):
     return request.param, model, folder
 
 
-@pytest.mark.usefixtures("quick")
 def test_tokens_are_those_of_transformers(saved, record_property):
     kind, model, folder = saved
     encoder, params = vit.load_encoder(folder, 256, image_size=NATIVE)
@@ -125,7 +124,6 @@ def test_tokens_are_those_of_transformers(saved, record_property):
     reference.check(torch_tokens(folder, nchw(pixels)), expected[:, skipped:], 1e-6, f"{kind} torch_tokens")
 
 
-@pytest.mark.usefixtures("quick")
 def test_on_another_grid_and_out_again(saved, tmp_path, record_property):
     kind, _, folder = saved
     encoder, params = vit.load_encoder(folder, 256, image_size=OTHER)
@@ -241,7 +239,6 @@ def moco(tmp_path_factory):
     return arrays, path
 
 
-@pytest.mark.usefixtures("quick")
 def test_mocov3(moco, tmp_path, record_property):
     arrays, path = moco
     module, params = vit.read_encoder(path)

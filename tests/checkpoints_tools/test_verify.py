@@ -21,7 +21,6 @@ ENCODER = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": 28,
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ def label(case):
     return f"{case[0]}:{case[1]}"
 
 
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------

@@ -172,8 +172,13 @@ def test_without_labels_images_lie_anywhere(class_folders):
 def test_sources_as_commands_take_them(class_folders):
     assert data.parse_source("digits:split=test") == ("digits", {"split": "test"})
     assert data.parse_source("digits") == ("digits", {})
-    name, fields = data.parse_source(str(class_folders))
-    assert len(data.make_source(name, 8, **fields)) == 5
+    for text in (str(class_folders), f"folder:path={class_folders}"):
+        name, fields = data.parse_source(text)
+        assert len(data.make_source(name, 8, **fields)) == 5 and fields == {"path": str(class_folders)}
+        name, fields = data.parse_source(text, labelled=False)
+        assert name == "folder" and fields == {"path": str(class_folders), "labelled": False}
+    labelled = data.parse_source("folder:path=x,labels_file=y.csv", labelled=False)
+    assert labelled == ("folder", {"path": "x", "labels_file": "y.csv"})
     for text in ("imagenette", "digits:split", str(class_folders / "absent")):
         with pytest.raises(ValueError, match=text):
             data.parse_source(text)

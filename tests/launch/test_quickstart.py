@@ -13,8 +13,6 @@ from configs import repae
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def quickstart(monkeypatch):
@@ -49,6 +47,9 @@ def test_quickstart_writes_what_it_promises(quickstart, tmp_path, monkeypatch, c
     for name in ("samples.png", "reconstructions.png", "curves.png"):
         with Image.open(tmp_path / "run" / name) as picture:
             assert min(picture.size) > 100, name
+    analysis = json.loads((tmp_path / "run" / "analysis" / "analysis.json").read_text())
+    assert analysis["models"][0]["step"] == 3 and analysis["models"][0]["cknna"]
+    assert len(list((tmp_path / "run" / "evaluations").glob("tokenizer-0000003-*.json"))) == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "sit/velocity" in page and len(page) < 10e6
     capsys.readouterr()
