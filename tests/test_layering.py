@@ -27,6 +27,9 @@ ORDER = [
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",
+    "repae_jax.hlo_cost",
+    "repae_jax.tpu_topologies",
+    "repae_jax.plan_text",
     "repae_jax.data",
     "checkpoints_tools",
     # the story
