@@ -22,10 +22,19 @@ def lines_of(numbers):
         "",
     ]
     if not numbers["fits"]:
-        needed, state = numbers["needed_bytes"], f"{numbers['state_bytes'] / GIB:.2f} GiB of it {_state_of(numbers)}"
-        size = f"needs {needed / GIB:.2f} GiB of {numbers['hbm_bytes'] / GIB:.2f} GiB" if needed else numbers["message"]
-        return [*lines, f"DOES NOT FIT: {size} a device, {state}; what helps:", *(f"  {line}" for line in numbers["advice"])]
+        return [*lines, *_does_not_fit(numbers)]
     return [*lines, *_memory_table(numbers), "", *_time_table(numbers), *textwrap.wrap(note(numbers), 120)]
+
+
+def _does_not_fit(numbers):
+    needed, size = numbers["needed_bytes"], f"the {numbers['hbm_bytes'] / GIB:.2f} GiB of a device"
+    needs = f"needs {needed / GIB:.2f} GiB or more of {size}" if needed else f"needs more than {size}"
+    return [
+        f"DOES NOT FIT: {needs}; its {_state_of(numbers)} alone: {numbers['state_bytes'] / GIB:.2f} GiB",
+        *textwrap.wrap(f"The compiler says: {numbers['message'].removeprefix('RESOURCE_EXHAUSTED: ')}", 120),
+        "What helps:",
+        *(f"  {line}" for line in numbers["advice"]),
+    ]
 
 
 def note(numbers):

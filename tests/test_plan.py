@@ -1,7 +1,9 @@
 """Plans: topologies, advice, what is printed, mistakes; real ahead-of-time compilation where libtpu is installed."""
 
+import functools
 import importlib.util
 import json
+import operator
 import types
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 import small
 from test_hlo_cost import LOOP, needs_libtpu
 
-from configs import common, ldm, repae, vae
+from configs import ldm, repae, vae
 from repae_jax import build, flops, plan, plan_text, tpu_topologies, train
 
 GIB = 2**30
@@ -125,9 +127,14 @@ def setting_of(sampling=False, **changes):
     return job, plan.setting(job, tpu_topologies.CHIPS["v5e"], "v5e:2x4", sampling)
 
 
+@functools.cache
+def too_large():
+    """A Job with everything that can be advised against, and its plan.setting."""
+    return setting_of(data__batch_size=64, sit__remat="dots")
+
+
 def test_advice():
-    job, numbers = setting_of(data__batch_size=64, sit__remat="dots")
-    lines = plan.advice(job, numbers)
+    lines = plan.advice(*too_large())
     assert [line.partition(":")[0] for line in lines[:-1]] == [
         "--config.mesh.fsdp=8", "--config.accumulation=2", "--config.sit.remat=full", "--config.vae.remat=True",
     ]  # fmt: skip
@@ -138,25 +145,24 @@ def test_advice():
 
 
 def test_advice_can_be_followed():
-    for line in plan.advice(*setting_of(data__batch_size=64, sit__remat="dots"))[:-1]:
-        name, _, value = line.partition(":")[0].removeprefix("--config.").partition("=")
-        config = small.config(data__batch_size=64)
-        common.change(config, {name: type(config.get_ref(name).get() if "." not in name else _field(config, name))(value)})
-        build.build(config)
-
-
-def _field(config, name):
-    for part in name.split("."):
-        config = config[part]
-    return config
+    """Names and values are those of the config; all at once are a step that can be built."""
+    config = small.config(data__batch_size=64)
+    for line in plan.advice(*too_large())[:-1]:
+        *sections, field = line.partition("=")[0].removeprefix("--config.").split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[field] = type(section[field])(line.partition("=")[2].partition(":")[0])
+    assert config.mesh.fsdp == 8 and config.vae.remat is True
+    build.build(config)
 
 
 def test_what_does_not_fit_is_said_with_advice():
-    job, numbers = setting_of(data__batch_size=64)
-    numbers |= {"fits": False, "message": "RESOURCE_EXHAUSTED", "needed_bytes": 20 * GIB, "advice": plan.advice(job, numbers)}
+    job, numbers = too_large()
+    failed = {"fits": False, "message": "RESOURCE_EXHAUSTED: Ran out.", "needed_bytes": 20 * GIB}
+    numbers = numbers | failed | {"advice": plan.advice(job, numbers)}
     text = "\n".join(plan_text.lines_of(numbers))
-    assert "DOES NOT FIT: needs 20.00 GiB of 15.75 GiB a device" in text and "  --config.mesh.fsdp=8" in text
-    assert "RESOURCE_EXHAUSTED a device" in "\n".join(plan_text.lines_of(numbers | {"needed_bytes": None}))
+    assert "DOES NOT FIT: needs 20.00 GiB or more of the 15.75 GiB of a device" in text
+    assert "says: Ran out." in text and "  --config.mesh.fsdp=8" in text
+    assert "needs more than the 15.75 GiB" in "\n".join(plan_text.lines_of(numbers | {"needed_bytes": None}))
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------
@@ -169,8 +175,7 @@ HLO = LOOP.replace("LIMIT", "10").replace("START", "0").replace("STEP", "1").rep
 
 
 def test_numbers_and_their_tables():
-    _, numbers = setting_of(data__batch_size=64, steps=3600)
-    numbers |= {"fits": True, "runs": 3600}
+    numbers = too_large()[1] | {"fits": True, "runs": 3600}
     numbers |= plan.outcome(numbers, STATS, HLO)
     cycles = 5 + 10 * 109
     assert numbers["seconds"] == cycles / 1.5e9 and numbers["hours"] == pytest.approx(numbers["seconds"])
@@ -178,8 +183,8 @@ def test_numbers_and_their_tables():
     per_chip = flops.per_image(small.config()) * 8
     assert numbers["share_of_peak"] == pytest.approx(per_chip / numbers["seconds"] / 197e12)
     assert numbers["memory_bytes"]["total"] == 14.5 * GIB and json.loads(json.dumps(numbers)) == numbers
-    text = "\n".join(plan_text.lines_of(numbers))
-    assert "14.50 GiB    of 15.75: fits, 8% free, which is tight" in text
+    text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
+    assert "14.50 GiB of 15.75: fits, 8% free, which is tight" in text
     for part in (*numbers["flop_per_image"], "all-reduce", "images per second", "3,600 steps", "clock of 1.5 GHz", "88%"):
         assert part in text
     assert "1 loops whose length is unknown" in " ".join(plan_text.lines_of(numbers | {"unknown_loops": 1}))
@@ -212,7 +217,6 @@ def test_sampling_is_planned_as_it_runs():
         (repae, {}),
         (vae, {}),
         (vae, {f"loss__vae__{term}": 0.0 for term in ("l1", "lpips", "kl", "gan")} | {"init__vae": "random"}),
-        (ldm, {"data__flip_probability": 0.5}),
         (ldm, {"data__cache": "latents"}),
         (ldm, {"data__cache": "latents", "data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}),
     ],
