@@ -128,7 +128,7 @@ def plan(config, topology, images_per_chip=None):
     chip = check_topology(topology)
     devices = topology_devices(topology, 1 if images_per_chip else config["mesh"]["slices"])
     if images_per_chip:
-        config = sampling_config(config, images_per_chip * len(devices) // chip.cores)
+        config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
     numbers = setting(job, chip, topology, bool(images_per_chip))
     start = time.monotonic()
@@ -153,7 +153,7 @@ def setting(job, chip, topology, sampling):
       topology: its name.
       sampling: whether it is about sampling, with all of the batch at a time, or about training.
     """
-    devices, images = job.mesh.devices.size, job.config["data"]["batch_size"]
+    chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
     parts = flops.sampling_parts(job.config, job.sampling) if sampling else flops.parts(job.config, job.encoders)
     state = build.abstract_state(job)
     kept = generate.sampling_params(state, build.abstract_inputs(job)[1]) if sampling else state
@@ -161,18 +161,17 @@ def setting(job, chip, topology, sampling):
         "topology": topology,
         "slices": job.config["mesh"]["slices"],
         "device_kind": chip.kind,
-        "devices": devices,
-        "chips": devices // chip.cores,
+        "chips": chips,
         "hbm_bytes": chip.hbm,
-        "peak_flop_per_second": flops.peak(chip.kind) / chip.cores,
+        "peak_flop_per_second": flops.peak(chip.kind),
         "clock_hz": chip.clock,
         "matmul_share": chip.matmul,
         "job": "sample" if sampling else job.config["job"],
         "mesh": dict(job.mesh.shape),
         "images": images,
-        "images_per_device": images // devices,
+        "images_per_chip": images // chips,
         "flop_per_image": parts,
-        "state_bytes": device_bytes(kept),
+        "state_bytes": chip_bytes(kept),
     }
 
 
@@ -186,7 +185,7 @@ def outcome(numbers, memory_stats, text):
     """
     cost = hlo_cost.analyze(text)
     seconds = cost.cycles / numbers["clock_hz"]
-    flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_device"]
+    flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
     return {
         "memory_bytes": memory(memory_stats),
@@ -202,7 +201,7 @@ def outcome(numbers, memory_stats, text):
 
 
 def memory(stats):
-    """Bytes of a device by kind, from the compiler's CompiledMemoryStats."""
+    """Bytes on a chip by kind, from the compiler's CompiledMemoryStats."""
     kinds = {
         "arguments": stats.argument_size_in_bytes,
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
@@ -213,8 +212,8 @@ def memory(stats):
     return {**kinds, "total": total, "peak": stats.peak_memory_in_bytes, "aliased": stats.alias_size_in_bytes}
 
 
-def device_bytes(tree):
-    """Bytes on each device of a tree of shapes with shardings."""
+def chip_bytes(tree):
+    """Bytes on each chip of a tree of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -235,21 +234,21 @@ def advice(job, numbers, images_per_chip=None):
         return [
             f"--images_per_chip={max(1, images_per_chip // 2)}, the same samples in more batches; or chips with more memory"
         ]
-    config, per_device, lines = job.config, numbers["images_per_device"], []
+    config, per_chip, lines = job.config, numbers["images_per_chip"], []
     slices, accumulation = config["mesh"]["slices"], config["accumulation"]
-    in_slice = numbers["devices"] // slices
+    in_slice = numbers["chips"] // slices
     if job.mesh.shape[sharding.FSDP] == 1 < in_slice:
         mesh = sharding.make_mesh(in_slice, list(job.mesh.devices.flat), slices)
-        sharded = device_bytes(build.abstract_state(dataclasses.replace(job, mesh=mesh)))
+        sharded = chip_bytes(build.abstract_state(dataclasses.replace(job, mesh=mesh)))
         saved = (numbers["state_bytes"] - sharded) / GIB
         lines.append(
             f"--config.mesh.fsdp={in_slice}: the state shared by the chips, {saved:.2f} GiB less on each, more traffic"
         )
-    if per_device > accumulation:
-        parts = next(n for n in range(accumulation + 1, per_device + 1) if per_device % n == 0)
+    if per_chip > accumulation:
+        parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
         lines.append(
-            f"--config.accumulation={parts}: {per_device // parts} instead of {per_device // accumulation} images of a "
-            "device at a time, activations in proportion; the discriminator's batch norm sees smaller batches"
+            f"--config.accumulation={parts}: {per_chip // parts} instead of {per_chip // accumulation} images of a "
+            "chip at a time, activations in proportion; the discriminator's batch norm sees smaller batches"
         )
     if "sit" in config["optim"] and config["sit"]["remat"] != "full":
         lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")

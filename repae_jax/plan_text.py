@@ -13,10 +13,10 @@ def lines_of(numbers):
     mesh = " x ".join(f"{name} {size}" for name, size in numbers["mesh"].items())
     slices = f" in each of {numbers['slices']} slices" if numbers["slices"] > 1 else ""
     lines = [
-        f"{numbers['topology']}{slices}: {numbers['chips']} chips; {numbers['devices']} devices {numbers['device_kind']} with "
+        f"{numbers['topology']}{slices}: {numbers['chips']} chips, {numbers['device_kind']}, with "
         f"{numbers['peak_flop_per_second'] / 1e12:.0f} TFLOP/s in bfloat16 and {numbers['hbm_bytes'] / GIB:.2f} GiB each",
         f"{numbers['job']}: {numbers['images']} images {'at a time' if sampling else 'a step'}, "
-        f"{numbers['images_per_device']} a device; mesh {mesh}",
+        f"{numbers['images_per_chip']} a chip; mesh {mesh}",
         "",
         *_flop_table(numbers),
         "",
@@ -27,7 +27,7 @@ def lines_of(numbers):
 
 
 def _does_not_fit(numbers):
-    needed, size = numbers["needed_bytes"], f"the {numbers['hbm_bytes'] / GIB:.2f} GiB of a device"
+    needed, size = numbers["needed_bytes"], f"the {numbers['hbm_bytes'] / GIB:.2f} GiB of a chip"
     needs = f"needs {needed / GIB:.2f} GiB or more of {size}" if needed else f"needs more than {size}"
     return [
         f"DOES NOT FIT: {needs}; its {_state_of(numbers)} alone: {numbers['state_bytes'] / GIB:.2f} GiB",
@@ -78,7 +78,7 @@ def _memory_table(numbers):
         "total": f"of {hbm / GIB:.2f}: fits, {free:.0%} free" + (", which is tight" if free < TIGHT else ""),
     }
     names = ("arguments", "outputs", "temporaries", "code", "total")
-    return ["memory of a device", *(_row(name, f"{found[name] / GIB:.2f}", "GiB", notes.get(name, "")) for name in names)]
+    return ["memory of a chip", *(_row(name, f"{found[name] / GIB:.2f}", "GiB", notes.get(name, "")) for name in names)]
 
 
 def _time_table(numbers):
@@ -92,7 +92,7 @@ def _time_table(numbers):
         _row("images per second", f"{numbers['images_per_second']:,.1f}", ""),
         _row(runs, f"{numbers['hours']:,.1f}", "hours", f"{numbers['chip_hours']:,.0f} chip-hours"),
         *(
-            _row(kind, f"{size / 1e9:.3f}", "GB", "a device; its time is not in the estimate")
+            _row(kind, f"{size / 1e9:.3f}", "GB", "a chip; its time is not in the estimate")
             for kind, size in sorted(numbers["collective_bytes"].items())
         ),
     ]

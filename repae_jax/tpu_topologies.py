@@ -18,8 +18,7 @@ class Chip:
 
     Attributes:
       kind: as JAX names its devices, for `flops.peak`.
-      cores: devices per chip as compiled ahead of time; they share the chip's peak and memory.
-      hbm: bytes of a device's memory that the compiler uses.
+      hbm: bytes of its memory that the compiler uses.
       clock: Hz of the cycles that the compiler counts.
       matmul: share of the peak that the compiler expects, at this clock, of a product of bfloat16 matrices of side 8192 (libtpu
         0.0.42). Real chips come close to the peak there: it tells how far estimates of large products can be trusted.
@@ -27,7 +26,6 @@ class Chip:
     """
 
     kind: str
-    cores: int
     hbm: float
     clock: float
     matmul: float
@@ -44,11 +42,16 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 # Memory is what the compiler says is available. The clocks of v4, v5e and v5p give their peaks with their matrix units; v6e's
 # is the one that gives its peak with four of them, which is not published.
 CHIPS = {
-    "v4": Chip("TPU v4", 2, 15.25 * GIB, 1.05e9, 0.90, _CUBES),  # running, JAX joins the two cores to one device
-    "v5e": Chip("TPU v5 lite", 1, 15.75 * GIB, 1.5e9, 0.88, _FLAT),
-    "v5p": Chip("TPU v5", 1, 95.74 * GIB, 1.75e9, 0.90, _CUBES),
-    "v6e": Chip("TPU v6 lite", 1, 31.25 * GIB, 1.75e9, 0.70, _FLAT),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1.05e9, 0.93, _CUBES),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 1.5e9, 0.88, _FLAT),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 1.75e9, 0.90, _CUBES),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1.75e9, 0.70, _FLAT),
 }
+
+# without these, libtpu looks for a TPU of this machine, complains, and lets one process in only
+_COMPILE_ONLY = {
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
 
 
 def check_topology(name):
@@ -93,12 +96,16 @@ def topology_devices(name, slices=1):
             "compiling for TPUs needs libtpu, which is not installed (no TPU is needed): pip install -e '.[tpu]', the extra "
             "`tpu` of this package"
         )
-    for variable, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-4")):
-        os.environ.setdefault(variable, value)  # or libtpu looks for a TPU of this machine, and complains
-    options = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
+    for variable, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(variable, value)
+    options = {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # two cores are one device, as JAX has them on a v4
     if slices > 1:
         options["num_slices"] = slices
     try:
         return topologies.get_topology_desc(name, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={name}: libtpu does not know it: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--topology={name}: libtpu refuses it: {str(error).splitlines()[0]}") from error

@@ -138,7 +138,7 @@ def test_advice():
     assert [line.partition(":")[0] for line in lines[:-1]] == [
         "--config.mesh.fsdp=8", "--config.accumulation=2", "--config.sit.remat=full", "--config.vae.remat=True",
     ]  # fmt: skip
-    assert "4 instead of 8 images of a device at a time" in lines[1]
+    assert "4 instead of 8 images of a chip at a time" in lines[1]
     job, numbers = setting_of(data__batch_size=24, accumulation=3, mesh__fsdp=8, sit__remat="full", vae__remat=True)
     assert plan.advice(job, numbers) == lines[-1:], "nothing is left but other chips, or another batch"
     assert plan.advice(*setting_of(sampling=True), 16)[0].startswith("--images_per_chip=8")
@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_said_with_advice():
     failed = {"fits": False, "message": "RESOURCE_EXHAUSTED: Ran out.", "needed_bytes": 20 * GIB}
     numbers = numbers | failed | {"advice": plan.advice(job, numbers)}
     text = "\n".join(plan_text.lines_of(numbers))
-    assert "DOES NOT FIT: needs 20.00 GiB or more of the 15.75 GiB of a device" in text
+    assert "DOES NOT FIT: needs 20.00 GiB or more of the 15.75 GiB of a chip" in text
     assert "says: Ran out." in text and "  --config.mesh.fsdp=8" in text
     assert "needs more than the 15.75 GiB" in "\n".join(plan_text.lines_of(numbers | {"needed_bytes": None}))
 
