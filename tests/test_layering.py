@@ -20,12 +20,16 @@ ORDER = [
     "repae_jax.analysis",
     # plumbing
     "repae_jax.features",
+    "repae_jax.flops",
     "repae_jax.train_state",
     "repae_jax.hosts",
     "repae_jax.sharding",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",
+    "repae_jax.hlo_cost",
+    "repae_jax.tpu_topologies",
+    "repae_jax.plan_text",
     "repae_jax.data",
     "checkpoints_tools",
     # the story

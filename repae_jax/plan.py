@@ -1,0 +1,299 @@
+"""A plan before you rent: `python -m repae_jax.plan --config configs/repae.py --topology v5e:4x4 --topology v6e:4x4`.
+
+Compiles the training step of any config for TPUs that are not there, and tells of each topology whether it fits: memory of a
+chip, FLOP, the compiler's estimate of the time, bytes of collectives, images per second, hours and chip-hours of the run. With
+--sample, the same of sampling. It needs no accelerator, no weights and no data, but libtpu, which the extra `tpu` brings.
+
+Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --config.accumulation=2.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from checkpoints_tools import weights
+from repae_jax import build, flops, generate, hlo_cost, sharding, train
+from repae_jax.plan_text import GIB, lines_of
+from repae_jax.tpu_topologies import check_topology, topology_devices
+
+SAMPLES = 50_000  # images that the published scores are of
+
+
+class DoesNotFit(Exception):
+    """The compiler found no way to fit a program into the memory: bytes that it needs, and that there are, or None."""
+
+    def __init__(self, message, needed, available):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lower_step(job):
+    """The jitted training step as `train` runs it, lowered on shapes alone."""
+    state = build.abstract_state(job)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    return step.lower(state, *build.abstract_inputs(job))
+
+
+def lower_sampling(job):
+    """Sampling of config.data.batch_size images as `sample` runs it, lowered on shapes alone."""
+    batch, frozen, key = build.abstract_inputs(job)
+    params = generate.sampling_params(build.abstract_state(job), frozen)
+    run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
+    return run.lower(params, batch["label"], batch["label"], key)
+
+
+def sampling_config(config, count):
+    """The config of `count` samples at a time, as `trained.load_trained` changes it: no sharding, no accumulation."""
+    config = build.plain_config(config)
+    if config["job"] == "vae":
+        raise ValueError("--sample: config.job='vae' trains a tokenizer, which has no SiT to sample from; leave --sample out")
+    data = {**config["data"], "batch_size": count, "cache": ""}
+    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
+
+
+def compile_program(lowered):
+    """lowered.compile(), or DoesNotFit."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error).splitlines()[0], *memory_of_message(str(error))) from error
+
+
+def memory_of_message(message):
+    """(bytes needed, bytes available) that the compiler's message tells; None each if it does not."""
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    for pattern in (rf"Used {size} of {size} hbm", rf"required[^(]*\({size}\) exceeds available HBM \({size}\)"):
+        found = re.search(pattern, message)
+        if found:
+            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+    return None, None
+
+
+@contextlib.contextmanager
+def showing_time(what, every=30.0):
+    """Prints `what`, and how long it has been going on, to stderr."""
+    start, done = time.monotonic(), threading.Event()
+
+    def tell():
+        while not done.wait(every):
+            print(f"  … {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    print(what, file=sys.stderr, flush=True)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print(f"  done after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan(config, topology, images_per_chip=None):
+    """What a config costs on a topology.
+
+    Args:
+      config: ConfigDict or nested dict, see configs/.
+      topology: such as 'v5e:4x4'.
+      images_per_chip: sampling, of so many images at a time and chip, instead of a training step.
+
+    Returns:
+      dict of plain numbers, see `setting` and `outcome`; 'fits' says which of the latter are there.
+
+    Raises:
+      ValueError: for a topology or a config that cannot work.
+    """
+    chip = check_topology(topology)
+    devices = topology_devices(topology, 1 if images_per_chip else config["mesh"]["slices"])
+    if images_per_chip:
+        config = sampling_config(config, images_per_chip * len(devices))
+    job = build.build(config, devices, encoders=() if images_per_chip else None)
+    numbers = setting(job, chip, topology, bool(images_per_chip))
+    start = time.monotonic()
+    with showing_time(f"{topology}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones seconds"):
+        try:
+            compiled = compile_program(lower_sampling(job) if images_per_chip else lower_step(job))
+        except DoesNotFit as error:
+            numbers |= {"fits": False, "message": str(error), "needed_bytes": error.needed}
+            numbers["hbm_bytes"] = error.available or chip.hbm
+            return numbers | {"advice": advice(job, numbers, images_per_chip)}
+    runs = SAMPLES / numbers["images"] if images_per_chip else job.config["steps"]
+    numbers |= {"fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
+    return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
+
+
+def setting(job, chip, topology, sampling):
+    """What is known before anything is compiled.
+
+    Args:
+      job: Job on the devices of a topology.
+      chip: tpu_topologies.Chip of them.
+      topology: its name.
+      sampling: whether it is about sampling, with all of the batch at a time, or about training.
+    """
+    chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
+    parts = flops.sampling_parts(job.config, job.sampling) if sampling else flops.parts(job.config, job.encoders)
+    state = build.abstract_state(job)
+    kept = generate.sampling_params(state, build.abstract_inputs(job)[1]) if sampling else state
+    return {
+        "topology": topology,
+        "slices": job.config["mesh"]["slices"],
+        "device_kind": chip.kind,
+        "chips": chips,
+        "hbm_bytes": chip.hbm,
+        "peak_flop_per_second": flops.peak(chip.kind),
+        "clock_hz": chip.clock,
+        "matmul_share": chip.matmul,
+        "job": "sample" if sampling else job.config["job"],
+        "mesh": dict(job.mesh.shape),
+        "images": images,
+        "images_per_chip": images // chips,
+        "flop_per_image": parts,
+        "state_bytes": chip_bytes(kept),
+    }
+
+
+def outcome(numbers, memory_stats, text):
+    """What the compiled program tells.
+
+    Args:
+      numbers: of `setting`, with 'runs', how often the program will run.
+      memory_stats: the program's CompiledMemoryStats.
+      text: its HLO, scheduled.
+    """
+    cost = hlo_cost.analyze(text)
+    seconds = cost.cycles / numbers["clock_hz"]
+    flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
+    hours = numbers["runs"] * seconds / 3600
+    return {
+        "memory_bytes": memory(memory_stats),
+        "estimated_cycles": cost.cycles,
+        "unknown_loops": cost.unknown_loops,
+        "seconds": seconds,
+        "share_of_peak": flop / seconds / numbers["peak_flop_per_second"],
+        "images_per_second": numbers["images"] / seconds,
+        "collective_bytes": cost.collectives,
+        "hours": hours,
+        "chip_hours": hours * numbers["chips"],
+    }
+
+
+def memory(stats):
+    """Bytes on a chip by kind, from the compiler's CompiledMemoryStats."""
+    kinds = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    total = sum(kinds.values())
+    return {**kinds, "total": total, "peak": stats.peak_memory_in_bytes, "aliased": stats.alias_size_in_bytes}
+
+
+def chip_bytes(tree):
+    """Bytes on each chip of a tree of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advice.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def advice(job, numbers, images_per_chip=None):
+    """Lines on what would make a training step, or a batch of samples, smaller.
+
+    Args:
+      job: Job that does not fit.
+      numbers: of `setting`.
+      images_per_chip: as in `plan`.
+    """
+    if images_per_chip:
+        return [
+            f"--images_per_chip={max(1, images_per_chip // 2)}, the same samples in more batches; or chips with more memory"
+        ]
+    config, per_chip, lines = job.config, numbers["images_per_chip"], []
+    slices, accumulation = config["mesh"]["slices"], config["accumulation"]
+    in_slice = numbers["chips"] // slices
+    if job.mesh.shape[sharding.FSDP] == 1 < in_slice:
+        mesh = sharding.make_mesh(in_slice, list(job.mesh.devices.flat), slices)
+        sharded = chip_bytes(build.abstract_state(dataclasses.replace(job, mesh=mesh)))
+        saved = (numbers["state_bytes"] - sharded) / GIB
+        lines.append(
+            f"--config.mesh.fsdp={in_slice}: the state shared by the chips, {saved:.2f} GiB less on each, more traffic"
+        )
+    if per_chip > accumulation:
+        parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
+        lines.append(
+            f"--config.accumulation={parts}: {per_chip // parts} instead of {per_chip // accumulation} images of a "
+            "chip at a time, activations in proportion; the discriminator's batch norm sees smaller batches"
+        )
+    if "sit" in config["optim"] and config["sit"]["remat"] != "full":
+        lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")
+    if "vae" in config["optim"] and not config["vae"]["remat"]:
+        lines.append("--config.vae.remat=True: the VAE's blocks are computed again, a third more of its FLOP; it saves less")
+    return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entry point.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _define_flags():
+    """Only of this program: other programs' modules have flags of the same names."""
+    flags.declare_key_flag("config")
+    flags.DEFINE_multi_string("topology", None, "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times.")
+    flags.DEFINE_bool("sample", False, "Plan sampling by config.sampling instead of training.")
+    flags.DEFINE_integer("images_per_chip", 16, "With --sample: images at a time and chip.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File for the numbers of all topologies.")
+    flags.mark_flags_as_required(["config", "topology"])
+
+
+def main(_):
+    """Entry point: mistakes end in one line, not in a traceback; exit code 1 says that something does not fit."""
+    options = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
+    try:
+        for name in options.topology:  # all of them before minutes pass
+            check_topology(name)
+        if options.json and Path(options.json).exists():
+            raise ValueError(f"--json={options.json} exists: choose another name, or move it away")
+        found = []
+        for name in options.topology:
+            found.append(plan(options.config, name, options.images_per_chip if options.sample else None))
+            print("\n".join(lines_of(found[-1])) + "\n", flush=True)
+            if options.json:
+                weights.write_json(Path(options.json), found, overwrite=bool(found[:-1]))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if train.is_internal(error):
+            raise
+        sys.exit(f"error: {error}")
+    sys.exit(not all(numbers["fits"] for numbers in found))
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main, flags_parser=train.parse_flags)

@@ -1,0 +1,111 @@
+"""TPUs that need not be there: their sizes and memory, and devices to compile for ahead of time."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU.
+
+    Attributes:
+      kind: as JAX names its devices, for `flops.peak`.
+      hbm: bytes of its memory that the compiler uses.
+      clock: Hz of the cycles that the compiler counts.
+      matmul: share of the peak that the compiler expects, at this clock, of a product of bfloat16 matrices of side 8192 (libtpu
+        0.0.42). Real chips come close to the peak there: it tells how far estimates of large products can be trusted.
+      grids: allowed numbers of chips per side; examples where there are three sides.
+    """
+
+    kind: str
+    hbm: float
+    clock: float
+    matmul: float
+    grids: tuple[str, ...]
+
+    @property
+    def sides(self):
+        """Dimensions of its torus."""
+        return self.grids[0].count("x") + 1
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+# Memory is what the compiler says is available. The clocks of v4, v5e and v5p give their peaks with their matrix units; v6e's
+# is the one that gives its peak with four of them, which is not published.
+CHIPS = {
+    "v4": Chip("TPU v4", 30.75 * GIB, 1.05e9, 0.93, _CUBES),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 1.5e9, 0.88, _FLAT),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 1.75e9, 0.90, _CUBES),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1.75e9, 0.70, _FLAT),
+}
+
+# without these, libtpu looks for a TPU of this machine, complains, and lets one process in only
+_COMPILE_ONLY = {
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+
+def check_topology(name):
+    """The Chip of a topology such as 'v5e:4x4'.
+
+    Raises:
+      ValueError: for an unknown chip or a grid that there is not, with what is allowed.
+    """
+    chip_name, _, grid = name.partition(":")
+    if chip_name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", grid):
+        raise ValueError(
+            f"--topology={name}: expected CHIP:GRID with CHIP one of {', '.join(CHIPS)} and GRID its chips per side, such as "
+            "v5e:4x4, v6e:16x16 or v5p:4x4x8"
+        )
+    chip, sides = CHIPS[chip_name], [int(side) for side in grid.split("x")]
+    if chip.sides == 2 and grid not in chip.grids:
+        raise ValueError(f"--topology={name}: allowed grids of {chip_name} are {', '.join(chip.grids)}")
+    if chip.sides == 3 and (len(sides) != 3 or sides[0] % 2 or sides[1] % 2 or math.prod(sides) > 10_000):
+        raise ValueError(
+            f"--topology={name}: a grid of {chip_name} has three sides, in hosts of 2x2x1 chips: {', '.join(chip.grids)}, …"
+        )
+    return chip
+
+
+def topology_devices(name, slices=1):
+    """Devices of a topology, to compile for; they run nothing.
+
+    Args:
+      name: such as 'v5e:4x4'.
+      slices: how many of them.
+
+    Returns:
+      List of devices of a kind.
+
+    Raises:
+      ValueError: for a topology that there is not, or if libtpu is not installed.
+    """
+    check_topology(name)
+    found = importlib.util.find_spec("libtpu")
+    if found is None or found.loader is None:  # a folder of that name is no package
+        raise ValueError(
+            "compiling for TPUs needs libtpu, which is not installed (no TPU is needed): pip install -e '.[tpu]', the extra "
+            "`tpu` of this package"
+        )
+    for variable, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(variable, value)
+    options = {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    if name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # two cores are one device, as JAX has them on a v4
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        return topologies.get_topology_desc(name, "tpu", **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--topology={name}: libtpu refuses it: {str(error).splitlines()[0]}") from error

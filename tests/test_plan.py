@@ -1,0 +1,274 @@
+"""Plans: topologies, advice, what is printed, mistakes; real ahead-of-time compilation where libtpu is installed."""
+
+import functools
+import importlib.util
+import json
+import operator
+import types
+
+import jax
+import pytest
+import small
+from test_hlo_cost import LOOP, needs_libtpu
+
+from configs import ldm, repae, vae
+from repae_jax import build, flops, plan, plan_text, tpu_topologies, train
+
+GIB = 2**30
+
+
+def run_main(monkeypatch, **arguments):
+    """Exit status, or the message of an error, of the command."""
+    options = {"config": small.config(), "sample": False, "images_per_chip": 16, "json": None, "topology": ["v5e:2x2"]}
+    monkeypatch.setattr(plan.flags, "FLAGS", types.SimpleNamespace(**options | arguments))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit) as caught:
+        plan.main([])
+    return caught.value.code
+
+
+# ---- topologies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("v5e:1x1", "TPU v5 lite"),
+        ("v5e:16x16", "TPU v5 lite"),
+        ("v6e:2x4", "TPU v6 lite"),
+        ("v5p:4x4x8", "TPU v5"),
+        ("v4:2x2x1", "TPU v4"),
+    ],
+)
+def test_topologies(name, kind):
+    chip = tpu_topologies.check_topology(name)
+    assert chip.kind == kind and flops.peak(chip.kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "--topology=v5e: expected CHIP:GRID with CHIP one of v4, v5e, v5p, v6e"),
+        ("v9:2x2", "--topology=v9:2x2: expected CHIP:GRID.*such as v5e:4x4"),
+        ("v5e:4by4", "expected CHIP:GRID"),
+        ("v5e:3x3", "allowed grids of v5e are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v6e:2x2x1", "allowed grids of v6e"),
+        ("v5p:4x4", "three sides, in hosts of 2x2x1 chips: 2x2x1"),
+        ("v4:3x4x4", "three sides"),
+    ],
+)
+def test_unknown_topologies(name, message):
+    with pytest.raises(ValueError, match=message):
+        tpu_topologies.topology_devices(name)
+
+
+def test_libtpu_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = run_main(monkeypatch)
+    assert message.startswith("error: compiling for TPUs needs libtpu") and "pip install -e '.[tpu]'" in message
+    assert "\n" not in message
+
+
+def test_all_topologies_are_checked_before_the_first_is_compiled(monkeypatch):
+    monkeypatch.setattr(plan, "plan", lambda *_: pytest.fail("not reached"))
+    assert "v5e:3x3" in run_main(monkeypatch, topology=["v5e:2x2", "v5e:3x3"])
+
+
+def test_an_existing_file_is_kept(monkeypatch, tmp_path):
+    (tmp_path / "x.json").write_text("mine")
+    message = run_main(monkeypatch, json=str(tmp_path / "x.json"))
+    assert "exists: choose another name" in message and (tmp_path / "x.json").read_text() == "mine"
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.33G of 15.75G "
+            "hbm. Exceeded hbm capacity by 1.58G.",
+            (17.33 * GIB, 15.75 * GIB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00G) exceeds "
+            "available HBM (15.75G).",
+            (512 * GIB, 15.75 * GIB),
+        ),
+        ("RESOURCE_EXHAUSTED: something else", (None, None)),
+    ],
+)
+def test_messages_of_the_compiler(message, expected):
+    assert plan.memory_of_message(message) == pytest.approx(expected)
+
+    def fail():
+        raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(plan.DoesNotFit) as caught:
+        plan.compile_program(types.SimpleNamespace(compile=fail))
+    assert (caught.value.needed, caught.value.available) == pytest.approx(expected)
+
+
+def test_other_errors_of_the_compiler_stay_what_they_are():
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan.compile_program(types.SimpleNamespace(compile=fail))
+
+
+def setting_of(sampling=False, **changes):
+    """(Job on eight fake devices, plan.setting of it as if they were v5e chips)."""
+    config = small.config(**changes)
+    if sampling:
+        config = plan.sampling_config(config, 16)
+    job = build.build(config, encoders=() if sampling else None)
+    return job, plan.setting(job, tpu_topologies.CHIPS["v5e"], "v5e:2x4", sampling)
+
+
+@functools.cache
+def too_large():
+    """A Job with everything that can be advised against, and its plan.setting."""
+    return setting_of(data__batch_size=64, sit__remat="dots")
+
+
+def test_advice():
+    lines = plan.advice(*too_large())
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        "--config.mesh.fsdp=8", "--config.accumulation=2", "--config.sit.remat=full", "--config.vae.remat=True",
+    ]  # fmt: skip
+    assert "4 instead of 8 images of a chip at a time" in lines[1]
+    job, numbers = setting_of(data__batch_size=24, accumulation=3, mesh__fsdp=8, sit__remat="full", vae__remat=True)
+    assert plan.advice(job, numbers) == lines[-1:], "nothing is left but other chips, or another batch"
+    assert plan.advice(*setting_of(sampling=True), 16)[0].startswith("--images_per_chip=8")
+
+
+def test_advice_can_be_followed():
+    """Names and values are those of the config; all at once are a step that can be built."""
+    config = small.config(data__batch_size=64)
+    for line in plan.advice(*too_large())[:-1]:
+        *sections, field = line.partition("=")[0].removeprefix("--config.").split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[field] = type(section[field])(line.partition("=")[2].partition(":")[0])
+    assert config.mesh.fsdp == 8 and config.vae.remat is True
+    build.build(config)
+
+
+def test_what_does_not_fit_is_said_with_advice():
+    job, numbers = too_large()
+    failed = {"fits": False, "message": "RESOURCE_EXHAUSTED: Ran out.", "needed_bytes": 20 * GIB}
+    numbers = numbers | failed | {"advice": plan.advice(job, numbers)}
+    text = "\n".join(plan_text.lines_of(numbers))
+    assert "DOES NOT FIT: needs 20.00 GiB or more of the 15.75 GiB of a chip" in text
+    assert "says: Ran out." in text and "  --config.mesh.fsdp=8" in text
+    assert "needs more than the 15.75 GiB" in "\n".join(plan_text.lines_of(numbers | {"needed_bytes": None}))
+
+
+# ---- what fits ------------------------------------------------------------------------------------------------------
+
+STATS = types.SimpleNamespace(
+    argument_size_in_bytes=6 * GIB, output_size_in_bytes=5 * GIB, alias_size_in_bytes=4 * GIB, temp_size_in_bytes=7 * GIB,
+    generated_code_size_in_bytes=GIB // 2, peak_memory_in_bytes=13 * GIB,
+)  # fmt: skip
+HLO = LOOP.replace("LIMIT", "10").replace("START", "0").replace("STEP", "1").replace("KNOWN", "")
+
+
+def test_numbers_and_their_tables():
+    numbers = too_large()[1] | {"fits": True, "runs": 3600}
+    numbers |= plan.outcome(numbers, STATS, HLO)
+    cycles = 5 + 10 * 109
+    assert numbers["seconds"] == cycles / 1.5e9 and numbers["hours"] == pytest.approx(numbers["seconds"])
+    assert numbers["chip_hours"] == 8 * numbers["hours"] and numbers["images_per_second"] == 64 / numbers["seconds"]
+    per_chip = flops.per_image(small.config()) * 8
+    assert numbers["share_of_peak"] == pytest.approx(per_chip / numbers["seconds"] / 197e12)
+    assert numbers["memory_bytes"]["total"] == 14.5 * GIB and json.loads(json.dumps(numbers)) == numbers
+    text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
+    assert "14.50 GiB of 15.75: fits, 8% free, which is tight" in text
+    for part in (*numbers["flop_per_image"], "all-reduce", "images per second", "3,600 steps", "clock of 1.5 GHz", "88%"):
+        assert part in text
+    assert "1 loops whose length is unknown" in " ".join(plan_text.lines_of(numbers | {"unknown_loops": 1}))
+
+
+def test_the_state_is_counted_as_it_is_sharded():
+    whole, part = (setting_of(mesh__fsdp=fsdp, sit__hidden_size=256)[1]["state_bytes"] for fsdp in (1, 8))
+    assert whole / 8 < part < whole / 2
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_planned_as_it_runs():
+    job, numbers = setting_of(sampling=True, sampling__guidance_scale=2.0, accumulation=2)
+    assert numbers["job"] == "sample" and numbers["images"] == 16 and job.encoders == ()
+    assert numbers["flop_per_image"] == flops.sampling_parts(job.config, job.sampling)
+    lowered = plan.lower_sampling(job)
+    assert lowered.out_info[0].shape == (16, 8, 8, 3)
+    with pytest.raises(ValueError, match="trains a tokenizer, which has no SiT"):
+        plan.sampling_config(vae.get_config("tiny"), 8)
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}])
+def test_a_step_is_lowered_without_weights_or_data(changes):
+    """On latents from a cache; tests of configs trace the others."""
+    job = build.build(small.config(file=ldm, data__cache="latents", **changes))
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), build.abstract_state(job))
+    state, metrics = plan.lower_step(job).out_info
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before and "skipped" in metrics
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plan_and_training_take_the_same():
+    """Shapes, dtypes and shardings of what `train` passes to the step, against those that the plan compiles."""
+    job = build.build(small.config())
+    batch, frozen, key = build.abstract_inputs(job)
+    loaded = build.load_frozen(job)
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree) for tree in (loaded, frozen)]
+    assert kinds[0] == kinds[1]
+    with build.make_loader(job, build.make_images(job.config), workers=0) as loader:
+        put = train.sharding.put_batch(job.mesh, next(loader))
+    assert {n: (x.shape, x.dtype, x.sharding) for n, x in put.items()} == {
+        n: (x.shape, x.dtype, x.sharding) for n, x in batch.items()
+    }
+    assert key.dtype == jax.random.key(0).dtype
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(("file", "changes"), [(repae, {"mesh__fsdp": 4}), (ldm, {}), (vae, {"accumulation": 2})])
+def test_plans_of_all_jobs(file, changes, capsys):
+    numbers = plan.plan(small.config(file=file, **changes), "v5e:2x2")
+    assert numbers["fits"] and numbers["unknown_loops"] == 0 and numbers["chips"] == 4
+    assert numbers["memory_bytes"]["arguments"] >= numbers["state_bytes"]
+    assert 0 < numbers["share_of_peak"] < 0.01, "toy sizes"
+    assert numbers["collective_bytes"]["all-reduce"] > 0
+    assert "compiling for 4 chips" in capsys.readouterr().err and plan_text.lines_of(numbers)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_plan_of_sampling():
+    numbers = [plan.plan(small.config(sampling__steps=steps), "v6e:2x2", images_per_chip=2) for steps in (4, 16)]
+    assert numbers[0]["images"] == 8 and numbers[0]["runs"] == 50_000 / 8
+    cycles = [found["estimated_cycles"] for found in numbers]
+    assert 2 < cycles[1] / cycles[0] < 4, "a loop over the steps"
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_batch_that_does_not_fit(capsys):
+    config = small.config(data__image_size=512, data__batch_size=4096, vae__channels=32, encoders__target__image_size=512)
+    numbers = plan.plan(config, "v5e:1x1")
+    assert not numbers["fits"] and numbers["needed_bytes"] > numbers["hbm_bytes"] > 15 * GIB
+    assert "DOES NOT FIT: needs" in "\n".join(plan_text.lines_of(numbers))
+
+
+@needs_libtpu
+def test_a_mesh_and_a_batch_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 does not divide the 4 devices; allowed: \[1, 2, 4\]"):
+        plan.plan(small.config(mesh__fsdp=3), "v5e:2x2")
+    with pytest.raises(ValueError, match="data.batch_size=8 is not divisible by 16 devices"):
+        plan.plan(small.config(), "v5e:4x4")
