@@ -23,14 +23,14 @@ import small
 from PIL import Image
 
 from checkpoints_tools.convert import convert
-from repae_jax import build, checkpoint, hooks, train
+from repae_jax import build, checkpoint, hooks, run_log, train
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
 from repae_jax.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
-CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
+CLOCK = {"time", *run_log.SPEED_NAMES}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("quick"),
