@@ -7,8 +7,8 @@
 The default is REPA on REPA-E's VAE (arXiv 2504.10483v3, tables 8 and 9): SiT-XL/1, E2E-VAVAE f16d32, DINOv2-B, ImageNet 256 px,
 batch 256, 400k steps (80 epochs). Published gFID without guidance, SDE-250: 3.46; with guidance: 1.67. After 4M steps
 (`--config.steps=4000000`) and with as many images of every class: 1.69, with guidance 2.4 in [0, 0.73]: 1.12.
-Its cost is 0.90 TFLOP an image, 86 hours of an H100 at 30 % of its peak; with latents cached by
-`python -m repae_jax.cache_latents` (`config.data.cache`) 0.76 TFLOP, 73 hours. REPA's authors took 20.6 hours on 8 H100.
+Its cost is 0.91 TFLOP an image, 87 hours of an H100 at 30 % of its peak; with latents cached by
+`python -m repae_jax.cache_latents` (`config.data.cache`) 0.77 TFLOP, 74 hours. REPA's authors took 20.6 hours on 8 H100.
 
 After the colon, `--config configs/ldm.py:model=DiT-XL/2,vae=f8d4,encoder=none`, choose
     model       SiT (learns a velocity) or DiT (noise and its variance), dash, S, B, L or XL, slash, patch size 1, 2, 4 or 8

@@ -11,7 +11,7 @@ same recipe at toy size with random weights, a full step in seconds; NAME,digits
     python -m configs.paper [NAME …]
 
 prints the command of these, or every name with its table, published numbers, TFLOP an image and hours of an H100 at 30 % of its
-peak (configs/cost.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images without
+peak (repae_jax/flops.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images, no
 guidance, SDE-250, random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
 `python -m repae_jax.sample --guidance_scale 2.2 --guidance_high 0.65`.
 
@@ -25,7 +25,8 @@ import argparse
 import sys
 from typing import Any, NamedTuple
 
-from configs import common, cost, ldm, repae
+from configs import common, ldm, repae
+from repae_jax import flops
 
 FILES = {"repae": repae, "ldm": ldm}
 
@@ -170,7 +171,7 @@ def table():
     lines = [f"{'name':<22}{'table':<20}{'steps':>9}{'TFLOP/image':>13}{'H100 hours':>12}  published"]
     for name, row in ROWS.items():
         config = get_config(name)
-        numbers = f"{config.steps:>9,}{cost.tflop_per_image(config):>13.2f}{cost.h100_hours(config):>12,.0f}"
+        numbers = f"{config.steps:>9,}{flops.per_image(config) / 1e12:>13.2f}{flops.h100_hours(config):>12,.0f}"
         lines.append(f"{name:<22}{row.table:<20}{numbers}  {row.published}")
     return lines
 

@@ -8,7 +8,7 @@
 
 The default is the paper's main run (arXiv 2504.10483v3, table 1): SiT-XL/2, SD-VAE f8d4, DINOv2-B, ImageNet 256 px, batch 256,
 400k steps (80 epochs). Published gFID without guidance, SDE-250: 12.83 at 100k, 7.17 at 200k, 4.07 at 400k steps; with guidance
-2.2 in [0, 0.65]: 1.67. Its cost is 3.75 TFLOP an image (2.23 with f16d32): 359 hours of an H100 at 30 % of its peak, 45 on 8.
+2.2 in [0, 0.65]: 1.67. Its cost is 3.77 TFLOP an image (2.26 with f16d32): 362 hours of an H100 at 30 % of its peak, 45 on 8.
 The other runs of the paper are names of configs/paper.py.
 
 After the colon, `--config configs/repae.py:sit=B/1,vae=f16d32`, choose

@@ -9,12 +9,12 @@ After the colon, one of
     name           what it is; how its pixel terms are reduced                 published                 H100 hours
     (none)         REPA-E's loss of the VAE without alignment; mean            -                                274
     sdvae          SD-VAE f8d4 of latent diffusion; sum                        rFID 4.99, PSNR 23.4 (COCO)      127
-    sdvae-ft-mse   sd-vae-ft-mse out of sd-vae-ft-ema; sum                     rFID 4.70, PSNR 24.5 (COCO)      288
+    sdvae-ft-mse   sd-vae-ft-mse out of sd-vae-ft-ema; sum                     rFID 4.70, PSNR 24.5 (COCO)      233
     invae          IN-VAE f16d32; sum                                          rFID 0.26, PSNR 27.40            161
-    vavae-stage1   VA-VAE f16d32, 100 epochs, VF weight 0.5; sum               -                                361
-    vavae-stage2   15 more epochs, VF weight 0.1; sum                          -                                 54
-    vavae-stage3   15 more epochs, VF with margins; sum                        rFID 0.28, PSNR 26.32             54
-    eqvae          EQ-VAE out of SD-VAE, equivariance; sum                     rFID 0.82                         47
+    vavae-stage1   VA-VAE f16d32, 100 epochs, VF weight 0.5; sum               -                                421
+    vavae-stage2   15 more epochs, VF weight 0.1; sum                          -                                 63
+    vavae-stage3   15 more epochs, VF with margins; sum                        rFID 0.28, PSNR 26.32             63
+    eqvae          EQ-VAE out of SD-VAE, equivariance; sum                     rFID 0.82                         35
     se             scale equivariance out of FLUX' VAE; mean                   gFID 3.07 to 2.49 (DiT-XL/2)       8
     discriminator  the discriminator of a frozen VAE                           -                                 11
 

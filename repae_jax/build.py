@@ -227,11 +227,9 @@ def _encoder_params(name, described, config):
 
 def _lpips_params(job):
     files = {name: job.config["lpips"][name] for name in ("vgg16", "linear")}
-    sizes = [jnp.zeros((1, 32, 32, 3))] * 2
-    init = functools.partial(job.nets.lpips.init, jax.random.key(0))
     if set(files.values()) == {RANDOM}:
         logging.warning("LPIPS has RANDOM weights: for tests and benchmarks only")
-        return jax.jit(init)(*sizes)["params"]
+        return jax.jit(functools.partial(_random_lpips, job))(jax.random.key(0))
     for name, path in files.items():
         if path == RANDOM or (not path and name == "vgg16"):  # one file may hold the whole module
             raise ValueError(
@@ -239,6 +237,10 @@ def _lpips_params(job):
                 f"weights of LPIPS v0.1 (linear); give both files, or {RANDOM!r} for both, or set config.loss.vae.lpips=0"
             )
     return load_lpips(files["vgg16"], files["linear"])
+
+
+def _random_lpips(job, key):
+    return job.nets.lpips.init(key, *[jnp.zeros((1, 32, 32, 3))] * 2)["params"]
 
 
 def load_frozen_vae(job):
@@ -311,7 +313,38 @@ def abstract_state(job):
     """Shapes, dtypes and shardings of the TrainState; computes nothing."""
     shapes = jax.eval_shape(functools.partial(initial_state, job), jax.random.key(0))
     shardings = sharding.tree_sharding(job.mesh, shapes)
-    return jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    return jax.tree.map(_abstract, shapes, shardings)
+
+
+def abstract_inputs(job):
+    """What a step takes besides the state: shapes, dtypes and shardings; reads and computes nothing.
+
+    Args:
+      job: Job.
+
+    Returns:
+      (batch, frozen, key), as the steps of `train_step` take them.
+    """
+    section, key = job.config["data"], jax.random.key(0)
+    size, batch_size, rows = section["image_size"], section["batch_size"], sharding.batch_sharding(job.mesh)
+    frozen = {
+        "vae": jax.eval_shape(functools.partial(initial_vae, job), key) if job.frozen_vae else None,
+        "encoders": tuple(jax.eval_shape(functools.partial(features.init_params, encoder), key) for encoder in job.encoders),
+        "lpips": None if job.nets.lpips is None else jax.eval_shape(functools.partial(_random_lpips, job), key),
+    }
+    frozen = jax.tree.map(_abstract, frozen, sharding.tree_sharding(job.mesh, frozen))
+    batch = {"label": ((), jnp.int32)}
+    if job.encoders or not section["cache"]:
+        batch["image"] = ((size, size, 3), jnp.uint8)
+    if section["cache"]:
+        *grid, c = job.latent_shape
+        batch["moments"] = ((2,) * bool(section["flip_probability"]) + (*grid, 2 * c), jnp.float32)
+    batch = {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows) for name, (shape, dtype) in batch.items()}
+    return batch, frozen, jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(job.mesh))
+
+
+def _abstract(leaf, placed):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
 
 def create_initial_state(job, frozen, make_batches):

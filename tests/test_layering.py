@@ -20,6 +20,7 @@ ORDER = [
     "repae_jax.analysis",
     # plumbing
     "repae_jax.features",
+    "repae_jax.flops",
     "repae_jax.train_state",
     "repae_jax.hosts",
     "repae_jax.sharding",

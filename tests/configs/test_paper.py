@@ -13,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 import small
-from full_size import abstract_inputs, check_step, millions
+from full_size import check_step, millions
 
 from checkpoints_tools.artefacts import ARTEFACTS
-from configs import common, cost, ldm, paper, repae, vae
-from repae_jax import build, features, train
+from configs import common, ldm, paper, repae, vae
+from repae_jax import build, features, flops, train
 from repae_jax.recipe import Optimizers
 
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
@@ -323,7 +323,7 @@ def test_a_step_of_the_tiny_variant(case):
     """Those that are not here differ from one that is in numbers alone."""
     job = build.build(smaller(tiny(case)), jax.devices()[:1])
     job = dataclasses.replace(job, tx=plain_descent(job.tx))
-    frozen = random_tree(abstract_inputs(job)[1], 1)
+    frozen = random_tree(build.abstract_inputs(job)[1], 1)
     rng, data = np.random.default_rng(2), job.config["data"]
     batch = {
         "image": rng.integers(0, 256, (data["batch_size"], data["image_size"], data["image_size"], 3), np.uint8),
@@ -395,7 +395,7 @@ def test_the_table_of_tokenizers():
     assert [name for name, *_ in lines] == ["(none)", *vae.RECIPES]
     for name, what, _, hours in lines:
         config = described("vae", name if name in vae.RECIPES else "")
-        assert round(cost.h100_hours(config)) == int(hours), name
+        assert round(flops.h100_hours(config)) == int(hours), name
         if name != "discriminator":
             assert what.split("; ")[-1].strip() == config.loss.pixel_reduction, name
 
@@ -410,16 +410,17 @@ def test_the_table_of_the_paper():
 def test_costs():
     """TFLOP of published modules, counted by a profiler of the reference: one forward pass, one image of 256 pixels."""
     f8d4, f16d32 = (described("paper", name) for name in ("repae-xl", "repae-xl-vavae"))
-    assert [x / 1e12 for x in (*cost.vae(f8d4), *cost.vae(f16d32))] == pytest.approx([0.273, 0.622, 0.138, 0.252], rel=5e-3)
-    assert cost.sit(f8d4, 28) == cost.sit(f16d32, 28) == pytest.approx(0.237e12, rel=5e-3)
-    assert cost.encoder(f8d4, f8d4.encoders.target) / 1e12 == pytest.approx(0.046, rel=0.01)
-    assert cost.discriminator(f8d4) / 1e12 == pytest.approx(0.0063, rel=0.01)
-    assert cost.perceptual(f8d4) / 1e12 == pytest.approx(0.040, rel=0.01)
-    assert [cost.tflop_per_image(config) for config in (f8d4, f16d32)] == pytest.approx([3.75, 2.23], rel=5e-3)
-    for module, config, numbers in ((repae, f8d4, "3.75"), (ldm, described("paper", "sit-repa-e2e-vavae"), "0.90")):
+    halves = [x.forward / 1e12 for x in (*flops.vae(f8d4), *flops.vae(f16d32))]
+    assert halves == pytest.approx([0.273, 0.622, 0.138, 0.252], rel=5e-3)
+    assert [flops.sit(config, 28).forward / 1e12 for config in (f8d4, f16d32)] == pytest.approx([0.237, 0.237], rel=5e-3)
+    assert flops.parts(f8d4)["encoder_target"] / 1e12 == pytest.approx(0.046, rel=0.01)
+    assert flops.discriminator(f8d4).forward / 1e12 == pytest.approx(0.0063, rel=0.01)
+    assert flops.perceptual(f8d4).forward / 1e12 == pytest.approx(0.040, rel=0.01)
+    assert [flops.per_image(config) / 1e12 for config in (f8d4, f16d32)] == pytest.approx([3.77, 2.26], rel=5e-3)
+    for module, config, numbers in ((repae, f8d4, "3.77"), (ldm, described("paper", "sit-repa-e2e-vavae"), "0.91")):
         words = " ".join(module.__doc__.split())
-        assert f"{numbers} TFLOP" in words and f"{cost.tflop_per_image(config):.2f}" == numbers
-        assert f"{cost.h100_hours(config):.0f} hours" in words
+        assert f"{numbers} TFLOP" in words and f"{flops.per_image(config) / 1e12:.2f}" == numbers
+        assert f"{flops.h100_hours(config):.0f} hours" in words
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
