@@ -13,7 +13,6 @@ from repae_jax import build, flops, generate, hosts, sharding
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.checkpoint import fingerprint
-from repae_jax.data.latents import record_shape
 from repae_jax.run_log import arithmetic_speed
 
 AHEAD = 2  # steps that training dispatches before it waits for one
@@ -69,27 +68,23 @@ def random_state(job):
     return jax.jit(make, out_shardings=shardings)(jax.random.key(job.config["seed"]))
 
 
+def random_batch(job):
+    """A batch as the config's loader would give it, on the mesh."""
+    highs, rng = {"image": 256, "label": job.config["data"]["num_classes"]}, np.random.default_rng(jax.process_index())
+
+    def draw(name, array):
+        shape = (array.shape[0] // jax.process_count(), *array.shape[1:])
+        return rng.integers(0, highs[name], shape, array.dtype) if name in highs else rng.standard_normal(shape, array.dtype)
+
+    abstract, _, _ = build.abstract_inputs(job)
+    return sharding.put_batch(job.mesh, {name: draw(name, array) for name, array in abstract.items()})
+
+
 def random_pixels(job, count):
     """uint8 [count, H, W, 3] on the mesh, `count` over all processes."""
     size = job.config["data"]["image_size"]
     rng = np.random.default_rng(jax.process_index())
-    pixels = rng.integers(0, 256, (count // jax.process_count(), size, size, 3), np.uint8)
-    return sharding.put_batch(job.mesh, pixels)
-
-
-def random_batch(job):
-    """A batch as the config's loader would give it, on the mesh."""
-    section = job.config["data"]
-    count = section["batch_size"] // jax.process_count()
-    rng = np.random.default_rng(jax.process_index())
-    fields = {"label": rng.integers(0, section["num_classes"], count, np.int32)}
-    if section["cache"]:
-        shape = record_shape(job.latent_shape, bool(section["flip_probability"]))
-        fields["moments"] = rng.standard_normal((count, *shape), np.float32)
-    batch = sharding.put_batch(job.mesh, fields)
-    if job.encoders or not section["cache"]:
-        batch["image"] = random_pixels(job, section["batch_size"])
-    return batch
+    return sharding.put_batch(job.mesh, rng.integers(0, 256, (count // jax.process_count(), size, size, 3), np.uint8))
 
 
 def compile_step(job, state, batch, frozen, key):

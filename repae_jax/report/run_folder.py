@@ -149,8 +149,8 @@ def run_cost(curves, steps, times, config, devices, now):
 
     Returns:
       dict: step, total, state ('running', 'stopped', 'finished'), updated, eta_seconds, images_per_second, seconds_per_step,
-      mfu, tflops_per_device, input_wait, images, training_seconds (without compilation and pictures), elapsed_seconds (with them, without pauses of more
-      than STOP_SECONDS), pauses, devices, device_hours.
+      mfu, tflops_per_device, input_wait, images, training_seconds (without compilation and pictures), elapsed_seconds (with
+      them, without pauses of more than STOP_SECONDS), pauses, devices, device_hours.
     """
     cost = {"devices": devices, "total": (config or {}).get("steps")}
     for name in ("images_per_second", "seconds_per_step", "mfu", "tflops_per_device", "input_wait"):
