@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,15 +25,19 @@ STEPS = 120
 EVERY = 4  # steps between checkpoints
 
 
-def config(steps):
-    """The smallest run with every part of the real one."""
+def config(job, steps):
+    """The smallest run with every part of the real one; 'ldm' is the quickest, of a SiT alone on a frozen VAE."""
     import small
 
-    changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": 2, "optim.sit.learning_rate": 2e-4}
-    return small.config({**changes, "hooks.samples_every": 0, "hooks.reconstructions_every": 0})
+    from configs import ldm, repae
+
+    changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
+    if job == "ldm":
+        return small.config({**changes, "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm)
+    return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
 
 
-def train_in(workdir, steps, compiled, log):
+def train_in(job, steps, workdir, compiled, log):
     """What each process does."""
     import jax
     import small
@@ -45,47 +50,51 @@ def train_in(workdir, steps, compiled, log):
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     with small.quick_compilation(compiled):
-        train.train(config(steps), workdir)
+        train.train(config(job, steps), workdir)
 
 
 def processes():
     """Where processes come from: imports done, no device used."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensorflow", "clu.metric_writers", "repae_jax.train", "small", "configs.repae"])
+    context.set_forkserver_preload(["tensorflow", "clu.metric_writers", "repae_jax.train", "small", "configs.ldm"])
     return context
 
 
 def kill_after(context, seconds, *arguments):
-    """Trains in a process; kills it after so many seconds, None never. Returns whether it was killed, and the time it took."""
-    process, began = context.Process(target=train_in, args=tuple(map(str, arguments[:1])) + arguments[1:]), time.monotonic()
+    """Calls `train_in` in a process, and kills that after so many seconds, None never: (whether it came to that, seconds)."""
+    process, began = context.Process(target=train_in, args=arguments), time.monotonic()
     process.start()
     process.join(seconds)
-    killed = process.exitcode is None
-    process.kill()
+    process.kill()  # nothing to one that has ended
     process.join()
-    if not killed and process.exitcode:
+    if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the run ended with code {process.exitcode}:\n{Path(arguments[-1]).read_text()[-3000:]}")
-    return killed and process.exitcode != 0, time.monotonic() - began
+    return process.exitcode != 0, time.monotonic() - began
 
 
-def moment(workdir):
-    """Where a killed run was."""
-    checkpoints = workdir / "checkpoints"
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    if any(not name.isdigit() for name in names):
+def checkpoints_of(workdir):
+    """What is in the folder of checkpoints, finished or not: {(name, inode)}."""
+    folder = workdir / "checkpoints"
+    return {(path.name, path.stat().st_ino) for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def moment(workdir, before):
+    """Where a killed run was; `before` is what `checkpoints_of` said before it."""
+    now = checkpoints_of(workdir)
+    if any(not name.isdigit() for name, _ in now - before):
         return "while a checkpoint was saved"
-    if not (workdir / "metrics.jsonl").exists():
-        return "before training"
-    return "between checkpoints" if names else "before the first checkpoint"
+    if any(name.isdigit() for name, _ in now - before):
+        return "between checkpoints"
+    return "before the first checkpoint" if not now else "while it was resumed, or before its next checkpoint"
 
 
-def left_by(workdir, steps):
+def left_by(job, steps, workdir):
     """(state, position in the data, steps of all checkpoints, metrics) of a finished run."""
     from repae_jax import build, checkpoint, run_log
 
-    job = build.build(config(steps))
+    built = build.build(config(job, steps))
     with checkpoint.Checkpointer(workdir, keep_last=2) as checkpointer:
-        state, position, step = checkpointer.restore(build.abstract_state(job), job.config)
+        state, position, step = checkpointer.restore(build.abstract_state(built), built.config)
         kept = checkpointer.steps()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = {"time", *run_log.SPEED_NAMES}
@@ -105,12 +114,13 @@ def check(found, expected, which):
         assert line == other, f"{which}: metrics of step {line['step']} differ: {line} and {other}"
 
 
-def run(trials, steps, seed, folder, compiled, say=print):
+def run(job, steps, trials, seed, folder, compiled, say=print):
     """All trials.
 
     Args:
-      trials: number.
+      job: of `config`.
       steps: of each run.
+      trials: number.
       seed: of the moments.
       folder: for workdirs; those that are as they should be are removed.
       compiled: folder of compiled programs.
@@ -123,23 +133,27 @@ def run(trials, steps, seed, folder, compiled, say=print):
       AssertionError: if a run that was killed left anything else than one that was not.
     """
     context, rng, moments = processes(), np.random.default_rng(seed), collections.Counter()
-    folder, compiled = Path(folder), str(compiled)
-    _, longest = kill_after(context, None, folder / "whole", steps, compiled, str(folder / "whole.log"))
-    expected = left_by(folder / "whole", steps)
+    whole = Path(folder) / "whole"
+
+    def attempt(seconds, workdir):
+        return kill_after(context, seconds, job, steps, str(workdir), str(compiled), f"{workdir}.log")
+
+    _, longest = attempt(None, whole)
+    expected = left_by(job, steps, whole)
     assert [line["step"] for line in expected[2]] == list(range(1, steps + 1))
     done = 0
     while done < trials:
-        workdir, killed, kills = folder / f"trial-{done}", True, []
+        workdir, killed, kills = Path(folder) / f"trial-{done}", True, []
         while killed:
-            delay = rng.uniform(0, longest)
-            killed, seconds = kill_after(context, delay, workdir, steps, compiled, str(folder / f"trial-{done}.log"))
+            before = checkpoints_of(workdir)
+            killed, seconds = attempt(rng.uniform(0, longest), workdir)
             if killed:
-                kills.append(f"{moment(workdir)} ({seconds:.1f} s)")
-                moments[moment(workdir)] += 1
+                kills.append(moment(workdir, before))
             elif not kills:
                 longest = seconds  # a whole run takes no longer, now that its programs are compiled
         if kills:
-            check(left_by(workdir, steps), expected, f"trial {done}, killed {', '.join(kills)}")
+            check(left_by(job, steps, workdir), expected, f"trial {done}, killed {', '.join(kills)}")
+            moments.update(kills)
             done += 1
             say(f"trial {done} of {trials}: killed {', '.join(kills)}; equal")
         shutil.rmtree(workdir)
@@ -149,6 +163,7 @@ def run(trials, steps, seed, folder, compiled, say=print):
 def main():
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--job", choices=("repae", "ldm"), default="repae", help="REPA-E, or the quicker SiT alone")
     parser.add_argument("--trials", type=int, default=50, help="runs that are killed")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run, a checkpoint every {EVERY}")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -156,8 +171,8 @@ def main():
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="kill-trials-"))
     folder.mkdir(parents=True, exist_ok=True)
-    moments = run(args.trials, args.steps, args.seed, folder, folder / "compiled")
-    print(f"{args.trials} runs killed {moments.total()} times and continued, all equal to the one that was not:")
+    moments = run(args.job, args.steps, args.trials, args.seed, folder, folder / "compiled")
+    print(f"{args.trials} runs of {args.steps} steps killed {moments.total()} times, all equal to the one that was not:")
     for name, count in moments.most_common():
         print(f"  {count:4} {name}")
     if not args.folder:
