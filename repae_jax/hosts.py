@@ -188,7 +188,7 @@ def check_alike(config):
     Raises:
       ValueError: as `check_same`; or if this is one of several processes, as on a TPU pod, started as if it were alone.
     """
-    check_same(packages=_versions(), code=_sources(), config=config)  # before the devices are looked at: that fails with others
+    check_same(packages=versions(), code=_sources(), config=config)  # before the devices are looked at: that fails with others
     if jax.process_count() > 1 and not several():
         raise ValueError(f"this is one of {jax.process_count()} processes: start all of them with --distributed")
     local = jax.local_devices()
@@ -224,7 +224,7 @@ def check_shared(folder):
         )
 
 
-def _versions():
+def versions():
     """Versions of Python and the packages that computing, reading and saving depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 

@@ -16,7 +16,7 @@ from etils import epath
 if TYPE_CHECKING:
     from clu import metric_writers
 
-_SPEED_NAMES = ("images_per_second", "seconds_per_step", "eta_seconds")
+SPEED_NAMES = ("images_per_second", "seconds_per_step", "eta_seconds", "input_wait", "tflops_per_device", "mfu")
 _ETA_MEMORY = 0.7  # share of the old estimate kept at each update: steady, yet the compilation is soon forgotten
 
 
@@ -102,19 +102,55 @@ class JsonLines:
         self._file.close()
 
 
+def arithmetic_speed(images_per_second: float, flop_per_image: float, devices: int, peak: float | None) -> dict[str, float]:
+    """How much arithmetic that training needs is done in a second, and how much of what the devices could do that is.
+
+    Args:
+      images_per_second: over all devices.
+      flop_per_image: FLOP of a training step on one image, counted analytically and without recomputation.
+      devices: how many.
+      peak: FLOP/s of one device; None if unknown, as for CPUs.
+
+    Returns:
+      'tflops_per_device', 1e12 FLOP/s; and, if the peak is known, 'mfu', model FLOPs utilization: its share of the peak.
+    """
+    per_device = flop_per_image * images_per_second / devices
+    return {"tflops_per_device": per_device / 1e12} | ({"mfu": per_device / peak} if peak else {})
+
+
 class Progress:
     """Speed and remaining time of a run, not counting pauses.
+
+    Measured is the wall time between two updates, less what was spent in `paused`: from the end of one logged step to that of
+    the next, with input, logging and everything else that training waits for. Whoever starts it once the first step is done
+    leaves out compilation, and whoever pauses for checkpoints and pictures leaves out these.
 
     Args:
       total_steps: the step at which the run ends.
       start_step: the step it starts or resumes from.
       batch_size: images per step, over all devices.
+      flop_per_image: see `arithmetic_speed`; None leaves its two numbers out.
+      devices: how many.
+      peak: FLOP/s of one device; None if unknown.
+      waited: seconds that input was waited for so far, as `update` takes them.
       clock: returns seconds; replaceable in tests.
     """
 
-    def __init__(self, total_steps: int, start_step: int, batch_size: int, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        batch_size: int,
+        *,
+        flop_per_image: float | None = None,
+        devices: int = 1,
+        peak: float | None = None,
+        waited: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
-        self._last_step, self._last_time, self._paused_seconds = start_step, clock(), 0.0
+        self._arithmetic = (flop_per_image, devices, peak)
+        self._last_step, self._last_time, self._paused_seconds, self._last_waited = start_step, clock(), 0.0, waited
         self._smooth_seconds_per_step = None
         self._speed: dict[str, float] = {}
 
@@ -127,14 +163,17 @@ class Progress:
         finally:
             self._paused_seconds += self._clock() - began
 
-    def update(self, step: int) -> dict[str, float]:
+    def update(self, step: int, waited: float = 0.0) -> dict[str, float]:
         """Measures the speed since the last update.
 
         Args:
           step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
+          waited: seconds that input was waited for, since the run's beginning, as `Loader.wait_seconds` counts.
 
         Returns:
-          'images_per_second' and 'seconds_per_step' since the last update, and 'eta_seconds' from a moving average.
+          'images_per_second' and 'seconds_per_step' since the last update, 'eta_seconds' from a moving average; 'input_wait',
+          the share of the time since the last update in which there was no batch to dispatch, 0..1; and those of
+          `arithmetic_speed`.
 
         Raises:
           ValueError: no step was finished since the last update.
@@ -146,27 +185,38 @@ class Progress:
         seconds_per_step = seconds / (step - self._last_step)
         old = self._smooth_seconds_per_step
         smooth = seconds_per_step if old is None else _ETA_MEMORY * old + (1 - _ETA_MEMORY) * seconds_per_step
-        self._last_step, self._last_time, self._paused_seconds = step, now, 0.0
-        self._smooth_seconds_per_step = smooth
+        images_per_second, (flop_per_image, devices, peak) = self._batch_size / seconds_per_step, self._arithmetic
         self._speed = {
-            "images_per_second": self._batch_size / seconds_per_step,
+            "images_per_second": images_per_second,
             "seconds_per_step": seconds_per_step,
             "eta_seconds": smooth * max(self._total_steps - step, 0),
+            "input_wait": min((waited - self._last_waited) / seconds, 1.0),
         }
+        if flop_per_image is not None:
+            self._speed |= arithmetic_speed(images_per_second, flop_per_image, devices, peak)
+        self._last_step, self._last_time, self._paused_seconds, self._last_waited = step, now, 0.0, waited
+        self._smooth_seconds_per_step = smooth
         return dict(self._speed)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """One line for people: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  ETA 3m12s'.
+        """One line for people: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  MFU 41 %  input wait 0 %  ETA 3m12s'.
 
         Args:
           step: number of finished steps.
-          metrics: name -> number, shown in this order; the names that `update` returns are shown once, at the end.
+          metrics: name -> number, shown in this order; the names that `update` returns are shown once, at the end: the
+            arithmetic as MFU where that is known, else in TFLOP/s.
         """
         parts = [f"step {step}/{self._total_steps} ({100 * step // max(self._total_steps, 1)} %)"]
-        parts += [f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in _SPEED_NAMES]
-        if self._speed:
-            parts.append(f"{self._speed['images_per_second']:.3g} img/s")
-            parts.append(f"ETA {_duration(self._speed['eta_seconds'])}")
+        parts += [f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in SPEED_NAMES]
+        speed = self._speed
+        if speed:
+            parts.append(f"{speed['images_per_second']:.3g} img/s")
+            if "mfu" in speed:
+                parts.append(f"MFU {speed['mfu']:.0%}".replace("%", " %"))
+            elif "tflops_per_device" in speed:
+                parts.append(f"{speed['tflops_per_device']:.3g} TFLOP/s per device")
+            parts.append(f"input wait {speed['input_wait']:.0%}".replace("%", " %"))
+            parts.append(f"ETA {_duration(speed['eta_seconds'])}")
         return "  ".join(parts)
 
 

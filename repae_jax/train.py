@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from repae_jax import build, hosts, sharding
+from repae_jax import build, flops, hosts, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
@@ -59,6 +59,11 @@ def position_of(loader, source, max_bad_fraction):
     if len(bad) > allowed:
         raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
     return {**position, "bad_records": bad}
+
+
+def longest_wait(loader):
+    """Seconds waited for input so far, in the process that waited longest: all others wait for it in the next step."""
+    return max(hosts.gather(loader.wait_seconds))
 
 
 def check_inputs(before, now, workdir):
@@ -124,7 +129,9 @@ def train(config, workdir):
             loader.restore(data_state["loader"])
             check_inputs(data_state["inputs"], inputs, workdir)
             logging.info("continuing from step %d", start)
-        logging.info("%s", summary(job, state, source))
+        flop_per_image = flops.per_image(job.config, job.encoders)
+        peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
+        logging.info("%s", summary(job, state, source, flop_per_image, peak))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
         stopped = stack.enter_context(hosts.stop_requests())
@@ -145,13 +152,16 @@ def train(config, workdir):
                 check_finite(*pending.popleft(), config.max_skipped_in_a_row)
             if step == start + 1:
                 jax.block_until_ready(metrics)
-                progress = Progress(steps, step, config.data.batch_size)  # compilation is not speed
+                progress = Progress(  # compilation is not speed
+                    steps, step, config.data.batch_size, flop_per_image=flop_per_image, devices=job.mesh.size, peak=peak,
+                    waited=longest_wait(loader),
+                )  # fmt: skip
             if saving or logged:
                 position = position_of(loader, source, config.data.max_bad_fraction)
             if logged:
                 values = {name: float(value) for name, value in metrics.items()}
                 values["bad_records"] = len(position["bad_records"])
-                speed = progress.update(step) if step > start + 1 else {}
+                speed = progress.update(step, longest_wait(loader)) if step > start + 1 else {}
                 writer.write_scalars(step, values | speed)
                 if jax.process_index() == 0:
                     print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
@@ -176,16 +186,19 @@ def shown(values):
     return names + [name for name in ("disc/loss", "skipped", "bad_records") if values.get(name)]
 
 
-def summary(job, state, source):
-    """One paragraph on what is about to run."""
+def summary(job, state, source, flop_per_image, peak):
+    """One paragraph on what is about to run; `peak` is None if unknown."""
 
     def count(net):
         return "-" if net is None else f"{sum(x.size for x in jax.tree.leaves(net.params)) / 1e6:.1f} M"
 
+    kind = job.mesh.devices.flat[0].device_kind
+    share = f"of {kind}'s {peak / 1e12:.0f} TFLOP/s: MFU" if peak else f"the peak of {kind} is not known: no MFU"
     return (
         f"{job.config['job']}: {len(source)} images in {source.num_classes} classes; VAE {count(state.vae)}, "
         f"SiT {count(state.sit)}, discriminator {count(state.disc)} parameters; latents {job.latent_shape}; encoders "
-        f"{[encoder.name for encoder in job.encoders]}; mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
+        f"{[encoder.name for encoder in job.encoders]}; mesh {dict(job.mesh.shape)} of {kind}; "
+        f"{flop_per_image / 1e12:.3g} TFLOP per image ({share})"
     )
 
 

@@ -22,11 +22,11 @@ import small
 from absl import app, flags
 
 from configs import ldm, repae
-from repae_jax import build, checkpoint, hosts, train
+from repae_jax import build, checkpoint, hosts, run_log, train
 
 ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
-CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
+CLOCK = {"time", *run_log.SPEED_NAMES}
 STEPS = 4
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -94,7 +94,7 @@ def agree(coordinator, process, folder):
         "union": hosts.union([3, process]),
         "same": alike(),
         "config": alike({"sit": {"depth": 3}, "extra": 1}),
-        "version": alike(_versions={"flax": "0.0.1"}),
+        "version": alike(versions={"flax": "0.0.1"}),
         "code": alike(_sources={"repae_jax/train.py": "0"}),
         "data": error_of(lambda: hosts.check_same(data={"records": "ab" if process else "cd", "frozen_vae": None})),
         "shared": error_of(lambda: hosts.check_shared(Path(folder))),

@@ -220,7 +220,6 @@ def test_a_step_is_lowered_without_weights_or_data(changes):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before and "skipped" in metrics
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_plan_and_training_take_the_same():
     """Shapes, dtypes and shardings of what `train` passes to the step, against those that the plan compiles."""
     job = build.build(small.config())

@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from repae_jax import run_log
 from repae_jax.report import __main__ as command
 from repae_jax.report import curves, page, pictures, run_folder
 
@@ -139,7 +140,9 @@ def test_cost():
         "images_per_second": (np.arange(5), np.array([32.0, 32, 32, np.nan, 40])),
         "seconds_per_step": (np.arange(5), np.full(5, 2.0)),
         "eta_seconds": (np.arange(5), np.arange(5.0)),
-        "speed/mfu": (np.arange(5), np.full(5, 0.4)),
+        "mfu": (np.arange(5), np.array([0.4, 0.4, np.nan, 0.4, 0.5])),
+        "tflops_per_device": (np.arange(5), np.full(5, 80.0)),
+        "input_wait": (np.arange(5), np.array([0.5, 0, 0, 0.1, 0])),
     }
     steps = np.array([1, 100, 200, 300, 400])
     times = NOW - np.array([250_800, 250_600, 250_400, 210, 10])  # three days between steps 200 and 300
@@ -147,6 +150,7 @@ def test_cost():
     cost = run_folder.run_cost(metrics, steps, times, config, 8, NOW)
     assert cost == {
         "step": 400, "total": 500, "devices": 8, "images_per_second": 32, "seconds_per_step": 2, "mfu": 0.4, "images": 25_600,
+        "tflops_per_device": 80, "input_wait": 0,
         "training_seconds": 800, "elapsed_seconds": 600, "pauses": 1, "device_hours": 8 * 600 / 3600, "updated": NOW - 10,
         "state": "running", "eta_seconds": 4,
     }  # fmt: skip
@@ -155,6 +159,19 @@ def test_cost():
     assert finished["state"] == "finished" and not {"devices", "device_hours", "eta_seconds"} & set(finished)
     empty = np.array([])
     assert run_folder.run_cost({}, empty, empty, None, None, NOW) == {}
+
+
+def test_speed_is_read_as_training_logs_it(tmp_path):
+    clock = iter([0.0, 10.0])
+    how = {"flop_per_image": 2e12, "devices": 4, "peak": 100e12, "clock": lambda: next(clock)}
+    speed = run_log.Progress(100, 0, 64, **how).update(20, waited=1.0)
+    lines = run_log.JsonLines(tmp_path / "run" / "metrics.jsonl")
+    lines.write(20, speed)
+    lines.close()
+    cost = page_of(tmp_path / "run")[1]["runs"][0]["cost"]
+    assert set(speed) == set(run_log.SPEED_NAMES) and speed["mfu"] == pytest.approx(0.64)
+    shown = set(speed) - {"eta_seconds"}
+    assert {name: cost[name] for name in shown} == {name: pytest.approx(speed[name]) for name in shown}
 
 
 def test_slow_steps_are_no_pause():

@@ -130,7 +130,9 @@ def test_speed_since_the_last_update_without_pauses():
     clock = Clock()
     progress = run_log.Progress(total_steps=100, start_step=10, batch_size=32, clock=clock)
     clock.now += 10
-    assert progress.update(20) == {"images_per_second": 32.0, "seconds_per_step": 1.0, "eta_seconds": 80.0}
+    assert progress.update(20) == {
+        "images_per_second": 32.0, "seconds_per_step": 1.0, "eta_seconds": 80.0, "input_wait": 0.0
+    }  # fmt: skip
     clock.now += 5
     with progress.paused():
         clock.now += 1000
@@ -143,6 +145,36 @@ def test_speed_since_the_last_update_without_pauses():
     assert 0.5 * 70 < speed["eta_seconds"] < 1.0 * 70  # between the new speed and the average so far
     clock.now += 10  # the pauses were counted once
     assert progress.update(40)["seconds_per_step"] == pytest.approx(1.0)
+
+
+def test_input_wait_is_a_share_of_the_time_that_counts():
+    clock = Clock()
+    progress = run_log.Progress(100, 0, 32, waited=50.0, clock=clock)
+    clock.now += 10
+    with progress.paused():
+        clock.now += 90
+    assert progress.update(5, waited=52.5)["input_wait"] == pytest.approx(0.25)
+    clock.now += 10
+    assert progress.update(6, waited=52.5)["input_wait"] == 0
+    clock.now += 1
+    assert progress.update(7, waited=60.0)["input_wait"] == 1  # two clocks need not agree
+
+
+@pytest.mark.parametrize(
+    ("peak", "arithmetic", "shown"),
+    [
+        (200e12, {"tflops_per_device": 80.0, "mfu": 0.4}, "320 img/s  MFU 40 %  input wait 12 %  ETA 8s"),
+        (None, {"tflops_per_device": 80.0}, "320 img/s  80 TFLOP/s per device  input wait 12 %  ETA 8s"),
+    ],
+)
+def test_arithmetic(peak, arithmetic, shown):
+    """320 images a second of 2 TFLOP on 8 devices; where nobody knows the peak, there is no share of it."""
+    clock = Clock()
+    progress = run_log.Progress(90, 0, 32, flop_per_image=2e12, devices=8, peak=peak, clock=clock)
+    clock.now += 1
+    speed = progress.update(10, waited=0.12)
+    assert {name: speed[name] for name in ("tflops_per_device", "mfu") if name in speed} == arithmetic
+    assert progress.line(10, speed) == f"step 10/90 (11 %)  {shown}"
 
 
 def test_eta_forgets_the_compilation():
@@ -173,7 +205,7 @@ def test_line():
     assert progress.line(0, {}) == "step 0/2000 (0 %)"
     clock.now += 64
     metrics = {"sit": jnp.float32(0.8124), "vae": 3.0} | progress.update(500)
-    assert progress.line(500, metrics) == "step 500/2000 (25 %)  sit 0.8124  vae 3  555 img/s  ETA 3m12s"
+    assert progress.line(500, metrics) == "step 500/2000 (25 %)  sit 0.8124  vae 3  555 img/s  input wait 0 %  ETA 3m12s"
 
 
 @pytest.mark.parametrize(

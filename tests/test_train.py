@@ -23,14 +23,14 @@ import small
 from PIL import Image
 
 from checkpoints_tools.convert import convert
-from repae_jax import build, checkpoint, hooks, train
+from repae_jax import build, checkpoint, flops, hooks, run_log, train
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
 from repae_jax.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
-CLOCK = {"time", "images_per_second", "seconds_per_step", "eta_seconds"}
+CLOCK = {"time", *run_log.SPEED_NAMES}
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
 
@@ -77,6 +77,13 @@ def test_a_run_logs_every_step_and_leaves_its_checkpoints(whole):
     assert [line["step"] for line in whole.metrics] == [1, 2, 3, 4]
     assert {"vae/loss", "sit/loss", "disc/loss", "vae/align", "sit/velocity", "skipped", "bad_records"} <= set(whole.metrics[0])
     assert all(line["skipped"] == 0 for line in whole.metrics)
+    first, *others = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
+    told = set(run_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
+    assert not told & set(first) and all(set(line) & set(run_log.SPEED_NAMES) == told for line in others)
+    flop = flops.per_image(config(4).to_dict())
+    for line in others:
+        assert line["tflops_per_device"] == pytest.approx(line["images_per_second"] * flop / 8 / 1e12)
+        assert 0 <= line["input_wait"] <= 1
     with checkpoint.Checkpointer(whole.workdir) as checkpointer:
         assert checkpointer.steps() == [2, 4]
     assert int(whole.state.step) == 4

@@ -532,6 +532,8 @@ function costSection() {
     ["Images per second", "median", (c) => c.images_per_second, number],
     ["Seconds per step", "median", (c) => c.seconds_per_step, number],
     ["MFU", "share of the peak, median", (c) => c.mfu, (x) => `${number(100 * x)} %`],
+    ["TFLOP/s per device", "that training needs, without recomputation, median", (c) => c.tflops_per_device, number],
+    ["Waiting for input", "share of the time, median", (c) => c.input_wait, (x) => `${number(100 * x)} %`],
     ["Images seen", "steps times batch", (c) => c.images, number],
     ["Training time", "steps times seconds per step, without compilation and pictures", (c) => c.training_seconds, duration],
     ["Elapsed time", "first to last line of metrics, without pauses of over an hour", (c) => c.elapsed_seconds, duration],

@@ -149,11 +149,11 @@ def run_cost(curves, steps, times, config, devices, now):
 
     Returns:
       dict: step, total, state ('running', 'stopped', 'finished'), updated, eta_seconds, images_per_second, seconds_per_step,
-      mfu, images, training_seconds (without compilation and pictures), elapsed_seconds (with them, without pauses of more
-      than STOP_SECONDS), pauses, devices, device_hours.
+      mfu, tflops_per_device, input_wait, images, training_seconds (without compilation and pictures), elapsed_seconds (with
+      them, without pauses of more than STOP_SECONDS), pauses, devices, device_hours.
     """
     cost = {"devices": devices, "total": (config or {}).get("steps")}
-    for name in ("images_per_second", "seconds_per_step", "mfu"):
+    for name in ("images_per_second", "seconds_per_step", "mfu", "tflops_per_device", "input_wait"):
         found = [values[np.isfinite(values)] for key, (_, values) in curves.items() if key.rpartition("/")[2] == name]
         cost[name] = float(np.median(found[0])) if found and len(found[0]) else None
     if len(steps):

@@ -1,0 +1,238 @@
+"""Speed of any config: `python -m repae_jax.benchmark --config configs/repae.py`.
+
+Times the training step on random images that are on the devices already, its parts one by one, and sampling; with --input also
+the config's data. Weights that are trained are random; frozen ones, too, unless their files are on this machine, which changes
+no speed. In several processes it is the same command with --distributed, as for training; process 0 prints and writes.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from checkpoints_tools import weights
+from repae_jax import build, config_rules, hosts, train
+from repae_jax.benchmark import measure
+from repae_jax.hooks import fid_batch
+
+STEPS = 50
+ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # variables that change speed begin so
+
+
+def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=None, say=print):
+    """Measures a config.
+
+    Args:
+      config: ConfigDict or nested dict, see configs/.
+      steps: that are timed, and calls of each part, and batches of the input.
+      sample_batch: images that are sampled at a time, over all devices; 0 is no sampling, None as many as a FID takes.
+      with_input: whether to measure the config's data, too.
+      profile: folder for a trace of a few steps; None is none.
+      say: called with lines of progress.
+
+    Returns:
+      dict that JSON can hold, as README.md describes it.
+
+    Raises:
+      ValueError: for anything wrong with the config or the numbers, or a step that does not fit into memory.
+    """
+    config = build.plain_config(config)
+    hosts.check_alike(config)
+    config_rules.check_fields(config)
+    config, random = measure.without_files(config)
+    job = build.build(config)
+    sample_batch = _check_sample_batch(job, sample_batch)
+    say(f"random weights: {', '.join(random) or 'none but of what is trained'}")
+    frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
+    state, batch = measure.random_state(job), measure.random_batch(job)
+    result = {**_circumstances(job), "random_weights": random}
+
+    say("compiling the step …")
+    with _room(job):
+        compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
+        step = measure.Step(compiled, state, frozen, key)
+        del state  # donated
+        say(f"compiled in {compile_seconds:.0f} s")
+        bar = "steps" if jax.process_index() == 0 else None
+        result["step"] = {**measure.measure_step(job, step, batch, steps, bar), "compile_seconds": compile_seconds}
+    result["step"]["memory"] = measure.memory_of(compiled)
+    say(step_line(result))
+    if profile is not None:
+        measure.write_profile(step, batch, profile)
+        say(f"trace of {measure.PROFILED} steps: {profile}; to see it: pip install xprof && xprof --logdir {profile}")
+    if with_input:
+        result["input"] = measure.measure_input(job, step, frozen, steps)
+        say(input_line(result["input"]))
+    state = step.state
+    if job.sampling is not None and sample_batch:
+        say(f"sampling {sample_batch} images …")
+        result["sampling"] = measure.measure_sampling(job, state, frozen, sample_batch)
+        say(sampling_line(result["sampling"]))
+    del step
+    say("parts of the step, each alone; they need not add up to it:")
+    seconds = result["step"]["seconds_per_step"]["median"]
+    result["parts"], _ = measure.measure_parts(
+        job, state, frozen, steps, seconds, lambda name, part: say(part_line(name, part))
+    )
+    return result
+
+
+def _check_sample_batch(job, sample_batch):
+    if sample_batch is None:
+        return fid_batch(job)
+    if sample_batch and job.sampling is None:
+        raise ValueError(f"--sample_batch={sample_batch}: config.job={job.config['job']!r} has no SiT to sample with")
+    if sample_batch % job.mesh.size:
+        raise ValueError(f"--sample_batch={sample_batch} is not a multiple of the {job.mesh.size} devices")
+    return sample_batch
+
+
+@contextlib.contextmanager
+def _room(job):
+    """Context in which running out of memory becomes a ValueError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not measure.is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the step does not fit into memory with config.data.batch_size={job.config['data']['batch_size']} on "
+            f"{job.mesh.size} devices ({str(error).splitlines()[0]}): lower it, raise config.accumulation or config.mesh.fsdp, "
+            "or recompute more, config.sit.remat='full' and config.vae.remat=True"
+        ) from error
+
+
+def _circumstances(job):
+    """What the numbers depend on."""
+    device, batch_size = job.mesh.devices.flat[0], job.config["data"]["batch_size"]
+    peak = measure.peak_of(job)
+    return {
+        "job": job.config["job"], "batch_size": batch_size, "batch_size_per_device": batch_size // job.mesh.size,
+        "precision": job.config["precision"],
+        "devices": {
+            "kind": device.device_kind, "platform": device.platform, "count": job.mesh.size, "processes": jax.process_count(),
+            "mesh": dict(job.mesh.shape), "peak_tflops": None if peak is None else peak / 1e12,
+        },
+        "versions": {**hosts.versions(), "platform": device.client.platform_version},
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
+        "compilation_cache": jax.config.jax_compilation_cache_dir,
+        "arguments": sys.argv[1:], "config": job.config,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines for people.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _milliseconds(seconds):
+    return f"{1e3 * seconds['median']:.4g} ms ({1e3 * seconds['p10']:.4g} to {1e3 * seconds['p90']:.4g})"
+
+
+def _arithmetic(speed):
+    mfu = f", {100 * speed['mfu']:.1f} % of the peak" if speed.get("mfu") else ""
+    return f"{speed['tflops_per_device']:.3g} TFLOP/s per device{mfu}"
+
+
+def step_line(result):
+    """The step's speed and memory."""
+    step, devices = result["step"], result["devices"]
+    peak = "" if devices["peak_tflops"] else f" (the peak of {devices['kind']!r} is not known: no MFU)"
+    memory = step["memory"]
+    used = memory["peak_bytes_in_use"] or (memory["compiled"] or {}).get("total")
+    told = "" if used is None else f"; memory {used / 2**30:.2f} GiB per device"
+    planned = "" if memory["peak_bytes_in_use"] or used is None else " as compiled"
+    return (
+        f"step {_milliseconds(step['seconds_per_step'])}: {step['images_per_second']:.4g} img/s on {devices['count']} "
+        f"devices, {step['images_per_second_per_device']:.4g} on each; {_arithmetic(step)}{peak}{told}{planned}"
+    )
+
+
+def part_line(name, part):
+    """The speed of a part."""
+    if "failed" in part:
+        return f"  {name:20} {part['failed']}"
+    speed = f"  {_arithmetic(part)}" if "tflops_per_device" in part else ""
+    return f"  {name:20} {_milliseconds(part['seconds_per_step'])}  {part['share_of_step']:.0%} of the step{speed}"
+
+
+def sampling_line(sampling):
+    """The speed of sampling."""
+    return (
+        f"sampling {sampling['images_per_second']:.4g} img/s with {sampling['sampler']}, {sampling['steps']} steps, guidance "
+        f"{sampling['guidance_scale']:g}, {sampling['batch_size']} at a time"
+    )
+
+
+def input_line(found):
+    """The speed of the input."""
+    if "skipped" in found:
+        return f"input skipped: {found['skipped']}"
+    fed = found["with_step"]
+    return (
+        f"input {found['images_per_second']:.4g} img/s alone, with {found['workers']} workers in each of {found['processes']} "
+        f"processes; the step fed by it {fed['images_per_second']:.4g} img/s, {fed['input_wait']:.0%} of the time waiting"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _define_flags():
+    """Only of this program: other programs' modules have flags of the same names."""
+    for name in ("config", "distributed", "coordinator", "num_processes", "process_id"):
+        flags.declare_key_flag(name)
+    flags.DEFINE_integer("steps", STEPS, "Steps that are timed, after a few that are not.", lower_bound=1)
+    flags.DEFINE_string("out", None, "JSON file for all numbers and what they depend on; must not exist.")
+    flags.DEFINE_string("profile", None, "Folder for a trace of a few steps.")
+    flags.DEFINE_integer(
+        "sample_batch", None, "Images to sample at a time, over all devices; 0 is none, default 64 or a little more.",
+        lower_bound=0,
+    )  # fmt: skip
+    flags.DEFINE_bool("input", False, "Measure the config's data, too: the loader alone, and the step fed by it.")
+    flags.mark_flag_as_required("config")
+
+
+def check_out(out):
+    """ValueError unless a file can be made there, before anything is measured."""
+    if out is None:
+        return
+    path = Path(out).expanduser()
+    if path.exists():
+        raise ValueError(f"--out={out} exists; choose another name, or move it away")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
+
+
+def main(_):
+    """Entry point: mistakes end in one line, not in a traceback."""
+    options = flags.FLAGS
+    with hosts.failing_together():
+        try:
+            train.start_processes()
+            first = jax.process_index() == 0
+            if first:
+                check_out(options.out)
+            result = benchmark(
+                options.config, options.steps, options.sample_batch, options.input, options.profile,
+                say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
+            )  # fmt: skip
+            if first and options.out:
+                weights.write_json(Path(options.out).expanduser(), json.loads(json.dumps(result)))
+                print(f"all numbers: {options.out}")
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            if train.is_internal(error):
+                raise
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    jax.config.config_with_absl()
+    app.run(main, flags_parser=train.parse_flags)

@@ -1,0 +1,47 @@
+"""Seconds per call of a compiled program, while the device always has work."""
+
+import collections
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+WINDOWS = 10  # that are timed, if there are so many calls
+
+
+def time_calls(call, count, *, ahead, warm_up=3, what=None):
+    """Times a program in windows of several calls.
+
+    Each call is dispatched while up to `ahead` earlier ones are unfinished, so that the device need not wait for the host. The
+    clock is read when the last call of a window is finished; one window follows the other without a break.
+
+    Args:
+      call: dispatches the program once; returns arrays that are ready when it is done.
+      count: calls that are timed.
+      ahead: unfinished calls at most when the next one is dispatched; their results are in memory together.
+      warm_up: calls before, which are not timed.
+      what: name of a progress bar; None shows none.
+
+    Returns:
+      float64 numpy [windows], seconds per call; the windows have count // WINDOWS calls, at least one.
+    """
+    size, pending, finished, ends = max(count // WINDOWS, 1), collections.deque(), 0, []
+    with tqdm(total=warm_up + count, desc=what, unit="call", leave=False, disable=what is None) as bar:
+        for index in range(warm_up + count + ahead):
+            if index < warm_up + count:
+                pending.append(call())
+            if index < ahead:
+                continue
+            jax.block_until_ready(pending.popleft())
+            finished += 1
+            bar.update()
+            if finished >= warm_up and (finished - warm_up) % size == 0:
+                ends.append(time.perf_counter())
+    return np.diff(ends) / size
+
+
+def spread(seconds):
+    """Median and spread of windows, as JSON holds them."""
+    low, median, high = np.percentile(seconds, (10, 50, 90)).tolist()
+    return {"median": median, "p10": low, "p90": high, "windows": len(seconds)}

@@ -1,0 +1,266 @@
+"""The benchmark of tiny configs: what it says, and that its numbers agree with each other."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from configs import ldm, vae
+from repae_jax import build, flops, train
+from repae_jax.benchmark import __main__ as command
+from repae_jax.benchmark import measure, timing
+
+ROOT = Path(__file__).parents[1]
+QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
+NO_ENCODER = {"hooks.samples_every": 0, "encoders": {}, "loss.sit.align": 0.0}  # quickest to compile: SiT on a frozen VAE
+
+
+def benchmark(config, steps=4, **options):
+    lines = []
+    result = command.benchmark(config, steps, say=lines.append, **options)
+    return json.loads(json.dumps(result, allow_nan=False)), lines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(result, lines, folder of its trace) of a benchmark of everything."""
+    folder = tmp_path_factory.mktemp("profile")
+    return *benchmark(small.config(NO_ENCODER, ldm), with_input=True, sample_batch=8, profile=folder), folder
+
+
+def test_numbers_agree(whole):
+    result, _, _ = whole
+    step = result["step"]
+    seconds = step["seconds_per_step"]
+    assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"] and seconds["windows"] == 4
+    assert step["images_per_second"] == pytest.approx(result["batch_size"] / seconds["median"])
+    assert step["images_per_second_per_device"] == pytest.approx(step["images_per_second"] / 8)
+    assert result["batch_size_per_device"] * result["devices"]["count"] == result["batch_size"] == 8
+    assert step["tflop_per_image"] * 1e12 == pytest.approx(flops.per_image(result["config"]))
+    assert step["tflops_per_device"] == pytest.approx(step["tflop_per_image"] * step["images_per_second_per_device"])
+    assert step["mfu"] is None and result["devices"]["peak_tflops"] is None
+    planned = step["memory"]["compiled"]
+    assert planned["total"] == planned["arguments"] + planned["outputs"] + planned["temporaries"] - planned["aliased"] > 0
+    assert step["compile_seconds"] > 0
+    sampling = result["sampling"]
+    assert sampling["images_per_second"] == pytest.approx(8 / sampling["seconds_per_batch"]["median"])
+    assert (sampling["sampler"], sampling["steps"], sampling["batch_size"]) == ("sde", 2, 8)
+
+
+def test_everything_is_there_to_do_it_again(whole):
+    result, _, _ = whole
+    assert result["config"] == json.loads(json.dumps(small.config(NO_ENCODER, ldm).to_dict()))
+    assert result["random_weights"] == ["init.vae"]
+    assert {"jax", "jaxlib", "python", "platform"} <= set(result["versions"])
+    assert result["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
+    assert result["devices"]["kind"] == "cpu" and result["devices"]["mesh"] == {"data": 8, "fsdp": 1}
+    assert result["precision"] == {"compute": "float32"} and result["compilation_cache"]
+
+
+def check_parts(result, lines):
+    costs = flops.parts(result["config"])
+    assert set(result["parts"]) == {*costs, "update"}
+    for name, cost in costs.items():
+        part = result["parts"][name]
+        assert part["tflop_per_image"] == pytest.approx(cost / 1e12)
+        assert part["share_of_step"] == pytest.approx(
+            part["seconds_per_step"]["median"] / result["step"]["seconds_per_step"]["median"]
+        )
+        assert any(line.startswith(f"  {name} ") for line in lines)
+
+
+def test_parts_are_those_that_the_cost_has(whole):
+    check_parts(*whole[:2])
+
+
+@pytest.mark.slow
+def test_parts_of_repae():
+    result, lines = benchmark(small.config({**QUIET, "accumulation": 2, "data.batch_size": 16}), sample_batch=0)
+    check_parts(result, lines)
+    assert {"vae_encoder", "vae_decoder", "sit", "align_pass", "discriminator", "encoder_target"} <= set(result["parts"])
+
+
+def test_a_trace_is_written(whole):
+    _, lines, folder = whole
+    assert list(folder.rglob("*.xplane.pb"))
+    assert any(f"xprof --logdir {folder}" in line for line in lines)
+
+
+def test_input(whole):
+    found = whole[0]["input"]
+    assert found["images_per_second"] > 0 and found["with_step"]["images_per_second"] > 0
+    assert 0 <= found["with_step"]["input_wait"] <= 1 and found["workers"] == 0
+
+
+def test_data_that_is_not_there_is_skipped(tmp_path):
+    config = small.config({"data.source": "folder", "data.options": {"path": str(tmp_path / "no"), "labels_file": None}})
+    found = measure.measure_input(build.build(config), None, {}, 1)
+    assert list(found) == ["skipped"] and str(tmp_path / "no") in found["skipped"]
+    assert command.input_line(found).startswith("input skipped: ")
+
+
+# ---- parts of other jobs, uncompiled --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: small.config({"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm),
+        lambda: small.config({"init.vae": ""}, ldm),
+        lambda: small.config({"loss.vae.diffusion": 0.1, "loss.vae.se": 0.5, "loss.se_factors": (2,)}),
+        lambda: small.config({"loss.vae.lpips": 1.0, "lpips.vgg16": "", "accumulation": 2, "data.batch_size": 16}, arg="tiny"),
+        lambda: small.config({"loss.vae.gan": 0.0}),
+        lambda: small.config({"optim.vae.fixed": ("encoder", "quant_conv")}),
+        lambda: small.config({}, vae),
+        lambda: small.config({}, vae, "vavae-stage2,tiny"),
+        lambda: small.config({}, vae, "discriminator,tiny"),
+    ],
+)
+def test_every_job_has_the_parts_that_it_costs(config):
+    """With the gradients' shapes and places: what a part returns is what it is said to be."""
+    config, _ = measure.without_files(config().to_dict())
+    job = build.build(config)
+    state, (_, frozen, _) = build.abstract_state(job), build.abstract_inputs(job)
+    count = config["data"]["batch_size"] // config["accumulation"]
+    pixels = jax.ShapeDtypeStruct((count, *[config["data"]["image_size"]] * 2, 3), np.uint8)
+    batch = jax.eval_shape(lambda pixels: measure.parts.make_batch(job, pixels, jax.random.key(0)), pixels)
+    made = measure.parts.make_parts(job, state, frozen, batch)
+    assert set(made) == set(flops.parts(config, job.encoders))
+    for part in made.values():
+        jax.jit(part.function, out_shardings=part.out_shardings).lower(*part.arguments)
+    grads = {name: net.params for name in ("vae", "disc", "sit") if (net := getattr(state, name)) is not None}
+    new, _ = jax.eval_shape(lambda *given: measure.parts.update(*given, tx=job.tx, recipe=job.recipe), state, grads)
+    assert jax.tree.map(lambda x: x.shape, new) == jax.tree.map(lambda x: x.shape, state)
+
+
+# ---- timing, weights, mistakes --------------------------------------------------------------------------------------
+
+
+def test_windows_follow_each_other_without_a_break(monkeypatch):
+    """A device that takes a second per call, three for the first: only dispatched calls are waited for, in order."""
+    now, dispatched, waited = [0.0], [], []
+
+    def wait(call):
+        assert len(dispatched) - len(waited) <= 3
+        now[0] += 3.0 if call == 0 else 1.0
+        waited.append(call)
+
+    monkeypatch.setattr(timing.jax, "block_until_ready", wait)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call():
+        dispatched.append(len(dispatched))
+        return dispatched[-1]
+
+    seconds = timing.time_calls(call, 45, ahead=2)
+    assert seconds.tolist() == [1.0] * 11  # of four calls
+    assert dispatched == waited == list(range(48))
+
+
+def test_spread():
+    assert timing.spread(np.arange(11.0)) == {"median": 5.0, "p10": 1.0, "p90": 9.0, "windows": 11}
+
+
+def test_frozen_weights_that_are_not_here_become_random(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    changes = {"loss.vae.lpips": 1.0, "encoders.target.weights": "facebook/dinov2-base", "lpips.vgg16": "vgg16.pth"}
+    made = small.config(changes).to_dict()
+    config, random = measure.without_files(made)
+    assert random == ["encoders.target.weights", "lpips"] and config["lpips"]["linear"] == build.RANDOM
+    assert config["encoders"]["target"]["weights"] == build.RANDOM
+    assert made["encoders"]["target"]["weights"] == "facebook/dinov2-base"  # untouched
+    made["encoders"]["target"]["weights"] = str(tmp_path / "encoder")
+    made["lpips"]["vgg16"] = "gs://bucket/vgg16.pth"
+    assert measure.without_files(made) == (made, [])
+    config, random = measure.without_files(small.config({"init.vae": ""}, ldm).to_dict())
+    assert random == ["encoders.target.weights", "init.vae"] and config["init"]["vae"] == build.RANDOM
+
+
+def test_nothing_starts_at_zero():
+    """A SiT's gates do, and its head: their products would cost less power than later ones."""
+    state = measure.random_state(build.build(small.config(NO_ENCODER, ldm)))
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(state.sit.params))
+    assert small.differing(state.ema.params, state.sit.params) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (lambda: small.config({"data.batch_size": 9}), {}, "data.batch_size=9 is not divisible by 8 devices"),
+        (lambda: small.config({}), {"sample_batch": 9}, "--sample_batch=9 is not a multiple of the 8 devices"),
+        (lambda: small.config({}, vae), {"sample_batch": 8}, "config.job='vae' has no SiT to sample with"),
+        (lambda: {"job": "none"}, {}, "config.job='none' is unknown"),
+    ],
+)
+def test_mistakes(config, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        command.benchmark(config(), say=lambda line: None, **options)
+    assert not train.is_internal(caught.value)
+
+
+def test_a_step_that_does_not_fit(monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+
+    monkeypatch.setattr(measure, "compile_step", fail)
+    message = r"batch_size=8 on 8 devices \(RESOURCE_EXHAUSTED: .* 99 bytes\.\): lower it"
+    with pytest.raises(ValueError, match=message) as caught:
+        command.benchmark(small.config(NO_ENCODER, ldm), say=lambda line: None)
+    assert not train.is_internal(caught.value)
+
+
+def test_a_result_is_not_overwritten(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="a.json exists; choose another name"):
+        command.check_out(str(tmp_path / "a.json"))
+    with pytest.raises(ValueError, match="there is no folder"):
+        command.check_out(str(tmp_path / "none" / "a.json"))
+    command.check_out(None)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, compiled):
+    env = {
+        **os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }  # fmt: skip
+    program = [sys.executable, "-m", "repae_jax.benchmark", *map(str, arguments)]
+    return subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+SMALL = ["data.image_size=8", "vae.channel_multipliers=(1,1)", "vae.norm_groups=4"]
+
+
+def test_the_command(compiled, tmp_path):
+    out, flags = tmp_path / "result.json", [f"--config.{change}" for change in SMALL]
+    done = run("--config", "configs/ldm.py:tiny,encoder=none", *flags, "--steps=3", "--sample_batch=0", "--out", out,
+               compiled=compiled)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(out.read_text())
+    assert result["config"]["data"]["image_size"] == 8 and result["devices"]["count"] == 1
+    assert f"--out={out}" in result["arguments"] or str(out) in result["arguments"]
+    assert "sampling" not in result and "input" not in result and set(result["parts"]) == {"vae_encoder", "sit", "update"}
+    shown = f"{result['step']['images_per_second']:.4g} img/s on 1 devices"
+    assert shown in done.stdout and "the peak of 'cpu' is not known: no MFU" in done.stdout
+    assert re.search(rf"^all numbers: {out}$", done.stdout, re.MULTILINE)
+
+
+def test_a_mistake_on_the_command_line(compiled):
+    done = run("--config", "configs/repae.py:tiny", "--config.sit.dpeth=2", compiled=compiled)
+    assert done.returncode == 1 and re.match("error: .*dpeth", done.stderr), done.stderr[-2000:]
+
+
+def test_help(compiled):
+    done = run("--help", compiled=compiled)
+    assert {"--config", "--steps", "--out", "--[no]input", "--profile", "--sample_batch", "--[no]distributed"} <= set(
+        re.findall(r"--[\w\[\]]+", done.stdout)
+    )
