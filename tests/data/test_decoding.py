@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
 from pictures import encoded, picture
+from PIL import Image
 
 from repae_jax.data import decoding
 from repae_jax.images import center_crop
