@@ -28,3 +28,10 @@ def compiled(tmp_path_factory):
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What a module has traced serves no other one, and fills the memory."""
+    yield
+    jax.clear_caches()
