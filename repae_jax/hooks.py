@@ -1,7 +1,10 @@
 """Pictures and scores during training."""
 
+import dataclasses
 import functools
+import json
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -9,10 +12,29 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from repae_jax import build, generate, images, inception_features, reference_stats, sharding
+from repae_jax import build, generate, hosts, images, inception_features, reference_stats, sharding
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 
 FID_BATCH = 64  # samples at a time at least, over all devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """Something that is done during training.
+
+    Attributes:
+      every: steps between.
+      run: function of (step, state).
+      is_done: function of a step: whether its result is there.
+    """
+
+    every: int
+    run: Callable
+    is_done: Callable[[int], bool]
+
+    def is_due(self, step, steps):
+        """Whether it is to be done after this step of so many."""
+        return step % self.every == 0 or step == steps
 
 
 def fid_batch(job):
@@ -48,7 +70,7 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
       stopped: what `hosts.stop_requests` yields; scores are given up when it says so.
 
     Returns:
-      List of (every, function of (step, state)), of what the job trains.
+      List of Hook, of what the job trains.
     """
     section = job.config["hooks"]
     count, num_classes = section["images"], job.config["data"]["num_classes"]
@@ -56,11 +78,13 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
     everywhere = sharding.replicated(job.mesh)
     placed = functools.partial(sharding.put, shardings=everywhere)
 
+    def picture_of(kind, step):
+        return workdir / kind / f"{step:07d}.png"
+
     def save(kind, step, picture):
         if jax.process_index() == 0:
-            folder = workdir / kind
-            folder.mkdir(exist_ok=True)
-            images.save_png(folder / f"{step:07d}.png", picture)
+            (workdir / kind).mkdir(exist_ok=True)
+            images.save_png(picture_of(kind, step), picture)
             writer.write_images(step, {kind: picture[None]})
 
     def make_generate():
@@ -118,11 +142,24 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
         return fid
 
+    def is_scored(step):
+        metrics = workdir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return any(json.loads(line)["step"] == step for line in lines if '"fid/' in line)
+
+    def is_drawn(kind):
+        return lambda step: picture_of(kind, step).exists()
+
     hooks = []
     if section.get("fid_every"):
-        hooks.append((section["fid_every"], make_fid()))
+        hooks.append(Hook(section["fid_every"], make_fid(), is_scored))
     if section.get("samples_every"):
-        hooks.append((section["samples_every"], make_samples()))
+        hooks.append(Hook(section["samples_every"], make_samples(), is_drawn("samples")))
     if section.get("reconstructions_every") and not job.frozen_vae:
-        hooks.append((section["reconstructions_every"], make_reconstructions()))
+        hooks.append(Hook(section["reconstructions_every"], make_reconstructions(), is_drawn("reconstructions")))
     return hooks
+
+
+def missing_at(hooks, step, steps):
+    """Those that were due after a step, but were interrupted; the same in all processes."""
+    return [hook for hook in hooks if hook.is_due(step, steps) and not hosts.from_first(hook.is_done(step))]

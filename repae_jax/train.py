@@ -20,7 +20,7 @@ from repae_jax import build, flops, hosts, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
-from repae_jax.hooks import load_scoring, make_hooks
+from repae_jax.hooks import load_scoring, make_hooks, missing_at
 from repae_jax.run_log import Progress, make_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
@@ -136,6 +136,8 @@ def train(config, workdir):
         stack.callback(writer.close)
         stopped = stack.enter_context(hosts.stop_requests())
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
+        for hook in missing_at(hooks, start, steps) if restored else ():  # it was asked to stop, or killed
+            hook.run(start, state)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
         shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -169,9 +171,9 @@ def train(config, workdir):
                 if saving:  # before the pictures: they may take long, or fail
                     writer.flush()
                     checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
-                for hook_every, hook in hooks:
-                    if (step % hook_every == 0 and not stopping) or step == steps:
-                        hook(step, state)
+                for hook in hooks:
+                    if hook.is_due(step, steps) and (not stopping or step == steps):
+                        hook.run(step, state)
             if stopping and step < steps:
                 checkpointer.wait()
                 logging.warning("asked to stop: saved step %d; run the same command to continue", step)

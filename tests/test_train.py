@@ -109,7 +109,8 @@ def test_fid_during_training(half, tmp_path, monkeypatch):
     monkeypatch.setattr(hooks.inception_features, "load_network", lambda *_: network)
     workdir = copy_of(half, tmp_path)
     train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_samples": 20}), workdir)
-    (found,) = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
+    missed, found = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
+    assert missed["step"] == 2, "of the checkpoint it began with"
     trained, labels = load_trained(workdir), np.arange(20, dtype=np.int32) % 10
     made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 64, config(4).seed)]
     pool = np.concatenate([network(batch).pool for batch in made])
