@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import weights
-from repae_jax import build, data, generate, sample
+from repae_jax import build, data, generate, hosts, sample
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
 from repae_jax.inception_features import FeatureParts, load_network, wait_for
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--inception", required=True, help=f"weights of FID's Inception; {build.RANDOM!r}: for tests only")
     parser.add_argument("--out", help="path of the result, ending in .json")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over the devices of a process")
-    parser.add_argument("--distributed", action="store_true", help="work in several processes: jax.distributed.initialize()")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE")
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", metavar="NPZ", help="write this file, and nothing else")
     making.add_argument("--data", help="real images, see --reference; or an npz of images, key arr_0")
@@ -326,8 +326,7 @@ def main():
     """Entry point: mistakes end in one line."""
     args = parse_args()
     try:
-        if args.distributed:
-            jax.distributed.initialize()
+        hosts.start(args.distributed)
         if args.make_reference:
             path = make_reference(args)
             if jax.process_index() == 0:
