@@ -56,7 +56,9 @@ def parse_args(argv=None):
     parser.add_argument("--inception", required=True, help=f"weights of FID's Inception; {build.RANDOM!r}: for tests only")
     parser.add_argument("--out", help="path of the result, ending in .json")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over the devices of a process")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE")
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
+    )
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", metavar="NPZ", help="write this file, and nothing else")
     making.add_argument("--data", help="real images, see --reference; or an npz of images, key arr_0")
