@@ -212,10 +212,10 @@ class Progress:
         if speed:
             parts.append(f"{speed['images_per_second']:.3g} img/s")
             if "mfu" in speed:
-                parts.append(f"MFU {speed['mfu']:.0%}".replace("%", " %"))
+                parts.append(f"MFU {100 * speed['mfu']:.0f} %")
             elif "tflops_per_device" in speed:
                 parts.append(f"{speed['tflops_per_device']:.3g} TFLOP/s per device")
-            parts.append(f"input wait {speed['input_wait']:.0%}".replace("%", " %"))
+            parts.append(f"input wait {100 * speed['input_wait']:.0f} %")
             parts.append(f"ETA {_duration(speed['eta_seconds'])}")
         return "  ".join(parts)
 

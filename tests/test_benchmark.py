@@ -216,13 +216,30 @@ def test_a_step_that_does_not_fit(monkeypatch):
     assert not train.is_internal(caught.value)
 
 
+def test_what_alone_does_not_fit_is_left_out(monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(measure, "_compile", fail)
+    job = build.build(small.config(NO_ENCODER, ldm))
+    state, frozen = build.abstract_state(job), build.abstract_inputs(job)[1]
+    found = measure.measure_sampling(job, state, frozen, 8)
+    assert found == {"batch_size": 8, "sampler": "sde", "steps": 2, "guidance_scale": 1.5, "failed": "out of memory"}
+    assert command.sampling_line(found) == "sampling out of memory: lower --sample_batch=8"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        measure.measure_sampling(job, state, frozen, 8)
+
+
 def test_a_result_is_not_overwritten(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match="a.json exists; choose another name"):
-        command.check_out(str(tmp_path / "a.json"))
+        command.check_places(str(tmp_path / "a.json"), None)
     with pytest.raises(ValueError, match="there is no folder"):
-        command.check_out(str(tmp_path / "none" / "a.json"))
-    command.check_out(None)
+        command.check_places(str(tmp_path / "none" / "a.json"), None)
+    with pytest.raises(FileExistsError, match="a.json"):
+        command.check_places(None, tmp_path / "a.json")
+    command.check_places(None, None)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -157,11 +157,13 @@ def part_line(name, part):
     if "failed" in part:
         return f"  {name:20} {part['failed']}"
     speed = f"  {_arithmetic(part)}" if "tflops_per_device" in part else ""
-    return f"  {name:20} {_milliseconds(part['seconds_per_step'])}  {part['share_of_step']:.0%} of the step{speed}"
+    return f"  {name:20} {_milliseconds(part['seconds_per_step'])}  {100 * part['share_of_step']:.0f} % of the step{speed}"
 
 
 def sampling_line(sampling):
     """The speed of sampling."""
+    if "failed" in sampling:
+        return f"sampling {sampling['failed']}: lower --sample_batch={sampling['batch_size']}"
     return (
         f"sampling {sampling['images_per_second']:.4g} img/s with {sampling['sampler']}, {sampling['steps']} steps, guidance "
         f"{sampling['guidance_scale']:g}, {sampling['batch_size']} at a time"
@@ -175,7 +177,8 @@ def input_line(found):
     fed = found["with_step"]
     return (
         f"input {found['images_per_second']:.4g} img/s alone, with {found['workers']} workers in each of {found['processes']} "
-        f"processes; the step fed by it {fed['images_per_second']:.4g} img/s, {fed['input_wait']:.0%} of the time waiting"
+        f"processes; the step fed by it {fed['images_per_second']:.4g} img/s, waiting {100 * fed['input_wait']:.0f} % of the "
+        "time"
     )
 
 
@@ -199,8 +202,10 @@ def _define_flags():
     flags.mark_flag_as_required("config")
 
 
-def check_out(out):
-    """ValueError unless a file can be made there, before anything is measured."""
+def check_places(out, profile):
+    """Makes the folder of the trace, before anything is measured; ValueError unless a result can be written."""
+    if profile is not None:
+        Path(profile).mkdir(parents=True, exist_ok=True)
     if out is None:
         return
     path = Path(out).expanduser()
@@ -218,7 +223,7 @@ def main(_):
             train.start_processes()
             first = jax.process_index() == 0
             if first:
-                check_out(options.out)
+                check_places(options.out, options.profile)
             result = benchmark(
                 options.config, options.steps, options.sample_batch, options.input, options.profile,
                 say=(lambda line: print(line, flush=True)) if first else (lambda line: None),

@@ -19,6 +19,7 @@ AHEAD = 2  # steps that training dispatches before it waits for one
 SAMPLED = 3  # batches that are sampled and timed
 PROFILED = 3  # steps in a trace
 NOISE = 0.02  # on initial parameters
+OUT_OF_MEMORY = "out of memory"
 
 
 def without_files(config):
@@ -208,9 +209,9 @@ def measure_parts(job, state, frozen, count, step_seconds, report):
             arguments = part.arguments
             seconds = time_calls(lambda run=compiled, given=arguments: run(*given), count, ahead=1)
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() > 1 or not is_out_of_memory(error):
+            if not only_this_failed(error):
                 raise
-            results[name] = {"failed": "out of memory"}
+            results[name] = {"failed": OUT_OF_MEMORY}
             report(name, results[name])
             continue
         add(name, seconds, accumulation)
@@ -240,22 +241,31 @@ def is_out_of_memory(error):
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
+def only_this_failed(error):
+    """Whether to go on with what needs less memory; other processes may not have run out of it, and would wait."""
+    return jax.process_count() == 1 and is_out_of_memory(error)
+
+
 def measure_sampling(job, state, frozen, batch_size):
-    """Speed of the config's sampler: its settings, seconds_per_batch, a spread, and what `speed_of` says."""
+    """Speed of the config's sampler: its settings, seconds_per_batch, a spread, and what `speed_of` says; or 'failed'."""
     sampling, rows = job.sampling, sharding.batch_sharding(job.mesh)
     run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling), out_shardings=rows)
     labels = sharding.put(np.arange(batch_size, dtype=np.int32) % job.config["data"]["num_classes"], rows)
     ids = sharding.put(np.arange(batch_size), rows)
     arguments = (generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-    compiled, compile_seconds = _compile(run, *arguments)
-    seconds = spread(time_calls(lambda: compiled(*arguments), SAMPLED, ahead=1, warm_up=1))
+    settings = {"batch_size": batch_size, "sampler": sampling.sampler, "steps": sampling.steps}
+    settings["guidance_scale"] = sampling.guidance_scale
+    try:
+        compiled, compile_seconds = _compile(run, *arguments)
+        seconds = spread(time_calls(lambda: compiled(*arguments), SAMPLED, ahead=1, warm_up=1))
+    except jax.errors.JaxRuntimeError as error:
+        if not only_this_failed(error):
+            raise
+        return {**settings, "failed": OUT_OF_MEMORY}
     flop = sum(flops.sampling_parts(job.config, sampling).values())
     speed = speed_of(job, seconds["median"], batch_size, flop)
     del speed["mfu"]  # in float32, whatever the config's precision: its peak is another one
-    return {
-        "batch_size": batch_size, "sampler": sampling.sampler, "steps": sampling.steps,
-        "guidance_scale": sampling.guidance_scale, "seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds,
-    }  # fmt: skip
+    return {**settings, "seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds}
 
 
 def measure_input(job, step, frozen, count):
