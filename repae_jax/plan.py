@@ -111,8 +111,8 @@ def showing_time(what, every=30.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan(config, topology, images_per_chip=None):
-    """What a config costs on a topology.
+def prepare(config, topology, images_per_chip=None):
+    """Everything about a config on a topology that can be wrong, and nothing that takes long.
 
     Args:
       config: ConfigDict or nested dict, see configs/.
@@ -120,7 +120,7 @@ def plan(config, topology, images_per_chip=None):
       images_per_chip: sampling, of so many images at a time and chip, instead of a training step.
 
     Returns:
-      dict of plain numbers, see `setting` and `outcome`; 'fits' says which of the latter are there.
+      (Job on the topology's chips, numbers of `setting`).
 
     Raises:
       ValueError: for a topology or a config that cannot work.
@@ -130,17 +130,29 @@ def plan(config, topology, images_per_chip=None):
     if images_per_chip:
         config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
-    numbers = setting(job, chip, topology, bool(images_per_chip))
-    start = time.monotonic()
-    with showing_time(f"{topology}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones seconds"):
+    return job, setting(job, chip, topology, bool(images_per_chip))
+
+
+def plan(job, numbers):
+    """What a job costs, as the compiler sees it.
+
+    Args:
+      job: Job.
+      numbers: of `setting`, as `prepare` returns them with the job.
+
+    Returns:
+      numbers, with 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
+    """
+    sampling, start = numbers["job"] == "sample", time.monotonic()
+    what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
+    with showing_time(what):
         try:
-            compiled = compile_program(lower_sampling(job) if images_per_chip else lower_step(job))
+            compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
         except DoesNotFit as error:
-            numbers |= {"fits": False, "message": str(error), "needed_bytes": error.needed}
-            numbers["hbm_bytes"] = error.available or chip.hbm
-            return numbers | {"advice": advice(job, numbers, images_per_chip)}
-    runs = SAMPLES / numbers["images"] if images_per_chip else job.config["steps"]
-    numbers |= {"fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
+            reason = {"message": str(error), "needed_bytes": error.needed, "hbm_bytes": error.available or numbers["hbm_bytes"]}
+            return {**numbers, "fits": False, **reason, "advice": advice(job, numbers)}
+    runs = SAMPLES / numbers["images"] if sampling else job.config["steps"]
+    numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
     return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
 
 
@@ -222,19 +234,16 @@ def chip_bytes(tree):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def advice(job, numbers, images_per_chip=None):
+def advice(job, numbers):
     """Lines on what would make a training step, or a batch of samples, smaller.
 
     Args:
       job: Job that does not fit.
       numbers: of `setting`.
-      images_per_chip: as in `plan`.
     """
-    if images_per_chip:
-        return [
-            f"--images_per_chip={max(1, images_per_chip // 2)}, the same samples in more batches; or chips with more memory"
-        ]
     config, per_chip, lines = job.config, numbers["images_per_chip"], []
+    if numbers["job"] == "sample":
+        return [f"--images_per_chip={max(1, per_chip // 2)}: the same samples in more batches; or chips with more memory"]
     slices, accumulation = config["mesh"]["slices"], config["accumulation"]
     in_slice = numbers["chips"] // slices
     if job.mesh.shape[sharding.FSDP] == 1 < in_slice:
@@ -246,10 +255,9 @@ def advice(job, numbers, images_per_chip=None):
         )
     if per_chip > accumulation:
         parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
-        lines.append(
-            f"--config.accumulation={parts}: {per_chip // parts} instead of {per_chip // accumulation} images of a "
-            "chip at a time, activations in proportion; the discriminator's batch norm sees smaller batches"
-        )
+        norm = "; the discriminator's batch norm sees fewer images" if "disc" in config["optim"] else ""
+        before, after = per_chip // accumulation, per_chip // parts
+        lines.append(f"--config.accumulation={parts}: {after} instead of {before} images of a chip at a time{norm}")
     if "sit" in config["optim"] and config["sit"]["remat"] != "full":
         lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")
     if "vae" in config["optim"] and not config["vae"]["remat"]:
@@ -277,13 +285,13 @@ def main(_):
     options = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
     try:
-        for name in options.topology:  # all of them before minutes pass
-            check_topology(name)
         if options.json and Path(options.json).exists():
             raise ValueError(f"--json={options.json} exists: choose another name, or move it away")
+        images_per_chip = options.images_per_chip if options.sample else None
+        prepared = [prepare(options.config, name, images_per_chip) for name in options.topology]  # mistakes first
         found = []
-        for name in options.topology:
-            found.append(plan(options.config, name, options.images_per_chip if options.sample else None))
+        for job, numbers in prepared:
+            found.append(plan(job, numbers))
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
             if options.json:
                 weights.write_json(Path(options.json), found, overwrite=bool(found[:-1]))
