@@ -7,12 +7,14 @@ import operator
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 import small
 from test_hlo_cost import LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
-from repae_jax import build, flops, plan, plan_text, tpu_topologies, train
+from repae_jax import build, flops, plan, plan_text, sharding, tpu_topologies
+from repae_jax.tpu_topologies import topology_devices
 
 GIB = 2**30
 
@@ -59,7 +61,7 @@ def test_topologies(name, kind):
 )
 def test_unknown_topologies(name, message):
     with pytest.raises(ValueError, match=message):
-        tpu_topologies.topology_devices(name)
+        topology_devices(name)
 
 
 def test_libtpu_is_not_installed(monkeypatch):
@@ -229,7 +231,7 @@ def test_the_plan_and_training_take_the_same():
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree) for tree in (loaded, frozen)]
     assert kinds[0] == kinds[1]
     with build.make_loader(job, build.make_images(job.config), workers=0) as loader:
-        put = train.sharding.put_batch(job.mesh, next(loader))
+        put = sharding.put_batch(job.mesh, next(loader))
     assert {n: (x.shape, x.dtype, x.sharding) for n, x in put.items()} == {
         n: (x.shape, x.dtype, x.sharding) for n, x in batch.items()
     }
@@ -257,13 +259,13 @@ def test_a_plan_of_sampling():
     assert 2 < cycles[1] / cycles[0] < 4, "a loop over the steps"
 
 
-@pytest.mark.slow
 @needs_libtpu
-def test_a_batch_that_does_not_fit(capsys):
-    config = small.config(data__image_size=512, data__batch_size=4096, vae__channels=32, encoders__target__image_size=512)
-    numbers = plan.plan(*plan.prepare(config, "v5e:1x1"))
-    assert not numbers["fits"] and numbers["needed_bytes"] > numbers["hbm_bytes"] > 15 * GIB
-    assert "DOES NOT FIT: needs" in "\n".join(plan_text.lines_of(numbers))
+def test_a_program_that_does_not_fit():
+    mesh = sharding.make_mesh(1, topology_devices("v5e:2x2"))
+    array = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
+    with pytest.raises(plan.DoesNotFit) as caught:
+        plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
+    assert caught.value.needed >= 64 * GIB and caught.value.available == tpu_topologies.CHIPS["v5e"].hbm
 
 
 @needs_libtpu
