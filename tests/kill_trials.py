@@ -40,17 +40,17 @@ def config(job, steps):
 def train_in(job, steps, workdir, compiled, log):
     """What each process does."""
     import jax
-    import small
 
     from repae_jax import train
 
     os.environ["XLA_FLAGS"] = ""  # of one device
-    jax.config.update("jax_platforms", "cpu")
+    settings = {"platforms": "cpu", "disable_most_optimizations": True, "compilation_cache_dir": str(compiled)}
+    for name, value in {**settings, "persistent_cache_min_compile_time_secs": 0.2}.items():
+        jax.config.update(f"jax_{name}", value)
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    with small.quick_compilation(compiled):
-        train.train(config(job, steps), workdir)
+    train.train(config(job, steps), workdir)
 
 
 def processes():

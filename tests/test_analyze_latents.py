@@ -20,7 +20,6 @@ from repae_jax.trained import load_trained, load_vae
 
 VIT = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
 TRANSFORMS = ["none", "scale 0.5", "turn 90°"]
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -302,7 +302,8 @@ def folder_source(path):
 
 
 def test_unknown_source(tmp_path):
-    refused({"data.source": "imagenet"}, "'imagenet'", "'digits', 'folder'", run=training(tmp_path))
+    known = "'digits', 'folder', 'imagenet', 'parquet', 'array_record'"
+    refused({"data.source": "imagenette"}, "'imagenette'", known, run=training(tmp_path))
     refused({"data.options": {"colour": 1}}, "colour", "split", run=training(tmp_path))
 
 

@@ -20,7 +20,6 @@ from flax import struct
 from repae_jax import checkpoint
 
 # TensorStore's abandoned reads of a damaged checkpoint complain when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 CONFIG = {"job": "repae", "steps": 10, "sit": {"depth": 2, "shape": (4, 4)}, "data": {"batch": 8, "workers": 2}}
 

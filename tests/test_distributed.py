@@ -28,7 +28,6 @@ ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
 CLOCK = {"time", *run_log.SPEED_NAMES}
 STEPS = 4
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def config(file="ldm"):

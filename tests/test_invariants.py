@@ -302,7 +302,7 @@ def one_device(base):
     return state, metrics
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("fsdp", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
 def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     job = make_job(8, mesh__fsdp=fsdp)

@@ -6,22 +6,24 @@ import json
 import jax
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
-from repae_jax import generate, sample
-from repae_jax.train import train
+from repae_jax import build, generate, sample
+from repae_jax.checkpoint import Checkpointer
 from repae_jax.trained import load_trained
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    config = repae.get_config("tiny")
-    config.hooks.samples_every = config.hooks.reconstructions_every = 0
+    """A run of two steps, as it is on disk; its weights are drawn."""
+    job = build.build(build.plain_config(repae.get_config("tiny")), jax.devices())
     workdir = tmp_path_factory.mktemp("run")
-    train(config, workdir)
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
     return workdir
 
 
@@ -181,7 +183,7 @@ def test_guidance_outside_its_interval_changes_nothing(workdir):
 
 
 def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
-    arguments_ = ("--num_samples", "8", "--batch_size", "8", "--sampler", "sde")
+    arguments_ = ("--num_samples", "8", "--batch_size", "8", "--sampler", "sde", "--guidance_scale", "1.5")
     expected = load(sample.run(arguments(workdir, *arguments_, "--out", str(tmp_path / "ours"))))
     for target in (tmp_path / "published", tmp_path / "weights.safetensors"):
         convert(workdir, target, optimizers=False)

@@ -31,7 +31,6 @@ from repae_jax.trained import load_trained
 
 ROOT = Path(__file__).parents[1]
 CLOCK = {"time", *run_log.SPEED_NAMES}
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
 
 

@@ -1,5 +1,7 @@
 """Three whole training steps against the published loop, and the invariants of the algorithm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,11 +56,12 @@ def golden_run(name):
         latent_stats=stats,
     )
     nets = Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)
-    step = jax.jit(
-        lambda state, images, labels, targets, draws: train_step.repae_update(
-            state, images, labels, targets, draws, {"lpips": lpips_params}, jax.random.key(0), nets=nets, tx=tx, recipe=recipe
+    run = jax.jit(  # weights are arguments: as constants they would take long to compile
+        lambda frozen, state, images, labels, targets, draws: train_step.repae_update(
+            state, images, labels, targets, draws, frozen, jax.random.key(0), nets=nets, tx=tx, recipe=recipe
         )
     )
+    step = functools.partial(run, {"lpips": lpips_params})
     tables = {
         "vae": vae_table(vae),
         "sit": sit_table(sit),

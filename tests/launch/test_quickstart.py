@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import repae
+from repae_jax.analyze_latents import encoding
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -31,6 +32,8 @@ def quickstart(monkeypatch):
         return config
 
     monkeypatch.setattr(repae, "get_config", small)
+    few = {name: encoding.TRANSFORMS[name] for name in ("none", "scale 0.5", "turn 90°")}
+    monkeypatch.setattr(encoding, "TRANSFORMS", few)  # each is a program to compile
     return module
 
 
