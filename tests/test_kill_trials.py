@@ -7,7 +7,7 @@ import pytest
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, compiled):
     lines = []
-    moments = kill_trials.run("ldm", 24, 2, 0, tmp_path, compiled, lines.append)
+    moments = kill_trials.run("ldm", 12, 2, 0, tmp_path, compiled, lines.append)
     assert moments.total() >= 2 and len(lines) == 2 and all("equal" in line for line in lines)
 
 
