@@ -43,7 +43,7 @@ def train_in(job, steps, workdir, compiled, log):
 
     from repae_jax import train
 
-    os.environ["XLA_FLAGS"] = ""  # of one device
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # compiles quickly; one device
     settings = {"platforms": "cpu", "disable_most_optimizations": True, "compilation_cache_dir": str(compiled)}
     for name, value in {**settings, "persistent_cache_min_compile_time_secs": 0.2}.items():
         jax.config.update(f"jax_{name}", value)

@@ -246,10 +246,8 @@ def test_a_result_is_not_overwritten(tmp_path):
 
 
 def run(*arguments, compiled):
-    env = {
-        **os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    }  # fmt: skip
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled), "XLA_FLAGS": one_device}
     program = [sys.executable, "-m", "repae_jax.benchmark", *map(str, arguments)]
     return subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
