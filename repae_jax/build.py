@@ -316,6 +316,20 @@ def abstract_state(job):
     return jax.tree.map(_abstract, shapes, shardings)
 
 
+def jit_step(job, state):
+    """The step as training, benchmark and plan compile it: the state is donated, the metrics are everywhere.
+
+    Args:
+      job: Job.
+      state: TrainState, or its shapes, on the job's mesh; the new one is placed as it is.
+
+    Returns:
+      Jitted function of (state, batch, frozen, key).
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+
+
 def abstract_inputs(job):
     """What a step takes besides the state: shapes, dtypes and shardings; reads and computes nothing.
 

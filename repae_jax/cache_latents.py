@@ -10,7 +10,6 @@ turns with the shards, each on its own devices. The files are the same, bit for 
 """
 
 import math
-import sys
 from pathlib import Path
 
 import jax
@@ -232,9 +231,7 @@ def main(_):
             elif jax.process_index() == 0:
                 print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            if train.is_internal(error):
-                raise
-            sys.exit(f"error: {error}")
+            train.end_with(error)
 
 
 if __name__ == "__main__":

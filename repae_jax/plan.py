@@ -43,9 +43,7 @@ class DoesNotFit(Exception):
 def lower_step(job):
     """The jitted training step as `train` runs it, lowered on shapes alone."""
     state = build.abstract_state(job)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
-    return step.lower(state, *build.abstract_inputs(job))
+    return build.jit_step(job, state).lower(state, *build.abstract_inputs(job))
 
 
 def lower_sampling(job):
@@ -296,9 +294,7 @@ def main(_):
             if options.json:
                 weights.write_json(Path(options.json), found, overwrite=bool(found[:-1]))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if train.is_internal(error):
-            raise
-        sys.exit(f"error: {error}")
+        train.end_with(error)
     sys.exit(not all(numbers["fits"] for numbers in found))
 
 

@@ -140,8 +140,7 @@ def train(config, workdir):
             hook.run(start, state)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        step_fn = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+        step_fn = build.jit_step(job, state)
         key = jax.random.key(job.config["seed"])
         pending = collections.deque()  # metrics are read two steps late, so that the device never waits
         for step in range(start + 1, steps + 1):
@@ -231,13 +230,18 @@ def main(_):
             hosts.use_compilation_cache(_WORKDIR.value)
             _, finished = train(_CONFIG.value, _WORKDIR.value)
         except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
-            if is_internal(error):
-                raise
-            sys.exit(f"error: {error}")
+            end_with(error)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)
     if jax.process_index() == 0:
         print(f"finished; everything is in {_WORKDIR.value}")
+
+
+def end_with(error):
+    """Ends the program with one line if the error is for the user, else raises it."""
+    if is_internal(error):
+        raise error
+    sys.exit(f"error: {error}")
 
 
 def is_internal(error):

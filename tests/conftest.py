@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from absl import logging  # noqa: E402
 
 
 def pytest_collection_finish():
@@ -37,3 +38,11 @@ def forgotten():
     """What a module has traced serves no other one, and fills the memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """List that gets what absl's logging warns of."""
+    messages = []
+    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
+    return messages

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from absl import logging
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
@@ -89,13 +88,6 @@ def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(
 def contents(folder):
     """Name -> bytes of all files."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
-    return messages
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------

@@ -439,8 +439,7 @@ def test_plain_vae_and_sit_in_bfloat16_with_donation():
     assert not [name for name in small.leaves(state) if "projector" in name]
     before = jax.tree.map(np.copy, small.leaves(state))  # a view would keep the buffer
     buffers = jax.tree.leaves(state)
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    step = build.jit_step(job, state)
     new, metrics = step(state, batch_of(job), build.load_frozen(job), KEY)
     assert all(np.isfinite(value) for value in metrics.values())
     assert not [name for name in metrics if "align" in name]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 from repae_jax import data, prepare_images, shard_writer
@@ -55,13 +54,6 @@ def prepare(pictures, out, *more):
 def contents(folder):
     """Name -> bytes of all files."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
-    return messages
 
 
 @pytest.fixture(scope="module")

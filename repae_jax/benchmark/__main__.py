@@ -232,9 +232,7 @@ def main(_):
                 weights.write_json(Path(options.out).expanduser(), json.loads(json.dumps(result)))
                 print(f"all numbers: {options.out}")
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            if train.is_internal(error):
-                raise
-            sys.exit(f"error: {error}")
+            train.end_with(error)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,7 @@ def random_pixels(job, count):
 
 def compile_step(job, state, batch, frozen, key):
     """(the step as training compiles it, seconds that this took)."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
-    return _compile(step, state, batch, frozen, key)
+    return _compile(build.jit_step(job, state), state, batch, frozen, key)
 
 
 def _compile(function, *arguments):

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl import logging
 from PIL import Image
 
 from repae_jax.data.digits import DigitsSource
@@ -63,13 +62,6 @@ def assert_batches_equal(actual, expected):
         for field in a:
             assert a[field].dtype == e[field].dtype
             np.testing.assert_array_equal(a[field], e[field])
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    messages = []
-    monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
-    return messages
 
 
 # ----- the stream -----
