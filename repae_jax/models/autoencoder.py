@@ -4,7 +4,6 @@ Reference: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py`, as 
 without the quantisation convolutions, by the VAEs of FLUX and Stable Diffusion 3.
 """
 
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -51,6 +50,36 @@ def conv(x, features, kernel, name, dtype, **kwargs):
     return nn.Conv(features, (kernel, kernel), dtype=dtype, name=name, **init, **kwargs)(x)
 
 
+def norm_silu_conv(module, x, features, norm, name):
+    """GroupNorm, SiLU and a 3x3 convolution with torch's default initialisation; call inside a compact method.
+
+    Gradients need x alone: what is between is many times its size, in float32, and cheap to compute again.
+
+    Args:
+      module: whose method this is called in.
+      x: [B, H, W, C].
+      features: of the result.
+      norm: name of the normalisation.
+      name: of the convolution.
+    """
+
+    def run(module, x):
+        groups, dtype = module.norm_groups, module.dtype
+        x = nn.GroupNorm(num_groups=groups, epsilon=1e-6, dtype=dtype, name=norm)(x)
+        return conv(nn.silu(x), features, 3, name, dtype)
+
+    return nn.remat(run)(module, x)
+
+
+def upsample_conv(module, x, name):
+    """Twice the sides, by nearest neighbors, and a 3x3 convolution; gradients need x alone. Call inside a compact method."""
+
+    def run(module, x):
+        return conv(x.repeat(2, axis=1).repeat(2, axis=2), x.shape[-1], 3, name, module.dtype)
+
+    return nn.remat(run)(module, x)
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input. [B, H, W, C] -> [B, H, W, features]."""
 
@@ -60,9 +89,8 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        norm = functools.partial(nn.GroupNorm, num_groups=self.norm_groups, epsilon=1e-6, dtype=self.dtype)
-        y = conv(nn.silu(norm(name="norm1")(x)), self.features, 3, "conv1", self.dtype)
-        y = conv(nn.silu(norm(name="norm2")(y)), self.features, 3, "conv2", self.dtype)
+        y = norm_silu_conv(self, x, self.features, "norm1", "conv1")
+        y = norm_silu_conv(self, y, self.features, "norm2", "conv2")
         if x.shape[-1] != self.features:
             x = conv(x, self.features, 1, "nin_shortcut", self.dtype)
         return x + y
@@ -107,8 +135,7 @@ class _Half(nn.Module):
         return self._block("mid_block_2", x.shape[-1])(x)
 
     def _head(self, x, features):
-        x = nn.silu(nn.GroupNorm(num_groups=self.norm_groups, epsilon=1e-6, dtype=self.dtype, name="norm_out")(x))
-        return conv(x, features, 3, "conv_out", self.dtype)
+        return norm_silu_conv(self, x, features, "norm_out", "conv_out")
 
 
 class Encoder(_Half):
@@ -144,8 +171,7 @@ class Decoder(_Half):
                 if level in self.attention_levels:
                     x = self._attention(f"up_{level}_attn_{i}")(x)
             if level > 0:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv(x, x.shape[-1], 3, f"up_{level}_upsample", self.dtype)
+                x = upsample_conv(self, x, f"up_{level}_upsample")
         return self._head(x, 3)
 
 
