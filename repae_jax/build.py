@@ -327,7 +327,8 @@ def jit_step(job, state):
       Jitted function of (state, batch, frozen, key).
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(job.step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    step = sharding.on_mesh(job.mesh, job.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
 
 
 def abstract_inputs(job):

@@ -11,6 +11,7 @@ import numpy as np
 
 from repae_jax.losses.alignment import spatial_normalize
 from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
+from repae_jax.sharding import gathered
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -269,7 +270,7 @@ def encode(encoder, params, images):
       ValueError: if the images are not square uint8 RGB.
     """
     with jax.named_scope("encoder"):
-        _, patches = encoder.module.apply({"params": params}, preprocess(encoder, images))
+        _, patches = encoder.module.apply({"params": gathered(params)}, preprocess(encoder, images))
         if encoder.spatial_gamma is not None:
             patches = spatial_normalize(patches, encoder.spatial_gamma)
         return jax.lax.stop_gradient(patches)

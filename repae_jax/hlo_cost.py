@@ -20,6 +20,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CALLS = ("fusion", "call", "async-start")
 _SAME_VALUE = ("copy", "copy-done", "bitcast", "convert", "optimization-barrier")
 
 
@@ -144,7 +145,7 @@ def _cost(computations, name, known, unknown):
       known: index of an element of its parameter -> integer, of those that are known.
       unknown: set that gets the names of loops of unknown length.
     """
-    computation, cycles, moved = computations[name], 0.0, collections.Counter()
+    computation, cycles, moved, called_ones = computations[name], 0.0, collections.Counter(), {}
     for instruction in computation.instructions.values():
         found = _CYCLES.search(instruction.attributes)
         own = float(found[1]) if found else 0.0
@@ -166,13 +167,32 @@ def _cost(computations, name, known, unknown):
             longest = max(branches, key=lambda branch: (branch[0], sum(branch[1].values())))
             own += longest[0]
             moved.update(longest[1])
-        elif instruction.opcode in ("fusion", "call", "async-start"):
+        elif instruction.opcode in _CALLS:
             for called in instruction.called("calls") + instruction.called("to_apply"):
-                inside = _cost(computations, called, {}, unknown)
-                own = own or inside[0]  # the estimate of a fusion is that of all in it
-                moved.update(inside[1])
+                own = own or _cost(computations, called, {}, unknown)[0]  # the estimate of a fusion is that of all in it
+                called_ones |= _collectives(computations, called)
         cycles += own
+    for kind, size in called_ones.values():
+        moved[kind] += size
     return cycles, moved
+
+
+def _collectives(computations, name):
+    """Channel -> (kind, bytes) of the collectives in a computation that a fusion calls, and in those that it calls.
+
+    A collective that goes on beside other work stands in all fusions that it goes on in, with one channel.
+    """
+    found = {}
+    for instruction in computations[name].instructions.values():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+            size = _moved_bytes(computations[name], instruction)
+            found[channel[1] if channel else instruction.name] = kind, size
+        elif instruction.opcode in _CALLS:
+            for called in instruction.called("calls") + instruction.called("to_apply"):
+                found |= _collectives(computations, called)
+    return found
 
 
 def _moved_bytes(computation, instruction):

@@ -5,6 +5,7 @@ replicated over `data`. (1, 1) on a laptop and (8, 32) on a pod run the same cod
 """
 
 import collections
+import functools
 import math
 import zlib
 
@@ -81,7 +82,9 @@ def _names(path):
 
 
 def param_spec(path, shape, fsdp):
-    """Largest axis divisible by fsdp, never a scanned layer axis; replicated if small or if none divides.
+    """First axis divisible by fsdp, never a scanned layer axis; replicated if small or if none divides.
+
+    The first, because parts of it are whole rows: what is gathered need not be laid out anew before a matrix product.
 
     Args:
       path: key path of the leaf (jax.tree_util).
@@ -97,8 +100,7 @@ def param_spec(path, shape, fsdp):
     candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
     if not candidates:
         return P()
-    axis = max(candidates, key=lambda a: shape[a])
-    return P(*[FSDP if a == axis else None for a in range(len(shape))])
+    return P(*[FSDP if a == candidates[0] else None for a in range(len(shape))])
 
 
 def tree_sharding(mesh, tree):
@@ -107,6 +109,38 @@ def tree_sharding(mesh, tree):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, param_spec(path, np.shape(leaf), fsdp)), tree
     )
+
+
+def gathered(params):
+    """Parameters as a function that is differentiated uses them: whole on every device; so is their gradient.
+
+    Without it the partitioner is free to keep a parameter split and to gather what it meets, activations of the whole batch.
+
+    Args:
+      params: tree, or part of one. Scanned stacks stay split: their blocks are gathered one at a time, see
+        `layers.scan_blocks`.
+
+    Returns:
+      The same numbers. Nothing is done outside of `on_mesh`, where parameters are whole already.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+
+    def gather(path, leaf):
+        return leaf if set(STACKS) & set(_names(path)) else jax.lax.with_sharding_constraint(leaf, P())
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def on_mesh(mesh, fn):
+    """The function, traced so that `gathered` knows the mesh."""
+
+    @functools.wraps(fn)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return run
 
 
 def check_batch(batch_size, accumulation, mesh):

@@ -12,6 +12,7 @@ from repae_jax.losses import adversarial, reconstruction
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.losses.regularizers import scale_equivariance_loss, vf_loss
 from repae_jax.running_stats import batch_stats
+from repae_jax.sharding import gathered
 
 PIXEL_TERMS = ("l1", "l2", "lpips")  # of the VAE's loss; what adaptive weights compare with
 ADAPTIVE = ("gan", "vf")  # terms whose weight can be adapted: at the last layer of the decoder, and of the encoder
@@ -55,11 +56,11 @@ def vae_loss(params, images, posterior_noise, disc, regularizers, weights, *, fr
     """
 
     def encode(params):
-        posterior = nets.vae.apply({"params": params}, images, method="encode")
+        posterior = nets.vae.apply({"params": gathered(params)}, images, method="encode")
         return posterior.sample(posterior_noise), reconstruction.kl(posterior)
 
     def decode(params, latents):
-        return nets.vae.apply({"params": params}, deform(latents), method="decode")
+        return nets.vae.apply({"params": gathered(params)}, deform(latents), method="decode")
 
     (latents, kl), encode_back = jax.vjp(encode, params)
     recon, decode_back = jax.vjp(decode, params, latents)
@@ -137,7 +138,7 @@ def pixel_terms(weights, images, recon, frozen, *, nets, recipe):
     """Those of L1, L2 and LPIPS that have a weight: name -> scalar; arguments as in `vae_loss`."""
 
     def lpips_fn(a, b):
-        return nets.lpips.apply({"params": frozen["lpips"]}, a, b)
+        return nets.lpips.apply({"params": gathered(frozen["lpips"])}, a, b)
 
     terms = {}
     if "l1" in weights:
@@ -165,7 +166,7 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
         """REPA-E: alignment through the frozen SiT; running statistics, no label dropout."""
         z = latent_norm.normalize(latents, state.latent_stats)
         z_t = recipe.objective.add_noise(z, draws.noise, draws.t)
-        projections = nets.sit.apply({"params": state.sit.params}, z_t, draws.t, batch["labels"], method="align")
+        projections = nets.sit.apply({"params": gathered(state.sit.params)}, z_t, draws.t, batch["labels"], method="align")
         return alignment_loss(projections, batch["targets"])
 
     def diffusion(_, latents):
@@ -177,13 +178,13 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
 
     def vf(params, latents):
         """VA-VAE: a linear map of the latents resembles the encoder's tokens."""
-        projected = nets.vae.apply({"params": params}, latents, method="project")
+        projected = nets.vae.apply({"params": gathered(params)}, latents, method="project")
         return vf_loss(projected, batch["targets"][0], *recipe.vf_margins)
 
     def se(params, latents):
         """Scale equivariance: downscaled latents give the downscaled image."""
         def decode(latents):
-            return nets.vae.apply({"params": params}, latents, method="decode")
+            return nets.vae.apply({"params": gathered(params)}, latents, method="decode")
 
         def pixel_loss(images, recon):
             weights = pixel_weights(recipe.vae_weights, images, recipe)
@@ -197,7 +198,7 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
 
 def discriminate(module, params, running, images):
     """Logits of images, and the running statistics after seeing them."""
-    logits, updates = module.apply({"params": params, "batch_stats": running}, images, mutable=["batch_stats"])
+    logits, updates = module.apply({"params": gathered(params), "batch_stats": running}, images, mutable=["batch_stats"])
     return logits, updates["batch_stats"]
 
 
@@ -251,7 +252,7 @@ def sit_loss(params, z, t, noise, labels, targets, weights, *, nets, recipe):
       terms: unweighted.
     """
     z_t = recipe.objective.add_noise(z, noise, t)
-    output, projections = nets.sit.apply({"params": params}, z_t, t, labels)
+    output, projections = nets.sit.apply({"params": gathered(params)}, z_t, t, labels)
     terms = recipe.objective.losses(output, z, noise, t)
     if "align" in weights:
         terms["align"] = alignment_loss(projections, targets)

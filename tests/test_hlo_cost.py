@@ -144,7 +144,12 @@ COLLECTIVES = """HloModule jit_f
 
 %scatter (p.0: f32[64,2]) -> f32[8,2] {
   %p.0 = f32[64,2]{1,0} parameter(0)
-  ROOT %reduce-scatter = f32[8,2]{1,0} reduce-scatter(%p.0), dimensions={0}, to_apply=%add
+  ROOT %reduce-scatter = f32[8,2]{1,0} reduce-scatter(%p.0), channel_id=7, dimensions={0}, to_apply=%add
+}
+
+%scatter.on (p.1: f32[64,2]) -> f32[8,2] {
+  %p.1 = f32[64,2]{1,0} parameter(0)
+  ROOT %reduce-scatter.on = f32[8,2]{1,0} reduce-scatter(%p.1), channel_id=7, dimensions={0}, to_apply=%add
 }
 
 ENTRY %main (x: f32[64,2]) -> f32[64,2] {
@@ -157,12 +162,14 @@ ENTRY %main (x: f32[64,2]) -> f32[64,2] {
   %received = f32[64,2]{1,0} collective-permute-done(%send)
   %swapped = f32[64,2]{1,0} all-to-all(%received), dimensions={0}
   %fusion = f32[8,2]{1,0} fusion(%x), kind=kCustom, calls=%scatter
+  %fusion.on = f32[8,2]{1,0} fusion(%x), kind=kCustom, calls=%scatter.on
   ROOT %sums = (f32[64,2]{1,0}, /*index=1*/bf16[8,2]{1,0}) all-reduce(%swapped, %h), to_apply=%add
 }
 """
 
 
 def test_collectives_by_kind():
+    """One that goes on in several fusions, of one channel, counts once."""
     whole = 64 * 2
     assert hlo_cost.analyze(COLLECTIVES).collectives == {
         "all-gather": 2 * whole * 2,

@@ -5,6 +5,7 @@ micro-batches, another program).
 """
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -309,7 +310,9 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
     state = small.random_state(job)
     assert small.differing(state, base.state) == []
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(make_update(job), out_shardings=(shardings, sharding.replicated(job.mesh)))
+    update = jax.jit(sharding.on_mesh(job.mesh, make_update(job)), out_shardings=(shardings, sharding.replicated(job.mesh)))
+    i = sharding.put_batch(job.mesh, inputs_of(job, 0))
+    update = update.lower(state, i["images"], i["labels"], i["targets"], i["draws"], hyper_of(job)).compile()
     new, metrics = two_steps(job, state, update)
     error = small.largest_error(new, one_device[0])
     error_metrics = small.largest_error(metrics, one_device[1])
@@ -321,6 +324,11 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
         held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree))
         total = sum(leaf.size for leaf in jax.tree.leaves(tree))
         assert held == total if fsdp == 1 else held < (1 / fsdp + 0.06) * total, (held, total)
+
+    # parameters are gathered where they are used, never the images, latents or activations that they meet
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", update.as_text())
+    assert bool(gathered) == (fsdp > 1)
+    assert not [shape for shape in gathered if "," in shape and int(shape.split(",")[0]) == len(i["labels"])]
 
 
 # ---- accumulation ---------------------------------------------------------------------------------------------------

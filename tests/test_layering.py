@@ -13,6 +13,7 @@ ORDER = [
     "repae_jax.images",
     "repae_jax.rng",
     "repae_jax.running_stats",
+    "repae_jax.sharding",
     "repae_jax.models",
     "repae_jax.diffusion",
     "repae_jax.losses",
@@ -23,7 +24,6 @@ ORDER = [
     "repae_jax.flops",
     "repae_jax.train_state",
     "repae_jax.hosts",
-    "repae_jax.sharding",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",
@@ -57,7 +57,7 @@ ORDER = [
     "repae_jax.benchmark",
     "repae_jax.report",
 ]
-TOP = ORDER[:3]  # import nothing of ours
+TOP = ORDER[:4]  # import nothing of ours
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
 TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "checkpoints_tools")

@@ -4,6 +4,7 @@ Reference: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py`, as 
 without the quantisation convolutions, by the VAEs of FLUX and Stable Diffusion 3.
 """
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from repae_jax.models.layers import torch_default_init
+from repae_jax.models.layers import Conv, torch_default_init
+
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 @struct.dataclass
@@ -47,13 +50,47 @@ class DiagonalGaussian:
 def conv(x, features, kernel, name, dtype, **kwargs):
     """Convolution of NHWC input with torch's default initialisation; call inside a compact method."""
     init = torch_default_init(kernel * kernel * x.shape[-1])
-    return nn.Conv(features, (kernel, kernel), dtype=dtype, name=name, **init, **kwargs)(x)
+    return Conv(features, (kernel, kernel), dtype=dtype, name=name, **init, **kwargs)(x)
+
+
+@jax.checkpoint
+def _channel_moments(x):
+    """Means of x and of its square over the positions, float32 [2, B, C]; gradients need x alone, and sum nothing again."""
+    x = x.astype(jnp.float32)
+    return jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
+
+
+def group_stats(x, groups):
+    """Mean and variance of each image's groups of channels.
+
+    Args:
+      x: [B, H, W, C].
+      groups: how many; divides C.
+
+    Returns:
+      mean, var: float32 [B, 1, 1, C], the same for all channels of a group.
+    """
+    moments = _channel_moments(x).reshape(2, len(x), groups, -1).mean(-1)
+    mean, square = jnp.repeat(moments, x.shape[-1] // groups, axis=-1)[:, :, None, None]
+    return mean, jnp.maximum(square - jnp.square(mean), 0.0)
+
+
+class GroupNorm(nn.Module):
+    """(x [B, H, W, C], mean, var of `group_stats`) -> normalised, scaled and shifted by channel; eps 1e-6."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mean, var):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return ((x - mean) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
 
 
 def norm_silu_conv(module, x, features, norm, name):
     """GroupNorm, SiLU and a 3x3 convolution with torch's default initialisation; call inside a compact method.
 
-    Gradients need x alone: what is between is many times its size, in float32, and cheap to compute again.
+    Gradients need x and its statistics alone: what is between is many times the size, in float32, and cheap to compute again.
 
     Args:
       module: whose method this is called in.
@@ -63,21 +100,63 @@ def norm_silu_conv(module, x, features, norm, name):
       name: of the convolution.
     """
 
-    def run(module, x):
-        groups, dtype = module.norm_groups, module.dtype
-        x = nn.GroupNorm(num_groups=groups, epsilon=1e-6, dtype=dtype, name=norm)(x)
-        return conv(nn.silu(x), features, 3, name, dtype)
+    def run(module, x, mean, var):
+        x = GroupNorm(module.dtype, name=norm)(x, mean, var)
+        return conv(nn.silu(x), features, 3, name, module.dtype)
 
-    return nn.remat(run)(module, x)
+    return nn.remat(run)(module, x, *group_stats(x, module.norm_groups))
 
 
-def upsample_conv(module, x, name):
-    """Twice the sides, by nearest neighbors, and a 3x3 convolution; gradients need x alone. Call inside a compact method."""
+def repeated_conv(x, kernel):
+    """Nearest-neighbor upsampling by 2 and a 3x3 convolution: [B, H, W, C], float32 [3, 3, C, D] -> [B, 2H, 2W, D]."""
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=NHWC)
 
-    def run(module, x):
-        return conv(x.repeat(2, axis=1).repeat(2, axis=2), x.shape[-1], 3, name, module.dtype)
 
-    return nn.remat(run)(module, x)
+def transposed_conv(x, kernel):
+    """`repeated_conv` with 4 in place of 9 multiplications: taps that fall on copies of one pixel are added first."""
+    taps = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], jnp.float32)
+    return _transposed(x, jnp.einsum("ua,vb,abcd->uvdc", taps, taps, kernel, precision="highest").astype(x.dtype))
+
+
+def _strided(y, kernel):
+    """[B, 2H, 2W, D], [4, 4, D, C] -> [B, H, W, C]."""
+    return jax.lax.conv_general_dilated(y, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+
+
+@jax.custom_vjp
+def _transposed(x, kernel):
+    """The transpose of `_strided`. XLA's gradient of a transposed convolution would mirror the result first."""
+    b, h, w, _ = x.shape
+    y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[2]), x.dtype)
+    return jax.linear_transpose(lambda y: _strided(y, kernel), y)(x)[0]
+
+
+def _transposed_backward(saved, gradient):
+    x, kernel = saved
+    _, to_kernel = jax.vjp(functools.partial(_strided, gradient), kernel)
+    return _strided(gradient, kernel), to_kernel(x)[0]
+
+
+_transposed.defvjp(lambda x, kernel: (_transposed(x, kernel), (x, kernel)), _transposed_backward)
+
+
+class UpsampleConv(nn.Module):
+    """Twice the sides, by nearest neighbors, and a 3x3 convolution with torch's default initialisation.
+
+    On TPUs it is one transposed convolution; CPUs take four times as long for that.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        c = x.shape[-1]
+        init = torch_default_init(9 * c)
+        kernel = self.param("kernel", init["kernel_init"], (3, 3, c, c))
+        bias = self.param("bias", init["bias_init"], (c,))
+        y = jax.lax.platform_dependent(x.astype(self.dtype), kernel, tpu=transposed_conv, default=repeated_conv)
+        return (y + bias).astype(self.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -105,7 +184,7 @@ class AttnBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, h, w, c = x.shape
-        normed = nn.GroupNorm(num_groups=self.norm_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        normed = GroupNorm(self.dtype, name="norm")(x, *group_stats(x, self.norm_groups))
         q, k, v = (conv(normed, c, 1, name, self.dtype).reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
         y = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
         return x + conv(y, c, 1, "proj_out", self.dtype)
@@ -171,7 +250,7 @@ class Decoder(_Half):
                 if level in self.attention_levels:
                     x = self._attention(f"up_{level}_attn_{i}")(x)
             if level > 0:
-                x = upsample_conv(self, x, f"up_{level}_upsample")
+                x = nn.remat(UpsampleConv)(self.dtype, name=f"up_{level}_upsample")(x)
         return self._head(x, 3)
 
 
@@ -232,8 +311,8 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(**fields, out_channels=2 * c)
         self.decoder = Decoder(**fields)
         if self.quant_convs:
-            self.quant_conv = nn.Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
-            self.post_quant_conv = nn.Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
+            self.quant_conv = Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
+            self.post_quant_conv = Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
         if self.feature_dim is not None:
             kernel_init = torch_default_init(c)["kernel_init"]
             self.vf_projection = nn.Dense(self.feature_dim, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)

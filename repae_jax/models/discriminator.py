@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from repae_jax.models.layers import torch_default_init
+from repae_jax.models.layers import Conv, torch_default_init
 from repae_jax.running_stats import ChannelStats, batch_stats, update_running
 
 normal_02 = nn.initializers.normal(0.02)
@@ -62,7 +62,7 @@ class PatchDiscriminator(nn.Module):
 
         def conv(x, features, stride, bias, name):
             bias_init = torch_default_init(16 * x.shape[-1])["bias_init"]
-            return nn.Conv(
+            return Conv(
                 features, (4, 4), strides=stride, padding=1, use_bias=bias,
                 kernel_init=normal_02, bias_init=bias_init, dtype=self.dtype, name=name,
             )(x)  # fmt: skip

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from repae_jax.sharding import gathered
+
 Initializer = Callable
 xavier = nn.initializers.xavier_uniform()
 
@@ -81,6 +83,35 @@ def unpatchify(tokens, patch, height_tokens):
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", p=patch, q=patch, h=height_tokens)
 
 
+def _promote_all_but_bias(inputs, kernel, bias, dtype):
+    inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=dtype)
+    return inputs, kernel, bias
+
+
+class Dense(nn.Dense):
+    """Linen's, but the bias is added in float32.
+
+    The gradient of a bias is a sum over all positions. Added in bfloat16, it is summed in bfloat16: a million ones make 8192
+    where every addition is rounded, and on TPUs the rounding is most of the sum's time.
+    """
+
+    promote_dtype: Callable = _promote_all_but_bias
+
+    def __call__(self, x):
+        """[..., C] -> [..., features] in the compute dtype."""
+        return super().__call__(x).astype(self.dtype)
+
+
+class Conv(nn.Conv):
+    """Linen's, but the bias is added in float32, see `Dense`."""
+
+    promote_dtype: Callable = _promote_all_but_bias
+
+    def __call__(self, x):
+        """[B, H, W, C] -> [B, H', W', features] in the compute dtype."""
+        return super().__call__(x).astype(self.dtype)
+
+
 def modulate(x, shift, scale):
     """adaLN: x * (1 + scale) + shift, with [B, D] modulation of [B, T, D] tokens."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -113,7 +144,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def dense(name, init):
-            return nn.Dense(width, name not in self.unbiased, kernel_init=init, dtype=self.dtype, name=name)
+            return Dense(width, name not in self.unbiased, kernel_init=init, dtype=self.dtype, name=name)
 
         def heads(name):
             return rearrange(dense(name, self.qkv_init)(x), "b t (n d) -> b t n d", n=self.num_heads)
@@ -137,8 +168,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = nn.Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(self.activation(y))
+        y = Dense(self.hidden_dim, kernel_init=xavier, dtype=self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], kernel_init=xavier, dtype=self.dtype, name="fc2")(self.activation(y))
 
 
 def scan_blocks(block, length, *, name, remat="none", unroll=1, num_broadcast=0, **fields):
@@ -162,6 +193,7 @@ def scan_blocks(block, length, *, name, remat="none", unroll=1, num_broadcast=0,
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     if remat not in ("none", *policies):
         raise ValueError(f"remat={remat!r} is unknown; allowed: 'none', 'dots', 'full'")
+    block = nn.map_variables(block, "params", trans_in_fn=gathered, init=True, mutable=True)
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=policies[remat])
     scanned = nn.scan(

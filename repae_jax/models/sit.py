@@ -27,8 +27,8 @@ class TimestepEmbedder(nn.Module):
     @nn.compact
     def __call__(self, t):
         x = layers.timestep_embedding(t, 256).astype(self.dtype)
-        x = nn.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc2")(nn.silu(x))
+        x = layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc1")(x)
+        return layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc2")(nn.silu(x))
 
 
 class SiTBlock(nn.Module):
@@ -42,10 +42,11 @@ class SiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         width = x.shape[-1]
-        modulation = nn.Dense(6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation")(
+        modulation = layers.Dense(6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation")(
             nn.silu(c)
         )
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+        # float32, so that their gradients, sums over the tokens, are
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation.astype(jnp.float32), 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)
         attention = layers.Attention(
             self.num_heads,
@@ -70,11 +71,11 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         zeros = nn.initializers.zeros
-        modulation = nn.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
+        modulation = layers.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)(x)
         x = layers.modulate(x, shift, scale)
-        return nn.Dense(self.out_dim, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
+        return layers.Dense(self.out_dim, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
 
 
 class Projector(nn.Module):
@@ -87,7 +88,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x):
         for i, width in enumerate((self.hidden_dim, self.hidden_dim, self.feature_dim)):
-            x = nn.Dense(width, kernel_init=layers.xavier, dtype=self.dtype, name=f"fc{i + 1}")(x if i == 0 else nn.silu(x))
+            x = layers.Dense(width, kernel_init=layers.xavier, dtype=self.dtype, name=f"fc{i + 1}")(x if i == 0 else nn.silu(x))
         return x
 
 
@@ -102,7 +103,7 @@ class ConvProjector(nn.Module):
         side = math.isqrt(x.shape[1])
         grid = x.reshape(x.shape[0], side, side, x.shape[2])
         init = layers.torch_default_init(9 * x.shape[2])
-        made = nn.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)(grid)
+        made = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)(grid)
         return made.reshape(*x.shape[:2], self.feature_dim)
 
 
@@ -182,7 +183,7 @@ class SiT(nn.Module):
             raise ValueError(f"encoder_depth={self.encoder_depth} must lie in 1..depth={self.depth}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}")
-        self.x_embedder = nn.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
+        self.x_embedder = layers.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
         self.pos_embed = PositionEmbedding(self.learned_positions)
         self.t_embedder = TimestepEmbedder(self.hidden_size, dtype=self.dtype)
         self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02)

@@ -34,8 +34,8 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        gate, value = (nn.Dense(self.hidden_dim, dtype=self.dtype, name=name)(x) for name in ("gate", "fc1"))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.silu(gate) * value)
+        gate, value = (layers.Dense(self.hidden_dim, dtype=self.dtype, name=name)(x) for name in ("gate", "fc1"))
+        return layers.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.silu(gate) * value)
 
 
 class LayerScale(nn.Module):
@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
         patches = layers.patchify(images.astype(self.dtype), self.patch_size)
         has_bias = "patch_embed" not in self.unbiased
-        patches = nn.Dense(self.hidden_size, has_bias, dtype=self.dtype, name="patch_embed")(patches).astype(jnp.float32)
+        patches = layers.Dense(self.hidden_size, has_bias, dtype=self.dtype, name="patch_embed")(patches).astype(jnp.float32)
 
         def tokens(name, count):
             if not count:  # nor a parameter

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import reference
 from checkpoints_tools import mapping
 from checkpoints_tools.vae import torch_vae, vae_table
 from configs import common
+from repae_jax.models import autoencoder
 from repae_jax.models.autoencoder import AutoencoderKL
 
 
@@ -121,3 +123,36 @@ def test_groups_that_do_not_divide_are_refused():
     vae = AutoencoderKL(latent_channels=4, channels=24)
     with pytest.raises(ValueError, match="norm_groups=32 does not divide the width 24"):
         vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 1, 1, 4)))
+
+
+def test_the_transposed_convolution_is_upsampling_and_convolution():
+    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 6, 8, 5), (3, 3, 5, 7), (2, 12, 16, 7)
+    x, kernel, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
+    results = []
+    for run in (autoencoder.transposed_conv, autoencoder.repeated_conv):
+        y, back = jax.vjp(run, x, kernel)
+        results.append((y, *back(cotangent)))
+    for transposed, repeated in zip(*results):
+        assert transposed.shape == repeated.shape
+        np.testing.assert_allclose(transposed, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_is_linens(offset):
+    x = offset + 3 * jax.random.normal(jax.random.key(0), (2, 6, 8, 64))
+    norm = nn.GroupNorm(num_groups=32, epsilon=1e-6)
+    variables = norm.init(jax.random.key(1), x)
+    ours = autoencoder.GroupNorm(jnp.float32).apply(variables, x, *autoencoder.group_stats(x, 32))
+    np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 2e-4)
+
+
+def test_gradients_of_a_block_keep_two_arrays_of_its_size():
+    """Its input, and what the first convolution gives; not what normalisation and SiLU compute in float32 in between."""
+    block = autoencoder.ResnetBlock(64, 32, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.bfloat16)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    _, back = jax.eval_shape(lambda variables, x: jax.vjp(block.apply, variables, x), variables, x)
+    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= x.size]
+    assert len(kept) == 2 and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
