@@ -13,7 +13,8 @@ def count(function, *args, shares=None):
     Args:
       function: traceable.
       *args: arrays or shapes.
-      shares: number of branches -> how often each is taken; of other conditionals, the first branch counts.
+      shares: number of branches -> how often each is taken; of other conditionals, the first branch counts, of one between
+        platforms the default.
 
     Returns:
       FLOP, two for a multiplication with its addition.
@@ -36,6 +37,8 @@ def _count(jaxpr, shares):
             total += 2 * math.prod(equation.outvars[0].aval.shape) * per_output
         elif name == "cond":
             branches = [_count(branch.jaxpr, shares) for branch in params["branches"]]
+            if params.get("branches_platforms"):  # the last is what a platform without one of its own computes
+                branches = branches[-1:]
             total += sum(share * flop for share, flop in zip(shares.get(len(branches), (1.0,)), branches))
         else:
             times = params["length"] if name == "scan" else 1
