@@ -1,4 +1,4 @@
-"""What the text of a compiled TPU program tells of its cost: estimated cycles, and bytes of collectives, loops multiplied.
+"""What a compiled program tells of its cost: bytes by kind; of a TPU's text, cycles and collectives, loops multiplied.
 
 The compiler writes the cycles that it expects of an instruction into the instruction's backend config. XLA's own summary of a
 program, `cost_analysis`, counts the body of a loop once. The length of a loop is not in the text: it follows from the loop's
@@ -62,6 +62,26 @@ class Computation:
 
     instructions: dict[str, Instruction]
     root: Instruction | None = None
+
+
+def memory(stats):
+    """Bytes that a compiled program takes on one device, by kind.
+
+    Args:
+      stats: its CompiledMemoryStats.
+
+    Returns:
+      dict: arguments; outputs, but those in place of arguments; temporaries; code; their total; peak, which the compiler
+      reports itself; and aliased, the outputs in place of arguments.
+    """
+    kinds = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    total = sum(kinds.values())
+    return {**kinds, "total": total, "peak": stats.peak_memory_in_bytes, "aliased": stats.alias_size_in_bytes}
 
 
 def parse(text):

@@ -198,7 +198,7 @@ def outcome(numbers, memory_stats, text):
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
     return {
-        "memory_bytes": memory(memory_stats),
+        "memory_bytes": hlo_cost.memory(memory_stats),
         "estimated_cycles": cost.cycles,
         "unknown_loops": cost.unknown_loops,
         "seconds": seconds,
@@ -208,18 +208,6 @@ def outcome(numbers, memory_stats, text):
         "hours": hours,
         "chip_hours": hours * numbers["chips"],
     }
-
-
-def memory(stats):
-    """Bytes on a chip by kind, from the compiler's CompiledMemoryStats."""
-    kinds = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
-    }
-    total = sum(kinds.values())
-    return {**kinds, "total": total, "peak": stats.peak_memory_in_bytes, "aliased": stats.alias_size_in_bytes}
 
 
 def chip_bytes(tree):

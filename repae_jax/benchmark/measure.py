@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repae_jax import build, flops, generate, hosts, sharding
+from repae_jax import build, flops, generate, hlo_cost, hosts, sharding
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.checkpoint import fingerprint
@@ -154,16 +154,11 @@ def measure_step(job, step, batch, count, what):
 def memory_of(compiled):
     """Bytes of one device: the most that was in use so far, if the device tells, and what the compiler planned."""
     told = [device.memory_stats() or {} for device in jax.local_devices()]
-    plan = compiled.memory_analysis()
-    planned = {}
-    if plan is not None:
-        names = {"arguments": "argument", "outputs": "output", "temporaries": "temp", "aliased": "alias"}
-        planned = {name: getattr(plan, f"{field}_size_in_bytes") for name, field in names.items()}
-        planned["total"] = planned["arguments"] + planned["outputs"] + planned["temporaries"] - planned["aliased"]
+    stats = compiled.memory_analysis()
     return {
         "peak_bytes_in_use": max((stats.get("peak_bytes_in_use", 0) for stats in told), default=0) or None,
         "bytes_limit": told[0].get("bytes_limit"),
-        "compiled": planned or None,
+        "compiled": None if stats is None else hlo_cost.memory(stats),
     }
 
 
