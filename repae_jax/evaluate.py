@@ -25,7 +25,7 @@ from checkpoints_tools import weights
 from repae_jax import build, data, generate, hosts, sample
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
-from repae_jax.inception_features import FeatureParts, load_network, wait_for
+from repae_jax.inception_features import FeatureParts, load_network
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.metrics.inception_score import SPLIT_SIZE, RunningInceptionScore
 from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
@@ -267,7 +267,7 @@ def run(args):
     parts = FeatureParts(folder / "samples", images, network, kept, share["process_index"], share["process_count"])
     parts.make("samples", out.exists)
     if share["process_index"]:
-        wait_for([out])
+        hosts.wait_for_files([out])
         return out, None
     metrics, warnings = measure(parts.read(), reference)
     if args.inception == build.RANDOM:
@@ -306,7 +306,7 @@ def make_reference(args):
         process_index=jax.process_index(), process_count=jax.process_count(), is_done=out.exists,
     )  # fmt: skip
     if jax.process_index():
-        wait_for([out])
+        hosts.wait_for_files([out])
         return out
     write_reference(out, *measured)
     shutil.rmtree(folder)

@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 
 import jax
+from absl import logging
 from jax._src import distributed  # the coordination service has no public name
 from jax.experimental import multihost_utils
 
@@ -146,11 +147,6 @@ def from_first(value):
     return json.loads(state.client.blocking_key_value_get(name, WAIT_SECONDS * 1000))
 
 
-def union(values):
-    """What any process has in its list, sorted, in all of them."""
-    return sorted(set().union(*gather(values)))
-
-
 def check_same(**description):
     """Checks that all processes were started alike.
 
@@ -222,6 +218,27 @@ def check_shared(folder):
             f"what process 0 wrote to the workdir {found[0][2]} is not seen by {'; '.join(blind)}: give a workdir on a disk "
             "that all hosts share, or an address such as gs://bucket/run"
         )
+
+
+def wait_for_files(paths, is_done=lambda: False):
+    """Waits until files of other processes are there: True; or until is_done(): False.
+
+    Works between processes that are not connected, too, and unlike collective operations it may take hours.
+
+    Args:
+      paths: Path or epath.Path of each.
+      is_done: function that says whether they are needed no more.
+    """
+    missing, told = [path for path in paths if not path.exists()], time.monotonic()
+    while missing and not is_done():
+        if time.monotonic() - told > SEEN_SECONDS:
+            logging.warning(
+                "waiting for %d files of the other processes, first %s; all must see one file system", len(missing), missing[0]
+            )
+            told = time.monotonic()
+        time.sleep(_POLL_SECONDS)
+        missing = [path for path in missing if not path.exists()]
+    return not missing
 
 
 def versions():

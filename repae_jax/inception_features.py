@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 
 import jax
@@ -14,13 +13,12 @@ from tqdm import tqdm
 
 from checkpoints_tools import weights
 from checkpoints_tools.inception import load_inception
-from repae_jax import build, image_sets, sharding
+from repae_jax import build, hosts, image_sets, sharding
 from repae_jax.checkpoint import fingerprint
 from repae_jax.models.inception import SPATIAL_CHANNELS, InceptionFeatures, InceptionV3, graph_input
 
 PART_SIZE = 512  # images at least in a file, 10 MB; what a killed run loses
 SETTINGS = "settings.json"
-_POLL_SECONDS, _SILENT_SECONDS = 1.0, 60.0
 IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # in a part
 
 
@@ -194,7 +192,7 @@ class FeatureParts:
                 weights.write_all(
                     {self._path(part): image_sets.npz_writer({**arrays, "images": np.concatenate(kept)})}, overwrite=True
                 )
-        return wait_for([self._path(part) for part in range(len(self._ranges))], is_done)
+        return hosts.wait_for_files([self._path(part) for part in range(len(self._ranges))], is_done)
 
     def _agree(self, is_done):
         """Process 0 writes the settings if it is the first to come; all compare theirs."""
@@ -203,7 +201,7 @@ class FeatureParts:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 weights.write_json(file, self._settings)
-        if not wait_for([file], is_done):
+        if not hosts.wait_for_files([file], is_done):
             return False
         before, now = weights.read_json(file), json.loads(json.dumps(self._settings))
         differing = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
@@ -230,20 +228,3 @@ class FeatureParts:
 def _cut(first, end, size):
     """[(first, end), ...] of at most `size` each."""
     return [(at, min(at + size, end)) for at in range(first, end, size)]
-
-
-def wait_for(paths, is_done=lambda: False):
-    """Waits until files of other processes are there: True; or until is_done(): False.
-
-    Looking at the files needs no collective operation, which some backends let wait for minutes only.
-    """
-    missing, since = [path for path in paths if not path.exists()], time.monotonic()
-    while missing:
-        if is_done():
-            return False
-        if time.monotonic() - since > _SILENT_SECONDS:
-            logging.warning("waiting for the other processes' %s; all must see one file system", missing[0])
-            since = time.monotonic()
-        time.sleep(_POLL_SECONDS)
-        missing = [path for path in missing if not path.exists()]
-    return True

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from grain import MapDataset
 from tqdm import tqdm
 
 from checkpoints_tools import weights
+from repae_jax import hosts
 from repae_jax.data import loader, shards
-
-_POLL_SECONDS = 1.0
 
 
 class Blocks:
@@ -108,11 +106,12 @@ class ShardWriter:
         self._check_space()
         if not self._make(todo, stopped):
             return None
-        if not self._wait_for([_entry_file(shard) for shard in range(len(self._ranges))], stopped):
+        entries = [self._folder / _entry_file(shard) for shard in range(len(self._ranges))]
+        if not hosts.wait_for_files(entries, stopped.is_set):
             return None
         if self._process_index == 0:
             self._finish()
-        return len(todo) if self._wait_for([shards.MANIFEST], stopped) else None
+        return len(todo) if hosts.wait_for_files([self._folder / shards.MANIFEST], stopped.is_set) else None
 
     def _agree(self, stopped):
         """Process 0 writes the settings if it is the first to come; all compare theirs. Removes what a killed process left."""
@@ -124,7 +123,7 @@ class ShardWriter:
             self._remove(f".{shards.SETTINGS}.*.tmp")
             if not file.exists():
                 weights.write_json(file, self._settings)
-        if not self._wait_for([shards.SETTINGS], stopped):
+        if not hosts.wait_for_files([file], stopped.is_set):
             return False
         stored = weights.read_json(file)
         compared = sorted((stored.keys() | self._settings.keys()) - set(self._notes))
@@ -144,19 +143,6 @@ class ShardWriter:
     def _remove(self, pattern):
         for left in self._folder.glob(pattern):
             left.unlink(missing_ok=True)
-
-    def _wait_for(self, names, stopped):
-        """Waits until other processes have written files; False if stopped before.
-
-        Looking at the files needs no collective operation, which some backends let wait for minutes only.
-        """
-        missing = [name for name in names if not (self._folder / name).exists()]
-        if missing:
-            logging.info("waiting for the other processes: %d files, first %s", len(missing), missing[0])
-        while missing and not stopped.is_set():
-            time.sleep(_POLL_SECONDS)
-            missing = [name for name in missing if not (self._folder / name).exists()]
-        return not missing
 
     def _is_whole(self, shard):
         """Whether a shard is finished and undamaged; its undecodable records are noted."""

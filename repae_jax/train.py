@@ -52,18 +52,22 @@ def check_finite(step, metrics, limit):
         )
 
 
-def position_of(loader, source, max_bad_fraction):
-    """The loader's state with the bad records of all processes; TrainingStopped if they are too many, as in one loader."""
+def input_so_far(loader, source, max_bad_fraction):
+    """What the loaders of all processes tell, in one exchange.
+
+    Returns:
+      (the loader's state with the bad records of all processes, seconds waited for input so far in the process that waited
+      longest: all others wait for it in the next step).
+
+    Raises:
+      TrainingStopped: if the bad records are too many, as in one loader.
+    """
     position = loader.state()
-    bad, allowed = hosts.union(position["bad_records"]), int(max_bad_fraction * len(source))
+    found = hosts.gather([position["bad_records"], loader.wait_seconds])
+    bad, allowed = sorted({record for records, _ in found for record in records}), int(max_bad_fraction * len(source))
     if len(bad) > allowed:
         raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
-    return {**position, "bad_records": bad}
-
-
-def longest_wait(loader):
-    """Seconds waited for input so far, in the process that waited longest: all others wait for it in the next step."""
-    return max(hosts.gather(loader.wait_seconds))
+    return {**position, "bad_records": bad}, max(waited for _, waited in found)
 
 
 def check_inputs(before, now, workdir):
@@ -151,18 +155,20 @@ def train(config, workdir):
             saving, logged = step % every == 0 or last, step % config.log.every == 0 or last or step == 1
             while pending and (saving or pending[0][0] <= step - 2):
                 check_finite(*pending.popleft(), config.max_skipped_in_a_row)
-            if step == start + 1:
+            first = step == start + 1
+            if first:
                 jax.block_until_ready(metrics)
+            if saving or logged or first:
+                position, waited = input_so_far(loader, source, config.data.max_bad_fraction)
+            if first:
                 progress = Progress(  # compilation is not speed
                     steps, step, config.data.batch_size, flop_per_image=flop_per_image, devices=job.mesh.size, peak=peak,
-                    waited=longest_wait(loader),
+                    waited=waited,
                 )  # fmt: skip
-            if saving or logged:
-                position = position_of(loader, source, config.data.max_bad_fraction)
             if logged:
                 values = {name: float(value) for name, value in metrics.items()}
                 values["bad_records"] = len(position["bad_records"])
-                speed = progress.update(step, longest_wait(loader)) if step > start + 1 else {}
+                speed = {} if first else progress.update(step, waited)
                 writer.write_scalars(step, values | speed)
                 if jax.process_index() == 0:
                     print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
@@ -229,7 +235,7 @@ def main(_):
             start_processes()
             hosts.use_compilation_cache(_WORKDIR.value)
             _, finished = train(_CONFIG.value, _WORKDIR.value)
-        except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             end_with(error)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)
@@ -245,7 +251,9 @@ def end_with(error):
 
 
 def is_internal(error):
-    """Errors raised by our own checks are for the user; those from inside jax deserve their traceback."""
+    """Errors of our own checks and of files are for the user; those from inside jax deserve their traceback."""
+    if isinstance(error, OSError):  # names the file, and what is wrong with it or its disk
+        return False
     trace = error.__traceback__
     while trace.tb_next:
         trace = trace.tb_next

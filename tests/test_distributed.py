@@ -90,7 +90,6 @@ def agree(coordinator, process, folder):
     result = {
         "gathered": hosts.gather({"process": process}),
         "first": hosts.from_first(process),
-        "union": hosts.union([3, process]),
         "same": alike(),
         "config": alike({"sit": {"depth": 3}, "extra": 1}),
         "version": alike(versions={"flax": "0.0.1"}),
@@ -245,7 +244,7 @@ def test_what_processes_agree_on(tmp_path, compiled):
     (first, second) = [json.loads(output) for output, _ in ended]
     assert first == second
     assert first["gathered"] == [{"process": 0}, {"process": 1}] and first["gathered_again"] == [0, 1]
-    assert first["first"] == 0 and first["union"] == [0, 1, 3]
+    assert first["first"] == 0
     assert first["same"] is None and first["shared"] is None
     who = f"process 1 on host {HOST} differs from process 0 on host {HOST}, but all must be started alike:"
     assert first["config"].splitlines() == [
@@ -266,7 +265,7 @@ def test_what_processes_agree_on(tmp_path, compiled):
 def test_one_process_agrees_with_itself(tmp_path):
     hosts.check_alike({"seed": 0})
     hosts.check_shared(tmp_path)
-    assert hosts.gather({"a": 1}) == [{"a": 1}] and hosts.from_first(2) == 2 and hosts.union([3, 1, 3]) == [1, 3]
+    assert hosts.gather({"a": 1}) == [{"a": 1}] and hosts.from_first(2) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,12 +289,13 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
         def name(self, record):
             return f"image-{record}"
 
-    loader = SimpleNamespace(state=lambda: {"next_batch": 7, "bad_records": [4], "records": 100})
-    monkeypatch.setattr(hosts, "gather", lambda value: [value, [8, 4]])
+    loader = SimpleNamespace(state=lambda: {"next_batch": 7, "bad_records": [4], "records": 100}, wait_seconds=0.5)
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, [[8, 4], 2.0]])
     source = Source(range(100))
-    assert train.position_of(loader, source, 0.02) == {"next_batch": 7, "bad_records": [4, 8], "records": 100}
+    position, waited = train.input_so_far(loader, source, 0.02)
+    assert position == {"next_batch": 7, "bad_records": [4, 8], "records": 100} and waited == 2.0
     with pytest.raises(hosts.FailedTogether, match=r"2 of 100 records .*, 1 are allowed: image-4, image-8"):
-        train.position_of(loader, source, 0.01)
+        train.input_so_far(loader, source, 0.01)
 
 
 @pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])

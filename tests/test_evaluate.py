@@ -18,7 +18,7 @@ from test_image_sets import save_images
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
-from repae_jax import build, evaluate, inception_features, reference_stats, sample
+from repae_jax import build, evaluate, hosts, inception_features, reference_stats, sample
 from repae_jax.checkpoint import Checkpointer
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.inception_score import RunningInceptionScore
@@ -32,7 +32,7 @@ METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision",
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
     monkeypatch.setattr(inception_features, "PART_SIZE", 16)
-    monkeypatch.setattr(inception_features, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
     made = []
     monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: made.append(StubNetwork(batch_size)) or made[-1])
     return made

@@ -9,7 +9,7 @@ from test_cache_latents import in_threads
 
 from checkpoints_tools import mapping, weights
 from checkpoints_tools.inception import inception_table
-from repae_jax import inception_features
+from repae_jax import hosts, inception_features
 from repae_jax.image_sets import DatasetImages
 from repae_jax.inception_features import FeatureParts, InceptionNetwork, load_network
 from repae_jax.models.inception import InceptionV3
@@ -18,7 +18,7 @@ from repae_jax.models.inception import InceptionV3
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(inception_features, "PART_SIZE", 16)
-    monkeypatch.setattr(inception_features, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax import data, prepare_images, shard_writer
+from repae_jax import data, hosts, prepare_images
 from repae_jax.data import array_record, latents, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
@@ -192,7 +192,7 @@ def test_worker_processes_change_nothing(pictures, made, tmp_path):
 
 
 def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
     results = {}
 
     def work(process):
