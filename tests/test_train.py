@@ -288,6 +288,15 @@ def test_only_errors_of_our_own_end_in_one_line(module, monkeypatch):
         train.main([])
 
 
+def test_what_is_wrong_with_a_file_is_said_in_one_line(monkeypatch, tmp_path):
+    """Wherever it was opened; and whatever is wrong: the file is there, but no folder."""
+    (tmp_path / "file").touch()
+    replace_training(monkeypatch, lambda *_: (tmp_path / "file" / "images").stat())
+    with pytest.raises(SystemExit) as caught:
+        train.main([])
+    assert caught.value.code == f"error: [Errno 20] Not a directory: '{tmp_path / 'file' / 'images'}'"
+
+
 @pytest.mark.parametrize(("finished", "code"), [(True, None), (False, 75)])
 def test_the_exit_code_says_whether_the_run_is_finished(finished, code, monkeypatch):
     """Of a saved one, the launch scripts know by it that there is more to do."""
