@@ -21,6 +21,7 @@ from absl import app, flags
 
 from checkpoints_tools import weights
 from repae_jax import build, flops, generate, hlo_cost, sharding, train
+from repae_jax.call_apart import Crashed, call_apart
 from repae_jax.plan_text import GIB, lines_of
 from repae_jax.tpu_topologies import check_topology, topology_devices
 
@@ -142,16 +143,43 @@ def plan(job, numbers):
       numbers, with 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
     """
     sampling, start = numbers["job"] == "sample", time.monotonic()
-    what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
-    with showing_time(what):
-        try:
-            compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
-        except DoesNotFit as error:
-            reason = {"message": str(error), "needed_bytes": error.needed, "hbm_bytes": error.available or numbers["hbm_bytes"]}
-            return {**numbers, "fits": False, **reason, "advice": advice(job, numbers)}
+    try:
+        compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
+    except DoesNotFit as error:
+        reason = {"message": str(error), "needed_bytes": error.needed, "hbm_bytes": error.available or numbers["hbm_bytes"]}
+        return {**numbers, "fits": False, **reason, "advice": advice(job, numbers)}
     runs = SAMPLES / numbers["images"] if sampling else job.config["steps"]
     numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
     return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
+
+
+def prepare_and_plan(config, topology, images_per_chip):
+    """`plan` of what `prepare` makes, as a process of its own does it."""
+    _use_no_accelerator()
+    return plan(*prepare(config, topology, images_per_chip))
+
+
+def plan_apart(config, numbers, images_per_chip=None):
+    """`prepare_and_plan` in a process of its own: where the compiler fails, it may take that down.
+
+    Args:
+      config, images_per_chip: as in `prepare`.
+      numbers: of `setting`, as that returns them.
+
+    Returns:
+      What `plan` returns; or, if the compiler failed, numbers with 'fits', None, and its message.
+    """
+    what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
+    with showing_time(what):
+        try:
+            return call_apart(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
+        except Crashed as error:
+            return {**numbers, "fits": None, "message": str(error)}
+
+
+def _use_no_accelerator():
+    """One of this machine has nothing to do with the plan."""
+    jax.config.update("jax_platforms", "cpu")
 
 
 def setting(job, chip, topology, sampling):
@@ -267,17 +295,17 @@ def _define_flags():
 
 
 def main(_):
-    """Entry point: mistakes end in one line, not in a traceback; exit code 1 says that something does not fit."""
+    """Entry point: mistakes end in one line, not in a traceback; exit code 1 says that not everything fits."""
     options = flags.FLAGS
-    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
+    _use_no_accelerator()
     try:
         if options.json and Path(options.json).exists():
             raise ValueError(f"--json={options.json} exists: choose another name, or move it away")
         images_per_chip = options.images_per_chip if options.sample else None
-        prepared = [prepare(options.config, name, images_per_chip) for name in options.topology]  # mistakes first
+        settings = [prepare(options.config, name, images_per_chip)[1] for name in options.topology]  # mistakes first
         found = []
-        for job, numbers in prepared:
-            found.append(plan(job, numbers))
+        for numbers in settings:
+            found.append(plan_apart(options.config, numbers, images_per_chip))
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
             if options.json:
                 weights.write_json(Path(options.json), found, overwrite=bool(found[:-1]))

@@ -21,6 +21,8 @@ def lines_of(numbers):
         *_flop_table(numbers),
         "",
     ]
+    if numbers["fits"] is None:
+        return [*lines, *_failed(numbers)]
     if not numbers["fits"]:
         return [*lines, *_does_not_fit(numbers)]
     return [*lines, *_memory_table(numbers), "", *_time_table(numbers), *textwrap.wrap(note(numbers), 120)]
@@ -34,6 +36,14 @@ def _does_not_fit(numbers):
         *textwrap.wrap(f"The compiler says: {numbers['message'].removeprefix('RESOURCE_EXHAUSTED: ')}", 120),
         "What helps:",
         *(f"  {line}" for line in numbers["advice"]),
+    ]
+
+
+def _failed(numbers):
+    return [
+        "NOT KNOWN whether it fits: the compiler failed, by a mistake of its own",
+        *textwrap.wrap(f"It says: {numbers['message']}", 120),
+        "What may help: another topology, another --config.mesh.fsdp, another version of libtpu",
     ]
 
 

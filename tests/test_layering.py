@@ -30,6 +30,7 @@ ORDER = [
     "repae_jax.hlo_cost",
     "repae_jax.tpu_topologies",
     "repae_jax.plan_text",
+    "repae_jax.call_apart",
     "repae_jax.data",
     "checkpoints_tools",
     # the story
