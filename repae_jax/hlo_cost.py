@@ -11,6 +11,8 @@ import math
 import re
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+TO_OTHER_SLICES = "to other slices"
+_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'  # of the hosts' network, which connects slices
 _BYTES = {
     "pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -30,7 +32,8 @@ class ProgramCost:
 
     Attributes:
       cycles: sum of the compiler's estimates; of a conditional, its longest branch.
-      collectives: kind -> bytes of the arrays before they are scattered, or after they are gathered.
+      collectives: kind -> bytes of the arrays before they are scattered, or after they are gathered. Those over several slices
+        are split by the compiler into some within a slice and what is sent between, TO_OTHER_SLICES.
       unknown_loops: loops whose length is not known; their bodies are counted once.
     """
 
@@ -172,6 +175,8 @@ def _cost(computations, name, known, unknown):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             moved[kind] += _moved_bytes(computation, instruction)
+        elif instruction.opcode == "send" and _SLICES in instruction.attributes:
+            moved[TO_OTHER_SLICES] += array_bytes(computation.instructions[instruction.operands[0]].shape)
         elif instruction.opcode == "while":
             inner, trips = _loop(computations, computation, instruction, known)
             if trips is None:

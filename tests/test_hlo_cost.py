@@ -163,6 +163,10 @@ ENTRY %main (x: f32[64,2]) -> f32[64,2] {
   %swapped = f32[64,2]{1,0} all-to-all(%received), dimensions={0}
   %fusion = f32[8,2]{1,0} fusion(%x), kind=kCustom, calls=%scatter
   %fusion.on = f32[8,2]{1,0} fusion(%x), kind=kCustom, calls=%scatter.on
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %other = (bf16[8,2]{1,0}, u32[], token[]) send(%h, %after-all), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM"}
+  %to-host = (f32[64,2]{1,0}, u32[], token[]) send(%x, %after-all), channel_id=3, is_host_transfer=true
   ROOT %sums = (f32[64,2]{1,0}, /*index=1*/bf16[8,2]{1,0}) all-reduce(%swapped, %h), to_apply=%add
 }
 """
@@ -177,6 +181,7 @@ def test_collectives_by_kind():
         "all-to-all": whole * 4,
         "reduce-scatter": whole * 4,
         "all-reduce": whole * 4 + 8 * 2 * 2,
+        "to other slices": 8 * 2 * 2,
     }
 
 
@@ -201,9 +206,9 @@ def test_another_format_is_an_error():
 # ---- real programs --------------------------------------------------------------------------------------------------
 
 
-def compiled_text(function, *shapes, spec):
-    """HLO of a function for four chips; arguments are sharded as `spec` says, results replicated."""
-    mesh = jax.sharding.Mesh(np.array(topology_devices("v5e:2x2")), ("data",), axis_types=(AxisType.Auto,))
+def compiled_text(function, *shapes, spec, slices=1):
+    """HLO of a function for four chips, or slices of so many; arguments are sharded as `spec` says, results replicated."""
+    mesh = jax.sharding.Mesh(np.array(topology_devices("v5e:2x2", slices)), ("data",), axis_types=(AxisType.Auto,))
     args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, p)) for s, p in zip(shapes, spec)]
     jitted = jax.jit(function, out_shardings=NamedSharding(mesh, P()))
     return jitted.lower(*args).compile().as_text()
@@ -224,10 +229,18 @@ def test_a_scanned_product_costs_as_often_as_it_turns():
     assert many.cycles == pytest.approx(2 * half.cycles, rel=0.1)
 
 
+def mean_gradient(w, x):
+    return jax.grad(lambda w: jnp.mean(jnp.square((x @ w).astype(jnp.float32))))(w)
+
+
 @needs_libtpu
 def test_the_bytes_of_a_sum_over_the_chips():
-    def mean(w, x):
-        return jax.grad(lambda w: jnp.mean(jnp.square((x @ w).astype(jnp.float32))))(w)
-
-    cost = hlo_cost.analyze(compiled_text(mean, (512, 256), (4096, 512), spec=[P(), P("data")]))
+    cost = hlo_cost.analyze(compiled_text(mean_gradient, (512, 256), (4096, 512), spec=[P(), P("data")]))
     assert cost.collectives["all-reduce"] == pytest.approx(512 * 256 * 2, abs=64)
+
+
+@needs_libtpu
+def test_the_bytes_of_a_sum_over_two_slices():
+    """Scattered over the four chips of a slice, a quarter each, before it leaves that."""
+    cost = hlo_cost.analyze(compiled_text(mean_gradient, (512, 256), (4096, 512), spec=[P(), P("data")], slices=2))
+    assert cost.collectives[hlo_cost.TO_OTHER_SLICES] == pytest.approx(512 * 256 * 2 / 4, abs=64)
