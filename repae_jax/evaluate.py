@@ -6,8 +6,8 @@ or a folder of images. Models draw --num_samples images, which are measured as t
 WORKDIR/evaluations/NAME.json, or SOURCE.evaluation.json: the scores with everything they depend on.
 
 The same command continues where it stopped: features of finished parts are kept beside the result, in NAME.parts/, until it is
-there. Several processes on one file system, as jax.distributed counts them (--distributed), take turns with the parts, each on
-its own devices. --make_reference writes the statistics of a dataset, for --reference.
+there. Several processes on one file system, started as those of training, take turns with the parts, each on its own devices.
+--make_reference writes the statistics of a dataset, for --reference.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import weights
-from repae_jax import build, data, generate, hosts, sample
+from repae_jax import build, data, generate, hosts, sample, train
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
 from repae_jax.inception_features import FeatureParts, load_network
@@ -59,6 +59,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
     )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand instead: of process 0")
+    parser.add_argument("--num_processes", type=int, help="by hand: how many there are")
+    parser.add_argument("--process_id", type=int, help="by hand: which one this is, from 0")
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", metavar="NPZ", help="write this file, and nothing else")
     making.add_argument("--data", help="real images, see --reference; or an npz of images, key arr_0")
@@ -325,22 +328,25 @@ def table(result):
 
 
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point: mistakes end in one line, in all processes."""
     args = parse_args()
-    try:
-        hosts.start(args.distributed)
-        if args.make_reference:
-            path = make_reference(args)
-            if jax.process_index() == 0:
-                print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
-        else:
-            out, result = run(args)
-            if result is not None:
-                print(f"{table(result)}\n{out}")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept; run the same command to continue")
+    with hosts.failing_together():
+        try:
+            hosts.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
+            if args.make_reference:
+                path = make_reference(args)
+                if jax.process_index() == 0:
+                    print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
+            else:
+                out, result = run(args)
+                if result is not None:
+                    print(f"{table(result)}\n{out}")
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+        except RuntimeError as error:
+            train.end_with(error)
+        except KeyboardInterrupt:
+            sys.exit("interrupted: what is finished is kept; run the same command to continue")
 
 
 if __name__ == "__main__":

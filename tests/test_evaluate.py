@@ -278,42 +278,52 @@ def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
     assert sum(network.images for network in stub[-3:]) == COUNT + 90, "nothing is made twice"
 
 
-@pytest.mark.slow
-def test_two_real_processes(workdir, real, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = f"""
-import sys, jax
-index, count = map(int, sys.argv[1:3])
-if count > 1:
-    jax.distributed.initialize({address!r}, num_processes=count, process_id=index)
+COMMAND = """
 import feature_stub
 from repae_jax import evaluate, inception_features
 inception_features.PART_SIZE = 16
 evaluate.load_network = lambda _, batch_size: feature_stub.StubNetwork(batch_size)
-evaluate.run(evaluate.parse_args(sys.argv[3:]))
+evaluate.main()
 """
-    started = []
-    for index, count in ((0, 2), (1, 2), (0, 1)):
-        env = script_env(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-        given = [
-            workdir,
-            "--reference",
-            real,
-            "--inception",
-            "x",
-            "--batch_size",
-            8,
-            *MODEL,
-            "--out",
-            tmp_path / f"{count}.json",
-        ]
-        command = [sys.executable, "-c", script, index, count, *given]
-        started.append(subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True))
+
+
+def start(*given):
+    """Popen of the command, with a stub in the place of Inception, on four devices."""
+    env = script_env(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    command = [sys.executable, "-c", COMMAND, *given, "--inception", "x", "--batch_size", 8]
+    return subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
+
+
+def two_by_hand():
+    """The flags of each of two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [["--coordinator", address, "--num_processes", 2, "--process_id", index] for index in range(2)]
+
+
+@pytest.mark.slow
+def test_two_real_processes(workdir, real, tmp_path):
+    started = [
+        start(workdir, "--reference", real, *MODEL, "--out", tmp_path / name, *by_hand)
+        for name, by_hand in [*(("2.json", by_hand) for by_hand in two_by_hand()), ("1.json", [])]
+    ]
     outputs = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
     assert json.loads((tmp_path / "2.json").read_text()) == json.loads((tmp_path / "1.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_ends_the_other(npz, real, tmp_path):
+    started = [
+        start(npz, "--reference", reference, "--out", tmp_path / "x.json", *by_hand)
+        for reference, by_hand in zip((real, tmp_path / "none.npz"), two_by_hand())
+    ]
+    outputs = [process.communicate(timeout=300)[1] for process in started]
+    assert 0 not in [process.returncode for process in started], outputs
+    mistake = f"{tmp_path / 'none.npz'} does not exist; check --reference"
+    assert f"error: {mistake}" in outputs[1] and "Traceback" not in outputs[0] + outputs[1]
+    assert f"failed: FileNotFoundError: {mistake}" in outputs[0]
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
