@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 
@@ -46,7 +47,14 @@ def call_apart(function, *arguments):
 def _work(sender, said, function, arguments):
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)  # what is not Python writes there, too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(function(*arguments))
+
+
+def _end_with_parent():
+    """Nobody waits for the result of a process whose parent was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _last_words(said, exitcode):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -246,11 +247,18 @@ def test_a_result_is_not_overwritten(tmp_path):
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, compiled):
+def start(*arguments, compiled):
+    """Popen of the command on one device."""
     one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled), "XLA_FLAGS": one_device}
     program = [sys.executable, "-m", "repae_jax.benchmark", *map(str, arguments)]
-    return subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return subprocess.Popen(program, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments, compiled):
+    process = start(*arguments, compiled=compiled)
+    output, error = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, error)
 
 
 SMALL = ["data.image_size=8", "vae.channel_multipliers=(1,1)", "vae.norm_groups=4"]
@@ -268,6 +276,23 @@ def test_the_command(compiled, tmp_path):
     shown = f"{result['step']['images_per_second']:.4g} img/s on 1 devices"
     assert shown in done.stdout and "the peak of 'cpu' is not known: no MFU" in done.stdout
     assert re.search(rf"^all numbers: {out}$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_two_processes(compiled, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    given = ["--config", "configs/ldm.py:tiny,encoder=none", *(f"--config.{change}" for change in SMALL), "--steps=3"]
+    given += ["--sample_batch=4", "--input", "--out", tmp_path / "x.json", "--coordinator", address, "--num_processes=2"]
+    started = [start(*given, f"--process_id={index}", compiled=compiled) for index in range(2)]
+    (first, error), (second, other) = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], (error[-3000:], other[-3000:])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["devices"]["count"] == result["devices"]["processes"] == 2
+    assert result["input"]["processes"] == 2 and result["sampling"]["batch_size"] == 4
+    assert set(result["parts"]) == {"vae_encoder", "sit", "update"}
+    assert "img/s on 2 devices" in first and not second, "process 0 alone prints"
 
 
 def test_a_mistake_on_the_command_line(compiled):

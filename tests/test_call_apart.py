@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,11 @@ def be_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def sleep_long(file):
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
 def test_what_it_returns(capsys):
     found = call_apart(divide, 6, 3)
     assert found["result"] == 2 and found["process"] != os.getpid()
@@ -43,3 +51,29 @@ def test_how_it_ends(function, arguments, message, shown, capsys):
     with pytest.raises(Crashed, match=message):
         call_apart(function, *arguments)
     assert shown in capsys.readouterr().err
+
+
+def is_running(pid):
+    """A zombie is not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
+def test_it_ends_with_who_waits_for_it(tmp_path):
+    script = f"import test_call_apart as t; t.call_apart(t.sleep_long, {str(tmp_path / 'pid')!r})"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))}
+    waiting = subprocess.Popen([sys.executable, "-c", script], env=env)
+    deadline = time.monotonic() + 60
+
+    def until(condition):
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert condition()
+
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    waiting.kill()
+    waiting.wait()
+    until(lambda: not is_running(int((tmp_path / "pid").read_text())))

@@ -102,11 +102,12 @@ def test_seed_decides_the_order():
     assert (first[37:] != other[:37]).any()  # seed 1 is not seed 0 one epoch later
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_the_same_global_batches(processes):
-    whole = take(Loader(Numbers(37), batch_size=8, seed=3), 12)
+@pytest.mark.parametrize(("processes", "records"), [(1, 37), (2, 37), (4, 37), (8, 3)])
+def test_processes_share_the_same_global_batches(processes, records):
+    """Even if they are more than the records, and so than shards: every process may read every record."""
+    whole = take(Loader(Numbers(records), batch_size=8, seed=3), 12)
     parts = [
-        take(Loader(Numbers(37), batch_size=8, seed=3, process_index=p, process_count=processes), 12)
+        take(Loader(Numbers(records), batch_size=8, seed=3, process_index=p, process_count=processes), 12)
         for p in range(processes)
     ]
     joined = [{field: np.concatenate([part[field] for part in step]) for field in step[0]} for step in zip(*parts)]
