@@ -1,0 +1,73 @@
+"""What tests/compare_published.py does without the published code."""
+
+import compare_published
+import pytest
+
+
+def checkout(folder, without=()):
+    for name in compare_published.FILES:
+        if name not in without:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    return folder
+
+
+def test_ratio_is_taken_within_each_repeat():
+    # the machine was half as quick in the second repeat, which says nothing about either side
+    seconds = {"published": [2.0, 4.0, 3.0], "ours": [1.0, 2.0, 2.0]}
+    result = compare_published.summarize(seconds, 8)
+    assert result["ratio"] == {"median": 2.0, "low": 1.5, "high": 2.0, "repeats": 3}
+    assert (result["published"], result["ours"]) == (8 / 3, 4.0)
+
+
+def test_networks_of_other_sizes_are_refused():
+    counts = {"vae": 1000, "sit": 2000}
+    compare_published.check_parameters(counts, {"vae": 1009, "sit": 1981})
+    with pytest.raises(ValueError, match=r"more than 1% in parameters: vae \(1,000 published, 1,011 ours\)$"):
+        compare_published.check_parameters(counts, {**counts, "vae": 1011})
+    for missing in ({"vae": 1000}, {**counts, "disc": 1}):
+        with pytest.raises(ValueError, match=r"(sit \(2,000 published, 0 ours\)|disc \(0 published, 1 ours\))"):
+            compare_published.check_parameters(counts, missing)
+
+
+@pytest.mark.parametrize("size", compare_published.SIZES)
+def test_sizes(size):
+    config = compare_published.config_of(size, None)
+    assert config["data"]["batch_size"] == 8 and config["precision"]["compute"] == "float32"
+    assert compare_published.config_of(size, 3)["data"]["batch_size"] == 3
+    published = compare_published.config_of("sit=B/1,vae=f16d32", None)
+    assert (published["data"]["batch_size"], published["sit"]["hidden_size"]) == (32, 768)
+
+
+def test_mistakes_end_before_anything_runs(tmp_path, monkeypatch):
+    def error_of(*arguments):
+        monkeypatch.setattr("sys.argv", ["compare_published.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            compare_published.main()
+        return str(caught.value.code)
+
+    monkeypatch.setattr(compare_published, "Side", None)
+    folder, exists = checkout(tmp_path / "whole"), tmp_path / "exists.json"
+    exists.touch()
+    part = checkout(tmp_path / "part", without=("models/sit.py", "loss/lpips.py"))
+    assert "lacks loss/lpips.py, models/sit.py; give a checkout of" in error_of("--published", part)
+    assert f"--json={exists} exists" in error_of("--published", folder, "--json", exists)
+    assert "there is no folder" in error_of("--published", folder, "--json", tmp_path / "no" / "file.json")
+    assert "SiT size 'XXL' is unknown" in error_of("--published", folder, "--sizes", "conv", "sit=XXL/2")
+    assert "'convv' in 'convv' is unknown" in error_of("--published", folder, "--sizes", "convv")
+
+
+def test_numbers_must_be_whole(capsys):
+    for value in ("0", "-1", "1.5"):
+        with pytest.raises(SystemExit):
+            compare_published.parse_args(["--published", "x", f"--steps={value}"])
+        assert f"'{value}' is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_failing_process_is_told(tmp_path):
+    options = compare_published.parse_args(["--published", str(tmp_path)])
+    config = compare_published.config_of("conv", 1)
+    config["encoders"]["target"]["architecture"]["hidden_size"] = 7
+    message = "the published step failed: .*hidden_size 7 is not divisible by num_heads 3"
+    with compare_published.Side("published", config, options) as side, pytest.raises(RuntimeError, match=message):
+        side.receive()
