@@ -57,6 +57,15 @@ def test_mistakes_end_before_anything_runs(tmp_path, monkeypatch):
     assert "'convv' in 'convv' is unknown" in error_of("--published", folder, "--sizes", "convv")
 
 
+def test_defaults_follow_the_device():
+    def defaults(*arguments):
+        options = compare_published.parse_args(["--published", "x", *arguments])
+        return options.published_precision, options.compile
+
+    assert defaults() == ("float32", False) and defaults("--compile") == ("float32", True)
+    assert defaults("--device", "cuda") == ("bfloat16", True)
+
+
 def test_numbers_must_be_whole(capsys):
     for value in ("0", "-1", "1.5"):
         with pytest.raises(SystemExit):
