@@ -45,8 +45,8 @@ SIZES = {
         "encoders.target.architecture": {"patch_size": 14, "hidden_size": 192, "depth": 4, "num_heads": 3},
     },
     "transformer": {
-        "data.image_size": 32, "data.batch_size": 8, "vae.channels": 32, "vae.channel_multipliers": (1, 2, 4),
-        "sit.hidden_size": 384, "sit.depth": 12, "sit.num_heads": 6, "sit.encoder_depth": 4, "sit.patch_size": 1,
+        "data.image_size": 64, "data.batch_size": 8, "vae.channels": 32, "vae.channel_multipliers": (1, 2, 4),
+        "sit.hidden_size": 384, "sit.depth": 12, "sit.num_heads": 6, "sit.encoder_depth": 4,
         "encoders.target.architecture": {"patch_size": 14, "hidden_size": 384, "depth": 4, "num_heads": 6},
         "encoders.target.image_size": 112,
     },
