@@ -8,6 +8,7 @@ import numpy as np
 
 from repae_jax.diffusion import ddpm, guidance, latent_norm, samplers
 from repae_jax.images import to_uint8
+from repae_jax.sharding import gathered
 
 SAMPLERS = ("euler", "heun", "sde", "ancestral")
 
@@ -88,7 +89,7 @@ def make_generate(nets, objective, latent_shape, sampling):
         is_ancestral = sampling.sampler == "ancestral"
 
         def velocity_fn(z_t, t, y):
-            output = sit.apply({"params": params["sit"]}, z_t, t, y)[0]
+            output = sit.apply({"params": gathered(params["sit"])}, z_t, t, y)[0]
             return output if is_ancestral else output[..., : latent_shape[-1]]  # a SiT's sigma, if it has one, is unused
 
         def plain(z_t, t):
@@ -116,7 +117,7 @@ def make_generate(nets, objective, latent_shape, sampling):
         else:
             z = (samplers.heun if sampling.sampler == "heun" else samplers.euler)(segments, z)
         latents = latent_norm.denormalize(z, params["latent_stats"])
-        decoded = vae.apply({"params": params["vae"]}, latents, method="decode")
+        decoded = vae.apply({"params": gathered(params["vae"])}, latents, method="decode")
         return to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     def precise(*args):
@@ -169,7 +170,8 @@ def make_reconstruct(nets):
     """(VAE parameters, float images [B, H, W, 3] in [-1, 1]) -> uint8 reconstructions through the posterior's mean."""
 
     def reconstruct(vae_params, images):
-        posterior = nets.vae.apply({"params": vae_params}, images, method="encode")
-        return to_uint8(nets.vae.apply({"params": vae_params}, posterior.mode(), method="decode"))
+        variables = {"params": gathered(vae_params)}
+        posterior = nets.vae.apply(variables, images, method="encode")
+        return to_uint8(nets.vae.apply(variables, posterior.mode(), method="decode"))
 
     return reconstruct

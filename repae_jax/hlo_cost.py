@@ -168,7 +168,7 @@ def _cost(computations, name, known, unknown):
       known: index of an element of its parameter -> integer, of those that are known.
       unknown: set that gets the names of loops of unknown length.
     """
-    computation, cycles, moved, called_ones = computations[name], 0.0, collections.Counter(), {}
+    computation, cycles, moved, beside = computations[name], 0.0, collections.Counter(), {}
     for instruction in computation.instructions.values():
         found = _CYCLES.search(instruction.attributes)
         own = float(found[1]) if found else 0.0
@@ -194,10 +194,14 @@ def _cost(computations, name, known, unknown):
             moved.update(longest[1])
         elif instruction.opcode in _CALLS:
             for called in instruction.called("calls") + instruction.called("to_apply"):
-                own = own or _cost(computations, called, {}, unknown)[0]  # the estimate of a fusion is that of all in it
-                called_ones |= _collectives(computations, called)
+                inside = _cost(computations, called, {}, unknown)
+                own = own or inside[0]  # the estimate of a fusion is that of all in it
+                if instruction.opcode == "call":
+                    moved.update(inside[1])
+                else:
+                    beside |= _collectives(computations, called)
         cycles += own
-    for kind, size in called_ones.values():
+    for kind, size in beside.values():
         moved[kind] += size
     return cycles, moved
 

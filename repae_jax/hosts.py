@@ -4,6 +4,7 @@ What is exchanged here goes through JAX's coordination service and not over the 
 while processes still differ. Every process calls the same functions in the same order; with one process, all are trivial.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -80,7 +81,11 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
             "the same coordinator and number, each with a process_id of its own"
         ) from error
     if several():
-        threading.Thread(target=_watch, args=(distributed.global_state.client,), daemon=True).start()
+        stop = threading.Event()
+        watching = threading.Thread(target=_watch, args=(distributed.global_state.client, stop), daemon=True)
+        watching.start()
+        # a thread that comes back from C++ when the interpreter has begun to end aborts the process
+        atexit.register(lambda: (stop.set(), watching.join()))
 
 
 def _check_by_hand(by_hand, automatic):
@@ -352,10 +357,9 @@ def _end_all(reason):
     _exit()
 
 
-def _watch(client):
+def _watch(client, stop):
     """Ends this process when another one has failed."""
-    while True:
-        time.sleep(_POLL_SECONDS)
+    while not stop.wait(_POLL_SECONDS):
         if distributed.global_state.client is not client:
             return
         try:

@@ -112,7 +112,7 @@ def tree_sharding(mesh, tree):
 
 
 def gathered(params):
-    """Parameters as a function that is differentiated uses them: whole on every device; so is their gradient.
+    """Parameters as networks are applied to them: whole on every device, and so is their gradient before it is split.
 
     Without it the partitioner is free to keep a parameter split and to gather what it meets, activations of the whole batch.
 
@@ -121,7 +121,7 @@ def gathered(params):
         `layers.scan_blocks`.
 
     Returns:
-      The same numbers. Nothing is done outside of `on_mesh`, where parameters are whole already.
+      The same numbers. Outside of `on_mesh` nothing is done.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params

@@ -186,7 +186,7 @@ def measure_parts(job, state, frozen, count, step_seconds, report):
     costs = flops.parts(config, job.encoders)
     if job.recipe.eq_scales:
         costs = {}  # are means over scales, of which only the first is measured here
-    results = {}
+    results, on_mesh = {}, functools.partial(sharding.on_mesh, job.mesh)
 
     def add(name, seconds, repeated):
         seconds = spread(repeated * seconds)
@@ -198,7 +198,7 @@ def measure_parts(job, state, frozen, count, step_seconds, report):
 
     for name, part in parts.make_parts(job, state, frozen, batch).items():
         try:
-            compiled, _ = _compile(jax.jit(part.function, out_shardings=part.out_shardings), *part.arguments)
+            compiled, _ = _compile(jax.jit(on_mesh(part.function), out_shardings=part.out_shardings), *part.arguments)
             arguments = part.arguments
             seconds = time_calls(lambda run=compiled, given=arguments: run(*given), count, ahead=1)
         except jax.errors.JaxRuntimeError as error:
@@ -242,7 +242,8 @@ def only_this_failed(error):
 def measure_sampling(job, state, frozen, batch_size):
     """Speed of the config's sampler: its settings, seconds_per_batch, a spread, and what `speed_of` says; or 'failed'."""
     sampling, rows = job.sampling, sharding.batch_sharding(job.mesh)
-    run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling), out_shardings=rows)
+    run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling)
+    run = jax.jit(sharding.on_mesh(job.mesh, run), out_shardings=rows)
     labels = sharding.put(np.arange(batch_size, dtype=np.int32) % job.config["data"]["num_classes"], rows)
     ids = sharding.put(np.arange(batch_size), rows)
     arguments = (generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))

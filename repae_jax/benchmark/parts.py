@@ -85,7 +85,7 @@ def make_parts(job, state, frozen, batch):
 
     # ---- the VAE's networks ----------------------------------------------------------------------------------------------
     def encode(params, batch):
-        posterior = nets.vae.apply({"params": params}, batch["images"], method="encode")
+        posterior = nets.vae.apply({"params": sharding.gathered(params)}, batch["images"], method="encode")
         return posterior.sample(batch["draws"].posterior_noise)
 
     def encode_back(params, batch):
@@ -93,7 +93,7 @@ def make_parts(job, state, frozen, batch):
         return latents, *back(batch["latents"])
 
     def decode(params, batch):
-        return nets.vae.apply({"params": params}, batch["latents"], method="decode")
+        return nets.vae.apply({"params": sharding.gathered(params)}, batch["latents"], method="decode")
 
     def decode_back(params, batch):
         recon, back = jax.vjp(lambda params, x: decode(params, {"latents": x}), params, batch["latents"])
