@@ -292,7 +292,8 @@ def test_two_processes(compiled, tmp_path):
     assert result["devices"]["count"] == result["devices"]["processes"] == 2
     assert result["input"]["processes"] == 2 and result["sampling"]["batch_size"] == 4
     assert set(result["parts"]) == {"vae_encoder", "sit", "update"}
-    assert "img/s on 2 devices" in first and not second, "process 0 alone prints"
+    printed = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # of the backend
+    assert "img/s on 2 devices" in first and not printed, "process 0 alone prints"
 
 
 def test_a_mistake_on_the_command_line(compiled):
