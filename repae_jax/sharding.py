@@ -81,6 +81,10 @@ def _names(path):
     return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
 
 
+def _in_stack(path):
+    return any(name in STACKS for name in _names(path))
+
+
 def param_spec(path, shape, fsdp):
     """First axis divisible by fsdp, never a scanned layer axis; replicated if small or if none divides.
 
@@ -96,7 +100,7 @@ def param_spec(path, shape, fsdp):
     """
     if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE:
         return P()
-    first = 1 if any(name in STACKS for name in _names(path)) else 0
+    first = 1 if _in_stack(path) else 0
     candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
     if not candidates:
         return P()
@@ -127,7 +131,7 @@ def gathered(params):
         return params
 
     def gather(path, leaf):
-        return leaf if set(STACKS) & set(_names(path)) else jax.lax.with_sharding_constraint(leaf, P())
+        return leaf if _in_stack(path) else jax.lax.with_sharding_constraint(leaf, P())
 
     return jax.tree_util.tree_map_with_path(gather, params)
 

@@ -299,7 +299,7 @@ def test_scale_equivariance_by_hand():
     latents = apply(images, method="encode").sample(draws.posterior_noise)
     small_ones = [(regularizers.downscale(images, 1 / f), regularizers.downscale(latents, 1 / f)) for f in (2, 4)]
     expected = np.mean([np.mean(np.abs(image - apply(z, method="decode"))) for image, z in small_ones])
-    np.testing.assert_allclose(metrics["vae/se"], expected, rtol=1e-4)  # statistics of groups of 4 values
+    np.testing.assert_allclose(metrics["vae/se"], expected, rtol=5e-5)  # measured: 2e-5
     weights = job.recipe.vae_weights
     loss = weights["l1"] * metrics["vae/l1"] + weights["kl"] * metrics["vae/kl"] + 0.25 * expected
     np.testing.assert_allclose(metrics["vae/loss"], loss, rtol=1e-5)
