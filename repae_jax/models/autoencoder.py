@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from repae_jax.models.layers import Conv, torch_default_init
+from repae_jax.models.layers import torch_default_init
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -47,10 +47,51 @@ class DiagonalGaussian:
         return 0.5 * jnp.sum(jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar, axis=(1, 2, 3))
 
 
-def conv(x, features, kernel, name, dtype, **kwargs):
-    """Convolution of NHWC input with torch's default initialisation; call inside a compact method."""
-    init = torch_default_init(kernel * kernel * x.shape[-1])
-    return Conv(features, (kernel, kernel), dtype=dtype, name=name, **init, **kwargs)(x)
+@struct.dataclass
+class Shifted:
+    """x + shift, not added yet: biases of convolutions wait for the next group norm.
+
+    There a shift is a few numbers an image, and its gradient comes with that of the mean. Added where the convolution is, it would
+    cost a sum over all positions in the backward pass.
+
+    Attributes:
+      x: [B, H, W, C] in the compute dtype.
+      shift: float32 [C].
+    """
+
+    x: jax.Array
+    shift: jax.Array
+
+    def __add__(self, other):
+        return Shifted(self.x + other.x, self.shift + other.shift)
+
+    def added(self):
+        """[B, H, W, C] in the compute dtype."""
+        return (self.x + self.shift).astype(self.x.dtype)
+
+
+class Conv(nn.Module):
+    """Convolution with torch's default initialisation: [B, H, W, C], an array or Shifted -> Shifted [B, H', W', features]."""
+
+    features: int
+    kernel_size: int
+    dtype: jnp.dtype
+    strides: int = 1
+    padding: str | Sequence[tuple[int, int]] = "SAME"
+
+    @nn.compact
+    def __call__(self, x):
+        channels = (x.x if isinstance(x, Shifted) else x).shape[-1]
+        init = torch_default_init(self.kernel_size**2 * channels)
+        kernel = self.param("kernel", init["kernel_init"], (self.kernel_size, self.kernel_size, channels, self.features))
+        shift = self.param("bias", init["bias_init"], (self.features,))
+        if isinstance(x, Shifted) and self.kernel_size == 1:
+            x, shift = x.x, shift + jnp.dot(x.shift, kernel[0, 0], precision="highest")
+        elif isinstance(x, Shifted):
+            x = x.added()
+        strides = (self.strides, self.strides)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
 
 
 @jax.checkpoint
@@ -64,45 +105,47 @@ def group_stats(x, groups):
     """Mean and variance of each image's groups of channels.
 
     Args:
-      x: [B, H, W, C].
+      x: Shifted [B, H, W, C].
       groups: how many; divides C.
 
     Returns:
       mean, var: float32 [B, 1, 1, C], the same for all channels of a group.
     """
-    moments = _channel_moments(x).reshape(2, len(x), groups, -1).mean(-1)
-    mean, square = jnp.repeat(moments, x.shape[-1] // groups, axis=-1)[:, :, None, None]
+    mean, square = _channel_moments(x.x)
+    moments = jnp.stack([mean + x.shift, square + x.shift * (2 * mean + x.shift)])
+    moments = moments.reshape(2, len(mean), groups, -1).mean(-1)
+    mean, square = jnp.repeat(moments, len(x.shift) // groups, axis=-1)[:, :, None, None]
     return mean, jnp.maximum(square - jnp.square(mean), 0.0)
 
 
 class GroupNorm(nn.Module):
-    """(x [B, H, W, C], mean, var of `group_stats`) -> normalised, scaled and shifted by channel; eps 1e-6."""
+    """(x Shifted [B, H, W, C], mean, var of `group_stats`) -> [B, H, W, C], normalised, scaled, biased by channel; eps 1e-6."""
 
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, mean, var):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return ((x - mean) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shift.shape)
+        bias = self.param("bias", nn.initializers.zeros, x.shift.shape)
+        return ((x.x - (mean - x.shift)) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
 
 
 def norm_silu_conv(module, x, features, norm, name):
-    """GroupNorm, SiLU and a 3x3 convolution with torch's default initialisation; call inside a compact method.
+    """GroupNorm, SiLU and a 3x3 convolution; call inside a compact method.
 
     Gradients need x and its statistics alone: what is between is many times the size, in float32, and cheap to compute again.
 
     Args:
       module: whose method this is called in.
-      x: [B, H, W, C].
-      features: of the result.
+      x: Shifted [B, H, W, C].
+      features: of the result, Shifted too.
       norm: name of the normalisation.
       name: of the convolution.
     """
 
     def run(module, x, mean, var):
         x = GroupNorm(module.dtype, name=norm)(x, mean, var)
-        return conv(nn.silu(x), features, 3, name, module.dtype)
+        return Conv(features, 3, module.dtype, name=name)(nn.silu(x))
 
     return nn.remat(run)(module, x, *group_stats(x, module.norm_groups))
 
@@ -142,7 +185,7 @@ _transposed.defvjp(lambda x, kernel: (_transposed(x, kernel), (x, kernel)), _tra
 
 
 class UpsampleConv(nn.Module):
-    """Twice the sides, by nearest neighbors, and a 3x3 convolution with torch's default initialisation.
+    """Twice the sides, by nearest neighbors, and a 3x3 convolution with torch's default initialisation; Shifted -> Shifted.
 
     On TPUs it is one transposed convolution; CPUs take four times as long for that.
     """
@@ -151,16 +194,16 @@ class UpsampleConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        x = x.added()
         c = x.shape[-1]
         init = torch_default_init(9 * c)
         kernel = self.param("kernel", init["kernel_init"], (3, 3, c, c))
         bias = self.param("bias", init["bias_init"], (c,))
-        y = jax.lax.platform_dependent(x.astype(self.dtype), kernel, tpu=transposed_conv, default=repeated_conv)
-        return (y + bias).astype(self.dtype)
+        return Shifted(jax.lax.platform_dependent(x, kernel, tpu=transposed_conv, default=repeated_conv), bias)
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input. [B, H, W, C] -> [B, H, W, features]."""
+    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input. Shifted [B, H, W, C] -> Shifted [B, H, W, features]."""
 
     features: int
     norm_groups: int
@@ -170,24 +213,24 @@ class ResnetBlock(nn.Module):
     def __call__(self, x):
         y = norm_silu_conv(self, x, self.features, "norm1", "conv1")
         y = norm_silu_conv(self, y, self.features, "norm2", "conv2")
-        if x.shape[-1] != self.features:
-            x = conv(x, self.features, 1, "nin_shortcut", self.dtype)
+        if len(x.shift) != self.features:
+            x = Conv(self.features, 1, self.dtype, name="nin_shortcut")(x)
         return x + y
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, with a residual. [B, H, W, C] -> [B, H, W, C]."""
+    """Single-head self-attention over all positions, with a residual. Shifted [B, H, W, C] -> the same."""
 
     norm_groups: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
-        b, h, w, c = x.shape
+        b, h, w, c = x.x.shape
         normed = GroupNorm(self.dtype, name="norm")(x, *group_stats(x, self.norm_groups))
-        q, k, v = (conv(normed, c, 1, name, self.dtype).reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
+        q, k, v = (Conv(c, 1, self.dtype, name=name)(normed).added().reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
         y = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
-        return x + conv(y, c, 1, "proj_out", self.dtype)
+        return x + Conv(c, 1, self.dtype, name="proj_out")(y)
 
 
 class _Half(nn.Module):
@@ -209,12 +252,12 @@ class _Half(nn.Module):
         return AttnBlock(self.norm_groups, self.dtype, name=name)
 
     def _middle(self, x):
-        x = self._block("mid_block_1", x.shape[-1])(x)
+        x = self._block("mid_block_1", len(x.shift))(x)
         x = self._attention("mid_attn_1")(x)
-        return self._block("mid_block_2", x.shape[-1])(x)
+        return self._block("mid_block_2", len(x.shift))(x)
 
     def _head(self, x, features):
-        return norm_silu_conv(self, x, features, "norm_out", "conv_out")
+        return norm_silu_conv(self, x, features, "norm_out", "conv_out").added()
 
 
 class Encoder(_Half):
@@ -224,7 +267,7 @@ class Encoder(_Half):
 
     @nn.compact
     def __call__(self, x):
-        x = conv(x, self.channels, 3, "conv_in", self.dtype)
+        x = Conv(self.channels, 3, self.dtype, name="conv_in")(x)
         for level, multiplier in enumerate(self.channel_multipliers):
             for i in range(self.num_res_blocks):
                 x = self._block(f"down_{level}_block_{i}", self.channels * multiplier)(x)
@@ -233,7 +276,7 @@ class Encoder(_Half):
             if level + 1 < len(self.channel_multipliers):
                 # asymmetric padding at the far edges only, as the published convolution pads
                 padding = ((0, 1), (0, 1))
-                x = conv(x, x.shape[-1], 3, f"down_{level}_downsample", self.dtype, strides=2, padding=padding)
+                x = Conv(len(x.shift), 3, self.dtype, 2, padding, name=f"down_{level}_downsample")(x)
         return self._head(self._middle(x), self.out_channels)
 
 
@@ -242,7 +285,7 @@ class Decoder(_Half):
 
     @nn.compact
     def __call__(self, z):
-        x = conv(z, self.channels * self.channel_multipliers[-1], 3, "conv_in", self.dtype)
+        x = Conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, name="conv_in")(z)
         x = self._middle(x)
         for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
             for i in range(self.num_res_blocks + 1):
@@ -311,8 +354,8 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(**fields, out_channels=2 * c)
         self.decoder = Decoder(**fields)
         if self.quant_convs:
-            self.quant_conv = Conv(2 * c, (1, 1), dtype=self.dtype, **torch_default_init(2 * c))
-            self.post_quant_conv = Conv(c, (1, 1), dtype=self.dtype, **torch_default_init(c))
+            self.quant_conv = Conv(2 * c, 1, self.dtype)
+            self.post_quant_conv = Conv(c, 1, self.dtype)
         if self.feature_dim is not None:
             kernel_init = torch_default_init(c)["kernel_init"]
             self.vf_projection = nn.Dense(self.feature_dim, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
@@ -328,7 +371,7 @@ class AutoencoderKL(nn.Module):
         """
         moments = self.encoder(images.astype(self.dtype))
         if self.quant_convs:
-            moments = self.quant_conv(moments)
+            moments = self.quant_conv(moments).added()
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
 
@@ -343,7 +386,7 @@ class AutoencoderKL(nn.Module):
         """
         latents = latents.astype(self.dtype)
         if self.quant_convs:
-            latents = self.post_quant_conv(latents)
+            latents = self.post_quant_conv(latents).added()
         return self.decoder(latents).astype(jnp.float32)
 
     def project(self, latents):

@@ -142,17 +142,19 @@ def test_the_transposed_convolution_is_upsampling_and_convolution():
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_group_norm_is_linens(offset):
     x = offset + 3 * jax.random.normal(jax.random.key(0), (2, 6, 8, 64))
+    shift = jax.random.normal(jax.random.key(2), (64,))
     norm = nn.GroupNorm(num_groups=32, epsilon=1e-6)
     variables = norm.init(jax.random.key(1), x)
-    ours = autoencoder.GroupNorm(jnp.float32).apply(variables, x, *autoencoder.group_stats(x, 32))
+    shifted = autoencoder.Shifted(x - shift, shift)
+    ours = autoencoder.GroupNorm(jnp.float32).apply(variables, shifted, *autoencoder.group_stats(shifted, 32))
     np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 2e-4)
 
 
 def test_gradients_of_a_block_keep_two_arrays_of_its_size():
     """Its input, and what the first convolution gives; not what normalisation and SiLU compute in float32 in between."""
     block = autoencoder.ResnetBlock(64, 32, jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.bfloat16)
+    x = autoencoder.Shifted(jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.float32))
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
     _, back = jax.eval_shape(lambda variables, x: jax.vjp(block.apply, variables, x), variables, x)
-    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= x.size]
+    kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= x.x.size]
     assert len(kept) == 2 and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
