@@ -99,10 +99,8 @@ def test_encoder(name):
 )
 def test_steps(file, arg, tolerance, changes):
     job = made(file, arg, **changes)
-    scales = flops._scales(job.config["loss"]) if job.config["loss"].get("eq_scales") else ()
-    traced = traced_flops.count(
-        job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(scales): [share for _, share in scales]}
-    )
+    shares = flops.scale_shares(job.config)
+    traced = traced_flops.count(job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(shares): shares})
     assert flops.per_image(job.config, job.encoders) == pytest.approx(traced / BATCH, rel=tolerance)
 
 
@@ -152,7 +150,14 @@ def test_an_encoder_that_only_its_weights_describe():
         ("TPU v6 lite", 918e12, 918e12),
         ("NVIDIA H100 80GB HBM3", 989e12, 494.5e12),
         ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("TPU7x", 1153.5e12, 1153.5e12),
+        ("TPU v3", 61.5e12, 61.5e12),
         ("NVIDIA H200", 989e12, 494.5e12),
+        ("NVIDIA H200 NVL", 835e12, 417.5e12),
+        ("NVIDIA B200", 2250e12, 1125e12),
+        ("NVIDIA GB200", 2500e12, 1250e12),
+        ("NVIDIA L40S", 362e12, 181e12),
+        ("NVIDIA L4", None, None),
         ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
         ("cpu", None, None),
         ("TPU v99", None, None),
