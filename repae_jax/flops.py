@@ -2,7 +2,8 @@
 
 Counted are the products of convolutions, matrices and attention, a multiplication with its addition as 2 FLOP, forward and
 backward as the step does them. Not counted: norms, activations, optimizers, resizing, recomputation (`remat`), data, pictures.
-`tests/test_flops.py` holds each part against the operations of the traced step.
+`tests/test_flops.py` holds their sum against the operations of the traced step, and each against those of what the benchmark
+times.
 """
 
 import dataclasses

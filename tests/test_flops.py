@@ -7,8 +7,10 @@ import traced_flops
 
 from configs import common, ldm, repae, vae
 from repae_jax import build, features, flops, generate
+from repae_jax.benchmark import parts as benchmark_parts
 
 BATCH = 2
+TOY_PART = 0.12  # measured: 0.108, of the discriminator, most of whose pixels are at an edge
 
 
 def made(file, arg, **changes):
@@ -102,6 +104,28 @@ def test_steps(file, arg, tolerance, changes):
     shares = flops.scale_shares(job.config)
     traced = traced_flops.count(job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(shares): shares})
     assert flops.per_image(job.config, job.encoders) == pytest.approx(traced / BATCH, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("file", "arg", "tolerance", "changes"),
+    [
+        pytest.param(vae, "vavae-stage1", 0.015, {}, marks=pytest.mark.slow),  # f16d32, an adaptive VF weight
+        pytest.param(repae, "", 0.015, {}, marks=pytest.mark.slow),
+        (vae, "vavae-stage1,tiny", TOY_PART, {}),
+        (vae, "se,tiny", TOY_PART, {}),
+        (vae, "discriminator,tiny", TOY_PART, {}),
+        (repae, "tiny", TOY_PART, {"loss__vae__diffusion": 0.5, "diffusion__norm_momentum": 0.0}),
+    ],
+)
+def test_parts(file, arg, tolerance, changes):
+    """Each as the benchmark times it."""
+    job = made(file, arg, **changes)
+    size, key = job.config["data"]["image_size"], jax.random.key(0)
+    pixels = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)
+    batch = jax.eval_shape(lambda pixels: benchmark_parts.make_batch(job, pixels, key), pixels)
+    timed = benchmark_parts.make_parts(job, build.abstract_state(job), build.abstract_inputs(job)[1], batch)
+    traced = {name: traced_flops.count(part.function, *part.arguments) / BATCH for name, part in timed.items()}
+    assert flops.parts(job.config, job.encoders) == pytest.approx(traced, rel=tolerance)
 
 
 def test_remat_is_not_counted():
