@@ -2,7 +2,8 @@
 
 Counted are the products of convolutions, matrices and attention, a multiplication with its addition as 2 FLOP, forward and
 backward as the step does them. Not counted: norms, activations, optimizers, resizing, recomputation (`remat`), data, pictures.
-`tests/test_flops.py` holds each part against the operations of the traced step.
+`tests/test_flops.py` holds their sum against the operations of the traced step, and each against those of what the benchmark
+times.
 """
 
 import dataclasses
@@ -14,9 +15,11 @@ from repae_jax.models.vit import SWIGLU
 
 # dense FLOP/s of one device in bfloat16, by what its `device_kind` begins with; the first that fits counts
 PEAKS = {
-    "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
-    "NVIDIA H200": 989e12, "NVIDIA GH200": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
+    "TPU7x": 2307e12 / 2, "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
+    "TPU v3": 123e12 / 2,  # of a v3 and a 7x, half a chip is a device
+    "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12, "NVIDIA GH200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
 }  # fmt: skip
 H100 = "NVIDIA H100 80GB HBM3"
 UTILISATION = 0.3
@@ -238,7 +241,7 @@ def _vae_parts(config, encoders):
     if config["job"] == "ldm":
         return {} if config["data"]["cache"] else {"vae_encoder": vae(config)[0].forward}
     weights, loss, fixed = config["loss"]["vae"], config["loss"], config["optim"]["vae"]["fixed"]
-    scales = _scales(loss)
+    scales = _scales(config)
     encoder = vae(config)[0]
     if not any(weights.values()):  # the discriminator of a frozen VAE: real images and reconstructions
         decoder = vae(config)[1]
@@ -272,12 +275,19 @@ def _vae_parts(config, encoders):
     return made
 
 
-def _scales(loss):
+def scale_shares(config):
+    """Shares of the steps that draw each of config.loss.eq_scales, in order; [] where none is drawn."""
+    loss = config["loss"]
+    if not loss.get("eq_scales"):
+        return []
+    _, *others = loss["eq_scales"]
+    return [loss["eq_prior"], *((1 - loss["eq_prior"]) / len(others) for _ in others)]
+
+
+def _scales(config):
     """[(scale of the reconstruction, share of the steps)]."""
-    if not loss["eq_scales"]:
-        return [(1.0, 1.0)]
-    first, *others = loss["eq_scales"]
-    return [(first, loss["eq_prior"]), *((scale, (1 - loss["eq_prior"]) / len(others)) for scale in others)]
+    shares = scale_shares(config)
+    return list(zip(config["loss"]["eq_scales"], shares)) if shares else [(1.0, 1.0)]
 
 
 def sampling_parts(config, sampling):

@@ -31,7 +31,7 @@ class ProgramCost:
     """What one device spends on one run of a program.
 
     Attributes:
-      cycles: sum of the compiler's estimates; of a conditional, its longest branch.
+      cycles: sum of the compiler's estimates; of a conditional, its longest branch, or the mean where `analyze` knows shares.
       collectives: kind -> bytes of the arrays before they are scattered, or after they are gathered. Those over several slices
         are split by the compiler into some within a slice and what is sent between, TO_OTHER_SLICES.
       unknown_loops: loops whose length is not known; their bodies are counted once.
@@ -144,22 +144,23 @@ def array_bytes(shape):
     return total
 
 
-def analyze(text):
+def analyze(text, shares=()):
     """Cost of a compiled program.
 
     Args:
       text: of its HLO, scheduled, as `compiled.as_text()` gives it.
+      shares: how often each branch is taken of conditionals with as many branches, adding up to 1.
 
     Returns:
       ProgramCost.
     """
     computations, entry = parse(text)
     unknown = set()
-    cycles, moved = _cost(computations, entry, {}, unknown)
+    cycles, moved = _cost(computations, entry, {}, unknown, shares)
     return ProgramCost(cycles, dict(moved), len(unknown))
 
 
-def _cost(computations, name, known, unknown):
+def _cost(computations, name, known, unknown, shares):
     """(cycles, Counter of collectives' bytes) of a computation.
 
     Args:
@@ -167,6 +168,7 @@ def _cost(computations, name, known, unknown):
       name: of the computation.
       known: index of an element of its parameter -> integer, of those that are known.
       unknown: set that gets the names of loops of unknown length.
+      shares: as `analyze` takes them.
     """
     computation, cycles, moved, beside = computations[name], 0.0, collections.Counter(), {}
     for instruction in computation.instructions.values():
@@ -182,19 +184,20 @@ def _cost(computations, name, known, unknown):
             if trips is None:
                 unknown.add(instruction.name)
                 trips = 1
-            parts = [_cost(computations, instruction.called(part)[0], inner, unknown) for part in ("body", "condition")]
+            parts = [_cost(computations, instruction.called(part)[0], inner, unknown, shares) for part in ("body", "condition")]
             own += trips * sum(part[0] for part in parts)
             for part in parts:
                 moved.update({kind: trips * size for kind, size in part[1].items()})
         elif instruction.opcode == "conditional":
-            names = [n for a in ("branch_computations", "true_computation", "false_computation") for n in instruction.called(a)]
-            branches = [_cost(computations, branch, {}, unknown) for branch in names]
+            names = [n for a in ("branch_computations", "false_computation", "true_computation") for n in instruction.called(a)]
+            branches = [_cost(computations, branch, {}, unknown, shares) for branch in names]
             longest = max(branches, key=lambda branch: (branch[0], sum(branch[1].values())))
-            own += longest[0]
-            moved.update(longest[1])
+            for share, branch in zip(shares, branches) if len(shares) == len(branches) else [(1, longest)]:
+                own += share * branch[0]
+                moved.update({kind: share * size for kind, size in branch[1].items()})
         elif instruction.opcode in _CALLS:
             for called in instruction.called("calls") + instruction.called("to_apply"):
-                inside = _cost(computations, called, {}, unknown)
+                inside = _cost(computations, called, {}, unknown, shares)
                 own = own or inside[0]  # the estimate of a fusion is that of all in it
                 if instruction.opcode == "call":
                     moved.update(inside[1])

@@ -8,7 +8,8 @@ Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --c
 """
 
 import contextlib
-import dataclasses
+import importlib.metadata
+import json
 import math
 import re
 import sys
@@ -20,12 +21,14 @@ import jax
 from absl import app, flags
 
 from checkpoints_tools import weights
-from repae_jax import build, flops, generate, hlo_cost, sharding, train
+from repae_jax import build, flops, generate, hlo_cost, hosts, sharding, train
 from repae_jax.call_apart import Crashed, call_apart
 from repae_jax.plan_text import GIB, lines_of
 from repae_jax.tpu_topologies import check_topology, topology_devices
 
 SAMPLES = 50_000  # images that the published scores are of
+IMAGES_PER_CHIP = 16
+SAME_SIZE = 1.05  # states that differ by less are as large
 
 
 class DoesNotFit(Exception):
@@ -65,11 +68,11 @@ def sampling_config(config, count):
 
 
 def compile_program(lowered):
-    """lowered.compile(), or DoesNotFit."""
+    """lowered.compile(), or DoesNotFit; other memory than a chip's HBM that runs out is an error like any other."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
         raise DoesNotFit(str(error).splitlines()[0], *memory_of_message(str(error))) from error
 
@@ -148,7 +151,7 @@ def plan(job, numbers):
     except DoesNotFit as error:
         reason = {"message": str(error), "needed_bytes": error.needed, "hbm_bytes": error.available or numbers["hbm_bytes"]}
         return {**numbers, "fits": False, **reason, "advice": advice(job, numbers)}
-    runs = SAMPLES / numbers["images"] if sampling else job.config["steps"]
+    runs = math.ceil(SAMPLES / numbers["images"]) if sampling else job.config["steps"]
     numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
     return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
 
@@ -167,14 +170,17 @@ def plan_apart(config, numbers, images_per_chip=None):
       numbers: of `setting`, as that returns them.
 
     Returns:
-      What `plan` returns; or, if the compiler failed, numbers with 'fits', None, and its message.
+      What `plan` returns; or, if it is not known because compiling failed, numbers with 'fits', None, the exit code of the
+      process if that died, and the message.
     """
     what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
     with showing_time(what):
         try:
             return call_apart(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
         except Crashed as error:
-            return {**numbers, "fits": None, "message": str(error)}
+            return {**numbers, "fits": None, "exitcode": error.exitcode, "message": str(error)}
+        except jax.errors.JaxRuntimeError as error:
+            return {**numbers, "fits": None, "exitcode": None, "message": str(error)}
 
 
 def _use_no_accelerator():
@@ -206,11 +212,24 @@ def setting(job, chip, topology, sampling):
         "matmul_share": chip.matmul,
         "job": "sample" if sampling else job.config["job"],
         "mesh": dict(job.mesh.shape),
+        "branch_shares": [] if sampling else flops.scale_shares(job.config),
         "images": images,
         "images_per_chip": images // chips,
         "flop_per_image": parts,
         "state_bytes": chip_bytes(kept),
+        "versions": versions(),
+        "arguments": sys.argv[1:],
+        "config": job.config,
     }
+
+
+def versions():
+    """Versions of what compiles: package -> version, None if that is not known."""
+    try:
+        libtpu = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        libtpu = None
+    return {**hosts.versions(), "libtpu": libtpu}
 
 
 def outcome(numbers, memory_stats, text):
@@ -221,7 +240,7 @@ def outcome(numbers, memory_stats, text):
       memory_stats: the program's CompiledMemoryStats.
       text: its HLO, scheduled.
     """
-    cost = hlo_cost.analyze(text)
+    cost = hlo_cost.analyze(text, numbers["branch_shares"])
     seconds = cost.cycles / numbers["clock_hz"]
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
@@ -240,7 +259,11 @@ def outcome(numbers, memory_stats, text):
 
 def chip_bytes(tree):
     """Bytes on each chip of a tree of shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(_shard_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
+
+
+def _shard_bytes(x, placed):
+    return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,16 +280,12 @@ def advice(job, numbers):
     """
     config, per_chip, lines = job.config, numbers["images_per_chip"], []
     if numbers["job"] == "sample":
-        return [f"--images_per_chip={max(1, per_chip // 2)}: the same samples in more batches; or chips with more memory"]
-    slices, accumulation = config["mesh"]["slices"], config["accumulation"]
-    in_slice = numbers["chips"] // slices
-    if job.mesh.shape[sharding.FSDP] == 1 < in_slice:
-        mesh = sharding.make_mesh(in_slice, list(job.mesh.devices.flat), slices)
-        sharded = chip_bytes(build.abstract_state(dataclasses.replace(job, mesh=mesh)))
+        fewer = [f"--images_per_chip={per_chip // 2}: the same samples in more batches"] if per_chip > 1 else []
+        return [*fewer, "chips with more memory"]
+    accumulation, fsdp, sharded = config["accumulation"], *better_fsdp(job, numbers["state_bytes"])
+    if fsdp is not None:
         saved = (numbers["state_bytes"] - sharded) / GIB
-        lines.append(
-            f"--config.mesh.fsdp={in_slice}: the state shared by the chips, {saved:.2f} GiB less on each, more traffic"
-        )
+        lines.append(f"--config.mesh.fsdp={fsdp}: {fsdp} chips share a state, {saved:.2f} GiB less on each, more traffic")
     if per_chip > accumulation:
         parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
         norm = "; the discriminator's batch norm sees fewer images" if "disc" in config["optim"] else ""
@@ -279,6 +298,31 @@ def advice(job, numbers):
     return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
 
 
+def better_fsdp(job, state_bytes):
+    """The least config.mesh.fsdp, above the job's, with about the smallest state: at more, fewer arrays may divide.
+
+    Args:
+      job: Job.
+      state_bytes: of a chip, as the job is.
+
+    Returns:
+      (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.
+    """
+    devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
+    state, in_slice, sizes = build.abstract_state(job), len(devices) // slices, {}
+    for fsdp in range(job.mesh.shape[sharding.FSDP] + 1, in_slice + 1):
+        if in_slice % fsdp == 0:
+            with contextlib.suppress(NotImplementedError):  # there is no such mesh of the wires between these chips
+                sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))
+    near = SAME_SIZE * min(sizes.values(), default=math.inf)
+    return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))
+
+
+def _sharded_bytes(state, mesh):
+    shardings = sharding.tree_sharding(mesh, state)
+    return sum(jax.tree.leaves(jax.tree.map(_shard_bytes, state, shardings)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Entry point.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,9 +333,23 @@ def _define_flags():
     flags.declare_key_flag("config")
     flags.DEFINE_multi_string("topology", None, "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times.")
     flags.DEFINE_bool("sample", False, "Plan sampling by config.sampling instead of training.")
-    flags.DEFINE_integer("images_per_chip", 16, "With --sample: images at a time and chip.", lower_bound=1)
+    flags.DEFINE_integer(
+        "images_per_chip", None, f"With --sample: images at a time and chip, default {IMAGES_PER_CHIP}.", lower_bound=1
+    )
     flags.DEFINE_string("json", None, "File for the numbers of all topologies.")
     flags.mark_flags_as_required(["config", "topology"])
+
+
+def check_file(given):
+    """Path of --json, None for None; ValueError unless it can be written."""
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    if path.exists():
+        raise ValueError(f"--json={given} exists: choose another name, or move it away")
+    if not path.parent.is_dir():
+        raise ValueError(f"--json={given}: there is no folder {path.parent}; make it first")
+    return path
 
 
 def main(_):
@@ -299,16 +357,19 @@ def main(_):
     options = flags.FLAGS
     _use_no_accelerator()
     try:
-        if options.json and Path(options.json).exists():
-            raise ValueError(f"--json={options.json} exists: choose another name, or move it away")
-        images_per_chip = options.images_per_chip if options.sample else None
+        path = check_file(options.json)
+        if options.images_per_chip is not None and not options.sample:
+            raise ValueError(
+                f"--images_per_chip={options.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
+            )
+        images_per_chip = (options.images_per_chip or IMAGES_PER_CHIP) if options.sample else None
         settings = [prepare(options.config, name, images_per_chip)[1] for name in options.topology]  # mistakes first
         found = []
         for numbers in settings:
             found.append(plan_apart(options.config, numbers, images_per_chip))
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
-            if options.json:
-                weights.write_json(Path(options.json), found, overwrite=bool(found[:-1]))
+            if path is not None:
+                weights.write_json(path, json.loads(json.dumps(found)), overwrite=bool(found[:-1]))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         train.end_with(error)
     sys.exit(not all(numbers["fits"] for numbers in found))

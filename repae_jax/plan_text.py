@@ -1,9 +1,11 @@
 """What `repae_jax.plan` prints: tables of its numbers."""
 
+import signal
 import textwrap
 
 GIB = 2**30
 TIGHT = 0.1  # of the memory free, or less
+COMPILERS = ("jax", "jaxlib", "libtpu")
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
@@ -17,6 +19,7 @@ def lines_of(numbers):
         f"{numbers['peak_flop_per_second'] / 1e12:.0f} TFLOP/s in bfloat16 and {numbers['hbm_bytes'] / GIB:.2f} GiB each",
         f"{numbers['job']}: {numbers['images']} images {'at a time' if sampling else 'a step'}, "
         f"{numbers['images_per_chip']} a chip; mesh {mesh}",
+        ", ".join(f"{name} {version or 'unknown'}" for name, version in numbers["versions"].items() if name in COMPILERS),
         "",
         *_flop_table(numbers),
         "",
@@ -40,21 +43,26 @@ def _does_not_fit(numbers):
 
 
 def _failed(numbers):
-    return [
-        "NOT KNOWN whether it fits: the compiler failed, by a mistake of its own",
-        *textwrap.wrap(f"It says: {numbers['message']}", 120),
-        "What may help: another topology, another --config.mesh.fsdp, another version of libtpu",
-    ]
+    why, helps = "it could not be compiled", "another topology, another --config.mesh.fsdp, another version of libtpu"
+    if numbers["exitcode"] == -signal.SIGKILL:
+        why, helps = "the process that compiled it was killed", "a machine with more memory, or with less else at work"
+    elif numbers["exitcode"] is not None:
+        why = "the compiler failed, by a mistake of its own"
+    said = textwrap.wrap(f"The message: {numbers['message']}", 120)
+    return [f"NOT KNOWN whether it fits: {why}", *said, f"What may help: {helps}"]
 
 
 def note(numbers):
     """What is known of the estimate's reliability."""
     unknown = numbers["unknown_loops"]
     short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
+    drawn = len(numbers["branch_shares"])
+    mean = f"Of the {drawn} scales of which a step draws one, FLOP, cycles and collectives are the mean. " if drawn else ""
     return (
-        f"{short}How far to trust it: these are the cycles that the compiler expects of each operation, loops multiplied, over "
-        f"a clock of {numbers['clock_hz'] / 1e9:g} GHz; of a large matrix product it expects {numbers['matmul_share']:.0%} of "
-        "the peak. Collectives, host and input are not in it, and nothing overlaps. No chip was measured: trust ratios only."
+        f"{short}{mean}How far to trust it: these are the cycles that the compiler expects of each operation, loops "
+        f"multiplied, over a clock of {numbers['clock_hz'] / 1e9:g} GHz; of a large matrix product it expects "
+        f"{numbers['matmul_share']:.0%} of the peak. Collectives, host and input are not in it, and nothing overlaps. No "
+        "chip was measured: trust ratios only."
     )
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -132,7 +132,7 @@ class Progress:
       flop_per_image: see `arithmetic_speed`; None leaves its two numbers out.
       devices: how many.
       peak: FLOP/s of one device; None if unknown.
-      waited: seconds that input was waited for so far, as `update` takes them.
+      waited: of each process, seconds that it waited for input so far, as `update` takes them.
       clock: returns seconds; replaceable in tests.
     """
 
@@ -145,7 +145,7 @@ class Progress:
         flop_per_image: float | None = None,
         devices: int = 1,
         peak: float | None = None,
-        waited: float = 0.0,
+        waited: Sequence[float] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
@@ -163,17 +163,17 @@ class Progress:
         finally:
             self._paused_seconds += self._clock() - began
 
-    def update(self, step: int, waited: float = 0.0) -> dict[str, float]:
+    def update(self, step: int, waited: Sequence[float] = ()) -> dict[str, float]:
         """Measures the speed since the last update.
 
         Args:
           step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
-          waited: seconds that input was waited for, since the run's beginning, as `Loader.wait_seconds` counts.
+          waited: of each process, seconds that it waited for input since the run's beginning, as `Loader.wait_seconds` counts.
 
         Returns:
           'images_per_second' and 'seconds_per_step' since the last update, 'eta_seconds' from a moving average; 'input_wait',
-          the share of the time since the last update in which there was no batch to dispatch, 0..1; and those of
-          `arithmetic_speed`.
+          the share of the time since the last update in which there was no batch to dispatch, 0..1, in the process that waited
+          longest since then: all others wait for it; and those of `arithmetic_speed`.
 
         Raises:
           ValueError: no step was finished since the last update.
@@ -185,12 +185,13 @@ class Progress:
         seconds_per_step = seconds / (step - self._last_step)
         old = self._smooth_seconds_per_step
         smooth = seconds_per_step if old is None else _ETA_MEMORY * old + (1 - _ETA_MEMORY) * seconds_per_step
+        waits = [now_waited - before for now_waited, before in zip(waited, self._last_waited, strict=True)]
         images_per_second, (flop_per_image, devices, peak) = self._batch_size / seconds_per_step, self._arithmetic
         self._speed = {
             "images_per_second": images_per_second,
             "seconds_per_step": seconds_per_step,
             "eta_seconds": smooth * max(self._total_steps - step, 0),
-            "input_wait": min((waited - self._last_waited) / seconds, 1.0),
+            "input_wait": min(max(waits, default=0.0) / seconds, 1.0),
         }
         if flop_per_image is not None:
             self._speed |= arithmetic_speed(images_per_second, flop_per_image, devices, peak)

@@ -56,8 +56,7 @@ def input_so_far(loader, source, max_bad_fraction):
     """What the loaders of all processes tell, in one exchange.
 
     Returns:
-      (the loader's state with the bad records of all processes, seconds waited for input so far in the process that waited
-      longest: all others wait for it in the next step).
+      (the loader's state with the bad records of all processes, seconds that each process waited for input so far).
 
     Raises:
       TrainingStopped: if the bad records are too many, as in one loader.
@@ -67,7 +66,7 @@ def input_so_far(loader, source, max_bad_fraction):
     bad, allowed = sorted({record for records, _ in found for record in records}), int(max_bad_fraction * len(source))
     if len(bad) > allowed:
         raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
-    return {**position, "bad_records": bad}, max(waited for _, waited in found)
+    return {**position, "bad_records": bad}, [waited for _, waited in found]
 
 
 def check_inputs(before, now, workdir):

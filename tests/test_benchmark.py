@@ -218,6 +218,48 @@ def test_a_step_that_does_not_fit(monkeypatch):
     assert not train.is_internal(caught.value)
 
 
+def test_a_state_that_does_not_fit(monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(measure, "random_state", fail)
+    with pytest.raises(ValueError, match="the step does not fit into memory"):
+        command.benchmark(small.config(NO_ENCODER, ldm), say=lambda line: None)
+
+
+def test_what_was_measured_before_a_failure_is_kept(monkeypatch, tmp_path):
+    speed = {"seconds_per_step": {"median": 1.0, "p10": 1.0, "p90": 1.0}, "tflops_per_device": 1.0}
+    speed |= {"images_per_second": 8.0, "images_per_second_per_device": 1.0}
+
+    def fail_after_one(*_):
+        yield "sit", {"failed": "out of memory"}
+        raise jax.errors.JaxRuntimeError("INTERNAL: lost")
+
+    monkeypatch.setattr(measure, "compile_step", lambda *_: (None, 1.0))
+    monkeypatch.setattr(measure, "measure_step", lambda *_: speed)
+    monkeypatch.setattr(measure, "memory_of", lambda _: {"peak_bytes_in_use": None, "compiled": None})
+    monkeypatch.setattr(measure, "measure_parts", fail_after_one)
+    out = tmp_path / "x.json"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="lost"):
+        command.benchmark(small.config(NO_ENCODER, ldm), sample_batch=0, say=lambda line: None, keep=command.keeper(out))
+    found = json.loads(out.read_text())
+    assert found["step"]["images_per_second"] == 8.0 and found["parts"] == {"sit": {"failed": "out of memory"}}
+    with pytest.raises(FileExistsError):
+        command.keeper(out)({})
+
+
+def test_parts_that_alone_do_not_fit_are_left_out(monkeypatch):
+    """The update, too."""
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(measure, "_compile", fail)
+    job = build.build(small.config(NO_ENCODER, ldm))
+    found = dict(measure.measure_parts(job, small.random_state(job), build.load_frozen(job), 1, 1.0))
+    assert found == dict.fromkeys(("vae_encoder", "sit", "update"), {"failed": "out of memory"})
+
+
 def test_what_alone_does_not_fit_is_left_out(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")

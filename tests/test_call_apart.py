@@ -28,7 +28,23 @@ def be_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave():
+    os._exit(3)
+
+
+class Odd(Exception):
+    """Cannot be made again from its message alone, as pickle does."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+def fail_oddly():
+    raise Odd(1, 2)
+
+
 def sleep_long(file):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as while a compiler works, which is not Python
     Path(file).write_text(str(os.getpid()))
     time.sleep(600)
 
@@ -40,17 +56,30 @@ def test_what_it_returns(capsys):
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "message", "shown"),
+    ("function", "message", "exitcode", "shown"),
     [
-        (divide, (1, 0), "ZeroDivisionError: division by zero", "Traceback"),
-        (abort, (), r"Check failed: shape.rank\(\) == 2 \(3 vs. 2\)", "stack trace"),
-        (be_killed, (), "exit code -9, without a word", ""),
+        (abort, r"Check failed: shape.rank\(\) == 2 \(3 vs. 2\)", -signal.SIGABRT, "stack trace"),
+        (be_killed, "killed by SIGKILL, most likely because the memory of this machine ran out", -signal.SIGKILL, ""),
+        (leave, "^exit code 3, without a word$", 3, ""),
     ],
 )
-def test_how_it_ends(function, arguments, message, shown, capsys):
-    with pytest.raises(Crashed, match=message):
+def test_how_its_process_ends(function, message, exitcode, shown, capsys):
+    with pytest.raises(Crashed, match=message) as caught:
+        call_apart(function)
+    assert caught.value.exitcode == exitcode and shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "kind", "message"),
+    [
+        (divide, (1, 0), ZeroDivisionError, "^division by zero$"),
+        (fail_oddly, (), RuntimeError, "^Odd: 1 and 2$"),
+    ],
+)
+def test_what_it_raises(function, arguments, kind, message, capsys):
+    with pytest.raises(kind, match=message) as caught:
         call_apart(function, *arguments)
-    assert shown in capsys.readouterr().err
+    assert type(caught.value) is kind and f"in {function.__name__}" in capsys.readouterr().err, "with its own traceback"
 
 
 def is_running(pid):
@@ -62,10 +91,11 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
-def test_it_ends_with_who_waits_for_it(tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_it_ends_with_who_waits_for_it(by, tmp_path):
     script = f"import test_call_apart as t; t.call_apart(t.sleep_long, {str(tmp_path / 'pid')!r})"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))}
-    waiting = subprocess.Popen([sys.executable, "-c", script], env=env)
+    waiting = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
 
     def until(condition):
@@ -73,7 +103,12 @@ def test_it_ends_with_who_waits_for_it(tmp_path):
             time.sleep(0.1)
         assert condition()
 
-    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    waiting.kill()
-    waiting.wait()
-    until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+    try:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        waiting.send_signal(by)
+        until(lambda: waiting.poll() is not None)
+        until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+    finally:
+        waiting.kill()
+        said = waiting.communicate()[1]
+    assert said.rstrip().endswith("KeyboardInterrupt") == (by == signal.SIGINT)

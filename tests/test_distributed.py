@@ -293,7 +293,7 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
     monkeypatch.setattr(hosts, "gather", lambda value: [value, [[8, 4], 2.0]])
     source = Source(range(100))
     position, waited = train.input_so_far(loader, source, 0.02)
-    assert position == {"next_batch": 7, "bad_records": [4, 8], "records": 100} and waited == 2.0
+    assert position == {"next_batch": 7, "bad_records": [4, 8], "records": 100} and waited == [0.5, 2.0]
     with pytest.raises(hosts.FailedTogether, match=r"2 of 100 records .*, 1 are allowed: image-4, image-8"):
         train.input_so_far(loader, source, 0.01)
 

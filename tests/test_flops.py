@@ -7,8 +7,10 @@ import traced_flops
 
 from configs import common, ldm, repae, vae
 from repae_jax import build, features, flops, generate
+from repae_jax.benchmark import parts as benchmark_parts
 
 BATCH = 2
+TOY_PART = 0.12  # measured: 0.108, of the discriminator, most of whose pixels are at an edge
 
 
 def made(file, arg, **changes):
@@ -99,11 +101,31 @@ def test_encoder(name):
 )
 def test_steps(file, arg, tolerance, changes):
     job = made(file, arg, **changes)
-    scales = flops._scales(job.config["loss"]) if job.config["loss"].get("eq_scales") else ()
-    traced = traced_flops.count(
-        job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(scales): [share for _, share in scales]}
-    )
+    shares = flops.scale_shares(job.config)
+    traced = traced_flops.count(job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(shares): shares})
     assert flops.per_image(job.config, job.encoders) == pytest.approx(traced / BATCH, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("file", "arg", "tolerance", "changes"),
+    [
+        pytest.param(vae, "vavae-stage1", 0.015, {}, marks=pytest.mark.slow),  # f16d32, an adaptive VF weight
+        pytest.param(repae, "", 0.015, {}, marks=pytest.mark.slow),
+        (vae, "vavae-stage1,tiny", TOY_PART, {}),
+        (vae, "se,tiny", TOY_PART, {}),
+        (vae, "discriminator,tiny", TOY_PART, {}),
+        (repae, "tiny", TOY_PART, {"loss__vae__diffusion": 0.5, "diffusion__norm_momentum": 0.0}),
+    ],
+)
+def test_parts(file, arg, tolerance, changes):
+    """Each as the benchmark times it."""
+    job = made(file, arg, **changes)
+    size, key = job.config["data"]["image_size"], jax.random.key(0)
+    pixels = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)
+    batch = jax.eval_shape(lambda pixels: benchmark_parts.make_batch(job, pixels, key), pixels)
+    timed = benchmark_parts.make_parts(job, build.abstract_state(job), build.abstract_inputs(job)[1], batch)
+    traced = {name: traced_flops.count(part.function, *part.arguments) / BATCH for name, part in timed.items()}
+    assert flops.parts(job.config, job.encoders) == pytest.approx(traced, rel=tolerance)
 
 
 def test_remat_is_not_counted():
@@ -152,7 +174,14 @@ def test_an_encoder_that_only_its_weights_describe():
         ("TPU v6 lite", 918e12, 918e12),
         ("NVIDIA H100 80GB HBM3", 989e12, 494.5e12),
         ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("TPU7x", 1153.5e12, 1153.5e12),
+        ("TPU v3", 61.5e12, 61.5e12),
         ("NVIDIA H200", 989e12, 494.5e12),
+        ("NVIDIA H200 NVL", 835e12, 417.5e12),
+        ("NVIDIA B200", 2250e12, 1125e12),
+        ("NVIDIA GB200", 2500e12, 1250e12),
+        ("NVIDIA L40S", 362e12, 181e12),
+        ("NVIDIA L4", None, None),
         ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
         ("cpu", None, None),
         ("TPU v99", None, None),

@@ -138,6 +138,15 @@ ENTRY %main (i: s32[], x: f32[4]) -> f32[4] {{
 
 def test_the_longest_branch_counts():
     assert hlo_cost.analyze(BRANCHES).cycles == 30 + 10
+    assert hlo_cost.analyze(BRANCHES, [0.5, 0.25, 0.25]).cycles == 30 + 10, "shares of other conditionals"
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%short, %long}", "true_computation=%long, false_computation=%short"]
+)
+def test_branches_count_as_often_as_they_are_taken(branches):
+    text = BRANCHES.replace("branch_computations={%short, %long}", branches)
+    assert text.count(branches) == 1 and hlo_cost.analyze(text, [0.75, 0.25]).cycles == 0.75 * 10 + 0.25 * 30 + 10
 
 
 COLLECTIVES = """HloModule jit_f

@@ -15,6 +15,7 @@ import optax
 import pytest
 import small
 
+from configs import ldm
 from repae_jax import build, sharding, train_losses, train_step
 from repae_jax.accumulation import accumulate
 from repae_jax.diffusion import interpolant, latent_norm
@@ -325,10 +326,22 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
         total = sum(leaf.size for leaf in jax.tree.leaves(tree))
         assert held == total if fsdp == 1 else held < (1 / fsdp + 0.06) * total, (held, total)
 
-    # parameters are gathered where they are used, never the images, latents or activations that they meet
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", update.as_text())
+    check_gathers(update.as_text(), fsdp)
+
+
+def check_gathers(text, fsdp):
+    """Parameters are gathered where they are used, never the images, latents or activations that they meet."""
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
     assert bool(gathered) == (fsdp > 1)
-    assert not [shape for shape in gathered if "," in shape and int(shape.split(",")[0]) == len(i["labels"])]
+    assert not [shape for shape in gathered if "," in shape and int(shape.split(",")[0]) == BATCH]
+
+
+def test_no_activations_are_gathered_in_the_step_of_training(monkeypatch):
+    """The program that `train`, `benchmark` and `plan` compile."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    job = build.build(small.config(file=ldm, data__batch_size=BATCH, mesh__fsdp=8))
+    state = build.abstract_state(job)
+    check_gathers(build.jit_step(job, state).lower(state, *build.abstract_inputs(job)).compile().as_text(), 8)
 
 
 # ---- accumulation ---------------------------------------------------------------------------------------------------

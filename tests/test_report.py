@@ -164,7 +164,7 @@ def test_cost():
 def test_speed_is_read_as_training_logs_it(tmp_path):
     clock = iter([0.0, 10.0])
     how = {"flop_per_image": 2e12, "devices": 4, "peak": 100e12, "clock": lambda: next(clock)}
-    speed = run_log.Progress(100, 0, 64, **how).update(20, waited=1.0)
+    speed = run_log.Progress(100, 0, 64, waited=[0.0], **how).update(20, waited=[1.0])
     lines = run_log.JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.write(20, speed)
     lines.close()

@@ -149,15 +149,26 @@ def test_speed_since_the_last_update_without_pauses():
 
 def test_input_wait_is_a_share_of_the_time_that_counts():
     clock = Clock()
-    progress = run_log.Progress(100, 0, 32, waited=50.0, clock=clock)
+    progress = run_log.Progress(100, 0, 32, waited=[50.0], clock=clock)
     clock.now += 10
     with progress.paused():
         clock.now += 90
-    assert progress.update(5, waited=52.5)["input_wait"] == pytest.approx(0.25)
+    assert progress.update(5, waited=[52.5])["input_wait"] == pytest.approx(0.25)
     clock.now += 10
-    assert progress.update(6, waited=52.5)["input_wait"] == 0
+    assert progress.update(6, waited=[52.5])["input_wait"] == 0
     clock.now += 1
-    assert progress.update(7, waited=60.0)["input_wait"] == 1  # two clocks need not agree
+    assert progress.update(7, waited=[60.0])["input_wait"] == 1  # two clocks need not agree
+
+
+def test_input_wait_is_that_of_the_process_that_waited_longest_since_the_last_update():
+    """Of two processes in turn: who has waited longest since the beginning need not have waited at all lately."""
+    clock = Clock()
+    progress = run_log.Progress(100, 0, 32, waited=[30.0, 0.0], clock=clock)
+    found = []
+    for step, waited in enumerate(([30.0, 5.0], [35.0, 5.0], [35.0, 10.0], [35.0, 10.0]), 1):
+        clock.now += 10
+        found.append(progress.update(step, waited)["input_wait"])
+    assert found == [0.5, 0.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +181,9 @@ def test_input_wait_is_a_share_of_the_time_that_counts():
 def test_arithmetic(peak, arithmetic, shown):
     """320 images a second of 2 TFLOP on 8 devices; where nobody knows the peak, there is no share of it."""
     clock = Clock()
-    progress = run_log.Progress(90, 0, 32, flop_per_image=2e12, devices=8, peak=peak, clock=clock)
+    progress = run_log.Progress(90, 0, 32, flop_per_image=2e12, devices=8, peak=peak, waited=[0.0], clock=clock)
     clock.now += 1
-    speed = progress.update(10, waited=0.12)
+    speed = progress.update(10, waited=[0.12])
     assert {name: speed[name] for name in ("tflops_per_device", "mfu") if name in speed} == arithmetic
     assert progress.line(10, speed) == f"step 10/90 (11 %)  {shown}"
 

@@ -6,6 +6,7 @@ no speed. In several processes it is the same command with --distributed, as for
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ STEPS = 50
 ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # variables that change speed begin so
 
 
-def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=None, say=print):
+def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=None, say=print, keep=lambda result: None):
     """Measures a config.
 
     Args:
@@ -33,6 +34,7 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
       with_input: whether to measure the config's data, too.
       profile: folder for a trace of a few steps; None is none.
       say: called with lines of progress.
+      keep: called with what is measured so far, whenever that is more: what comes later may fail.
 
     Returns:
       dict that JSON can hold, as README.md describes it.
@@ -47,12 +49,12 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
     job = build.build(config)
     sample_batch = _check_sample_batch(job, sample_batch)
     say(f"random weights: {', '.join(random) or 'none but of what is trained'}")
-    frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
-    state, batch = measure.random_state(job), measure.random_batch(job)
     result = {**_circumstances(job), "random_weights": random}
 
     say("compiling the step …")
     with _room(job):
+        frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
+        state, batch = measure.random_state(job), measure.random_batch(job)
         compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
         step = measure.Step(compiled, state, frozen, key)
         del state  # donated
@@ -61,23 +63,28 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
         result["step"] = {**measure.measure_step(job, step, batch, steps, bar), "compile_seconds": compile_seconds}
     result["step"]["memory"] = measure.memory_of(compiled)
     say(step_line(result))
+    keep(result)
     if profile is not None:
         measure.write_profile(step, batch, profile)
         say(f"trace of {measure.PROFILED} steps: {profile}; to see it: pip install xprof && xprof --logdir {profile}")
     if with_input:
         result["input"] = measure.measure_input(job, step, frozen, steps)
         say(input_line(result["input"]))
+        keep(result)
     state = step.state
     if job.sampling is not None and sample_batch:
         say(f"sampling {sample_batch} images …")
         result["sampling"] = measure.measure_sampling(job, state, frozen, sample_batch)
         say(sampling_line(result["sampling"]))
+        keep(result)
     del step
     say("parts of the step, each alone; they need not add up to it:")
     seconds = result["step"]["seconds_per_step"]["median"]
-    result["parts"], _ = measure.measure_parts(
-        job, state, frozen, steps, seconds, lambda name, part: say(part_line(name, part))
-    )
+    result["parts"] = {}
+    for name, part in measure.measure_parts(job, state, frozen, steps, seconds):
+        result["parts"][name] = part
+        say(part_line(name, part))
+        keep(result)
     return result
 
 
@@ -215,6 +222,16 @@ def check_places(out, profile):
         raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
 
 
+def keeper(out):
+    """Function of results that writes the latest to the file `out`, which is not there before the first."""
+    path, kept = Path(out).expanduser(), itertools.count()
+
+    def keep(result):
+        weights.write_json(path, json.loads(json.dumps(result)), overwrite=next(kept) > 0)
+
+    return keep
+
+
 def main(_):
     """Entry point: mistakes end in one line, not in a traceback."""
     options = flags.FLAGS
@@ -224,12 +241,12 @@ def main(_):
             first = jax.process_index() == 0
             if first:
                 check_places(options.out, options.profile)
-            result = benchmark(
+            benchmark(
                 options.config, options.steps, options.sample_batch, options.input, options.profile,
                 say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
+                keep=keeper(options.out) if first and options.out else (lambda result: None),
             )  # fmt: skip
             if first and options.out:
-                weights.write_json(Path(options.out).expanduser(), json.loads(json.dumps(result)))
                 print(f"all numbers: {options.out}")
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             train.end_with(error)

@@ -162,7 +162,7 @@ def memory_of(compiled):
     }
 
 
-def measure_parts(job, state, frozen, count, step_seconds, report):
+def measure_parts(job, state, frozen, count, step_seconds):
     """Seconds per step of every part, alone.
 
     Args:
@@ -171,48 +171,47 @@ def measure_parts(job, state, frozen, count, step_seconds, report):
       frozen: what `build.load_frozen` returns.
       count: calls that are timed.
       step_seconds: of the whole step.
-      report: function of (name, result), called after each part.
 
-    Returns:
-      (name -> {'seconds_per_step': spread, 'share_of_step': …} and, of the networks, what `speed_of` says but images per
-      second, or {'failed': …} if the part alone does not fit; the state).
+    Yields:
+      (name, {'seconds_per_step': spread, 'share_of_step': …} and, of the networks, what `speed_of` says but images per second;
+      or {'failed': …} if the part alone does not fit), as soon as each is measured.
     """
     config, accumulation = job.config, job.recipe.accumulation
     batch_size = config["data"]["batch_size"]
-    rows = sharding.batch_sharding(job.mesh)
     pixels = random_pixels(job, batch_size // accumulation)
-    make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=rows)
+    make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=sharding.batch_sharding(job.mesh))
     batch = make(pixels, jax.random.key(config["seed"]))
     costs = flops.parts(config, job.encoders)
     if job.recipe.eq_scales:
         costs = {}  # are means over scales, of which only the first is measured here
-    results, on_mesh = {}, functools.partial(sharding.on_mesh, job.mesh)
 
-    def add(name, seconds, repeated):
-        seconds = spread(repeated * seconds)
-        results[name] = {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
-        if name in costs:
-            speed = speed_of(job, seconds["median"], batch_size, costs[name])
-            results[name] |= {field: value for field, value in speed.items() if not field.startswith("images")}
-        report(name, results[name])
-
-    for name, part in parts.make_parts(job, state, frozen, batch).items():
+    def result(name, repeated, time_it):
         try:
-            compiled, _ = _compile(jax.jit(on_mesh(part.function), out_shardings=part.out_shardings), *part.arguments)
-            arguments = part.arguments
-            seconds = time_calls(lambda run=compiled, given=arguments: run(*given), count, ahead=1)
+            seconds = spread(repeated * time_it())
         except jax.errors.JaxRuntimeError as error:
             if not only_this_failed(error):
                 raise
-            results[name] = {"failed": OUT_OF_MEMORY}
-            report(name, results[name])
-            continue
-        add(name, seconds, accumulation)
-    return results, time_update(job, state, count, add)
+            return {"failed": OUT_OF_MEMORY}
+        found = {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
+        if name in costs:
+            speed = speed_of(job, seconds["median"], batch_size, costs[name])
+            found |= {field: value for field, value in speed.items() if not field.startswith("images")}
+        return found
+
+    for name, part in parts.make_parts(job, state, frozen, batch).items():
+        yield name, result(name, accumulation, functools.partial(time_part, job, part, count))
+    yield "update", result("update", 1, functools.partial(time_update, job, state, count))
 
 
-def time_update(job, state, count, add):
-    """Times optimizers and averages, which change the state; returns it."""
+def time_part(job, part, count):
+    """Seconds per call of a Part, as `time_calls` returns them."""
+    run = jax.jit(sharding.on_mesh(job.mesh, part.function), out_shardings=part.out_shardings)
+    compiled, _ = _compile(run, *part.arguments)
+    return time_calls(lambda: compiled(*part.arguments), count, ahead=1)
+
+
+def time_update(job, state, count):
+    """Seconds per call of optimizers and averages, which change the state: it is donated."""
     nets = {name: net.params for name in ("vae", "disc", "sit") if (net := getattr(state, name)) is not None}
     shardings = jax.tree.map(lambda x: x.sharding, (state, nets))
     grads = jax.jit(functools.partial(jax.tree.map, lambda x: NOISE * x), out_shardings=shardings[1])(nets)
@@ -225,8 +224,7 @@ def time_update(job, state, count, add):
         holder[0], metrics = compiled(holder[0], grads)
         return metrics
 
-    add("update", time_calls(call, count, ahead=1), 1)
-    return holder[0]
+    return time_calls(call, count, ahead=1)
 
 
 def is_out_of_memory(error):

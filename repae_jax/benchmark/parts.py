@@ -97,14 +97,16 @@ def make_parts(job, state, frozen, batch):
 
     def decode_back(params, batch):
         recon, back = jax.vjp(lambda params, x: decode(params, {"latents": x}), params, batch["latents"])
-        return recon, back(batch["recon"])
+        compared = (back(batch["images"])[1],) if compares else ()
+        return recon, back(batch["recon"]), *compared
 
     if terms:
         whole = shardings(state.vae)
         is_fixed = "encoder" in recipe.fixed["vae"]
+        compares = "vf" in recipe.adaptive and "gan" in terms  # the pixels' own gradient at the latents with VF's
         arguments = (state.vae.params, batch)
         parts["vae_encoder"] = Part(encode, arguments, rows) if is_fixed else Part(encode_back, arguments, (rows, whole))
-        parts["vae_decoder"] = Part(decode_back, arguments, (rows, (whole, rows)))
+        parts["vae_decoder"] = Part(decode_back, arguments, (rows, (whole, rows), *((rows,) if compares else ())))
     elif not job.config["data"]["cache"]:
         parts["vae_encoder"] = Part(encode, (frozen["vae"], batch), rows)
         if state.disc is not None:
