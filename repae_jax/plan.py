@@ -312,8 +312,7 @@ def better_fsdp(job, state_bytes):
     state, in_slice, sizes = build.abstract_state(job), len(devices) // slices, {}
     for fsdp in range(job.mesh.shape[sharding.FSDP] + 1, in_slice + 1):
         if in_slice % fsdp == 0:
-            with contextlib.suppress(NotImplementedError):  # there is no such mesh of the wires between these chips
-                sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))
+            sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))
     near = SAME_SIZE * min(sizes.values(), default=math.inf)
     return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))
 

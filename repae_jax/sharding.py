@@ -39,7 +39,9 @@ def make_mesh(fsdp, devices=None, slices=1):
     types = (AxisType.Auto, AxisType.Auto)
     if slices == 1 and not _has_slices(devices):
         _check_fsdp(fsdp, len(devices), f"the {len(devices)} devices")
-        return jax.make_mesh((len(devices) // fsdp, fsdp), (DATA, FSDP), axis_types=types, devices=devices)
+        # jax.make_mesh lets an axis end within a side of the chips' torus on a v5e only, and so refuses many sizes elsewhere
+        grid = mesh_utils.create_device_mesh((len(devices) // fsdp, fsdp), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, (DATA, FSDP), axis_types=types)
     return jax.sharding.Mesh(slice_grid(fsdp, devices, slices), (DATA, FSDP), axis_types=types)
 
 
@@ -58,7 +60,7 @@ def slice_grid(fsdp, devices, slices):
         )
     count = len(devices) // slices
     _check_fsdp(fsdp, count, f"the {count} devices of a slice")
-    return mesh_utils.create_hybrid_device_mesh((count // fsdp, fsdp), (slices, 1), devices)
+    return mesh_utils.create_hybrid_device_mesh((count // fsdp, fsdp), (slices, 1), devices, allow_split_physical_axes=True)
 
 
 def _check_fsdp(fsdp, count, what):

@@ -169,34 +169,25 @@ def test_advice():
 
 
 @pytest.mark.parametrize(
-    ("width", "fsdp", "refused", "expected"),
+    ("width", "fsdp", "expected"),
     [
-        (512, 1, (), 8),
-        (512, 4, (), 8),
-        (516, 1, (), 4),  # 8 does not divide it: all would be whole again
-        (516, 4, (), None),
-        (512, 1, (8,), 4),  # no such mesh of these chips
-        (4, 1, (), None),  # too small to be split
+        (512, 1, 8),
+        (512, 4, 8),
+        (516, 1, 4),  # 8 does not divide it: all would be whole again
+        (516, 4, None),
+        (4, 1, None),  # too small to be split
     ],
 )
-def test_the_least_fsdp_with_the_smallest_state(width, fsdp, refused, expected, monkeypatch):
-    make_mesh = sharding.make_mesh
-
-    def refusing(size, *args):
-        if size in refused:
-            raise NotImplementedError("Failed to find assignment")
-        return make_mesh(size, *args)
-
+def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypatch):
     def state_on(mesh):
         shapes = {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
         put = lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)  # noqa: E731
         return jax.tree.map(put, shapes, sharding.tree_sharding(mesh, shapes))
 
-    job = types.SimpleNamespace(mesh=make_mesh(fsdp), config={"mesh": {"slices": 1}})
-    monkeypatch.setattr(sharding, "make_mesh", refusing)
+    job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
     monkeypatch.setattr(build, "abstract_state", lambda job: state_on(job.mesh))
     found = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
-    assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(make_mesh(expected)))))
+    assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
 def test_advice_can_be_followed():
@@ -393,6 +384,13 @@ def test_a_program_that_does_not_fit():
     with pytest.raises(plan.DoesNotFit) as caught:
         plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
     assert caught.value.needed >= 64 * GIB and caught.value.available == tpu_topologies.CHIPS["v5e"].hbm
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "fsdp"), [("v6e:8x8", 16), ("v5p:4x4x4", 2), ("v4:2x2x4", 8), ("v5e:8x8", 4)])
+def test_every_number_of_chips_that_divides_them_can_share_the_state(topology, fsdp):
+    devices = topology_devices(topology)
+    assert dict(sharding.make_mesh(fsdp, devices).shape) == {"data": len(devices) // fsdp, "fsdp": fsdp}
 
 
 @needs_libtpu

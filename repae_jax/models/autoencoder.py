@@ -51,8 +51,8 @@ class DiagonalGaussian:
 class Shifted:
     """x + shift, not added yet: biases of convolutions wait for the next group norm.
 
-    There a shift is a few numbers an image, and its gradient comes with that of the mean. Added where the convolution is, it would
-    cost a sum over all positions in the backward pass.
+    There a shift is a few numbers an image, and its gradient comes with that of the mean. Added where the convolution is, it
+    would cost a sum over all positions in the backward pass.
 
     Attributes:
       x: [B, H, W, C] in the compute dtype.
@@ -203,7 +203,7 @@ class UpsampleConv(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input. Shifted [B, H, W, C] -> Shifted [B, H, W, features]."""
+    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input: [B, H, W, C] -> [B, H, W, features], Shifted."""
 
     features: int
     norm_groups: int
