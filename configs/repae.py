@@ -69,7 +69,7 @@ def get_config(arg=""):
         "learned_sigma": False,  # True with diffusion.path='ddpm'
         "learned_positions": True,  # as in the published loop; its frozen-VAE training and REPA's keep them fixed
         "remat": "dots",  # 'none', 'dots' (recompute all but matmuls) or 'full'
-        "unroll": 1,  # blocks per iteration of the scanned stacks
+        "unroll": 1,  # blocks per iteration of the scanned stacks; all of them: faster on TPUs, twice the compilation
     }
     config.disc = {"channels": 64, "num_layers": 3}
     # weights: a Hugging Face name or folder, MoCo v3's file, or 'random' to measure speed without any
