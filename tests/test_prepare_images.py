@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from repae_jax import data, hosts, prepare_images
+from repae_jax import build, data, hosts, prepare_images
 from repae_jax.data import array_record, latents, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
@@ -108,9 +109,10 @@ def test_batches_are_those_of_the_source(pictures, made, workers):
 def test_training_takes_the_flags_that_are_printed(made):
     text = prepare_images.summary(made)
     assert "20 images of 8 pixels in 4 classes (1 undecodable, their records are empty, first class1/06.png), 3 shards" in text
-    given = dict(word.removeprefix("--config.data.").split("=") for word in text.split() if word.startswith("--config."))
-    source = data.make_source(given["source"], int(given["image_size"]), path=given["options.path"])
-    data.check_labels(source, int(given["num_classes"]))
+    config = small.from_flags(*[word for word in text.split() if word.startswith("--config.")])
+    source = build.make_images(config)
+    assert isinstance(source, PreparedImages) and len(source) == COUNT
+    assert (config.data.image_size, config.data.num_classes) == (SIZE, 4)
 
 
 # ---- interruptions --------------------------------------------------------------------------------------------------

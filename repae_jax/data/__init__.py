@@ -25,13 +25,18 @@ _SOURCES = {
 }
 
 
+def given(options):
+    """Those of config.data.options that are set: it names the arguments of all sources, and the others are None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def make_source(source, image_size, **fields):
     """Builds a source by name.
 
     Args:
       source: 'digits', 'folder', 'imagenet' (of TFDS), 'parquet' (of Hugging Face) or 'array_record' (prepared images).
       image_size: side of the images in pixels.
-      **fields: the other arguments of that source, such as `split` or `path`.
+      **fields: the other arguments of that source, such as `split` or `path`; None is as if not given.
 
     Returns:
       The source.
@@ -41,6 +46,7 @@ def make_source(source, image_size, **fields):
     """
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
+    fields = given(fields)
     parameters = dict(inspect.signature(_SOURCES[source]).parameters)
     del parameters["image_size"]
     unknown = sorted(set(fields) - set(parameters))
@@ -48,7 +54,10 @@ def make_source(source, image_size, **fields):
         raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(parameters)}")
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in fields]
     if missing:
-        raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}; set it")
+        raise ValueError(
+            f"source {source!r} needs the argument {', '.join(missing)}: set config.data.options.{missing[0]}, or where a command "
+            f"takes a source, {source}:{missing[0]}=VALUE"
+        )
     return _SOURCES[source](image_size=image_size, **fields)
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from pictures import encoded, picture
 from PIL import Image
 
+from repae_jax import build
 from repae_jax.data import imagenet, make_source
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.loader import Loader
@@ -90,6 +92,15 @@ def test_records(prepared, labels_file):
     broken = source.labels.tolist().index(77)
     with pytest.raises(OSError):
         source[broken]
+
+
+def test_training_takes_it_from_flags(prepared, tmp_path):
+    flags = {
+        "source": "imagenet", "options.data_dir": prepared, "options.split": "train[:50%]", "image_size": 16,
+        "options.dataset": "imagenet2012:5.1.0", "options.labels_file": tmp_path / "labels.npy",
+    }  # fmt: skip
+    source = build.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
+    assert isinstance(source, ImagenetSource) and len(source) == 10 and (tmp_path / "labels.npy").exists()
 
 
 def test_labels_are_read_once(prepared, labels_file, monkeypatch):

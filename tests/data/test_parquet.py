@@ -5,9 +5,11 @@ import pickle
 
 import numpy as np
 import pytest
+import small
 from pictures import encoded, picture
 from PIL import Image
 
+from repae_jax import build
 from repae_jax.data import make_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
@@ -62,6 +64,16 @@ def test_records(folder):
     assert source.name(11) == "data/train-00002-of-00003.parquet row 0"
     with pytest.raises(IndexError):
         source[16]
+
+
+def test_training_takes_it_from_flags(folder):
+    write(folder / "other/test.parquet", [encoded(picture(1))] * 2, [0, 999])
+    flags = {"source": "parquet", "options.path": folder / "other", "options.split": "test", "image_size": 16}
+    given = [f"--config.data.{name}={value}" for name, value in flags.items()]
+    source = build.make_images(small.from_flags(*given))
+    assert isinstance(source, ParquetSource) and source.labels.tolist() == [0, 999]
+    columns = "--config.data.options.image_column=image", "--config.data.options.label_column="  # empty is a choice
+    assert build.make_images(small.from_flags(*given, *columns)).labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("layout", ["validation.parquet", "validation/0000.parquet", "x/validation-00000-of-00001-ab.parquet"])
