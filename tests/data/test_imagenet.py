@@ -5,6 +5,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,29 @@ def test_labels_are_read_once(prepared, labels_file, monkeypatch):
     assert labels_file.exists() and not list(labels_file.parent.glob(".*.tmp"))
     monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+
+
+def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkeypatch):
+    labels = ImagenetSource(16, data_dir=prepared).labels
+    labels_file.unlink()
+    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
+    monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
+    monkeypatch.setattr(imagenet.hosts, "wait_for_files", lambda files: np.save(*files, labels))
+    np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+    labels_file.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)  # and process 0
+    np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+
+
+def test_processes_of_equal_number_may_read_the_labels_at_once(prepared, labels_file):
+    """As the first processes of containers, all number 1; here the number is that of the test."""
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(lambda _: ImagenetSource(16, data_dir=prepared), range(4)))
+    for source in sources:
+        np.testing.assert_array_equal(source.labels, np.load(labels_file))
+    assert not list(labels_file.parent.glob(".*.tmp"))
 
 
 def test_parts_of_splits_have_their_own_labels(prepared, labels_file):
