@@ -1,7 +1,10 @@
+import errno
 import io
 import itertools
 import json
+import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -140,6 +143,32 @@ def test_a_damaged_file(folder):
     file.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="train-00001-of-00003.parquet cannot be read as parquet .*is it whole"):
         ParquetSource(folder, 16)
+
+
+@pytest.fixture
+def few_open_files():
+    """Twenty more than there are."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_files_than_may_be_open(tmp_path, few_open_files):
+    for number in range(50):
+        write(tmp_path / f"train-{number:05d}-of-00050.parquet", [encoded(picture(1))], [number])
+    source = ParquetSource(tmp_path, 16)
+    assert source.labels.tolist() == list(range(50)) and all(source[i]["label"] == i for i in range(50))
+
+
+def test_too_many_open_files_are_not_called_damage(folder, monkeypatch):
+    def fail(file):
+        raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Too many open files: .*train-00000-of-00003.parquet") as caught:
+        ParquetSource(folder, 16)
+    assert "download" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
