@@ -5,6 +5,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import secrets
 from pathlib import Path
 
 from absl import logging
@@ -121,7 +122,7 @@ def _from_storage(address):
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             logging.info("copying %s (%.2f GB) to %s", file, length / 1e9, cache)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
             try:
                 with _reaching(address):
                     file.copy(partial, overwrite=True)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -448,7 +449,7 @@ def write_all(writes, *, overwrite=False):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 temporaries.append(folder / epath.Path(path).name)
             else:
-                temporaries.append(Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp"))
+                temporaries.append(Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp"))
                 stack.callback(temporaries[-1].unlink, missing_ok=True)
             _write_to_disk(temporaries[-1], write, path)
         # Files that stay while others are replaced could be taken for the new ones' (old statistics beside a new VAE), so all

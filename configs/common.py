@@ -78,6 +78,20 @@ def align_schedule():
     return {"align_shape": "constant", "align_end": placeholder(int)}
 
 
+def source_options():
+    """`config.data.options`: the arguments of all sources, see repae_jax/data; those that stay None are not given to them."""
+    return {
+        "path": placeholder(str),  # of all but digits and imagenet
+        "split": placeholder(str),  # of digits, imagenet and parquet
+        "labels_file": placeholder(str),  # of folder and imagenet
+        "labelled": placeholder(bool),  # of folder
+        "data_dir": placeholder(str),  # of imagenet, with the next one
+        "dataset": placeholder(str),
+        "image_column": placeholder(str),  # of parquet, with the next one
+        "label_column": placeholder(str),
+    }
+
+
 def parse_arg(arg, *words, **defaults):
     """Reads what follows the colon in `--config file.py:ARG`.
 
@@ -182,7 +196,6 @@ def _digits(config):
     if config.ema_decay:
         config.ema_decay = 0.99
     config.data.update(source="digits", image_size=16, num_classes=10, batch_size=64, workers=0, max_bad_fraction=0.0)
-    config.data.options = {"split": "train"}
     config.vae.update(
         latent_channels=8, channel_multipliers=(1, 2, 3), attention_levels=(), quant_convs=True, channels=16, norm_groups=8,
         num_res_blocks=1,

@@ -44,7 +44,7 @@ def get_config(arg=""):
 
     config.data = {
         "source": "folder",  # see repae_jax/data
-        "options": {"path": "", "labels_file": placeholder(str)},
+        "options": common.source_options(),
         "image_size": args["resolution"],
         "num_classes": 1000,
         "batch_size": 256,  # global

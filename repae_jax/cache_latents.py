@@ -19,7 +19,7 @@ import safetensors.numpy
 from absl import app, flags
 
 from checkpoints_tools import vae as vae_files
-from repae_jax import build, hosts, images, shard_writer, sharding, train
+from repae_jax import build, data, hosts, images, shard_writer, sharding, train
 from repae_jax.checkpoint import fingerprint, prepare_workdir
 from repae_jax.data import latents
 
@@ -126,7 +126,7 @@ def make_encode(job, params, flips):
 
 def _settings(job, source, params, flips, shard_size):
     """What makes a cache this one and no other, and NOTES."""
-    data = job.config["data"]
+    section = job.config["data"]
     return {
         "format": latents.KIND.format,
         "records": len(source),
@@ -139,7 +139,7 @@ def _settings(job, source, params, flips, shard_size):
         "fingerprint": fingerprint(params),
         "shard_size": shard_size,
         "vae": job.config["init"]["vae"],
-        "images": {"source": data["source"], "options": data["options"]},
+        "images": {"source": section["source"], "options": data.given(section["options"])},
     }
 
 
@@ -147,8 +147,8 @@ def _local(config):
     """The config with nothing in it but what encoding needs, for this process' devices."""
     config = build.plain_config(config)
     per_device = max(1, config["data"]["batch_size"] // jax.device_count())
-    data = {**config["data"], "batch_size": per_device * jax.local_device_count(), "cache": ""}
-    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
+    section = {**config["data"], "batch_size": per_device * jax.local_device_count(), "cache": ""}
+    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": section}
 
 
 def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):

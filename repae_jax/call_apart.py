@@ -67,7 +67,7 @@ def call_apart(function, *arguments):
 def _work(sender, said, function, arguments):
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)  # what is not Python writes there, too
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         answer = function(*arguments), None
     except Exception as error:
@@ -85,10 +85,14 @@ def _portable(error):
     return error
 
 
-def _end_with_parent():
-    """Nobody waits for the result of a process whose parent was killed."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def end_with_parent():
+    """From now on this process, one of multiprocessing's, ends when its parent was killed: nobody waits for its results."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _last_words(said, exitcode):

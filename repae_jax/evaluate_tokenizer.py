@@ -317,7 +317,7 @@ def _choose_images(args, config, warn):
     if args.data:
         name, fields = data.parse_source(args.data, labelled=False)
     elif config is not None:
-        name, fields = config["data"]["source"], config["data"]["options"]
+        name, fields = config["data"]["source"], data.given(config["data"]["options"])
         warn(f"no --data: these are the images that the run trained on, {name} {dict(fields)}; held-out images come out worse")
     else:
         raise ValueError(f"{args.source} is no run of ours, whose config tells its images: give --data")

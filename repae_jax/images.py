@@ -1,6 +1,6 @@
 """Images: the only place that knows how pixels 0..255 map to the networks' range [-1, 1]."""
 
-import os
+import secrets
 
 import numpy as np
 from etils import epath
@@ -94,7 +94,7 @@ def save_png(path, image):
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
     path = epath.Path(path)  # gs:// too
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         with temporary.open("wb") as file:
             Image.fromarray(image).save(file, format="PNG")

@@ -109,8 +109,11 @@ class ShardWriter:
         entries = [self._folder / _entry_file(shard) for shard in range(len(self._ranges))]
         if not hosts.wait_for_files(entries, stopped.is_set):
             return None
+        entries = [weights.read_json(entry) for entry in entries]
+        self._bad_records = [record for entry in entries for record, _ in entry["bad_records"]]  # of all processes
+        self._check_bad("in the log of the process that met it")
         if self._process_index == 0:
-            self._finish()
+            self._finish(entries)
         return len(todo) if hosts.wait_for_files([self._folder / shards.MANIFEST], stopped.is_set) else None
 
     def _agree(self, stopped):
@@ -197,6 +200,8 @@ class ShardWriter:
                 made, bad = [], []
                 for first, end in self._blocks(shard):
                     if stopped.is_set():
+                        if writing:
+                            writing.result()  # raises what kept the shard before from being written
                         return False
                     content, failures = next(blocks)
                     bad += self._note_failures(failures)
@@ -249,9 +254,8 @@ class ShardWriter:
         files = {shards.shard_file(shard): write_records, _entry_file(shard): write_entry}
         weights.write_all({self._folder / name: write for name, write in files.items()}, overwrite=True)
 
-    def _finish(self):
+    def _finish(self, entries):
         """Writes labels, the other files and the manifest, in this order, unless they are there."""
-        entries = [weights.read_json(self._folder / _entry_file(shard)) for shard in range(len(self._ranges))]
         fields, files = self._records.finish(entries)
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(self._source.labels, np.int32))

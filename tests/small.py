@@ -1,12 +1,17 @@
 """The smallest run with every part of the real one, for tests of whole steps and runs."""
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
+from absl import flags
+from ml_collections import config_flags
 
 from configs import repae
 from repae_jax import build, sharding
+
+ROOT = Path(__file__).parents[1]
 
 
 def config(changes=None, file=repae, arg="tiny", **more):
@@ -28,6 +33,14 @@ def config(changes=None, file=repae, arg="tiny", **more):
             section = section[part]
         section[field] = value
     return made
+
+
+def from_flags(*arguments, file="configs/repae.py"):
+    """The config of a command line such as '--config.data.source=digits'."""
+    values, command = flags.FlagValues(), ["train", f"--config={ROOT / file}", *map(str, arguments)]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values(command)
+    return holder.value
 
 
 def _random_leaf(path, leaf, rng):

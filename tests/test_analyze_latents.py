@@ -95,7 +95,7 @@ def test_what_is_written(made):
     assert content["kind"] == "analysis" and len(content["rgb_spectrum"]) == 16
     assert [about["name"] for about in content["models"]] == ["early", "repae", "vae"]
     assert [about["step"] for about in content["models"]] == [2, 4, None]
-    assert content["protocol"]["data"] == "digits:split=train" and content["protocol"]["num_images"] == 40
+    assert content["protocol"]["data"] == "digits" and content["protocol"]["num_images"] == 40
     assert content["protocol"]["mean_errors_over"] == ["scale 0.5", "turn 90°"]
     assert content["warnings"] == ["no --data: these are the images that the first run trained on"]
     early, whole, exported = (about["vae_fingerprint"] for about in content["models"])

@@ -1,6 +1,7 @@
 import json
 import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -131,6 +132,15 @@ def test_save_png_replaces_the_file_and_leaves_nothing_else(tmp_path):
     save_png(tmp_path / "a.png", image)
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), image)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_save_png_from_several_places_at_once(tmp_path):
+    images = [np.full((64, 64, 3), i, np.uint8) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            list(pool.map(lambda image: save_png(tmp_path / "a.png", image), images))
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "a.png")))) == 1
+    assert os.listdir(tmp_path) == ["a.png"]
 
 
 def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):

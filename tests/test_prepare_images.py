@@ -1,5 +1,6 @@
 """Preparing images: the pixels of the source, the same files whatever interrupts the work and however many processes do it."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from repae_jax import data, hosts, prepare_images
+from repae_jax import build, data, hosts, prepare_images
 from repae_jax.data import array_record, latents, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
@@ -108,9 +110,10 @@ def test_batches_are_those_of_the_source(pictures, made, workers):
 def test_training_takes_the_flags_that_are_printed(made):
     text = prepare_images.summary(made)
     assert "20 images of 8 pixels in 4 classes (1 undecodable, their records are empty, first class1/06.png), 3 shards" in text
-    given = dict(word.removeprefix("--config.data.").split("=") for word in text.split() if word.startswith("--config."))
-    source = data.make_source(given["source"], int(given["image_size"]), path=given["options.path"])
-    data.check_labels(source, int(given["num_classes"]))
+    config = small.from_flags(*[word for word in text.split() if word.startswith("--config.")])
+    source = build.make_images(config)
+    assert isinstance(source, PreparedImages) and len(source) == COUNT
+    assert (config.data.image_size, config.data.num_classes) == (SIZE, 4)
 
 
 # ---- interruptions --------------------------------------------------------------------------------------------------
@@ -273,6 +276,46 @@ def test_too_many_bad_images(pictures, tmp_path):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"1 of 20 records \(5.00%\) cannot be decoded, 0 are allowed: class1/06.png"):
             prepare(pictures, tmp_path / "out", "--max_bad_fraction=0")
+
+
+@pytest.mark.parametrize("finishing", [0, 1])
+def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, finishing, monkeypatch):
+    """Process 0 has the broken image's shard 0, process 1 another one; each alone stays within the limit."""
+    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    shutil.copytree(pictures, tmp_path / "pictures")
+    broken = tmp_path / "pictures/class1/09.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    out, errors = tmp_path / "out", {}
+
+    def work(process):
+        try:
+            prepare(tmp_path / "pictures", out, f"--process_index={process}", "--process_count=2")
+        except RuntimeError as error:
+            errors[process] = str(error)
+
+    threads = [threading.Thread(target=work, args=(process,)) for process in (finishing, 1 - finishing)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(errors) == [0, 1] and not (out / shards.MANIFEST).exists()
+    for message in errors.values():
+        assert message.startswith("2 of 20 records (10.00%) cannot be decoded, 1 are allowed: class1/06.png, class1/09.png")
+    assert prepare(tmp_path / "pictures", out, "--max_bad_fraction=0.1") == 0
+    assert len(shards.read_manifest(out, array_record.KIND)["bad_records"]) == 2
+
+
+def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):
+    stopped = threading.Event()
+
+    def fail(self, shard, made, bad):
+        stopped.set()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(hosts, "stop_signal", lambda: contextlib.nullcontext(stopped))
+    monkeypatch.setattr(prepare_images.shard_writer.ShardWriter, "_write_shard", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        prepare(pictures, tmp_path / "out")
 
 
 def test_images_that_changed(pictures, made, tmp_path):

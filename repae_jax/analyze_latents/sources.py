@@ -88,7 +88,7 @@ def open_images(args, configs):
     if own is None and not (args.data and args.image_size):
         raise ValueError("no SOURCE is a run of ours, whose images would be the default: give --data and --image_size")
     labelled = args.labels == "own"
-    name, fields = data.parse_source(args.data, labelled) if args.data else (own["source"], own["options"])
+    name, fields = data.parse_source(args.data, labelled) if args.data else (own["source"], data.given(own["options"]))
     size = args.image_size or own["image_size"]
     described = ",".join(f"{field}={value}" for field, value in dict(fields).items())
     return data.make_source(name, size, **fields), f"{name}:{described}" if described else name

@@ -7,6 +7,7 @@ processes get a copy. `repae_jax.data.loader` turns a source into batches.
 
 import inspect
 import os
+import re
 
 import numpy as np
 
@@ -25,13 +26,18 @@ _SOURCES = {
 }
 
 
+def given(options):
+    """Those of config.data.options that are set: it names the arguments of all sources, and the others are None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def make_source(source, image_size, **fields):
     """Builds a source by name.
 
     Args:
       source: 'digits', 'folder', 'imagenet' (of TFDS), 'parquet' (of Hugging Face) or 'array_record' (prepared images).
       image_size: side of the images in pixels.
-      **fields: the other arguments of that source, such as `split` or `path`.
+      **fields: the other arguments of that source, such as `split` or `path`; None is as if not given.
 
     Returns:
       The source.
@@ -41,15 +47,33 @@ def make_source(source, image_size, **fields):
     """
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
+    fields = given(fields)
     parameters = dict(inspect.signature(_SOURCES[source]).parameters)
     del parameters["image_size"]
     unknown = sorted(set(fields) - set(parameters))
     if unknown:
         raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(parameters)}")
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in fields]
+    missing = [name for name, p in parameters.items() if p.default is p.empty and fields.get(name, "") == ""]
     if missing:
-        raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}; set it")
+        raise ValueError(
+            f"source {source!r} needs the argument {', '.join(missing)}: set config.data.options.{missing[0]}, or where a "
+            f"command takes a source, {source}:{missing[0]}=VALUE"
+        )
+    if source != "array_record":
+        _check_local(source, fields)
     return _SOURCES[source](image_size=image_size, **fields)
+
+
+def _check_local(source, fields):
+    """ValueError if a file or folder is an address."""
+    for name, value in fields.items():
+        bucket = re.match(r"\w+://([^/]*)", str(value))
+        if bucket:
+            raise ValueError(
+                f"source {source!r} reads from disks, not from {value}: mount the bucket (with Cloud Storage FUSE: `gcsfuse "
+                f"--implicit-dirs {bucket[1]} FOLDER`) or copy what it holds (`gcloud storage cp -r {value} FOLDER`), and give "
+                f"the folder as {name}. Prepared images are read from gs:// as they are: python -m repae_jax.prepare_images"
+            )
 
 
 def parse_source(text, labelled=True):
@@ -67,6 +91,7 @@ def parse_source(text, labelled=True):
     """
     name, _, rest = text.partition(":")
     if name not in _SOURCES:
+        _check_local("folder", {"path": text})
         if os.path.isdir(text):
             return "folder", {"path": text} | ({} if labelled else {"labelled": False})
         raise ValueError(

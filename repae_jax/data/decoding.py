@@ -10,6 +10,7 @@ import io
 import threading
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from repae_jax.images import center_crop
@@ -18,6 +19,7 @@ _BITS = 22  # of the fraction in Pillow's coefficients
 _compiling = threading.Lock()
 _GEOMETRIES = 4096  # whose coefficients are kept, some 20 kB each
 _TILE_ROWS = 64
+_JPEG = b"\xff\xd8\xff"  # begins with
 _SAME_IN_PILLOW = ("YCbCr", "Gray")  # colors of JPEGs; Pillow has ways of its own with CMYK
 
 
@@ -34,6 +36,9 @@ def decode_crop(content, size):
     Raises:
       Exception: whatever Pillow raises for content that it cannot decode, truncated one included.
     """
+    if content[:3] == _JPEG:
+        with _compiling:
+            _warn_if_slow()
     pixels = _decode_jpeg(content)
     if pixels is None:
         with Image.open(io.BytesIO(content)) as image:
@@ -71,6 +76,18 @@ def crop_pixels(pixels, size):
 
 
 @functools.cache
+def _warn_if_slow():
+    """Once in each process that meets JPEGs."""
+    missing = [name for name, found in (("simplejpeg", _simplejpeg()), ("numba", _compiled())) if found is None]
+    if missing:
+        logging.warning(
+            "%s cannot be imported, so Pillow decodes and crops JPEGs: the same pixels in about twice the time; install this "
+            "package with its extra `data`: pip install -c constraints.txt -e .[data]",
+            " and ".join(missing),
+        )
+
+
+@functools.cache
 def _simplejpeg():
     try:
         import simplejpeg
@@ -82,7 +99,7 @@ def _simplejpeg():
 def _decode_jpeg(content):
     """Pixels of a JPEG, uint8 `[H, W, 3]`; None for what is left to Pillow, which knows what to say of damaged ones."""
     simplejpeg = _simplejpeg()
-    if simplejpeg is None or content[:3] != b"\xff\xd8\xff":
+    if simplejpeg is None or content[:3] != _JPEG:
         return None
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(content)

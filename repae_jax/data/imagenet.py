@@ -7,12 +7,15 @@ To prepare ImageNet, put the two archives of the ILSVRC 2012 challenge into a fo
 
 import os
 import resource
+import secrets
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from repae_jax import hosts
 from repae_jax.data.decoding import decode_crop
 
 _READ_THREADS = 16  # for labels: waits for the disk, mostly
@@ -24,7 +27,8 @@ class ImagenetSource:
     """Random access to the images of a TFDS data set, centre-cropped as they are read. Worker processes open it for themselves.
 
     TFDS keeps labels with the images. They are read once, which reads all images from the disk (for ImageNet some 140 GB), and
-    kept in the file `labels_file`.
+    kept in the file `labels_file`. Of the processes of one run the first reads them, and the others wait for the file: it has
+    to be on a disk that they share, unless every host has its own already.
 
     Attributes:
       labels: int32 `[N]`, 0 and above.
@@ -110,7 +114,10 @@ class ImagenetSource:
                     "they are read again"
                 )
             return labels
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        if hosts.several() and jax.process_index():
+            hosts.wait_for_files([file])
+            return self._read_labels(file)
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
         try:
             temporary.touch()
         except OSError as error:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
+from repae_jax import call_apart
+
 # In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
 _READ_THREADS = 4
 # The same for each worker process: one batch being decoded, one waiting.
@@ -190,7 +192,7 @@ def read_ahead(batches, workers):
         if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-        batches = batches.mp_prefetch(options, worker_init_fn=_keep_off_accelerators)
+        batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
     return iter(batches)
 
 
@@ -248,9 +250,11 @@ def too_many_bad(source, bad, max_bad, last_error):
     )
 
 
-def _keep_off_accelerators(worker_index, worker_count):
-    """Runs first in every worker: a worker that touched an accelerator would take it from the training process."""
+def _begin_worker(worker_index, worker_count):
+    """Runs first in every worker: one that touched an accelerator would take it from the training process, and one that
+    outlived it would keep its memory and files."""
     del worker_index, worker_count
+    call_apart.end_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
 

@@ -47,21 +47,22 @@ class ParquetSource:
         self._root = Path(path)
         self._files = _list_files(self._root, split)
         self._label_column = label_column
-        footers = [_open(self._root / file) for file in self._files]
-        self._image_column = _check_columns(self._root / self._files[0], footers[0], image_column, label_column)
+        footers = [_read_footer(self._root / file) for file in self._files]
+        schema = footers[0].schema.to_arrow_schema()
+        self._image_column = _check_columns(self._root / self._files[0], schema, image_column, label_column)
         groups = [  # one entry per row group: (file, its number in it, rows)
-            (place, group, footer.metadata.row_group(group).num_rows)
+            (place, group, footer.row_group(group).num_rows)
             for place, footer in enumerate(footers)
-            for group in range(footer.metadata.num_row_groups)
+            for group in range(footer.num_row_groups)
         ]
         self._groups = [(place, group) for place, group, _ in groups]
         self._ends = np.cumsum([rows for *_, rows in groups], dtype=np.int64)  # record i is in the first that ends beyond i
-        self._file_starts = np.cumsum([0] + [footer.metadata.num_rows for footer in footers])
+        self._file_starts = np.cumsum([0] + [footer.num_rows for footer in footers])
         count = int(self._file_starts[-1])
         if not count:
             raise ValueError(f"the files of split {split!r} in {str(path)!r} hold no rows")
         self.labels = self._read_labels() if label_column else np.zeros(count, np.int32)
-        names = _class_names(footers[0], label_column)
+        names = _class_names(schema, label_column)
         self.num_classes = len(names) if names else int(self.labels.max()) + 1
         self.image_size = image_size
         self._start()
@@ -101,7 +102,8 @@ class ParquetSource:
     def _read_group(self, number):
         """The encoded images of a row group: a pyarrow array."""
         place, group = self._groups[number]
-        table = _open(self._root / self._files[place]).read_row_group(group, columns=[self._image_column])
+        with _open(self._root / self._files[place]) as file:
+            table = file.read_row_group(group, columns=[self._image_column])
         column = table.column(0).combine_chunks()
         return column.field("bytes") if self._image_column.endswith(".bytes") else column
 
@@ -110,8 +112,11 @@ class ParquetSource:
         labels = []
         for file in self._files:
             try:
-                column = _open(self._root / file).read(columns=[self._label_column]).column(0)
+                with _open(self._root / file) as opened:
+                    column = opened.read(columns=[self._label_column]).column(0)
             except (OSError, KeyError) as error:
+                if _is_of_the_system(error):
+                    raise
                 raise ValueError(f"{self._root / file} cannot be read ({error}); download it again") from error
             if column.null_count:
                 raise ValueError(f"{self._root / file} has {column.null_count} rows without {self._label_column!r}")
@@ -134,12 +139,25 @@ def _pyarrow():
     return pyarrow
 
 
+def _read_footer(file):
+    """pyarrow.parquet.FileMetaData; the file is closed: a data set may have more of them than may be open."""
+    with _open(file) as opened:
+        return opened.metadata
+
+
+def _is_of_the_system(error):
+    """Whether an error says nothing of the file's content, such as too many open files."""
+    return bool(getattr(error, "errno", None))
+
+
 def _open(file):
-    """pyarrow.parquet.ParquetFile."""
+    """pyarrow.parquet.ParquetFile, to be closed."""
     pyarrow = _pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
+        if _is_of_the_system(error):
+            raise
         raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
 
 
@@ -172,10 +190,9 @@ def _split_of(file):
     return word[0] if word else file.parent.name
 
 
-def _check_columns(path, file, image_column, label_column):
+def _check_columns(path, schema, image_column, label_column):
     """The leaf column that holds the encoded images; ValueError if a column is missing or of a wrong type."""
     pyarrow = _pyarrow()
-    schema = file.schema_arrow
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; its columns: {', '.join(schema.names)}")
@@ -192,10 +209,10 @@ def _check_columns(path, file, image_column, label_column):
     return image_column
 
 
-def _class_names(file, label_column):
+def _class_names(schema, label_column):
     """Names of the classes, as Hugging Face's datasets notes them in a file; None if it does not."""
     try:
-        info = json.loads(file.schema_arrow.metadata[b"huggingface"])
+        info = json.loads(schema.metadata[b"huggingface"])
         return info["info"]["features"][label_column]["names"]
     except (TypeError, KeyError, ValueError):
         return None

@@ -8,22 +8,27 @@ A folder holds:
   settings.json                what was to be made, and
   shard-00000.json             what each shard holds: from these an interrupted folder is continued, and a damaged one repaired
 
-The record of an image that cannot be decoded is empty. ArrayRecord keeps a hash with each record, which finds changed bytes as
-they are read.
+The record of an image that cannot be decoded is empty. ArrayRecord keeps a hash with each record, which finds changed bytes
+as they are read. A finished folder may be copied to a bucket and is read there, as gs://bucket/folder, with a request for each
+record.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
+from etils import epath
 
 MANIFEST, SETTINGS, LABELS = "manifest.json", "settings.json", "labels.npy"
 _OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
+_ASKING = 16  # threads that ask for the size of a shard: a bucket takes its time
 
 
 class Kind(NamedTuple):
@@ -49,17 +54,17 @@ def shard_damage(folder, entry, check_content):
     """What is wrong with a shard.
 
     Args:
-      folder: of the shards.
+      folder: of the shards; an address only without `check_content`.
       entry: {'file', 'bytes', 'sha256', ...}, its entry in the manifest.
       check_content: read it all and compare the checksum, too.
 
     Returns:
       A few words, or None if nothing is wrong.
     """
-    path = Path(folder) / entry["file"]
+    path = epath.Path(folder) / entry["file"]
     if not path.is_file():
         return "missing"
-    size = path.stat().st_size
+    size = path.stat().length
     if size != entry["bytes"]:
         return f"{size} bytes instead of {entry['bytes']}"
     if check_content and file_hash(path) != entry["sha256"]:
@@ -71,7 +76,7 @@ def read_manifest(path, kind):
     """The manifest of a finished folder.
 
     Args:
-      path: folder.
+      path: folder, or its address.
       kind: Kind it has to be.
 
     Returns:
@@ -81,17 +86,19 @@ def read_manifest(path, kind):
     Raises:
       ValueError: if there is no finished folder, or the manifest is damaged or of another version.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"no {kind.what} at {str(path)!r}: make one with `{kind.command} --out {path}`")
-    file = path / MANIFEST
-    if not file.is_file():
-        raise ValueError(
-            f"{str(path)!r} has no {MANIFEST}: it is no {kind.what}, or an unfinished one; run `{kind.command} --out {path}`, "
-            "again with the same settings, which continues where it stopped"
-        )
+    _check_address(path)
+    file = epath.Path(path) / MANIFEST
+    with _reaching(path):
+        if not epath.Path(path).is_dir():
+            raise ValueError(f"no {kind.what} at {str(path)!r}: {_make(path, kind)}")
+        if not file.is_file():
+            raise ValueError(
+                f"{str(path)!r} has no {MANIFEST}: it is no {kind.what}, or an unfinished one; {_make(path, kind)}, again with "
+                "the same settings if it is unfinished, which continues where it stopped"
+            )
+        content = file.read_bytes()
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(content)
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): {_repair(path, kind)}") from error
@@ -114,19 +121,21 @@ class Shards:
         """Reads manifest and labels, and checks that the shards are there and whole.
 
         Args:
-          path: folder.
+          path: folder, or its address.
           kind: Kind it has to be.
 
         Raises:
           ValueError: if the folder is unfinished, damaged or of another kind.
         """
-        self._path, self._kind = str(path), kind
+        self._path, self._kind = str(path).rstrip("/"), kind
         manifest = read_manifest(path, kind)
         self.labels = self._read_labels(manifest["labels_sha256"])
         self.bad_names = dict(manifest["bad_records"])
         self._shard_size = manifest["shard_size"]
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
-        damages = {entry["file"]: shard_damage(path, entry, check_content=False) for entry in manifest["shards"]}
+        self._start()
+        check = functools.partial(shard_damage, path, check_content=False)
+        with _reaching(path), ThreadPoolExecutor(_ASKING) as pool:
+            damages = {entry["file"]: damage for entry, damage in zip(manifest["shards"], pool.map(check, manifest["shards"]))}
         found = [f"{file}: {damage}" for file, damage in damages.items() if damage]
         if found:
             raise ValueError(
@@ -134,8 +143,15 @@ class Shards:
                 f"{_repair(path, kind)}"
             )
 
-    def __reduce__(self):
-        return Shards, (self._path, self._kind)
+    def _start(self):
+        self._open = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_open"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._start()
 
     def __len__(self):
         return len(self.labels)
@@ -150,9 +166,8 @@ class Shards:
         if i in self.bad_names:
             raise ValueError(f"the image could not be decoded when the {self._kind.what} {self._path!r} was made")
         shard, place = divmod(i, self._shard_size)
-        file = Path(self._path) / shard_file(shard)
         try:
-            (content,) = self._open(file).read([place])
+            (content,) = self._open(f"{self._path}/{shard_file(shard)}").read([place])
         except RuntimeError as error:
             raise self.damaged(i, error) from error
         return content
@@ -160,17 +175,20 @@ class Shards:
     def damaged(self, i, reason):
         """ValueError that says what is wrong with record `i`."""
         shard, place = divmod(i, self._shard_size)
-        file = Path(self._path) / shard_file(shard)
-        return ValueError(f"record {place} of {file} is damaged ({reason}); {_repair(self._path, self._kind)}")
+        what = "is damaged or out of reach" if _is_address(self._path) else "is damaged"
+        return ValueError(
+            f"record {place} of {self._path}/{shard_file(shard)} {what} ({reason}); {_repair(self._path, self._kind)}"
+        )
 
     def name(self, i):
         """Names record `i`: its number, and the name of its image if that was undecodable."""
         return f"{self._path} #{i}" + (f" ({self.bad_names[i]})" if i in self.bad_names else "")
 
     def _read_labels(self, expected_hash):
-        file = Path(self._path) / LABELS
+        file = epath.Path(self._path) / LABELS
         try:
-            content = file.read_bytes()
+            with _reaching(self._path):
+                content = file.read_bytes()
         except OSError as error:
             raise ValueError(f"{file} cannot be read ({error}); {_repair(self._path, self._kind)}") from error
         if hashlib.sha256(content).hexdigest() != expected_hash:
@@ -178,9 +196,44 @@ class Shards:
         return np.load(io.BytesIO(content), allow_pickle=False)
 
 
+def _make(path, kind):
+    if _is_address(path):
+        return f"make one on a disk with `{kind.command} --out FOLDER`, and copy it there"
+    return f"make one with `{kind.command} --out {path}`"
+
+
 def _repair(path, kind):
-    return f"run `{kind.command} --out {path}` again with the same settings, which makes damaged parts anew"
+    again = "again with the same settings, which makes damaged parts anew"
+    if _is_address(path):
+        return f"copy it there once more; if the original is damaged, too, run `{kind.command} --out FOLDER` {again}"
+    return f"run `{kind.command} --out {path}` {again}"
+
+
+def _is_address(path):
+    return "://" in str(path)
+
+
+def _check_address(path):
+    if _is_address(path) and not str(path).startswith("gs://"):
+        raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
+
+
+@contextlib.contextmanager
+def _reaching(path):
+    """What the library that reaches buckets raises, with types of its own, becomes an OSError."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        if not _is_address(path):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"{path} cannot be reached ({type(error).__name__}: {reason}); check the address and your permission (`gcloud auth "
+            "application-default login`)"
+        ) from error
 
 
 def _open_shard(file):
-    return ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")  # for random access
+    return ArrayRecordReader(file, "readahead_buffer_size:0,max_parallelism:0")  # for random access

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -169,6 +170,16 @@ def test_killed_while_several_files_appear(three, monkeypatch, successes):
     with pytest.raises(KeyboardInterrupt):
         weights.write_all(writes, overwrite=True)
     assert contents(folder) == [{"a": "old"}, {"a": "new"}, {"a": "new", "b": "new"}][successes]
+
+
+def test_several_writers_of_one_number(tmp_path):
+    """As the first processes of containers, all number 1; here the number is that of the test."""
+    contents = [{"written": [i] * 1000} for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            list(pool.map(lambda content: weights.write_json(tmp_path / "a.json", content, overwrite=True), contents))
+            assert weights.read_json(tmp_path / "a.json") in contents
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_folder_in_the_way(three):

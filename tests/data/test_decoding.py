@@ -46,6 +46,27 @@ def test_jpegs_take_the_fast_way(monkeypatch):
     assert decoding.decode_crop(content, 32).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("missing", "named"), [(("_compiled",), "numba"), (("_simplejpeg", "_compiled"), "simplejpeg and numba")]
+)
+def test_the_slow_way_is_told_once(monkeypatch, warnings, missing, named):
+    decoding._warn_if_slow.cache_clear()
+    for library in missing:
+        monkeypatch.setattr(decoding, library, lambda: None)
+    decoding.decode_crop(encoded(picture(0), kind="png"), 8)
+    assert not warnings
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda content: decoding.decode_crop(content, 8), [encoded(picture(0))] * 8))
+    assert len(warnings) == 1 and warnings[0].startswith(f"{named} cannot be imported") and ".[data]" in warnings[0]
+    decoding._warn_if_slow.cache_clear()
+
+
+def test_with_the_fast_libraries_nothing_is_told(warnings):
+    decoding._warn_if_slow.cache_clear()
+    decoding.decode_crop(encoded(picture(0)), 8)
+    assert not warnings
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_colors_of_jpegs(mode):
     buffer = io.BytesIO()

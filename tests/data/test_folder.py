@@ -1,11 +1,13 @@
+import inspect
 import json
 import pickle
 
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from repae_jax import data
+from repae_jax import build, data
 from repae_jax.data.folder import FolderSource
 
 
@@ -32,6 +34,33 @@ def test_class_subfolders_become_labels(class_folders):
     assert names(source) == ["a/0.jpeg", "a/1.webp", "b/2.png", "b/deep/1.JPG", "c/x.bmp"]
     assert source.labels.tolist() == [0, 0, 1, 1, 2] and source.labels.dtype == np.int32
     assert source.num_classes == 3 and source.image_size == 8 and len(source) == 5
+
+
+@pytest.mark.parametrize(
+    "file", ["configs/repae.py", "configs/repae.py:tiny", "configs/ldm.py", "configs/vae.py", "configs/paper.py:repae-l"]
+)
+def test_training_takes_it_from_flags(class_folders, file):
+    flags = {"source": "folder", "options.path": class_folders, "image_size": 8, "num_classes": 3}
+    given = [f"--config.data.{name}={value}" for name, value in flags.items()]
+    assert build.make_images(small.from_flags(*given, file=file)).labels.tolist() == [0, 0, 1, 1, 2]
+    (class_folders / "labels.csv").write_text("a/0.jpeg,1\n")
+    labels_file = "--config.data.options.labels_file=labels.csv"
+    assert build.make_images(small.from_flags(*given, labels_file, file=file)).labels.tolist() == [1]
+    unlabelled = "--config.data.options.labelled=false"
+    assert build.make_images(small.from_flags(*given, unlabelled, file=file)).labels.tolist() == [0] * 5
+
+
+def test_no_path_at_all():
+    with pytest.raises(
+        ValueError, match="'folder' needs the argument path: set config.data.options.path, or .* folder:path=VALUE"
+    ):
+        build.make_images(small.from_flags())
+
+
+def test_the_config_names_the_arguments_of_all_sources():
+    arguments = {name for source in data._SOURCES.values() for name in inspect.signature(source).parameters} - {"image_size"}
+    options = small.from_flags().data.options
+    assert set(options) == arguments and set(options.values()) == {None}
 
 
 def test_records_are_cropped_rgb(class_folders):

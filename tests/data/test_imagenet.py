@@ -5,13 +5,16 @@ import pickle
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 from pictures import encoded, picture
 from PIL import Image
 
+from repae_jax import build
 from repae_jax.data import imagenet, make_source
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.loader import Loader
@@ -92,11 +95,43 @@ def test_records(prepared, labels_file):
         source[broken]
 
 
+def test_training_takes_it_from_flags(prepared, tmp_path):
+    flags = {
+        "source": "imagenet", "options.data_dir": prepared, "options.split": "train[:50%]", "image_size": 16,
+        "options.dataset": "imagenet2012:5.1.0", "options.labels_file": tmp_path / "labels.npy",
+    }  # fmt: skip
+    source = build.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
+    assert isinstance(source, ImagenetSource) and len(source) == 10 and (tmp_path / "labels.npy").exists()
+
+
 def test_labels_are_read_once(prepared, labels_file, monkeypatch):
     labels = ImagenetSource(16, data_dir=prepared).labels
     assert labels_file.exists() and not list(labels_file.parent.glob(".*.tmp"))
     monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+
+
+def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkeypatch):
+    labels = ImagenetSource(16, data_dir=prepared).labels
+    labels_file.unlink()
+    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
+    monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
+    monkeypatch.setattr(imagenet.hosts, "wait_for_files", lambda files: np.save(*files, labels))
+    np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+    labels_file.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)  # and process 0
+    np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+
+
+def test_processes_of_equal_number_may_read_the_labels_at_once(prepared, labels_file):
+    """As the first processes of containers, all number 1; here the number is that of the test."""
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(lambda _: ImagenetSource(16, data_dir=prepared), range(4)))
+    for source in sources:
+        np.testing.assert_array_equal(source.labels, np.load(labels_file))
+    assert not list(labels_file.parent.glob(".*.tmp"))
 
 
 def test_parts_of_splits_have_their_own_labels(prepared, labels_file):

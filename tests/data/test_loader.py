@@ -349,12 +349,47 @@ if __name__ == "__main__":
     (tmp_path / "script.py").write_text(script)
     expected = next(Loader(DigitsSource(8), batch_size=4, seed=0))["label"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run(
-        [sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-    )
+    run = subprocess.run([sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [str(label) for label in expected]
     assert "Exception ignored" not in run.stderr and "leaked" not in run.stderr
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
+def test_workers_end_when_the_process_is_killed(tmp_path):
+    script = """
+import os
+import time
+from test_loader import Numbers
+from repae_jax.data.loader import Loader
+
+class Workers(Numbers):
+    def __getitem__(self, i):
+        return {"label": os.getpid()}
+
+if __name__ == "__main__":
+    with Loader(Workers(8), batch_size=4, seed=0, workers=1) as loader:
+        print(next(loader)["label"][0], os.getpid(), flush=True)
+        time.sleep(600)
+"""
+    (tmp_path / "script.py").write_text(script)
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+    command = [sys.executable, "-m", "script"]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
+        worker, parent = map(int, process.stdout.readline().split())
+        process.kill()
+    assert worker != parent == process.pid
+    deadline = time.monotonic() + 60
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
 
 
 # ----- arguments -----

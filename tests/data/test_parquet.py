@@ -1,13 +1,18 @@
+import errno
 import io
 import itertools
 import json
+import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
+import small
 from pictures import encoded, picture
 from PIL import Image
 
+from repae_jax import build
 from repae_jax.data import make_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
@@ -62,6 +67,16 @@ def test_records(folder):
     assert source.name(11) == "data/train-00002-of-00003.parquet row 0"
     with pytest.raises(IndexError):
         source[16]
+
+
+def test_training_takes_it_from_flags(folder):
+    write(folder / "other/test.parquet", [encoded(picture(1))] * 2, [0, 999])
+    flags = {"source": "parquet", "options.path": folder / "other", "options.split": "test", "image_size": 16}
+    given = [f"--config.data.{name}={value}" for name, value in flags.items()]
+    source = build.make_images(small.from_flags(*given))
+    assert isinstance(source, ParquetSource) and source.labels.tolist() == [0, 999]
+    columns = "--config.data.options.image_column=image", "--config.data.options.label_column="  # empty is a choice
+    assert build.make_images(small.from_flags(*given, *columns)).labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("layout", ["validation.parquet", "validation/0000.parquet", "x/validation-00000-of-00001-ab.parquet"])
@@ -128,6 +143,32 @@ def test_a_damaged_file(folder):
     file.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match="train-00001-of-00003.parquet cannot be read as parquet .*is it whole"):
         ParquetSource(folder, 16)
+
+
+@pytest.fixture
+def few_open_files():
+    """Twenty more than there are."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_files_than_may_be_open(tmp_path, few_open_files):
+    for number in range(50):
+        write(tmp_path / f"train-{number:05d}-of-00050.parquet", [encoded(picture(1))], [number])
+    source = ParquetSource(tmp_path, 16)
+    assert source.labels.tolist() == list(range(50)) and all(source[i]["label"] == i for i in range(50))
+
+
+def test_too_many_open_files_are_not_called_damage(folder, monkeypatch):
+    def fail(file):
+        raise OSError(errno.EMFILE, "Too many open files", str(file))
+
+    monkeypatch.setattr(parquet, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Too many open files: .*train-00000-of-00003.parquet") as caught:
+        ParquetSource(folder, 16)
+    assert "download" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
