@@ -1,10 +1,12 @@
 """The launchers against stubs that record how gcloud, kubectl, srun, … are called."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,7 +64,7 @@ class Place:
         for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
             self.stub(self.stubs / name)
         (self.root / ".gitignore").write_text(".venv/\nruns/\n")
-        self.install(self.root, "cuda")
+        self.install(self.root, "cuda,data,torch")
 
     def stub(self, path):
         options = {"python": sys.executable, "calls": str(self.calls_file), "folder": str(self.behaviors)}
@@ -215,7 +217,7 @@ def test_mistakes_end_in_one_line(place, script, arguments, settings, message):
         ("gke_jobset.sh", ["delete"], JOBSET | {"NAMESPACE": "mine"}),
         ("slurm.sh", HARD, JOB),
         ("multi_gpu.sh", HARD, {}),
-        ("multi_gpu.sh", ["--processes", "2", *HARD], {}),
+        ("multi_gpu.sh", ["--processes", "2", *HARD], {"PORT": "4000"}),
     ],
 )
 def test_dry_run_prints_what_a_run_does(place, script, arguments, settings):
@@ -459,7 +461,27 @@ def test_one_process_per_gpu(place):
     by_hand = ["-m", "repae_jax.train", "--coordinator", "localhost:4000", "--num_processes", "3", "--process_id"]
     assert [call["ids"] for call in calls] == ["0", "1", "2"]
     assert [call["argv"] for call in calls] == [[*by_hand, str(i), *HARD] for i in range(3)]
-    assert (place.root / "runs/multi_gpu/process-2.log").read_text() == "hello\n"
+    (log,) = place.root.glob("runs/multi_gpu/*-4000/process-2.log")
+    assert log.read_text() == "hello\n"
+
+
+def test_two_runs_on_one_machine(place):
+    """Each finds a port and has logs of its own; one that is in use is refused."""
+    for _ in range(2):
+        place.launch("multi_gpu.sh", "--processes", "2", "--config", "c")
+    ports = [call[call.index("--coordinator") + 1] for call in place.calls()]
+    assert len(ports) == 4 and len(set(ports)) == 2
+    assert len(list(place.root.glob("runs/multi_gpu/*/process-1.log"))) == 2
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        message = place.refused("multi_gpu.sh", "--processes", "2", "--config", "c", PORT=port)
+    assert f"PORT={port} is in use" in message
+
+
+def test_extras_that_are_installed(place):
+    place.launch("multi_gpu.sh", "--config", "c", EXTRAS="cuda")
+    place.launch("slurm.sh", "--config", "c", EXTRAS="cuda", **JOB)
+    assert [call[-1] for call in place.calls("python") if "pip" in call] == ["pip", ".[cuda]"]
 
 
 def test_dead_process_ends_the_others(place):
@@ -470,14 +492,30 @@ def test_dead_process_ends_the_others(place):
     assert lines == [f"process {i} ended with exit code {code}" for i, code in ((0, 137), (1, 9), (2, 137))]
 
 
-def test_processes_save_themselves_on_request(place):
+def signalled(place, on_signal, signals):
+    """Two processes that do so on SIGTERM; exit code of their script, and how many processes it left."""
     ready = place.behaviors / "ready"
-    place.behave("python", f"trap 'sleep 0.3; exit 75' TERM; echo >>{ready}; while sleep 0.05; do :; done")
+    place.behave("python", f"trap '{on_signal}' TERM; echo >>{ready}; while sleep 0.05; do :; done")
     command = ["bash", "launch/multi_gpu.sh", "--processes", "2", "--config", "c"]
-    process = subprocess.Popen(command, cwd=place.root, env=place.environment({"GRACE_SECONDS": "0"}), stderr=subprocess.PIPE)
+    options = {"env": place.environment({"GRACE_SECONDS": "0"}), "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=place.root, **options)
     wait_for(ready)
     while ready.read_text() != "\n\n":
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
     process.communicate(timeout=100)
-    assert process.returncode == 75
+    left = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            left += os.getsid(int(folder.name)) == process.pid and "State:\tZ" not in (folder / "status").read_text()
+    return process.returncode, left
+
+
+def test_processes_save_themselves_on_request(place):
+    assert signalled(place, "sleep 0.3; exit 75", 1) == (75, 0)
+
+
+def test_a_second_signal_ends_processes_at_once(place):
+    assert signalled(place, "", 2) == (137, 0)
