@@ -40,8 +40,6 @@ setup)
     uv python install --quiet 3.11
     PYTHON=$(uv python find 3.11)
     export PYTHON
-    # of torch, which reads weights here, the build for CPUs
-    export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
     source launch/environment.sh "$2"
     [ -z "${3:-}" ] || mount_bucket "$3"
     say "ready"
