@@ -25,7 +25,7 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax._src import distributed  # the coordination service has no public name
+from jax._src import compilation_cache, distributed  # neither has all of this under a public name
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
@@ -140,7 +140,21 @@ def use_compilation_cache(workdir):
         folder = f"{workdir}/compiled"
     else:
         folder = str(Path(workdir).expanduser().absolute() / "compiled")
+        if distributed.global_state.process_id == 0:
+            _remove_torn(Path(folder))
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _remove_torn(folder):
+    """Removes compiled programs whose writing was interrupted: JAX would neither read nor replace them."""
+    for path in folder.glob("*-cache"):
+        try:
+            compilation_cache.decompress_executable(path.read_bytes())
+        except OSError:
+            raise
+        except Exception as error:  # each compression has an error of its own
+            logging.warning("%s is incomplete (%s) and removed", path, error)
+            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

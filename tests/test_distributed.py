@@ -357,6 +357,19 @@ def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
     assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
 
 
+def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):
+    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *_: None)
+    monkeypatch.setattr(hosts, "jax", SimpleNamespace(config=config))
+    folder, whole = tmp_path / "compiled", hosts.compilation_cache.compress_executable(bytes(range(256)) * 99)
+    folder.mkdir()
+    for name, content in {"whole": whole, "torn": whole[:-1], "empty": b""}.items():
+        (folder / f"jit_{name}-cache").write_bytes(content)
+    (folder / "other").touch()
+    hosts.use_compilation_cache(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["jit_whole-cache", "other"]
+    assert len(warnings) == 2
+
+
 # ---- stopping and failing, without training ---------------------------------------------------------------------------
 
 
@@ -390,7 +403,6 @@ def test_a_request_before_the_first_step_is_not_lost(compiled):
     assert [code for code, _ in ended] == [75, 75], ended
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_within_a_minute(killed, compiled):
     ended, seconds = end_of_waiting(compiled, "killed", killed)
