@@ -109,7 +109,9 @@ def _check_by_hand(by_hand, automatic):
         try:
             socket.create_server(("", port)).close()  # JAX would crash, perhaps with the other run
         except OSError as error:
-            raise ValueError(f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one") from error
+            raise ValueError(
+                f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one"
+            ) from error
 
 
 def _end_alone():

@@ -275,9 +275,7 @@ def test_what_processes_agree_on(tmp_path, compiled):
     assert re.fullmatch(rf"{who}\n  packages.flax: '[\d.]+' in process 0, '0.0.1' in process 1", first["version"])
     assert re.fullmatch(rf"{who}\n  code.repae_jax/train.py: '\w+' in process 0, '0' in process 1", first["code"])
     assert first["data"] == f"{who}\n  data.records: 'cd' in process 0, 'ab' in process 1"
-    unseen = (
-        f"what process 0 wrote to {tmp_path / '0'} is not seen by process 1 on host {HOST}, in {tmp_path / '1'}:"
-    )
+    unseen = f"what process 0 wrote to {tmp_path / '0'} is not seen by process 1 on host {HOST}, in {tmp_path / '1'}:"
     assert first["own"].startswith(unseen)
     assert first["number"] == f"{who}\n  num_processes: 2 in process 0, 3 in process 1"
     assert first["restored"] == [[2, 2], {"next_batch": 2}, 2, [1, 2]]
@@ -310,7 +308,9 @@ def test_processes_that_cannot_be_started(given, message):
 def test_a_port_that_is_in_use():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
-        with pytest.raises(ValueError, match=rf"--coordinator={address}: process 0 cannot use this port \(.*; give another one"):
+        with pytest.raises(
+            ValueError, match=rf"--coordinator={address}: process 0 cannot use this port \(.*; give another one"
+        ):
             hosts.start(False, address, 2, 0)
 
 

@@ -36,7 +36,9 @@ def config_of(words, monkeypatch):
 
 def test_all_kinds_are_found():
     text = " ".join(words for parameter in commands() for words in parameter.values[0])
-    assert all(name in text for name in ("repae_jax.train", "tpu_pod.sh run", "gke_jobset.sh submit", "multi_gpu.sh", "slurm.sh"))
+    assert all(
+        name in text for name in ("repae_jax.train", "tpu_pod.sh run", "gke_jobset.sh submit", "multi_gpu.sh", "slurm.sh")
+    )
 
 
 @pytest.mark.parametrize("words", commands())

@@ -435,7 +435,9 @@ def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
     (place.behaviors / "answers").unlink()
     after = {"not running": ": ended with exit code 0: finished", "": ": not running"}
     cases = "".join(f"'{before}') echo 'host-0{now}' >answers ;;\n" for before, now in after.items())
-    answer = f'said=$(sed "s/^[^ ]*: //" answers 2>/dev/null)\ncat answers; code=$?\ncase $said in\n{cases}esac\nexit $code ;;\n'
+    answer = (
+        f'said=$(sed "s/^[^ ]*: //" answers 2>/dev/null)\ncat answers; code=$?\ncase $said in\n{cases}esac\nexit $code ;;\n'
+    )
     place.behave("gcloud", (place.behaviors / "gcloud").read_text().replace("cat answers && exit ;;\n", answer))
     place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
     assert verbs(place.calls()) == ["status", "status", "stop", "scp", "idle", "start", "status"]
