@@ -2,7 +2,8 @@
 # Trains on TPU slices of a GKE cluster, as a JobSet: one pod per host, all restarted together when one of them ends early.
 # usage: bash launch/gke_jobset.sh [--dry-run] COMMAND
 #
-#   submit FLAGS        python -m repae_jax.train --distributed FLAGS on every host; the same workdir continues a run
+#   submit FLAGS        python -m repae_jax.train --distributed FLAGS on every host; the same workdir continues a run. A JobSet of
+#                       that NAME, even one that has ended, must be deleted first
 #   manifest FLAGS      print the JobSet, to be changed by hand
 #   logs [HOST|all]     follow the log of a host of the first slice (0 if none is named), or of all pods
 #   status              of the JobSet and its pods
@@ -10,11 +11,13 @@
 #
 # Settings, from the environment:
 #   NAME                of the JobSet
-#   IMAGE               container with this repository as its working folder, installed with the extra [tpu]
+#   IMAGE               container with this repository as its working folder, installed with the extras [tpu,data,torch]
 #   ACCELERATOR         label of the node pools: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, …
 #   TOPOLOGY            of a slice, e.g. 8x8
 #   CHIPS_PER_HOST      4 if not set
-#   SLICES              1 if not set; each is a node pool of its own
+#   SLICES              1 if not set; each is a node pool of its own, and training needs --config.mesh.slices=SLICES, too
+#   BUCKET              mounted with Cloud Storage FUSE (the cluster's add-on GcsFuseCsiDriver), to be read at /mnt/BUCKET; none
+#                       if not set
 #   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every error
 #   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
 #   NAMESPACE, SERVICE_ACCOUNT   'default' if not set
@@ -54,6 +57,13 @@ manifest() {
     done
     chips=$((${TOPOLOGY//x/*}))
     ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
+    local annotations='{}' volumes='[]' mounts='[]'
+    if [ -n "${BUCKET:-}" ]; then
+        local attributes="{bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs, hostNetworkPodKSA: \"true\"}"
+        annotations='{gke-gcsfuse/volumes: "true"}'
+        volumes="[{name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: $attributes}}]"
+        mounts="[{name: bucket, mountPath: $(quoted "/mnt/$BUCKET"), readOnly: true}]"
+    fi
     cat <<MANIFEST
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -73,6 +83,8 @@ spec:
           completions: $((chips / per_host))
           backoffLimit: 0  # one failed pod restarts them all
           template:
+            metadata:
+              annotations: $annotations
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: $grace
@@ -82,6 +94,7 @@ spec:
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $(quoted "$ACCELERATOR")
                 cloud.google.com/gke-tpu-topology: $(quoted "$TOPOLOGY")
+              volumes: $volumes
               containers:
               - name: train
                 image: $(quoted "$IMAGE")
@@ -89,6 +102,7 @@ spec:
                 - containerPort: 8471  # between the TPUs of a slice
                 - containerPort: 8080  # between slices
                 - containerPort: 8482  # jax.distributed's coordinator
+                volumeMounts: $mounts
                 resources:
                   limits:
                     google.com/tpu: $per_host

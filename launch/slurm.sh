@@ -5,7 +5,8 @@
 #
 # OPTIONS of sbatch go before those below: sbatch --nodes=4 --partition=gpu launch/slurm.sh --config … --workdir …
 # --ntasks-per-node=1 takes one process per node for all its GPUs. The repository and the workdir must be on a file system that
-# all nodes see. If compute nodes have no network, install on the login node first: (source launch/environment.sh cuda)
+# all nodes see. If compute nodes have no network, install on the login node first: (source launch/environment.sh cuda,data,torch)
+# EXTRAS, from the environment, is what is installed; these if not set.
 #
 # Two minutes before the time limit, and when preempted, the run is asked to save itself; then the job goes back into the queue.
 
@@ -38,7 +39,7 @@ else
 fi
 [ ${#rest[@]} -gt 0 ] || fail "flags of training are missing: sbatch $script --config configs/repae.py --workdir runs/repae"
 
-call source launch/environment.sh cuda
+call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
 gpus=${SLURM_GPUS_ON_NODE:-8} tasks=${SLURM_NTASKS_PER_NODE:-8}
 if [ "$tasks" -ne "$gpus" ]; then
     [ "$tasks" -eq 1 ] || fail "$tasks processes for $gpus GPUs of a node: --ntasks-per-node must be 1 or $gpus"

@@ -8,7 +8,9 @@
 #   logs [WORKER|all]   follow the log of a worker (0 if none is named), or show the last lines of each
 #   status              of the slice and of the run on each worker
 #   stop                let the run save itself and end
-#   resume              after a preemption: make the slice again, set it up, run what ran; nothing if all is well
+#   resume [--failed]   after a preemption: make the slice again, set it up, run what ran; nothing if all is well. A run that has
+#                       finished, or ended with an error of its own, is left (exit code 3) unless --failed says to run it again
+#   watch               resume every five minutes, until there is nothing left to do
 #   delete [--quiet]    give the slice back
 #
 # Settings, from the environment:
@@ -16,10 +18,14 @@
 #   ACCELERATOR_TYPE    e.g. v5litepod-64
 #   RUNTIME_VERSION     e.g. v2-alpha-tpuv5-lite
 #   COMMIT              what setup copies: any name git knows; HEAD if not set
+#   EXTRAS              what setup installs; tpu,data,torch if not set
+#   BUCKET              which setup mounts with Cloud Storage FUSE, to be read at /mnt/BUCKET; none if not set
 #   POLL_SECONDS        between two looks at the state of the slice; 30 if not set
+#   WATCH_SECONDS       between two looks at the run; 300 if not set
 #
-# Flags of create and run and the commit are noted under runs/tpu_pod, where resume finds them. --workdir and the data must be
-# addresses that all workers reach: gs://bucket/run. --dry-run prints the commands and runs none.
+# Flags of create and run, and the three settings of setup, are noted under runs/tpu_pod, where resume finds them. --workdir is an
+# address that all workers reach: gs://bucket/run. Data are read from files, in /mnt/BUCKET or on a disk that all workers mount.
+# --dry-run prints the commands and runs none.
 script=$0
 # shellcheck source=launch/commands.sh
 source "$(dirname "$0")/commands.sh"
@@ -92,21 +98,23 @@ create() {
 }
 
 setup() {
-    local commit archive=$notes/code.tar.gz emptied='find repae -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
+    local commit settings archive=$notes/code.tar.gz emptied='find repae -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
     commit=$(git rev-parse --verify "${COMMIT:-HEAD}^{commit}" 2>/dev/null) || fail "COMMIT=${COMMIT:-HEAD} is no commit of a git repository in $PWD"
+    [[ ${BUCKET:-} =~ ^[a-z0-9._-]*$ ]] || fail "BUCKET=$BUCKET: expected its name alone, e.g. my-bucket"
     git diff --quiet HEAD || echo "note: changes that are not committed stay here; the workers get commit $commit" >&2
+    settings=("${EXTRAS:-tpu,data,torch}" "${BUCKET:-}")
     call mkdir -p "$notes"
     call git archive --format=tar.gz --output="$archive" "$commit"
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:repae.tar.gz" "${where[@]}" --worker=all
     # all but .venv is replaced; tar gives new times (-m), by which the installation sees what has changed
-    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $emptied && tar -xzmf repae.tar.gz -C repae && $worker setup"
-    note commit "$commit"
+    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $emptied && tar -xzmf repae.tar.gz -C repae && $worker setup $(shown "${settings[@]}")"
+    note setup "$commit" "${settings[@]}"
 }
 
 run() {
     [ $# -gt 0 ] || fail "run needs flags of training: run --config configs/repae.py --workdir gs://bucket/run"
-    note run "$@"
     on all "$worker start $(shown python -m repae_jax.train --distributed "$@")"
+    note run "$@"
 }
 
 logs() {
@@ -124,7 +132,28 @@ status() {
         now=$(state)
         echo "$NAME is $now"
     fi
-    if [ -n "$dry_run" ] || [ "$now" = READY ]; then on all "$worker status"; fi
+    if [ -n "$dry_run" ] || [ "$now" = READY ]; then ask; fi
+}
+
+ask() {
+    on all "if [ -e $there ]; then $worker status; else echo \"\$(hostname): not running\"; fi"
+}
+
+# What has become of a run, from what its workers say: one that died takes others with it, which then end with an error.
+verdict() {
+    local found
+    found=$(sed -nE 's/^[^ ]+: (running|not running|ended with exit code [0-9]+)(:.*)?$/\1/p' | sort -u)
+    case $found in
+    '') echo unknown ;;
+    'ended with exit code 0') echo finished ;;
+    *) if grep -qvxE 'running|ended with exit code [012]' <<<"$found"; then
+        echo dead
+    elif grep -qx running <<<"$found"; then
+        echo running
+    else
+        echo failed
+    fi ;;
+    esac
 }
 
 stop() {
@@ -136,20 +165,28 @@ delete() {
 }
 
 resume() {
-    local flags
-    recall commit
-    COMMIT=${noted[0]}
+    local flags said
+    [ "${1:---failed}" = --failed ] || fail "resume takes --failed or nothing, not '$1'"
+    recall setup
+    COMMIT=${noted[0]} EXTRAS=${noted[1]} BUCKET=${noted[2]}
     recall create
     flags=("${noted[@]}")
     recall run
     if [ -n "$dry_run" ]; then now=SUSPENDED; else settle; fi
     case $now in
     READY)
-        if on all "$worker status"; then
-            echo "nothing to resume"
-            return
-        fi
-        stop
+        said=$(ask) || fail "not all workers could be asked, so nothing is done; try again"
+        echo "$said"
+        case $(verdict <<<"$said")${1:-} in
+        running*) echo "nothing to resume" && return ;;
+        finished*) echo "nothing to resume: it has finished" && exit 3 ;;
+        failed)
+            echo "it ended with an error, which would come again: see logs; after mending it, resume --failed, or run" >&2
+            exit 3
+            ;;
+        dead* | failed--failed) stop ;;
+        *) fail "the workers' answers are not understood, so nothing is done" ;;
+        esac
         ;;
     ABSENT) create "${flags[@]}" ;;
     *) # a preempted slice cannot be started again, only made again
@@ -161,9 +198,22 @@ resume() {
     run "${noted[@]}"
 }
 
+watch() {
+    local code=0
+    if [ -n "$dry_run" ]; then
+        echo "# every ${WATCH_SECONDS:-300} s until it ends with exit code 3:"
+        resume
+        return
+    fi
+    while bash launch/tpu_pod.sh resume || code=$?; [ "$code" -ne 3 ]; do
+        sleep "${WATCH_SECONDS:-300}"
+        code=0
+    done
+}
+
 case $command in
-create | setup | run | logs | status | stop | resume | delete) ;;
-*) fail "'$command' is none of the commands create, setup, run, logs, status, stop, resume or delete; see --help" ;;
+create | setup | run | logs | status | stop | resume | watch | delete) ;;
+*) fail "'$command' is none of the commands create, setup, run, logs, status, stop, resume, watch or delete; see --help" ;;
 esac
 need NAME=repae PROJECT=my-project ZONE=us-west4-a
 where=(--project="$PROJECT" --zone="$ZONE")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One worker of a TPU slice; tpu_pod.sh calls it over ssh on all of them. What it keeps is in the home folder: train.log (of all runs
 # so far), train.pid, train.exit.
-# usage: bash launch/tpu_worker.sh setup | start COMMAND | status | log | stop | idle
+# usage: bash launch/tpu_worker.sh setup EXTRAS [BUCKET] | start COMMAND | status | log | stop | idle
 set -euo pipefail
 cd "$(dirname "$0")/.."
 log=../train.log pid=../train.pid code=../train.exit
@@ -17,6 +17,21 @@ idle() {
 
 say() { echo "$(hostname): $*"; }
 
+# Makes a bucket readable in /mnt/BUCKET.
+mount_bucket() {
+    local folder=/mnt/$1 packages=https://packages.cloud.google.com/apt
+    local key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
+    mountpoint --quiet "$folder" && return
+    if ! command -v gcsfuse >/dev/null; then
+        curl --fail --silent --show-error "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+        echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release --codename --short) main" | sudo tee "$list" >/dev/null
+        sudo apt-get -qq update
+        sudo apt-get -qq install gcsfuse
+    fi
+    sudo install --directory --owner="$(id --user)" "$folder"
+    gcsfuse --implicit-dirs -o ro "$1" "$folder"
+}
+
 case $1 in
 setup)
     # the Python of constraints.txt, whatever the image brings along
@@ -25,12 +40,17 @@ setup)
     uv python install --quiet 3.11
     PYTHON=$(uv python find 3.11)
     export PYTHON
-    source launch/environment.sh tpu
+    source launch/environment.sh "$2"
+    [ -z "${3:-}" ] || mount_bucket "$3"
     say "ready"
     ;;
 start)
     idle
-    source launch/environment.sh tpu
+    [ -x .venv/bin/python ] || {
+        say "error: nothing is installed here: setup first" >&2
+        exit 1
+    }
+    export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
     rm -f "$pid" "$code"
     # a session of its own, which outlives the connection
     nohup setsid bash launch/tpu_worker.sh supervise "${@:2}" >>"$log" 2>&1 </dev/null &
@@ -43,15 +63,13 @@ supervise)
     wait $! && ended=0 || ended=$?
     echo "$ended" >"$code"
     ;;
-status) # succeeds if there is nothing to resume
+status) # tpu_pod.sh reads what stands before the second colon
     if running; then
         say "running: $(tail -n 1 "$log")"
     elif [ ! -f "$code" ]; then
         say "not running"
-        exit 1
     else
         say "ended with exit code $(cat "$code"): $(tail -n 1 "$log")"
-        [ "$(cat "$code")" -eq 0 ]
     fi
     ;;
 log) tail -n 5 "$log" | sed "s/^/$(hostname): /" ;;

@@ -171,6 +171,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
     if "://" in str(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
+    hosts.check_alike({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
     with hosts.stop_signal() as stopped:
         config = _local(config)
         job = build.build(config, jax.local_devices(), encoders=())
@@ -180,6 +181,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
             )
         source = build.make_images(config)
         folder = Path(prepare_workdir(out))
+        hosts.check_shared(folder)
         params = build.load_frozen(job)["vae"]
         shape = latents.record_shape(job.latent_shape, flips)
         writer = shard_writer.ShardWriter(

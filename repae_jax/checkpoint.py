@@ -154,6 +154,7 @@ class Checkpointer:
         damaged = {}
         for step in reversed(self.steps()):
             path = self._directory / str(step)
+            hosts.is_seen(path)
             stored, damage = _attempt(_read_header, path)
             if damage:
                 damaged[step] = damage
@@ -184,8 +185,8 @@ class Checkpointer:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, ascending, including one that is still being written."""
-        return sorted(self._manager.all_steps())
+        """Steps with a checkpoint, ascending, including one that is still being written: those that process 0 sees."""
+        return hosts.from_first(sorted(self._manager.all_steps()))
 
     @property
     def latest_step(self) -> int | None:

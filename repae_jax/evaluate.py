@@ -263,6 +263,7 @@ def run(args):
             if path.exists():
                 raise ValueError(f"{path} exists; choose another name, or move it away")
             path.parent.mkdir(parents=True, exist_ok=True)
+    hosts.check_shared(out.parent)
     network = load_network(args.inception, args.batch_size)
     folder = out.with_suffix(".parts")
     reference = _open_reference(args, images, network, folder / "reference", **share)
@@ -300,8 +301,11 @@ def make_reference(args):
     out = Path(args.make_reference)
     if out.suffix != ".npz":
         raise ValueError(f"--make_reference={out}: the result is a file ending in .npz")
-    if jax.process_index() == 0 and out.exists():
-        raise ValueError(f"{out} exists; choose another name, or move it away")
+    if jax.process_index() == 0:
+        if out.exists():
+            raise ValueError(f"{out} exists; choose another name, or move it away")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    hosts.check_shared(out.parent)
     network = load_network(args.inception, args.batch_size)
     folder = out.with_suffix(".parts")
     measured = measure_reference(
@@ -333,6 +337,7 @@ def main():
     with hosts.failing_together():
         try:
             hosts.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
+            hosts.check_alike({name: value for name, value in vars(args).items() if name not in ("coordinator", "process_id")})
             if args.make_reference:
                 path = make_reference(args)
                 if jax.process_index() == 0:

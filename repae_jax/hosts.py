@@ -25,14 +25,17 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax._src import distributed  # the coordination service has no public name
+from jax._src import compilation_cache, distributed  # neither has all of this under a public name
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
 START_SECONDS = 600  # in which all processes must have come; containers are pulled meanwhile
 WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
 SEEN_SECONDS = 60  # until a new file is seen by all: network file systems keep what they know for a while
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ml_collections")
+PACKAGES = (
+    "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "tensorstore",
+    "grain", "array_record", "pyarrow", "pillow", "simplejpeg", "numba", "numpy", "ml_collections",
+)  # fmt: skip
 _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"
 _FAILED = "repae_jax/failed"
@@ -57,7 +60,8 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
 
     Raises:
       ValueError: if what is given cannot work.
-      RuntimeError: if the processes do not find each other.
+
+    If the processes do not find each other within START_SECONDS, each that has started ends with one line.
     """
     by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     given = {name: value for name, value in by_hand.items() if value is not None}
@@ -65,21 +69,21 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
         return
     if given:
         _check_by_hand(by_hand, automatic)
+    alone = threading.Timer(START_SECONDS, _end_alone)
+    alone.daemon = True
+    alone.start()
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, cluster_detection_method="deactivate" if given else None,
-            initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=2 * START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(
             f"--distributed: no TPU pod, SLURM job or other cluster was found ({error}); give --coordinator=HOST:PORT, "
             "--num_processes and --process_id, or leave it out to train in one process"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        raise RuntimeError(
-            f"the processes did not find each other within {START_SECONDS} s: {_first_line(error)}. Start all of them, with "
-            "the same coordinator and number, each with a process_id of its own"
-        ) from error
+    finally:
+        alone.cancel()
     if several():
         stop = threading.Event()
         watching = threading.Thread(target=_watch, args=(distributed.global_state.client, stop), daemon=True)
@@ -96,8 +100,28 @@ def _check_by_hand(by_hand, automatic):
         raise ValueError(f"{wrong}: give either --distributed, or all of {', '.join(by_hand)}")
     if not re.fullmatch(r"\S+:\d+", coordinator):
         raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
+    port = int(coordinator.rpartition(":")[2])
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"--coordinator={coordinator}: ports are 1..65535")
     if not 0 <= index < count:
         raise ValueError(f"--process_id={index}: with --num_processes={count}, allowed are 0..{count - 1}")
+    if index == 0:
+        try:
+            socket.create_server(("", port)).close()  # JAX would crash, perhaps with the other run
+        except OSError as error:
+            raise ValueError(
+                f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one"
+            ) from error
+
+
+def _end_alone():
+    """Ends a process that waits for others in vain; JAX would abort, with pages of its own state."""
+    print(
+        f"error: the processes did not find each other within {START_SECONDS} s: start all of them, with the same coordinator "
+        "and number, each with a process_id of its own",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
 
 
 def several():
@@ -118,7 +142,21 @@ def use_compilation_cache(workdir):
         folder = f"{workdir}/compiled"
     else:
         folder = str(Path(workdir).expanduser().absolute() / "compiled")
+        if distributed.global_state.process_id == 0:
+            _remove_torn(Path(folder))
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _remove_torn(folder):
+    """Removes compiled programs whose writing was interrupted: JAX would neither read nor replace them."""
+    for path in folder.glob("*-cache"):
+        try:
+            compilation_cache.decompress_executable(path.read_bytes())
+        except OSError:
+            raise
+        except Exception as error:  # each compression has an error of its own
+            logging.warning("%s is incomplete (%s) and removed", path, error)
+            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +227,9 @@ def check_alike(config):
     Raises:
       ValueError: as `check_same`; or if this is one of several processes, as on a TPU pod, started as if it were alone.
     """
-    check_same(packages=versions(), code=_sources(), config=config)  # before the devices are looked at: that fails with others
+    number = distributed.global_state.num_processes
+    # before the devices are looked at: that fails with others
+    check_same(num_processes=number, packages=versions(), code=_sources(), config=config)
     if jax.process_count() > 1 and not several():
         raise ValueError(f"this is one of {jax.process_count()} processes: start all of them with --distributed")
     local = jax.local_devices()
@@ -211,18 +251,23 @@ def check_shared(folder):
     if distributed.global_state.process_id == 0:
         name.write_text("seen")
     gather(None)
-    deadline = time.monotonic() + SEEN_SECONDS
-    while not (seen := name.exists()) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    found = gather([*_who(), str(folder), seen])
+    found = gather([*_who(), str(folder), is_seen(name)])
     if distributed.global_state.process_id == 0:
         name.unlink()
     blind = [f"process {index} on host {host}, in {where}" for index, host, where, sees in found if not sees]
     if blind:
         raise ValueError(
-            f"what process 0 wrote to the workdir {found[0][2]} is not seen by {'; '.join(blind)}: give a workdir on a disk "
-            "that all hosts share, or an address such as gs://bucket/run"
+            f"what process 0 wrote to {found[0][2]} is not seen by {'; '.join(blind)}: give a folder on a disk that all "
+            "hosts share, or for a workdir an address such as gs://bucket/run"
         )
+
+
+def is_seen(path):
+    """Whether what another process has written is there, after the time that network file systems take to show it."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return seen
 
 
 def wait_for_files(paths, is_done=lambda: False):
@@ -247,8 +292,12 @@ def wait_for_files(paths, is_done=lambda: False):
 
 
 def versions():
-    """Versions of Python and the packages that computing, reading and saving depend on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of Python and the packages that computing, reading and saving depend on; None for what is not installed."""
+    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _sources():

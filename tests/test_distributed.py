@@ -85,6 +85,21 @@ def agree(coordinator, process, folder):
             setattr(hosts, name, function)
         return found
 
+    def restored():
+        """What is restored if process 1 does not see the newest checkpoint in the list, as with a network file system."""
+        every = checkpoint._Manager.all_steps
+        if process:
+            checkpoint._Manager.all_steps = lambda self, read=False: every(self, read)[:-1]
+        with checkpoint.Checkpointer(Path(folder) / "run") as checkpointer:
+            state, data_state, step = checkpointer.restore({"a": jax.ShapeDtypeStruct((2,), np.float32)}, {"seed": 0})
+            return [np.asarray(state["a"]).tolist(), data_state, step, checkpointer.steps()]
+
+    def number(count):
+        hosts.distributed.global_state.num_processes = count if process else 2
+        found = error_of(lambda: hosts.check_alike({}))
+        hosts.distributed.global_state.num_processes = 2
+        return found
+
     own = Path(folder) / str(process)
     own.mkdir()
     result = {
@@ -97,6 +112,8 @@ def agree(coordinator, process, folder):
         "data": error_of(lambda: hosts.check_same(data={"records": "ab" if process else "cd", "frozen_vae": None})),
         "shared": error_of(lambda: hosts.check_shared(Path(folder))),
         "own": error_of(lambda: hosts.check_shared(own)),
+        "number": number(3),
+        "restored": restored(),
         "gathered_again": hosts.gather(process),
     }
     print(json.dumps(result))
@@ -236,12 +253,15 @@ def assert_same_run(workdir, two):
 
 
 def test_what_processes_agree_on(tmp_path, compiled):
+    with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"a": np.full(2, step, np.float32)}, {"next_batch": step}, {"seed": 0})
     address = free_address()
     scripts = [f"import test_distributed as t; t.agree({address!r}, {i}, {str(tmp_path)!r})" for i in range(2)]
     started = [launch(["-c", script], compiled) for script in scripts]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
-    (first, second) = [json.loads(output) for output, _ in ended]
+    (first, second) = [json.loads(output.splitlines()[-1]) for output, _ in ended]
     assert first == second
     assert first["gathered"] == [{"process": 0}, {"process": 1}] and first["gathered_again"] == [0, 1]
     assert first["first"] == 0
@@ -255,10 +275,10 @@ def test_what_processes_agree_on(tmp_path, compiled):
     assert re.fullmatch(rf"{who}\n  packages.flax: '[\d.]+' in process 0, '0.0.1' in process 1", first["version"])
     assert re.fullmatch(rf"{who}\n  code.repae_jax/train.py: '\w+' in process 0, '0' in process 1", first["code"])
     assert first["data"] == f"{who}\n  data.records: 'cd' in process 0, 'ab' in process 1"
-    unseen = (
-        f"what process 0 wrote to the workdir {tmp_path / '0'} is not seen by process 1 on host {HOST}, in {tmp_path / '1'}:"
-    )
+    unseen = f"what process 0 wrote to {tmp_path / '0'} is not seen by process 1 on host {HOST}, in {tmp_path / '1'}:"
     assert first["own"].startswith(unseen)
+    assert first["number"] == f"{who}\n  num_processes: 2 in process 0, 3 in process 1"
+    assert first["restored"] == [[2, 2], {"next_batch": 2}, 2, [1, 2]]
     assert [list((tmp_path / str(i)).iterdir()) for i in range(2)] == [[], []]
 
 
@@ -276,12 +296,38 @@ def test_one_process_agrees_with_itself(tmp_path):
         ((False, "localhost:1", None, 0), "--num_processes missing: give either"),
         ((False, None, 2, None), "--coordinator and --process_id missing"),
         ((False, "localhost", 2, 0), "--coordinator=localhost: expected HOST:PORT"),
+        ((False, "localhost:65536", 2, 0), "--coordinator=localhost:65536: ports are 1..65535"),
         ((False, "localhost:1", 2, 2), "--process_id=2: with --num_processes=2, allowed are 0..1"),
     ],
 )
 def test_processes_that_cannot_be_started(given, message):
     with pytest.raises(ValueError, match=message):
         hosts.start(*given)
+
+
+def test_a_port_that_is_in_use():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=rf"--coordinator={address}: process 0 cannot use this port \(.*; give another one"
+        ):
+            hosts.start(False, address, 2, 0)
+
+
+def test_processes_that_wait_for_others_in_vain(compiled):
+    """Whether they are process 0 or look for it."""
+    code = "from repae_jax import hosts; hosts.START_SECONDS = 3; hosts.start(False, {!r}, 2, {})"
+    started = [launch(["-c", code.format(free_address(), index)], compiled) for index in range(2)]
+    for process in started:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and "error: the processes did not find each other within 3 s: start all of them" in error
+        assert "Traceback" not in error
+
+
+def test_versions_of_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(hosts, "PACKAGES", ("jax", "no-such-package"))
+    found = hosts.versions()
+    assert found["jax"] == jax.__version__ and found["no-such-package"] is None
 
 
 def test_too_many_bad_records_of_all_together(monkeypatch):
@@ -309,6 +355,19 @@ def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
     hosts.use_compilation_cache(given)
     local = str(Path.cwd() / "runs/a/compiled")
     assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
+
+
+def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):
+    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *_: None)
+    monkeypatch.setattr(hosts, "jax", SimpleNamespace(config=config))
+    folder, whole = tmp_path / "compiled", hosts.compilation_cache.compress_executable(bytes(range(256)) * 99)
+    folder.mkdir()
+    for name, content in {"whole": whole, "torn": whole[:-1], "empty": b""}.items():
+        (folder / f"jit_{name}-cache").write_bytes(content)
+    (folder / "other").touch()
+    hosts.use_compilation_cache(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["jit_whole-cache", "other"]
+    assert len(warnings) == 2
 
 
 # ---- stopping and failing, without training ---------------------------------------------------------------------------
@@ -344,7 +403,6 @@ def test_a_request_before_the_first_step_is_not_lost(compiled):
     assert [code for code, _ in ended] == [75, 75], ended
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_within_a_minute(killed, compiled):
     ended, seconds = end_of_waiting(compiled, "killed", killed)

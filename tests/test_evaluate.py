@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -287,11 +288,11 @@ evaluate.main()
 """
 
 
-def start(*given):
+def start(*given, cwd=None):
     """Popen of the command, with a stub in the place of Inception, on four devices."""
     env = script_env(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     command = [sys.executable, "-c", COMMAND, *given, "--inception", "x", "--batch_size", 8]
-    return subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(list(map(str, command)), env=env, stderr=subprocess.PIPE, text=True, cwd=cwd)
 
 
 def two_by_hand():
@@ -315,15 +316,34 @@ def test_two_real_processes(workdir, real, tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_in_one_process_ends_the_other(npz, real, tmp_path):
+    """A file that only one host has."""
     started = [
-        start(npz, "--reference", reference, "--out", tmp_path / "x.json", *by_hand)
-        for reference, by_hand in zip((real, tmp_path / "none.npz"), two_by_hand())
+        start(npz, "--reference", real.name, "--out", tmp_path / "x.json", *by_hand, cwd=folder)
+        for folder, by_hand in zip((real.parent, tmp_path), two_by_hand())
     ]
     outputs = [process.communicate(timeout=300)[1] for process in started]
     assert 0 not in [process.returncode for process in started], outputs
-    mistake = f"{tmp_path / 'none.npz'} does not exist; check --reference"
+    mistake = f"{real.name} does not exist; check --reference"
     assert f"error: {mistake}" in outputs[1] and "Traceback" not in outputs[0] + outputs[1]
     assert f"failed: FileNotFoundError: {mistake}" in outputs[0]
+
+
+@pytest.mark.slow
+def test_processes_that_differ_are_refused(npz, real, tmp_path):
+    """In what they were told, or in the disk they write to."""
+    for out, message in (
+        (("x.json", "y.json"), f"out: '{tmp_path}/x.json' in process 0, '{tmp_path}/y.json' in process 1"),
+        (None, f"what process 0 wrote to {Path('.')} is not seen by process 1"),
+    ):
+        started = []
+        for index, by_hand in enumerate(two_by_hand()):
+            folder = tmp_path / str(index)
+            folder.mkdir(exist_ok=True)
+            given = tmp_path / out[index] if out else "x.json"
+            started.append(start(npz, "--reference", real, "--out", given, *by_hand, cwd=folder))
+        outputs = [process.communicate(timeout=300)[1] for process in started]
+        assert [process.returncode for process in started] == [1, 1], outputs
+        assert message in outputs[0] and message in outputs[1] and "Traceback" not in outputs[0] + outputs[1]
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

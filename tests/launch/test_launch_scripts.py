@@ -1,10 +1,12 @@
 """The launchers against stubs that record how gcloud, kubectl, srun, … are called."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,7 +64,7 @@ class Place:
         for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
             self.stub(self.stubs / name)
         (self.root / ".gitignore").write_text(".venv/\nruns/\n")
-        self.install(self.root, "cuda")
+        self.install(self.root, "cuda,data,torch")
 
     def stub(self, path):
         options = {"python": sys.executable, "calls": str(self.calls_file), "folder": str(self.behaviors)}
@@ -90,11 +92,15 @@ class Place:
             "*queued-resources\\ list*) file=queue ;;\n"
             "*tpu-vm\\ list*) file=node ;;\n"
             "*queued-resources\\ create*) echo ACTIVE >queue; echo READY >node; exit ;;\n"
-            "*tpu_worker.sh\\ status*) [ -e healthy ]; exit ;;\n"
+            "*tpu_worker.sh\\ status*) cat answers && exit ;;\n"
             "*) exit 0 ;;\n"
             "esac\n"
             'head -n 1 $file\n[ "$(wc -l <$file)" -eq 1 ] || sed -i 1d $file\n',
         )
+
+    def answer(self, *states):
+        """What workers say of the run."""
+        (self.behaviors / "answers").write_text("".join(f"host-{i}: {state}\n" for i, state in enumerate(states)))
 
     def environment(self, settings):
         return {"PATH": f"{self.stubs}:{os.environ['PATH']}", "HOME": str(self.home), **settings}
@@ -177,7 +183,7 @@ def test_scripts_are_clean():
         ("tpu_pod.sh", ["run"], POD, "run needs flags of training"),
         ("tpu_pod.sh", ["logs", "first"], POD, "logs takes the number of a worker or 'all', not 'first'"),
         ("tpu_pod.sh", ["setup"], POD | {"COMMIT": "nowhere"}, "COMMIT=nowhere is no commit of a git repository in "),
-        ("tpu_pod.sh", ["resume"], POD, "resume needs what 'commit' noted in runs/tpu_pod/project/us-west4-a/pod/commit"),
+        ("tpu_pod.sh", ["resume"], POD, "resume needs what 'setup' noted in runs/tpu_pod/project/us-west4-a/pod/setup"),
         ("gke_jobset.sh", ["delete"], {}, "NAME not set"),
         ("gke_jobset.sh", ["submit", "--config", "c"], {"NAME": "a"}, "IMAGE ACCELERATOR TOPOLOGY not set; for example"),
         ("gke_jobset.sh", ["submit"], JOBSET, "submit needs flags of training"),
@@ -215,13 +221,13 @@ def test_mistakes_end_in_one_line(place, script, arguments, settings, message):
         ("gke_jobset.sh", ["delete"], JOBSET | {"NAMESPACE": "mine"}),
         ("slurm.sh", HARD, JOB),
         ("multi_gpu.sh", HARD, {}),
-        ("multi_gpu.sh", ["--processes", "2", *HARD], {}),
+        ("multi_gpu.sh", ["--processes", "2", *HARD], {"PORT": "4000"}),
     ],
 )
 def test_dry_run_prints_what_a_run_does(place, script, arguments, settings):
     place.commit()
     place.states(["ACTIVE"])
-    (place.behaviors / "healthy").touch()
+    place.answer("running: step 1")
     text = place.behaviors.parent / "stdin"
     place.behave("kubectl", f'case "$*" in *create*) cat >{text} ;; esac')
     before = sorted(path for path in place.root.rglob("*") if ".git" not in path.parts)
@@ -259,7 +265,7 @@ def test_refused_slice_ends_create(place):
 def test_setup_copies_the_commit_and_installs_it(place):
     commit = place.commit()
     (place.root / "setup.py").write_text("not committed")
-    done = place.bash("launch/tpu_pod.sh", "setup", **POD)
+    done = place.bash("launch/tpu_pod.sh", "setup", **POD, BUCKET="my-bucket")
     assert done.returncode == 0 and commit in done.stderr and "not committed stay here" in done.stderr
     copy, install = place.calls("gcloud")
     archive = "runs/tpu_pod/project/us-west4-a/pod/code.tar.gz"
@@ -269,12 +275,16 @@ def test_setup_copies_the_commit_and_installs_it(place):
     shutil.copy(place.root / archive, place.home / "repae.tar.gz")
     place.install(place.home / "repae", "base")
     (place.home / "repae/old.py").touch()
+    for name in ("gcsfuse", "sudo"):
+        place.stub(place.stubs / name)
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
     assert (place.home / "repae/setup.py").read_text() == "" and not (place.home / "repae/old.py").exists()
-    assert [call[-1] for call in place.calls("python")] == ["pip", ".[tpu]"]
-    assert (place.home / "repae/.venv/installed-tpu").exists()
+    calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
+    assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
+    assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
+    assert (place.home / "repae/.venv/installed-tpu,data,torch").exists()
 
 
 def test_run_reaches_the_workers_as_typed(place):
@@ -282,7 +292,9 @@ def test_run_reaches_the_workers_as_typed(place):
     (start,) = place.calls()
     assert start[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
     shutil.copytree(place.root, place.home / "repae")
-    place.install(place.home / "repae", "tpu")
+    shutil.rmtree(place.home / "repae/.venv")
+    assert "setup first" in on_worker(place, start).stderr
+    place.install(place.home / "repae", "tpu,data,torch")
     place.behave("python", "echo step 1; exit 3")
     assert on_worker(place, start).returncode == 0
     wait_for(place.home / "train.exit")
@@ -291,16 +303,23 @@ def test_run_reaches_the_workers_as_typed(place):
     place.launch("tpu_pod.sh", "status", **POD | {"NAME": "other"})  # not there: nobody is asked over ssh
     assert all("ssh" not in call for call in place.calls())
     done = place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae")
-    assert done.returncode == 1 and "ended with exit code 3: step 1" in done.stdout
+    assert done.returncode == 0 and "ended with exit code 3: step 1" in done.stdout
+
+
+def test_a_run_that_is_refused_is_not_noted(place):
+    place.launch("tpu_pod.sh", "run", "--config", "going on", **POD)
+    place.behave("gcloud", "echo 'error: a run is going on' >&2; exit 1")
+    assert place.bash("launch/tpu_pod.sh", "run", "--config", "another", **POD).returncode == 1
+    assert (place.root / "runs/tpu_pod/project/us-west4-a/pod/run").read_text() == "--config 'going on'\n"
 
 
 def test_run_on_a_worker_outlives_the_call_and_saves_itself(place):
     folder = place.home / "repae"
     shutil.copytree(place.root, folder)
-    place.install(folder, "tpu")
+    place.install(folder, "tpu,data,torch")
     place.behave("python", "trap 'echo saved; exit 75' TERM; echo begun; while sleep 0.05; do :; done")
     worker = ["launch/tpu_worker.sh"]
-    assert place.bash(*worker, "status", cwd=folder).returncode == 1
+    assert place.bash(*worker, "status", cwd=folder).stdout.endswith(": not running\n")
     assert place.bash(*worker, "start", "python", "-m", "x", cwd=folder).returncode == 0
     wait_for(place.home / "train.log")
     while "begun" not in (place.home / "train.log").read_text():
@@ -313,7 +332,7 @@ def test_run_on_a_worker_outlives_the_call_and_saves_itself(place):
     assert place.bash(*worker, "stop", cwd=folder).returncode == 0
     assert (place.home / "train.exit").read_text() == "75\n"
     assert place.bash(*worker, "log", cwd=folder).stdout.splitlines()[-1].endswith(": saved")
-    assert place.bash(*worker, "status", cwd=folder).returncode == 1
+    assert place.bash(*worker, "status", cwd=folder).stdout.endswith(": ended with exit code 75: saved\n")
 
 
 def verbs(calls):
@@ -328,7 +347,8 @@ def preempted(place):
     commit = place.commit()
     place.states(["ACTIVE"])
     for command in (["create", "--spot", "--labels=a=b c"], ["setup"], ["run", *HARD]):
-        place.launch("tpu_pod.sh", *command, **POD)
+        place.launch("tpu_pod.sh", *command, **POD, EXTRAS="tpu", BUCKET="my-bucket")
+    place.answer("not running", "not running")
     (place.root / "setup.py").write_text("newer")
     assert place.commit() != commit
     created, *_, started = place.calls()
@@ -348,16 +368,16 @@ def preempted(place):
 def test_resume_makes_the_slice_again_and_runs_what_ran(preempted, queue, node, first):
     place, commit, created, started = preempted
     place.states(queue, node)
-    place.launch("tpu_pod.sh", "resume", **POD | {"COMMIT": "of another time"})
+    place.launch("tpu_pod.sh", "resume", **POD | {"COMMIT": "of another time", "BUCKET": "another"})
     calls = [call for call in place.calls() if call[3] != "list"]
     assert verbs(calls) == [*first, "scp", "idle", "start"]
-    assert calls[-1] == started
+    assert calls[-1] == started and calls[-2][-1].endswith("setup tpu my-bucket")
     if "create" in first:
         assert calls[-4] == created
     if "delete" in first:
         assert calls[0] == ["compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
     notes = place.root / "runs/tpu_pod/project/us-west4-a/pod"
-    assert (notes / "commit").read_text().strip() == commit
+    assert (notes / "setup").read_text().strip() == f"{commit} tpu my-bucket"
     packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "setup.py"], capture_output=True, check=True)
     assert packed.stdout == b""
 
@@ -365,12 +385,62 @@ def test_resume_makes_the_slice_again_and_runs_what_ran(preempted, queue, node, 
 def test_resume_leaves_a_healthy_run_alone(preempted):
     place = preempted[0]
     place.states(["ACTIVE"])
-    (place.behaviors / "healthy").touch()
+    place.answer("running: step 7", "running: error: ended with exit code 9: x")
     assert "nothing to resume" in place.launch("tpu_pod.sh", "resume", **POD)
     assert verbs(place.calls()) == ["status"]
     shown = place.launch("tpu_pod.sh", "resume", "--dry-run", **POD)
     assert place.calls() == []
     assert [line.split()[4] for line in shown.splitlines() if "delete" in line or "create" in line] == ["delete", "create"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "again", "code", "message"),
+    [
+        (["running", "not running"], True, 0, ""),  # its host was made again
+        (["ended with exit code 1: x", "ended with exit code 137: y"], True, 0, ""),  # the others end because of one
+        (["ended with exit code 75: saved"] * 2, True, 0, ""),
+        (["running: x", "ended with exit code 0: finished"], False, 0, "nothing to resume"),  # about to end
+        (["ended with exit code 0: finished"] * 2, False, 3, "it has finished"),
+        (["ended with exit code 1: error: no field"] * 2, False, 3, "it ended with an error, which would come again"),
+        (["ended with exit code 2: x", "ended with exit code 1: y"], False, 3, "resume --failed"),
+        (["bash: something else"], False, 1, "error: the workers' answers are not understood"),
+        (None, False, 1, "error: not all workers could be asked, so nothing is done"),
+    ],
+)
+def test_resume_starts_again_what_died_and_nothing_else(preempted, answers, again, code, message):
+    place = preempted[0]
+    place.states(["ACTIVE"])
+    if answers is None:
+        (place.behaviors / "answers").unlink()
+    else:
+        place.answer(*answers)
+    done = place.bash("launch/tpu_pod.sh", "resume", **POD)
+    assert done.returncode == code and message in done.stdout + done.stderr
+    assert verbs(place.calls()) == ["status", *(["stop", "scp", "idle", "start"] if again else [])]
+
+
+def test_a_run_that_failed_is_started_again_if_asked(preempted):
+    place = preempted[0]
+    place.states(["ACTIVE"])
+    place.answer("ended with exit code 1: x")
+    place.launch("tpu_pod.sh", "resume", "--failed", **POD)
+    assert verbs(place.calls()) == ["status", "stop", "scp", "idle", "start"]
+    assert "takes --failed or nothing, not '--all'" in place.refused("tpu_pod.sh", "resume", "--all", **POD)
+
+
+def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
+    """Out of reach, dead, started, finished."""
+    place = preempted[0]
+    place.states(["ACTIVE"])
+    (place.behaviors / "answers").unlink()
+    after = {"not running": ": ended with exit code 0: finished", "": ": not running"}
+    cases = "".join(f"'{before}') echo 'host-0{now}' >answers ;;\n" for before, now in after.items())
+    answer = (
+        f'said=$(sed "s/^[^ ]*: //" answers 2>/dev/null)\ncat answers; code=$?\ncase $said in\n{cases}esac\nexit $code ;;\n'
+    )
+    place.behave("gcloud", (place.behaviors / "gcloud").read_text().replace("cat answers && exit ;;\n", answer))
+    place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
+    assert verbs(place.calls()) == ["status", "status", "stop", "scp", "idle", "start", "status"]
 
 
 def manifest_of(place, **settings):
@@ -391,6 +461,7 @@ def test_manifest(place):
     }
     assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
+    assert pod["volumes"] == container["volumeMounts"] == []
     assert container["image"] == "host/repae:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
     command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
     assert command == ["python", "-m", "repae_jax.train", "--distributed", *HARD]
@@ -406,6 +477,17 @@ def test_manifest_of_several_slices(place):
     pod = job["template"]["spec"]
     assert replicated["replicas"] == 2 and job["parallelism"] == 16 and jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     assert pod["terminationGracePeriodSeconds"] == 15 and pod["serviceAccountName"] == "me"
+
+
+def test_manifest_with_a_bucket(place):
+    (replicated,) = manifest_of(place, BUCKET="my-bucket")["spec"]["replicatedJobs"]
+    template = replicated["template"]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    (volume,), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"] is True
+    attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", "hostNetworkPodKSA": "true"}
+    assert volume["csi"]["volumeAttributes"] == attributes
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/mnt/my-bucket", "readOnly": True}]
 
 
 def test_logs_of_a_host(place):
@@ -459,7 +541,27 @@ def test_one_process_per_gpu(place):
     by_hand = ["-m", "repae_jax.train", "--coordinator", "localhost:4000", "--num_processes", "3", "--process_id"]
     assert [call["ids"] for call in calls] == ["0", "1", "2"]
     assert [call["argv"] for call in calls] == [[*by_hand, str(i), *HARD] for i in range(3)]
-    assert (place.root / "runs/multi_gpu/process-2.log").read_text() == "hello\n"
+    (log,) = place.root.glob("runs/multi_gpu/*-4000/process-2.log")
+    assert log.read_text() == "hello\n"
+
+
+def test_two_runs_on_one_machine(place):
+    """Each finds a port and has logs of its own; one that is in use is refused."""
+    for _ in range(2):
+        place.launch("multi_gpu.sh", "--processes", "2", "--config", "c")
+    ports = [call[call.index("--coordinator") + 1] for call in place.calls()]
+    assert len(ports) == 4 and len(set(ports)) == 2
+    assert len(list(place.root.glob("runs/multi_gpu/*/process-1.log"))) == 2
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        message = place.refused("multi_gpu.sh", "--processes", "2", "--config", "c", PORT=port)
+    assert f"PORT={port} is in use" in message
+
+
+def test_extras_that_are_installed(place):
+    place.launch("multi_gpu.sh", "--config", "c", EXTRAS="cuda")
+    place.launch("slurm.sh", "--config", "c", EXTRAS="cuda", **JOB)
+    assert [call[-1] for call in place.calls("python") if "pip" in call] == ["pip", ".[cuda]"]
 
 
 def test_dead_process_ends_the_others(place):
@@ -470,14 +572,30 @@ def test_dead_process_ends_the_others(place):
     assert lines == [f"process {i} ended with exit code {code}" for i, code in ((0, 137), (1, 9), (2, 137))]
 
 
-def test_processes_save_themselves_on_request(place):
+def signalled(place, on_signal, signals):
+    """Two processes that do so on SIGTERM; exit code of their script, and how many processes it left."""
     ready = place.behaviors / "ready"
-    place.behave("python", f"trap 'sleep 0.3; exit 75' TERM; echo >>{ready}; while sleep 0.05; do :; done")
+    place.behave("python", f"trap '{on_signal}' TERM; echo >>{ready}; while sleep 0.05; do :; done")
     command = ["bash", "launch/multi_gpu.sh", "--processes", "2", "--config", "c"]
-    process = subprocess.Popen(command, cwd=place.root, env=place.environment({"GRACE_SECONDS": "0"}), stderr=subprocess.PIPE)
+    options = {"env": place.environment({"GRACE_SECONDS": "0"}), "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=place.root, **options)
     wait_for(ready)
     while ready.read_text() != "\n\n":
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
     process.communicate(timeout=100)
-    assert process.returncode == 75
+    left = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            left += os.getsid(int(folder.name)) == process.pid and "State:\tZ" not in (folder / "status").read_text()
+    return process.returncode, left
+
+
+def test_processes_save_themselves_on_request(place):
+    assert signalled(place, "sleep 0.3; exit 75", 1) == (75, 0)
+
+
+def test_a_second_signal_ends_processes_at_once(place):
+    assert signalled(place, "", 2) == (137, 0)
