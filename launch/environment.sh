@@ -13,9 +13,6 @@ fi
 stamp=".venv/installed-${1:-base}"
 if [ ! -f "$stamp" ] || [ setup.py -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
     echo "installing into .venv …"
-    if [[ ${1:-} == *torch* ]]; then # it reads weights, for which its build for CPUs will do
-        export PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL-https://download.pytorch.org/whl/cpu}"
-    fi
     .venv/bin/python -m pip install --quiet --upgrade pip
     .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".$extra"
     touch "$stamp"

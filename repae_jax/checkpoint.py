@@ -30,7 +30,7 @@ from repae_jax import hosts
 # goes on, what it reports and where it reads and computes, not what it computes. `init` matters at step 0 alone.
 RESUMABLE = (
     "steps", "log", "hooks", "checkpoint", "sampling", "mesh", "init", "max_skipped_in_a_row", "data.workers",
-    "data.options.path", "data.cache", "data.max_bad_fraction", "sit.remat", "sit.unroll", "vae.remat",
+    "data.source", "data.options", "data.cache", "data.max_bad_fraction", "sit.remat", "sit.unroll", "vae.remat",
 )  # fmt: skip
 
 _ABSENT = "<absent>"
