@@ -23,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 STEPS = 120
 EVERY = 4  # steps between checkpoints
+KEPT = 2  # of them
 
 
 def config(job, steps):
@@ -31,7 +32,7 @@ def config(job, steps):
 
     from configs import ldm, repae
 
-    changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
+    changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": KEPT, "hooks.samples_every": 0}
     if job == "ldm":
         return small.config({**changes, "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm)
     return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
@@ -89,13 +90,16 @@ def moment(workdir, before):
 
 
 def left_by(job, steps, workdir):
-    """(state, position in the data, steps of all checkpoints, metrics) of a finished run."""
+    """(state, (position in the data, step, steps of the checkpoints to be kept), metrics) of a finished run.
+
+    An older checkpoint is left where a kill met its removal after the last save; nothing is saved after it that would remove it.
+    """
     from repae_jax import build, checkpoint, run_log
 
     built = build.build(config(job, steps))
-    with checkpoint.Checkpointer(workdir, keep_last=2) as checkpointer:
+    with checkpoint.Checkpointer(workdir, keep_last=KEPT) as checkpointer:
         state, position, step = checkpointer.restore(build.abstract_state(built), built.config)
-        kept = checkpointer.steps()
+        kept = checkpointer.steps()[-KEPT:]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = {"time", *run_log.SPEED_NAMES}
     return state, (position, step, kept), [{k: v for k, v in line.items() if k not in clock} for line in lines]

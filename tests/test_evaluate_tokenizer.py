@@ -258,7 +258,7 @@ def test_a_file_and_a_folder_of_images(vae_folder, picture_folder, tmp_path, mon
 
 def test_a_run_has_defaults(workdir):
     path, result = run(workdir, "--num_images", "16", "--batch_size", "16", "--latents", "mode")
-    assert path == workdir / "evaluations" / "tokenizer-0000007-digits-train-16px-16-mode.json" and path.exists()
+    assert path == workdir / "evaluations" / "tokenizer-0000007-digits-16px-16-mode.json" and path.exists()
     assert path.with_suffix(".png").exists()
     assert result["step"] == 7 and result["protocol"]["image_size"] == 16 and result["protocol"]["seed"] is None
     assert list(result["metrics"]) == ["psnr", "ssim", "ssim_pixels"]
