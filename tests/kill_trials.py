@@ -92,7 +92,7 @@ def moment(workdir, before):
 def left_by(job, steps, workdir):
     """(state, (position in the data, step, steps of the checkpoints to be kept), metrics) of a finished run.
 
-    An older checkpoint is left where a kill met its removal after the last save; nothing is saved after it that would remove it.
+    An older checkpoint is left where a kill met its removal after the last save: no save comes after it that would remove it.
     """
     from repae_jax import build, checkpoint, run_log
 
