@@ -19,14 +19,12 @@ say() { echo "$(hostname): $*"; }
 
 # Makes a bucket readable in /mnt/BUCKET.
 mount_bucket() {
-    local folder=/mnt/$1 packages=https://packages.cloud.google.com/apt
-    local key=/usr/share/keyrings/cloud.google.asc list=/etc/apt/sources.list.d/gcsfuse.list
+    local folder=/mnt/$1 version=2.7.0 releases=https://github.com/GoogleCloudPlatform/gcsfuse/releases/download
     mountpoint --quiet "$folder" && return
     if ! command -v gcsfuse >/dev/null; then
-        curl --fail --silent --show-error "$packages/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
-        echo "deb [signed-by=$key] $packages gcsfuse-$(lsb_release --codename --short) main" | sudo tee "$list" >/dev/null
+        curl --fail --silent --show-error --location --output gcsfuse.deb "$releases/v$version/gcsfuse_${version}_amd64.deb"
         sudo apt-get -qq update
-        sudo apt-get -qq install gcsfuse
+        sudo apt-get -qq install ./gcsfuse.deb
     fi
     sudo install --directory --owner="$(id --user)" "$folder"
     gcsfuse --implicit-dirs -o ro "$1" "$folder"
