@@ -129,7 +129,7 @@ def killed_trials(pictures, folder, trials):
     """In a process of its own: kills the work at random times until it is done. Prints how often."""
     folder, draw = Path(folder), random.Random(0)
     encode = array_record.encode
-    array_record.encode = lambda *given: time.sleep(0.01) or encode(*given)
+    array_record.encode = lambda *given: time.sleep(0.05) or encode(*given)
     for trial in range(trials):
         kills = 0
         while True:
@@ -141,7 +141,7 @@ def killed_trials(pictures, folder, trials):
                 finally:
                     os._exit(0 if (out / shards.MANIFEST).exists() else 1)
             if kills < 3:
-                time.sleep(draw.uniform(0.05, 0.3))
+                time.sleep(draw.uniform(0.01, 0.15))
                 os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             if status == 0:
