@@ -8,7 +8,6 @@ Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --c
 """
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import re
@@ -217,19 +216,10 @@ def setting(job, chip, topology, sampling):
         "images_per_chip": images // chips,
         "flop_per_image": parts,
         "state_bytes": chip_bytes(kept),
-        "versions": versions(),
+        "versions": hosts.versions(),
         "arguments": sys.argv[1:],
         "config": job.config,
     }
-
-
-def versions():
-    """Versions of what compiles: package -> version, None if that is not known."""
-    try:
-        libtpu = importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        libtpu = None
-    return {**hosts.versions(), "libtpu": libtpu}
 
 
 def outcome(numbers, memory_stats, text):

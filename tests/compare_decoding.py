@@ -11,13 +11,13 @@ Needs torch.
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import side_by_side
 from absl import logging
 from PIL import Image
 from tqdm import tqdm
@@ -94,8 +94,7 @@ def images_per_second(side, root, source, options):
 
 def summarize(found):
     """{'median', 'low', 'high'} of the ratio of ours to PyTorch's within each repeat; `found`: side -> [images/s, ...]."""
-    ratios = [ours / theirs for ours, theirs in zip(found[OURS], found[PYTORCH], strict=True)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return side_by_side.spread([ours / theirs for ours, theirs in zip(found[OURS], found[PYTORCH], strict=True)])
 
 
 def parse_args(argv=None):
@@ -145,10 +144,10 @@ def run(options, show):
         for i in range(len(source)):
             (Path(root) / source.name(i)).read_bytes()
         found = {side: [] for side in SIDES}
-        for repeat in range(options.repeats):
-            for side in SIDES if repeat % 2 == 0 else SIDES[::-1]:
+        for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
+            for side in order:
                 found[side].append(images_per_second(side, root, source, options))
-                show(f"repeat {repeat + 1}: {side:<20}{found[side][-1]:8.1f} images/s")
+                show(f"repeat {repeat}: {side:<20}{found[side][-1]:8.1f} images/s")
     ratio = summarize(found)
     show(f"ours / PyTorch: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), {options.workers} workers each")
     return ratio
@@ -158,12 +157,7 @@ def main():
     """Entry point: mistakes end in one line."""
     options = parse_args()
     logging.set_verbosity(logging.WARNING)
-    try:
-        run(options, lambda line: print(line, flush=True))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    side_by_side.end_in_one_line(run, options)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import side_by_side
 
 ROOT = Path(__file__).parents[1]
 FILES = (
@@ -108,8 +109,7 @@ def summarize(seconds, batch_size):
     """
     ratios = np.divide(seconds[PUBLISHED], seconds[OURS])
     speeds = {side: batch_size / float(np.median(seconds[side])) for side in SIDES}
-    spread = {"median": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max())}
-    return {**speeds, "ratio": {**spread, "repeats": len(ratios)}}
+    return {**speeds, "ratio": {**side_by_side.spread(ratios), "repeats": len(ratios)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,11 +487,11 @@ def compare(size, options, say=print):
         check_parameters(*(said[side]["parameters"] for side in SIDES))
         for name, count in said[PUBLISHED]["parameters"].items():
             say(f"  parameters of {name:8} {count:>12,} published {said[OURS]['parameters'][name]:>12,} ours")
-        for repeat in range(options.repeats):
-            for name in SIDES if repeat % 2 == 0 else SIDES[::-1]:
+        for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
+            for name in order:
                 seconds[name].append(sides[name].seconds(options.steps))
             a, b = (rows / seconds[name][-1] for name in SIDES)
-            say(f"  repeat {repeat + 1} of {options.repeats}: published {a:.4g} img/s, ours {b:.4g}: {b / a:.3f} times")
+            say(f"  repeat {repeat} of {options.repeats}: published {a:.4g} img/s, ours {b:.4g}: {b / a:.3f} times")
     result = summarize(seconds, rows)
     ratio = result["ratio"]
     say(
@@ -560,13 +560,7 @@ def run(options, say=print):
 
 def main():
     """Entry point: mistakes end in one line."""
-    options = parse_args()
-    try:
-        run(options, lambda line: print(line, flush=True))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    side_by_side.end_in_one_line(run, parse_args())
 
 
 if __name__ == "__main__":
