@@ -1,10 +1,10 @@
 """Speed of decoding beside PyTorch: `python tests/compare_decoding.py [--folder JPEGS]`.
 
 A DataLoader that opens every file with Pillow and crops it as ADM does (its `center_crop_arr`, written out here), and the
-loader of training on the source 'folder': the same files, shuffled, batch size and number of worker processes; both hand over
-uint8. They take turns: in every repeat each reads the same number of images, the next repeat in reverse order, and the ratio is
-taken within each repeat. Starting, and the first batches, are not counted. Without --folder the JPEGs are made: smooth colors
-and noise, 500 x 375 pixels. All files are read once before, so that the disk has no part in it.
+loader of training on the source 'folder': the same files in the same shuffled order, batch size and number of worker processes;
+both hand over uint8. They take turns: in every repeat each reads the same images, the next repeat in reverse order, and the
+ratio is taken within each repeat. Starting, and the first batches, are not counted. Without --folder the JPEGs are made: smooth
+colors and noise, 500 x 375 pixels. The files of a turn are read once before, so that the disk has no part in it.
 
 Needs torch.
 """
@@ -63,8 +63,30 @@ def make_jpegs(folder, count):
         Image.fromarray(pixels).save(folder / "class" / f"{i:05d}.jpg", quality=QUALITY)
 
 
-def batches_of(side, root, source, options):
-    """(iterator over batches, function that ends it)."""
+class Numbers:
+    """As a source for the loader: records that say which they are."""
+
+    def __init__(self, count):
+        self._count = count
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, i):
+        return {"record": i}
+
+
+def order_of(source, options):
+    """List of the records that a side reads in a turn: the loader's order depends on their number, not on what is in them."""
+    from repae_jax.data.loader import Loader
+
+    count = options.batches + 4 * options.workers  # also those that are not counted, and what is read ahead at the end
+    with Loader(Numbers(len(source)), batch_size=options.batch_size, seed=0) as loader:
+        return np.concatenate([next(loader)["record"] for _ in range(count)]).tolist()
+
+
+def batches_of(side, root, source, order, options):
+    """(iterator over batches, function that ends it); `order` is what `order_of` returns."""
     if side == OURS:
         from repae_jax.data.loader import Loader
 
@@ -72,15 +94,13 @@ def batches_of(side, root, source, options):
         return loader, loader.close
     from torch.utils import data
 
-    files = Files(root, source)
-    count = (options.batches + 4 * options.workers) * options.batch_size  # in one epoch: between two, its workers idle
-    sampler = data.RandomSampler(files, replacement=True, num_samples=count)
-    return iter(data.DataLoader(files, options.batch_size, sampler=sampler, num_workers=options.workers)), lambda: None
+    loader = data.DataLoader(Files(root, source), options.batch_size, sampler=order, num_workers=options.workers)
+    return iter(loader), lambda: None
 
 
-def images_per_second(side, root, source, options):
+def images_per_second(side, root, source, order, options):
     """One side's turn."""
-    batches, close = batches_of(side, root, source, options)
+    batches, close = batches_of(side, root, source, order, options)
     try:
         for _ in range(2 * options.workers):
             next(batches)
@@ -141,12 +161,13 @@ def run(options, show):
         source = FolderSource(root, options.image_size)
         if len(source) < options.batch_size:
             raise ValueError(f"--batch_size={options.batch_size}: {root} holds {len(source)} images; give a smaller one")
-        for i in range(len(source)):
+        order = order_of(source, options)
+        for i in tqdm(sorted(set(order)), desc="reading the files", unit="file"):
             (Path(root) / source.name(i)).read_bytes()
         found = {side: [] for side in SIDES}
-        for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
-            for side in order:
-                found[side].append(images_per_second(side, root, source, options))
+        for repeat, sides in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
+            for side in sides:
+                found[side].append(images_per_second(side, root, source, order, options))
                 show(f"repeat {repeat}: {side:<20}{found[side][-1]:8.1f} images/s")
     ratio = summarize(found)
     show(f"ours / PyTorch: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), {options.workers} workers each")

@@ -1,5 +1,7 @@
 """What tests/compare_decoding.py compares, and how."""
 
+from pathlib import Path
+
 import compare_decoding
 import numpy as np
 import pytest
@@ -24,6 +26,29 @@ def test_both_sides_read_the_same_images(tmp_path):
         np.testing.assert_allclose(
             pixels.astype(int), source[i]["image"].astype(int), atol=2
         )  # Pillow may resize columns first
+
+
+def test_both_sides_read_the_same_files_in_the_same_order(tmp_path, monkeypatch):
+    """In every turn, and no others are read before."""
+    pytest.importorskip("torch")
+    for i in range(40):
+        (tmp_path / f"{i:02d}").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02d}" / "a.jpg")
+    numbers = ["--batch_size=4", "--batches=2", "--workers=1", "--image_size=8"]
+    options, source = compare_decoding.parse_args([f"--folder={tmp_path}", *numbers]), FolderSource(tmp_path, 8)
+    order, labels = compare_decoding.order_of(source, options), []
+    for side in compare_decoding.SIDES:
+        batches, close = compare_decoding.batches_of(side, tmp_path, source, order, options)
+        found = [next(batches) for _ in range(4)]
+        labels.append(np.concatenate([batch["label"] if side == compare_decoding.OURS else batch[1] for batch in found]))
+        close()
+    assert labels[0].tolist() == labels[1].tolist() == order[:16], "a label is a file's number here"
+
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(int(path.parent.name)) or read_bytes(path))
+    monkeypatch.setattr(compare_decoding, "images_per_second", lambda *_: 1.0)
+    compare_decoding.run(options, lambda line: None)
+    assert read == sorted(set(order)) and len(read) == 24 < len(source)
 
 
 def test_a_run(tmp_path, monkeypatch):
