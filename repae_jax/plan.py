@@ -289,7 +289,7 @@ def advice(job, numbers):
 
 
 def better_fsdp(job, state_bytes):
-    """The least config.mesh.fsdp, above the job's, with about the smallest state: at more, fewer arrays may divide.
+    """The least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
 
     Args:
       job: Job.
@@ -300,8 +300,8 @@ def better_fsdp(job, state_bytes):
     """
     devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
     state, in_slice, sizes = build.abstract_state(job), len(devices) // slices, {}
-    for fsdp in range(job.mesh.shape[sharding.FSDP] + 1, in_slice + 1):
-        if in_slice % fsdp == 0:
+    for fsdp in range(1, in_slice + 1):
+        if in_slice % fsdp == 0 and fsdp != job.mesh.shape[sharding.FSDP]:
             sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))
     near = SAME_SIZE * min(sizes.values(), default=math.inf)
     return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))

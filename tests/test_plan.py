@@ -175,6 +175,7 @@ def test_advice():
         (512, 4, 8),
         (516, 1, 4),  # 8 does not divide it: all would be whole again
         (516, 4, None),
+        (516, 8, 4),
         (4, 1, None),  # too small to be split
     ],
 )
