@@ -171,13 +171,15 @@ def train(config, workdir):
                 writer.write_scalars(step, values | speed)
                 if jax.process_index() == 0:
                     print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
+            due = [hook for hook in hooks if hook.is_due(step, steps) and (not stopping or step == steps)]
+            if due:
+                jax.block_until_ready(metrics)  # else the pause would count the time of steps in flight as theirs
             with progress.paused():
                 if saving:  # before the pictures: they may take long, or fail
                     writer.flush()
                     checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
-                for hook in hooks:
-                    if hook.is_due(step, steps) and (not stopping or step == steps):
-                        hook.run(step, state)
+                for hook in due:
+                    hook.run(step, state)
             if stopping and step < steps:
                 checkpointer.wait()
                 logging.warning("asked to stop: saved step %d; run the same command to continue", step)

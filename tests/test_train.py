@@ -4,6 +4,8 @@ One config serves all runs, so that its programs are compiled once.
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import re
@@ -97,6 +99,42 @@ def test_pictures(whole):
             picture.load()
             assert picture.mode == "RGB" and min(picture.size) >= 2 * 8
             assert np.asarray(picture).std() > 0
+
+
+def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch):
+    """A device that takes a second per step, and hooks that wait for it and take nothing themselves, between two logged steps."""
+    now = [0.0]
+
+    class Late(float):
+        def block_until_ready(self):
+            now[0] = max(now[0], float.__float__(self))
+
+        def __float__(self):
+            self.block_until_ready()
+            return 0.0
+
+        def __int__(self):
+            return int(float(self))
+
+    def jit_step(job, state):
+        done = itertools.count(1)
+
+        def step(state, *_):
+            late = Late(next(done))
+            return state, dict.fromkeys(("sit/loss", "skipped_in_a_row"), late)
+
+        return step
+
+    def wait_for_all(step, state):
+        now[0] = max(now[0], float(step - 2))  # began after two
+
+    monkeypatch.setattr(train.build, "jit_step", jit_step)
+    monkeypatch.setattr(train, "Progress", functools.partial(run_log.Progress, clock=lambda: now[0]))
+    monkeypatch.setattr(train, "make_hooks", lambda *_: [hooks.Hook(5, wait_for_all, lambda step: True)])
+    workdir = copy_of(half, tmp_path)
+    train.train(config(14, **{"log.every": 4, "checkpoint.every": 14}), workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line.get("seconds_per_step") for line in lines[2:]} == dict.fromkeys((4, 8, 12, 14), 1.0)
 
 
 def test_fid_during_training(half, tmp_path, monkeypatch):
