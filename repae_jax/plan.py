@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 
 from checkpoints_tools import weights
-from repae_jax import build, flops, generate, hlo_cost, hosts, sharding, train
+from repae_jax import build, config_rules, flops, generate, hlo_cost, hosts, sharding, train
 from repae_jax.call_apart import Crashed, call_apart
 from repae_jax.plan_text import GIB, lines_of
 from repae_jax.tpu_topologies import check_topology, topology_devices
@@ -276,16 +276,25 @@ def advice(job, numbers):
     if fsdp is not None:
         saved = (numbers["state_bytes"] - sharded) / GIB
         lines.append(f"--config.mesh.fsdp={fsdp}: {fsdp} chips share a state, {saved:.2f} GiB less on each, more traffic")
-    if per_chip > accumulation:
+    if per_chip > accumulation and may_accumulate(config):
         parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
-        norm = "; the discriminator's batch norm sees fewer images" if "disc" in config["optim"] else ""
-        before, after = per_chip // accumulation, per_chip // parts
-        lines.append(f"--config.accumulation={parts}: {after} instead of {before} images of a chip at a time{norm}")
-    if "sit" in config["optim"] and config["sit"]["remat"] != "full":
+        norm = "; the discriminator's batch norm sees fewer images" if job.tx.disc is not None else ""
+        fewer = f"{per_chip // parts} instead of {per_chip // accumulation} images of a chip at a time"
+        lines.append(f"--config.accumulation={parts}: {fewer} where gradients are taken{norm}")
+    if job.tx.sit is not None and config["sit"]["remat"] != "full":
         lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")
-    if "vae" in config["optim"] and not config["vae"]["remat"]:
+    if job.tx.vae is not None and not config["vae"]["remat"]:
         lines.append("--config.vae.remat=True: the VAE's blocks are computed again, a third more of its FLOP; it saves less")
     return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
+
+
+def may_accumulate(config):
+    """Whether the rules allow a config more micro-batches: not all losses can be had of a part of the batch."""
+    try:
+        config_rules.make_recipe({**config, "accumulation": config["accumulation"] + 1})
+    except ValueError:
+        return False
+    return True
 
 
 def better_fsdp(job, state_bytes):

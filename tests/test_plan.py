@@ -191,15 +191,33 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
     assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
-def test_advice_can_be_followed():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sit__remat": "dots", "sit__hidden_size": 128},
+        {"loss__vae__diffusion": 0.5},  # not of parts of a batch
+        {"loss__vae__diffusion": 0.5, "diffusion__norm_momentum": 0.0},
+        {"file": vae},
+    ],
+)
+def test_advice_can_be_followed(changes):
     """Names and values are those of the config; all at once are a step that can be built."""
-    config = small.config(data__batch_size=64, sit__hidden_size=128)
-    for line in plan.advice(*too_large())[:-1]:
+    changes = {**changes, "data__batch_size": 64}
+    config, lines = small.config(**changes), plan.advice(*setting_of(**changes))
+    for line in lines[:-1]:
         *sections, field = line.partition("=")[0].removeprefix("--config.").split(".")
         section = functools.reduce(operator.getitem, sections, config)
         section[field] = type(section[field])(line.partition("=")[2].partition(":")[0])
-    assert config.mesh.fsdp == 8 and config.vae.remat is True
+    refused = config.loss.vae.get("diffusion") and config.diffusion.norm_momentum
+    assert config.vae.remat is True and config.accumulation == (1 if refused else 2)
     build.build(config)
+
+
+def test_only_what_has_a_backward_pass_is_computed_again():
+    config = small.config({"vae.remat": False}, vae, "discriminator,tiny")
+    job = build.build(config)
+    lines = plan.advice(job, plan.setting(job, tpu_topologies.CHIPS["v5e"], "v5e:2x4", False))
+    assert not any("remat" in line for line in lines), lines
 
 
 def test_what_does_not_fit_is_said_with_advice():
