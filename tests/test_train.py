@@ -102,7 +102,7 @@ def test_pictures(whole):
 
 
 def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch):
-    """A device that takes a second per step, and hooks that wait for it and take nothing themselves, between two logged steps."""
+    """A device that takes a second per step; hooks between logged steps, which wait for it and take nothing themselves."""
     now = [0.0]
 
     class Late(float):
