@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import importlib.machinery
+import itertools
 import math
 import multiprocessing
 import os
@@ -110,6 +111,25 @@ def summarize(seconds, batch_size):
     ratios = np.divide(seconds[PUBLISHED], seconds[OURS])
     speeds = {side: batch_size / float(np.median(seconds[side])) for side in SIDES}
     return {**speeds, "ratio": {**side_by_side.spread(ratios), "repeats": len(ratios)}}
+
+
+def time_steps(step, wait, steps):
+    """Times some steps after one that is not timed. The device has nothing to do when the clock starts, and when it stops.
+
+    Args:
+      step: dispatches a step, returns its losses.
+      wait: waits until losses are there, and so the device is done; returns what they are.
+      steps: how many are timed.
+
+    Returns:
+      (seconds of each, what `wait` returned of the last).
+    """
+    wait(step())
+    began = time.perf_counter()
+    for _ in range(steps):
+        losses = step()
+    found = wait(losses)
+    return (time.perf_counter() - began) / steps, found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,22 +372,13 @@ def make_published(config, options, folder):
             average()
         return torch.stack([vae_loss.detach(), disc_loss.detach(), sit_loss.detach()])
 
-    done = 0
+    numbers = itertools.count()
 
     def run(steps):
-        nonlocal done
-        began = losses = None
-        for index in range(steps + 1):
-            if index == 1:  # the first is not timed
-                losses.tolist()  # waits for the device
-                began = time.perf_counter()
-            losses = step(done)
-            done += 1
-        values = losses.tolist()
-        seconds = time.perf_counter() - began
-        if not all(map(math.isfinite, values)):
-            raise RuntimeError(f"the published step's losses are not finite: {values}")
-        return seconds / steps
+        seconds, losses = time_steps(lambda: step(next(numbers)), torch.Tensor.tolist, steps)
+        if not all(map(math.isfinite, losses)):
+            raise RuntimeError(f"the published step's losses are not finite: {losses}")
+        return seconds
 
     said = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
     return run, said
@@ -383,7 +394,7 @@ def make_ours(config, options, folder):
     import jax
 
     from repae_jax import build
-    from repae_jax.benchmark import measure, timing
+    from repae_jax.benchmark import measure
 
     config, _ = measure.without_files(config)
     job = build.build(config, devices=jax.devices()[:1])
@@ -396,10 +407,10 @@ def make_ours(config, options, folder):
     del state  # donated
 
     def run(steps):
-        seconds = timing.time_calls(lambda: step(batch), steps, ahead=measure.AHEAD, warm_up=1)
+        seconds, _ = time_steps(lambda: step(batch), jax.block_until_ready, steps)
         if step.state.skipped:
             raise RuntimeError(f"{step.state.skipped} of our steps were skipped: their losses or gradients were not finite")
-        return float(np.mean(seconds))
+        return seconds
 
     return run, {"parameters": counts, "version": f"jax {jax.__version__}"}
 
@@ -519,7 +530,7 @@ def parse_args(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=positive, help="images; default 8 of the small sizes, 32 of the others")
     parser.add_argument("--repeats", type=positive, default=7, help="turns of both; default 7")
-    parser.add_argument("--steps", type=positive, default=3, help="timed in each turn, after one that is not; default 3")
+    parser.add_argument("--steps", type=positive, help="timed in each turn, after one that is not; default 3, on CUDA 20")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile for the published networks and losses; default on CUDA only",
@@ -533,6 +544,7 @@ def parse_args(arguments=None):
     cuda = options.device == "cuda"
     options.published_precision = options.published_precision or ("bfloat16" if cuda else "float32")
     options.compile = cuda if options.compile is None else options.compile
+    options.steps = options.steps or (20 if cuda else 3)  # so many that dispatching the first weighs nothing
     return options
 
 
@@ -550,10 +562,11 @@ def run(options, say=print):
 
     result = {"device": options.device, "steps": options.steps, "compile": options.compile, "cores": os.cpu_count()}
     result |= {"published_precision": options.published_precision, "sizes": {}}
-    for size in options.sizes:
+    for index, size in enumerate(options.sizes):
         result["sizes"][size] = compare(size, options, say)
+        if path is not None:  # after each: the next may fail
+            weights.write_json(path, result, overwrite=index > 0)
     if path is not None:
-        weights.write_json(path, result)
         say(f"all numbers: {options.json}")
     return result
 

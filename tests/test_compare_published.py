@@ -1,5 +1,7 @@
 """What tests/compare_published.py does without the published code."""
 
+import json
+
 import compare_published
 import pytest
 
@@ -18,6 +20,23 @@ def test_ratio_is_taken_within_each_repeat():
     result = compare_published.summarize(seconds, 8)
     assert result["ratio"] == {"median": 2.0, "low": 1.5, "high": 2.0, "repeats": 3}
     assert (result["published"], result["ours"]) == (8 / 3, 4.0)
+
+
+def test_both_clocks_start_and_stop_when_nothing_is_left_to_do(monkeypatch):
+    """A device that takes a second per step, and a host that takes half a second to dispatch one."""
+    now, busy_until = [0.0], [0.0]
+
+    def step():
+        now[0] += 0.5
+        busy_until[0] = max(busy_until[0], now[0]) + 1
+        return busy_until[0]
+
+    def wait(losses):
+        now[0] = max(now[0], losses)
+        return losses
+
+    monkeypatch.setattr(compare_published.time, "perf_counter", lambda: now[0])
+    assert compare_published.time_steps(step, wait, 4) == (4.5 / 4, 6.0)
 
 
 def test_networks_of_other_sizes_are_refused():
@@ -57,13 +76,31 @@ def test_mistakes_end_before_anything_runs(tmp_path, monkeypatch):
     assert "'convv' in 'convv' is unknown" in error_of("--published", folder, "--sizes", "convv")
 
 
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    def fail_at_the_second(size, *_):
+        if size == "transformer":
+            raise RuntimeError("out of memory")
+        return {"ours": 1.0}
+
+    monkeypatch.setattr(compare_published, "compare", fail_at_the_second)
+    given = ["--published", str(checkout(tmp_path)), "--json", str(tmp_path / "x.json")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare_published.run(compare_published.parse_args(given), lambda line: None)
+    assert json.loads((tmp_path / "x.json").read_text())["sizes"] == {"conv": {"ours": 1.0}}
+    monkeypatch.setattr(compare_published, "compare", lambda size, *_: size)
+    lines, given[-1] = [], str(tmp_path / "y.json")
+    result = compare_published.run(compare_published.parse_args(given), lines.append)
+    assert json.loads((tmp_path / "y.json").read_text()) == result and lines == [f"all numbers: {tmp_path}/y.json"]
+    assert list(result["sizes"]) == ["conv", "transformer"]
+
+
 def test_defaults_follow_the_device():
     def defaults(*arguments):
         options = compare_published.parse_args(["--published", "x", *arguments])
-        return options.published_precision, options.compile
+        return options.published_precision, options.compile, options.steps
 
-    assert defaults() == ("float32", False) and defaults("--compile") == ("float32", True)
-    assert defaults("--device", "cuda") == ("bfloat16", True)
+    assert defaults() == ("float32", False, 3) and defaults("--compile", "--steps=5") == ("float32", True, 5)
+    assert defaults("--device", "cuda") == ("bfloat16", True, 20)
 
 
 def test_numbers_must_be_whole(capsys):
