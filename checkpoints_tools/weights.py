@@ -426,6 +426,16 @@ def check_absent(*paths):
         raise FileExistsError(f"{', '.join(taken)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
 
 
+def check_new(flag, given):
+    """Path of a file that a flag names; ValueError if it exists or has no folder: before work whose result goes there."""
+    path = Path(given).expanduser()
+    if path.exists():
+        raise ValueError(f"{flag}={given} exists: choose another name, or move it away")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}={given}: there is no folder {path.parent}; make it first")
+    return path
+
+
 def write_all(writes, *, overwrite=False):
     """Writes files that belong together: all are complete and on disk before the first appears under its name.
 

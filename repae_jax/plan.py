@@ -8,13 +8,11 @@ Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --c
 """
 
 import contextlib
-import json
 import math
 import re
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 from absl import app, flags
@@ -338,24 +336,12 @@ def _define_flags():
     flags.mark_flags_as_required(["config", "topology"])
 
 
-def check_file(given):
-    """Path of --json, None for None; ValueError unless it can be written."""
-    if given is None:
-        return None
-    path = Path(given).expanduser()
-    if path.exists():
-        raise ValueError(f"--json={given} exists: choose another name, or move it away")
-    if not path.parent.is_dir():
-        raise ValueError(f"--json={given}: there is no folder {path.parent}; make it first")
-    return path
-
-
 def main(_):
     """Entry point: mistakes end in one line, not in a traceback; exit code 1 says that not everything fits."""
     options = flags.FLAGS
     _use_no_accelerator()
     try:
-        path = check_file(options.json)
+        path = None if options.json is None else weights.check_new("--json", options.json)
         if options.images_per_chip is not None and not options.sample:
             raise ValueError(
                 f"--images_per_chip={options.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
@@ -367,7 +353,7 @@ def main(_):
             found.append(plan_apart(options.config, numbers, images_per_chip))
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
             if path is not None:
-                weights.write_json(path, json.loads(json.dumps(found)), overwrite=bool(found[:-1]))
+                weights.write_json(path, found, overwrite=bool(found[:-1]))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         train.end_with(error)
     sys.exit(not all(numbers["fits"] for numbers in found))

@@ -550,16 +550,12 @@ def parse_args(arguments=None):
 
 def run(options, say=print):
     """Compares all sizes, writes the file, returns its content: {'sizes': {size: as `compare`}, …}; raises as `compare`."""
-    options.published = check_checkout(options.published)
-    path = None if options.json is None else Path(options.json).expanduser()
-    if path is not None and path.exists():
-        raise ValueError(f"--json={options.json} exists; choose another name, or move it away")
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"--json={options.json}: there is no folder {path.parent}; make it first")
-    for size in options.sizes:
-        config_of(size, options.batch)  # mistakes first
     from checkpoints_tools import weights
 
+    options.published = check_checkout(options.published)
+    path = None if options.json is None else weights.check_new("--json", options.json)
+    for size in options.sizes:
+        config_of(size, options.batch)  # mistakes first
     result = {"device": options.device, "steps": options.steps, "compile": options.compile, "cores": os.cpu_count()}
     result |= {"published_precision": options.published_precision, "sizes": {}}
     for index, size in enumerate(options.sizes):

@@ -277,13 +277,13 @@ def test_what_alone_does_not_fit_is_left_out(monkeypatch):
 
 def test_a_result_is_not_overwritten(tmp_path):
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="a.json exists; choose another name"):
+    with pytest.raises(ValueError, match="a.json exists: choose another name"):
         command.check_places(str(tmp_path / "a.json"), None)
     with pytest.raises(ValueError, match="there is no folder"):
         command.check_places(str(tmp_path / "none" / "a.json"), None)
     with pytest.raises(FileExistsError, match="a.json"):
         command.check_places(None, tmp_path / "a.json")
-    command.check_places(None, None)
+    assert command.check_places(None, None) is None
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

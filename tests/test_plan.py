@@ -90,8 +90,6 @@ def test_a_file_without_a_folder_is_found_first(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "prepare", lambda *_: pytest.fail("not reached"))
     message = run_main(monkeypatch, json=str(tmp_path / "none" / "x.json"))
     assert message == f"error: --json={tmp_path}/none/x.json: there is no folder {tmp_path}/none; make it first"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert plan.check_file("~/x.json") == tmp_path / "x.json" and plan.check_file(None) is None
 
 
 def test_images_per_chip_of_a_training_step(monkeypatch):

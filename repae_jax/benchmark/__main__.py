@@ -7,7 +7,6 @@ no speed. In several processes it is the same command with --distributed, as for
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
@@ -210,24 +209,19 @@ def _define_flags():
 
 
 def check_places(out, profile):
-    """Makes the folder of the trace, before anything is measured; ValueError unless a result can be written."""
+    """Path of the result, or None; makes the folder of the trace. ValueError, before anything is measured, for a wrong path."""
     if profile is not None:
         Path(profile).mkdir(parents=True, exist_ok=True)
-    if out is None:
-        return
-    path = Path(out).expanduser()
-    if path.exists():
-        raise ValueError(f"--out={out} exists; choose another name, or move it away")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out={out}: there is no folder {path.parent}; make it first")
+    return None if out is None else weights.check_new("--out", out)
 
 
-def keeper(out):
-    """Function of results that writes the latest to the file `out`, which is not there before the first."""
-    path, kept = Path(out).expanduser(), itertools.count()
+def keeper(path):
+    """Function of results that writes the latest to a file, which is not there before the first; of no file, for None."""
+    kept = itertools.count()
 
     def keep(result):
-        weights.write_json(path, json.loads(json.dumps(result)), overwrite=next(kept) > 0)
+        if path is not None:
+            weights.write_json(path, result, overwrite=next(kept) > 0)
 
     return keep
 
@@ -239,14 +233,13 @@ def main(_):
         try:
             train.start_processes()
             first = jax.process_index() == 0
-            if first:
-                check_places(options.out, options.profile)
+            path = check_places(options.out, options.profile) if first else None
             benchmark(
                 options.config, options.steps, options.sample_batch, options.input, options.profile,
                 say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
-                keep=keeper(options.out) if first and options.out else (lambda result: None),
+                keep=keeper(path),
             )  # fmt: skip
-            if first and options.out:
+            if path is not None:
                 print(f"all numbers: {options.out}")
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             train.end_with(error)

@@ -196,6 +196,21 @@ def test_a_folder_that_does_not_exist(tmp_path):
         weights.write_json(tmp_path / "no" / "a.json", {})
 
 
+def test_a_file_that_is_to_be_new(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert weights.check_new("--out", "~/a.json") == tmp_path / "a.json"
+    with pytest.raises(ValueError, match="^--out=~/no/a.json: there is no folder .*/no; make it first$"):
+        weights.check_new("--out", "~/no/a.json")
+    (tmp_path / "a.json").touch()
+    with pytest.raises(ValueError, match="^--out=~/a.json exists: choose another name, or move it away$"):
+        weights.check_new("--out", "~/a.json")
+
+
+def test_tuples_are_written_as_lists(tmp_path):
+    weights.write_json(tmp_path / "a.json", {"a": ({"b": (1,)},)})
+    assert weights.read_json(tmp_path / "a.json") == {"a": [{"b": [1]}]}
+
+
 def test_files_are_as_readable_as_the_umask_says(tmp_path, arrays):
     before = os.umask(0o022)
     try:
