@@ -89,6 +89,15 @@ def test_parts_of_repae():
     assert {"vae_encoder", "vae_decoder", "sit", "align_pass", "discriminator", "encoder_target"} <= set(result["parts"])
 
 
+def test_a_part_counts_as_often_as_a_step_runs_it(monkeypatch):
+    monkeypatch.setattr(measure, "time_part", lambda *_: np.ones(3))
+    monkeypatch.setattr(measure, "time_update", lambda *_: np.ones(3))
+    job = build.build(small.config({**NO_ENCODER, "init.vae": "random", "accumulation": 2, "data.batch_size": 16}, ldm))
+    found = measure.measure_parts(job, small.random_state(job), build.load_frozen(job), 3, 1.0)
+    seconds = {name: part["seconds_per_step"]["median"] for name, part in found}
+    assert seconds == {"vae_encoder": 1, "sit": 2, "update": 1}, "the step encodes the whole batch at once"
+
+
 def test_a_trace_is_written(whole):
     _, lines, folder = whole
     assert list(folder.rglob("*.xplane.pb"))
@@ -115,7 +124,7 @@ def test_data_that_is_not_there_is_skipped(tmp_path):
     "config",
     [
         lambda: small.config({"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm),
-        lambda: small.config({"init.vae": ""}, ldm),
+        lambda: small.config({"init.vae": "", "accumulation": 2, "data.batch_size": 16}, ldm),
         lambda: small.config({"loss.vae.diffusion": 0.1, "loss.vae.se": 0.5, "loss.se_factors": (2,)}),
         lambda: small.config({"loss.vae.lpips": 1.0, "lpips.vgg16": "", "accumulation": 2, "data.batch_size": 16}, arg="tiny"),
         lambda: small.config({"loss.vae.gan": 0.0}),
@@ -130,13 +139,19 @@ def test_every_job_has_the_parts_that_it_costs(config):
     config, _ = measure.without_files(config().to_dict())
     job = build.build(config)
     state, (_, frozen, _) = build.abstract_state(job), build.abstract_inputs(job)
-    count = config["data"]["batch_size"] // config["accumulation"]
-    pixels = jax.ShapeDtypeStruct((count, *[config["data"]["image_size"]] * 2, 3), np.uint8)
-    batch = jax.eval_shape(lambda pixels: measure.parts.make_batch(job, pixels, jax.random.key(0)), pixels)
-    made = measure.parts.make_parts(job, state, frozen, batch)
+    whole, micro = config["data"]["batch_size"], config["data"]["batch_size"] // config["accumulation"]
+
+    def batch_of(count):
+        pixels = jax.ShapeDtypeStruct((count, *[config["data"]["image_size"]] * 2, 3), np.uint8)
+        return jax.eval_shape(lambda pixels: measure.parts.make_batch(job, pixels, jax.random.key(0)), pixels)
+
+    made = measure.parts.make_parts(job, state, frozen, batch_of(whole), batch_of(micro))
     assert set(made) == set(flops.parts(config, job.encoders))
-    for part in made.values():
-        jax.jit(part.function, out_shardings=part.out_shardings).lower(*part.arguments)
+    for name, part in made.items():
+        lowered = jax.jit(part.function, out_shardings=part.out_shardings).lower(*part.arguments)
+        assert part.of_whole == (name.startswith("encoder_") or (name == "vae_encoder" and config["job"] == "ldm"))
+        if name.startswith("encoder_") or name in ("vae_encoder", "vae_decoder"):
+            assert jax.tree.leaves(lowered.out_info)[0].shape[0] == (whole if part.of_whole else micro)
     grads = {name: net.params for name in ("vae", "disc", "sit") if (net := getattr(state, name)) is not None}
     new, _ = jax.eval_shape(lambda *given: measure.parts.update(*given, tx=job.tx, recipe=job.recipe), state, grads)
     assert jax.tree.map(lambda x: x.shape, new) == jax.tree.map(lambda x: x.shape, state)

@@ -123,7 +123,7 @@ def test_parts(file, arg, tolerance, changes):
     size, key = job.config["data"]["image_size"], jax.random.key(0)
     pixels = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)
     batch = jax.eval_shape(lambda pixels: benchmark_parts.make_batch(job, pixels, key), pixels)
-    timed = benchmark_parts.make_parts(job, build.abstract_state(job), build.abstract_inputs(job)[1], batch)
+    timed = benchmark_parts.make_parts(job, build.abstract_state(job), build.abstract_inputs(job)[1], batch, batch)
     traced = {name: traced_flops.count(part.function, *part.arguments) / BATCH for name, part in timed.items()}
     assert flops.parts(job.config, job.encoders) == pytest.approx(traced, rel=tolerance)
 

@@ -178,9 +178,9 @@ def measure_parts(job, state, frozen, count, step_seconds):
     """
     config, accumulation = job.config, job.recipe.accumulation
     batch_size = config["data"]["batch_size"]
-    pixels = random_pixels(job, batch_size // accumulation)
     make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=sharding.batch_sharding(job.mesh))
-    batch = make(pixels, jax.random.key(config["seed"]))
+    sizes, key = (batch_size, batch_size // accumulation), jax.random.key(config["seed"])
+    batches = [make(random_pixels(job, size), key) for size in sizes]
     costs = flops.parts(config, job.encoders)
     if job.recipe.eq_scales:
         costs = {}  # are means over scales, of which only the first is measured here
@@ -198,8 +198,8 @@ def measure_parts(job, state, frozen, count, step_seconds):
             found |= {field: value for field, value in speed.items() if not field.startswith("images")}
         return found
 
-    for name, part in parts.make_parts(job, state, frozen, batch).items():
-        yield name, result(name, accumulation, functools.partial(time_part, job, part, count))
+    for name, part in parts.make_parts(job, state, frozen, *batches).items():
+        yield name, result(name, 1 if part.of_whole else accumulation, functools.partial(time_part, job, part, count))
     yield "update", result("update", 1, functools.partial(time_update, job, state, count))
 
 

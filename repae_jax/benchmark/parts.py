@@ -24,11 +24,13 @@ class Part(NamedTuple):
       function: of the arguments.
       arguments: trees of arrays.
       out_shardings: of what it returns, as jax.jit takes them.
+      of_whole: whether a step runs it on the whole batch, once, and not on every micro-batch.
     """
 
     function: Callable
     arguments: tuple[Any, ...]
     out_shardings: Any
+    of_whole: bool = False
 
 
 def make_batch(job, pixels, key):
@@ -59,7 +61,7 @@ def make_batch(job, pixels, key):
     }
 
 
-def make_parts(job, state, frozen, batch):
+def make_parts(job, state, frozen, whole_batch, batch):
     """The networks' shares of a step: forward pass and the gradients that the step takes, one after the other.
 
     They need not add up to the step, whose compiler fuses, shares and reorders across them, and which has more to do.
@@ -68,7 +70,8 @@ def make_parts(job, state, frozen, batch):
       job: Job.
       state: TrainState.
       frozen: what `build.load_frozen` returns.
-      batch: what `make_batch` returns, of a micro-batch.
+      whole_batch: what `make_batch` returns.
+      batch: the same, of a micro-batch.
 
     Returns:
       dict, name as in `flops.parts` -> Part.
@@ -81,7 +84,8 @@ def make_parts(job, state, frozen, batch):
         return jax.tree.map(lambda x: x.sharding, net.params)
 
     for name, encoder, params in zip(sorted(job.config["encoders"]), job.encoders, frozen["encoders"]):
-        parts[f"encoder_{name}"] = Part(functools.partial(features.encode, encoder), (params, batch["pixels"]), rows)
+        encode_images = functools.partial(features.encode, encoder)
+        parts[f"encoder_{name}"] = Part(encode_images, (params, whole_batch["pixels"]), rows, of_whole=True)
 
     # ---- the VAE's networks ----------------------------------------------------------------------------------------------
     def encode(params, batch):
@@ -108,7 +112,8 @@ def make_parts(job, state, frozen, batch):
         parts["vae_encoder"] = Part(encode, arguments, rows) if is_fixed else Part(encode_back, arguments, (rows, whole))
         parts["vae_decoder"] = Part(decode_back, arguments, (rows, (whole, rows), *((rows,) if compares else ())))
     elif not job.config["data"]["cache"]:
-        parts["vae_encoder"] = Part(encode, (frozen["vae"], batch), rows)
+        of_whole = state.disc is None
+        parts["vae_encoder"] = Part(encode, (frozen["vae"], whole_batch if of_whole else batch), rows, of_whole)
         if state.disc is not None:
             parts["vae_decoder"] = Part(decode, (frozen["vae"], batch), rows)
 
