@@ -36,6 +36,8 @@ FILES = (
 )  # fmt: skip
 PUBLISHED, OURS = SIDES = ("published", "ours")
 TOLERANCE = 0.01  # of a network's number of parameters
+TERMS = {"l1": "vae/l1", "kl": "vae/kl", "hinge": "disc/hinge", "velocity": "sit/velocity"}  # that are compared; our names
+SAME_SIZE = 3  # factor between them at most
 SMALL = {
     "precision.compute": "float32", "sit.remat": "none", "sit.unroll": 12, "sit.projector_dim": 512, "data.num_classes": 100,
 }  # fmt: skip
@@ -86,6 +88,21 @@ def check_checkout(folder):
     return folder
 
 
+def check_losses(published, ours):
+    """ValueError unless the terms of both sides' first losses are of one size; arguments are term -> value.
+
+    The networks' weights are other random numbers, but drawn by the same rules. Left out are terms that may have any sign (GAN,
+    alignment), and LPIPS, whose random weights are not drawn alike.
+    """
+    differing = [
+        f"{term} ({published[term]:.4g} published, {ours[term]:.4g} ours)"
+        for term in TERMS
+        if not ours[term] / SAME_SIZE < published[term] < SAME_SIZE * ours[term]
+    ]
+    if differing:
+        raise ValueError(f"the first losses differ by more than a factor of {SAME_SIZE}: {'; '.join(differing)}")
+
+
 def check_parameters(published, ours):
     """ValueError unless both sides have the same networks of the same size; arguments are name -> number of parameters."""
     differing = [
@@ -118,18 +135,18 @@ def time_steps(step, wait, steps):
 
     Args:
       step: dispatches a step, returns its losses.
-      wait: waits until losses are there, and so the device is done; returns what they are.
+      wait: waits until losses are there, and so the device is done.
       steps: how many are timed.
 
     Returns:
-      (seconds of each, what `wait` returned of the last).
+      Seconds of each.
     """
     wait(step())
     began = time.perf_counter()
     for _ in range(steps):
         losses = step()
-    found = wait(losses)
-    return (time.perf_counter() - began) / steps, found
+    wait(losses)
+    return (time.perf_counter() - began) / steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +297,7 @@ def published_networks(config, encoder):
 
 
 def make_published(config, options, folder):
-    """The published step: (function of a number of steps -> seconds of each, what there is to say of it)."""
+    """The published step: `step` and `wait` as `time_steps` takes them, which gives TERMS, and what there is to say of it."""
     import torch
     from torch.nn import functional as F
 
@@ -356,7 +373,7 @@ def make_published(config, options, folder):
             model.requires_grad_(False)
             model.eval()
             how = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
-            vae_loss, _ = criterion(real, recon, posterior, index, "generator")
+            vae_loss, terms = criterion(real, recon, posterior, index, "generator")
             aligned = model(x=latents, y=labels, zs=targets, loss_kwargs=how)
             apply_gradients("vae", vae_loss.mean() + weights["vae"] * aligned["proj_loss"].mean())
             # the discriminator
@@ -370,18 +387,19 @@ def make_published(config, options, folder):
             sit_loss = found["denoising_loss"].mean() + weights["sit"] * found["proj_loss"].mean()
             apply_gradients("sit", sit_loss)
             average()
-        return torch.stack([vae_loss.detach(), disc_loss.detach(), sit_loss.detach()])
+        kl = terms["kl_loss"] / config["loss"]["vae"]["kl"]
+        compared = terms["reconstruction_loss"], kl, disc_loss, found["denoising_loss"].mean()
+        return torch.stack([x.detach().float() for x in (*compared, vae_loss, sit_loss)])
+
+    def wait(losses):
+        values = losses.tolist()
+        if not all(map(math.isfinite, values)):
+            raise RuntimeError(f"the published step's losses are not finite: {values}")
+        return dict(zip(TERMS, values))  # the first ones
 
     numbers = itertools.count()
-
-    def run(steps):
-        seconds, losses = time_steps(lambda: step(next(numbers)), torch.Tensor.tolist, steps)
-        if not all(map(math.isfinite, losses)):
-            raise RuntimeError(f"the published step's losses are not finite: {losses}")
-        return seconds
-
     said = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
-    return run, said
+    return lambda: step(next(numbers)), wait, said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,13 +424,13 @@ def make_ours(config, options, folder):
     step = measure.Step(measure.compile_step(job, state, batch, frozen, key)[0], state, frozen, key)
     del state  # donated
 
-    def run(steps):
-        seconds, _ = time_steps(lambda: step(batch), jax.block_until_ready, steps)
-        if step.state.skipped:
-            raise RuntimeError(f"{step.state.skipped} of our steps were skipped: their losses or gradients were not finite")
-        return seconds
+    def wait(metrics):
+        values = {name: float(metrics[name]) for name in ("skipped", *TERMS.values())}
+        if values["skipped"]:
+            raise RuntimeError(f"{values['skipped']:.0f} of our steps were skipped: their losses or gradients were not finite")
+        return {term: values[name] for term, name in TERMS.items()}
 
-    return run, {"parameters": counts, "version": f"jax {jax.__version__}"}
+    return lambda: step(batch), wait, {"parameters": counts, "version": f"jax {jax.__version__}"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,11 +445,10 @@ def serve(side, config, options, connection):
     os.environ |= {"JAX_PLATFORMS": options.device if side == OURS else "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
-        run, said = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
-        run(1)
-        connection.send(said)
+        step, wait, said = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
+        connection.send({**said, "first_losses": wait(step())})
         while steps := connection.recv():
-            connection.send(run(steps))
+            connection.send(time_steps(step, wait, steps))
     except EOFError:
         pass  # nobody is there any more
     except Exception as error:  # whatever it is, the other process has to know
@@ -484,7 +501,7 @@ def compare(size, options, say=print):
       dict that JSON can hold.
 
     Raises:
-      ValueError: if the two do not have the same networks.
+      ValueError: if the two do not have the same networks, or losses of another size.
       RuntimeError: if one fails.
     """
     config = config_of(size, options.batch)
@@ -498,6 +515,9 @@ def compare(size, options, say=print):
         check_parameters(*(said[side]["parameters"] for side in SIDES))
         for name, count in said[PUBLISHED]["parameters"].items():
             say(f"  parameters of {name:8} {count:>12,} published {said[OURS]['parameters'][name]:>12,} ours")
+        for term, value in said[PUBLISHED]["first_losses"].items():
+            say(f"  first {term:16} {value:>12.4g} published {said[OURS]['first_losses'][term]:>12.4g} ours")
+        check_losses(*(said[side]["first_losses"] for side in SIDES))
         for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
             for name in order:
                 seconds[name].append(sides[name].seconds(options.steps))

@@ -33,10 +33,9 @@ def test_both_clocks_start_and_stop_when_nothing_is_left_to_do(monkeypatch):
 
     def wait(losses):
         now[0] = max(now[0], losses)
-        return losses
 
     monkeypatch.setattr(compare_published.time, "perf_counter", lambda: now[0])
-    assert compare_published.time_steps(step, wait, 4) == (4.5 / 4, 6.0)
+    assert compare_published.time_steps(step, wait, 4) == 4.5 / 4
 
 
 def test_networks_of_other_sizes_are_refused():
@@ -47,6 +46,13 @@ def test_networks_of_other_sizes_are_refused():
     for missing in ({"vae": 1000}, {**counts, "disc": 1}):
         with pytest.raises(ValueError, match=r"(sit \(2,000 published, 0 ours\)|disc \(0 published, 1 ours\))"):
             compare_published.check_parameters(counts, missing)
+
+
+def test_losses_of_another_size_are_refused():
+    losses = {"l1": 0.5, "kl": 1000.0, "hinge": 1.0, "velocity": 2.0}
+    compare_published.check_losses(losses, {**losses, "kl": 400.0, "l1": 1.4})
+    with pytest.raises(ValueError, match=r"factor of 3: kl \(1000 published, 300 ours\); velocity \(2 .* 8 ours\)$"):
+        compare_published.check_losses(losses, {**losses, "kl": 300.0, "velocity": 8.0})
 
 
 @pytest.mark.parametrize("size", compare_published.SIZES)
