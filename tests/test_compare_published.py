@@ -50,9 +50,9 @@ def test_networks_of_other_sizes_are_refused():
 
 def test_losses_of_another_size_are_refused():
     losses = {"l1": 0.5, "kl": 1000.0, "hinge": 1.0, "velocity": 2.0}
-    compare_published.check_losses(losses, {**losses, "kl": 400.0, "l1": 1.4})
-    with pytest.raises(ValueError, match=r"factor of 3: kl \(1000 published, 300 ours\); velocity \(2 .* 8 ours\)$"):
-        compare_published.check_losses(losses, {**losses, "kl": 300.0, "velocity": 8.0})
+    compare_published.check_losses(losses, {**losses, "kl": 101.0, "l1": 4.9})
+    with pytest.raises(ValueError, match=r"factor of 10: kl \(1000 published, 99 ours\); velocity \(2 .* 21 ours\)$"):
+        compare_published.check_losses(losses, {**losses, "kl": 99.0, "velocity": 21.0})
 
 
 @pytest.mark.parametrize("size", compare_published.SIZES)
