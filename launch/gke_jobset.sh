@@ -57,12 +57,13 @@ manifest() {
     done
     chips=$((${TOPOLOGY//x/*}))
     ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
-    local annotations='{}' volumes='[]' mounts='[]'
+    # workers hand batches over in shared memory, of which a pod has 64 MB otherwise
+    local annotations='{}' volumes='{name: shared, emptyDir: {medium: Memory}}' mounts='{name: shared, mountPath: /dev/shm}'
     if [ -n "${BUCKET:-}" ]; then
         local attributes="{bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs, hostNetworkPodKSA: \"true\"}"
         annotations='{gke-gcsfuse/volumes: "true"}'
-        volumes="[{name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: $attributes}}]"
-        mounts="[{name: bucket, mountPath: $(quoted "/mnt/$BUCKET"), readOnly: true}]"
+        volumes+=", {name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: $attributes}}"
+        mounts+=", {name: bucket, mountPath: $(quoted "/mnt/$BUCKET"), readOnly: true}"
     fi
     cat <<MANIFEST
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -94,7 +95,7 @@ spec:
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $(quoted "$ACCELERATOR")
                 cloud.google.com/gke-tpu-topology: $(quoted "$TOPOLOGY")
-              volumes: $volumes
+              volumes: [$volumes]
               containers:
               - name: train
                 image: $(quoted "$IMAGE")
@@ -102,7 +103,7 @@ spec:
                 - containerPort: 8471  # between the TPUs of a slice
                 - containerPort: 8080  # between slices
                 - containerPort: 8482  # jax.distributed's coordinator
-                volumeMounts: $mounts
+                volumeMounts: [$mounts]
                 resources:
                   limits:
                     google.com/tpu: $per_host

@@ -461,7 +461,8 @@ def test_manifest(place):
     }
     assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
     (container,) = pod["containers"]
-    assert pod["volumes"] == container["volumeMounts"] == []
+    assert pod["volumes"] == [{"name": "shared", "emptyDir": {"medium": "Memory"}}]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/dev/shm"}]
     assert container["image"] == "host/repae:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
     command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
     assert command == ["python", "-m", "repae_jax.train", "--distributed", *HARD]
@@ -483,11 +484,13 @@ def test_manifest_with_a_bucket(place):
     (replicated,) = manifest_of(place, BUCKET="my-bucket")["spec"]["replicatedJobs"]
     template = replicated["template"]["spec"]["template"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-    (volume,), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
+    (_, volume), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"] is True
     attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", "hostNetworkPodKSA": "true"}
     assert volume["csi"]["volumeAttributes"] == attributes
-    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/mnt/my-bucket", "readOnly": True}]
+    shared, bucket = container["volumeMounts"]
+    assert shared["mountPath"] == "/dev/shm"
+    assert bucket == {"name": volume["name"], "mountPath": "/mnt/my-bucket", "readOnly": True}
 
 
 def test_logs_of_a_host(place):
