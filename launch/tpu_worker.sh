@@ -23,8 +23,12 @@ mount_bucket() {
     mountpoint --quiet "$folder" && return
     if ! command -v gcsfuse >/dev/null; then
         curl --fail --silent --show-error --location --output gcsfuse.deb "$releases/v$version/gcsfuse_${version}_amd64.deb"
-        sudo apt-get -qq update
-        sudo apt-get -qq install ./gcsfuse.deb
+        # a new machine installs its own updates meanwhile, which `update` has no option to wait for
+        for _ in {1..60}; do
+            ! sudo apt-get -qq update || break
+            sleep 10
+        done
+        sudo apt-get -qq -o DPkg::Lock::Timeout=600 install ./gcsfuse.deb
     fi
     sudo install --directory --owner="$(id --user)" "$folder"
     gcsfuse --implicit-dirs -o ro "$1" "$folder"

@@ -275,14 +275,23 @@ def test_setup_copies_the_commit_and_installs_it(place):
     shutil.copy(place.root / archive, place.home / "repae.tar.gz")
     place.install(place.home / "repae", "base")
     (place.home / "repae/old.py").touch()
-    for name in ("gcsfuse", "sudo"):
+    for name in ("curl", "sudo", "sleep"):
         place.stub(place.stubs / name)
+    locked = place.behaviors / "locked"  # as in the first minutes of a machine
+    locked.touch()
+    place.behave(
+        "sudo",
+        f'case "$*" in\n*update) [ ! -e {locked} ] || {{ rm {locked}; exit 100; }} ;;\n'
+        f"*gcsfuse.deb) cp {place.stubs}/curl {place.stubs}/gcsfuse ;;\nesac",
+    )
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
     assert (place.home / "repae/setup.py").read_text() == "" and not (place.home / "repae/old.py").exists()
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
     assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
+    apt = [call["argv"] for call in calls if call["argv"][:1] == ["apt-get"]]
+    assert [call[-1] for call in apt] == ["update", "update", "./gcsfuse.deb"] and "DPkg::Lock::Timeout=600" in apt[-1]
     assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
     assert (place.home / "repae/.venv/installed-tpu,data,torch").exists()
 
@@ -460,6 +469,7 @@ def test_manifest(place):
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (False, "ClusterFirst")  # else it had not its own service account
     (container,) = pod["containers"]
     assert pod["volumes"] == [{"name": "shared", "emptyDir": {"medium": "Memory"}}]
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/dev/shm"}]
@@ -478,15 +488,17 @@ def test_manifest_of_several_slices(place):
     pod = job["template"]["spec"]
     assert replicated["replicas"] == 2 and job["parallelism"] == 16 and jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     assert pod["terminationGracePeriodSeconds"] == 15 and pod["serviceAccountName"] == "me"
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
 
 
-def test_manifest_with_a_bucket(place):
-    (replicated,) = manifest_of(place, BUCKET="my-bucket")["spec"]["replicatedJobs"]
+@pytest.mark.parametrize(("slices", "network"), [("1", {}), ("2", {"hostNetworkPodKSA": "true"})])
+def test_manifest_with_a_bucket(place, slices, network):
+    (replicated,) = manifest_of(place, BUCKET="my-bucket", SLICES=slices)["spec"]["replicatedJobs"]
     template = replicated["template"]["spec"]["template"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     (_, volume), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"] is True
-    attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", "hostNetworkPodKSA": "true"}
+    attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", **network}
     assert volume["csi"]["volumeAttributes"] == attributes
     shared, bucket = container["volumeMounts"]
     assert shared["mountPath"] == "/dev/shm"
