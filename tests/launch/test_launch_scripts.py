@@ -299,7 +299,9 @@ def test_setup_copies_the_commit_and_installs_it(place):
 def test_run_reaches_the_workers_as_typed(place):
     place.launch("tpu_pod.sh", "run", *HARD, **POD)
     (start,) = place.calls()
-    assert start[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
+    place.launch("tpu_pod.sh", "stop", **POD)
+    (stop,) = place.calls()
+    assert start[:-1] == stop[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
     shutil.copytree(place.root, place.home / "repae")
     shutil.rmtree(place.home / "repae/.venv")
     assert "setup first" in on_worker(place, start).stderr
@@ -313,6 +315,11 @@ def test_run_reaches_the_workers_as_typed(place):
     assert all("ssh" not in call for call in place.calls())
     done = place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae")
     assert done.returncode == 0 and "ended with exit code 3: step 1" in done.stdout
+    assert on_worker(place, stop).returncode == 0
+    assert "stopped: step 1" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
+    (place.home / "train.exit").write_text("0\n")  # it had finished before
+    assert "ended with exit code 0" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
+    assert on_worker(place, start).returncode == 0 and not (place.home / "train.stopped").exists()
 
 
 def test_a_run_that_is_refused_is_not_noted(place):
@@ -408,6 +415,7 @@ def test_resume_leaves_a_healthy_run_alone(preempted):
         (["running", "not running"], True, 0, ""),  # its host was made again
         (["ended with exit code 1: x", "ended with exit code 137: y"], True, 0, ""),  # the others end because of one
         (["ended with exit code 75: saved"] * 2, True, 0, ""),
+        (["stopped: saved", "ended with exit code 1: the other has gone"], None, 0, ""),
         (["running: x", "ended with exit code 0: finished"], False, 0, "nothing to resume"),  # about to end
         (["ended with exit code 0: finished"] * 2, False, 3, "it has finished"),
         (["ended with exit code 1: error: no field"] * 2, False, 3, "it ended with an error, which would come again"),
@@ -425,7 +433,8 @@ def test_resume_starts_again_what_died_and_nothing_else(preempted, answers, agai
         place.answer(*answers)
     done = place.bash("launch/tpu_pod.sh", "resume", **POD)
     assert done.returncode == code and message in done.stdout + done.stderr
-    assert verbs(place.calls()) == ["status", *(["stop", "scp", "idle", "start"] if again else [])]
+    started = [] if again is False else ["scp", "idle", "start"]
+    assert verbs(place.calls()) == ["status", *(["stop"] if again else []), *started]
 
 
 def test_a_run_that_failed_is_started_again_if_asked(preempted):
@@ -450,6 +459,40 @@ def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
     place.behave("gcloud", (place.behaviors / "gcloud").read_text().replace("cat answers && exit ;;\n", answer))
     place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
     assert verbs(place.calls()) == ["status", "status", "stop", "scp", "idle", "start", "status"]
+
+
+@pytest.mark.parametrize(
+    ("queue", "answer", "message"),
+    [
+        (["ACTIVE", "ACTIVE", "DELETING", ""], "running: step 7", "somebody has deleted the slice; 'resume' makes it again"),
+        (["ACTIVE"], "stopped: saved", "somebody has stopped the run; 'resume' continues it"),
+    ],
+)
+def test_watch_leaves_what_somebody_has_ended(preempted, queue, answer, message):
+    place = preempted[0]
+    place.states(queue)
+    place.answer(answer)
+    shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
+    assert shown.splitlines()[-1] == f"nothing to resume: {message}"
+    assert verbs(place.calls()) == ["status"]
+
+
+@pytest.mark.parametrize(("state", "first"), [("SUSPENDED", ["delete"]), ("", [])])
+def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
+    """Then it has nothing to say: the next look finds that it was deleted."""
+    place = preempted[0]
+    place.states([state])
+    tried = place.behaviors / "tried"
+    place.behave(
+        "gcloud",
+        f'case "$*" in\n*resources\\ delete*) echo >{place.behaviors}/queue ;;\n'
+        f"*resources\\ create*) [ -e {tried} ] || {{ touch {tried}; exit 1; }} ;;\n"
+        f"*tpu_worker.sh\\ start*) echo >{place.behaviors}/queue ;;\nesac\n"
+        + (place.behaviors / "gcloud").read_text(),
+    )
+    shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
+    assert verbs(place.calls()) == [*first, "create", "create", "scp", "idle", "start"]
+    assert "somebody has deleted the slice" in shown
 
 
 def manifest_of(place, **settings):
