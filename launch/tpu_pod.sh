@@ -102,7 +102,9 @@ create() {
 }
 
 setup() {
-    local commit settings archive=$notes/code.tar.gz emptied='find repae -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
+    local commit settings archive=$notes/code.tar.gz
+    local replaced="touch repae.files && (cd repae && xargs -d '\n' rm -f -- <../repae.files)"
+    replaced+=" && tar -tzf repae.tar.gz --quoting-style=literal | grep -v '/\$' >repae.files && tar -xzmf repae.tar.gz -C repae"
     commit=$(git rev-parse --verify "${COMMIT:-HEAD}^{commit}" 2>/dev/null) || fail "COMMIT=${COMMIT:-HEAD} is no commit of a git repository in $PWD"
     [[ ${BUCKET:-} =~ ^[a-z0-9._-]*$ ]] || fail "BUCKET=$BUCKET: expected its name alone, e.g. my-bucket"
     git diff --quiet HEAD || echo "note: changes that are not committed stay here; the workers get commit $commit" >&2
@@ -110,8 +112,9 @@ setup() {
     call mkdir -p "$notes"
     call git archive --format=tar.gz --output="$archive" "$commit"
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:repae.tar.gz" "${where[@]}" --worker=all
-    # all but .venv is replaced; tar gives new times (-m), by which the installation sees what has changed
-    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $emptied && tar -xzmf repae.tar.gz -C repae && $worker setup $(shown "${settings[@]}")"
+    # only what the setup before has put there is removed: the rest is the user's, such as runs/. tar gives new times (-m), by
+    # which the installation sees what has changed
+    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $replaced && $worker setup $(shown "${settings[@]}")"
     note setup "$commit" "${settings[@]}"
 }
 

@@ -274,7 +274,6 @@ def test_setup_copies_the_commit_and_installs_it(place):
 
     shutil.copy(place.root / archive, place.home / "repae.tar.gz")
     place.install(place.home / "repae", "base")
-    (place.home / "repae/old.py").touch()
     for name in ("curl", "sudo", "sleep"):
         place.stub(place.stubs / name)
     locked = place.behaviors / "locked"  # as in the first minutes of a machine
@@ -287,13 +286,34 @@ def test_setup_copies_the_commit_and_installs_it(place):
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
-    assert (place.home / "repae/setup.py").read_text() == "" and not (place.home / "repae/old.py").exists()
+    assert (place.home / "repae/setup.py").read_text() == ""
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
     assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
     apt = [call["argv"] for call in calls if call["argv"][:1] == ["apt-get"]]
     assert [call[-1] for call in apt] == ["update", "update", "./gcsfuse.deb"] and "DPkg::Lock::Timeout=600" in apt[-1]
     assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
     assert (place.home / "repae/.venv/installed-tpu,data,torch").exists()
+
+
+def test_setup_removes_what_setup_had_put_there_and_nothing_else(place):
+    place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
+    place.install(place.home / "repae", "base")
+    (place.root / "an old [file]").touch()
+    for _ in range(2):
+        place.commit()
+        place.launch("tpu_pod.sh", "setup", **POD)
+        shutil.copy(place.root / "runs/tpu_pod/project/us-west4-a/pod/code.tar.gz", place.home / "repae.tar.gz")
+        done = on_worker(place, place.calls("gcloud")[-1])
+        assert done.returncode == 0, done.stderr
+        if (place.root / "an old [file]").exists():
+            assert (place.home / "repae/an old [file]").exists()
+            (place.root / "an old [file]").rename(place.root / "launch/new")
+            for name in ("runs/a/checkpoints/7", "data/a.png", "launch/mine"):
+                (place.home / "repae" / name).parent.mkdir(parents=True, exist_ok=True)
+                (place.home / "repae" / name).touch()
+    found = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
+    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "setup.py"} <= found
+    assert "an old [file]" not in found
 
 
 def test_run_reaches_the_workers_as_typed(place):
@@ -487,8 +507,7 @@ def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
         "gcloud",
         f'case "$*" in\n*resources\\ delete*) echo >{place.behaviors}/queue ;;\n'
         f"*resources\\ create*) [ -e {tried} ] || {{ touch {tried}; exit 1; }} ;;\n"
-        f"*tpu_worker.sh\\ start*) echo >{place.behaviors}/queue ;;\nesac\n"
-        + (place.behaviors / "gcloud").read_text(),
+        f"*tpu_worker.sh\\ start*) echo >{place.behaviors}/queue ;;\nesac\n" + (place.behaviors / "gcloud").read_text(),
     )
     shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
     assert verbs(place.calls()) == [*first, "create", "create", "scp", "idle", "start"]
