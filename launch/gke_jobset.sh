@@ -20,7 +20,9 @@
 #                       if not set
 #   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every error
 #   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
-#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set
+#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter must be allowed to write to the bucket of the workdir. Pods of
+#                       several slices are in the nodes' network, where the node's service account writes instead: it must be
+#                       allowed to, by the scopes of the node pools, too (--scopes=storage-full)
 #
 # The cluster needs the JobSet controller (https://jobset.sigs.k8s.io). --dry-run prints the commands and runs none.
 script=$0
@@ -57,12 +59,17 @@ manifest() {
     done
     chips=$((${TOPOLOGY//x/*}))
     ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
-    local annotations='{}' volumes='[]' mounts='[]'
+    # workers hand batches over in shared memory, of which a pod has 64 MB otherwise
+    local annotations='{}' volumes='{name: shared, emptyDir: {medium: Memory}}' mounts='{name: shared, mountPath: /dev/shm}'
+    # between slices it is much faster; pods in it have the node's service account, not SERVICE_ACCOUNT
+    local host_network=false dns=ClusterFirst
+    if ((slices > 1)); then host_network=true dns=ClusterFirstWithHostNet; fi
     if [ -n "${BUCKET:-}" ]; then
-        local attributes="{bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs, hostNetworkPodKSA: \"true\"}"
+        local attributes="bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs"
+        ! $host_network || attributes+=', hostNetworkPodKSA: "true"'
         annotations='{gke-gcsfuse/volumes: "true"}'
-        volumes="[{name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: $attributes}}]"
-        mounts="[{name: bucket, mountPath: $(quoted "/mnt/$BUCKET"), readOnly: true}]"
+        volumes+=", {name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: {$attributes}}}"
+        mounts+=", {name: bucket, mountPath: $(quoted "/mnt/$BUCKET"), readOnly: true}"
     fi
     cat <<MANIFEST
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -89,12 +96,12 @@ spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: $grace
               serviceAccountName: $(quoted "${SERVICE_ACCOUNT:-default}")
-              hostNetwork: true
-              dnsPolicy: ClusterFirstWithHostNet
+              hostNetwork: $host_network
+              dnsPolicy: $dns
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $(quoted "$ACCELERATOR")
                 cloud.google.com/gke-tpu-topology: $(quoted "$TOPOLOGY")
-              volumes: $volumes
+              volumes: [$volumes]
               containers:
               - name: train
                 image: $(quoted "$IMAGE")
@@ -102,7 +109,7 @@ spec:
                 - containerPort: 8471  # between the TPUs of a slice
                 - containerPort: 8080  # between slices
                 - containerPort: 8482  # jax.distributed's coordinator
-                volumeMounts: $mounts
+                volumeMounts: [$mounts]
                 resources:
                   limits:
                     google.com/tpu: $per_host

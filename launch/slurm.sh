@@ -4,8 +4,9 @@
 #        bash launch/slurm.sh --dry-run FLAGS         print the commands and run none
 #
 # OPTIONS of sbatch go before those below: sbatch --nodes=4 --partition=gpu launch/slurm.sh --config … --workdir …
-# --ntasks-per-node=1 takes one process per node for all its GPUs. The repository and the workdir must be on a file system that
-# all nodes see. If compute nodes have no network, install on the login node first: (source launch/environment.sh cuda,data,torch)
+# --ntasks-per-node=1 --cpus-per-task=64 takes one process per node, for all its GPUs and that many cores. The repository and the
+# workdir must be on a file system that all nodes see. If compute nodes have no network, install on the login node first:
+# (source launch/environment.sh cuda,data,torch)
 # EXTRAS, from the environment, is what is installed; these if not set.
 #
 # Two minutes before the time limit, and when preempted, the run is asked to save itself; then the job goes back into the queue.

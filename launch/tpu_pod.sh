@@ -10,7 +10,8 @@
 #   stop                let the run save itself and end
 #   resume [--failed]   after a preemption: make the slice again, set it up, run what ran; nothing if all is well. A run that has
 #                       finished, or ended with an error of its own, is left (exit code 3) unless --failed says to run it again
-#   watch               resume every five minutes, until there is nothing left to do
+#   watch               resume every five minutes, on the machine that has the notes, until there is nothing left to do: the run has
+#                       finished or failed, or somebody has used stop or delete
 #   delete [--quiet]    give the slice back
 #
 # Settings, from the environment:
@@ -48,6 +49,8 @@ note() {
     shown "${@:2}" >"$notes/$1.new"
     mv "$notes/$1.new" "$notes/$1"
 }
+
+forget() { [ -n "$dry_run" ] || rm -f "$notes/$1"; }
 
 noted=()
 
@@ -93,12 +96,15 @@ create() {
     call gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${where[@]}" \
         --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" "$@"
     note create "$@"
+    forget making
     settle
     [ -n "$dry_run" ] || [ "$now" = READY ] || fail "the slice is $now; 'resume' or 'create' after 'delete' asks for it again"
 }
 
 setup() {
-    local commit settings archive=$notes/code.tar.gz emptied='find repae -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +'
+    local commit settings archive=$notes/code.tar.gz
+    local replaced="touch repae.files && (cd repae && xargs -d '\n' rm -f -- <../repae.files)"
+    replaced+=" && tar -tzf repae.tar.gz --quoting-style=literal | grep -v '/\$' >repae.files && tar -xzmf repae.tar.gz -C repae"
     commit=$(git rev-parse --verify "${COMMIT:-HEAD}^{commit}" 2>/dev/null) || fail "COMMIT=${COMMIT:-HEAD} is no commit of a git repository in $PWD"
     [[ ${BUCKET:-} =~ ^[a-z0-9._-]*$ ]] || fail "BUCKET=$BUCKET: expected its name alone, e.g. my-bucket"
     git diff --quiet HEAD || echo "note: changes that are not committed stay here; the workers get commit $commit" >&2
@@ -106,8 +112,9 @@ setup() {
     call mkdir -p "$notes"
     call git archive --format=tar.gz --output="$archive" "$commit"
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:repae.tar.gz" "${where[@]}" --worker=all
-    # all but .venv is replaced; tar gives new times (-m), by which the installation sees what has changed
-    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $emptied && tar -xzmf repae.tar.gz -C repae && $worker setup $(shown "${settings[@]}")"
+    # only what the setup before has put there is removed: the rest is the user's, such as runs/. tar gives new times (-m), by
+    # which the installation sees what has changed
+    on all "{ [ ! -e $there ] || $worker idle; } && mkdir -p repae && $replaced && $worker setup $(shown "${settings[@]}")"
     note setup "$commit" "${settings[@]}"
 }
 
@@ -142,9 +149,10 @@ ask() {
 # What has become of a run, from what its workers say: one that died takes others with it, which then end with an error.
 verdict() {
     local found
-    found=$(sed -nE 's/^[^ ]+: (running|not running|ended with exit code [0-9]+)(:.*)?$/\1/p' | sort -u)
+    found=$(sed -nE 's/^[^ ]+: (running|not running|stopped|ended with exit code [0-9]+)(:.*)?$/\1/p' | sort -u)
     case $found in
     '') echo unknown ;;
+    *stopped*) echo stopped ;;
     'ended with exit code 0') echo finished ;;
     *) if grep -qvxE 'running|ended with exit code [012]' <<<"$found"; then
         echo dead
@@ -156,12 +164,19 @@ verdict() {
     esac
 }
 
+# The note is for watch; starting a run removes it.
 stop() {
-    on all "[ ! -e $there ] || $worker stop"
+    on all "[ ! -e $there ] || { touch train.stopped && $worker stop; }"
 }
 
 delete() {
+    forget making
     call gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force "$@"
+}
+
+nothing_left() {
+    echo "nothing to resume: $1"
+    exit 3
 }
 
 resume() {
@@ -179,18 +194,23 @@ resume() {
         echo "$said"
         case $(verdict <<<"$said")${1:-} in
         running*) echo "nothing to resume" && return ;;
-        finished*) echo "nothing to resume: it has finished" && exit 3 ;;
+        finished*) nothing_left "it has finished" ;;
         failed)
             echo "it ended with an error, which would come again: see logs; after mending it, resume --failed, or run" >&2
             exit 3
             ;;
-        dead* | failed--failed) stop ;;
+        stopped*) [ -z "${WATCHED:-}" ] || nothing_left "somebody has stopped the run; 'resume' continues it" ;;
+        dead* | failed--failed) on all "[ ! -e $there ] || $worker stop" ;;
         *) fail "the workers' answers are not understood, so nothing is done" ;;
         esac
         ;;
-    ABSENT) create "${flags[@]}" ;;
+    ABSENT)
+        [ -z "${WATCHED:-}" ] || [ -e "$notes/making" ] || nothing_left "somebody has deleted the slice; 'resume' makes it again"
+        create "${flags[@]}"
+        ;;
     *) # a preempted slice cannot be started again, only made again
         delete --quiet
+        note making # what comes to nothing here is not what somebody has deleted
         create "${flags[@]}"
         ;;
     esac
@@ -205,7 +225,9 @@ watch() {
         resume
         return
     fi
-    while bash launch/tpu_pod.sh resume || code=$?; [ "$code" -ne 3 ]; do
+    until now=$(state); do sleep "${WATCH_SECONDS:-300}"; done
+    [ "$now" != ABSENT ] || note making
+    while WATCHED=1 bash launch/tpu_pod.sh resume || code=$?; [ "$code" -ne 3 ]; do
         sleep "${WATCH_SECONDS:-300}"
         code=0
     done

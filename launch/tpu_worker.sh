@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One worker of a TPU slice; tpu_pod.sh calls it over ssh on all of them. What it keeps is in the home folder: train.log (of all runs
-# so far), train.pid, train.exit.
+# so far), train.pid, train.exit, and train.stopped if somebody has stopped the run.
 # usage: bash launch/tpu_worker.sh setup EXTRAS [BUCKET] | start COMMAND | status | log | stop | idle
 set -euo pipefail
 cd "$(dirname "$0")/.."
-log=../train.log pid=../train.pid code=../train.exit
+log=../train.log pid=../train.pid code=../train.exit stopped=../train.stopped
 
 running() { [ -f "$pid" ] && [ ! -f "$code" ] && kill -0 "$(cat "$pid")" 2>/dev/null; }
 
@@ -23,8 +23,12 @@ mount_bucket() {
     mountpoint --quiet "$folder" && return
     if ! command -v gcsfuse >/dev/null; then
         curl --fail --silent --show-error --location --output gcsfuse.deb "$releases/v$version/gcsfuse_${version}_amd64.deb"
-        sudo apt-get -qq update
-        sudo apt-get -qq install ./gcsfuse.deb
+        # a new machine installs its own updates meanwhile, which `update` has no option to wait for
+        for _ in {1..60}; do
+            ! sudo apt-get -qq update || break
+            sleep 10
+        done
+        sudo apt-get -qq -o DPkg::Lock::Timeout=600 install ./gcsfuse.deb
     fi
     sudo install --directory --owner="$(id --user)" "$folder"
     gcsfuse --implicit-dirs -o ro "$1" "$folder"
@@ -49,7 +53,7 @@ start)
         exit 1
     }
     export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
-    rm -f "$pid" "$code"
+    rm -f "$pid" "$code" "$stopped"
     # a session of its own, which outlives the connection
     nohup setsid bash launch/tpu_worker.sh supervise "${@:2}" >>"$log" 2>&1 </dev/null &
     until [ -f "$pid" ]; do sleep 0.1; done
@@ -64,6 +68,8 @@ supervise)
 status) # tpu_pod.sh reads what stands before the second colon
     if running; then
         say "running: $(tail -n 1 "$log")"
+    elif [ -f "$stopped" ] && ! grep -qsx '[012]' "$code"; then # not what had ended before
+        say "stopped: $(tail -n 1 "$log")"
     elif [ ! -f "$code" ]; then
         say "not running"
     else

@@ -54,10 +54,14 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("writable")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and "://" not in str(path):  # what reaches buckets has errors of its own
+            raise
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"Workdir {str(path)!r} cannot be written to ({type(error).__name__}: {error}). "
-            "Give a directory that exists or can be created, where this user may create files."
+            f"Workdir {str(path)!r} cannot be written to ({type(error).__name__}: {reason}). "
+            "Give a directory that exists or can be created, where this user may create files; in a bucket, where this "
+            "machine's account may."
         ) from error
     return path
 

@@ -38,7 +38,7 @@ PACKAGES = (
 )  # fmt: skip
 _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"
-_FAILED = "repae_jax/failed"
+_FAILED, _TOLD = "repae_jax/failed", "repae_jax/told/"
 _numbers = itertools.count()
 
 
@@ -188,6 +188,19 @@ def from_first(value):
     if state.process_id == 0:
         state.client.key_value_set(name, json.dumps(value))
     return json.loads(state.client.blocking_key_value_get(name, WAIT_SECONDS * 1000))
+
+
+def tell(what):
+    """Lets processes that ask know, now or later, that this one has done something."""
+    distributed.global_state.client.key_value_set(f"{_TOLD}{what}", socket.gethostname(), allow_overwrite=True)
+
+
+def told(what):
+    """Host of the process that has called `tell`; None if none has."""
+    try:
+        return distributed.global_state.client.key_value_try_get(f"{_TOLD}{what}")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def check_same(**description):

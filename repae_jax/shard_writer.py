@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from checkpoints_tools import weights
 from repae_jax import hosts
-from repae_jax.data import loader, shards
+from repae_jax.data import loader, reading, shards
 
 
 class Blocks:
     """Blocks of a source's records, read in order.
 
     Item k is (contents, [(record, error), ...]) of the records `ranges[k]`, a (first, end): what `read` makes of the fields of
-    each record, and `missing` for one that cannot be read.
+    each record, and `missing` for one that cannot be decoded.
     """
 
     def __init__(self, source, ranges, read, missing):
@@ -39,8 +39,10 @@ class Blocks:
         contents, failures = [], []
         for record in range(*self._ranges[k]):
             try:
-                contents.append(self._read(self._source[record]))
+                contents.append(self._read(reading.read(self._source, record)))
             except Exception as error:  # as in the training's loader
+                if reading.is_of_the_system(error):
+                    raise
                 contents.append(self._missing)
                 failures.append((record, loader.describe_error(error)))
         return contents, failures

@@ -117,7 +117,8 @@ def train(config, workdir):
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
         source = images_source or build.make_cached_source(job, frozen_vae)
         inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
-        hosts.check_same(data=inputs)
+        # what hosts must agree on, but may be made anew before a run is continued
+        hosts.check_same(data=inputs, files=getattr(source, "contents_hash", None))
 
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))

@@ -1,6 +1,7 @@
 """Preparing images: the pixels of the source, the same files whatever interrupts the work and however many processes do it."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ import small
 from PIL import Image
 
 from repae_jax import build, data, hosts, prepare_images
-from repae_jax.data import array_record, latents, shards
+from repae_jax.data import array_record, latents, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -303,6 +304,59 @@ def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, 
         assert message.startswith("2 of 20 records (10.00%) cannot be decoded, 1 are allowed: class1/06.png, class1/09.png")
     assert prepare(tmp_path / "pictures", out, "--max_bad_fraction=0.1") == 0
     assert len(shards.read_manifest(out, array_record.KIND)["bad_records"]) == 2
+
+
+@pytest.mark.parametrize("fails", [2, 3])
+def test_an_image_is_not_left_out_because_the_disk_fails(pictures, made, tmp_path, monkeypatch, fails):
+    read, failed = FolderSource.__getitem__, []
+
+    def flaky(source, i):
+        if i == 11 and len(failed) < fails:
+            failed.append(i)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(source, i)
+
+    monkeypatch.setattr(reading, "_PAUSES", (0, 0))
+    monkeypatch.setattr(FolderSource, "__getitem__", flaky)
+    if fails == 3:
+        with pytest.raises(OSError, match="class2/11.png cannot be read, tried 3 times .*Input/output error"):
+            prepare(pictures, tmp_path / "out")
+    prepare(pictures, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(made)
+
+
+SLOW = """
+import time
+from repae_jax import prepare_images
+
+class Slow(prepare_images._Images):
+    block_size = 1
+
+    def _encode(self, fields):
+        time.sleep(0.2)
+        return super()._encode(fields)
+
+if __name__ == "__main__":
+    prepare_images._Images = Slow
+    prepare_images.main()
+"""
+
+
+def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
+    """As of a terminal's Ctrl-C, and of schedulers."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "slow", *arguments(pictures, tmp_path / "out", "--workers=1")]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **options) as process:
+        while not (tmp_path / "out/shard-00000.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and said.startswith("asked to stop: what is finished is kept"), errors
+    assert "Traceback" not in errors
+    assert prepare(pictures, tmp_path / "out") and contents(tmp_path / "out") == contents(made)
 
 
 def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import small
 from PIL import Image
 
 from checkpoints_tools.convert import convert
-from repae_jax import build, checkpoint, flops, hooks, run_log, train
+from repae_jax import build, checkpoint, flops, hooks, prepare_images, run_log, train
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
@@ -307,6 +307,44 @@ def test_the_command_trains_and_takes_overrides(compiled, whole, tmp_path):
     stored = checkpoint.read_config(tmp_path / "run")
     assert stored["optim"]["sit"]["learning_rate"] == 2e-4 and stored["data"]["image_size"] == 8
     assert metrics_of(tmp_path / "run") == whole.metrics[:2]  # the same run as from Python
+
+
+def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled, tmp_path):
+    """By a terminal's Ctrl-C or a scheduler: the loader's workers go on until it has saved."""
+    flags = [f"--config.{override}" for override in [*SMALL, "data.workers=1", "steps=100000", "checkpoint.every=100000"]]
+    program = [
+        sys.executable,
+        "-u",
+        "-m",
+        "repae_jax.train",
+        "--config",
+        "configs/repae.py:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    options = {"stdout": subprocess.PIPE, "stderr": (tmp_path / "errors").open("w"), "text": True, "start_new_session": True}
+    with subprocess.Popen([*program, *flags], cwd=ROOT, env=environment, **options) as process:
+        assert any(line.startswith("step 1/") for line in process.stdout), (tmp_path / "errors").read_text()[-3000:]
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=300)
+    errors = (tmp_path / "errors").read_text()
+    assert process.returncode == 75 and "asked to stop: saved step" in errors and "Traceback" not in errors, errors[-3000:]
+    assert int(next((tmp_path / "run/checkpoints").iterdir()).name) >= 1
+
+
+def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
+    """But a run goes on with images that were prepared anew."""
+    images, compared = tmp_path / "images", []
+    monkeypatch.setattr(train.hosts, "check_same", lambda **what: compared.append(what))
+    for encoding in ("png", "raw"):
+        options = ["--data=digits", "--image_size=8", f"--out={images / encoding}", f"--format={encoding}", "--workers=0"]
+        prepare_images.run(prepare_images.parse_args(options))
+        source = {"data.source": "array_record", "data.options": {"path": str(images / encoding)}}
+        _, finished = train.train(config({"png": 1, "raw": 2}[encoding], **source), tmp_path / "run")
+        assert finished
+    (first, again) = [what for what in compared if "files" in what]
+    assert first["data"] == again["data"] and first["files"] != again["files"] and first["files"]
 
 
 def replace_training(monkeypatch, function):

@@ -101,10 +101,20 @@ def parse_source(text, labelled=True):
     pairs = [pair.partition("=") for pair in rest.split(",") if pair]
     if not all(sign and field for field, sign, _ in pairs):
         raise ValueError(f"{text!r}: allowed behind the colon is FIELD=VALUE,FIELD=VALUE")
-    fields = {field: value for field, _, value in pairs}
+    parameters = inspect.signature(_SOURCES[name]).parameters
+    fields = {field: _typed(field, value, parameters) for field, _, value in pairs}
     if name == "folder" and not labelled and "labels_file" not in fields:
-        fields["labelled"] = False
+        fields.setdefault("labelled", False)
     return name, fields
+
+
+def _typed(field, value, parameters):
+    """The value of a field that is given as a text."""
+    if field not in parameters or not isinstance(parameters[field].default, bool):
+        return value
+    if value not in ("True", "False"):
+        raise ValueError(f"{field} is {value!r}; allowed: True or False")
+    return value == "True"
 
 
 def check_labels(source, num_classes):

@@ -45,6 +45,7 @@ class PreparedImages:
       num_classes: that of the images' source.
       image_size: side of the images in pixels.
       records_hash: of the images' source, see `repae_jax.data.latents.records_hash`.
+      contents_hash: of the files.
     """
 
     def __init__(self, path, image_size):
@@ -69,6 +70,7 @@ class PreparedImages:
         self.num_classes = manifest["num_classes"]
         self.image_size = image_size
         self.records_hash = manifest["records_hash"]
+        self.contents_hash = self._shards.contents_hash
 
     def __len__(self):
         return len(self.labels)
@@ -82,7 +84,7 @@ class PreparedImages:
         content = self._shards[i]
         try:
             pixels = decode(content, self._encoding, self.image_size)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # of Pillow
             raise self._shards.damaged(i, error) from error
         return {"image": pixels, "label": self.labels[i]}
 

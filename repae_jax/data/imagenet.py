@@ -8,6 +8,7 @@ To prepare ImageNet, put the two archives of the ILSVRC 2012 challenge into a fo
 import os
 import resource
 import secrets
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from repae_jax import hosts
 from repae_jax.data.decoding import decode_crop
+from repae_jax.data.reading import is_of_the_system
 
 _READ_THREADS = 16  # for labels: waits for the disk, mostly
 _CHUNK = 256
@@ -66,6 +68,8 @@ class ImagenetSource:
         place = "".join(letter if letter.isalnum() else "_" for letter in split)
         file = Path(labels_file) if labels_file else Path(info.data_dir) / f"repae_jax_labels_{place}.npy"
         self.labels = self._read_labels(file)
+        if hosts.several() and not jax.process_index():
+            hosts.tell(self._labels_key)  # those who wait for the file look no further
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             raise ValueError(
@@ -86,7 +90,12 @@ class ImagenetSource:
           Exception: whatever Pillow, or ArrayRecord, raise for what they cannot decode.
         """
         i = range(len(self))[i]
-        fields = self._records()[i]
+        try:
+            fields = self._records()[i]
+        except RuntimeError as error:
+            if is_of_the_system(error):
+                self._opened = None  # a file that could not be read once gives the same error for ever
+            raise
         if fields["label"] != self.labels[i]:
             raise ValueError(f"its label is {fields['label']}, that in the file of labels {self.labels[i]}: remove that file")
         return {"image": decode_crop(fields["image"], self.image_size), "label": self.labels[i]}
@@ -96,9 +105,10 @@ class ImagenetSource:
         return f"{self._name} #{i}"
 
     def _records(self):
-        if self._opened is None:  # in a worker
-            self._opened = _open(*self._arguments)
-        return self._opened
+        opened = self._opened
+        if opened is None:  # in a worker
+            opened = self._opened = _open(*self._arguments)
+        return opened
 
     def _read_labels(self, file):
         """int32 [N] from a file, which is made if it is not there."""
@@ -115,7 +125,11 @@ class ImagenetSource:
                 )
             return labels
         if hosts.several() and jax.process_index():
-            hosts.wait_for_files([file])
+            if not hosts.wait_for_files([file], lambda: hosts.told(self._labels_key)) and not hosts.is_seen(file):
+                raise ValueError(
+                    f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
+                    f"{hosts.told(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or copy it"
+                )
             return self._read_labels(file)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -141,6 +155,10 @@ class ImagenetSource:
         finally:
             temporary.unlink(missing_ok=True)
         return labels
+
+    @property
+    def _labels_key(self):
+        return f"labels of {self._name}"
 
 
 def _open(dataset, split, data_dir):

@@ -73,6 +73,7 @@ class CachedLatents:
       fingerprint: of the VAE's parameters, `repae_jax.checkpoint.fingerprint`.
       vae: where those came from.
       records_hash: of the images' source, see `records_hash`.
+      contents_hash: of the files.
       latent_stats: {'mean', 'var'}, float32 [C], of latents drawn from all posteriors.
     """
 
@@ -95,6 +96,7 @@ class CachedLatents:
         self.fingerprint = manifest["fingerprint"]
         self.vae = manifest["vae"]
         self.records_hash = manifest["records_hash"]
+        self.contents_hash = self._shards.contents_hash
         self.latent_stats = {name: np.asarray(values, np.float32) for name, values in manifest["latent_stats"].items()}
         self.labels = self._shards.labels
         self._shape = record_shape(self.latent_shape, self.flips)
@@ -124,6 +126,7 @@ class WithMoments:
     Attributes:
       cache: the CachedLatents.
       labels, num_classes, image_size: those of the images.
+      contents_hash: of the cache's files, and of the images' if they are prepared.
     """
 
     def __init__(self, images, cache):
@@ -154,6 +157,7 @@ class WithMoments:
             )
         self._images = images
         self.cache = cache
+        self.contents_hash = [getattr(images, "contents_hash", None), cache.contents_hash]
         self.labels, self.num_classes, self.image_size = images.labels, images.num_classes, images.image_size
 
     def __len__(self):

@@ -1,7 +1,11 @@
 """Batches without end from a source: shuffled, split over processes, resumable, and forgiving of a few bad files."""
 
+import itertools
 import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -9,6 +13,7 @@ import numpy as np
 from absl import flags, logging
 
 from repae_jax import call_apart
+from repae_jax.data.reading import is_of_the_system, read
 
 # In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
 _READ_THREADS = 4
@@ -96,6 +101,7 @@ class Loader:
 
         Raises:
           RuntimeError: if more records than allowed have turned out undecodable.
+          OSError: if the disk, or what else holds the records, cannot be read.
         """
         began = time.perf_counter()
         if self._iterator is None:
@@ -192,8 +198,24 @@ def read_ahead(batches, workers):
         if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-        batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
+        return _from_workers(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
     return iter(batches)
+
+
+def _from_workers(batches):
+    """Yields batches of workers that SIGTERM and Ctrl-C do not reach: such a signal goes to all processes of a job, and the one
+    that trains needs batches until it has saved. It closes this, or ends, and the workers with it."""
+    resource_tracker.ensure_running()  # when it starts, it lets signals through
+    iterator = iter(batches)
+    try:
+        # What the thread that starts workers blocks is blocked in them, from their first moment on.
+        blocked = (signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=blocked) as starting:
+            first = starting.submit(list, itertools.islice(iterator, 1)).result()
+        yield from first
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class _ReplacingRecords:
@@ -216,8 +238,10 @@ class _ReplacingRecords:
         while True:
             record = (i + len(failures)) % len(self)
             try:
-                fields = self._source[record]
-            except Exception as error:  # PIL raises nearly anything: OSError, SyntaxError, ValueError, struct.error
+                fields = read(self._source, record)
+            except Exception as error:
+                if is_of_the_system(error):
+                    raise
                 failures.append((record, describe_error(error)))
             else:
                 return fields, failures

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from repae_jax.data.decoding import decode_crop
+from repae_jax.data.reading import is_of_the_system
 
 _KEPT_GROUPS = 8  # row groups in memory: one for each thread that reads in order, and some
 
@@ -115,7 +116,7 @@ class ParquetSource:
                 with _open(self._root / file) as opened:
                     column = opened.read(columns=[self._label_column]).column(0)
             except (OSError, KeyError) as error:
-                if _is_of_the_system(error):
+                if is_of_the_system(error):
                     raise
                 raise ValueError(f"{self._root / file} cannot be read ({error}); download it again") from error
             if column.null_count:
@@ -145,18 +146,13 @@ def _read_footer(file):
         return opened.metadata
 
 
-def _is_of_the_system(error):
-    """Whether an error says nothing of the file's content, such as too many open files."""
-    return bool(getattr(error, "errno", None))
-
-
 def _open(file):
     """pyarrow.parquet.ParquetFile, to be closed."""
     pyarrow = _pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        if _is_of_the_system(error):
+        if is_of_the_system(error):
             raise
         raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
 

@@ -14,6 +14,7 @@ record.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -26,8 +27,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from repae_jax.data.reading import is_of_the_system
+
 MANIFEST, SETTINGS, LABELS = "manifest.json", "settings.json", "labels.npy"
 _OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
+_DAMAGED = "Corrupted Riegeli/records file"  # ArrayRecord's words
 _ASKING = 16  # threads that ask for the size of a shard: a bucket takes its time
 
 
@@ -115,6 +119,7 @@ class Shards:
     Attributes:
       labels: int32 `[N]`.
       bad_names: record -> name of each image that could not be decoded.
+      contents_hash: of all shards.
     """
 
     def __init__(self, path, kind):
@@ -131,6 +136,7 @@ class Shards:
         manifest = read_manifest(path, kind)
         self.labels = self._read_labels(manifest["labels_sha256"])
         self.bad_names = dict(manifest["bad_records"])
+        self.contents_hash = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()[:16]
         self._shard_size = manifest["shard_size"]
         self._start()
         check = functools.partial(shard_damage, path, check_content=False)
@@ -161,24 +167,27 @@ class Shards:
 
         Raises:
           ValueError: if the image could not be decoded when the record was made, or the record is damaged.
+          OSError: if the disk or bucket cannot be read.
         """
         i = range(len(self))[i]  # IndexError beyond the end
         if i in self.bad_names:
             raise ValueError(f"the image could not be decoded when the {self._kind.what} {self._path!r} was made")
         shard, place = divmod(i, self._shard_size)
+        file = f"{self._path}/{shard_file(shard)}"
         try:
-            (content,) = self._open(f"{self._path}/{shard_file(shard)}").read([place])
+            (content,) = self._open(file).read([place])
         except RuntimeError as error:
-            raise self.damaged(i, error) from error
+            if not is_of_the_system(error) and (not _is_address(file) or _DAMAGED in str(error)):
+                raise self.damaged(i, error) from error
+            self._open.cache_clear()  # a file that could not be read once gives the same error for ever
+            raise OSError(errno.EIO, f"{file} cannot be read: {error}") from error
         return content
 
     def damaged(self, i, reason):
         """ValueError that says what is wrong with record `i`."""
         shard, place = divmod(i, self._shard_size)
-        what = "is damaged or out of reach" if _is_address(self._path) else "is damaged"
-        return ValueError(
-            f"record {place} of {self._path}/{shard_file(shard)} {what} ({reason}); {_repair(self._path, self._kind)}"
-        )
+        file = f"{self._path}/{shard_file(shard)}"
+        return ValueError(f"record {place} of {file} is damaged ({reason}); {_repair(self._path, self._kind)}")
 
     def name(self, i):
         """Names record `i`: its number, and the name of its image if that was undecodable."""

@@ -110,11 +110,24 @@ def test_what_is_wrong_in_a_bucket(bucket):
         PreparedImages("gs://bucket/images", SIZE)
 
 
-def test_a_record_that_cannot_be_reached(bucket):
+def test_a_record_that_cannot_be_reached(bucket, prepared):
     remote = PreparedImages("gs://bucket/images", SIZE)
     (bucket / "images/shard-00001.array_record").unlink()
-    with pytest.raises(ValueError, match="record 2 of gs://bucket/images/shard-00001.array_record is damaged or out of reach"):
+    with pytest.raises(OSError, match="gs://bucket/images/shard-00001.array_record cannot be read: ") as caught:
         remote[7]
+    assert caught.value.errno  # no damage, so the image is not bad
+    shutil.copy(prepared / "shard-00001.array_record", bucket / "images")
+    np.testing.assert_array_equal(remote[7]["image"], PreparedImages(prepared, SIZE)[7]["image"])
+
+
+def test_a_damaged_record_in_a_bucket(bucket):
+    remote, file = PreparedImages("gs://bucket/images", SIZE), bucket / "images/shard-00001.array_record"
+    content = bytearray(file.read_bytes())
+    content[65536 + 100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="record . of gs://bucket/images/shard-00001.array_record is damaged"):
+        for i in range(5, 10):
+            remote[i]
 
 
 def test_a_bucket_that_cannot_be_reached(monkeypatch):

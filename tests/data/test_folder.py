@@ -206,6 +206,10 @@ def test_sources_as_commands_take_them(class_folders):
         assert len(data.make_source(name, 8, **fields)) == 5 and fields == {"path": str(class_folders)}
         name, fields = data.parse_source(text, labelled=False)
         assert name == "folder" and fields == {"path": str(class_folders), "labelled": False}
+    assert data.parse_source("folder:path=x,labelled=False") == ("folder", {"path": "x", "labelled": False})
+    assert data.parse_source("folder:path=x,labelled=True", labelled=False) == ("folder", {"path": "x", "labelled": True})
+    with pytest.raises(ValueError, match="labelled is 'no'; allowed: True or False"):
+        data.parse_source("folder:path=x,labelled=no")
     labelled = data.parse_source("folder:path=x,labels_file=y.csv", labelled=False)
     assert labelled == ("folder", {"path": "x", "labels_file": "y.csv"})
     for text in ("imagenette", "digits:split", str(class_folders / "absent")):

@@ -117,12 +117,26 @@ def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkey
     monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
     monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
     monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
-    monkeypatch.setattr(imagenet.hosts, "wait_for_files", lambda files: np.save(*files, labels))
+    monkeypatch.setattr(imagenet.hosts, "wait_for_files", lambda files, _: np.save(*files, labels) is None)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
     labels_file.unlink()
     monkeypatch.undo()
     monkeypatch.setattr(imagenet.hosts, "several", lambda: True)  # and process 0
+    told = []
+    monkeypatch.setattr(imagenet.hosts, "tell", told.append)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
+    assert told == ["labels of imagenet2012/5.1.0 train"]
+
+
+def test_labels_on_the_disk_of_another_host(prepared, labels_file, monkeypatch):
+    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
+    monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(imagenet.hosts, "told", {"labels of imagenet2012/5.1.0 train": "host-0"}.get)
+    monkeypatch.setattr(imagenet.hosts, "SEEN_SECONDS", 0)
+    with pytest.raises(
+        ValueError, match=f"{LABELS_FILE} is not there on host .* process 0 has it, on host host-0: set labels_f"
+    ):
+        ImagenetSource(16, data_dir=prepared)
 
 
 def test_processes_of_equal_number_may_read_the_labels_at_once(prepared, labels_file):

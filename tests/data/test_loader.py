@@ -1,6 +1,9 @@
+import errno
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repae_jax.data import reading
 from repae_jax.data.digits import DigitsSource
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -312,6 +316,40 @@ def test_the_limit_counts_records_of_earlier_runs(warnings):
     assert len(warnings) == 1
 
 
+class Flaky(Numbers):
+    """Record 7 cannot be read the first `fails` times, for a reason of the system."""
+
+    def __init__(self, count, fails, error, bad=()):
+        super().__init__(count, bad)
+        self.fails, self.error = fails, error
+
+    def __getitem__(self, i):
+        if i == 7 and self.fails:
+            self.fails -= 1
+            raise self.error
+        return super().__getitem__(i)
+
+
+SYSTEM = [
+    OSError(errno.ESTALE, "Stale file handle"),
+    MemoryError("out of it"),
+    RuntimeError("pread() failed: Stale file handle"),
+]
+
+
+@pytest.mark.parametrize("error", SYSTEM)
+def test_an_image_is_not_bad_because_the_disk_is(error, warnings, monkeypatch):
+    monkeypatch.setattr(reading, "_PAUSES", (0, 0))
+    options = dict(batch_size=8, seed=0, max_bad_fraction=0.1)
+    loader = Loader(Flaky(40, 2, error, bad=[8]), **options)
+    assert_batches_equal(take(loader, 5), take(Loader(Numbers(40, bad=[8]), **options), 5))
+    assert loader.state()["bad_records"] == [8]
+    with pytest.raises((OSError, MemoryError)) as caught:
+        take(Loader(Flaky(40, 3, error), **options), 5)
+    if not isinstance(error, MemoryError):
+        assert re.search(r"number-7 cannot be read, tried 3 times \(.*Stale file handle", str(caught.value))
+
+
 # ----- worker processes -----
 
 
@@ -390,6 +428,53 @@ if __name__ == "__main__":
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(worker)
+
+
+ASKED = """
+import os, signal, sys, time
+from test_loader import Slow
+from repae_jax import hosts
+from repae_jax.data.loader import Loader
+
+if __name__ == "__main__":
+    loader, early = Loader(Slow(40), batch_size=4, seed=0, workers=1), sys.argv[1] == "early"
+    with hosts.stop_signal() as stopped:
+        if early:
+            print("go", flush=True)
+        for step in range(400):
+            next(loader)
+            if step == 2 and not early:
+                print("go", flush=True)
+            if stopped.is_set() and step > 20:
+                break
+    print("saved" if stopped.is_set() else "not asked", flush=True)
+    if sys.argv[2] == "close":
+        loader.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "end"),
+    [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
+)
+def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, number, end):
+    """And end with the process, even if it does not close the loader."""
+    (tmp_path / "script.py").write_text(ASKED)
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-m", "script", when, end], cwd=tmp_path, env=env, **options) as process:
+        assert process.stdout.readline() == "go\n"
+        if when == "early":
+            time.sleep(1)  # its worker has begun, and imports
+        os.killpg(process.pid, number)
+        said, errors = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, "saved\n"), errors
+    assert end == "exit" or not errors
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 # ----- arguments -----

@@ -274,23 +274,54 @@ def test_setup_copies_the_commit_and_installs_it(place):
 
     shutil.copy(place.root / archive, place.home / "repae.tar.gz")
     place.install(place.home / "repae", "base")
-    (place.home / "repae/old.py").touch()
-    for name in ("gcsfuse", "sudo"):
+    for name in ("curl", "sudo", "sleep"):
         place.stub(place.stubs / name)
+    locked = place.behaviors / "locked"  # as in the first minutes of a machine
+    locked.touch()
+    place.behave(
+        "sudo",
+        f'case "$*" in\n*update) [ ! -e {locked} ] || {{ rm {locked}; exit 100; }} ;;\n'
+        f"*gcsfuse.deb) cp {place.stubs}/curl {place.stubs}/gcsfuse ;;\nesac",
+    )
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
-    assert (place.home / "repae/setup.py").read_text() == "" and not (place.home / "repae/old.py").exists()
+    assert (place.home / "repae/setup.py").read_text() == ""
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
     assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
+    apt = [call["argv"] for call in calls if call["argv"][:1] == ["apt-get"]]
+    assert [call[-1] for call in apt] == ["update", "update", "./gcsfuse.deb"] and "DPkg::Lock::Timeout=600" in apt[-1]
     assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
     assert (place.home / "repae/.venv/installed-tpu,data,torch").exists()
+
+
+def test_setup_removes_what_setup_had_put_there_and_nothing_else(place):
+    place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
+    place.install(place.home / "repae", "base")
+    (place.root / "an old [file]").touch()
+    for _ in range(2):
+        place.commit()
+        place.launch("tpu_pod.sh", "setup", **POD)
+        shutil.copy(place.root / "runs/tpu_pod/project/us-west4-a/pod/code.tar.gz", place.home / "repae.tar.gz")
+        done = on_worker(place, place.calls("gcloud")[-1])
+        assert done.returncode == 0, done.stderr
+        if (place.root / "an old [file]").exists():
+            assert (place.home / "repae/an old [file]").exists()
+            (place.root / "an old [file]").rename(place.root / "launch/new")
+            for name in ("runs/a/checkpoints/7", "data/a.png", "launch/mine"):
+                (place.home / "repae" / name).parent.mkdir(parents=True, exist_ok=True)
+                (place.home / "repae" / name).touch()
+    found = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
+    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "setup.py"} <= found
+    assert "an old [file]" not in found
 
 
 def test_run_reaches_the_workers_as_typed(place):
     place.launch("tpu_pod.sh", "run", *HARD, **POD)
     (start,) = place.calls()
-    assert start[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
+    place.launch("tpu_pod.sh", "stop", **POD)
+    (stop,) = place.calls()
+    assert start[:-1] == stop[:-1] == ["compute", "tpus", "tpu-vm", "ssh", "pod", *WHERE, "--worker=all"]
     shutil.copytree(place.root, place.home / "repae")
     shutil.rmtree(place.home / "repae/.venv")
     assert "setup first" in on_worker(place, start).stderr
@@ -304,6 +335,11 @@ def test_run_reaches_the_workers_as_typed(place):
     assert all("ssh" not in call for call in place.calls())
     done = place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae")
     assert done.returncode == 0 and "ended with exit code 3: step 1" in done.stdout
+    assert on_worker(place, stop).returncode == 0
+    assert "stopped: step 1" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
+    (place.home / "train.exit").write_text("0\n")  # it had finished before
+    assert "ended with exit code 0" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
+    assert on_worker(place, start).returncode == 0 and not (place.home / "train.stopped").exists()
 
 
 def test_a_run_that_is_refused_is_not_noted(place):
@@ -399,6 +435,7 @@ def test_resume_leaves_a_healthy_run_alone(preempted):
         (["running", "not running"], True, 0, ""),  # its host was made again
         (["ended with exit code 1: x", "ended with exit code 137: y"], True, 0, ""),  # the others end because of one
         (["ended with exit code 75: saved"] * 2, True, 0, ""),
+        (["stopped: saved", "ended with exit code 1: the other has gone"], None, 0, ""),
         (["running: x", "ended with exit code 0: finished"], False, 0, "nothing to resume"),  # about to end
         (["ended with exit code 0: finished"] * 2, False, 3, "it has finished"),
         (["ended with exit code 1: error: no field"] * 2, False, 3, "it ended with an error, which would come again"),
@@ -416,7 +453,8 @@ def test_resume_starts_again_what_died_and_nothing_else(preempted, answers, agai
         place.answer(*answers)
     done = place.bash("launch/tpu_pod.sh", "resume", **POD)
     assert done.returncode == code and message in done.stdout + done.stderr
-    assert verbs(place.calls()) == ["status", *(["stop", "scp", "idle", "start"] if again else [])]
+    started = [] if again is False else ["scp", "idle", "start"]
+    assert verbs(place.calls()) == ["status", *(["stop"] if again else []), *started]
 
 
 def test_a_run_that_failed_is_started_again_if_asked(preempted):
@@ -443,6 +481,39 @@ def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
     assert verbs(place.calls()) == ["status", "status", "stop", "scp", "idle", "start", "status"]
 
 
+@pytest.mark.parametrize(
+    ("queue", "answer", "message"),
+    [
+        (["ACTIVE", "ACTIVE", "DELETING", ""], "running: step 7", "somebody has deleted the slice; 'resume' makes it again"),
+        (["ACTIVE"], "stopped: saved", "somebody has stopped the run; 'resume' continues it"),
+    ],
+)
+def test_watch_leaves_what_somebody_has_ended(preempted, queue, answer, message):
+    place = preempted[0]
+    place.states(queue)
+    place.answer(answer)
+    shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
+    assert shown.splitlines()[-1] == f"nothing to resume: {message}"
+    assert verbs(place.calls()) == ["status"]
+
+
+@pytest.mark.parametrize(("state", "first"), [("SUSPENDED", ["delete"]), ("", [])])
+def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
+    """Then it has nothing to say: the next look finds that it was deleted."""
+    place = preempted[0]
+    place.states([state])
+    tried = place.behaviors / "tried"
+    place.behave(
+        "gcloud",
+        f'case "$*" in\n*resources\\ delete*) echo >{place.behaviors}/queue ;;\n'
+        f"*resources\\ create*) [ -e {tried} ] || {{ touch {tried}; exit 1; }} ;;\n"
+        f"*tpu_worker.sh\\ start*) echo >{place.behaviors}/queue ;;\nesac\n" + (place.behaviors / "gcloud").read_text(),
+    )
+    shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0")
+    assert verbs(place.calls()) == [*first, "create", "create", "scp", "idle", "start"]
+    assert "somebody has deleted the slice" in shown
+
+
 def manifest_of(place, **settings):
     return yaml.safe_load(place.launch("gke_jobset.sh", "manifest", *HARD, **JOBSET | settings))
 
@@ -460,8 +531,10 @@ def test_manifest(place):
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (False, "ClusterFirst")  # else it had not its own service account
     (container,) = pod["containers"]
-    assert pod["volumes"] == container["volumeMounts"] == []
+    assert pod["volumes"] == [{"name": "shared", "emptyDir": {"medium": "Memory"}}]
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/dev/shm"}]
     assert container["image"] == "host/repae:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
     command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
     assert command == ["python", "-m", "repae_jax.train", "--distributed", *HARD]
@@ -477,17 +550,21 @@ def test_manifest_of_several_slices(place):
     pod = job["template"]["spec"]
     assert replicated["replicas"] == 2 and job["parallelism"] == 16 and jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     assert pod["terminationGracePeriodSeconds"] == 15 and pod["serviceAccountName"] == "me"
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
 
 
-def test_manifest_with_a_bucket(place):
-    (replicated,) = manifest_of(place, BUCKET="my-bucket")["spec"]["replicatedJobs"]
+@pytest.mark.parametrize(("slices", "network"), [("1", {}), ("2", {"hostNetworkPodKSA": "true"})])
+def test_manifest_with_a_bucket(place, slices, network):
+    (replicated,) = manifest_of(place, BUCKET="my-bucket", SLICES=slices)["spec"]["replicatedJobs"]
     template = replicated["template"]["spec"]["template"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-    (volume,), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
+    (_, volume), (container,) = template["spec"]["volumes"], template["spec"]["containers"]
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"] is True
-    attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", "hostNetworkPodKSA": "true"}
+    attributes = {"bucketName": "my-bucket", "mountOptions": "implicit-dirs", **network}
     assert volume["csi"]["volumeAttributes"] == attributes
-    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/mnt/my-bucket", "readOnly": True}]
+    shared, bucket = container["volumeMounts"]
+    assert shared["mountPath"] == "/dev/shm"
+    assert bucket == {"name": volume["name"], "mountPath": "/mnt/my-bucket", "readOnly": True}
 
 
 def test_logs_of_a_host(place):
