@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from repae_jax.models.convolution import NHWC, conv3x3
 from repae_jax.models.layers import torch_default_init
-
-NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 @struct.dataclass
@@ -91,6 +90,8 @@ class Conv(nn.Module):
             x = x.added()
         strides = (self.strides, self.strides)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.kernel_size == 3 and self.strides == 1:
+            return Shifted(conv3x3(x, kernel), shift)
         return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
 
 
@@ -153,7 +154,7 @@ def norm_silu_conv(module, x, features, norm, name):
 def repeated_conv(x, kernel):
     """Nearest-neighbor upsampling by 2 and a 3x3 convolution: [B, H, W, C], float32 [3, 3, C, D] -> [B, 2H, 2W, D]."""
     x = x.repeat(2, axis=1).repeat(2, axis=2)
-    return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=NHWC)
+    return conv3x3(x, kernel.astype(x.dtype))
 
 
 def transposed_conv(x, kernel):

@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repae_jax.models import convolution
+from repae_jax.models.convolution import NHWC, conv3x3
+
+RTOL = 3e-5  # of the largest entry: Winograd's numbers are up to 8 times the result's, and float32 rounds each to 6e-8
+
+
+def plain(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC)
+
+
+def gradients(conv, x, kernel, gradient):
+    result, back = jax.vjp(conv, x, kernel)
+    return result, *back(gradient)
+
+
+def drawn(shape, features, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, gradient = jax.random.normal(keys[0], shape, dtype), jax.random.normal(keys[1], (*shape[:3], features), dtype)
+    return x, jax.random.normal(keys[2], (3, 3, shape[3], features), dtype), gradient
+
+
+def check(actual, expected, rtol):
+    for name, a, b in zip(("result", "to x", "to the kernel"), actual, expected):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 16), (1, 17, 18, 20), (3, 19, 33, 16), (1, 64, 4, 16)])
+@pytest.mark.parametrize("features", [16, 24])
+def test_gradients_are_those_of_the_plain_convolution(shape, features):
+    values = drawn(shape, features)
+    lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).lower(*values)
+    assert "ptc" in lowered.as_text(debug_info=True)  # the products of tiles are what is tested here
+    check(lowered.compile()(*values), gradients(plain, *values), RTOL)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 5, 7, 16), (2, 16, 16, 3)])
+def test_small_images_and_few_channels_take_the_plain_gradient(shape):
+    values = drawn(shape, 16)
+    lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).lower(*values)
+    assert "ptc" not in lowered.as_text(debug_info=True)
+    check(lowered.compile()(*values), gradients(plain, *values), 1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_take_the_plain_gradient(platform):
+    values = drawn((2, 16, 16, 16), 16)
+    lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).trace(*values).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert text.count("stablehlo.convolution") == 3 and "dot_general" not in text
+
+
+def test_bfloat16_gradients_are_rounded_once():
+    values = drawn((2, 16, 16, 16), 16, jnp.bfloat16)
+    wide = gradients(plain, *(x.astype(jnp.float32) for x in values))[2]
+    actual = jax.jit(lambda *args: gradients(conv3x3, *args)[2])(*values)
+    assert actual.dtype == jnp.bfloat16
+    check([actual], [wide.astype(jnp.bfloat16)], 2**-8)
+
+
+def test_tiles_do_not_leave_out_the_last_rows_and_columns():
+    x, kernel, gradient = drawn((1, 18, 19, 16), 16)
+    alone = jnp.zeros_like(gradient).at[:, -1, -1].set(gradient[:, -1, -1])
+    arguments = x, alone, kernel
+    expected = convolution._plain_to_kernel(*arguments)
+    np.testing.assert_allclose(convolution._winograd_to_kernel(*arguments), expected, atol=RTOL * np.abs(expected).max())
