@@ -325,10 +325,20 @@ def jit_step(job, state):
 
     Returns:
       Jitted function of (state, batch, frozen, key).
+
+    Raises:
+      ValueError: if the compiler for the mesh's devices does not take config.compiler_options.
     """
+    everywhere, options = sharding.replicated(job.mesh), rules.compiler_options(job.config)
+    if options:
+        try:
+            jax.jit(lambda: 0, out_shardings=everywhere, compiler_options=options).lower().compile()
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise ValueError(f"config.compiler_options={job.config['compiler_options']!r}: {said}") from error
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = sharding.on_mesh(job.mesh, job.step)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=options or None)
 
 
 def abstract_inputs(job):

@@ -27,10 +27,8 @@ _VAE_LOSS = {
 _SIT_LOSS = {"sit", "align_shape", "align_end"}
 _SHARED = {
     "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "encoders", "loss", "optim",
-    "init", "precision", "mesh", "checkpoint", "log", "hooks",
+    "init", "precision", "mesh", "compiler_options", "checkpoint", "log", "hooks",
 }  # fmt: skip
-
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +127,7 @@ def check_fields(config):
         fields["hooks"] |= {"samples_every", *FID_HOOK}
     for section in sorted(set(fields) & kind.sections):
         check_names(f"config.{section}", config[section], fields[section])
+    compiler_options(config)
     for name in ("steps", "accumulation", "max_skipped_in_a_row"):
         _at_least(f"config.{name}", config[name], 1)
     for section, name, low in AT_LEAST:
@@ -190,6 +189,20 @@ def check_sigma(config, sit, objective):
             f"config.sit.learned_sigma={sit.learned_sigma} and config.diffusion.path={config['diffusion']['path']!r}: 'ddpm' "
             "needs learned_sigma=True, the variance its bound trains; the others False"
         )
+
+
+def compiler_options(config):
+    """config.compiler_options as name -> value; ValueError for what is not name=value."""
+    options = {}
+    for part in filter(None, config["compiler_options"].split(",")):
+        name, equals, value = part.partition("=")
+        if not (name and equals and value) or name in options:
+            raise ValueError(
+                f"config.compiler_options={config['compiler_options']!r}: {part!r} is not understood, or twice there; "
+                "expected name=value,name=value, e.g. 'xla_tpu_scoped_vmem_limit_kib=32768'"
+            )
+        options[name] = value
+    return options
 
 
 def compute_dtype(name, config):

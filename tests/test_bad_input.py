@@ -1,6 +1,7 @@
 """Everything a user can get wrong ends in an error that names the value and what is allowed, before anything is compiled."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import small
 from PIL import Image
 
 from configs import common, ldm, repae, vae
-from repae_jax import build, checkpoint, config_rules, train
+from repae_jax import build, checkpoint, config_rules, sharding, train
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -125,6 +126,8 @@ def test_tables_name_what_they_hold():
         ({"steps": -5}, ["config.steps=-5 must be at least 1"]),
         ({"accumulation": 0}, ["config.accumulation=0 must be at least 1"]),
         ({"max_skipped_in_a_row": 0}, ["config.max_skipped_in_a_row=0 must be at least 1"]),
+        ({"compiler_options": "xla_a=1,b"}, ["config.compiler_options='xla_a=1,b'", "'b' is not understood", "name=value"]),
+        ({"compiler_options": "xla_a=1,xla_a=2"}, ["'xla_a=2' is not understood, or twice there"]),
         ({"ema_decay": 1.5}, ["config.ema_decay=1.5", "[0, 1)"]),
         ({"checkpoint.every": 0}, ["config.checkpoint.every=0 must be at least 1"]),
         ({"checkpoint.keep_last": 0}, ["config.checkpoint.keep_last=0"]),
@@ -364,3 +367,20 @@ def test_missing_encoder_weights(tmp_path):
 def test_what_the_loader_refuses(changes, message, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "load_frozen", lambda job: {"vae": None})
     refused(changes, message, "allowed", run=training(tmp_path))
+
+
+def test_options_that_the_compiler_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "load_frozen", lambda job: pytest.fail("weights were read before"))
+    option = "xla_tpu_scoped_vmem_limit_kib"
+    refused({"compiler_options": f"{option}=1"}, f"config.compiler_options='{option}=1': ", option, run=training(tmp_path))
+
+
+def test_the_step_is_compiled_with_the_options(tmp_path):
+    def same(state):
+        return state, {}
+
+    mesh = sharding.make_mesh(1)
+    state = jax.device_put(np.zeros(()), sharding.replicated(mesh))
+    job = SimpleNamespace(mesh=mesh, step=same, config={"compiler_options": f"xla_dump_to={tmp_path}"})
+    build.jit_step(job, state).lower(state).compile()
+    assert list(tmp_path.glob("*jit_same*"))

@@ -325,6 +325,40 @@ def test_an_image_is_not_left_out_because_the_disk_fails(pictures, made, tmp_pat
     assert contents(tmp_path / "out") == contents(made)
 
 
+SLOW = """
+import time
+from repae_jax import prepare_images
+
+class Slow(prepare_images._Images):
+    block_size = 1
+
+    def _encode(self, fields):
+        time.sleep(0.2)
+        return super()._encode(fields)
+
+if __name__ == "__main__":
+    prepare_images._Images = Slow
+    prepare_images.main()
+"""
+
+
+def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
+    """As of a terminal's Ctrl-C, and of schedulers."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "slow", *arguments(pictures, tmp_path / "out", "--workers=1")]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **options) as process:
+        while not (tmp_path / "out/shard-00000.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and said.startswith("asked to stop: what is finished is kept"), errors
+    assert "Traceback" not in errors
+    assert prepare(pictures, tmp_path / "out") and contents(tmp_path / "out") == contents(made)
+
+
 def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):
     stopped = threading.Event()
 

@@ -309,6 +309,30 @@ def test_the_command_trains_and_takes_overrides(compiled, whole, tmp_path):
     assert metrics_of(tmp_path / "run") == whole.metrics[:2]  # the same run as from Python
 
 
+def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled, tmp_path):
+    """By a terminal's Ctrl-C or a scheduler: the loader's workers go on until it has saved."""
+    flags = [f"--config.{override}" for override in [*SMALL, "data.workers=1", "steps=100000", "checkpoint.every=100000"]]
+    program = [
+        sys.executable,
+        "-u",
+        "-m",
+        "repae_jax.train",
+        "--config",
+        "configs/repae.py:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    options = {"stdout": subprocess.PIPE, "stderr": (tmp_path / "errors").open("w"), "text": True, "start_new_session": True}
+    with subprocess.Popen([*program, *flags], cwd=ROOT, env=environment, **options) as process:
+        assert any(line.startswith("step 1/") for line in process.stdout), (tmp_path / "errors").read_text()[-3000:]
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=300)
+    errors = (tmp_path / "errors").read_text()
+    assert process.returncode == 75 and "asked to stop: saved step" in errors and "Traceback" not in errors, errors[-3000:]
+    assert int(next((tmp_path / "run/checkpoints").iterdir()).name) >= 1
+
+
 def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
     """But a run goes on with images that were prepared anew."""
     images, compared = tmp_path / "images", []

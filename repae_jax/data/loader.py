@@ -1,7 +1,11 @@
 """Batches without end from a source: shuffled, split over processes, resumable, and forgiving of a few bad files."""
 
+import itertools
 import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -195,7 +199,25 @@ def read_ahead(batches, workers):
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
         batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
+        return _from_workers(batches)
     return iter(batches)
+
+
+def _from_workers(batches):
+    """Yields batches of workers that SIGTERM and Ctrl-C do not reach: such a signal goes to all processes of a job, and the one
+    that trains needs batches until it has saved. It closes this, or ends, and the workers with it."""
+    resource_tracker.ensure_running()  # when it starts, it lets signals through
+    iterator = iter(batches)
+    try:
+        # What the thread that starts workers blocks is blocked in them, from their first moment on.
+        blocked = (signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=blocked) as starting:
+            first = starting.submit(list, itertools.islice(iterator, 1)).result()
+        while first:
+            yield first.pop()  # kept here, its shared memory would outlive the workers
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class _ReplacingRecords:

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -427,6 +428,71 @@ if __name__ == "__main__":
     while is_alive(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(worker)
+
+
+ASKED = """
+import os, signal, sys, time
+from test_loader import Slow
+from repae_jax import hosts
+from repae_jax.data.loader import Loader
+
+if __name__ == "__main__":
+    loader, early = Loader(Slow(40), batch_size=4, seed=0, workers=1), sys.argv[1] == "early"
+    with hosts.stop_signal() as stopped:
+        if early:
+            print("go", flush=True)
+        for step in range(400):
+            next(loader)
+            if step == 2 and not early:
+                print("go", flush=True)
+            if stopped.is_set() and step > 20:
+                break
+    print("saved" if stopped.is_set() else "not asked", flush=True)
+    if sys.argv[2] == "close":
+        loader.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "end"),
+    [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
+)
+def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, number, end):
+    """And end with the process, even if it does not close the loader."""
+    (tmp_path / "script.py").write_text(ASKED)
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-m", "script", when, end], cwd=tmp_path, env=env, **options) as process:
+        assert process.stdout.readline() == "go\n"
+        if when == "early":
+            time.sleep(1)  # its worker has begun, and imports
+        os.killpg(process.pid, number)
+        said, errors = process.communicate(timeout=120)
+    assert (process.returncode, said) == (0, "saved\n"), errors
+    assert end == "exit" or not errors
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+KEPT = """
+from test_loader import Slow
+from repae_jax.data.loader import Loader
+
+if __name__ == "__main__":
+    with Loader(Slow(8), batch_size=4, seed=0, workers=1) as loader:
+        kept = next(loader)
+"""
+
+
+def test_the_first_batch_leaves_no_shared_memory_behind(tmp_path):
+    """As it would if its arrays, which own theirs, were kept until the workers have ended."""
+    (tmp_path / "script.py").write_text(KEPT)
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
+    ended = subprocess.run([sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "leaked" not in ended.stderr, ended.stderr
 
 
 # ----- arguments -----
