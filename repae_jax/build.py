@@ -316,6 +316,18 @@ def abstract_state(job):
     return jax.tree.map(_abstract, shapes, shardings)
 
 
+def check_compiler_options(job):
+    """ValueError if the compiler for the mesh's devices does not take config.compiler_options."""
+    options = rules.compiler_options(job.config)
+    if not options:
+        return
+    try:
+        jax.jit(lambda: 0, out_shardings=sharding.replicated(job.mesh), compiler_options=options).lower().compile()
+    except (RuntimeError, TypeError) as error:  # of XLA, of JAX
+        said = str(error).splitlines()[0]
+        raise ValueError(f"config.compiler_options={job.config['compiler_options']!r}: {said}") from error
+
+
 def jit_step(job, state):
     """The step as training, benchmark and plan compile it: the state is donated, the metrics are everywhere.
 
@@ -325,20 +337,11 @@ def jit_step(job, state):
 
     Returns:
       Jitted function of (state, batch, frozen, key).
-
-    Raises:
-      ValueError: if the compiler for the mesh's devices does not take config.compiler_options.
     """
-    everywhere, options = sharding.replicated(job.mesh), rules.compiler_options(job.config)
-    if options:
-        try:
-            jax.jit(lambda: 0, out_shardings=everywhere, compiler_options=options).lower().compile()
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"config.compiler_options={job.config['compiler_options']!r}: {said}") from error
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = sharding.on_mesh(job.mesh, job.step)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere), compiler_options=options or None)
+    outs, options = (shardings, sharding.replicated(job.mesh)), rules.compiler_options(job.config)
+    return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=options or None)
 
 
 def abstract_inputs(job):

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from repae_jax import hosts
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
-# goes on, what it reports and where it reads and computes, not what it computes. `init` matters at step 0 alone.
+# goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
 RESUMABLE = (
     "steps", "log", "hooks", "checkpoint", "sampling", "mesh", "init", "max_skipped_in_a_row", "compiler_options",
     "data.workers", "data.source", "data.options", "data.cache", "data.max_bad_fraction", "sit.remat", "sit.unroll",

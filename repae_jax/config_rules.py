@@ -192,11 +192,11 @@ def check_sigma(config, sit, objective):
 
 
 def compiler_options(config):
-    """config.compiler_options as name -> value; ValueError for what is not name=value."""
+    """config.compiler_options as name -> value, which may be empty but has no commas; ValueError for what is not name=value."""
     options = {}
     for part in filter(None, config["compiler_options"].split(",")):
-        name, equals, value = part.partition("=")
-        if not (name and equals and value) or name in options:
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not (name and equals) or name in options:
             raise ValueError(
                 f"config.compiler_options={config['compiler_options']!r}: {part!r} is not understood, or twice there; "
                 "expected name=value,name=value, e.g. 'xla_tpu_scoped_vmem_limit_kib=32768'"

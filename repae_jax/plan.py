@@ -61,7 +61,7 @@ def sampling_config(config, count):
     if config["job"] == "vae":
         raise ValueError("--sample: config.job='vae' trains a tokenizer, which has no SiT to sample from; leave --sample out")
     data = {**config["data"], "batch_size": count, "cache": ""}
-    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
+    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
 
 
 def compile_program(lowered):
@@ -129,6 +129,7 @@ def prepare(config, topology, images_per_chip=None):
     if images_per_chip:
         config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
+    build.check_compiler_options(job)
     return job, setting(job, chip, topology, bool(images_per_chip))
 
 

@@ -103,7 +103,7 @@ def train(config, workdir):
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
     hosts.check_alike(build.plain_config(config))
     job = build.build(config)
-    step_fn = build.jit_step(job, build.abstract_state(job))
+    build.check_compiler_options(job)
     workdir = prepare_workdir(workdir)
     hosts.check_shared(workdir)
     images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
@@ -145,6 +145,7 @@ def train(config, workdir):
             hook.run(start, state)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
+        step_fn = build.jit_step(job, state)
         key = jax.random.key(job.config["seed"])
         pending = collections.deque()  # metrics are read two steps late, so that the device never waits
         for step in range(start + 1, steps + 1):

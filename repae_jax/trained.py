@@ -78,9 +78,9 @@ def load_trained(workdir, step=None, devices=None, vae_path=None, sampler=None):
         if config["job"] != "ldm":
             raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
         config["init"]["vae"] = str(vae_path)
-    # the training batch does not matter here, nor do encoders and projectors
+    # the training batch does not matter here, nor do encoders and projectors, nor how the step was compiled
     data = {**config["data"], "batch_size": len(devices)}
-    config = {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
+    config = {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
     job = build.build(config, devices, encoders=())
     state = build.abstract_state(job)
     subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}

@@ -373,6 +373,8 @@ def test_options_that_the_compiler_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "load_frozen", lambda job: pytest.fail("weights were read before"))
     option = "xla_tpu_scoped_vmem_limit_kib"
     refused({"compiler_options": f"{option}=1"}, f"config.compiler_options='{option}=1': ", option, run=training(tmp_path))
+    jax_own = "optimization_level=O1"
+    refused({"compiler_options": jax_own}, f"config.compiler_options='{jax_own}': ", run=training(tmp_path))
 
 
 def test_the_step_is_compiled_with_the_options(tmp_path):

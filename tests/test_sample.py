@@ -12,7 +12,7 @@ from PIL import Image
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
-from repae_jax import build, generate, sample
+from repae_jax import build, checkpoint, generate, sample
 from repae_jax.checkpoint import Checkpointer
 from repae_jax.trained import load_trained
 
@@ -46,6 +46,15 @@ def test_exact_count_in_adm_layout(workdir, tmp_path):
     settings = json.loads((tmp_path / "x.json").read_text())
     assert settings["sampler"] == "sde" and settings["steps"] == 3 and settings["step"] == 2
     assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("options", [{"compiler_options": "xla_tpu_scoped_vmem_limit_kib=32768"}, {}])
+def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch, options):
+    """Runs that are older than the field have none."""
+    stored = checkpoint.read_config(workdir, 2)
+    del stored["compiler_options"]
+    monkeypatch.setattr(checkpoint, "read_config", lambda *_: {**stored, **options})
+    assert load_trained(workdir).step == 2
 
 
 @pytest.mark.parametrize("sampler", [sampler for sampler in generate.SAMPLERS if sampler != "ancestral"])

@@ -46,6 +46,7 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
     config_rules.check_fields(config)
     config, random = measure.without_files(config)
     job = build.build(config)
+    build.check_compiler_options(job)
     sample_batch = _check_sample_batch(job, sample_batch)
     say(f"random weights: {', '.join(random) or 'none but of what is trained'}")
     result = {**_circumstances(job), "random_weights": random}

@@ -108,8 +108,8 @@ class Loader:
             self._iterator = self._start()
         try:
             batch = next(self._iterator)
-        except Exception:
-            self.close()  # a read-ahead that has failed cannot be continued
+        except BaseException:
+            self.close()  # a read-ahead that has failed, or was interrupted, cannot be continued
             raise
         finally:
             self.wait_seconds += time.perf_counter() - began

@@ -90,7 +90,7 @@ class Conv(nn.Module):
             x = x.added()
         strides = (self.strides, self.strides)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.kernel_size == 3 and self.strides == 1:
+        if (self.kernel_size, self.strides, self.padding) == (3, 1, "SAME"):
             return Shifted(conv3x3(x, kernel), shift)
         return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
 

@@ -70,3 +70,15 @@ def test_tiles_do_not_leave_out_the_last_rows_and_columns():
     arguments = x, alone, kernel
     expected = convolution._plain_to_kernel(*arguments)
     np.testing.assert_allclose(convolution._winograd_to_kernel(*arguments), expected, atol=RTOL * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_devices_share_the_images_of_a_batch(devices):
+    """And exchange products of tiles, not images."""
+    values = drawn((8, 16, 16, 16), 16)
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
+    placed = jax.device_put(values, (rows, whole, rows))
+    compiled = jax.jit(lambda *args: gradients(conv3x3, *args), out_shardings=(rows, rows, whole)).lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    check(compiled(*placed), gradients(plain, *values), RTOL)
