@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-MIN_POSITIONS, MIN_CHANNELS = 16 * 16, 16  # below which XLA's own gradient is as fast
+MIN_POSITIONS, MIN_CHANNELS = 16 * 16, 32  # below which XLA's own gradient is as fast
 TILE = 4
 
 # Winograd's F(4x4, 3x3) of Lavin & Gray (arXiv 1509.09308): along each side a tile of 4 results of 6 inputs is

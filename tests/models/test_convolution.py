@@ -31,8 +31,8 @@ def check(actual, expected, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 16, 16), (1, 17, 18, 20), (3, 19, 33, 16), (1, 64, 4, 16)])
-@pytest.mark.parametrize("features", [16, 24])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 32), (1, 17, 18, 36), (3, 19, 33, 32), (1, 64, 4, 32)])
+@pytest.mark.parametrize("features", [32, 40])
 def test_gradients_are_those_of_the_plain_convolution(shape, features):
     values = drawn(shape, features)
     lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).lower(*values)
@@ -40,9 +40,9 @@ def test_gradients_are_those_of_the_plain_convolution(shape, features):
     check(lowered.compile()(*values), gradients(plain, *values), RTOL)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 8, 16), (1, 5, 7, 16), (2, 16, 16, 3)])
+@pytest.mark.parametrize("shape", [(2, 8, 8, 32), (1, 5, 7, 32), (2, 16, 16, 3)])
 def test_small_images_and_few_channels_take_the_plain_gradient(shape):
-    values = drawn(shape, 16)
+    values = drawn(shape, 32)
     lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).lower(*values)
     assert "ptc" not in lowered.as_text(debug_info=True)
     check(lowered.compile()(*values), gradients(plain, *values), 1e-6)
@@ -50,14 +50,14 @@ def test_small_images_and_few_channels_take_the_plain_gradient(shape):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_take_the_plain_gradient(platform):
-    values = drawn((2, 16, 16, 16), 16)
+    values = drawn((2, 16, 16, 32), 32)
     lowered = jax.jit(lambda *args: gradients(conv3x3, *args)).trace(*values).lower(lowering_platforms=(platform,))
     text = lowered.as_text()
     assert text.count("stablehlo.convolution") == 3 and "dot_general" not in text
 
 
 def test_bfloat16_gradients_are_rounded_once():
-    values = drawn((2, 16, 16, 16), 16, jnp.bfloat16)
+    values = drawn((2, 16, 16, 32), 32, jnp.bfloat16)
     wide = gradients(plain, *(x.astype(jnp.float32) for x in values))[2]
     actual = jax.jit(lambda *args: gradients(conv3x3, *args)[2])(*values)
     assert actual.dtype == jnp.bfloat16
@@ -65,7 +65,7 @@ def test_bfloat16_gradients_are_rounded_once():
 
 
 def test_tiles_do_not_leave_out_the_last_rows_and_columns():
-    x, kernel, gradient = drawn((1, 18, 19, 16), 16)
+    x, kernel, gradient = drawn((1, 18, 19, 32), 32)
     alone = jnp.zeros_like(gradient).at[:, -1, -1].set(gradient[:, -1, -1])
     arguments = x, alone, kernel
     expected = convolution._plain_to_kernel(*arguments)
@@ -75,7 +75,7 @@ def test_tiles_do_not_leave_out_the_last_rows_and_columns():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_devices_share_the_images_of_a_batch(devices):
     """And exchange products of tiles, not images."""
-    values = drawn((8, 16, 16, 16), 16)
+    values = drawn((8, 16, 16, 32), 32)
     mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
     rows, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("data",), ()))
     placed = jax.device_put(values, (rows, whole, rows))
