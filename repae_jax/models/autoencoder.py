@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from repae_jax.models.convolution import NHWC, conv3x3
+from repae_jax.models.convolution import CONVOLVED, NHWC, channel_moments, conv3x3, measured_conv3x3
 from repae_jax.models.layers import torch_default_init
 
 
@@ -56,10 +56,12 @@ class Shifted:
     Attributes:
       x: [B, H, W, C] in the compute dtype.
       shift: float32 [C].
+      moments: `channel_moments` of x; None if they are not known.
     """
 
     x: jax.Array
     shift: jax.Array
+    moments: jax.Array | None = None
 
     def __add__(self, other):
         return Shifted(self.x + other.x, self.shift + other.shift)
@@ -70,13 +72,18 @@ class Shifted:
 
 
 class Conv(nn.Module):
-    """Convolution with torch's default initialisation: [B, H, W, C], an array or Shifted -> Shifted [B, H', W', features]."""
+    """Convolution with torch's default initialisation: [B, H, W, C], an array or Shifted -> Shifted [B, H', W', features].
+
+    Attributes:
+      measured: whether the result comes with its moments, for a group norm that is all that it goes to; of 3x3 kernels only.
+    """
 
     features: int
     kernel_size: int
     dtype: jnp.dtype
     strides: int = 1
     padding: str | Sequence[tuple[int, int]] = "SAME"
+    measured: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -90,16 +97,12 @@ class Conv(nn.Module):
             x = x.added()
         strides = (self.strides, self.strides)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.measured:
+            x, moments = measured_conv3x3(x, kernel)
+            return Shifted(x, shift, moments)
         if (self.kernel_size, self.strides, self.padding) == (3, 1, "SAME"):
             return Shifted(conv3x3(x, kernel), shift)
         return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
-
-
-@jax.checkpoint
-def _channel_moments(x):
-    """Means of x and of its square over the positions, float32 [2, B, C]; gradients need x alone, and sum nothing again."""
-    x = x.astype(jnp.float32)
-    return jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
 
 
 def group_stats(x, groups):
@@ -112,7 +115,8 @@ def group_stats(x, groups):
     Returns:
       mean, var: float32 [B, 1, 1, C], the same for all channels of a group.
     """
-    mean, square = _channel_moments(x.x)
+    # gradients need x alone, and sum nothing again
+    mean, square = jax.checkpoint(channel_moments)(x.x) if x.moments is None else x.moments
     moments = jnp.stack([mean + x.shift, square + x.shift * (2 * mean + x.shift)])
     moments = moments.reshape(2, len(mean), groups, -1).mean(-1)
     mean, square = jnp.repeat(moments, len(x.shift) // groups, axis=-1)[:, :, None, None]
@@ -131,7 +135,7 @@ class GroupNorm(nn.Module):
         return ((x.x - (mean - x.shift)) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
 
 
-def norm_silu_conv(module, x, features, norm, name):
+def norm_silu_conv(module, x, features, norm, name, measured=False):
     """GroupNorm, SiLU and a 3x3 convolution; call inside a compact method.
 
     Gradients need x and its statistics alone: what is between is many times the size, in float32, and cheap to compute again.
@@ -142,13 +146,15 @@ def norm_silu_conv(module, x, features, norm, name):
       features: of the result, Shifted too.
       norm: name of the normalisation.
       name: of the convolution.
+      measured: see `Conv`.
     """
 
     def run(module, x, mean, var):
         x = GroupNorm(module.dtype, name=norm)(x, mean, var)
-        return Conv(features, 3, module.dtype, name=name)(nn.silu(x))
+        return Conv(features, 3, module.dtype, measured=measured, name=name)(nn.silu(x))
 
-    return nn.remat(run)(module, x, *group_stats(x, module.norm_groups))
+    run = nn.remat(run, policy=jax.checkpoint_policies.save_only_these_names(CONVOLVED))
+    return run(module, x, *group_stats(x, module.norm_groups))
 
 
 def repeated_conv(x, kernel):
@@ -212,7 +218,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = norm_silu_conv(self, x, self.features, "norm1", "conv1")
+        y = norm_silu_conv(self, x, self.features, "norm1", "conv1", measured=True)
         y = norm_silu_conv(self, y, self.features, "norm2", "conv2")
         if len(x.shift) != self.features:
             x = Conv(self.features, 1, self.dtype, name="nin_shortcut")(x)

@@ -1,12 +1,14 @@
-"""3x3 convolution with a gradient to its kernel that is fast on CPUs, too."""
+"""3x3 convolutions with gradients of their own, where XLA's are slow."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 MIN_POSITIONS, MIN_CHANNELS = 16 * 16, 32  # below which XLA's own gradient is as fast
 TILE = 4
+CONVOLVED = "convolved"  # checkpoint name of a result that its own gradient needs again
 
 # Winograd's F(4x4, 3x3) of Lavin & Gray (arXiv 1509.09308): along each side a tile of 4 results of 6 inputs is
 # TO_RESULT @ ((KERNEL @ kernel) * (INPUT @ inputs))
@@ -63,13 +65,57 @@ def _winograd_to_kernel(x, gradient, kernel):
     return jnp.einsum("ia,jb,jicd->abcd", KERNEL, KERNEL, products).astype(kernel.dtype)
 
 
-def _backward(saved, gradient):
-    x, kernel = saved
-    to_x = jax.linear_transpose(lambda x: _conv(x, kernel), x)(gradient)[0]
+def _to_input(x, kernel, gradient):
+    return jax.linear_transpose(lambda x: _conv(x, kernel), x)(gradient)[0]
+
+
+def _to_kernel(x, kernel, gradient):
     if x.shape[1] * x.shape[2] < MIN_POSITIONS or min(kernel.shape[2:]) < MIN_CHANNELS:
-        return to_x, _plain_to_kernel(x, gradient, kernel)
-    fast = {"cpu": _winograd_to_kernel, "default": _plain_to_kernel}
-    return to_x, jax.lax.platform_dependent(x, gradient, kernel, **fast)
+        return _plain_to_kernel(x, gradient, kernel)
+    return jax.lax.platform_dependent(x, gradient, kernel, cpu=_winograd_to_kernel, default=_plain_to_kernel)
 
 
-conv3x3.defvjp(lambda x, kernel: (conv3x3(x, kernel), (x, kernel)), _backward)
+def _backward(saved, gradient):
+    return _to_input(*saved, gradient), _to_kernel(*saved, gradient)
+
+
+conv3x3.defvjp(lambda x, kernel: (_conv(x, kernel), (x, kernel)), _backward)
+
+
+def channel_moments(x):
+    """Means of x and of its square over the positions: [B, H, W, C] -> float32 [2, B, C]."""
+    x = x.astype(jnp.float32)
+    return jnp.stack([x.mean((1, 2)), jnp.square(x).mean((1, 2))])
+
+
+@jax.custom_vjp
+def measured_conv3x3(x, kernel):
+    """`conv3x3`, and `channel_moments` of its result: for a result that goes to a normalisation alone.
+
+    Backwards, both convolutions read a gradient that is little arithmetic on what the normalisation gives. On TPUs each does
+    that as it reads, where by itself XLA would store the gradient first.
+    """
+    y = _conv(x, kernel)
+    return y, channel_moments(y)
+
+
+def _measured_forward(x, kernel):
+    y = checkpoint_name(_conv(x, kernel), CONVOLVED)
+    return (y, channel_moments(y)), (x, kernel, y)
+
+
+def _through_moments(y, gradient, to_moments):
+    """The gradient to y: what comes to it itself, and to its moments [2, B, C]."""
+    to_mean, to_square = to_moments[:, :, None, None] / (y.shape[1] * y.shape[2])
+    return (gradient.astype(jnp.float32) + to_mean + 2 * to_square * y.astype(jnp.float32)).astype(y.dtype)
+
+
+def _measured_backward(saved, gradients):
+    x, kernel, y = saved
+    first = y, *gradients
+    barrier = {"tpu": lambda *parts: jax.lax.optimization_barrier(parts), "default": lambda *parts: parts}
+    second = jax.lax.platform_dependent(*first, **barrier)  # XLA would take the two for one
+    return _to_input(x, kernel, _through_moments(*first)), _to_kernel(x, kernel, _through_moments(*second))
+
+
+measured_conv3x3.defvjp(_measured_forward, _measured_backward)

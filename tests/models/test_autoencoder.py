@@ -158,3 +158,13 @@ def test_gradients_of_a_block_keep_two_arrays_of_its_size():
     _, back = jax.eval_shape(lambda variables, x: jax.vjp(block.apply, variables, x), variables, x)
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= x.x.size]
     assert len(kept) == 2 and all(leaf.dtype == jnp.bfloat16 for leaf in kept)
+
+
+def test_no_convolution_is_computed_again():
+    """Backwards, a measured convolution needs its result, which the group norm that follows keeps anyway."""
+    block = autoencoder.ResnetBlock(32, 8, jnp.float32)
+    x = autoencoder.Shifted(jax.ShapeDtypeStruct((1, 16, 16, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32))
+    params = jax.eval_shape(block.init, jax.random.key(0), x)
+    gradient = jax.jit(jax.value_and_grad(lambda params, x: block.apply(params, x).x.sum(), argnums=(0, 1)))
+    text = gradient.trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("stablehlo.convolution") == 3 * 2, "each forward, to its input and to its kernel"

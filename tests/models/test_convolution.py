@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from repae_jax.models import convolution
-from repae_jax.models.convolution import NHWC, conv3x3
+from repae_jax.models.convolution import NHWC, channel_moments, conv3x3, measured_conv3x3
 
 RTOL = 3e-5  # of the largest entry: Winograd's numbers are up to 8 times the result's, and float32 rounds each to 6e-8
 
@@ -82,3 +82,28 @@ def test_devices_share_the_images_of_a_batch(devices):
     compiled = jax.jit(lambda *args: gradients(conv3x3, *args), out_shardings=(rows, rows, whole)).lower(*placed).compile()
     assert "all-gather" not in compiled.as_text()
     check(compiled(*placed), gradients(plain, *values), RTOL)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16, 32), (2, 5, 7, 3)])
+@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, RTOL), (jnp.bfloat16, 2**-7)])
+def test_gradients_of_a_measured_convolution_go_through_its_moments(shape, dtype, rtol):
+    x, kernel, gradient = drawn(shape, 40, dtype)
+    gradients = gradient, 40 * jax.random.normal(jax.random.key(1), (2, shape[0], 40))
+
+    def apart(x, kernel):
+        y = plain(x, kernel)
+        return y, channel_moments(y)
+
+    results, back = jax.vjp(measured_conv3x3, x, kernel)
+    expected, expected_back = jax.vjp(apart, x, kernel)
+    check(results, expected, 1e-6)
+    check((gradient, *back(gradients)), (gradient, *expected_back(gradients)), rtol)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_tpus_alone_keep_the_gradients_of_a_measured_convolution_apart(platform):
+    x, kernel, gradient = drawn((2, 8, 8, 32), 32)
+    gradients = gradient, jnp.ones((2, 2, 32))
+    lowered = jax.jit(lambda *args: jax.vjp(measured_conv3x3, *args)[1](gradients)).trace(x, kernel)
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == (platform == "tpu")
