@@ -75,7 +75,10 @@ class Conv(nn.Module):
     """Convolution with torch's default initialisation: [B, H, W, C], an array or Shifted -> Shifted [B, H', W', features].
 
     Attributes:
-      measured: whether the result comes with its moments, for a group norm that is all that it goes to; of 3x3 kernels only.
+      measured: give the result's moments, too; of advantage where a group norm is its only use.
+
+    Raises:
+      ValueError: if `measured`, but not 3x3 with stride 1 and 'SAME' padding.
     """
 
     features: int
@@ -97,10 +100,14 @@ class Conv(nn.Module):
             x = x.added()
         strides = (self.strides, self.strides)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        plain = (self.kernel_size, self.strides, self.padding) == (3, 1, "SAME")
+        if self.measured and not plain:
+            found = f"{self.kernel_size}, {self.strides}, {self.padding!r}"
+            raise ValueError(f"measured needs kernel_size=3, strides=1, padding='SAME', not {found}")
         if self.measured:
             x, moments = measured_conv3x3(x, kernel)
             return Shifted(x, shift, moments)
-        if (self.kernel_size, self.strides, self.padding) == (3, 1, "SAME"):
+        if plain:
             return Shifted(conv3x3(x, kernel), shift)
         return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
 

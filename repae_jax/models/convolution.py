@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 NHWC = ("NHWC", "HWIO", "NHWC")
 MIN_POSITIONS, MIN_CHANNELS = 16 * 16, 32  # below which XLA's own gradient is as fast
 TILE = 4
-CONVOLVED = "convolved"  # checkpoint name of a result that its own gradient needs again
+CONVOLVED = "convolved"  # name of `measured_conv3x3`'s result: a jax.checkpoint around it must save that, or convolves twice
 
 # Winograd's F(4x4, 3x3) of Lavin & Gray (arXiv 1509.09308): along each side a tile of 4 results of 6 inputs is
 # TO_RESULT @ ((KERNEL @ kernel) * (INPUT @ inputs))
@@ -90,7 +90,7 @@ def channel_moments(x):
 
 @jax.custom_vjp
 def measured_conv3x3(x, kernel):
-    """`conv3x3`, and `channel_moments` of its result: for a result that goes to a normalisation alone.
+    """`conv3x3`, and `channel_moments` of its result. Right for any use, of advantage where a normalisation is the only one.
 
     Backwards, both convolutions read a gradient that is little arithmetic on what the normalisation gives. On TPUs each does
     that as it reads, where by itself XLA would store the gradient first.
@@ -114,7 +114,7 @@ def _measured_backward(saved, gradients):
     x, kernel, y = saved
     first = y, *gradients
     barrier = {"tpu": lambda *parts: jax.lax.optimization_barrier(parts), "default": lambda *parts: parts}
-    second = jax.lax.platform_dependent(*first, **barrier)  # XLA would take the two for one
+    second = jax.lax.platform_dependent(*first, **barrier)  # or XLA computes it once, and stores it
     return _to_input(x, kernel, _through_moments(*first)), _to_kernel(x, kernel, _through_moments(*second))
 
 

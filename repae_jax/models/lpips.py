@@ -83,7 +83,7 @@ def _kernel_of_pairs(kernel):
 
 
 def _sum_each(x):
-    """Sums over the channels of each neighbor: [..., 2C] -> [..., 2]; as a matrix product, half the time of sums over lanes."""
+    """Sums over the channels of each neighbor: [..., 2C] -> [..., 2]. A matrix product, for TPUs are slow to sum over lanes."""
     neighbors = np.repeat(np.eye(2, dtype=np.float32), x.shape[-1] // 2, axis=0)
     return jnp.dot(x, neighbors, precision="highest")
 
@@ -106,7 +106,7 @@ def _norms_of_pairs_forward(x):
 
 def _norms_of_pairs_backward(saved, gradient):
     x, to_sums = saved
-    (to_squares,) = to_sums(_sum_each(gradient))
+    (to_squares,) = to_sums(_sum_each(gradient))  # the transpose of repeating is summing
     return (2 * x * _repeat_each(to_squares, x.shape[-1] // 2),)
 
 
@@ -117,6 +117,7 @@ def stage_of_pairs(x, y, filters, weights):
     """`stage`, equal but for rounding, with two neighbors of a row side by side in the channels; W must be even.
 
     The first features have 64 channels, half of a TPU's 128 lanes: the other half would be stored and computed for nothing.
+    Where neighbors are equal, max pooling here gives each half of the gradient, while `stage` gives one of them all.
     """
     paired = [(_kernel_of_pairs(kernel), jnp.tile(bias, 2)) for kernel, bias in filters]
     x, y = (_features(rearrange(side, "b h (w pair) c -> b h w (pair c)", pair=2), paired) for side in (x, y))
@@ -146,6 +147,8 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, images, others):
         """Distance of each pair.
+
+        Where one of the sides needs no gradient (real images), nothing is kept for it.
 
         Args:
           images: [B, H, W, 3] in [-1, 1], H and W at least 16.

@@ -168,3 +168,9 @@ def test_no_convolution_is_computed_again():
     gradient = jax.jit(jax.value_and_grad(lambda params, x: block.apply(params, x).x.sum(), argnums=(0, 1)))
     text = gradient.trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.convolution") == 3 * 2, "each forward, to its input and to its kernel"
+
+
+def test_what_cannot_be_measured_is_refused():
+    conv = autoencoder.Conv(8, 3, jnp.float32, strides=2, measured=True)
+    with pytest.raises(ValueError, match="measured needs kernel_size=3, strides=1, padding='SAME', not 3, 2, 'SAME'"):
+        conv.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))

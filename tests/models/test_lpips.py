@@ -11,7 +11,7 @@ from repae_jax.models import lpips
 @pytest.fixture(scope="module")
 def inputs():
     keys = iter(jax.random.split(jax.random.key(0), 7))
-    x = jax.random.normal(next(keys), (2, 6, 10, 3))
+    x = jax.random.normal(next(keys), (2, 7, 10, 3))
     y = x + 0.3 * jax.random.normal(next(keys), x.shape)
     filters = [
         (0.3 * jax.random.normal(next(keys), (3, 3, width, 8)), 0.1 * jax.random.normal(next(keys), (8,))) for width in (3, 8)
@@ -36,12 +36,24 @@ def test_pairs_of_neighbors_give_the_same_stage(inputs):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
-def test_features_that_are_all_zero_have_gradients(inputs):
+@pytest.mark.parametrize("unit_length", [lpips._unit_length, lambda x: x * lpips._norms_of_pairs(x)])
+def test_features_that_are_all_zero_have_gradients(unit_length):
+    """Asked for before the ReLU, whose gradient would hide that of a root at zero."""
+    gradient = jax.grad(lambda x: unit_length(x).sum())(jnp.zeros((1, 2, 2, 8)))
+    assert np.isfinite(gradient).all()
+
+
+def test_nothing_is_kept_for_a_side_without_gradient(inputs):
     x, y, filters, weights = inputs
-    dead = [filters[0], (filters[1][0], jnp.full(8, -1e4))]
-    for stage in (lpips.stage, lpips.stage_of_pairs):
-        distance, gradient = jax.value_and_grad(lambda y, stage=stage: stage(x, y, dead, weights)[0].sum())(y)
-        assert distance == 0 and not gradient.any()
+
+    def bytes_kept(*sides):
+        def run(*sides):
+            return lpips.stage(*sides, filters, weights) if len(sides) == 2 else lpips.stage(x, *sides, filters, weights)
+
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(jax.vjp(run, *sides)[1]))
+
+    one, both = bytes_kept(y), bytes_kept(x, y)
+    assert one < 0.7 * both
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (17, 33)])
