@@ -20,7 +20,8 @@ INPUT = np.array([
 KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32) / 24
 
 
-def _conv(x, kernel):
+def plain_conv3x3(x, kernel):
+    """`conv3x3` with XLA's own gradients."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
 
 
@@ -31,11 +32,11 @@ def conv3x3(x, kernel):
     In the gradient to the kernel the images of the batch stand where channels stand else, and they are few. On CPUs XLA then
     reaches a third of its speed; there matrix products of Winograd's tiles take the place of that convolution.
     """
-    return _conv(x, kernel)
+    return plain_conv3x3(x, kernel)
 
 
 def _plain_to_kernel(x, gradient, kernel):
-    return jax.linear_transpose(lambda kernel: _conv(x, kernel), kernel)(gradient)[0]
+    return jax.linear_transpose(lambda kernel: plain_conv3x3(x, kernel), kernel)(gradient)[0]
 
 
 def _tiles(x, matrix):
@@ -66,7 +67,7 @@ def _winograd_to_kernel(x, gradient, kernel):
 
 
 def _to_input(x, kernel, gradient):
-    return jax.linear_transpose(lambda x: _conv(x, kernel), x)(gradient)[0]
+    return jax.linear_transpose(lambda x: plain_conv3x3(x, kernel), x)(gradient)[0]
 
 
 def _to_kernel(x, kernel, gradient):
@@ -79,7 +80,7 @@ def _backward(saved, gradient):
     return _to_input(*saved, gradient), _to_kernel(*saved, gradient)
 
 
-conv3x3.defvjp(lambda x, kernel: (_conv(x, kernel), (x, kernel)), _backward)
+conv3x3.defvjp(lambda x, kernel: (plain_conv3x3(x, kernel), (x, kernel)), _backward)
 
 
 def channel_moments(x):
@@ -95,12 +96,12 @@ def measured_conv3x3(x, kernel):
     Backwards, both convolutions read a gradient that is little arithmetic on what the normalisation gives. On TPUs each does
     that as it reads, where by itself XLA would store the gradient first.
     """
-    y = _conv(x, kernel)
+    y = plain_conv3x3(x, kernel)
     return y, channel_moments(y)
 
 
 def _measured_forward(x, kernel):
-    y = checkpoint_name(_conv(x, kernel), CONVOLVED)
+    y = checkpoint_name(plain_conv3x3(x, kernel), CONVOLVED)
     return (y, channel_moments(y)), (x, kernel, y)
 
 
