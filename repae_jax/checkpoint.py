@@ -67,6 +67,18 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
+def _handlers_of_one_process() -> dict[str, ocp.CheckpointHandler]:
+    """Writes arrays that are the same on all devices from one of them.
+
+    Orbax's default lets each device write a slice. Among processes that divides the work; in one it only compiles a program for
+    every shape and device, for which the first save would keep training waiting.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    types = (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*types))
+    return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's, but when to stop is asked in `hosts.stop_requests` alone: JAX takes every question for a step taken."""
 
@@ -98,7 +110,9 @@ class Checkpointer:
         self._workdir = _absolute(workdir)
         self._directory = self._workdir / "checkpoints"
         self._manager = _Manager(
-            self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
+            item_handlers=None if hosts.several() else _handlers_of_one_process(),
         )
 
     def __enter__(self) -> "Checkpointer":
@@ -131,7 +145,7 @@ class Checkpointer:
                 "Restore it first, or use another workdir."
             )
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(config),
             checksums=ocp.args.JsonSave(_checksums(state)),

@@ -41,6 +41,14 @@ def forgotten():
 
 
 @pytest.fixture
+def optimized():
+    """Programs as users have them, for a test that computes for longer than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def warnings(monkeypatch):
     """List that gets what absl's logging warns of."""
     messages = []

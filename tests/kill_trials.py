@@ -9,6 +9,7 @@ tells time. Every start is a process of its own, forked from one that has import
 import argparse
 import collections
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -118,7 +119,7 @@ def check(found, expected, which):
         assert line == other, f"{which}: metrics of step {line['step']} differ: {line} and {other}"
 
 
-def run(job, steps, trials, seed, folder, compiled, say=print):
+def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
     """All trials.
 
     Args:
@@ -129,6 +130,7 @@ def run(job, steps, trials, seed, folder, compiled, say=print):
       folder: for workdirs; those that are as they should be are removed.
       compiled: folder of compiled programs.
       say: called with a line for each trial.
+      most: a run that was killed as often as that is left to finish.
 
     Returns:
       Counter of the moments at which runs were killed.
@@ -150,7 +152,7 @@ def run(job, steps, trials, seed, folder, compiled, say=print):
         workdir, killed, kills = Path(folder) / f"trial-{done}", True, []
         while killed:
             before = checkpoints_of(workdir)
-            killed, seconds = attempt(rng.uniform(0, longest), workdir)
+            killed, seconds = attempt(rng.uniform(0, longest) if len(kills) < most else None, workdir)
             if killed:
                 kills.append(moment(workdir, before))
             elif not kills:

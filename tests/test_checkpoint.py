@@ -217,6 +217,16 @@ def test_state_may_be_donated_right_after_save(tmp_path):
 # -- restoring --------------------------------------------------------------------------------------------------------
 
 
+def test_saving_compiles_the_checksums_alone(tmp_path, caplog):
+    """And no slices of what all devices have, one for each shape and device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    state = {"kernel": jax.device_put(np.ones((48, 80), np.float32), jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))}
+    with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state, {}, CONFIG)
+    compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
+    assert compiled == ["jit(_sum_all)"]
+
+
 def test_nothing_to_restore(tmp_path):
     assert restore(tmp_path) is None
 

@@ -27,6 +27,11 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return load_trained(workdir)
+
+
 def arguments(workdir, *extra):
     return sample.parse_args(["--workdir", str(workdir), "--steps", "3", *extra])
 
@@ -116,7 +121,6 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
     "extra, message",
     [
         (("--batch_size", "9"), "--batch_size=9 is not a multiple of the 8 devices"),
-        (("--step", "7"), "7.*2"),
         (("--classes", "3", "10"), "allowed are 0..9"),
         (("--guidance_scale", "0.5"), "guidance_scale=0.5 must be at least 1"),
         (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
@@ -126,9 +130,15 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
         (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
     ],
 )
-def test_bad_arguments(workdir, extra, message):
+def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
+    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: loaded)
     with pytest.raises(ValueError, match=message):
         sample.run(arguments(workdir, *extra))
+
+
+def test_no_such_checkpoint(workdir):
+    with pytest.raises(ValueError, match="7.*2"):
+        sample.run(arguments(workdir, "--step", "7"))
 
 
 def test_no_run_there(tmp_path):

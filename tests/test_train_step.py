@@ -162,6 +162,7 @@ def with_initial_mean(case, state, step):
 
 
 @pytest.mark.parametrize("name", reference.cases("train_repae"))
+@pytest.mark.usefixtures("optimized")  # twelve steps of 2 s, not of 28
 def test_three_steps_of_the_published_loop(name, record_property):
     case, state, step, tables = golden_run(name)
     lr, order, logs = case.meta["hyper"]["lr"], case.meta["state_dict_order"], case.meta["logs"]
