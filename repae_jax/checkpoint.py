@@ -68,14 +68,16 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
 
 
 def _handlers_of_one_process() -> dict[str, ocp.CheckpointHandler]:
-    """Writes arrays that are the same on all devices from one of them.
+    """How one process saves the items of a checkpoint: what is the same on several devices, whole and from one of them.
 
-    Orbax's default lets each device write a slice. Among processes that divides the work; in one it only compiles a program for
-    every shape and device, for which the first save would keep training waiting.
+    By Orbax's default each device gives a slice. That divides the copying, but compiles a program for every shape and device,
+    for which the first save would keep training waiting.
     """
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    types = (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(*types))
+    handlers = {kind: ocp.type_handlers.ScalarHandler() for kind in (int, float, np.number)}
+    handlers |= {np.ndarray: ocp.type_handlers.NumpyHandler()}
+    handlers |= {jax.Array: ocp.type_handlers.ArrayHandler(use_replica_parallel=False)}
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers.items())
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
 
 

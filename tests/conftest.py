@@ -42,10 +42,11 @@ def forgotten():
 
 @pytest.fixture
 def optimized():
-    """Programs as users have them, for a test that computes for longer than it compiles."""
+    """What the test compiles is optimized, for it computes for longer than it compiles."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

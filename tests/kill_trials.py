@@ -130,7 +130,7 @@ def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
       folder: for workdirs; those that are as they should be are removed.
       compiled: folder of compiled programs.
       say: called with a line for each trial.
-      most: a run that was killed as often as that is left to finish.
+      most: a run that was killed as often as that is left to finish, as soon as there is a checkpoint to continue from.
 
     Returns:
       Counter of the moments at which runs were killed.
@@ -144,7 +144,8 @@ def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
     def attempt(seconds, workdir):
         return kill_after(context, seconds, job, steps, str(workdir), str(compiled), f"{workdir}.log")
 
-    _, longest = attempt(None, whole)
+    attempt(None, whole)
+    _, longest = attempt(None, Path(folder) / "again")  # a whole run takes no longer, now that its programs are compiled
     expected = left_by(job, steps, whole)
     assert [line["step"] for line in expected[2]] == list(range(1, steps + 1))
     done = 0
@@ -152,11 +153,10 @@ def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
         workdir, killed, kills = Path(folder) / f"trial-{done}", True, []
         while killed:
             before = checkpoints_of(workdir)
-            killed, seconds = attempt(rng.uniform(0, longest) if len(kills) < most else None, workdir)
+            enough = len(kills) >= most and any(name.isdigit() for name, _ in before)
+            killed, _ = attempt(None if enough else rng.uniform(0, longest), workdir)
             if killed:
                 kills.append(moment(workdir, before))
-            elif not kills:
-                longest = seconds  # a whole run takes no longer, now that its programs are compiled
         if kills:
             check(left_by(job, steps, workdir), expected, f"trial {done}, killed {', '.join(kills)}")
             moments.update(kills)

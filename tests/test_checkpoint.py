@@ -214,17 +214,18 @@ def test_state_may_be_donated_right_after_save(tmp_path):
     assert np.all(np.asarray(restored["kernel"]) == 3.0)
 
 
-# -- restoring --------------------------------------------------------------------------------------------------------
-
-
 def test_saving_compiles_the_checksums_alone(tmp_path, caplog):
     """And no slices of what all devices have, one for each shape and device."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     state = {"kernel": jax.device_put(np.ones((48, 80), np.float32), jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))}
+    jax.clear_caches()
     with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, state, {}, CONFIG)
     compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
     assert compiled == ["jit(_sum_all)"]
+
+
+# -- restoring --------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_restore(tmp_path):
@@ -329,7 +330,7 @@ def test_no_damaged_file_ever_changes_what_is_restored(saved, tmp_path, damage, 
         assert (workdir / "checkpoints_damaged" / "2-0").is_dir()
     sizes = {name: (saved / "checkpoints" / "2" / name).stat().st_size for name in checkpoint_files(saved)}
     for name in used_anyway:  # markers, the shardings at saving time, and what was written early and replaced later
-        assert name.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding", "process_0") or (
+        assert name.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding") or (
             "ocdbt.process_0" in name.parts and sizes[name] < max(sizes.values())
         )
 
