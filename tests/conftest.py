@@ -43,7 +43,7 @@ def forgotten():
 @pytest.fixture
 def optimized():
     """What the test compiles is optimized, for it computes for longer than it compiles."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
