@@ -35,7 +35,7 @@ def config(job, steps):
 
     changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": KEPT, "hooks.samples_every": 0}
     if job == "ldm":
-        return small.config({**changes, "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm)
+        return small.config({**changes, **small.SIT_ALONE}, ldm)
     return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
 
 

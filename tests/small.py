@@ -12,6 +12,8 @@ from configs import repae
 from repae_jax import build, sharding
 
 ROOT = Path(__file__).parents[1]
+# changes of configs/ldm.py that make the run that is the quickest to compile: a SiT alone on a frozen VAE
+SIT_ALONE = {"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}
 
 
 def config(changes=None, file=repae, arg="tiny", **more):

@@ -123,7 +123,7 @@ def test_data_that_is_not_there_is_skipped(tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        lambda: small.config({"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm),
+        lambda: small.config(small.SIT_ALONE, ldm),
         lambda: small.config({"init.vae": "", "accumulation": 2, "data.batch_size": 16}, ldm),
         lambda: small.config({"loss.vae.diffusion": 0.1, "loss.vae.se": 0.5, "loss.se_factors": (2,)}),
         lambda: small.config({"loss.vae.lpips": 1.0, "lpips.vgg16": "", "accumulation": 2, "data.batch_size": 16}, arg="tiny"),

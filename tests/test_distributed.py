@@ -34,7 +34,7 @@ def config(file="ldm"):
     """Of the runs here: the quickest to compile, SiT alone on a frozen VAE; or REPA-E."""
     changes = {"steps": STEPS, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
     if file == "ldm":
-        return small.config({**changes, "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}, ldm)
+        return small.config({**changes, **small.SIT_ALONE}, ldm)
     return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
 
 

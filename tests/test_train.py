@@ -342,8 +342,8 @@ def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
         options = ["--data=digits", "--image_size=8", f"--out={images / encoding}", f"--format={encoding}", "--workers=0"]
         prepare_images.run(prepare_images.parse_args(options))
         changes = {"data.source": "array_record", "data.options": {"path": str(images / encoding)}, "hooks.samples_every": 0}
-        changes |= {"steps": {"png": 1, "raw": 2}[encoding], "encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}
-        _, finished = train.train(small.config(changes, ldm), tmp_path / "run")
+        changes |= {"steps": {"png": 1, "raw": 2}[encoding]}
+        _, finished = train.train(small.config({**changes, **small.SIT_ALONE}, ldm), tmp_path / "run")
         assert finished
     (first, again) = [what for what in compared if "files" in what]
     assert first["data"] == again["data"] and first["files"] != again["files"] and first["files"]
