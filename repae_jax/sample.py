@@ -156,10 +156,10 @@ def run(args):
         raise ValueError("sampling runs in one process; start it on one host")
     if "://" in str(args.out or args.workdir):
         raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
+    if args.batch_size % jax.device_count():
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
     trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
     step = trained.step
-    if args.batch_size % trained.mesh.size:
-        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {trained.mesh.size} devices")
     sampling, classes = choose_sampling(args, trained)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
     name = settings_name(step, sampling, args)

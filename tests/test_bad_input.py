@@ -386,3 +386,15 @@ def test_the_step_is_compiled_with_the_options(tmp_path):
     job = SimpleNamespace(mesh=mesh, step=same, config={"compiler_options": f"xla_dump_to={tmp_path}"})
     build.jit_step(job, state).lower(state).compile()
     assert list(tmp_path.glob("*jit_same*"))
+
+
+@pytest.mark.parametrize("ynnpack", [False, True])
+def test_on_cpus_convolutions_are_xlas_own_unless_asked_for_others(ynnpack):
+    def step(x):
+        return jax.lax.conv(x, x[:, :, :3, :3], (1, 1), "SAME"), {}
+
+    mesh = sharding.make_mesh(1)
+    x = jax.device_put(np.zeros((32, 32, 16, 16), np.float32), sharding.replicated(mesh))
+    given = "xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION" if ynnpack else ""
+    compiled = build.jit_step(SimpleNamespace(mesh=mesh, step=step, config={"compiler_options": given}), x).lower(x).compile()
+    assert ("ynn" in compiled.as_text()) == ynnpack

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from repae_jax.models.convolution import plain_conv3x3
+from repae_jax.models.convolution import conv3x3
 
 # channels of VGG16's convolutions; each tuple ends before a max pooling and gives one feature map
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -33,7 +33,7 @@ class _Filter(nn.Module):
 def _features(x, filters):
     """3x3 convolutions, each with a ReLU: [B, H, W, C] -> [B, H, W, D]."""
     for kernel, bias in filters:
-        x = nn.relu(plain_conv3x3(x, kernel.astype(x.dtype)) + bias.astype(x.dtype))
+        x = nn.relu(conv3x3(x, kernel.astype(x.dtype)) + bias.astype(x.dtype))
     return x
 
 
