@@ -330,6 +330,12 @@ def check_compiler_options(job):
         raise ValueError(f"config.compiler_options={job.config['compiler_options']!r}: {said}") from error
 
 
+def compiler_options(job):
+    """Options of XLA for the step or a part of it: the platform's, unless config.compiler_options says otherwise; or None."""
+    platform = job.mesh.devices.flat[0].platform
+    return {**_COMPILER_OPTIONS.get(platform, {}), **rules.compiler_options(job.config)} or None
+
+
 def jit_step(job, state):
     """The step as training, benchmark and plan compile it: the state is donated, the metrics are everywhere.
 
@@ -342,9 +348,8 @@ def jit_step(job, state):
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = sharding.on_mesh(job.mesh, job.step)
-    outs, platform = (shardings, sharding.replicated(job.mesh)), job.mesh.devices.flat[0].platform
-    options = {**_COMPILER_OPTIONS.get(platform, {}), **rules.compiler_options(job.config)}
-    return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=options or None)
+    outs = shardings, sharding.replicated(job.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(job))
 
 
 def abstract_inputs(job):

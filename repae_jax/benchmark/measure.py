@@ -205,7 +205,8 @@ def measure_parts(job, state, frozen, count, step_seconds):
 
 def time_part(job, part, count):
     """Seconds per call of a Part, as `time_calls` returns them."""
-    run = jax.jit(sharding.on_mesh(job.mesh, part.function), out_shardings=part.out_shardings)
+    options = build.compiler_options(job)
+    run = jax.jit(sharding.on_mesh(job.mesh, part.function), out_shardings=part.out_shardings, compiler_options=options)
     compiled, _ = _compile(run, *part.arguments)
     return time_calls(lambda: compiled(*part.arguments), count, ahead=1)
 
