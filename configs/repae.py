@@ -105,7 +105,7 @@ def get_config(arg=""):
     config.precision = {"compute": "bfloat16", "lpips": "float32"}
     # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, among which none is shared
     config.mesh = {"fsdp": 1, "slices": 1}
-    config.compiler_options = ""  # of XLA, for the step: "name=value,name=value"
+    config.compiler_options = ""  # of XLA, for the step: "name=value,name=value"; on CPUs beside build.py's own
     config.checkpoint = {"every": 10_000, "keep_last": 2, "keep_every": 50_000}
     config.log = {"every": 100}
     config.hooks = {

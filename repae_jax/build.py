@@ -6,6 +6,7 @@ Everything that can be wrong with a config is found here and in `config_rules`, 
 import dataclasses
 import functools
 import operator
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,8 +38,9 @@ from repae_jax.train_state import create_net, create_state
 
 RANDOM = "random"  # instead of a weight file: to measure speed, or for tests
 ENCODER_FIELDS = {"architecture", "weights", "image_size", "spatial_gamma"}
-# of the step, by platform: XLA's own convolutions are faster on CPUs than those of YNNPACK, which it takes by itself
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}}
+# of the step, by platform: on CPUs XLA takes YNNPACK's matrix products, sums and convolutions; its own convolutions are faster
+_YNNPACK = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": _YNNPACK}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,21 +321,25 @@ def abstract_state(job):
 
 
 def check_compiler_options(job):
-    """ValueError if the compiler for the mesh's devices does not take config.compiler_options."""
-    options = rules.compiler_options(job.config)
-    if not options:
+    """ValueError if the compiler for the mesh's devices does not take `compiler_options`."""
+    options = compiler_options(job)
+    if options is None:
         return
     try:
         jax.jit(lambda: 0, out_shardings=sharding.replicated(job.mesh), compiler_options=options).lower().compile()
     except (RuntimeError, TypeError) as error:  # of XLA, of JAX
         said = str(error).splitlines()[0]
-        raise ValueError(f"config.compiler_options={job.config['compiler_options']!r}: {said}") from error
+        given = job.config["compiler_options"]
+        raise ValueError(f"config.compiler_options={given!r}, which makes the compiler's {options}: {said}") from error
 
 
 def compiler_options(job):
-    """Options of XLA for the step or a part of it: the platform's, unless config.compiler_options says otherwise; or None."""
-    platform = job.mesh.devices.flat[0].platform
-    return {**_COMPILER_OPTIONS.get(platform, {}), **rules.compiler_options(job.config)} or None
+    """Options of XLA for the step or a part of it: config.compiler_options and, unless these or XLA_FLAGS name them, those that
+    the platform's compiler should have; or None."""
+    options = _COMPILER_OPTIONS.get(job.mesh.devices.flat[0].platform, {})
+    flags = os.environ.get("XLA_FLAGS", "")
+    own = {name: value for name, value in options.items() if name not in flags}
+    return {**own, **rules.compiler_options(job.config)} or None
 
 
 def jit_step(job, state):

@@ -6,6 +6,7 @@ Only names and numbers are read here, no file; nothing is compiled. `build` does
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 
 import jax
@@ -192,10 +193,10 @@ def check_sigma(config, sit, objective):
 
 
 def compiler_options(config):
-    """config.compiler_options as name -> value, which may be empty but has no commas; ValueError for what is not name=value."""
+    """config.compiler_options as name -> value, which may be empty or have commas; ValueError for what is not name=value."""
     options = {}
-    for part in filter(None, config["compiler_options"].split(",")):
-        name, equals, value = (word.strip() for word in part.partition("="))
+    for part in filter(None, re.split(r",(?=[^,]*=)", config["compiler_options"])):
+        name, equals, value = (word.strip(" ,") for word in part.partition("="))
         if not (name and equals) or name in options:
             raise ValueError(
                 f"config.compiler_options={config['compiler_options']!r}: {part!r} is not understood, or twice there; "

@@ -118,9 +118,10 @@ class SampledImages:
 
 def _open_model(args):
     """(set of images, protocol, default name of the result)."""
-    trained = load_trained(args.source, args.step, jax.local_devices(), vae_path=args.vae, sampler=args.sampler)
-    if args.batch_size % trained.mesh.size:
-        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {trained.mesh.size} devices")
+    devices = jax.local_devices()
+    if args.batch_size % len(devices):
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {len(devices)} devices")
+    trained = load_trained(args.source, args.step, devices, vae_path=args.vae, sampler=args.sampler)
     sampling, classes = sample.choose_sampling(args, trained)
     labels = sample.draw_labels(args.labels, args.num_samples, classes, args.seed)
     protocol = {

@@ -397,11 +397,7 @@ def check_count(count, features, warn):
         warn(f"rFID from {count} images is higher than from {PUBLISHED_COUNT:,}, of which published ones are")
 
 
-def _check(args, vae, source, mesh):
-    if jax.process_count() > 1:
-        raise ValueError("tokenizers are evaluated in one process; start it on one host")
-    if args.batch_size % mesh.size:
-        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {mesh.size} devices")
+def _check_size(vae, source):
     factor = vae.module.factor
     if source.image_size % factor:
         raise ValueError(
@@ -418,10 +414,14 @@ def run(args):
         warnings.append(text)
         logging.warning("%s", text)
 
+    mesh = sharding.make_mesh(1)
+    if jax.process_count() > 1:
+        raise ValueError("tokenizers are evaluated in one process; start it on one host")
+    if args.batch_size % mesh.size:
+        raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {mesh.size} devices")
     vae = load_vae(args.source, args.step)
     source, name, fields = _choose_images(args, vae.config, warn)
-    mesh = sharding.make_mesh(1)
-    _check(args, vae, source, mesh)
+    _check_size(vae, source)
     records = _choose_records(args.num_images, len(source))
     out = _choose_out(args, vae, name, fields, source, len(records))
     path, picture = (out.with_name(out.name + ending) for ending in (".json", ".png"))

@@ -4,10 +4,11 @@ import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# most of the time goes into compiling: without most optimizations, and the older code for fusions, it takes a third
+# most of the time goes into compiling: without most optimizations, and the older code for fusions, it takes a third;
+# in one part, as the other core has tests of its own, another fifth less
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1 --xla_force_host_platform_device_count=8"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -127,10 +127,10 @@ def test_data_that_is_not_there_is_skipped(tmp_path):
         lambda: small.config({"init.vae": "", "accumulation": 2, "data.batch_size": 16}, ldm),
         lambda: small.config({"loss.vae.diffusion": 0.1, "loss.vae.se": 0.5, "loss.se_factors": (2,)}),
         lambda: small.config({"loss.vae.lpips": 1.0, "lpips.vgg16": "", "accumulation": 2, "data.batch_size": 16}, arg="tiny"),
-        lambda: small.config({"loss.vae.gan": 0.0}),
-        lambda: small.config({"optim.vae.fixed": ("encoder", "quant_conv")}),
+        pytest.param(lambda: small.config({"loss.vae.gan": 0.0}), marks=pytest.mark.slow),
+        pytest.param(lambda: small.config({"optim.vae.fixed": ("encoder", "quant_conv")}), marks=pytest.mark.slow),
         lambda: small.config({}, vae),
-        lambda: small.config({}, vae, "vavae-stage2,tiny"),
+        pytest.param(lambda: small.config({}, vae, "vavae-stage2,tiny"), marks=pytest.mark.slow),
         lambda: small.config({}, vae, "discriminator,tiny"),
     ],
 )

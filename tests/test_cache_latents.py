@@ -425,6 +425,7 @@ def test_training_takes_the_flags_that_it_prints(tmp_path):
     assert cache_latents.cache_latents(frozen_config({"data.cache": given["data.cache"]}), tmp_path / "a") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_of_jax_and_the_command(tmp_path):
     """Two with four devices each, and the command line with eight: the same files."""
     config = tmp_path / "config.py"

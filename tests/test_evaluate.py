@@ -407,6 +407,8 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
 )
 def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeypatch):
     monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    if "--batch_size" in extra:
+        monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
 

@@ -298,6 +298,8 @@ def test_records_are_spread():
 )
 def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
     monkeypatch.setattr(evaluate_tokenizer, "load_vae", lambda source, step: loaded)
+    if "--batch_size" in extra:
+        monkeypatch.setattr(evaluate_tokenizer, "load_vae", lambda *_: pytest.fail("weights were read before"))
     with pytest.raises(ValueError, match=message):
         run(workdir, *extra)
     assert not list(workdir.glob("evaluations/*1442*"))

@@ -95,7 +95,7 @@ def test_encoder(name):
         (ldm, "tiny", 0.05, {"data__cache": "latents"}),
         (vae, "sdvae-ft-mse,tiny", 0.05, {}),  # a fixed encoder
         (vae, "se,tiny", 0.05, {}),
-        (vae, "eqvae,tiny", 0.05, {}),
+        pytest.param(vae, "eqvae,tiny", 0.05, {}, marks=pytest.mark.slow),
         (vae, "discriminator,tiny", 0.05, {}),
     ],
 )

@@ -441,6 +441,7 @@ def batch_of(job):
     return sharding.put_batch(job.mesh, {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 10})
 
 
+@pytest.mark.slow
 def test_without_gan_on_the_cosine_path_with_lognormal_times():
     job = make_job(loss__vae__gan=0.0, diffusion__path="cosine", diffusion__time_distribution="lognormal")
     state = small.random_state(job)

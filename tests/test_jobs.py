@@ -97,7 +97,7 @@ def moments_of(job, frozen, images):
     return np.concatenate([posterior.mean, posterior.std], axis=-1)
 
 
-@pytest.mark.parametrize("flip_probability", [0.0, 0.5])
+@pytest.mark.parametrize("flip_probability", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_cached_and_fresh_latents_give_the_same_step(sit_run, flip_probability):
     job, _, frozen, new, metrics = sit_run
     batch = batch_of(job)
@@ -221,13 +221,14 @@ def test_the_adaptive_weights_are_ratios_of_gradients_at_the_last_layers():
     np.testing.assert_allclose(metrics["vae/loss"], sum(w * float(terms[n](params)) for n, w in weights.items()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adaptive_weights_are_clipped():
     job = tokenizer({**VF, **ADAPTIVE, "loss.adaptive.gan": 1e-3, "loss.adaptive.vf": 1e-2})
     _, _, _, metrics = one_step(job)
     np.testing.assert_allclose([metrics["vae/weight_gan"], metrics["vae/weight_vf"]], [0.5e-3, 0.1e-2], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("scales", "side"), [((), 8), ((1.0, 0.5), 4)])
+@pytest.mark.parametrize(("scales", "side"), [pytest.param((), 8, marks=pytest.mark.slow), ((1.0, 0.5), 4)])
 def test_summing_pixels_counts_those_that_are_there(scales, side):
     """Also where EQ-VAE's transform has made them fewer; the metrics stay means."""
     changes = {"loss.pixel_reduction": "sum", "loss.vae.gan": 0.0, "loss.eq_scales": scales, "loss.eq_prior": 0.0}
@@ -284,6 +285,7 @@ def test_equivariance_compares_transformed_images():
     np.testing.assert_allclose(metrics["vae/l1"], np.mean(np.abs(changed[1] - recon)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_equivariance_with_a_prior_of_one_is_the_plain_step():
     changes = {"loss.vae.gan": 0.0}  # no discriminator sees 4 x 4 pixels
     plain = one_step(tokenizer(changes))

@@ -62,7 +62,7 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     assert load_trained(workdir).step == 2
 
 
-@pytest.mark.parametrize("sampler", [sampler for sampler in generate.SAMPLERS if sampler != "ancestral"])
+@pytest.mark.parametrize("sampler", ["sde", *(pytest.param(name, marks=pytest.mark.slow) for name in ("euler", "heun"))])
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     made = [
         load(
@@ -132,6 +132,8 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
 )
 def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
     monkeypatch.setattr(sample, "load_trained", lambda *_, **__: loaded)
+    if "--batch_size" in extra:
+        monkeypatch.setattr(sample, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises(ValueError, match=message):
         sample.run(arguments(workdir, *extra))
 
@@ -201,6 +203,7 @@ def test_guidance_outside_its_interval_changes_nothing(workdir):
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
     arguments_ = ("--num_samples", "8", "--batch_size", "8", "--sampler", "sde", "--guidance_scale", "1.5")
     expected = load(sample.run(arguments(workdir, *arguments_, "--out", str(tmp_path / "ours"))))

@@ -127,7 +127,7 @@ def _circumstances(job):
         "versions": {**hosts.versions(), "platform": device.client.platform_version},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
         "compilation_cache": jax.config.jax_compilation_cache_dir,
-        "arguments": sys.argv[1:], "config": job.config,
+        "compiler_options": build.compiler_options(job), "arguments": sys.argv[1:], "config": job.config,
     }  # fmt: skip
 
 

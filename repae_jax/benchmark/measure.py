@@ -218,7 +218,8 @@ def time_update(job, state, count):
     grads = jax.jit(functools.partial(jax.tree.map, lambda x: NOISE * x), out_shardings=shardings[1])(nets)
     function = functools.partial(parts.update, tx=job.tx, recipe=job.recipe)
     outs = (shardings[0], sharding.replicated(job.mesh))
-    compiled, _ = _compile(jax.jit(function, donate_argnums=0, out_shardings=outs), state, grads)
+    options = build.compiler_options(job)
+    compiled, _ = _compile(jax.jit(function, donate_argnums=0, out_shardings=outs, compiler_options=options), state, grads)
     holder = [state]
 
     def call():

@@ -1,4 +1,4 @@
-"""3x3 convolutions, and one whose gradient goes through the moments of its result."""
+"""A 3x3 convolution, and one whose gradient goes through the moments of its result."""
 
 import jax
 import jax.numpy as jnp
