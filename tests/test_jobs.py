@@ -221,7 +221,6 @@ def test_the_adaptive_weights_are_ratios_of_gradients_at_the_last_layers():
     np.testing.assert_allclose(metrics["vae/loss"], sum(w * float(terms[n](params)) for n, w in weights.items()), rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_adaptive_weights_are_clipped():
     job = tokenizer({**VF, **ADAPTIVE, "loss.adaptive.gan": 1e-3, "loss.adaptive.vf": 1e-2})
     _, _, _, metrics = one_step(job)

@@ -62,7 +62,10 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     assert load_trained(workdir).step == 2
 
 
-@pytest.mark.parametrize("sampler", ["sde", *(pytest.param(name, marks=pytest.mark.slow) for name in ("euler", "heun"))])
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in generate.SAMPLERS if name != "ancestral"],
+)
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     made = [
         load(

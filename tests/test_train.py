@@ -102,7 +102,6 @@ def test_pictures(whole):
             assert np.asarray(picture).std() > 0
 
 
-@pytest.mark.slow
 def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch):
     """A device that takes a second per step; hooks between logged steps, which wait for it and take nothing themselves."""
     now = [0.0]
@@ -139,7 +138,6 @@ def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch)
     assert {line["step"]: line.get("seconds_per_step") for line in lines[2:]} == dict.fromkeys((4, 8, 12, 14), 1.0)
 
 
-@pytest.mark.slow
 def test_fid_during_training(half, tmp_path, monkeypatch):
     """It is that of the checkpoint's samples."""
     network = feature_stub.StubNetwork(64)
