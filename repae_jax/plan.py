@@ -75,13 +75,18 @@ def compile_program(lowered):
 
 
 def memory_of_message(message):
-    """(bytes needed, bytes available) that the compiler's message tells; None each if it does not."""
+    """(bytes needed, bytes available) that the compiler's message tells; None for what it does not."""
     size = r"([\d.]+)([KMGT]?)i?B?"
-    for pattern in (rf"Used {size} of {size} hbm", rf"required[^(]*\({size}\) exceeds available HBM \({size}\)"):
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    for pattern in (
+        rf"Used {size} of {size} hbm",
+        rf"required[^(]*\({size}\) exceeds available HBM \({size}\)",
+        rf"Allocation \(size={size}\) would exceed memory",  # of the whole chip, part of which is not to be had
+    ):
         found = re.search(pattern, message)
         if found:
-            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-            return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+            sizes = [float(number) * units[unit] for number, unit in zip(found.groups()[::2], found.groups()[1::2])]
+            return sizes[0], sizes[1] if len(sizes) == 2 else None
     return None, None
 
 

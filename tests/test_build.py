@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -46,6 +47,24 @@ def test_what_ynnpack_computes_on_cpus(given, flags, expected, monkeypatch):
         return "__ynn_fusion" in build.jit_step(job, x).lower(x).compile().as_text()
 
     assert [name for name, function in functions.items() if is_of_ynnpack(function)] == expected
+
+
+@pytest.mark.parametrize("settings", ["users", "tests"])
+def test_sums_on_cpus_are_right(settings, request):
+    """Those of the step, and those of sampling and evaluation, which have no options; wrong in jax 0.10.2 (its issue 39103)."""
+    if settings == "users":
+        request.getfixturevalue("optimized")
+    x = np.zeros((32_769, 3), np.float32)
+    x[:, 0] = np.arange(len(x))
+    mesh = sharding.make_mesh(1)
+
+    def squared_norms(x):
+        return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(x)
+
+    job = SimpleNamespace(mesh=mesh, step=lambda x: (squared_norms(x), {}), config={"compiler_options": ""})
+    placed = jax.device_put(x, sharding.replicated(mesh))
+    for function in (squared_norms, jax.jit(squared_norms), lambda x: build.jit_step(job, x)(x)[0]):
+        np.testing.assert_array_equal(function(placed), x[:, 0] ** 2)
 
 
 def test_other_platforms_have_no_options_of_their_own():

@@ -1,4 +1,4 @@
-"""Every term of the VAE and discriminator losses against the published code: losses within 1e-5."""
+"""Every term of the VAE and discriminator losses against the published code: losses within 1e-5, LPIPS within 1e-4."""
 
 import functools
 
@@ -17,6 +17,8 @@ from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.lpips import LPIPS
 
 APRIL_2025 = (0.0, 1.0)  # the range that the code of April 2025 took [-1, 1] images to have
+
+LPIPS_RTOL = 1e-4  # XLA's sums on CPUs add one entry after the other, which shows in distances as small as 3e-4
 
 
 def part(weights, prefix):
@@ -72,7 +74,8 @@ def test_generator_terms_and_gradient(case, record_property):
     function = jax.jit(jax.value_and_grad(lambda r, *weights: generator_total(case, disc, *weights, r), has_aux=True))
     (total, (terms, _)), grad = function(case.recon, variables, case.lpips_params)
     for name, value in terms.items():
-        reference.check(value, case.arrays[f"generator_{name}"], reference.LOSS_RTOL, name, record_property)
+        rtol = LPIPS_RTOL if name == "perceptual_loss" else reference.LOSS_RTOL
+        reference.check(value, case.arrays[f"generator_{name}"], rtol, name, record_property)
     reference.check(total, case.arrays["generator_total"], reference.LOSS_RTOL, "total", record_property)
     expected = reference.nhwc(case.arrays["generator_grad_reconstruction"])
     # A ReLU or max-pool of VGG16 within rounding of its kink may take the other branch in float32, which changes the gradient
@@ -86,11 +89,11 @@ def test_generator_terms_and_gradient(case, record_property):
 def test_lpips_in_both_input_ranges(case, record_property):
     expected = case.arrays
     as_called = reconstruction.perceptual(case.lpips, case.image, case.recon, APRIL_2025)
-    reference.check(as_called, expected["lpips_as_called"].mean(), reference.LOSS_RTOL, "April 2025", record_property)
+    reference.check(as_called, expected["lpips_as_called"].mean(), LPIPS_RTOL, "April 2025", record_property)
     per_image = case.lpips(2 * case.image - 1, 2 * case.recon - 1)
-    reference.check(per_image, expected["lpips_as_called"].ravel(), reference.NETWORK_RTOL, "per image", record_property)
+    reference.check(per_image, expected["lpips_as_called"].ravel(), LPIPS_RTOL, "per image", record_property)
     correct = case.lpips(case.image, case.recon)
-    reference.check(correct, expected["lpips_inputs_in_0_1"].ravel(), reference.NETWORK_RTOL, "correct range", record_property)
+    reference.check(correct, expected["lpips_inputs_in_0_1"].ravel(), LPIPS_RTOL, "correct range", record_property)
     np.testing.assert_array_equal(reconstruction.perceptual(case.lpips, case.image, case.recon, (-1.0, 1.0)), jnp.mean(correct))
 
 

@@ -147,7 +147,8 @@ def test_group_norm_is_linens(offset):
     variables = norm.init(jax.random.key(1), x)
     shifted = autoencoder.Shifted(x - shift, shift)
     ours = autoencoder.GroupNorm(jnp.float32).apply(variables, shifted, *autoencoder.group_stats(shifted, 32))
-    np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 2e-4)
+    # at 30 linen's own values are up to 2e-4 from those of float64, ours up to 1e-4, by the order in which XLA sums squares
+    np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 3e-4)
 
 
 def test_gradients_of_a_block_keep_two_arrays_of_its_size():
