@@ -128,7 +128,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_empty_folder_names_the_extensions(tmp_path):
-    with pytest.raises(ValueError, match=r"no images below .*\.png \.jpg \.jpeg \.webp \.bmp"):
+    with pytest.raises(ValueError, match=r"no images below .*\.png \.jpg .*\.webp"):
         FolderSource(tmp_path, 8)
 
 
@@ -164,7 +164,7 @@ def test_bad_size(class_folders):
         ("l.json", '{"labels": []}', "lists no images"),
         ("l.json", '{"labels": [["a/0.jpeg", 1.5]]}', r"entry \['a/0.jpeg', 1.5\]"),
         ("l.json", '{"labels": [["a/0.jpeg", true]]}', "entry"),
-        ("l.json", '{"labels": [["a/0.jpeg", -1]]}', "negative labels: a/0.jpeg: -1"),
+        ("l.json", '{"labels": [["a/0.jpeg", -1]]}', "labels out of range: a/0.jpeg: -1"),
         ("l.json", '{"labels": [["a/0.jpeg", 1], ["a/0.jpeg", 2]]}', r"more than once: a/0.jpeg \(1 in all\)"),
         ("l.csv", "a/0.jpeg,1\na/1.webp\n", r"\['a/1.webp'\] in row 2"),
         ("l.csv", "a/0.jpeg,cat\n", "in row 1; allowed: two columns"),
