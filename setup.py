@@ -43,6 +43,9 @@ setup(
         "torch": TORCH,
         # TFDS, Hugging Face's parquet shards, and decoding in half the time
         "data": DATA,
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA],
+        "test": [
+            "datasets>=4.0", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
+            *TORCH, *DATA,
+        ],  # fmt: skip
     },
 )

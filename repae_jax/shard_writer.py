@@ -38,13 +38,10 @@ class Blocks:
     def __getitem__(self, k):
         contents, failures = [], []
         for record in range(*self._ranges[k]):
-            try:
-                contents.append(self._read(reading.read(self._source, record)))
-            except Exception as error:  # as in the training's loader
-                if reading.is_of_the_system(error):
-                    raise
-                contents.append(self._missing)
-                failures.append((record, loader.describe_error(error)))
+            fields, wrong = reading.attempt(self._source, record)
+            contents.append(self._missing if wrong else self._read(fields))
+            if wrong:
+                failures.append((record, wrong))
         return contents, failures
 
 

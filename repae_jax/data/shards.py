@@ -27,7 +27,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from repae_jax.data.reading import is_of_the_system
+from repae_jax.faults import is_of_the_system
 
 MANIFEST, SETTINGS, LABELS = "manifest.json", "settings.json", "labels.npy"
 _OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
@@ -199,6 +199,8 @@ class Shards:
             with _reaching(self._path):
                 content = file.read_bytes()
         except OSError as error:
+            if is_of_the_system(error):
+                raise
             raise ValueError(f"{file} cannot be read ({error}); {_repair(self._path, self._kind)}") from error
         if hashlib.sha256(content).hexdigest() != expected_hash:
             raise ValueError(f"{file} has another checksum than when it was written; {_repair(self._path, self._kind)}")
