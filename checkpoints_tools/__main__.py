@@ -16,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+from repae_jax import cli, ranges
+
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m checkpoints_tools", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -28,7 +30,7 @@ def parse_args(argv=None):
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
     inspect = add("inspect", "say what a file or folder is: layout, sizes, parameter counts, statistics")
-    inspect.add_argument("source", nargs="+")
+    inspect.add_argument("source", nargs="+", type=cli.path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     convert = add(
@@ -36,28 +38,37 @@ def parse_args(argv=None):
         "convert a training run (to the published layout), a published training checkpoint, a SiT, a VAE, an encoder or "
         "another network; the target's ending says into what",
     )
-    convert.add_argument("source")
+    convert.add_argument("source", type=cli.path)
     convert.add_argument(
-        "target",
+        "target", type=cli.path,
         help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model); of a run, "
         "NAME-discriminator-ckpt.pt is its discriminator alone, for config.init.disc",
     )
-    convert.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
+    convert.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
-    convert.add_argument("--latent_stats", help="statistics of a VAE's latents, where its file has none beside it")
+    convert.add_argument(
+        "--latent_stats", type=cli.path, help="statistics of a VAE's latents, where its file has none beside it"
+    )
 
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
-    extract.add_argument("source", help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint")
-    extract.add_argument("target", help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads")
-    extract.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
+    extract.add_argument(
+        "source", type=cli.path, help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint"
+    )
+    extract.add_argument(
+        "target", type=cli.path, help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads"
+    )
+    extract.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
     for command in (convert, extract):
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
-    verify.add_argument("source", nargs="+")
-    verify.add_argument("--image_size", type=int, default=256, help="pixels; default %(default)s")
-    verify.add_argument("--tolerance", type=float, default=2e-5, help="of the largest entry, in float32; default %(default)s")
+    verify.add_argument("source", nargs="+", type=cli.path)
+    verify.add_argument("--image_size", type=cli.whole(1, 2**20), default=256, help="pixels; default %(default)s")
+    verify.add_argument(
+        "--tolerance", type=cli.number(ranges.real(0)), default=2e-5,
+        help="of the largest entry, in float32; default %(default)s",
+    )
 
     add("artefacts", "list the public weights that this project reads: name, file, what it is, what it fills, licence")
     return parser.parse_args(argv)
@@ -100,21 +111,11 @@ def run(args):
     return 0
 
 
+@cli.ending()
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point."""
     args = parse_args()
-    try:
-        sys.exit(run(args))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:  # what reaches remote storage raises types of its own
-        address = next((word for word in sys.argv[1:] if "://" in word), None)
-        if address is None:
-            raise
-        sys.exit(f"error: with {address}: {type(error).__name__}: {error}")
+    sys.exit(run(args))
 
 
 if __name__ == "__main__":

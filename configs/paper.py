@@ -21,12 +21,10 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 `--config.optim.sit.weight_decay=0.01`, `--config.ema_decay=0.9995`, `--config.data.flip_probability=0.5`.
 """
 
-import argparse
-import sys
 from typing import Any, NamedTuple
 
 from configs import common, ldm, repae
-from repae_jax import flops
+from repae_jax import cli, flops
 
 FILES = {"repae": repae, "ldm": ldm}
 
@@ -188,11 +186,14 @@ def describe(name):
     ]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The runs of REPA-E's tables and of its neighbours.")
+@cli.ending()
+def main():
+    """Entry point of `python -m configs.paper`."""
+    parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbours.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="print the command of these; default: the table of all")
     names = parser.parse_args().names
-    try:
-        print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()

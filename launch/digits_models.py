@@ -20,7 +20,7 @@ import optax
 
 from checkpoints_tools import weights
 from checkpoints_tools.vit import save_encoder
-from repae_jax import features, images
+from repae_jax import cli, features, images
 from repae_jax.data.digits import DigitsSource
 from repae_jax.models.vit import VisionTransformer
 
@@ -279,23 +279,30 @@ def _in_batches(fn, pixels):
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *results)
 
 
+@cli.ending("interrupted: nothing was written; the same command starts again")
 def main(arguments=None):
     """Trains the networks that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, metavar="FOLDER", help="train the alignment target and save it here")
-    parser.add_argument("--classifier", type=Path, metavar="FILE", help="train the judge, save it here (.safetensors)")
-    parser.add_argument("--image-size", type=int, default=16, help="height and width in pixels (default: %(default)s)")
-    parser.add_argument("--encoder-steps", type=int, default=ENCODER_STEPS, help="updates (default: %(default)s)")
-    parser.add_argument("--classifier-steps", type=int, default=CLASSIFIER_STEPS, help="updates (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the classifier's is one higher (default: %(default)s)")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the alignment target and save it here")
+    parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the judge, save it here (.safetensors)")
+    parser.add_argument(
+        "--image-size", type=cli.whole(1, 4096), default=16, help="height and width in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--encoder-steps", type=cli.whole(1), default=ENCODER_STEPS, help="updates (default: %(default)s)")
+    parser.add_argument(
+        "--classifier-steps", type=cli.whole(1), default=CLASSIFIER_STEPS, help="updates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.whole(0, 2**32 - 2), default=0, help="the classifier's is one higher (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.encoder is None and options.classifier is None:
         parser.error("nothing to do: give --encoder FOLDER, --classifier FILE.safetensors, or both")
     if options.encoder:
-        train_encoder(options.encoder, image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
+        train_encoder(Path(options.encoder), image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
     if options.classifier:
         train_classifier(
-            options.classifier, image_size=options.image_size, steps=options.classifier_steps, seed=options.seed + 1
+            Path(options.classifier), image_size=options.image_size, steps=options.classifier_steps, seed=options.seed + 1
         )
 
 

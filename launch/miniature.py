@@ -20,6 +20,7 @@ import digits_models
 import miniature_tables as tables
 
 from checkpoints_tools import weights
+from repae_jax import cli
 
 CACHE = "compiled"  # folder of JAX's compilation cache, shared by all runs
 POLL_SECONDS = 0.5
@@ -35,23 +36,25 @@ ONE_THREAD = {
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__,
         epilog="tables:\n" + "\n".join(f"  {name:12} {table.title}" for name, table in tables.TABLES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/miniature"), help="default: %(default)s")
+    parser.add_argument("--workdir", type=cli.path, default="runs/miniature", help="default: %(default)s")
     parser.add_argument("--table", nargs="+", choices=list(tables.TABLES), metavar="NAME", help="only these; default: all")
-    parser.add_argument("--seeds", type=int, help="runs of each setting; default: three, of the collapse two")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=Path("RESULTS.md"), help="default: %(default)s; pictures beside it")
+    parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: three, of the collapse two")
+    parser.add_argument(
+        "--jobs", type=cli.whole(1, 4096), default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
     parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # a task's folder: how the program calls itself
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args.workdir, args.results = Path(args.workdir), Path(args.results)
     return args
 
 
@@ -246,6 +249,7 @@ def perform(folder, core):
     return 0 if miniature_run.perform(folder) else 1
 
 
+@cli.ending()
 def main(argv=None):
     """Runs what is not done yet, then writes the results; returns the exit status."""
     args = parse_args(argv)
@@ -267,9 +271,6 @@ def main(argv=None):
             undone = perform_all(tasks, args.jobs, report=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         interrupted = True
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     for name in undone:
         log = tasks[name].folder / "log.txt"
         if undone[name].startswith("failed") and log.exists():

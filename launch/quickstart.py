@@ -20,7 +20,7 @@ from absl import logging
 
 from checkpoints_tools import weights
 from configs import repae
-from repae_jax import evaluate_tokenizer, generate, plots, sample
+from repae_jax import cli, evaluate_tokenizer, generate, plots, sample
 from repae_jax.analyze_latents import __main__ as analyze_latents
 from repae_jax.data.digits import DigitsSource
 from repae_jax.images import save_png
@@ -42,9 +42,9 @@ PER_CLASS = 50  # generated digits of each class, for every number
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="training steps; default: the config's")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=cli.path, default="runs/quickstart", help="default: %(default)s")
+    parser.add_argument("--steps", type=cli.whole(1), help="training steps; default: the config's")
     return parser.parse_args(argv)
 
 
@@ -126,10 +126,11 @@ def training_numbers(workdir):
     }
 
 
+@cli.ending("interrupted; run the same command to continue")
 def main():
     """Runs the four parts; every one is skipped or continued if it was done before."""
     args = parse_args()
-    start, workdir = time.monotonic(), args.workdir
+    start, workdir = time.monotonic(), Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(logging.WARNING)
 
@@ -143,10 +144,7 @@ def main():
     if args.steps:
         config.steps = args.steps
     print(f"3/4 REPA-E: {config.steps} steps", flush=True)
-    try:
-        _, finished = train(config, workdir)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    _, finished = train(config, workdir)
     if not finished:
         sys.exit("interrupted; run the same command to continue")
 

@@ -80,8 +80,8 @@ class Job:
 
 
 def plain_config(config):
-    """Nested dict of plain values of a ConfigDict, tuples kept; placeholders are None."""
-    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    """Nested dict of plain values of a ConfigDict, tuples kept; placeholders are None. Raises, changes: `rules.checked`."""
+    return rules.checked(config.to_dict() if hasattr(config, "to_dict") else dict(config))
 
 
 def build(config, devices=None, encoders=None):
@@ -209,10 +209,7 @@ def _describe_encoder(name, config):
         )
     else:
         described = load_encoder(path, resolution, fields["image_size"], dtype)[0]
-    gamma = fields["spatial_gamma"]
-    if gamma is not None and not 0 <= gamma <= 1:
-        raise ValueError(f"{where}.spatial_gamma={gamma} must lie in [0, 1], or be None for no normalisation")
-    return dataclasses.replace(described, spatial_gamma=gamma)
+    return dataclasses.replace(described, spatial_gamma=fields["spatial_gamma"])
 
 
 def _encoder_params(name, described, config):

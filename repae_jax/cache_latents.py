@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import app, flags
+from absl import flags
 
 from checkpoints_tools import vae as vae_files
-from repae_jax import build, data, hosts, images, shard_writer, sharding, train
+from repae_jax import build, cli, data, hosts, images, shard_writer, sharding
 from repae_jax.checkpoint import fingerprint, prepare_workdir
 from repae_jax.data import latents
 
@@ -212,31 +212,27 @@ def summary(folder):
 
 
 def _define_flags():
-    """Only of this program: other programs' modules have flags of the same names."""
-    for name in ("config", "distributed", "coordinator", "num_processes", "process_id"):
-        flags.declare_key_flag(name)
-    flags.DEFINE_string("out", None, "Folder of the cache, on a disk that all processes share. Continued if it exists.")
+    cli.define_config()
+    cli.define_path("out", "Folder of the cache, on a disk that all processes share. Continued if it exists.")
     flags.DEFINE_bool("flips", False, "Encode the mirrored images, too, for training with random flips.")
     flags.DEFINE_integer("shard_size", SHARD_SIZE, "Images in a shard, which is made as a whole or not at all.", lower_bound=1)
-    flags.mark_flags_as_required(["config", "out"])
+    cli.define_processes()
+    flags.mark_flag_as_required("out")
 
 
 def main(_):
-    """Entry point: mistakes end in one line, not in a traceback."""
+    """Entry point."""
     options = flags.FLAGS
-    with hosts.failing_together():
-        try:
-            train.start_processes()
-            made = cache_latents(options.config, options.out, options.flips, options.shard_size)
-            if made is None:
-                print("asked to stop: what is finished is kept; run the same command to continue")
-            elif jax.process_index() == 0:
-                print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            train.end_with(error)
+    with hosts.failing_together(), cli.ending():
+        cli.start_processes()
+        made = cache_latents(options.config, options.out, options.flips, options.shard_size)
+        if made is None:
+            print("asked to stop: what is finished is kept; run the same command to continue")
+        elif jax.process_index() == 0:
+            print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
 
 
 if __name__ == "__main__":
     _define_flags()
     jax.config.config_with_absl()
-    app.run(main, flags_parser=train.parse_flags)
+    cli.run(main)

@@ -6,8 +6,10 @@ Only names and numbers are read here, no file; nothing is compiled. `build` does
 import dataclasses
 import functools
 import inspect
+import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from absl import logging
 from repae_jax import train_losses, train_step
 from repae_jax.diffusion import ddpm, interpolant
 from repae_jax.losses import alignment, regularizers
+from repae_jax.ranges import PATH, SEED, OrNone, Several, check, real, whole
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "vf", "se")
@@ -74,19 +77,61 @@ FIELDS = {
     "log": {"every"},
 }  # fmt: skip
 FID_HOOK = ("fid_every", "fid_samples", "fid_reference", "fid_inception")
-AT_LEAST = (
-    ("data", "image_size", 1), ("data", "num_classes", 1), ("data", "batch_size", 1), ("init", "stats_images", 1),
-    ("checkpoint", "every", 1), ("checkpoint", "keep_last", 1), ("log", "every", 1),
-    ("hooks", "images", 1), ("hooks", "samples_every", 0), ("hooks", "reconstructions_every", 0), ("hooks", "fid_every", 0),
-    ("hooks", "fid_samples", 2),
-)  # fmt: skip
+_SIZE = whole(1, 2**20)  # of one axis of an array
+_SHARE = real(0, 1)
+# what each field may be alone; * is any name. Of sampling, an encoder's architecture and the sources the constructors say it
+RULES = {
+    "job": str, "seed": SEED, "steps": whole(1), "accumulation": whole(1), "ema_decay": real(0, below=1),
+    "max_skipped_in_a_row": whole(1), "compiler_options": str,
+    "data.source": str, "data.image_size": _SIZE, "data.num_classes": _SIZE, "data.batch_size": whole(1),
+    "data.workers": whole(0, 4096), "data.max_bad_fraction": _SHARE, "data.cache": PATH,
+    "data.flip_probability": _SHARE, "data.options.labelled": OrNone(bool),
+    **{f"data.options.{name}": OrNone(str) for name in ("split", "dataset", "image_column", "label_column")},
+    **{f"data.options.{name}": OrNone(PATH) for name in ("path", "labels_file", "data_dir")},
+    "vae.latent_channels": _SIZE, "vae.channels": _SIZE, "vae.channel_multipliers": Several(_SIZE, least=1),
+    "vae.num_res_blocks": whole(1, 1000), "vae.attention_levels": Several(whole(0)), "vae.norm_groups": _SIZE,
+    "vae.quant_convs": bool, "vae.remat": bool,
+    "sit.patch_size": _SIZE, "sit.hidden_size": _SIZE, "sit.depth": whole(1, 1000), "sit.num_heads": _SIZE,
+    "sit.encoder_depth": whole(1, 1000), "sit.projector": str, "sit.projector_dim": _SIZE,
+    "sit.mlp_ratio": real(above=0, most=1000), "sit.qk_norm": bool, "sit.learned_sigma": bool,
+    "sit.learned_positions": bool, "sit.remat": str, "sit.unroll": whole(1, 1000),
+    "disc.channels": _SIZE, "disc.num_layers": whole(1, 16),
+    "encoders.*.weights": str, "encoders.*.image_size": OrNone(_SIZE), "encoders.*.spatial_gamma": OrNone(_SHARE),
+    "lpips.vgg16": str, "lpips.linear": str, "lpips.input_range": Several(real(), count=2),
+    "loss.vae.*": real(0), "loss.sit.*": real(0), "loss.pixel_reduction": str, "loss.adaptive.*": real(0),
+    "loss.gan_start": whole(0), "loss.gan_factor": real(above=0), "loss.lecam": real(0),
+    "loss.vf_margins": Several(real(0, below=2), count=2), "loss.se_factors": Several(whole(2)),
+    "loss.eq_scales": Several(real(above=0, most=1)), "loss.eq_prior": _SHARE, "loss.align_shape": str,
+    "loss.align_end": OrNone(whole(1)),
+    "diffusion.path": str, "diffusion.time_distribution": str, "diffusion.label_dropout": real(0, below=1),
+    "diffusion.norm_momentum": _SHARE,
+    "optim.*.learning_rate": real(0), "optim.*.warmup_steps": whole(0), "optim.*.schedule": str,
+    "optim.*.decay_steps": OrNone(whole(1)), "optim.*.final_learning_rate": real(0), "optim.*.b1": real(0, below=1),
+    "optim.*.b2": real(0, below=1), "optim.*.eps": real(above=0), "optim.*.weight_decay": real(0),
+    "optim.*.clip_norm": real(above=0), "optim.*.fixed": Several(str),
+    "init.stats_images": whole(1), **{f"init.{name}": PATH for name in ("checkpoint", "vae", "latent_stats", "disc")},
+    "precision.compute": str, "precision.lpips": str,
+    "mesh.fsdp": whole(1), "mesh.slices": whole(1),
+    "checkpoint.every": whole(1), "checkpoint.keep_last": whole(1), "checkpoint.keep_every": OrNone(whole(1)),
+    "log.every": whole(1),
+    "hooks.samples_every": whole(0), "hooks.reconstructions_every": whole(0), "hooks.images": _SIZE,
+    "hooks.fid_every": whole(0), "hooks.fid_samples": whole(2), "hooks.fid_reference": PATH,
+    "hooks.fid_inception": PATH,
+}  # fmt: skip
+_SECTIONS = {name.rsplit(".", depth)[0] for name in RULES for depth in range(1, name.count(".") + 1)} | {"sampling"}
 OBJECTIVES = (*sorted(interpolant.PATHS), "ddpm")
 REDUCTIONS = ("mean", "sum")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
+def _check_section(where, value):
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}={value!r} must be a section with fields of its own")
+
+
 def check_names(where, given, allowed):
     """ValueError that names every field of `given` that is not allowed, and every allowed one it lacks."""
+    _check_section(where, given)
     unknown, missing = sorted(set(given) - set(allowed)), sorted(set(allowed) - set(given))
     if unknown or missing:
         raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; it has {sorted(allowed)}")
@@ -94,6 +139,7 @@ def check_names(where, given, allowed):
 
 def construct(where, function, section, **extra):
     """function(**section, **extra), with a readable error for a field it does not take or that it needs."""
+    _check_section(where, section)
     parameters = inspect.signature(function).parameters
     allowed = [name for name in parameters if name not in extra and name not in ("parent", "name")]
     unknown = sorted(set(section) - set(allowed))
@@ -106,13 +152,38 @@ def construct(where, function, section, **extra):
         raise ValueError(f"{where}: {error}") from error
 
 
-def _at_least(where, value, low):
-    if value < low:
-        raise ValueError(f"{where}={value} must be at least {low}")
+def checked(config):
+    """The config with the user's folder in the place of the ~ of its paths; ValueError for a value that RULES do not allow.
+
+    Args:
+      config: nested dict of plain values; names may be unknown or missing.
+    """
+    return _checked(config, ())
+
+
+def _checked(value, names):
+    where, rule = ".".join(("config", *names)), _rule_of(names)
+    if rule is not None:
+        check(where, rule, value)
+        return os.path.expanduser(value) if PATH in (rule, getattr(rule, "rule", None)) and value else value
+    if isinstance(value, Mapping):
+        return {name: _checked(inner, (*names, str(name))) for name, inner in value.items()}
+    if ".".join(names) in _SECTIONS:
+        _check_section(where, value)
+    entries = value if isinstance(value, tuple | list) else [value]
+    if any(isinstance(entry, float) and not math.isfinite(entry) for entry in entries):
+        raise ValueError(f"{where}={value!r} must be finite")
+    return value
+
+
+def _rule_of(names):
+    """The rule of a field, None if it has none; its own name comes before that with a *."""
+    starred = (".".join((*names[:i], "*", *names[i + 1 :])) for i in range(len(names)))
+    return next((RULES[name] for name in (".".join(names), *starred) if name in RULES), None)
 
 
 def check_fields(config):
-    """The config's Kind; ValueError for unknown or missing fields and numbers out of range."""
+    """The config's Kind; ValueError for unknown or missing fields, or if scores are wanted without their files."""
     if config.get("job") not in JOBS:
         raise ValueError(f"config.job={config.get('job')!r} is unknown; allowed: {list(JOBS)}")
     kind = JOBS[config["job"]]
@@ -129,11 +200,6 @@ def check_fields(config):
     for section in sorted(set(fields) & kind.sections):
         check_names(f"config.{section}", config[section], fields[section])
     compiler_options(config)
-    for name in ("steps", "accumulation", "max_skipped_in_a_row"):
-        _at_least(f"config.{name}", config[name], 1)
-    for section, name, low in AT_LEAST:
-        if name in config[section]:
-            _at_least(f"config.{section}.{name}", config[section][name], low)
     if config["hooks"].get("fid_every"):
         for name in ("fid_reference", "fid_inception"):
             if not config["hooks"][name]:
@@ -141,10 +207,6 @@ def check_fields(config):
                     f"config.hooks.fid_every={config['hooks']['fid_every']}, but config.hooks.{name} is empty: give its file, "
                     "or set fid_every=0"
                 )
-    if not 0 <= config["ema_decay"] < 1:
-        raise ValueError(f"config.ema_decay={config['ema_decay']} must lie in [0, 1)")
-    if not 0 <= config["data"]["flip_probability"] <= 1:
-        raise ValueError(f"config.data.flip_probability={config['data']['flip_probability']} must lie in [0, 1]")
     if config["data"]["cache"] and "vae" in kind.trains:
         raise ValueError(
             f"config.data.cache={config['data']['cache']!r} holds latents of a frozen VAE, but config.job={config['job']!r} "
@@ -234,19 +296,11 @@ def make_recipe(config):
         fields["objective"] = _objective(diffusion)
         is_ddpm = diffusion["path"] == "ddpm"
         terms["sit"] = ("noise", "bound", "align") if is_ddpm else ("velocity", "align")
-        if not 0 <= diffusion["label_dropout"] < 1:
-            raise ValueError(f"config.diffusion.label_dropout={diffusion['label_dropout']} must lie in [0, 1)")
         fields["label_dropout"] = diffusion["label_dropout"]
         if "norm_momentum" in diffusion:
             fields["norm_momentum"] = diffusion["norm_momentum"]
-            if not 0 <= diffusion["norm_momentum"] <= 1:
-                raise ValueError(
-                    f"config.diffusion.norm_momentum={diffusion['norm_momentum']} must lie in [0, 1]; 0 is no batch norm"
-                )
     for name, allowed in terms.items():
         named = {term: float(weight) for term, weight in loss[name].items() if weight}
-        for term, weight in named.items():
-            _at_least(f"config.loss.{name}.{term}", weight, 0)
         other = sorted(set(named) & {"velocity", "noise", "bound"} - set(allowed)) if name == "sit" else ()
         if other:
             raise ValueError(
@@ -280,8 +334,8 @@ def make_recipe(config):
 def _check_align_schedule(config, fields):
     loss = config["loss"]
     where = f"config.loss.align_end={loss['align_end']} and align_shape={loss['align_shape']!r}"
-    if loss["align_shape"] not in alignment.SCHEDULES or (loss["align_end"] is not None and loss["align_end"] < 1):
-        raise ValueError(f"{where}: allowed are a step of at least 1, and one of {list(alignment.SCHEDULES)}")
+    if loss["align_shape"] not in alignment.SCHEDULES:
+        raise ValueError(f"{where}: allowed shapes are {list(alignment.SCHEDULES)}")
     if loss["align_end"] is None and loss["align_shape"] != "constant":
         raise ValueError(f"{where}: a decay needs the step where it ends")
     if loss["align_end"] is not None and not any("align" in fields[f"{name}_weights"] for name in ("vae", "sit")):
@@ -307,8 +361,6 @@ def _vae_recipe(config, named):
     loss = config["loss"]
     if config["job"] == "repae" and not named:
         raise ValueError("all of config.loss.vae is 0, so config.job='repae' would not train its VAE: take configs/ldm.py")
-    if loss["gan_factor"] <= 0:
-        raise ValueError(f"config.loss.gan_factor={loss['gan_factor']} must be positive; config.loss.vae.gan=0 is no GAN")
     if not named and loss["gan_start"] > 0:
         raise ValueError(
             f"config.loss.gan_start={loss['gan_start']}, but all of config.loss.vae is 0: there is nothing to train before it"
@@ -328,7 +380,6 @@ def _vae_recipe(config, named):
     check_names("config.loss.adaptive", loss["adaptive"], train_losses.ADAPTIVE)
     adaptive = {term: float(high) for term, high in loss["adaptive"].items() if high}
     for term in adaptive:
-        _at_least(f"config.loss.adaptive.{term}", adaptive[term], 0)
         if term not in named or not set(train_losses.PIXEL_TERMS) & set(named):
             raise ValueError(
                 f"config.loss.adaptive.{term}={adaptive[term]} compares the gradients of config.loss.vae.{term} and of a "
@@ -338,13 +389,9 @@ def _vae_recipe(config, named):
     if not low < high:
         raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
     margins = tuple(loss["vf_margins"])
-    if len(margins) != 2 or not all(0 <= margin < 2 for margin in margins):
-        raise ValueError(f"config.loss.vf_margins={margins} must be two numbers in [0, 2), of cosines and of distances")
     if "se" in named and not loss["se_factors"]:
         raise ValueError("config.loss.vae.se needs factors, but config.loss.se_factors is empty: give integers, such as (2, 4)")
     factors = tuple(loss["se_factors"])
-    if not all(factor == int(factor) >= 2 for factor in factors):
-        raise ValueError(f"config.loss.se_factors={factors} must be integers of at least 2")
     scales = tuple(loss["eq_scales"])
     if scales:
         try:
@@ -394,17 +441,6 @@ def optimizer(
     `final_learning_rate`, which it reaches at step `decay_steps`. Parameters below the top-level names in `fixed` stay as they
     are, as they have no gradients: they do not decay.
     """
-    at_least_0 = {
-        "learning_rate": learning_rate, "warmup_steps": warmup_steps, "final_learning_rate": final_learning_rate, "eps": eps,
-        "weight_decay": weight_decay,
-    }  # fmt: skip
-    for name, value in at_least_0.items():
-        _at_least(name, value, 0)
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name}={value} must lie in [0, 1)")
-    if clip_norm <= 0:
-        raise ValueError(f"clip_norm={clip_norm} must be positive; a large one never clips")
     if schedule not in LR_SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; allowed: {list(LR_SCHEDULES)}")
     if schedule == "constant" and decay_steps is not None:

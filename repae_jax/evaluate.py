@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import weights
-from repae_jax import build, data, generate, hosts, sample, train
+from repae_jax import build, cli, data, generate, hosts, sample
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
 from repae_jax.inception_features import FeatureParts, load_network
@@ -43,35 +42,42 @@ from repae_jax.trained import load_trained
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("source", nargs="?", help="workdir, published run or checkpoint; ADM's npz; folder of images")
     parser.add_argument(
-        "--reference",
+        "source", nargs="?", type=cli.path, help="workdir, published run or checkpoint; ADM's npz; folder of images"
+    )
+    parser.add_argument(
+        "--reference", type=cli.path,
         help="npz with statistics of real images, ADM's or made here; or real images, as folder:path=/data/train or "
         "digits:split=train, cropped to the samples' size",
     )
-    parser.add_argument("--inception", required=True, help=f"weights of FID's Inception; {build.RANDOM!r}: for tests only")
-    parser.add_argument("--out", help="path of the result, ending in .json")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over the devices of a process")
+    parser.add_argument(
+        "--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {build.RANDOM!r}: for tests only"
+    )
+    parser.add_argument("--out", type=cli.path, help="path of the result, ending in .json")
+    parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")
     parser.add_argument(
         "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
     )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand instead: of process 0")
-    parser.add_argument("--num_processes", type=int, help="by hand: how many there are")
-    parser.add_argument("--process_id", type=int, help="by hand: which one this is, from 0")
+    parser.add_argument("--num_processes", type=cli.whole(1), help="by hand: how many there are")
+    parser.add_argument("--process_id", type=cli.whole(0), help="by hand: which one this is, from 0")
     making = parser.add_argument_group("statistics of real images, for --reference")
-    making.add_argument("--make_reference", metavar="NPZ", help="write this file, and nothing else")
-    making.add_argument("--data", help="real images, see --reference; or an npz of images, key arr_0")
-    making.add_argument("--image_size", type=int, help="side to which they are cropped, in pixels")
+    making.add_argument("--make_reference", type=cli.path, metavar="NPZ", help="write this file, and nothing else")
+    making.add_argument("--data", type=cli.path, help="real images, see --reference; or an npz of images, key arr_0")
+    making.add_argument("--image_size", type=cli.whole(1, 2**20), help="side to which they are cropped, in pixels")
     sampling = parser.add_argument_group("models only")
     sample.add_arguments(sampling, num_samples=PUBLISHED_COUNT)
-    sampling.add_argument("--keep_samples", metavar="NPZ", help="keep the images, too, in ADM's layout")
-    sampling.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
-    sampling.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
+    sampling.add_argument("--keep_samples", type=cli.path, metavar="NPZ", help="keep the images, too, in ADM's layout")
+    sampling.add_argument(
+        "--vae", type=cli.path, help="the VAE of a run that holds none, or of published weights that hold none"
+    )
+    sampling.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
     args = parser.parse_args(argv)
+    sample.check_arguments(parser, args)
     names = [action.dest for action in sampling._group_actions]
     args.model_options = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
     needed = ("data", "image_size") if args.make_reference else ("source", "reference")
@@ -79,9 +85,6 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             what = "--make_reference" if args.make_reference else "an evaluation"
             parser.error(f"{what} needs {'' if name == 'source' else '--'}{name}")
-    for name in ("num_samples", "batch_size", "image_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     return args
 
 
@@ -335,24 +338,17 @@ def table(result):
 def main():
     """Entry point: mistakes end in one line, in all processes."""
     args = parse_args()
-    with hosts.failing_together():
-        try:
-            hosts.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
-            hosts.check_alike({name: value for name, value in vars(args).items() if name not in ("coordinator", "process_id")})
-            if args.make_reference:
-                path = make_reference(args)
-                if jax.process_index() == 0:
-                    print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
-            else:
-                out, result = run(args)
-                if result is not None:
-                    print(f"{table(result)}\n{out}")
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
-        except RuntimeError as error:
-            train.end_with(error)
-        except KeyboardInterrupt:
-            sys.exit("interrupted: what is finished is kept; run the same command to continue")
+    with hosts.failing_together(), cli.ending("interrupted: what is finished is kept; run the same command to continue"):
+        hosts.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
+        hosts.check_alike({name: value for name, value in vars(args).items() if name not in ("coordinator", "process_id")})
+        if args.make_reference:
+            path = make_reference(args)
+            if jax.process_index() == 0:
+                print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
+        else:
+            out, result = run(args)
+            if result is not None:
+                print(f"{table(result)}\n{out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoints_tools import weights
 from checkpoints_tools.lpips import load_lpips
-from repae_jax import data, images, inception_features, sharding
+from repae_jax import cli, data, images, inception_features, sharding
 from repae_jax.build import RANDOM
 from repae_jax.checkpoint import fingerprint
 from repae_jax.data import loader, reading
@@ -67,40 +66,43 @@ COMPUTED = {
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "source", help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder"
+        "source", type=cli.path,
+        help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder"
     )
     parser.add_argument(
-        "--data",
+        "--data", type=cli.path,
         help="folder of images, or NAME:FIELD=VALUE,… as in folder:path=/data/val or digits:split=test; default, for a run: "
         "its training images",
     )
-    parser.add_argument("--image_size", type=int, help="side of the images in pixels; default, for a run: that of training")
-    parser.add_argument("--num_images", type=int, help="so many images, evenly spread over all; default all")
-    parser.add_argument("--inception", help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests")
-    parser.add_argument("--lpips_vgg16", help=f"torchvision's VGG16, or LPIPS as a whole; {RANDOM!r} (both) for tests")
-    parser.add_argument("--lpips_linear", help="linear weights of LPIPS v0.1")
+    parser.add_argument(
+        "--image_size", type=cli.whole(1, 2**20), help="side of the images in pixels; default, for a run: that of training"
+    )
+    parser.add_argument("--num_images", type=cli.whole(1), help="so many images, evenly spread over all; default all")
+    parser.add_argument(
+        "--inception", type=cli.path, help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests"
+    )
+    parser.add_argument(
+        "--lpips_vgg16", type=cli.path, help=f"torchvision's VGG16, or LPIPS as a whole; {RANDOM!r} (both) for tests"
+    )
+    parser.add_argument("--lpips_linear", type=cli.path, help="linear weights of LPIPS v0.1")
     parser.add_argument(
         "--latents", choices=LATENTS, default="sampled", help="of the posterior: a sample, as published, or its mean"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples; image i's depends on the seed and i alone")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over all devices")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images; 0 decodes in threads")
-    parser.add_argument("--step", type=int, help="checkpoint of a run; default the newest")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the samples; image i's depends on the seed and i alone")
+    parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
     parser.add_argument(
-        "--out", help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…"
+        "--workers", type=cli.whole(0, 4096), default=0, help="processes that decode images; 0 decodes in threads"
     )
-    args = parser.parse_args(argv)
-    for name in ("image_size", "num_images", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if args.workers < 0:
-        parser.error(f"--workers must be at least 0, got {args.workers}")
-    return args
+    parser.add_argument("--step", type=cli.whole(0), help="checkpoint of a run; default the newest")
+    parser.add_argument(
+        "--out", type=cli.path,
+        help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…",
+    )
+    return parser.parse_args(argv)
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------
@@ -473,15 +475,11 @@ def run(args):
     return path, result
 
 
+@cli.ending("interrupted: nothing was written; the same command starts again")
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point."""
     args = parse_args()
-    try:
-        path, result = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written; the same command starts again")
+    path, result = run(args)
     protocol = result["protocol"]
     print(f"{args.source}: {protocol['images']} images, latents: {protocol['latents']}\n{table(result['metrics'])}")
     for text in result["warnings"]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from repae_jax.losses.alignment import spatial_normalize
 from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
+from repae_jax.ranges import OrNone, check, real, whole
 from repae_jax.sharding import gathered
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -95,6 +96,12 @@ ARCHITECTURES = {
 _REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
 _OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "unbiased", "norm_eps")
 
+_SIZE = whole(1, 2**20)
+_NUMBERS = {
+    **dict.fromkeys((*_REQUIRED, "mlp_dim"), _SIZE), "num_registers": whole(0, 2**20), "rope_theta": OrNone(real(above=0)),
+    "norm_eps": real(above=0),
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
@@ -167,6 +174,8 @@ def _architecture(architecture):
                 f"or a mapping with {', '.join(_REQUIRED)}"
             )
         architecture = ARCHITECTURES[name]
+    if not isinstance(architecture, Mapping):
+        raise ValueError(f"encoder architecture {architecture!r} must be a name or a mapping with {', '.join(_REQUIRED)}")
     given = dict(architecture)
     unknown = sorted(set(given) - {*_REQUIRED, *_OPTIONAL})
     missing = [field for field in _REQUIRED if field not in given]
@@ -175,6 +184,9 @@ def _architecture(architecture):
             f"encoder architecture has unknown fields {unknown} and lacks {missing}; "
             f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
         )
+    for field, rule in _NUMBERS.items():
+        if field in given:
+            check(f"encoder architecture: {field}", rule, given[field])
     family = given.pop("family", "dinov2")
     if family not in FAMILIES:
         raise ValueError(f"encoder architecture: family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")

@@ -8,6 +8,7 @@ import numpy as np
 
 from repae_jax.diffusion import ddpm, guidance, latent_norm, samplers
 from repae_jax.images import to_uint8
+from repae_jax.ranges import OrNone, check, real, whole
 from repae_jax.sharding import gathered
 
 SAMPLERS = ("euler", "heun", "sde", "ancestral")
@@ -43,14 +44,13 @@ class Sampling:
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}")
-        if self.steps < 2:
-            raise ValueError(f"steps={self.steps}: a sampler needs at least 2")
-        if not 0 <= self.guidance_low <= self.guidance_high <= 1:
+        check("steps", whole(2), self.steps)
+        check("guidance_scale", real(1), self.guidance_scale)
+        check("guidance_low", real(0, 1), self.guidance_low)
+        check("guidance_high", real(0, 1), self.guidance_high)
+        check("guidance_channels", OrNone(whole(1)), self.guidance_channels)
+        if self.guidance_low > self.guidance_high:
             raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
-        if self.guidance_scale < 1:
-            raise ValueError(f"guidance_scale={self.guidance_scale} must be at least 1 (1 is no guidance)")
-        if self.guidance_channels is not None and self.guidance_channels < 1:
-            raise ValueError(f"guidance_channels={self.guidance_channels} must be at least 1, or None for all")
 
 
 def check_sampler(sampling, objective):

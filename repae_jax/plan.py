@@ -15,10 +15,10 @@ import threading
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from checkpoints_tools import weights
-from repae_jax import build, config_rules, flops, generate, hlo_cost, hosts, sharding, train
+from repae_jax import build, cli, config_rules, flops, generate, hlo_cost, hosts, sharding
 from repae_jax.call_apart import Crashed, call_apart
 from repae_jax.plan_text import GIB, lines_of
 from repae_jax.tpu_topologies import check_topology, topology_devices
@@ -331,22 +331,21 @@ def _sharded_bytes(state, mesh):
 
 
 def _define_flags():
-    """Only of this program: other programs' modules have flags of the same names."""
-    flags.declare_key_flag("config")
+    cli.define_config()
     flags.DEFINE_multi_string("topology", None, "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times.")
     flags.DEFINE_bool("sample", False, "Plan sampling by config.sampling instead of training.")
     flags.DEFINE_integer(
         "images_per_chip", None, f"With --sample: images at a time and chip, default {IMAGES_PER_CHIP}.", lower_bound=1
     )
-    flags.DEFINE_string("json", None, "File for the numbers of all topologies.")
-    flags.mark_flags_as_required(["config", "topology"])
+    cli.define_path("json", "File for the numbers of all topologies.")
+    flags.mark_flag_as_required("topology")
 
 
 def main(_):
-    """Entry point: mistakes end in one line, not in a traceback; exit code 1 says that not everything fits."""
+    """Entry point; exit code 1 says that not everything fits."""
     options = flags.FLAGS
     _use_no_accelerator()
-    try:
+    with cli.ending():
         path = None if options.json is None else weights.check_new("--json", options.json)
         if options.images_per_chip is not None and not options.sample:
             raise ValueError(
@@ -360,11 +359,9 @@ def main(_):
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
             if path is not None:
                 weights.write_json(path, found, overwrite=bool(found[:-1]))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        train.end_with(error)
     sys.exit(not all(numbers["fits"] for numbers in found))
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main, flags_parser=train.parse_flags)
+    cli.run(main)

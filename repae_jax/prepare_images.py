@@ -10,11 +10,10 @@ files are the same, byte for byte, however many there are, as long as their vers
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-from repae_jax import data, shard_writer
+from repae_jax import cli, data, ranges, shard_writer
 from repae_jax.data import array_record, latents, shards
 
 SHARD_SIZE = 4096  # records; some 500 MB of PNGs at 256 pixels
@@ -53,36 +52,39 @@ class _Images:
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     examples = "folder:path=/data/train, imagenet:split=train or parquet:path=/data"
-    parser.add_argument("--data", required=True, help=f"source of images and its fields, such as {examples}")
-    parser.add_argument("--out", required=True, help="folder for the prepared images, on a disk; continued if it exists")
-    parser.add_argument("--image_size", type=int, default=256, help="side of the prepared images in pixels")
+    parser.add_argument("--data", type=cli.path, required=True, help=f"source of images and its fields, such as {examples}")
+    parser.add_argument(
+        "--out", type=cli.path, required=True, help="folder for the prepared images, on a disk; continued if it exists"
+    )
+    parser.add_argument(
+        "--image_size", type=cli.whole(1, 2**20), default=256, help="side of the prepared images in pixels"
+    )
     parser.add_argument(
         "--format", choices=array_record.ENCODINGS, default="png", help="of the records; without loss, raw reads quickest"
     )
-    parser.add_argument("--shard_size", type=int, default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads")
     parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, help="end when more than this share of the images is undecodable"
+        "--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all"
     )
-    parser.add_argument("--process_index", type=int, default=0, help="which of several such commands this is, from 0")
-    parser.add_argument("--process_count", type=int, default=1, help="how many there are, on machines that share a disk")
+    parser.add_argument(
+        "--workers", type=cli.whole(0, 4096), default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads"
+    )
+    parser.add_argument(
+        "--max_bad_fraction", type=cli.number(ranges.real(0, 1)), default=0.01,
+        help="end when more than this share of the images is undecodable",
+    )
+    parser.add_argument(
+        "--process_index", type=cli.whole(0), default=0, help="which of several such commands this is, from 0"
+    )
+    parser.add_argument(
+        "--process_count", type=cli.whole(1), default=1, help="how many there are, on machines that share a disk"
+    )
     args = parser.parse_args(argv)
-    for name, low, high in (
-        ("image_size", 1, None),
-        ("shard_size", 1, None),
-        ("workers", 0, None),
-        ("max_bad_fraction", 0, 1),
-        ("process_count", 1, None),
-        ("process_index", 0, args.process_count - 1),
-    ):
-        value = getattr(args, name)
-        if value < low or (high is not None and value > high):
-            allowed = f"{low} and above" if high is None else f"{low} to {high}"
-            parser.error(f"--{name} is {value}; allowed: {allowed}")
+    if args.process_index >= args.process_count:
+        parser.error(f"--process_index is {args.process_index}; allowed: 0 to {args.process_count - 1}")
     return args
 
 
@@ -156,17 +158,15 @@ def summary(folder):
     )
 
 
+@cli.ending()
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point."""
     args = parse_args()
-    try:
-        made = run(args)
-        if made is None:
-            print("asked to stop: what is finished is kept; run the same command to continue")
-        elif args.process_index == 0:
-            print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    made = run(args)
+    if made is None:
+        print("asked to stop: what is finished is kept; run the same command to continue")
+    elif args.process_index == 0:
+        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
 
 
 if __name__ == "__main__":

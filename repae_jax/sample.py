@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoints_tools import weights
-from repae_jax import generate, images, sharding
+from repae_jax import cli, generate, images, sharding
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import npz_writer
 from repae_jax.trained import load_trained
@@ -27,12 +26,12 @@ LABELS = ("random", "balanced")
 
 def add_arguments(parser, num_samples):
     """What to sample and how, for a parser or a group of arguments; `num_samples` is a default."""
-    parser.add_argument("--num_samples", type=int, default=num_samples, help="exactly so many images")
+    parser.add_argument("--num_samples", type=cli.whole(1), default=num_samples, help="exactly so many images")
     parser.add_argument(
         "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
     )
-    parser.add_argument("--classes", type=int, nargs="+", help="draw labels from these classes only")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
+    parser.add_argument("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
     parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
     parser.add_argument("--steps", type=int, help="sampling steps" + unset)
@@ -46,21 +45,37 @@ def add_arguments(parser, num_samples):
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="folder of a run; or a published one, or its checkpoint")
-    parser.add_argument("--vae", help="the VAE of a run that holds none, or of published weights that hold none")
-    parser.add_argument("--out", help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS")
-    parser.add_argument("--step", type=int, help="checkpoint to sample from; default the newest")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time, over all devices")
+    parser.add_argument(
+        "--workdir", type=cli.path, required=True, help="folder of a run; or a published one, or its checkpoint"
+    )
+    parser.add_argument("--vae", type=cli.path, help="the VAE of a run that holds none, or of published weights that hold none")
+    parser.add_argument(
+        "--out", type=cli.path, help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS"
+    )
+    parser.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
+    parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
     add_arguments(parser, num_samples=64)
-    parser.add_argument("--grid", type=int, default=64, help="how many samples the picture shows")
+    parser.add_argument("--grid", type=cli.whole(1), default=64, help="how many samples the picture shows")
     args = parser.parse_args(argv)
-    for name in ("num_samples", "batch_size", "grid"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_arguments(parser, args)
     return args
+
+
+def check_arguments(parser, args):
+    """Ends the program, before a model is loaded, if no sampling goes with what `add_arguments` has added."""
+    try:
+        generate.Sampling(**_given(args))
+    except ValueError as error:
+        parser.error(f"--{error}")
+
+
+def _given(args):
+    """Fields of Sampling that the command line sets."""
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(generate.Sampling)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def draw_labels(kind, count, classes, seed):
@@ -83,14 +98,13 @@ def draw_labels(kind, count, classes, seed):
 
 def choose_sampling(args, trained):
     """Sampling, and classes to draw labels from, as the command line says; ValueError if they do not fit the model."""
-    overrides = {f.name: getattr(args, f.name) for f in dataclasses.fields(generate.Sampling)}
-    sampling = dataclasses.replace(trained.sampling, **{name: value for name, value in overrides.items() if value is not None})
+    sampling = dataclasses.replace(trained.sampling, **_given(args))
     generate.check_sampler(sampling, trained.objective)
     channels = trained.latent_shape[-1]
     if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
         raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
     classes = args.classes or list(range(trained.num_classes))
-    if min(classes) < 0 or max(classes) >= trained.num_classes:
+    if max(classes) >= trained.num_classes:
         raise ValueError(f"--classes {classes}: allowed are 0..{trained.num_classes - 1}")
     return sampling, classes
 
@@ -192,15 +206,11 @@ def run(args):
     return npz
 
 
+@cli.ending("interrupted: what is finished is kept; run the same command to continue")
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point."""
     args = parse_args()
-    try:
-        npz = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept; run the same command to continue")
+    npz = run(args)
     print(f"{args.num_samples} samples: {npz}\npicture: {npz.with_suffix('.png')}")
 
 

@@ -13,22 +13,14 @@ import os
 import sys
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
-from repae_jax import build, flops, hosts, sharding
+from repae_jax import build, cli, flops, hosts, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.hooks import load_scoring, make_hooks, missing_at
 from repae_jax.run_log import Progress, make_writer
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes that find each other: TPU pod, SLURM, GKE.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "By hand instead: HOST:PORT of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "By hand: how many there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.", lower_bound=0)
 
 
 class TrainingStopped(hosts.FailedTogether):
@@ -212,59 +204,28 @@ def summary(job, state, source, flop_per_image, peak):
     )
 
 
-def parse_flags(arguments):
-    """absl's, but a config file or field that does not exist ends in a message, not in a traceback."""
-    try:
-        rest = app.parse_flags_with_usage(arguments)
-        _CONFIG.value.keys  # noqa: B018 (reading a config that could not be loaded raises)
-    except AttributeError as error:
-        if not isinstance(error.args[0], KeyError):  # ConfigDict's own
-            raise
-        sys.exit(f"error: the config has no field {' '.join(error.args[0].args[0].split())}")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    return rest
-
-
-def start_processes():
-    """Connects this process with the others that the command line tells of, if any."""
-    hosts.start(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+def define_flags():
+    """Of this program."""
+    cli.define_config()
+    cli.define_path("workdir", "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
+    cli.define_processes()
+    flags.mark_flag_as_required("workdir")
 
 
 def main(_):
-    """Entry point: config mistakes end in one line, not in a traceback; exit code 75 says that a signal ended the run early."""
-    with hosts.failing_together():
-        try:
-            start_processes()
-            hosts.use_compilation_cache(_WORKDIR.value)
-            _, finished = train(_CONFIG.value, _WORKDIR.value)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            end_with(error)
+    """Entry point; exit code 75 says that a signal ended the run early."""
+    options = flags.FLAGS
+    with hosts.failing_together(), cli.ending():
+        cli.start_processes()
+        hosts.use_compilation_cache(options.workdir)
+        _, finished = train(options.config, options.workdir)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)
     if jax.process_index() == 0:
-        print(f"finished; everything is in {_WORKDIR.value}")
-
-
-def end_with(error):
-    """Ends the program with one line if the error is for the user, else raises it."""
-    if is_internal(error):
-        raise error
-    sys.exit(f"error: {error}")
-
-
-def is_internal(error):
-    """Errors of our own checks and of files are for the user; those from inside jax deserve their traceback."""
-    if isinstance(error, OSError):  # names the file, and what is wrong with it or its disk
-        return False
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    return package not in ("repae_jax", "checkpoints_tools", "configs", "__main__")  # this file is __main__
+        print(f"finished; everything is in {options.workdir}")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    define_flags()
     jax.config.config_with_absl()
-    app.run(main, flags_parser=parse_flags)
+    cli.run(main)

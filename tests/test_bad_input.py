@@ -10,7 +10,7 @@ import small
 from PIL import Image
 
 from configs import common, ldm, repae, vae
-from repae_jax import build, checkpoint, config_rules, sharding, train
+from repae_jax import build, checkpoint, cli, config_rules, sharding, train
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -41,7 +41,7 @@ def refused(changes, *messages, run=None, file=repae):
         (run or build.build)(small.config(changes, file))
     for message in messages:
         assert message in str(caught.value), str(caught.value)
-    assert not train.is_internal(caught.value)
+    assert cli.line_of(caught.value)
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -137,6 +137,8 @@ def test_tables_name_what_they_hold():
         ({"hooks.fid_every": 5}, ["config.hooks.fid_every=5", "config.hooks.fid_reference is empty"]),
         ({"init.stats_images": 0}, ["config.init.stats_images=0"]),
         ({"data.batch_size": 0}, ["config.data.batch_size=0"]),
+        ({"data.workers": -1}, ["config.data.workers=-1"]),
+        ({"seed": -1}, ["config.seed=-1", "4294967295"]),
         ({"data.batch_size": -8}, ["config.data.batch_size=-8"]),
         ({"data.num_classes": 0}, ["config.data.num_classes=0"]),
         ({"data.image_size": 0}, ["config.data.image_size=0"]),
@@ -170,17 +172,17 @@ def test_tables_name_what_they_hold():
         ({"diffusion.label_dropout": 1.0}, ["config.diffusion.label_dropout=1.0", "[0, 1)"]),
         ({"loss.vae.l1": -1.0}, ["config.loss.vae.l1=-1.0 must be at least 0"]),
         ({"loss.vae": {}}, ["all of config.loss.vae is 0", "config.job='repae'", "configs/ldm.py"]),
-        ({"loss.gan_factor": 0.0}, ["config.loss.gan_factor=0.0", "config.loss.vae.gan=0"]),
+        ({"loss.gan_factor": 0.0}, ["config.loss.gan_factor=0.0 must be positive"]),
         ({"loss.align_shape": "cosine"}, ["config.loss.align_end=None and align_shape='cosine'", "the step where it ends"]),
         ({"loss.vae.diffusion": 1.0, "accumulation": 2}, ["config.loss.vae.diffusion=1.0", "config.accumulation=2"]),
-        ({"optim.sit.b1": 1.5}, ["config.optim.sit: b1=1.5", "[0, 1)"]),
-        ({"optim.sit.final_learning_rate": -1.0}, ["config.optim.sit: final_learning_rate=-1.0"]),
+        ({"optim.sit.b1": 1.5}, ["config.optim.sit.b1=1.5", "[0, 1)"]),
+        ({"optim.sit.final_learning_rate": -1.0}, ["config.optim.sit.final_learning_rate=-1.0"]),
         ({"optim.sit.decay_steps": 9}, ["config.optim.sit: schedule='constant'", "decay_steps=9"]),
         ({"diffusion.norm_momentum": 1.5}, ["config.diffusion.norm_momentum=1.5", "[0, 1]"]),
         ({"lpips.input_range": (1.0, 0.0)}, ["config.lpips.input_range=(1.0, 0.0)", "low first"]),
         ({"optim.sit.learning_rate": -1e-4}, ["learning_rate=-0.0001 must be at least 0"]),
         ({"optim.vae.warmup_steps": -1}, ["warmup_steps=-1 must be at least 0"]),
-        ({"optim.disc.clip_norm": 0.0}, ["config.optim.disc: clip_norm=0.0"]),
+        ({"optim.disc.clip_norm": 0.0}, ["config.optim.disc.clip_norm=0.0"]),
         ({"optim.vae.fixed": ("encoders",)}, ["config.optim.vae.fixed=['encoders']", "'encoder'", "'quant_conv'"]),
         ({"optim.sit.schedule": "exp"}, ["config.optim.sit: schedule='exp'", "['constant', 'linear', 'cosine']"]),
         ({"optim.sit.schedule": "cosine"}, ["config.optim.sit: schedule='cosine' needs decay_steps", "None"]),
@@ -246,7 +248,7 @@ def test_a_frozen_vae_must_be_given():
         ({"loss.vae.l1": 0.0}, ["config.loss.vae needs a reconstruction term", "'l1' or 'l2'"]),
         ({"loss.pixel_reduction": "max"}, ["config.loss.pixel_reduction='max'", "['mean', 'sum']"]),
         ({"loss.vf_margins": (2.5, 0.0)}, ["config.loss.vf_margins=(2.5, 0.0)", "[0, 2)"]),
-        ({"loss.vf_margins": (0.5,)}, ["config.loss.vf_margins=(0.5,)", "two numbers"]),
+        ({"loss.vf_margins": (0.5,)}, ["config.loss.vf_margins=(0.5,)", "2 entries"]),
         ({"loss.adaptive.gan": -1.0}, ["config.loss.adaptive.gan=-1.0 must be at least 0"]),
         ({"loss.adaptive.gan": 1e4, "optim.vae.fixed": ("decoder",)}, ["config.loss.adaptive.gan", "config.optim.vae.fixed"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": (0,)}, ["config.loss.se_factors=(0,)", "at least 2"]),
@@ -255,7 +257,7 @@ def test_a_frozen_vae_must_be_given():
         ({"loss.adaptive": {"gan": 1.0}}, ["config.loss.adaptive: unknown fields [], missing fields ['vf']"]),
         ({"loss.eq_scales": (0.5, 1.0)}, ["config.loss.eq_scales", "(0.5, 1.0)", "1 first"]),
         ({"loss.eq_scales": (1.0, 0.3)}, ["config.loss.eq_scales", "0.3", "whole sizes"]),
-        ({"loss.eq_scales": (1.0, 0.5), "loss.eq_prior": 1.5}, ["config.loss.eq_scales", "prior_probability 1.5"]),
+        ({"loss.eq_scales": (1.0, 0.5), "loss.eq_prior": 1.5}, ["config.loss.eq_prior=1.5", "[0, 1]"]),
         ({"loss.eq_scales": (1.0, 0.5)}, ["config.disc.num_layers=1", "at the scale 0.5"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": (3,)}, ["config.loss.se_factors", "8 x 8", "whole sizes"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": ()}, ["config.loss.vae.se needs factors", "config.loss.se_factors"]),
@@ -361,12 +363,6 @@ def test_missing_encoder_weights(tmp_path):
     refused(described, f"{none} does not exist", run=run)
     hub = "nobody/no-such-encoder"
     refused({"encoders.target.weights": hub}, hub, "cannot be had from the Hugging Face hub", run=run)
-
-
-@pytest.mark.parametrize(("changes", "message"), [({"data.workers": -1}, "workers is -1"), ({"seed": -1}, "seed is -1")])
-def test_what_the_loader_refuses(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "load_frozen", lambda job: {"vae": None})
-    refused(changes, message, "allowed", run=training(tmp_path))
 
 
 def test_options_that_the_compiler_does_not_know(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import small
 
 from configs import ldm, vae
-from repae_jax import build, flops, train
+from repae_jax import build, cli, flops
 from repae_jax.benchmark import __main__ as command
 from repae_jax.benchmark import measure, timing
 
@@ -219,7 +219,7 @@ def test_nothing_starts_at_zero():
 def test_mistakes(config, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         command.benchmark(config(), say=lambda line: None, **options)
-    assert not train.is_internal(caught.value)
+    assert cli.line_of(caught.value)
 
 
 def test_a_step_that_does_not_fit(monkeypatch):
@@ -230,7 +230,7 @@ def test_a_step_that_does_not_fit(monkeypatch):
     message = r"batch_size=8 on 8 devices \(RESOURCE_EXHAUSTED: .* 99 bytes\.\): lower it"
     with pytest.raises(ValueError, match=message) as caught:
         command.benchmark(small.config(NO_ENCODER, ldm), say=lambda line: None)
-    assert not train.is_internal(caught.value)
+    assert cli.line_of(caught.value)
 
 
 def test_a_state_that_does_not_fit(monkeypatch):

@@ -24,7 +24,7 @@ import small
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
-from repae_jax import build, cache_latents, hosts, images, shard_writer, train
+from repae_jax import build, cache_latents, cli, hosts, images, shard_writer
 from repae_jax.data import latents, shards
 
 REPOSITORY = Path(__file__).parents[1]
@@ -467,4 +467,4 @@ print(cache_latents.cache_latents(t.frozen_config(), {str(tmp_path / "two")!r}, 
 def test_mistakes(tmp_path, config, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         cache_latents.cache_latents(config(), **{"out": tmp_path / "a", **options})
-    assert not train.is_internal(caught.value)
+    assert cli.line_of(caught.value)

@@ -19,10 +19,9 @@ import jax
 import numpy as np
 import pytest
 import small
-from absl import app, flags
 
 from configs import ldm, repae
-from repae_jax import build, checkpoint, hosts, run_log, train
+from repae_jax import build, checkpoint, cli, hosts, run_log, train
 
 ROOT = Path(__file__).parents[1]
 HOST = socket.gethostname()
@@ -61,8 +60,8 @@ def train_as_command(seconds_per_step=0, fail_at=None, min_sharded_size=None, st
 
     train.load_scoring = terminated_load if stop_early else load
     train.sharding.MIN_SHARDED_SIZE = min_sharded_size or train.sharding.MIN_SHARDED_SIZE
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(train.main, flags_parser=train.parse_flags)
+    train.define_flags()
+    cli.run(train.main)
 
 
 def agree(coordinator, process, folder):

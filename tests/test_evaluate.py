@@ -432,7 +432,7 @@ def test_no_such_source(real, tmp_path):
         (["--inception", "x"], "an evaluation needs source"),
         (["a.npz", "--inception", "x"], "an evaluation needs --reference"),
         (["--make_reference", "a.npz", "--inception", "x"], "--make_reference needs --data"),
-        (["a.npz", "--reference", "b.npz", "--inception", "x", "--num_samples", "0"], "--num_samples must be at least 1"),
+        (["a.npz", "--reference", "b.npz", "--inception", "x", "--num_samples", "0"], "--num_samples: 0 must be at least 1"),
     ],
 )
 def test_command_lines_that_lack_something(given, message, capsys):

@@ -343,4 +343,4 @@ def test_mistakes_end_in_one_line(workdir, monkeypatch, capsys):
         evaluate_tokenizer.main()
     with pytest.raises(SystemExit):
         evaluate_tokenizer.parse_args([str(workdir), "--num_images", "0"])
-    assert "--num_images must be at least 1, got 0" in capsys.readouterr().err
+    assert "--num_images: 0 must be at least 1" in capsys.readouterr().err

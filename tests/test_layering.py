@@ -12,6 +12,7 @@ ORDER = [
     # pure pieces
     "repae_jax.faults",
     "repae_jax.images",
+    "repae_jax.ranges",
     "repae_jax.rng",
     "repae_jax.running_stats",
     "repae_jax.sharding",
@@ -25,6 +26,7 @@ ORDER = [
     "repae_jax.flops",
     "repae_jax.train_state",
     "repae_jax.hosts",
+    "repae_jax.cli",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",
@@ -62,7 +64,7 @@ ORDER = [
 TOP = ORDER[:5]  # import nothing of ours
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
-TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "checkpoints_tools")
+TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "repae_jax.ranges", "repae_jax.cli", "checkpoints_tools")
 OPEN_RUNS = ("checkpoints_tools.identify", "checkpoints_tools.convert")  # read checkpoints of runs, too
 HEAVY = {
     "torch": "checkpoints_tools", "transformers": "checkpoints_tools", "diffusers": "checkpoints_tools",

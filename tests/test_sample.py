@@ -125,10 +125,6 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
     [
         (("--batch_size", "9"), "--batch_size=9 is not a multiple of the 8 devices"),
         (("--classes", "3", "10"), "allowed are 0..9"),
-        (("--guidance_scale", "0.5"), "guidance_scale=0.5 must be at least 1"),
-        (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
-        (("--steps", "1"), "needs at least 2"),
-        (("--guidance_channels", "0"), "guidance_channels=0 must be at least 1"),
         (("--guidance_channels", "9"), "--guidance_channels=9: the latents have 4"),
         (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
     ],
@@ -139,6 +135,28 @@ def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
         monkeypatch.setattr(sample, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises(ValueError, match=message):
         sample.run(arguments(workdir, *extra))
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (("--guidance_scale", "0.5"), "--guidance_scale=0.5 must be at least 1"),
+        (("--guidance_scale", "nan"), "--guidance_scale=nan must be finite"),
+        (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
+        (("--steps", "1"), "--steps=1 must be at least 2"),
+        (("--guidance_channels", "0"), "--guidance_channels=0 must be at least 1"),
+        (("--classes", "-1"), "argument --classes: -1 must be at least 0"),
+        (("--num_samples", "1.5"), "argument --num_samples: '1.5' is no whole number"),
+        (("--seed", "-1"), "argument --seed: -1 must lie in [0, 4294967295]"),
+        (("--batch_size", "0"), "argument --batch_size: 0 must be at least 1"),
+        (("--num", "3"), "unrecognized arguments: --num 3"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_in_one_line(workdir, extra, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        arguments(workdir, *extra)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_no_such_checkpoint(workdir):

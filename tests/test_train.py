@@ -26,7 +26,7 @@ from PIL import Image
 
 from checkpoints_tools.convert import convert
 from configs import ldm
-from repae_jax import build, checkpoint, flops, hooks, prepare_images, run_log, train
+from repae_jax import build, checkpoint, cli, flops, hooks, prepare_images, run_log, train
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
@@ -282,7 +282,7 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
         for _ in range(4):
             next(loader)
     assert re.search("1 of 16 records .* class1/15.png.*max_bad_fraction", str(caught.value))
-    assert not train.is_internal(caught.value)  # the command ends in this one line
+    assert cli.line_of(caught.value)  # the command ends in this one line
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -351,19 +351,8 @@ def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
 
 def replace_training(monkeypatch, function):
     monkeypatch.setattr(train, "train", function)
-    monkeypatch.setattr(train, "start_processes", lambda: None)
-    monkeypatch.setattr(train, "_CONFIG", SimpleNamespace(value=None))
-    monkeypatch.setattr(train, "_WORKDIR", SimpleNamespace(value="run"))
-
-
-@pytest.mark.parametrize("module", ["repae_jax.build", "checkpoints_tools.weights", "__main__", "jax.numpy"])
-def test_only_errors_of_our_own_end_in_one_line(module, monkeypatch):
-    """`__main__` is what repae_jax/train.py is called when it runs as a command."""
-    scope = {"__name__": module, "error": train.TrainingStopped("stopped at step 3")}
-    exec("def fail(*_):\n    raise error", scope)
-    replace_training(monkeypatch, scope["fail"])
-    with pytest.raises(train.TrainingStopped if module == "jax.numpy" else SystemExit, match="stopped at step 3"):
-        train.main([])
+    monkeypatch.setattr(train.cli, "start_processes", lambda: None)
+    monkeypatch.setattr(train.flags, "FLAGS", SimpleNamespace(config=None, workdir="run"))
 
 
 def test_what_is_wrong_with_a_file_is_said_in_one_line(monkeypatch, tmp_path):

@@ -7,14 +7,13 @@ equivariance.png; with --cknna also cknna.png, on how far each block of the SiT 
 
 import argparse
 import os
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import weights
-from repae_jax import sharding
+from repae_jax import cli, ranges, sharding
 from repae_jax.analysis import representation
 from repae_jax.analyze_latents.encoding import check_bytes, encode_images
 from repae_jax.analyze_latents.hidden_states import encoder_features, measure_cknna
@@ -43,41 +42,46 @@ SHOWN = 10  # images in pca.png
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE",
         help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint",
     )  # fmt: skip
-    parser.add_argument("--step", type=int, help="checkpoint of all runs without @STEP; default the newest of each")
-    parser.add_argument("--vae", help="the VAE of a SOURCE that holds none; for one SOURCE")
+    parser.add_argument("--step", type=cli.whole(0), help="checkpoint of all runs without @STEP; default the newest of each")
+    parser.add_argument("--vae", type=cli.path, help="the VAE of a SOURCE that holds none; for one SOURCE")
     parser.add_argument(
-        "--data", help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own"
+        "--data", type=cli.path,
+        help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own",
     )
-    parser.add_argument("--image_size", type=int, help="pixels of the images' sides; default: the first run's")
-    parser.add_argument("--num_images", type=int, default=256, help="drawn from the data without repetition (default: 256)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time, over all devices (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images drawn, and of the noise (default: 0)")
-    parser.add_argument("--out", help="folder of the results; default WORKDIR/analysis for one run")
+    parser.add_argument(
+        "--image_size", type=cli.whole(1, 2**20), help="pixels of the images' sides; default: the first run's"
+    )
+    parser.add_argument(
+        "--num_images", type=cli.whole(1), default=256, help="drawn from the data without repetition (default: 256)"
+    )
+    parser.add_argument(
+        "--batch_size", type=cli.whole(1), default=32, help="images at a time, over all devices (default: 32)"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the images drawn, and of the noise (default: 0)")
+    parser.add_argument("--out", type=cli.path, help="folder of the results; default WORKDIR/analysis for one run")
     parser.add_argument(
         "--cknna", nargs="*", metavar="ENCODER",
         help="compare the SiT of every SOURCE, block by block, with these encoders: Hugging Face names or folders, "
         "ENCODER@PIXELS for another image size; none: those that the runs were aligned with",
     )  # fmt: skip
     parser.add_argument(
-        "--timesteps", type=float, nargs="+", default=[0.1, 0.5, 0.9],
+        "--timesteps", type=cli.number(ranges.real(0, 1)), nargs="+", default=[0.1, 0.5, 0.9],
         help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)",
     )  # fmt: skip
-    parser.add_argument("--cknna_images", type=int, default=10_000, help="for --cknna, at most (default: 10000, as published)")
+    parser.add_argument(
+        "--cknna_images", type=cli.whole(1), default=10_000, help="for --cknna, at most (default: 10000, as published)"
+    )
     parser.add_argument(
         "--labels", choices=LABELS, default="null",
         help="for --cknna: what the SiT is told. null (default), no class, so that nothing but the noisy latent tells what the "
         "image shows; own, the image's class",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size", "cknna_images"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def _load(source, vae_path):
@@ -181,15 +185,10 @@ def summary(path):
     return "\n".join(lines + [f"warning: {text}" for text in content["warnings"]])
 
 
+@cli.ending("interrupted: nothing was written; the same command starts again")
 def main():
-    """Entry point: mistakes end in one line."""
-    args = parse_args()
-    try:
-        path = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: nothing was written; the same command starts again")
+    """Entry point."""
+    path = run(parse_args())
     print(f"{summary(path)}\nnumbers: {path}\npictures: {os.path.join(path.parent, '*.png')}")
 
 

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from checkpoints_tools import weights
-from repae_jax import build, config_rules, hosts, train
+from repae_jax import build, cli, config_rules, hosts
 from repae_jax.benchmark import measure
 from repae_jax.hooks import fid_batch
 
@@ -195,18 +195,16 @@ def input_line(found):
 
 
 def _define_flags():
-    """Only of this program: other programs' modules have flags of the same names."""
-    for name in ("config", "distributed", "coordinator", "num_processes", "process_id"):
-        flags.declare_key_flag(name)
+    cli.define_config()
     flags.DEFINE_integer("steps", STEPS, "Steps that are timed, after a few that are not.", lower_bound=1)
-    flags.DEFINE_string("out", None, "JSON file for all numbers and what they depend on; must not exist.")
-    flags.DEFINE_string("profile", None, "Folder for a trace of a few steps.")
+    cli.define_path("out", "JSON file for all numbers and what they depend on; must not exist.")
+    cli.define_path("profile", "Folder for a trace of a few steps.")
     flags.DEFINE_integer(
         "sample_batch", None, "Images to sample at a time, over all devices; 0 is none, default 64 or a little more.",
         lower_bound=0,
     )  # fmt: skip
     flags.DEFINE_bool("input", False, "Measure the config's data, too: the loader alone, and the step fed by it.")
-    flags.mark_flag_as_required("config")
+    cli.define_processes()
 
 
 def check_places(out, profile):
@@ -228,25 +226,22 @@ def keeper(path):
 
 
 def main(_):
-    """Entry point: mistakes end in one line, not in a traceback."""
+    """Entry point."""
     options = flags.FLAGS
-    with hosts.failing_together():
-        try:
-            train.start_processes()
-            first = jax.process_index() == 0
-            path = check_places(options.out, options.profile) if first else None
-            benchmark(
-                options.config, options.steps, options.sample_batch, options.input, options.profile,
-                say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
-                keep=keeper(path),
-            )  # fmt: skip
-            if path is not None:
-                print(f"all numbers: {options.out}")
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            train.end_with(error)
+    with hosts.failing_together(), cli.ending():
+        cli.start_processes()
+        first = jax.process_index() == 0
+        path = check_places(options.out, options.profile) if first else None
+        benchmark(
+            options.config, options.steps, options.sample_batch, options.input, options.profile,
+            say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
+            keep=keeper(path),
+        )  # fmt: skip
+        if path is not None:
+            print(f"all numbers: {options.out}")
 
 
 if __name__ == "__main__":
     _define_flags()
     jax.config.config_with_absl()
-    app.run(main, flags_parser=train.parse_flags)
+    cli.run(main)

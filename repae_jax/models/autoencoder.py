@@ -352,6 +352,9 @@ class AutoencoderKL(nn.Module):
                     f"norm_groups={self.norm_groups} does not divide the width {self.channels * multiplier} "
                     f"(channels={self.channels} x multiplier {multiplier})"
                 )
+        levels = len(self.channel_multipliers)
+        if not all(0 <= level < levels for level in self.attention_levels):
+            raise ValueError(f"attention_levels={tuple(self.attention_levels)} must lie in 0..{levels - 1}")
         fields = {
             name: getattr(self, name)
             for name in (

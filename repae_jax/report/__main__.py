@@ -5,23 +5,23 @@ training time, evaluations, latent analysis, configs and their differences, cost
 and what cannot be read is named, so it works while the run goes on, and on a machine that has no accelerator.
 """
 
-import argparse
-import sys
 import time
 
 from etils import epath
 
 from checkpoints_tools.weights import write_all
+from repae_jax import cli
 from repae_jax.report.page import MARKER, make_page
 from repae_jax.report.run_folder import read_run
 
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = argparse.ArgumentParser(prog="python -m repae_jax.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a run; several are compared")
+    parser = cli.Parser(prog="python -m repae_jax.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("workdirs", nargs="+", type=cli.path, metavar="WORKDIR", help="folder of a run; several are compared")
     parser.add_argument(
-        "--out", help="the page; default report.html in the folder of a single run, comparison.html in that of the first"
+        "--out", type=cli.path,
+        help="the page; default report.html in the folder of a single run, comparison.html in that of the first",
     )
     return parser.parse_args(argv)
 
@@ -61,14 +61,11 @@ def run(args):
     return out
 
 
+@cli.ending()
 def main():
-    """Entry point: mistakes end in one line."""
+    """Entry point."""
     args = parse_args()
-    try:
-        out = run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"report: {out}")
+    print(f"report: {run(args)}")
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "drop-in" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         miniature.parse_args(["--seeds", "0"])
-    assert "--seeds must be at least 1, got 0" in capsys.readouterr().err
+    assert "--seeds: 0 must be at least 1" in capsys.readouterr().err
     monkeypatch.setattr(miniature, "start_task", None)
     arguments = ["--workdir", str(tmp_path / "work"), "--results", str(tmp_path / "R.md"), "--report"]
     assert miniature.main(arguments) == 0 and (tmp_path / "R.md").exists()
