@@ -2,8 +2,9 @@
 
 from setuptools import find_packages, setup
 
-DATA = ["numba>=0.61", "pyarrow>=17", "simplejpeg>=1.9", "tensorflow-datasets>=4.9.7"]
 JAX = ">=0.10,!=0.10.2,<0.11"  # 0.10.2 computes wrong sums on CPUs (tests/test_build.py)
+# importlib_resources is imported by tensorflow-datasets, which does not ask for it
+DATA = ["importlib_resources>=6.0", "numba>=0.61", "pyarrow>=17", "simplejpeg>=1.9", "tensorflow-datasets>=4.9.7"]
 TORCH = ["torch>=2.5", "transformers>=5.0", "diffusers>=0.36"]
 
 setup(

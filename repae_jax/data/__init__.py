@@ -15,12 +15,14 @@ from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.digits import DigitsSource
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.imagenet import ImagenetSource
+from repae_jax.data.imagenet_tar import ImagenetTarSource
 from repae_jax.data.parquet import ParquetSource
 
 _SOURCES = {
     "digits": DigitsSource,
     "folder": FolderSource,
     "imagenet": ImagenetSource,
+    "imagenet_tar": ImagenetTarSource,
     "parquet": ParquetSource,
     "array_record": PreparedImages,
 }
@@ -35,7 +37,8 @@ def make_source(source, image_size, **fields):
     """Builds a source by name.
 
     Args:
-      source: 'digits', 'folder', 'imagenet' (of TFDS), 'parquet' (of Hugging Face) or 'array_record' (prepared images).
+      source: 'digits', 'folder', 'imagenet' (of TFDS), 'imagenet_tar' (the archives), 'parquet' (of Hugging Face) or
+        'array_record' (prepared images).
       image_size: side of the images in pixels.
       **fields: the other arguments of that source, such as `split` or `path`; None is as if not given.
 

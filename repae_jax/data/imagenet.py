@@ -1,8 +1,7 @@
 """ImageNet, and other labelled images, as TensorFlow Datasets (TFDS) prepares them; TensorFlow has no part in reading.
 
-To prepare ImageNet, put the two archives of the ILSVRC 2012 challenge into a folder, and run once
-
-  tfds build imagenet2012 --file_format=array_record --manual_dir=FOLDER --data_dir=DATA_DIR
+To prepare ImageNet, put the archives of training and validation images of the ILSVRC 2012 challenge into a folder, and give it
+to TFDS as in README, once. TFDS' command line, `tfds build`, would need packages that nothing else here does.
 """
 
 import functools
@@ -178,23 +177,33 @@ def _open(dataset, split, data_dir):
     try:
         builder = tfds.builder(dataset, data_dir=folder, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # the last for a version
-        raise ValueError(f"dataset {dataset!r} cannot be opened {where} ({str(error).splitlines()[0]})") from error
+        message = str(error).splitlines()[0]
+        if "File format is already set" in message:
+            raise ValueError(
+                f"{dataset!r} is prepared in another format {where}, but only ArrayRecords can be read at random. Prepare it "
+                f"anew, in another data_dir: {_build(dataset, 'DATA_DIR')}"
+            ) from error
+        raise ValueError(f"dataset {dataset!r} cannot be opened {where} ({message})") from error
     if not builder.is_prepared():
         raise ValueError(
-            f"{dataset!r} is not prepared as ArrayRecords {where}. To do so: `tfds build {dataset} --file_format=array_record "
-            f"--manual_dir=FOLDER_OF_ITS_ARCHIVES{f' --data_dir={data_dir}' if data_dir else ''}`"
+            f"{dataset!r} is not prepared as ArrayRecords {where}. To do so, with the folder of its archives: "
+            + _build(dataset, folder)
         )
     info = builder.info
     _allow_open_files(sum(one.num_shards for one in info.splits.values()))
     try:
         return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{info.full_name} is prepared as {info.file_format}, which cannot be read at random; `tfds convert_format "
-            f"--dataset_dir={info.data_dir} --out_file_format=array_record` makes ArrayRecords of it"
-        ) from error
     except (ValueError, KeyError) as error:
         raise ValueError(f"split is {split!r}; splits of {info.full_name}: {', '.join(map(repr, info.splits))}") from error
+
+
+def _build(dataset, data_dir):
+    """The command that prepares a data set; `tfds build` needs apache-beam, which cannot be installed beside the rest."""
+    place = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        f"`python -c \"import tensorflow_datasets as tfds; tfds.builder({dataset!r}{place}, file_format='array_record')"
+        ".download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir='ARCHIVES'))\"`"
+    )
 
 
 def _allow_open_files(shards):

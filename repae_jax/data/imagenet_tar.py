@@ -1,0 +1,217 @@
+"""ImageNet straight from the archives of the ILSVRC 2012 challenge, of which nothing is unpacked.
+
+ILSVRC2012_img_train.tar is a tar of 1000 tars, one for each class, and ILSVRC2012_img_val.tar a tar of images; the content says
+which one a file is. Classes are numbered in the order of their WordNet ids. Those of the validation images, which stand in
+no archive but the challenge's development kit, are in a list of tensorflow_datasets (TFDS).
+
+Names, labels and order of the records are those that `repae_jax.data.folder` gives a folder with a subfolder for each class.
+"""
+
+import errno
+import importlib.util
+import os
+import re
+import tarfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from repae_jax.data.decoding import decode_crop
+
+_CLASS = re.compile(r"(n\d{8})\.tar")
+_VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+_TRAINING_IMAGES, _VALIDATION_IMAGES = 1_281_167, 50_000
+_WHOLE = "is it whole? Copy or download it again"
+_BLOCK = tarfile.BLOCKSIZE
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_NOT_FILES = (tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)  # folders, dates and the like
+_LISTING = 16  # threads: they wait for the disk, mostly
+
+
+class ImagenetTarSource:
+    """Random access to the images in an archive, centre-cropped as they are read. Worker processes open it for themselves.
+
+    Attributes:
+      labels: int32 `[N]`, 0..999.
+      num_classes: 1000.
+      image_size: side of the images in pixels.
+    """
+
+    def __init__(self, path, image_size):
+        """Lists the archive: reads the header of each image, and decodes none.
+
+        Args:
+          path: ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name.
+          image_size: side of the images in pixels.
+
+        Raises:
+          ValueError: if the file is missing, no such archive, compressed, truncated or damaged, or classes are missing.
+          ImportError: without tensorflow_datasets, whose list of classes is read.
+        """
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
+        self._path = Path(path).expanduser()
+        if not self._path.is_file():
+            raise ValueError(f"path is {str(path)!r}, which is no file; give ILSVRC2012_img_train.tar or …_val.tar")
+        self._file = None
+        self._wnids = _table("labels.txt")
+        members = list(_members(self._opened(), 0, self._path.stat().st_size, self._path))
+        first = members[0][0] if members else "nothing"
+        if _CLASS.fullmatch(first):
+            found, expected = self._list_training(members), _TRAINING_IMAGES
+        elif _VALIDATION.fullmatch(first):
+            found, expected = self._list_validation(members), _VALIDATION_IMAGES
+        else:
+            raise ValueError(
+                f"{path} holds {first}; allowed are the challenge's archives of training images (n01440764.tar, …) and of "
+                "validation images (ILSVRC2012_val_00000001.JPEG, …), as they are; other images are read from a folder"
+            )
+        self.labels, self._names, self._starts, self._sizes = found
+        if len(self) != expected:
+            logging.warning("%s holds %d images, the challenge's archive %d", path, len(self), expected)
+        self.num_classes = len(self._wnids)
+        self.image_size = image_size
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
+
+        Raises:
+          Exception: whatever Pillow raises for what it cannot decode.
+          OSError: if the archive cannot be read.
+        """
+        i = range(len(self))[i]
+        try:
+            content = os.pread(self._opened().fileno(), self._sizes[i], self._starts[i])
+            if len(content) < self._sizes[i]:
+                raise OSError(errno.EIO, f"{self._path} ends within it, as it did not when it was listed")
+        except OSError:
+            self._file = None  # a file server may have forgotten the file that was open
+            raise
+        return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
+
+    def name(self, i):
+        """Names record `i`: its class and file, 'n01440764/n01440764_10026.JPEG'."""
+        return f"{self._wnids[self.labels[i]]}/{self._names[i].decode()}"
+
+    def _opened(self):
+        file = self._file
+        if file is None:
+            file = self._file = self._path.open("rb", buffering=0)
+        return file
+
+    def _list_training(self, members):
+        """(labels, names, starts, sizes), arrays, of the images in the tars of the classes."""
+        wnids = [self._match(_CLASS, name)[1] for name, _, _ in members]
+        _check_unique(self._path, wnids)
+        unknown, missing = sorted(set(wnids) - set(self._wnids)), sorted(set(self._wnids) - set(wnids))
+        if unknown:
+            raise ValueError(f"{self._path} holds {len(unknown)} classes that are not of the challenge, first {unknown[0]}")
+        if missing:
+            raise ValueError(
+                f"{self._path} lacks {len(missing)} of the {len(self._wnids)} classes, first {missing[0]}.tar; {_WHOLE}"
+            )
+
+        def listed(member):
+            name, start, size = member
+            where = f"{self._path}: {name}"
+            images = list(_members(self._opened(), start, start + size, where))
+            own = re.compile(rf"{name.removesuffix('.tar')}_\d+\.JPEG")
+            for image, _, _ in images:
+                self._match(own, image, where)
+            if not images:
+                raise ValueError(f"{where} holds no images; {_WHOLE}")
+            return _columns(images, where)
+
+        with ThreadPoolExecutor(_LISTING) as pool:
+            progress = tqdm(pool.map(listed, sorted(members)), total=len(members), unit="class", desc="listing images")
+            columns = list(progress)
+        labels = np.repeat(np.arange(len(columns), dtype=np.int32), [len(names) for names, *_ in columns])
+        return (labels, *map(np.concatenate, zip(*columns)))
+
+    def _list_validation(self, members):
+        """The same of the validation images."""
+        names, starts, sizes = _columns(members, self._path)
+        label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids)}
+        label_of_number = [label_of_wnid[wnid] for wnid in _table("validation_labels.txt")]
+        numbers = [int(self._match(_VALIDATION, name.decode())[1]) for name in names]
+        wrong = [number for number in numbers if not 1 <= number <= len(label_of_number)]
+        if wrong:
+            raise ValueError(f"{self._path} holds validation image {wrong[0]}; they have the numbers 1..{len(label_of_number)}")
+        labels = np.array([label_of_number[number - 1] for number in numbers], np.int32)
+        order = np.argsort(labels, kind="stable")  # by name within a class
+        return labels[order], names[order], starts[order], sizes[order]
+
+    def _match(self, pattern, name, where=None):
+        """The match; ValueError if the archive holds something else there."""
+        match = pattern.fullmatch(name)
+        if not match:
+            raise ValueError(f"{where or self._path} holds {name}, which the challenge's archive has not there; {_WHOLE}")
+        return match
+
+
+def _members(file, start, end, where):
+    """Yields (name without folders, start, size in bytes) of each file in a tar archive; hidden ones are left out.
+
+    Args:
+      file: that holds the archive.
+      start, end: of the archive in it, in bytes.
+      where: its name, for messages.
+
+    Raises:
+      ValueError: if it is no archive, or not whole.
+    """
+    at = start
+    while True:
+        header = os.pread(file.fileno(), _BLOCK, at) if at + _BLOCK <= end else b""
+        if len(header) < _BLOCK:
+            raise ValueError(f"{where} is truncated: it ends after {end - start} bytes, without a mark of its end; {_WHOLE}")
+        if not any(header):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            compressed = "; if it is compressed, unpack it once, as with gunzip" if at == start else ""
+            raise ValueError(f"{where} is no tar archive, or damaged at byte {at - start} ({error}){compressed}") from error
+        content, at = at + _BLOCK, at + _BLOCK * (1 + -(-info.size // _BLOCK))
+        if at > end:
+            raise ValueError(f"{where} is truncated: it ends after {end - start} bytes, within {info.name}; {_WHOLE}")
+        name = info.name.rpartition("/")[2]
+        if info.type in _FILES and not name.startswith("."):
+            yield name, content, info.size
+        elif info.type not in (*_FILES, *_NOT_FILES):
+            raise ValueError(f"{where} holds {info.name}, which is a link or the like; allowed: files")
+
+
+def _columns(members, where):
+    """(names, starts, sizes): arrays, sorted by name; ValueError if two members have one name."""
+    members = sorted(members)
+    _check_unique(where, [name for name, _, _ in members])
+    names, starts, sizes = zip(*members)
+    return np.array(names, "S"), np.array(starts, np.int64), np.array(sizes, np.int64)
+
+
+def _check_unique(where, names):
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where} holds {len(twice)} names more than once, first {twice[0]}; {_WHOLE}")
+
+
+def _table(name):
+    """Lines of a text file that TFDS has on ImageNet; TFDS is not imported."""
+    package = importlib.util.find_spec("tensorflow_datasets")
+    if package is None:
+        raise ImportError(
+            "the list of ImageNet's classes is that of tensorflow_datasets, which is not installed: pip install "
+            "tensorflow-datasets"
+        )
+    return (Path(package.origin).parent / "datasets/imagenet2012" / name).read_text().split()
