@@ -44,7 +44,9 @@ else
     need SLURM_GPUS_ON_NODE=8 SLURM_NTASKS_PER_NODE=8 SLURM_CPUS_PER_TASK=8
 fi
 [ ${#rest[@]} -gt 0 ] || fail "flags of training are missing: sbatch $script --config configs/repae.py --workdir runs/repae"
-starts=${MAX_STARTS:-5} notes=runs/slurm/${SLURM_JOB_ID:-JOB} # notes: the newest checkpoint, and how many starts have ended with it
+starts=${MAX_STARTS:-5} job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # one of the IDs alone means the whole array
+notes=runs/slurm/$job # the newest checkpoint, and how many starts have ended with it
 [[ $starts =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS=$starts: expected a number of starts, 1 or more"
 
 say() { echo "$(date '+%F %T') $*" >&2; }
@@ -53,8 +55,8 @@ say() { echo "$(date '+%F %T') $*" >&2; }
 # shellcheck disable=SC2317,SC2329 # called by the trap
 stop_in_time() {
     local end
-    scancel --signal=TERM "$SLURM_JOB_ID" || say "the run could not be asked to stop" # its processes, not this script
-    end=$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e) || end=2min
+    scancel --signal=TERM "$job" || say "the run could not be asked to stop" # its processes, not this script
+    end=$(squeue --noheader --job="$job" --format=%e) || end=2min
     say "the run is asked to stop, as the time limit is at $end"
     (sleep $(($(date --date="$end" +%s) - $(date +%s) - 30)) && kill -USR2 $$) 2>/dev/null &
 }
@@ -88,12 +90,12 @@ again() {
     mkdir -p "${notes%/*}"
     echo "$step $count" >"$notes"
     say "the job goes back into the queue, the newest checkpoint is that of step $step"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
     exit
 }
 
-# left from a run by hand, these would be taken for this one's
-call unset JAX_COORDINATOR_ADDRESS JAX_LOCAL_DEVICE_IDS
+# of a run by hand or of the job that this one was submitted from, these would be taken for this one's
+call unset JAX_COORDINATOR_ADDRESS JAX_LOCAL_DEVICE_IDS "${!SLURM_CPU_BIND@}"
 call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
 gpus=${SLURM_GPUS_ON_NODE:-8} tasks=${SLURM_NTASKS_PER_NODE:-8}
 if [ "$tasks" -ne "$gpus" ]; then

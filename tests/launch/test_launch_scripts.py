@@ -657,11 +657,19 @@ def test_slurm_job_without_a_new_checkpoint_ends_after_some_starts(place, flag):
     assert start()[0] == 0  # somebody has put it back by hand
 
 
-def test_slurm_job_takes_nothing_from_a_run_by_hand(place):
-    place.behave("srun", f'echo "${{JAX_COORDINATOR_ADDRESS-none}}" >{place.behaviors}/address')
-    place.launch("slurm.sh", "--config", "c", **JOB, JAX_COORDINATOR_ADDRESS="host0:1234", JAX_LOCAL_DEVICE_IDS="0")
-    (line,) = place.calls_file.read_text().splitlines()
-    assert json.loads(line)["ids"] is None and (place.behaviors / "address").read_text() == "none\n"
+def test_slurm_job_takes_nothing_from_a_run_by_hand_or_another_job(place):
+    place.behave("srun", f"env >{place.behaviors}/environment")
+    foreign = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_LOCAL_DEVICE_IDS": "0", "SLURM_CPU_BIND_LIST": "1"}
+    place.launch("slurm.sh", "--config", "c", **JOB, **foreign, SLURM_CPU_BIND="map_cpu:1")
+    found = (place.behaviors / "environment").read_text()
+    assert "SLURM_JOB_ID=7" in found and not [name for name in (*foreign, "SLURM_CPU_BIND") if name in found]
+
+
+def test_slurm_job_of_an_array_leaves_the_others_alone(place):
+    """The ID of the array is that of one of its jobs, too."""
+    place.behave("srun", "exit 75")
+    place.launch("slurm.sh", "--config", "c", **JOB, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
+    assert place.calls("scontrol") == [["requeue", "7_1"]]
 
 
 def test_sbatch_sees_all_its_options():
