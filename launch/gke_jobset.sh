@@ -18,11 +18,13 @@
 #   SLICES              1 if not set; each is a node pool of its own, and training needs --config.mesh.slices=SLICES, too
 #   BUCKET              mounted with Cloud Storage FUSE (the cluster's add-on GcsFuseCsiDriver), to be read at /mnt/BUCKET; none
 #                       if not set
-#   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every error
+#   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every process that is killed. An error of the program
+#                       (exit code 1 or 2), which would come again, ends the JobSet
+#   START_SECONDS       in which all pods must have come, counted from the first one; 1800 if not set
 #   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
-#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter must be allowed to write to the bucket of the workdir. Pods of
-#                       several slices are in the nodes' network, where the node's service account writes instead: it must be
-#                       allowed to, by the scopes of the node pools, too (--scopes=storage-full)
+#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter needs the roles storage.objectUser and storage.legacyBucketReader
+#                       on the bucket of the workdir. Pods of several slices are in the nodes' network, where the node's service
+#                       account writes instead: it needs them, and scopes of the node pools that allow it (--scopes=storage-full)
 #
 # The cluster needs the JobSet controller (https://jobset.sigs.k8s.io). --dry-run prints the commands and runs none.
 script=$0
@@ -53,19 +55,24 @@ manifest() {
     need IMAGE=us-docker.pkg.dev/my-project/repae/train:1 ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=8x8
     [ $# -gt 0 ] || fail "$command needs flags of training: $command --config configs/repae.py --workdir gs://bucket/run"
     local setting chips per_host=${CHIPS_PER_HOST:-4} slices=${SLICES:-1} restarts=${MAX_RESTARTS:-20} grace=${GRACE_SECONDS:-120}
+    local start=${START_SECONDS:-1800} hosts longest
     [[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY: expected chips per side, e.g. 8x8 or 4x4x8"
-    for setting in "CHIPS_PER_HOST=$per_host" "SLICES=$slices" "MAX_RESTARTS=$restarts" "GRACE_SECONDS=$grace"; do
+    for setting in "CHIPS_PER_HOST=$per_host" "SLICES=$slices" "MAX_RESTARTS=$restarts" "GRACE_SECONDS=$grace" \
+        "START_SECONDS=$start"; do
         [[ $setting =~ =[0-9]+$ ]] || fail "$setting: expected a whole number"
     done
     chips=$((${TOPOLOGY//x/*}))
     ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
+    hosts=$((chips / per_host)) longest=$NAME-slice-$((slices - 1))-$((chips / per_host - 1))-abcde # the name of a pod
+    ((${#longest} <= 63)) || fail "NAME=$NAME is too long by $((${#longest} - 63)) letters: pods are named $longest, with 63 at most"
     # workers hand batches over in shared memory, of which a pod has 64 MB otherwise
     local annotations='{}' volumes='{name: shared, emptyDir: {medium: Memory}}' mounts='{name: shared, mountPath: /dev/shm}'
     # between slices it is much faster; pods in it have the node's service account, not SERVICE_ACCOUNT
     local host_network=false dns=ClusterFirst
     if ((slices > 1)); then host_network=true dns=ClusterFirstWithHostNet; fi
     if [ -n "${BUCKET:-}" ]; then
-        local attributes="bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs"
+        local attributes
+        attributes="bucketName: $(quoted "$BUCKET"), mountOptions: implicit-dirs"
         ! $host_network || attributes+=', hostNetworkPodKSA: "true"'
         annotations='{gke-gcsfuse/volumes: "true"}'
         volumes+=", {name: bucket, csi: {driver: gcsfuse.csi.storage.gke.io, readOnly: true, volumeAttributes: {$attributes}}}"
@@ -81,14 +88,22 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: $restarts
+    rules:
+      - name: error
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: slice
       replicas: $slices
       template:
         spec:
-          parallelism: $((chips / per_host))
-          completions: $((chips / per_host))
+          parallelism: $hosts
+          completions: $hosts
           backoffLimit: 0  # one failed pod restarts them all
+          podFailurePolicy:
+            rules:
+              - action: FailJob  # an error of the program would come again
+                onExitCodes: {containerName: train, operator: In, values: [1, 2]}
           template:
             metadata:
               annotations: $annotations
@@ -108,7 +123,10 @@ spec:
                 ports:
                 - containerPort: 8471  # between the TPUs of a slice
                 - containerPort: 8080  # between slices
-                - containerPort: 8482  # jax.distributed's coordinator
+                - containerPort: 8476  # jax.distributed's coordinator
+                env:
+                - {name: JAX_COORDINATOR_PORT, value: "8476"}  # JAX's own, 8482, is closed in the firewalls that come with TPUs
+                - {name: START_SECONDS, value: "$start"}
                 volumeMounts: [$mounts]
                 resources:
                   limits:

@@ -36,7 +36,8 @@ elif [ -z "$dry_run" ] && listening "$port"; then
 fi
 logs=runs/multi_gpu/$(date +%Y%m%d-%H%M%S)-$port grace=${GRACE_SECONDS:-30} pids=()
 call mkdir -p "$logs"
-trap 'grace=600; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+stopping=
+trap 'stopping=1 grace=600; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
     train=(env "JAX_LOCAL_DEVICE_IDS=$i" python -m repae_jax.train --coordinator "localhost:$port"
         --num_processes "$processes" --process_id "$i" "${rest[@]}")
@@ -53,7 +54,13 @@ for ((i = 0; i < processes; i++)); do
 done
 [ -z "$dry_run" ] || exit 0
 
-while wait -n; do :; done # until one fails, a signal comes or none is left
+while wait -n && code=0 || ! code=$?; do :; done # until one fails, a signal comes or none is left
+if ((code > 128)) && [ -z "$stopping" ]; then
+    dead=()
+    for i in "${!pids[@]}"; do kill -0 "${pids[i]}" 2>/dev/null || dead+=("$i"); done
+    echo "process ${dead[*]} was killed by signal $((code - 128)), perhaps for want of memory; the others are ended after $grace s." \
+        "The same command continues from the newest checkpoint" >&2
+fi
 set -m # a process group of its own, which is ended with its sleep
 (sleep "$grace" && kill -KILL "${pids[@]}") >/dev/null 2>&1 &
 killer=$! worst=0

@@ -7,9 +7,14 @@
 # --ntasks-per-node=1 --cpus-per-task=64 takes one process per node, for all its GPUs and that many cores. The repository and the
 # workdir must be on a file system that all nodes see. If compute nodes have no network, install on the login node first:
 # (source launch/environment.sh cuda,data,torch)
-# EXTRAS, from the environment, is what is installed; these if not set.
+#
+# Settings, from the environment:
+#   EXTRAS        what is installed; cuda,data,torch if not set
+#   MAX_STARTS    5 if not set: that many starts in a row without a new checkpoint end the job
 #
 # Two minutes before the time limit, and when preempted, the run is asked to save itself; then the job goes back into the queue.
+# --signal=B:USR1@600 asks ten minutes before. What is not saved in time goes back, too, and what has ended because processes were
+# killed: on a node that died, or for want of memory. An error of the program ends the job.
 
 #SBATCH --job-name=repae
 #SBATCH --nodes=1
@@ -17,7 +22,7 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -39,7 +44,58 @@ else
     need SLURM_GPUS_ON_NODE=8 SLURM_NTASKS_PER_NODE=8 SLURM_CPUS_PER_TASK=8
 fi
 [ ${#rest[@]} -gt 0 ] || fail "flags of training are missing: sbatch $script --config configs/repae.py --workdir runs/repae"
+starts=${MAX_STARTS:-5} job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # one of the IDs alone means the whole array
+notes=runs/slurm/$job # the newest checkpoint, and how many starts have ended with it
+[[ $starts =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS=$starts: expected a number of starts, 1 or more"
 
+say() { echo "$(date '+%F %T') $*" >&2; }
+
+# Asks the run to save itself, and leaves half a minute for what is to be done if that takes too long.
+# shellcheck disable=SC2317,SC2329 # called by the trap
+stop_in_time() {
+    local end
+    scancel --signal=TERM "$job" || say "the run could not be asked to stop" # its processes, not this script
+    end=$(squeue --noheader --job="$job" --format=%e) || end=2min
+    say "the run is asked to stop, as the time limit is at $end"
+    (sleep $(($(date --date="$end" +%s) - $(date +%s) - 30)) && kill -USR2 $$) 2>/dev/null &
+}
+trap stop_in_time USR1
+
+# Step of the newest checkpoint, 0 if there is none.
+newest() {
+    python - "${rest[@]}" <<'PYTHON'
+import argparse
+
+from etils import epath
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("--workdir", "-workdir", type=epath.Path)
+folder = parser.parse_known_args()[0].workdir.expanduser() / "checkpoints"
+print(max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0))
+PYTHON
+}
+
+# Puts the job back into the queue, unless that has brought nothing for too long.
+again() {
+    local step count=0 last=
+    say "$1"
+    step=$(newest) || step=unknown
+    [ ! -f "$notes" ] || read -r last count <"$notes"
+    [ "$step" = "$last" ] || count=0
+    if ((++count >= starts)); then
+        rm -f "$notes"
+        fail "$count starts in a row ended with step $step as the newest checkpoint, so the job is not put back into the queue"
+    fi
+    mkdir -p "${notes%/*}"
+    echo "$step $count" >"$notes"
+    say "the job goes back into the queue, the newest checkpoint is that of step $step"
+    scontrol requeue "$job"
+    exit
+}
+
+# of a run by hand or of the job that this one was submitted from, these would be taken for this one's
+call unset JAX_COORDINATOR_ADDRESS JAX_LOCAL_DEVICE_IDS "${!SLURM_CPU_BIND@}"
 call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
 gpus=${SLURM_GPUS_ON_NODE:-8} tasks=${SLURM_NTASKS_PER_NODE:-8}
 if [ "$tasks" -ne "$gpus" ]; then
@@ -49,13 +105,30 @@ if [ "$tasks" -ne "$gpus" ]; then
 fi
 # JAX picks the GPU of a process among all of its node, so none may be hidden from it (as --gpus-per-task would); when a process
 # has ended, the others have a minute
-call srun --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 --wait=60 \
-    python -m repae_jax.train --distributed "${rest[@]}" && code=0 || code=$?
+train=(srun --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 --wait=60
+    python -m repae_jax.train --distributed "${rest[@]}")
 if [ -n "$dry_run" ]; then
-    echo "# if that ends with exit code 75 (saved on request, not finished):"
+    shown "${train[@]}"
+    echo "# if that ends with exit code 75 (stopped on request) or one above 128 (killed):"
     echo "scontrol requeue \"\$SLURM_JOB_ID\""
-elif [ "$code" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-else
-    exit "$code"
+    exit
 fi
+
+late=
+trap 'late=1' USR2
+"${train[@]}" &
+step=$!
+while [ -z "$late" ] && kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal ends waiting, too
+if [ -n "$late" ]; then
+    again "the run has not ended half a minute before the time limit: ask it earlier, with sbatch --signal=B:USR1@600 $script …"
+fi
+wait "$step" && code=0 || code=$?
+if [ "$code" -eq 75 ]; then
+    again "the run was stopped before its end: on request, or because its processes did not find each other (exit code 75)"
+elif [ "$code" -gt 128 ]; then
+    again "a process was killed, perhaps on a node that died, or for want of memory (exit code $code)"
+elif [ "$code" -ne 0 ]; then
+    say "the run ended with an error, which would come again (exit code $code): the job is not put back into the queue"
+fi
+rm -f "$notes"
+exit "$code"

@@ -179,6 +179,7 @@ nothing_left() {
     exit 3
 }
 
+# shellcheck disable=SC2120 # $1 is the command line's
 resume() {
     local flags said
     [ "${1:---failed}" = --failed ] || fail "resume takes --failed or nothing, not '$1'"

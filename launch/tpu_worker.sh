@@ -53,6 +53,9 @@ start)
         exit 1
     }
     export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
+    # what is left of another run would be taken for what the TPU's metadata say
+    unset JAX_COORDINATOR_ADDRESS "${!MEGASCALE_@}"
+    export JAX_COORDINATOR_PORT=8476 # JAX's own, 8482, is closed in the firewalls that come with TPUs
     rm -f "$pid" "$code" "$stopped"
     # a session of its own, which outlives the connection
     nohup setsid bash launch/tpu_worker.sh supervise "${@:2}" >>"$log" 2>&1 </dev/null &

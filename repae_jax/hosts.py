@@ -29,7 +29,7 @@ from jax._src import compilation_cache, distributed  # neither has all of this u
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
-START_SECONDS = 600  # in which all processes must have come; containers are pulled meanwhile
+START_SECONDS = 600  # in which all processes must have come, unless the environment's START_SECONDS says otherwise
 WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
 SEEN_SECONDS = 60  # until a new file is seen by all: network file systems keep what they know for a while
 PACKAGES = (
@@ -61,7 +61,7 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
     Raises:
       ValueError: if what is given cannot work.
 
-    If the processes do not find each other within START_SECONDS, each that has started ends with one line.
+    If the processes do not find each other within START_SECONDS, each that has started ends with one line, and exit code 75.
     """
     by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     given = {name: value for name, value in by_hand.items() if value is not None}
@@ -69,13 +69,14 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
         return
     if given:
         _check_by_hand(by_hand, automatic)
-    alone = threading.Timer(START_SECONDS, _end_alone)
+    seconds = _start_seconds()
+    alone = threading.Timer(seconds, _end_alone, [seconds])
     alone.daemon = True
     alone.start()
     try:
         jax.distributed.initialize(
             coordinator, num_processes, process_id, cluster_detection_method="deactivate" if given else None,
-            initialization_timeout=2 * START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=2 * seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(
@@ -114,14 +115,22 @@ def _check_by_hand(by_hand, automatic):
             ) from error
 
 
-def _end_alone():
-    """Ends a process that waits for others in vain; JAX would abort, with pages of its own state."""
+def _start_seconds():
+    """Seconds for which processes wait for each other, from the environment."""
+    given = os.environ.get("START_SECONDS") or str(START_SECONDS)
+    if not re.fullmatch(r"[1-9]\d{0,5}", given):
+        raise ValueError(f"START_SECONDS={given}: expected whole seconds, 1..999999")
+    return int(given)
+
+
+def _end_alone(seconds):
+    """Ends a process that waits for others in vain, as for a host that died; JAX would abort, with pages of its own state."""
     print(
-        f"error: the processes did not find each other within {START_SECONDS} s: start all of them, with the same coordinator "
-        "and number, each with a process_id of its own",
+        f"error: the processes did not find each other within {seconds} s: start all of them, with the same coordinator and "
+        "number, each with a process_id of its own; where they take longer to come, set START_SECONDS",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    os._exit(1)
+    os._exit(os.EX_TEMPFAIL)
 
 
 def several():

@@ -315,12 +315,20 @@ def test_a_port_that_is_in_use():
 
 def test_processes_that_wait_for_others_in_vain(compiled):
     """Whether they are process 0 or look for it."""
-    code = "from repae_jax import hosts; hosts.START_SECONDS = 3; hosts.start(False, {!r}, 2, {})"
+    code = "import os; os.environ['START_SECONDS'] = '3'; from repae_jax import hosts; hosts.start(False, {!r}, 2, {})"
     started = [launch(["-c", code.format(free_address(), index)], compiled) for index in range(2)]
     for process in started:
         error = process.communicate(timeout=120)[1]
-        assert process.returncode == 1 and "error: the processes did not find each other within 3 s: start all of them" in error
+        assert process.returncode == 75
+        assert "error: the processes did not find each other within 3 s: start all of them" in error
         assert "Traceback" not in error
+
+
+def test_seconds_to_wait_for_others(monkeypatch):
+    assert hosts._start_seconds() == 600
+    monkeypatch.setenv("START_SECONDS", "10 min")
+    with pytest.raises(ValueError, match="START_SECONDS=10 min: expected whole seconds, 1..999999"):
+        hosts.start(True)
 
 
 def test_versions_of_what_is_not_installed(monkeypatch):

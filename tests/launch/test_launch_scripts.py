@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jax._src import clusters
+from jax._src.clusters import cloud_tpu_cluster
+from kubeflow_trainer_api.models import jobset_v1alpha2_job_set as job_set
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ["tpu_pod.sh", "gke_jobset.sh", "slurm.sh", "multi_gpu.sh"]
@@ -145,11 +148,11 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-def on_worker(place, call):
+def on_worker(place, call, **settings):
     """Run what gcloud was asked to run over ssh, as a worker's shell would."""
     command = call[-1].removeprefix("--command=")
     assert command != call[-1]
-    return place.bash("-c", command, cwd=place.home)
+    return place.bash("-c", command, cwd=place.home, **settings)
 
 
 def wait_for(path, seconds=100):
@@ -189,11 +192,14 @@ def test_scripts_are_clean():
         ("gke_jobset.sh", ["submit"], JOBSET, "submit needs flags of training"),
         ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"NAME": "My_Run"}, "NAME=My_Run: expected small letters"),
         ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"TOPOLOGY": "64"}, "TOPOLOGY=64: expected chips per side, e.g. 8x8"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"NAME": "a" * 47}, "too long by 1 letters: pods are named aaaaa"),
+        ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"START_SECONDS": "1h"}, "START_SECONDS=1h: expected a whole number"),
         ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"SLICES": "two"}, "SLICES=two: expected a whole number"),
         ("gke_jobset.sh", ["submit", "-c"], JOBSET | {"TOPOLOGY": "3x3"}, "9 chips, which CHIPS_PER_HOST=4 does not divide"),
         ("slurm.sh", ["--config", "c"], {}, "this is no SLURM job; submit it: sbatch launch/slurm.sh FLAGS"),
         ("slurm.sh", [], JOB, "flags of training are missing"),
         ("slurm.sh", ["-c"], JOB | {"SLURM_GPUS_ON_NODE": ""}, "SLURM_GPUS_ON_NODE not set"),
+        ("slurm.sh", ["-c"], JOB | {"MAX_STARTS": "0"}, "MAX_STARTS=0: expected a number of starts, 1 or more"),
         ("slurm.sh", ["-c"], JOB | {"SLURM_NTASKS_PER_NODE": "3"}, "--ntasks-per-node must be 1 or 4"),
         ("slurm.sh", ["-c"], JOB | {"SLURM_SUBMIT_DIR": "/"}, "/ is not the repository's folder"),
         ("multi_gpu.sh", [], {}, "flags of training are missing"),
@@ -326,11 +332,11 @@ def test_run_reaches_the_workers_as_typed(place):
     shutil.rmtree(place.home / "repae/.venv")
     assert "setup first" in on_worker(place, start).stderr
     place.install(place.home / "repae", "tpu,data,torch")
-    place.behave("python", "echo step 1; exit 3")
-    assert on_worker(place, start).returncode == 0
+    place.behave("python", 'echo "step 1 ${MEGASCALE_NUM_SLICES-one} $JAX_COORDINATOR_PORT"; exit 3')
+    assert on_worker(place, start, MEGASCALE_NUM_SLICES="2").returncode == 0
     wait_for(place.home / "train.exit")
     assert place.calls("python") == [["-m", "repae_jax.train", "--distributed", *HARD]]
-    assert (place.home / "train.log").read_text() == "step 1\n"
+    assert (place.home / "train.log").read_text() == "step 1 one 8476\n"
     place.launch("tpu_pod.sh", "status", **POD | {"NAME": "other"})  # not there: nobody is asked over ssh
     assert all("ssh" not in call for call in place.calls())
     done = place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae")
@@ -521,10 +527,13 @@ def manifest_of(place, **settings):
 def test_manifest(place):
     jobset = manifest_of(place)
     assert jobset["kind"] == "JobSet" and jobset["metadata"]["name"] == "run"
-    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20}
+    rule = {"name": "error", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert jobset["spec"]["failurePolicy"] == {"maxRestarts": 20, "rules": [rule]}
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     assert replicated["replicas"] == 1 and job["parallelism"] == job["completions"] == 16 and job["backoffLimit"] == 0
+    ends = {"containerName": "train", "operator": "In", "values": [1, 2]}
+    assert job["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": ends}]}
     pod = job["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
@@ -536,9 +545,41 @@ def test_manifest(place):
     assert pod["volumes"] == [{"name": "shared", "emptyDir": {"medium": "Memory"}}]
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/dev/shm"}]
     assert container["image"] == "host/repae:1" and container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert {"containerPort": 8476} in container["ports"]
+    port, seconds = container["env"]
+    assert port == {"name": "JAX_COORDINATOR_PORT", "value": "8476"} and seconds == {"name": "START_SECONDS", "value": "1800"}
     command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes does
     assert command == ["python", "-m", "repae_jax.train", "--distributed", *HARD]
     assert all("$" not in word.replace("$$", "") for word in container["command"])
+
+
+def within(part, whole):
+    """Everything of one manifest that stands in another, which may have more."""
+    if isinstance(part, dict):
+        return {key: within(value, whole[key]) for key, value in part.items() if key in whole}
+    return [within(*pair) for pair in zip(part, whole)] if isinstance(part, list) else whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"SLICES": "2", "BUCKET": "my-bucket", "SERVICE_ACCOUNT": "me"}])
+def test_manifest_has_the_fields_of_jobsets_jobs_and_pods(place, settings):
+    """Those of the controllers' own schemas, and their types; a field that none of these knows would be lost."""
+    manifest = manifest_of(place, **settings)
+    assert within(manifest, job_set.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()) == manifest
+
+
+def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
+    """As JAX finds it on the TPUs of GKE, from what the manifest sets."""
+    (replicated,) = manifest_of(place)["spec"]["replicatedJobs"]
+    for entry in replicated["template"]["spec"]["template"]["spec"]["containers"][0]["env"]:
+        monkeypatch.setenv(entry["name"], entry["value"])
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,other")
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    for name in ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 200))
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, "gketpu", 1)
+    assert found[:3] == ("localhost:8476", 2, 1)
 
 
 def test_manifest_of_several_slices(place):
@@ -587,12 +628,48 @@ def test_slurm_starts_one_process_per_gpu_or_node(place, tasks, ids):
     assert call["argv"] == [*options, "python", "-m", "repae_jax.train", "--distributed", *HARD]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, []), (1, []), (75, [["requeue", "7"]]), (137, [])])
-def test_slurm_job_goes_back_into_the_queue_if_the_run_was_stopped(place, code, requeued):
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (127, False), (134, True), (137, True)])
+def test_slurm_job_goes_back_into_the_queue_if_that_helps(place, code, requeued):
     place.behave("srun", f"exit {code}")
     done = place.bash("launch/slurm.sh", "--config", "c", **JOB)
     assert done.returncode == (0 if requeued else code)
-    assert place.calls("scontrol") == requeued
+    assert place.calls("scontrol") == ([["requeue", "7"]] if requeued else [])
+    assert f"exit code {code})" in done.stderr or code == 0
+
+
+@pytest.mark.parametrize("flag", [["--workdir=a run"], ["-workdir", "a run"]])
+def test_slurm_job_without_a_new_checkpoint_ends_after_some_starts(place, flag):
+    place.behave("srun", "exit 137")
+    place.behave("python", f'[ "$1" != - ] || exec {sys.executable} "$@"')
+
+    def start():
+        done = place.bash("launch/slurm.sh", "--config", "c", *flag, **JOB, MAX_STARTS="3")
+        return done.returncode, done.stderr.splitlines()[-1], len(place.calls("scontrol"))
+
+    for step in (0, 70):
+        for folder in ("500.orbax-checkpoint-tmp", str(step)):
+            (place.root / "a run/checkpoints" / folder).mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            code, line, requeued = start()
+            assert (code, requeued) == (0, 1) and line.endswith(f"the newest checkpoint is that of step {step}")
+    refusal = "error: 3 starts in a row ended with step 70 as the newest checkpoint, so the job is not put back into the queue"
+    assert start() == (1, refusal, 0)
+    assert start()[0] == 0  # somebody has put it back by hand
+
+
+def test_slurm_job_takes_nothing_from_a_run_by_hand_or_another_job(place):
+    place.behave("srun", f"env >{place.behaviors}/environment")
+    foreign = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_LOCAL_DEVICE_IDS": "0", "SLURM_CPU_BIND_LIST": "1"}
+    place.launch("slurm.sh", "--config", "c", **JOB, **foreign, SLURM_CPU_BIND="map_cpu:1")
+    found = (place.behaviors / "environment").read_text()
+    assert "SLURM_JOB_ID=7" in found and not [name for name in (*foreign, "SLURM_CPU_BIND") if name in found]
+
+
+def test_slurm_job_of_an_array_leaves_the_others_alone(place):
+    """The ID of the array is that of one of its jobs, too."""
+    place.behave("srun", "exit 75")
+    place.launch("slurm.sh", "--config", "c", **JOB, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
+    assert place.calls("scontrol") == [["requeue", "7_1"]]
 
 
 def test_sbatch_sees_all_its_options():
@@ -600,7 +677,7 @@ def test_sbatch_sees_all_its_options():
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     options = [line for line in lines if line.startswith("#SBATCH ")]
     assert options == [line for line in lines[:first] if line.startswith("#SBATCH ")]
-    assert {"#SBATCH --signal=TERM@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert {"#SBATCH --signal=B:USR1@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
     assert not any("gpus-per-task" in line for line in options)  # hides GPUs that JAX counts on
 
 
@@ -646,7 +723,16 @@ def test_dead_process_ends_the_others(place):
     done = place.bash("launch/multi_gpu.sh", "--processes", "3", "--config", "c", GRACE_SECONDS="0.2")
     assert done.returncode == 137
     lines = [line for line in done.stderr.splitlines() if line.startswith("process")]
+    assert "was killed" not in done.stderr
     assert lines == [f"process {i} ended with exit code {code}" for i, code in ((0, 137), (1, 9), (2, 137))]
+
+
+def test_killed_process_is_named(place):
+    place.behave("python", 'case "$*" in *process_id\\ 1*) kill -KILL $$ ;; *) exec sleep 60 ;; esac')
+    done = place.bash("launch/multi_gpu.sh", "--processes", "3", "--config", "c", GRACE_SECONDS="0.2")
+    assert done.returncode == 137
+    line = "process 1 was killed by signal 9, perhaps for want of memory; the others are ended after 0.2 s. The same command"
+    assert line in done.stderr
 
 
 def signalled(place, on_signal, signals):
