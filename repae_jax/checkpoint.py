@@ -15,6 +15,7 @@ saved worth keeping (only states that are finite are saved), and can it be read 
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -408,9 +409,9 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     path = epath.Path(workdir)
     if "://" in str(workdir):
         return path
-    if "://" in str(path):
-        raise ValueError(f"Workdir {str(workdir)!r}: an address has two slashes, {str(path)!r}.")
     path = path.expanduser()
+    if re.match(r"\w+:/", str(path)):  # for etils the same as with two
+        raise ValueError(f"Workdir {str(path)!r}: an address has two slashes, a path does not begin so.")
     return epath.Path(Path(path).resolve()) if ".." in path.parts else path.absolute()  # .. of a link is not where the link is
 
 

@@ -167,7 +167,7 @@ def test_prepare_workdir_refuses_an_unwritable_place(path):
         checkpoint.prepare_workdir(path)
 
 
-@pytest.mark.parametrize(("name", "message"), [("", "is empty"), ("gs:/bucket/run", "two slashes, 'gs://bucket/run'")])
+@pytest.mark.parametrize(("name", "message"), [("", "is empty"), ("gs:/bucket/run", "an address has two slashes")])
 def test_prepare_workdir_refuses_what_is_no_name(name, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.prepare_workdir(name)
