@@ -28,7 +28,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from repae_jax import hosts
+from repae_jax import faults, hosts
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
 # goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
@@ -220,14 +220,14 @@ class Checkpointer:
         count, own = jax.process_count(), jax.process_index()
         share = jax.tree.unflatten(structure, [leaf if i % count == own else None for i, leaf in enumerate(leaves)])
 
-        def read():
+        def read(path):
             *_, stored_arrays = _read_header(path)
             if stored_arrays != _kinds(state):
                 raise ValueError("its list of arrays is another one")
             found = {name: _host_checksum(array) for name, array in _named_leaves(_read_to_host(path, share))}
             return _differing(found, sums)
 
-        differing, damage = _attempt(read)
+        differing, damage = _attempt(read, path)
         if damage := damage or differing:
             raise CheckpointLost(
                 f"Checkpoint {str(path)!r} was saved, but cannot be read back ({damage}): not training on without a way to "
@@ -239,7 +239,7 @@ class Checkpointer:
 
         A newer one that is damaged is logged as an error and moved to `<workdir>/checkpoints_damaged`, because the
         resumed run will save that step again; nothing is deleted. Damage is a missing, truncated or garbled file among
-        those that hold the state, the data position, the config or the checksums, and an array whose checksum differs.
+        those that hold the state, the data position, the config or the checksums, and whatever has another checksum.
 
         Args:
           abstract_state: the state as a pytree of `jax.ShapeDtypeStruct` with shardings (None: on one local device).
@@ -251,6 +251,7 @@ class Checkpointer:
         Raises:
           ValueError: the workdir belongs to a run with another config; the stored state differs from `abstract_state`
             in names, shapes or dtypes; or there are checkpoints and none can be read.
+          OSError: a checkpoint is out of reach, which is no damage: nothing is moved, and no older one is used.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -426,20 +427,48 @@ def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
     return directory / str(steps[-1] if step is None else step)
 
 
-def _attempt(read: Callable, *args: Any) -> tuple[Any, str | None]:
-    """Calls `read(*args)` in all processes; returns (result, None) if all succeeded, else (None, what is wrong)."""
-    result, damage = None, None
-    try:
-        result = read(*args)
-    except (jax.errors.JaxRuntimeError, MemoryError, _OlderCheckpoint):  # out of memory is no fault of the checkpoint
-        raise
-    except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
-        damage = _reason(error)
+def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | None]:
+    """Calls `read(path, *args)` in all processes; returns (result, None) if all succeeded, else (None, what is wrong).
+
+    Raises:
+      OSError: if not the checkpoint is to blame, but the disk, the bucket or the memory, after some more attempts; or if this
+        user may not read it.
+    """
+
+    def result_or_damage():
+        try:
+            return read(path, *args), None
+        except _OlderCheckpoint:
+            raise
+        except jax.errors.JaxRuntimeError as error:  # of the devices: raised below, as trying again does not help
+            return None, error
+        except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
+            if faults.is_of_the_system(error):
+                raise
+            _open_all(path)  # libraries say of what is out of reach that it does not exist
+            return None, _reason(error)
+
+    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}")
+    if isinstance(damage, jax.errors.JaxRuntimeError):
+        raise damage
     if jax.process_count() > 1:  # all processes must take the same checkpoint
         succeeded = multihost_utils.process_allgather(np.asarray(damage is None))
         if not damage and not np.all(succeeded):
             damage = "unreadable in another process"
     return (None, damage) if damage else (result, None)
+
+
+def _open_all(folder: epath.Path) -> None:
+    """Raises OSError if anything in a folder that is there cannot be opened."""
+    try:
+        for path in folder.iterdir():
+            if path.is_dir():
+                _open_all(path)
+            else:
+                with path.open("rb") as file:
+                    file.read(1)
+    except FileNotFoundError:
+        pass  # a damage
 
 
 def _read_unchecked(path: epath.Path, item: str) -> dict[str, Any]:
@@ -502,7 +531,11 @@ def _read_arrays(path: epath.Path, abstract: Any) -> tuple[Any, str | None]:
     """Reads the arrays named in `abstract`; returns (arrays, None), or (None, what is wrong with them)."""
     abstract = jax.tree.map(_with_sharding, abstract)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    stored, damage = _attempt(lambda: (_restore(path, abstract, restore_args), _read_unchecked(path, "checksums")["arrays"]))
+
+    def read(path):
+        return _restore(path, abstract, restore_args), _read_unchecked(path, "checksums")["arrays"]
+
+    stored, damage = _attempt(read, path)
     if damage:
         return None, damage
     arrays, checksums = stored

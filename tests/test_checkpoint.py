@@ -1,8 +1,10 @@
 """Saving, restoring, refusing and surviving damaged checkpoints."""
 
+import errno
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -19,7 +21,7 @@ import pytest
 from absl import logging
 from flax import struct
 
-from repae_jax import checkpoint
+from repae_jax import checkpoint, faults, hosts
 
 # TensorStore's abandoned reads of a damaged checkpoint complain when they are collected.
 
@@ -461,6 +463,57 @@ def test_missing_directory_is_damage(workdir, item, errors):
         (workdir / "checkpoints" / "2").mkdir(exist_ok=True)
     assert restore(workdir)[2] == 1
     assert "is damaged" in errors[0]
+
+
+@pytest.mark.parametrize("item", ["data", "checksums"])
+def test_a_disk_that_fails_is_no_damage(workdir, item, errors, warnings, monkeypatch):
+    """Reading it fails as from a broken disk: nothing is moved, and no step is repeated."""
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
+    file = workdir / "checkpoints" / "2" / item / "metadata"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # EIO at its beginning
+    with pytest.raises(OSError, match="checkpoints/2' cannot be read, tried 3 times .*put back a copy") as error:
+        restore(workdir)
+    assert error.value.errno == errno.EIO and len(warnings) == 2
+    assert not errors and not (workdir / "checkpoints_damaged").exists()
+
+
+def test_arrays_that_the_system_cannot_read_are_no_damage(workdir, errors, warnings, monkeypatch):
+    """Too many open files; the second attempt ends well."""
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
+    limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), checkpoint._restore
+
+    def restore_at_the_limit(*arguments):
+        if not warnings:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            return read(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    monkeypatch.setattr(checkpoint, "_restore", restore_at_the_limit)
+    assert restore(workdir)[2] == 2
+    assert len(warnings) == 1 and "trying again" in warnings[0] and not errors
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
+@pytest.mark.parametrize("item", ["checkpoints/2/state", "checkpoints/2/config", "."])
+def test_what_may_not_be_read_is_no_damage(workdir, item, errors, monkeypatch):
+    monkeypatch.setattr(hosts, "SEEN_SECONDS", 0)
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        modes = {folder: folder.stat().st_mode for folder in (workdir, *workdir.parents)}
+        try:
+            for folder in modes:
+                folder.chmod(0o755)
+            (workdir / item).chmod(0o700)
+            os.seteuid(65534)
+            with pytest.raises(PermissionError, match=str(workdir)):
+                checkpointer.restore(abstract_of(make_state()), CONFIG)
+        finally:
+            os.seteuid(0)
+            for folder, mode in modes.items():
+                folder.chmod(mode)
+    assert not errors and not (workdir / "checkpoints_damaged").exists()
 
 
 def test_damaged_step_is_saved_again_and_may_be_damaged_again(workdir, errors):
