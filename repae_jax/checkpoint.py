@@ -5,15 +5,19 @@ Layout of a run's workdir:
   checkpoints/<step>/          one complete checkpoint: `state` (arrays), `data`, `config`, `checksums` (JSON)
   checkpoints_damaged/<step>-<n>/   checkpoints that could not be read when the run was resumed, moved out of the way
 
-Storage, asynchrony, atomic commit and retention are Orbax's. Added here are the answers to three questions that Orbax
-leaves open: does this workdir hold the run that is being resumed (the stored config says), does the stored tree fit
-the state (names, shapes and dtypes are compared before reading), and are the bytes those that were saved (Orbax
-notices truncated and missing files, but not changed array bytes: a checksum per array is stored beside them).
+Storage, asynchrony, atomic commit and retention are Orbax's. Added here are the answers to questions that Orbax leaves
+open: does this workdir hold the run that is being resumed (the stored config says), does the stored tree fit the state
+(names, shapes and dtypes are compared before reading), are the bytes those that were saved (Orbax notices truncated and
+missing files, but not changed bytes: checksums of all arrays and of the JSON parts are stored beside them), is what is
+saved worth keeping (only states that are finite are saved), and can it be read (the first checkpoint is, at once).
 """
 
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from repae_jax import hosts
+from repae_jax import faults, hosts
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
 # goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
@@ -35,6 +39,7 @@ RESUMABLE = (
 )  # fmt: skip
 
 _ABSENT = "<absent>"
+_LONGEST = 3800  # bytes of a path: the names below it are shorter than what is left of the 4095 that Linux takes
 
 
 def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
@@ -47,9 +52,10 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
       The absolute path.
 
     Raises:
-      ValueError: the workdir cannot be created or written to.
+      ValueError: the workdir has a name that checkpoints would be lost under, or it cannot be created or written to.
     """
     path = _absolute(workdir)
+    _check_name(path)
     probe = path / f".write_test-{jax.process_index()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -67,6 +73,26 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
+def _check_name(path: epath.Path) -> None:
+    """Raises ValueError for names that Orbax and TensorStore take for something else than a name.
+
+    Orbax lists its files with a pattern that begins with the path: of `[…]` it finds nothing and completes checkpoints without
+    arrays, of `*` and `?` it may find those of another run. TensorStore takes a backslash for the end of a name.
+    """
+    name, changed = str(path), str.maketrans(dict.fromkeys("[]*?\\", "_"))
+    if glob.escape(name) != name or "\\" in name:
+        raise ValueError(
+            f"Workdir {name!r}: the libraries that save checkpoints take [ * ? and backslashes in it for a pattern. "
+            f"Give a path without them, for instance {name.translate(changed)!r}."
+        )
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"Workdir {name!r} is not UTF-8. Give a path that is.") from error
+    if size > _LONGEST:
+        raise ValueError(f"Workdir {name[:100]!r}… is {size} bytes long, of {_LONGEST} allowed. Give a shorter path.")
+
+
 def _handlers_of_one_process() -> dict[str, ocp.CheckpointHandler]:
     """How one process saves the items of a checkpoint: what is the same on several devices, whole and from one of them.
 
@@ -79,6 +105,18 @@ def _handlers_of_one_process() -> dict[str, ocp.CheckpointHandler]:
     registry = ocp.type_handlers.create_type_handler_registry(*handlers.items())
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
+
+
+class StateNotFinite(hosts.FailedTogether):
+    """A state is not worth saving: raised in all processes at once."""
+
+
+class CheckpointLost(hosts.FailedTogether):
+    """What was saved cannot be read: raised in all processes at once."""
+
+
+class _OlderCheckpoint(ValueError):
+    """A checkpoint is not damaged, but cannot be checked."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -138,6 +176,7 @@ class Checkpointer:
 
         Raises:
           ValueError: a checkpoint of a later step exists.
+          StateNotFinite: a number in the state is not finite: nothing is saved, so that what is kept is worth keeping.
         """
         if step in self.steps():
             return False
@@ -146,20 +185,61 @@ class Checkpointer:
                 f"Cannot save step {step}: {str(self._directory)!r} already holds step {self.latest_step}. "
                 "Restore it first, or use another workdir."
             )
+        sums, bad = _sums_and_bad(state)
+        if bad:
+            newest = self.latest_step
+            kept = "none was saved" if newest is None else f"the newest checkpoint, of step {newest}, is finite"
+            raise StateNotFinite(
+                f"after step {step} {len(bad)} of the state's {len(sums)} arrays hold numbers that are not finite: "
+                f"{', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}. That is not saved; {kept}. Losses and gradients were "
+                "finite, so look at the optimizers' settings (config.optim)."
+            )
+        parts = {"data": data_state, "config": config, "state": _described(state)}
+        checksums = {"arrays": sums, "parts": {name: _digest(part) for name, part in parts.items()}}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             data=ocp.args.JsonSave(data_state),
             config=ocp.args.JsonSave(config),
-            checksums=ocp.args.JsonSave(_checksums(state)),
+            checksums=ocp.args.JsonSave(checksums),
         )
         return self._manager.save(step, args=items)
+
+    def read_back(self, step: int, state: Any) -> None:
+        """Waits for a checkpoint, reads it and compares it with `state`, so that nothing can lose a run in silence.
+
+        The arrays are read into host memory, each process its share.
+
+        Raises:
+          CheckpointLost: in all processes, if it cannot be read or is not `state`.
+        """
+        self.wait()
+        path = self._directory / str(step)
+        hosts.is_seen(path)
+        sums, _ = _sums_and_bad(state)
+        leaves, structure = jax.tree.flatten(state)
+        count, own = jax.process_count(), jax.process_index()
+        share = jax.tree.unflatten(structure, [leaf if i % count == own else None for i, leaf in enumerate(leaves)])
+
+        def read(path):
+            *_, stored_arrays = _read_header(path)
+            if stored_arrays != _kinds(state):
+                raise ValueError("its list of arrays is another one")
+            found = {name: _host_checksum(array) for name, array in _named_leaves(_read_to_host(path, share))}
+            return _differing(found, sums)
+
+        differing, damage = _attempt(read, path)
+        if damage := damage or differing:
+            raise CheckpointLost(
+                f"Checkpoint {str(path)!r} was saved, but cannot be read back ({damage}): not training on without a way to "
+                "save. Look at the disk, or take another workdir, or the versions of constraints.txt."
+            )
 
     def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:
         """Restores the newest checkpoint that can be read, bit for bit, onto the shardings asked for.
 
         A newer one that is damaged is logged as an error and moved to `<workdir>/checkpoints_damaged`, because the
         resumed run will save that step again; nothing is deleted. Damage is a missing, truncated or garbled file among
-        those that hold the state, the data position, the config or the checksums, and an array whose checksum differs.
+        those that hold the state, the data position, the config or the checksums, and whatever has another checksum.
 
         Args:
           abstract_state: the state as a pytree of `jax.ShapeDtypeStruct` with shardings (None: on one local device).
@@ -171,6 +251,7 @@ class Checkpointer:
         Raises:
           ValueError: the workdir belongs to a run with another config; the stored state differs from `abstract_state`
             in names, shapes or dtypes; or there are checkpoints and none can be read.
+          OSError: a checkpoint is out of reach, which is no damage: nothing is moved, and no older one is used.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -275,10 +356,10 @@ def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any
       ValueError: no checkpoints, no such step, or it cannot be read.
     """
     path = _find_step(workdir, step)
-    metadata, damage = _attempt(ocp.PyTreeCheckpointHandler().metadata, path / "state")
+    metadata, damage = _attempt(_stored_metadata, path)
     if damage:
         raise _unreadable(path, damage)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree), int(path.name)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata), int(path.name)
 
 
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
@@ -327,7 +408,12 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     if not str(workdir):
         raise ValueError("Workdir '' is empty. Give a directory, for instance runs/repae, or gs://bucket/path.")
     path = epath.Path(workdir)
-    return path if "://" in str(workdir) else path.expanduser().absolute()
+    if "://" in str(workdir):
+        return path
+    path = path.expanduser()
+    if re.match(r"\w+:/", str(path)):  # for etils the same as with two
+        raise ValueError(f"Workdir {str(path)!r}: an address has two slashes, a path does not begin so.")
+    return epath.Path(Path(path).resolve()) if ".." in path.parts else path.absolute()  # .. of a link is not where the link is
 
 
 def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
@@ -341,15 +427,30 @@ def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:
     return directory / str(steps[-1] if step is None else step)
 
 
-def _attempt(read: Callable, *args: Any) -> tuple[Any, str | None]:
-    """Calls `read(*args)` in all processes; returns (result, None) if all succeeded, else (None, what is wrong)."""
-    result, damage = None, None
-    try:
-        result = read(*args)
-    except (jax.errors.JaxRuntimeError, MemoryError):  # out of memory is no fault of the checkpoint
-        raise
-    except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
-        damage = _reason(error)
+def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | None]:
+    """Calls `read(path, *args)` in all processes; returns (result, None) if all succeeded, else (None, what is wrong).
+
+    Raises:
+      OSError: if not the checkpoint is to blame, but the disk, the bucket or the memory, after some more attempts; or if this
+        user may not read it.
+    """
+
+    def result_or_damage():
+        try:
+            return read(path, *args), None
+        except _OlderCheckpoint:
+            raise
+        except jax.errors.JaxRuntimeError as error:  # of the devices: raised below, as trying again does not help
+            return None, error
+        except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
+            if faults.is_of_the_system(error):
+                raise
+            _open_all(path)  # libraries say of what is out of reach that it does not exist
+            return None, _reason(error)
+
+    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}")
+    if isinstance(damage, jax.errors.JaxRuntimeError):
+        raise damage
     if jax.process_count() > 1:  # all processes must take the same checkpoint
         succeeded = multihost_utils.process_allgather(np.asarray(damage is None))
         if not damage and not np.all(succeeded):
@@ -357,8 +458,28 @@ def _attempt(read: Callable, *args: Any) -> tuple[Any, str | None]:
     return (None, damage) if damage else (result, None)
 
 
-def _read_json(path: epath.Path, item: str) -> dict[str, Any]:
+def _open_all(folder: epath.Path) -> None:
+    """Raises OSError if anything in a folder that is there cannot be opened."""
+    try:
+        for path in folder.iterdir():
+            if path.is_dir():
+                _open_all(path)
+            else:
+                with path.open("rb") as file:
+                    file.read(1)
+    except FileNotFoundError:
+        pass  # a damage
+
+
+def _read_unchecked(path: epath.Path, item: str) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(path / item, args=ocp.args.JsonRestore())
+
+
+def _read_json(path: epath.Path, item: str) -> dict[str, Any]:
+    """The JSON part `item` of a checkpoint; ValueError if it is not what was saved."""
+    content = _read_unchecked(path, item)
+    _check_digest(path, item, content)
+    return content
 
 
 def _read_header(path: epath.Path) -> tuple[dict, dict, dict]:
@@ -366,31 +487,77 @@ def _read_header(path: epath.Path) -> tuple[dict, dict, dict]:
     return _read_json(path, "config"), _read_json(path, "data"), _stored_arrays(path)
 
 
+def _stored_metadata(path: epath.Path) -> Any:
+    """Orbax's metadata of the stored state, a tree; ValueError if the arrays are not those that were saved."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+    _check_digest(path, "state", _described(tree))
+    return tree
+
+
 def _stored_arrays(path: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every array of the stored state, by name."""
-    metadata = ocp.PyTreeCheckpointHandler().metadata(path / "state")
-    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named_leaves(metadata.tree)}
+    return _kinds(_stored_metadata(path))
+
+
+def _kinds(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array, by name."""
+    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named_leaves(tree)}
+
+
+def _described(tree: Any) -> dict[str, list]:
+    """The same as `_kinds`, as JSON can hold it."""
+    return {name: [list(shape), dtype.name] for name, (shape, dtype) in _kinds(tree).items()}
+
+
+def _digest(content: Any) -> str:
+    """Hash of what JSON can hold, the same for what is read back: tuples are lists, and the order of names does not count."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_digest(path: epath.Path, part: str, content: Any) -> None:
+    """Raises ValueError if a part of a checkpoint is not what was saved."""
+    checksums = _read_unchecked(path, "checksums")
+    if checksums and all(isinstance(value, int) for value in checksums.values()):  # of arrays alone
+        raise _OlderCheckpoint(
+            f"Checkpoint {str(path)!r} was saved by an older version of this code, without checksums of its JSON parts. "
+            "Use that version, or another workdir."
+        )
+    if checksums["parts"][part] != _digest(content):
+        raise ValueError(f"{part} has another checksum than when it was saved")
 
 
 def _read_arrays(path: epath.Path, abstract: Any) -> tuple[Any, str | None]:
     """Reads the arrays named in `abstract`; returns (arrays, None), or (None, what is wrong with them)."""
     abstract = jax.tree.map(_with_sharding, abstract)
-    args = ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
-    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
 
-    def read():
-        # The bare handler: `ocp.Checkpointer` waits for all processes afterwards, in vain if one of them has failed.
-        return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args), _read_json(path, "checksums")
+    def read(path):
+        return _restore(path, abstract, restore_args), _read_unchecked(path, "checksums")["arrays"]
 
-    stored, damage = _attempt(read)
+    stored, damage = _attempt(read, path)
     if damage:
         return None, damage
     arrays, checksums = stored
-    changed = [name for name, value in _checksums(arrays).items() if checksums.get(name) != value]
-    if changed:
-        return None, f"arrays with another checksum than when they were saved: {', '.join(changed)}"
-    return arrays, None
+    damage = _differing(_checksums(arrays), checksums)
+    return (None, damage) if damage else (arrays, None)
+
+
+def _read_to_host(path: epath.Path, abstract: Any) -> Any:
+    """The arrays named in `abstract`, as NumPy's."""
+    return _restore(path, abstract, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract))
+
+
+def _restore(path: epath.Path, abstract: Any, restore_args: Any) -> Any:
+    args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    # The bare handler: `ocp.Checkpointer` waits for all processes afterwards, in vain if one of them has failed.
+    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
+
+
+def _differing(found: Mapping[str, int], saved: Mapping[str, int]) -> str | None:
+    """Tells the arrays whose checksums differ; None if there are none."""
+    names = [name for name, value in found.items() if saved.get(name) != value]
+    return f"arrays with another checksum than when they were saved: {', '.join(names)}" if names else None
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -405,22 +572,38 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # of the size of an element, in bytes
+
+
 def _checksum(array: jax.Array) -> jax.Array:
     """Sum of the array's bit patterns modulo 2^32: an integer sum, so the same however the array is sharded."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[array.dtype.itemsize]
-    return jnp.sum(jax.lax.bitcast_convert_type(array, unsigned), dtype=jnp.uint32)
+    return jnp.sum(jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]), dtype=jnp.uint32)
+
+
+def _host_checksum(array: np.ndarray) -> int:
+    """The same of a NumPy array."""
+    return int(np.sum(np.ravel(array).view(_UNSIGNED[array.dtype.itemsize]), dtype=np.uint32))
+
+
+def _is_finite(array: jax.Array) -> jax.Array | bool:
+    return jnp.all(jnp.isfinite(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else True
 
 
 def _checksums(tree: Any) -> dict[str, int]:
-    sums = _sum_all(dict(_named_leaves(tree)))
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+    return _sums_and_bad(tree)[0]
 
 
-@jax.jit  # one program for the whole tree, not one per shape
-def _sum_all(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return jax.tree.map(_checksum, leaves)
+def _sums_and_bad(tree: Any) -> tuple[dict[str, int], list[str]]:
+    """(Checksum of every array by name, names of those with a number that is not finite)."""
+    sums, finite = jax.device_get(_look_at_all(dict(_named_leaves(tree))))
+    return {name: int(value) for name, value in sums.items()}, [name for name, value in finite.items() if not value]
+
+
+@jax.jit  # one program for the whole tree, not one per shape; both read every array once
+def _look_at_all(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    return jax.tree.map(_checksum, leaves), jax.tree.map(_is_finite, leaves)
 
 
 def _check_same_run(stored: Mapping[str, Any], given: Mapping[str, Any], path: epath.Path) -> None:

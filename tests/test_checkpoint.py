@@ -1,6 +1,10 @@
 """Saving, restoring, refusing and surviving damaged checkpoints."""
 
+import errno
+import json
 import os
+import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -17,7 +21,7 @@ import pytest
 from absl import logging
 from flax import struct
 
-from repae_jax import checkpoint
+from repae_jax import checkpoint, faults, hosts
 
 # TensorStore's abandoned reads of a damaged checkpoint complain when they are collected.
 
@@ -165,9 +169,50 @@ def test_prepare_workdir_refuses_an_unwritable_place(path):
         checkpoint.prepare_workdir(path)
 
 
-def test_prepare_workdir_refuses_an_empty_name():
-    with pytest.raises(ValueError, match="empty"):
-        checkpoint.prepare_workdir("")
+@pytest.mark.parametrize(("name", "message"), [("", "is empty"), ("gs:/bucket/run", "an address has two slashes")])
+def test_prepare_workdir_refuses_what_is_no_name(name, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.prepare_workdir(name)
+
+
+def test_the_parent_of_a_link_is_where_the_link_leads(tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    assert Path(checkpoint.prepare_workdir(tmp_path / "link" / ".." / "run")) == tmp_path / "far" / "run"
+    assert Path(checkpoint.prepare_workdir(tmp_path / "link" / "run")) == tmp_path / "link" / "run"
+
+
+@pytest.mark.parametrize("name", ["[lr=1e-4]", "a[1", "a*b", "a?b", "a\\b", "below/[x]/run"])
+def test_prepare_workdir_refuses_names_that_lose_checkpoints(tmp_path, name):
+    with pytest.raises(ValueError, match="take .* for a pattern. Give a path without them, for instance '[^[*?]*'"):
+        checkpoint.prepare_workdir(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "message"), [("\udcff", "not UTF-8"), ("/".join(["x" * 200] * 19), "bytes long, of 3800")])
+def test_prepare_workdir_refuses_names_that_nothing_can_be_saved_under(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.prepare_workdir(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_checkpoints_can_be_saved_under(tmp_path, monkeypatch):
+    """All others: what they hold is restored, and nothing is left of what is removed."""
+    monkeypatch.chdir(tmp_path)
+    state = {"kernel": jnp.ones((8, 512))}
+    names = [" sp ace ", "ünï-日本", "e\u0301", "%41%2F", "a#b&c=d;e", "(lr=1e-4)", "{a,b}", "a]", "'\"$`!|<>^~", "a:b,c+d@e"]
+    names += ["a\nb\tc", "-dash", "~", ".hidden", "1", "checkpoints", "1.orbax-checkpoint-tmp", "x" * 255, "file:x"]
+    names += ["../up", "there/../y", "./dot//twice/"]
+    for name in [*names, "/".join(["x" * 200] * 18)]:
+        workdir = checkpoint.prepare_workdir(tmp_path.name if name == "~" else name)
+        with checkpoint.Checkpointer(workdir, keep_last=1) as checkpointer:
+            for step in (1, 2):
+                checkpointer.save(step, state, {"position": step}, CONFIG)
+            checkpointer.read_back(2, state)
+            restored, position, step = checkpointer.restore(jax.eval_shape(lambda: state), CONFIG)
+        assert_bitwise(restored, state)
+        assert (position, step) == ({"position": 2}, 2), name
+        assert [path.name for path in (Path(workdir) / "checkpoints").iterdir()] == ["2"], name
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -222,7 +267,41 @@ def test_saving_compiles_the_checksums_alone(tmp_path, caplog):
     with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, state, {}, CONFIG)
     compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
-    assert compiled == ["jit(_sum_all)"]
+    assert compiled == ["jit(_look_at_all)"]
+
+
+def test_the_first_checkpoint_is_read_back(workdir, tmp_path):
+    state = make_state(3)
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        checkpointer.save(3, state, {"position": 3}, CONFIG)
+        checkpointer.read_back(3, state)
+        with pytest.raises(checkpoint.CheckpointLost, match="another checksum than when they were saved: .*step"):
+            checkpointer.read_back(3, make_state(4))
+        with pytest.raises(checkpoint.CheckpointLost, match="list of arrays"):
+            checkpointer.read_back(3, state.replace(ema=None))
+
+
+def test_a_checkpoint_that_a_library_loses_is_noticed(tmp_path):
+    """As in a folder whose name is taken for a pattern, if nobody had refused it."""
+    state = make_state(3)
+    with checkpoint.Checkpointer(tmp_path / "[lr=1e-4]") as checkpointer:
+        checkpointer.save(3, state, {}, CONFIG)
+        with pytest.raises(checkpoint.CheckpointLost, match=r"checkpoints/3' was saved, but cannot be read back \(.*NOT_FOUND"):
+            checkpointer.read_back(3, state)
+
+
+def test_what_is_not_finite_is_not_saved(workdir):
+    """So that all that is kept is finite; wherever it is, while losses and gradients are finite."""
+    good, places = make_state(3), ["vae.params.kernel", "sit.opt_state.0.nu.scale", "ema.kernel"]
+    named = checkpoint._named_leaves(good)
+    bad = jax.tree.unflatten(jax.tree.structure(good), [leaf * np.inf if name in places else leaf for name, leaf in named])
+    with checkpoint.Checkpointer(workdir, keep_last=1) as checkpointer:
+        with pytest.raises(checkpoint.StateNotFinite, match=rf"step 3 3 of the state's {len(named)} arrays") as error:
+            checkpointer.save(3, bad, {}, CONFIG)
+        assert all(place in str(error.value) for place in [*places, "the newest checkpoint, of step 2, is finite"])
+        assert checkpointer.steps() == [1, 2]
+    with checkpoint.Checkpointer(workdir / "new") as new, pytest.raises(checkpoint.StateNotFinite, match="none was saved"):
+        new.save(3, bad, {}, CONFIG)
 
 
 # -- restoring --------------------------------------------------------------------------------------------------------
@@ -343,6 +422,40 @@ def test_damaged_array_values_are_detected(workdir, damage, errors):
     assert len(errors) == 1
 
 
+def test_no_changed_digit_is_taken_as_true(workdir):
+    """In the JSON parts, each alone; nor in Orbax's list of the arrays, where some do not matter."""
+    readers = {"config": checkpoint.read_config, "data": checkpoint.read_data_state}
+    for item, read in readers.items():
+        file = workdir / "checkpoints" / "2" / item / "metadata"
+        intact = file.read_text()
+        for place in [digit.start() for digit in re.finditer(r"\d", intact)]:
+            file.write_text(intact[:place] + str((int(intact[place]) + 1) % 10) + intact[place + 1 :])
+            with pytest.raises(ValueError, match=f"is damaged .*{item} has another checksum than when it was saved"):
+                read(workdir)
+        file.write_text(intact)
+        read(workdir)
+    file, expected = workdir / "checkpoints" / "2" / "state" / "_METADATA", checkpoint.stored_shapes(workdir)
+    intact, refused = file.read_text(), 0
+    for place in [digit.start() for digit in re.finditer(r"\d", intact)]:
+        file.write_text(intact[:place] + str((int(intact[place]) + 1) % 10) + intact[place + 1 :])
+        try:
+            assert checkpoint.stored_shapes(workdir) == expected
+        except ValueError as error:
+            assert "is damaged" in str(error)
+            refused += 1
+    assert refused
+
+
+def test_checkpoints_without_checksums_of_their_json_parts(workdir, errors):
+    """They are not damaged."""
+    file = workdir / "checkpoints" / "2" / "checksums" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text())["arrays"]))
+    for read in (checkpoint.read_config, restore):
+        with pytest.raises(ValueError, match="checkpoints/2' was saved by an older version of this code, without checksums"):
+            read(workdir)
+    assert not errors and not (workdir / "checkpoints_damaged").exists()
+
+
 @pytest.mark.parametrize("item", ["state", "data", "config", "checksums", "."])
 def test_missing_directory_is_damage(workdir, item, errors):
     shutil.rmtree(workdir / "checkpoints" / "2" / item)
@@ -350,6 +463,57 @@ def test_missing_directory_is_damage(workdir, item, errors):
         (workdir / "checkpoints" / "2").mkdir(exist_ok=True)
     assert restore(workdir)[2] == 1
     assert "is damaged" in errors[0]
+
+
+@pytest.mark.parametrize("item", ["data", "checksums"])
+def test_a_disk_that_fails_is_no_damage(workdir, item, errors, warnings, monkeypatch):
+    """Reading it fails as from a broken disk: nothing is moved, and no step is repeated."""
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
+    file = workdir / "checkpoints" / "2" / item / "metadata"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # EIO at its beginning
+    with pytest.raises(OSError, match="checkpoints/2' cannot be read, tried 3 times .*put back a copy") as error:
+        restore(workdir)
+    assert error.value.errno == errno.EIO and len(warnings) == 2
+    assert not errors and not (workdir / "checkpoints_damaged").exists()
+
+
+def test_arrays_that_the_system_cannot_read_are_no_damage(workdir, errors, warnings, monkeypatch):
+    """Too many open files; the second attempt ends well."""
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
+    limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), checkpoint._restore
+
+    def restore_at_the_limit(*arguments):
+        if not warnings:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            return read(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    monkeypatch.setattr(checkpoint, "_restore", restore_at_the_limit)
+    assert restore(workdir)[2] == 2
+    assert len(warnings) == 1 and "trying again" in warnings[0] and not errors
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
+@pytest.mark.parametrize("item", ["checkpoints/2/state", "checkpoints/2/config", "."])
+def test_what_may_not_be_read_is_no_damage(workdir, item, errors, monkeypatch):
+    monkeypatch.setattr(hosts, "SEEN_SECONDS", 0)
+    with checkpoint.Checkpointer(workdir) as checkpointer:
+        modes = {folder: folder.stat().st_mode for folder in (workdir, *workdir.parents)}
+        try:
+            for folder in modes:
+                folder.chmod(0o755)
+            (workdir / item).chmod(0o700)
+            os.seteuid(65534)
+            with pytest.raises(PermissionError, match=str(workdir)):
+                checkpointer.restore(abstract_of(make_state()), CONFIG)
+        finally:
+            os.seteuid(0)
+            for folder, mode in modes.items():
+                folder.chmod(mode)
+    assert not errors and not (workdir / "checkpoints_damaged").exists()
 
 
 def test_damaged_step_is_saved_again_and_may_be_damaged_again(workdir, errors):
