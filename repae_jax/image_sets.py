@@ -130,8 +130,7 @@ class FolderImages:
 
     def __init__(self, path):
         self._root = Path(path)
-        listing = FolderSource(path, image_size=1, labelled=False)
-        self._names = [listing.name(i) for i in range(len(listing))]
+        self._names = FolderSource(path, image_size=1, labelled=False).paths
         self.count = len(self._names)
         self.shape = list(self._decode(0)[1].shape[:2])
         stats = [faults.read((self._root / name).stat, name=functools.partial(str, name)) for name in self._names]

@@ -12,7 +12,7 @@ from absl import logging
 
 from repae_jax import faults
 from repae_jax.data.decoding import KINDS, decode_crop, read_file
-from repae_jax.data.listing import list_below
+from repae_jax.data.listing import list_below, printable
 
 EXTENSIONS = tuple(ending for endings in KINDS.values() for ending in endings)
 # Of images, too, but not read: who has them should know.
@@ -32,6 +32,7 @@ class FolderSource:
     The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
 
     Attributes:
+      paths: of the records, relative to the folder, with forward slashes.
       labels: int32 `[N]`, 0 and above.
       num_classes: the number of class subfolders, or the largest label of the labels file plus one.
       image_size: side of the images in pixels.
@@ -66,17 +67,17 @@ class FolderSource:
         if not paths:
             raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
         if not labelled:
-            self._paths, labels = paths, np.zeros(len(paths))
+            self.paths, labels = paths, np.zeros(len(paths))
         elif labels_file is None:
-            self._paths, labels = paths, _labels_from_subfolders(self._root, paths, classes)
+            self.paths, labels = paths, _labels_from_subfolders(self._root, paths, classes)
         else:
-            self._paths, labels = _labels_from_file(self._root / labels_file, paths)
+            self.paths, labels = _labels_from_file(self._root / labels_file, paths)
         self.labels = np.asarray(labels, np.int32)
         self.num_classes = int(self.labels.max()) + 1
         self.image_size = image_size
 
     def __len__(self):
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, i):
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
@@ -84,12 +85,12 @@ class FolderSource:
         Raises:
           Exception: whatever PIL raises for a file it cannot decode, a truncated one included.
         """
-        content = read_file(self._root / self._paths[i])
+        content = read_file(self._root / self.paths[i])
         return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
 
     def name(self, i):
-        """The path of record `i`, relative to the folder."""
-        return self._paths[i]
+        """The path of record `i`, relative to the folder, as `printable`."""
+        return printable(self.paths[i])
 
 
 def _extensions():

@@ -38,7 +38,7 @@ def records_hash(source):
         return source.records_hash
     digest = hashlib.sha256()
     for i, label in enumerate(source.labels.tolist()):
-        digest.update(f"{source.name(i)}\0{label}\n".encode(errors="surrogateescape"))  # names need not be UTF-8
+        digest.update(f"{source.name(i)}\0{label}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -72,6 +72,11 @@ def list_below(root, endings):
     return Listing(sorted(files), sorted(others), sorted(folders))
 
 
+def printable(path):
+    """Returns a path as text that can be printed, logged and encoded: bytes that are not UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _above(root):
     """(device, inode) of the folders that a folder is in."""
     return [(found.st_dev, found.st_ino) for found in map(os.stat, Path(os.path.realpath(root)).parents)]

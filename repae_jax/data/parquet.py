@@ -15,7 +15,7 @@ import numpy as np
 
 from repae_jax import faults
 from repae_jax.data.decoding import decode_crop
-from repae_jax.data.listing import list_below
+from repae_jax.data.listing import list_below, printable
 
 _KEPT_GROUPS = 8  # row groups in memory: one for each thread that reads in order, and some
 _MOST_GROUP_BYTES = 2**31 - 1  # of a row group's images: pyarrow's offsets
@@ -110,7 +110,7 @@ class ParquetSource:
     def name(self, i):
         """Names record `i`: its file, and its row there."""
         place = int(np.searchsorted(self._file_starts, i, side="right")) - 1
-        return f"{self._files[place]} row {i - int(self._file_starts[place])}"
+        return f"{printable(self._files[place])} row {i - int(self._file_starts[place])}"
 
     def _read_group(self, number):
         """The encoded images of a row group: a pyarrow array."""

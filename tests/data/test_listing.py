@@ -6,13 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from repae_jax import faults
+from repae_jax import evaluate_tokenizer, faults
+from repae_jax.analyze_latents.encoding import read_batches
 from repae_jax.data.folder import FolderSource
+from repae_jax.data.latents import records_hash
 from repae_jax.data.listing import list_below
+from repae_jax.data.loader import Loader
 from repae_jax.data.reading import attempt
-from repae_jax.image_sets import FolderImages
+from repae_jax.image_sets import DatasetImages, FolderImages
+from repae_jax.shard_writer import Blocks
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR4nGNkYGDgYGEiHpGgdFTDqIahpgEAgIEOEiEMTFYAAAAASUVORK5CYII="
@@ -96,8 +101,9 @@ def test_names_that_are_not_utf8(png):
     latin = os.fsdecode(b"caf\xe9.png")
     root = png("a/0.png", f"a/{latin}")
     source = FolderSource(root, 8)
-    assert names(source) == ["a/0.png", f"a/{latin}"] and source[1]["image"].shape == (8, 8, 3)
-    assert FolderImages(root).description["files"] == 2
+    assert names(source) == ["a/0.png", "a/caf\\xe9.png"] and source[1]["image"].shape == (8, 8, 3)
+    assert records_hash(source) and FolderImages(root).description["files"] == 2
+    assert sum(len(block) for block in FolderImages(root).blocks([(0, 2)])) == 2
     (root / "labels.csv").write_bytes(b"a/0.png,1\na/caf\xe9.png,2\n")
     assert FolderSource(root, 8, labels_file="labels.csv").labels.tolist() == [1, 2]
 
@@ -154,13 +160,32 @@ def test_a_pipe_is_no_image(png):
         FolderSource(root, 8)
 
 
+READERS = {
+    "attempt": lambda source: attempt(source, 1),
+    "loader": lambda source: next(Loader(source, batch_size=2, seed=0, max_bad_fraction=1)),
+    "prepare_images, cache_latents": lambda source: Blocks(source, [(0, 2)], lambda fields: fields, None)[0],
+    "evaluate_tokenizer": lambda source: evaluate_tokenizer._Blocks(source, np.arange(2), 2)[0],
+    "analyze_latents": lambda source: list(read_batches(source, np.arange(2), 2)),
+    "evaluate, a source": lambda source: list(DatasetImages(source, {}).blocks([(0, 2)])),
+    "evaluate, a folder": lambda source: list(FolderImages(source._root).blocks([(0, 2)])),
+}
+
+
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file of Linux that cannot be read")
-def test_a_real_error_of_reading_is_no_fault_of_the_image(png, monkeypatch):
+@pytest.mark.parametrize("reader", READERS)
+def test_a_real_error_of_reading_is_no_fault_of_the_image(png, monkeypatch, reader):
     root = png("a/0.png")
     (root / "a/1.png").symlink_to("/proc/self/mem")
     monkeypatch.setattr(faults, "_PAUSES", (0, 0))
     with pytest.raises(OSError, match="a/1.png cannot be read, tried 3 times .*Input/output error"):
-        attempt(FolderSource(root, 8), 1)
+        READERS[reader](FolderSource(root, 8))
+    (root / "a/1.png").unlink()
+    (root / "a/1.png").symlink_to("nowhere.png")
+    if reader.startswith(("analyze", "evaluate,")):
+        with pytest.raises((ValueError, OSError), match=r"a/1.png"):
+            READERS[reader](FolderSource(root, 8))
+    else:
+        READERS[reader](FolderSource(root, 8))
 
 
 def test_hidden_files_and_folders_never_count(png):
