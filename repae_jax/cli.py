@@ -248,10 +248,8 @@ def parse_flags(arguments):
       SystemExit: with one line if a word is not understood, a flag has a wrong value, or the config cannot be read; with 0
         after --help.
     """
-    # bash leaves the ~ of --config=~/mine.py as it is
-    arguments = [re.sub(r"(?<=^--config=)~[^/:]*", lambda found: os.path.expanduser(found[0]), word) for word in arguments]
     try:
-        file = _config_file(arguments)
+        arguments, file = _with_config_file(arguments)
         if file is not None:
             _check_overrides(_read_config(file), arguments)
         left = flags.FLAGS(arguments)
@@ -264,15 +262,18 @@ def parse_flags(arguments):
     return left
 
 
-def _config_file(arguments):
-    """FILE:ARGUMENT of the command line; None if there is none."""
-    found = None
-    for word, following in zip(arguments, [*arguments[1:], None]):
-        if re.match("--?config=", word):
-            found = word.partition("=")[2]
-        elif word in ("-config", "--config"):
-            found = following
-    return found
+def _with_config_file(arguments):
+    """(the arguments, ~ of --config=~/mine.py replaced, which bash keeps; the value of --config or None)."""
+    arguments, file = list(arguments), None
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name in ("-config", "--config"):
+            if not equals and index + 1 < len(arguments):
+                arguments[index + 1] = file = os.path.expanduser(arguments[index + 1])
+            elif equals:
+                file = os.path.expanduser(value)
+                arguments[index] = f"{name}={file}"
+    return arguments, file
 
 
 def _read_config(text):

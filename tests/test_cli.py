@@ -1,0 +1,328 @@
+"""How commands begin and end: what they do not understand is refused, and what is not their fault is told in one line."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+
+from repae_jax import cli, ranges, train
+from repae_jax.call_apart import Crashed
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    "repae_jax.train", "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.cache_latents",
+    "repae_jax.prepare_images", "repae_jax.analyze_latents", "repae_jax.plan", "repae_jax.benchmark", "repae_jax.report",
+    "checkpoints_tools", "configs.paper",
+]  # fmt: skip
+
+
+def run(*words, **options):
+    """A command as its users call it, `python -m` left out; what it prints is text."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=300, **options)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def raised(error):
+    """An error that was raised, as a main function sees it."""
+    try:
+        raise error
+    except type(error) as caught:
+        return caught
+
+
+def chained(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow's, which takes seconds to import."""
+
+    __module__ = "tensorflow.python.framework.errors_impl"
+
+
+class DefaultCredentialsError(Exception):
+    """As google.auth's."""
+
+    __module__ = "google.auth.exceptions"
+
+
+class ClientError(Exception):
+    """As botocore's."""
+
+    __module__ = "botocore.exceptions"
+
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\npages of buffers"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("config.steps=0"), "config.steps=0"),
+        (json.JSONDecodeError("Expecting value", "", 0), "Expecting value"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "invalid start byte"),
+        (OSError(28, "No space left on device", "a"), "No space left on device: 'a'"),
+        (PermissionError(13, "Permission denied", "a"), "Permission denied: 'a'"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), "No module named 'torch'"),
+        (MemoryError("Unable to allocate 9. GiB"), "the memory of this machine ran out (Unable to allocate 9. GiB)"),
+        (jax.errors.JaxRuntimeError(OUT_OF_MEMORY), "99 bytes.): take fewer images at a time"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: heartbeat\nmore"), "UNAVAILABLE: heartbeat"),
+        (RuntimeError("3 of 9 records cannot be decoded"), "3 of 9 records"),
+        (train.TrainingStopped("stopped at step 3"), "stopped at step 3"),
+        (Crashed("killed by SIGKILL", -9), "killed by SIGKILL"),
+        (zipfile.BadZipFile("File is not a zip file"), "BadZipFile: File is not a zip file"),
+        (EOFError("arr_0 ends"), "EOFError: arr_0 ends"),
+        (ResourceExhaustedError("events; No space left on device"), "No space left on device"),
+        (DefaultCredentialsError("no credentials"), "DefaultCredentialsError: no credentials"),
+        (ClientError("AccessDenied"), "ClientError: AccessDenied"),
+        (ExceptionGroup("both", [OSError(28, "No space left on device")]), "No space left on device"),
+        (chained(Exception("save failed"), OSError(28, "No space left on device")), "No space left on device"),
+        (flags.IllegalFlagValueError("flag --steps=x"), "flag --steps=x"),
+        (ValueError(), "ValueError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
+    """Wherever it was raised, in a library or here."""
+    with pytest.raises(SystemExit) as caught, cli.ending():
+        raise error
+    said = caught.value.code
+    assert said.startswith("error: ") and line in said and "\n" not in said, said
+    assert caught.value.__context__ is error  # what other processes are told, see `hosts.failing_together`
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("unsupported operand"), KeyError("step"), ZeroDivisionError("division by zero"), AttributeError("x"),
+        NotImplementedError("later"), RecursionError("too deep"), jax.errors.JaxRuntimeError("INTERNAL: cannot compile"),
+        ImportError("cannot import name 'x'", name="repae_jax.build"),
+        chained(KeyError("a"), IndexError("b")),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_mistakes_of_the_program_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught, cli.ending():
+        raise error
+    assert "please report it" in caught.value.__notes__[-1]
+
+
+def test_it_is_a_decorator_and_returns_what_the_command_returns():
+    @cli.ending("interrupted: nothing was written")
+    def main(error=None):
+        if error:
+            raise error
+        return 3
+
+    assert main() == 3
+    with pytest.raises(SystemExit, match="3"):
+        main(SystemExit(3))
+
+
+def test_ctrl_c_ends_quietly(capsys):
+    with pytest.raises(SystemExit) as caught, cli.ending("interrupted: nothing was written"):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
+PRINTING = "from repae_jax import cli\nwith cli.ending():\n    for i in range(COUNT):\n        print('x' * 99)\n"
+
+
+@pytest.mark.parametrize("count", [1, 9999])  # the first is written at the very end
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone_is_no_error(count, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = PRINTING.replace("COUNT", str(count))
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
+@pytest.mark.parametrize("count", [1, 9999])
+def test_output_to_a_full_disk_is_an_error(count):
+    with open("/dev/full", "w") as full:
+        code = PRINTING.replace("COUNT", str(count))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
+def test_a_broken_pipe_to_a_worker_is_an_error():
+    with pytest.raises(SystemExit, match="error: .*Broken pipe"), cli.ending():
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_developers_see_every_traceback():
+    code = "from repae_jax import cli\nwith cli.ending():\n    raise ValueError('wrong')\n"
+    assert run("-c", code).stderr == "error: wrong\n"
+    assert "Traceback" in run("-X", "dev", "-c", code).stderr
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parser():
+    made = cli.Parser(prog="it")
+    made.add_argument("--count", type=cli.whole(1))
+    made.add_argument("--share", type=cli.number(ranges.real(0, 1)))
+    made.add_argument("--seed", type=cli.seed)
+    made.add_argument("--out", type=cli.path)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "argument --count: 0 must be at least 1"),
+        (["--count", "-1"], "argument --count: -1 must be at least 1"),
+        (["--count", "1e30"], "argument --count: '1e30' is no whole number"),
+        (["--count", "9" * 30], "argument --count: 999999999999999999999999999999 must be at most 2147483647"),
+        (["--share", "nan"], "argument --share: nan must be finite"),
+        (["--share", "inf"], "argument --share: inf must be finite"),
+        (["--share", "1e39"], "argument --share: 1e39 must be finite in float32"),
+        (["--share", "1.01"], "argument --share: 1.01 must lie in [0, 1]"),
+        (["--share", "x"], "argument --share: 'x' is no number"),
+        (["--seed", "4294967296"], "argument --seed: 4294967296 must lie in [0, 4294967295]"),
+        (["--out", ""], "argument --out: it is empty"),
+        (["--cou", "1"], "unrecognized arguments: --cou 1"),
+        (["left", "over"], "unrecognized arguments: left over"),
+    ],
+)
+def test_wrong_options_end_in_one_line(parser, words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(words)
+    assert (caught.value.code, capsys.readouterr().err) == (2, f"error: {message} (see it --help)\n")
+
+
+def test_right_options(parser, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parser.parse_args(["--count=7", "--share=0.5", "--seed=4294967295", "--out=~/a"])
+    assert (args.count, args.share, args.seed, args.out) == (7, 0.5, 2**32 - 1, f"{tmp_path}/a")
+    assert cli.path("gs://bucket/~x") == "gs://bucket/~x"
+
+
+@pytest.mark.parametrize(
+    ("rule", "allowed", "refused"),
+    [
+        (ranges.whole(0, 4), (0, 4), (-1, 5, 1.0, True, "1", None)),
+        (ranges.real(0, below=1), (0, 0.5, 0.999), (1, -1e-9, 0.99999999999, float("nan"), False)),  # 1 in float32
+        (ranges.real(above=0), (1e-30, 1e30), (0, 1e-46, 1e-39, 1e39)),  # too small and too large for float32
+        (ranges.Several(ranges.whole(1), least=1), ((1,), [2, 3]), ((), (0,), 1, "1")),
+        (ranges.Several(ranges.real(), count=2), ((-1, 1),), ((1,), (0, float("inf")))),
+        (ranges.OrNone(ranges.whole(1)), (None, 1), (0,)),
+        (bool, (True, False), (0, 1, None, "True")),
+        (str, ("", "a"), (1, None)),
+    ],
+)
+def test_rules(rule, allowed, refused):
+    assert [value for value in allowed if ranges.problem(rule, value)] == []
+    assert [value for value in refused if not ranges.problem(rule, value)] == []
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+FLAGS_OF_TRAINING = """
+import os
+import sys
+from absl import flags
+from repae_jax import build, cli, train
+train.define_flags()
+
+def main(_):
+    build.build(flags.FLAGS.config)
+    print("built", flags.FLAGS.config.sit.qk_norm, flags.FLAGS.workdir)
+
+for line in sys.stdin:
+    words = eval(line)
+    child = os.fork()
+    if not child:
+        sys.argv = ["train", *words]
+        try:
+            cli.run(main)
+        except SystemExit as end:
+            if end.code is not None:
+                print(repr(end.code))
+        except BaseException as error:
+            print(f"Traceback {error!r}")
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+NO_PATCH = {"patch_size": 0, "hidden_size": 16, "depth": 1, "num_heads": 2}
+TINY = ["--config=configs/repae.py:tiny", "--workdir=run"]
+LINES = [
+    ([*TINY, "--config.sit.qk_norm", "False"], "'False' not understood"),
+    ([*TINY, "--config.data.options.labelled", "False"], "'False' not understood"),
+    ([*TINY, "--config.steps=3", "extra", "words", "here"], "'extra' 'words' 'here' not understood"),
+    ([*TINY, "--config.optim.sit.learning_rate=nan"], "config.optim.sit.learning_rate=nan must be finite"),
+    ([*TINY, "--config.optim.sit.learning_rate=inf"], "config.optim.sit.learning_rate=inf must be finite"),
+    ([*TINY, "--config.optim.sit.eps=0"], "config.optim.sit.eps=0.0 must be positive"),
+    ([*TINY, "--config.loss.vae.kl=nan"], "config.loss.vae.kl=nan must be finite"),
+    ([*TINY, "--config.loss.gan_factor=nan"], "config.loss.gan_factor=nan must be finite"),
+    ([*TINY, "--config.ema_decay=nan"], "config.ema_decay=nan must be finite"),
+    ([*TINY, "--config.diffusion.norm_momentum=nan"], "config.diffusion.norm_momentum=nan must be finite"),
+    ([*TINY, "--config.optim.sit.clip_norm=nan"], "config.optim.sit.clip_norm=nan must be finite"),
+    ([*TINY, "--config.sit.patch_size=0"], "config.sit.patch_size=0 must lie in [1, 1048576]"),
+    ([*TINY, "--config.vae.norm_groups=0"], "config.vae.norm_groups=0 must lie in [1, 1048576]"),
+    ([*TINY, "--config.data.opt.path=x"], "--config.data.opt.path=x: config.data has no field 'opt'; it has batch_size, cache"),
+    ([*TINY, "--config.sit.depth.x=1"], "config.sit.depth is a value, and has no fields"),
+    ([*TINY, "--config.encoders.other.weights=x"], "config.encoders has no field 'other'; it has target"),
+    ([*TINY, "--config.encoders.target.architecture=3"], "encoder architecture 3 must be a name or a mapping"),
+    ([*TINY, f"--config.encoders.target.architecture={NO_PATCH}"], "encoder architecture: patch_size=0 must lie in"),
+    ([*TINY, "--config.steps=1.5"], "flag --config.steps=1.5: invalid literal"),
+    ([*TINY, "--config.sit=3"], "flag --config.sit=3: Failed to parse"),
+    ([*TINY, "--config.vae.channel_multipliers=(1,2,'a')"], "has an entry that must be a whole number"),
+    ([*TINY, "--config.vae.attention_levels=(7,)"], "attention_levels=(7,) must lie in 0..2"),
+    ([*TINY, "--colour=red"], "Unknown command line flag 'colour'"),
+    (["--config=configs/repae.py:tiny", "--workdir="], "it is empty"),
+    (["--workdir=run"], "--config must have a value"),
+    (["--config=configs/none.py", *TINY[1:]], "there is no file 'configs/none.py'"),
+    (["--config=configs", *TINY[1:]], "there is no file 'configs'"),
+    (["--config=configs/common.py", *TINY[1:]], "the file has no function get_config"),
+    (["--config=HERE/syntax.py", *TINY[1:]], "SyntaxError: '(' was never closed (syntax.py, line 2)"),
+    (["--config=HERE/name.py", *TINY[1:], "--config.steps=3"], "NameError: name 'depth' is not defined (HERE/name.py, line 2)"),
+    (["--config=HERE/number.py", *TINY[1:]], "get_config must return a ConfigDict, not int"),
+]
+FILES = {  # below HERE
+    "syntax.py": "def get_config():\n    return (\n", "name.py": "def get_config():\n    return depth\n",
+    "number.py": "def get_config():\n    return 3\n",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What `train` says to each of LINES, and to a right one, in one process that imports it once."""
+    here = tmp_path_factory.mktemp("configs")
+    for name, text in FILES.items():
+        (here / name).write_text(text)
+    right = [["--config", "~/mine.py:tiny", "--workdir=~/run", "--config.sit.qk_norm=True"]]
+    (here / "mine.py").write_text("from configs.repae import get_config\n")
+    asked = [[word.replace("HERE", str(here)) for word in words] for words, _ in LINES] + right
+    environment = {**os.environ, "HOME": str(here), "XLA_FLAGS": ""}
+    done = run("-c", FLAGS_OF_TRAINING, input="\n".join(map(repr, asked)), env=environment)
+    said = [line.replace(str(here), "HERE") for line in done.stdout.splitlines()]
+    assert len(said) == len(asked), done.stdout + done.stderr[-3000:]
+    return said
+
+
+@pytest.mark.parametrize(("number", "message"), [(number, message) for number, (_, message) in enumerate(LINES)])
+def test_what_training_does_not_understand_is_refused_in_one_line(answers, number, message):
+    said = answers[number]
+    assert said[1:].startswith("error: ") and "Traceback" not in said and "\\n" not in said, said
+    assert message in eval(said), said
+
+
+def test_home_folders_in_flags(answers):
+    assert answers[-1] == "built True HERE/run"
