@@ -25,6 +25,7 @@ ORDER = [
     "repae_jax.flops",
     "repae_jax.train_state",
     "repae_jax.hosts",
+    "repae_jax.ownership",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",
