@@ -60,7 +60,7 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("writable")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except Exception as error:
         if not isinstance(error, OSError) and "://" not in str(path):  # what reaches buckets has errors of its own
             raise

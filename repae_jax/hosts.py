@@ -40,6 +40,7 @@ _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"
 _FAILED, _TOLD = "repae_jax/failed", "repae_jax/told/"
 _numbers = itertools.count()
+_last_acts = []
 
 
 class FailedTogether(RuntimeError):
@@ -347,7 +348,8 @@ def _who():
 
 @contextlib.contextmanager
 def stop_signal():
-    """Event that is set by SIGTERM and by the first Ctrl-C; the handlers before are restored afterwards."""
+    """Event that is set by SIGTERM and by the first Ctrl-C, at once and with a line in the log, also while XLA compiles; the
+    handlers before are restored afterwards."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -358,13 +360,31 @@ def stop_signal():
         event.set()
         signal.signal(number, before[number])  # a second one acts at once
 
+    def tell():  # handlers run between two lines of Python, of which there may be none for an hour
+        while received := caught.recv(1):
+            if received[0] in before and not event.is_set():
+                event.set()
+                logging.warning(
+                    "asked to stop by %s; if no line says how this has ended, the kill came too soon after the signal",
+                    signal.Signals(received[0]).name,
+                )
+
+    caught, sent = socket.socketpair()
+    sent.setblocking(False)
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
     for number in before:
         signal.signal(number, stop)
+    wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
     try:
         yield event
     finally:
+        signal.set_wakeup_fd(wakeup_before)
         for number, handler in before.items():
             signal.signal(number, handler)
+        sent.close()
+        telling.join()
+        caught.close()
 
 
 @contextlib.contextmanager
@@ -443,7 +463,20 @@ def _watch(client, stop):
         return
 
 
+@contextlib.contextmanager
+def sudden_end(act):
+    """Calls act(), too, if this process ends in here because another one has failed."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
 def _exit():
+    for act in list(_last_acts):
+        with contextlib.suppress(Exception):
+            act()
     if distributed.global_state.process_id == 0:
         time.sleep(3 * _POLL_SECONDS)  # the others hear what happened from it
     sys.stdout.flush()

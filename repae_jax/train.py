@@ -11,11 +11,12 @@ import functools
 import math
 import os
 import sys
+import time
 
 import jax
 from absl import flags, logging
 
-from repae_jax import build, cli, flops, hosts, sharding
+from repae_jax import build, cli, flops, hosts, ownership, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
@@ -85,13 +86,28 @@ def train(config, workdir):
       workdir: folder of the run.
 
     Returns:
-      (state, finished): the TrainState; False if SIGTERM or Ctrl-C ended the run early, its state saved.
+      (state, finished): the TrainState; False if SIGTERM or Ctrl-C ended the run early, its state saved. Both None and False if
+        it ended before the first step of this start: there was nothing to save.
 
     Raises:
       ValueError: for anything wrong with config, data or workdir, or not the same in all processes, before the first
-        compilation.
-      TrainingStopped: if too many updates in a row were not finite, or too many images undecodable.
+        compilation; if another run uses the workdir.
+      FailedTogether: if too many updates in a row were not finite, too many images undecodable, or the state is not finite; if
+        the first checkpoint cannot be read, or another run has taken the workdir.
     """
+    began = time.monotonic()
+
+    def is_to_end(what):
+        """Whether to end before the first step; says so."""
+        if not stopped():
+            return False
+        logging.warning(
+            "asked to stop while %s, %.0f s after the start: nothing was trained since then, and nothing is lost. A time limit "
+            "must be longer than the start; the next one is quicker by what is in the cache of compiled programs. Run the same "
+            "command to continue", what, time.monotonic() - began,
+        )  # fmt: skip
+        return True
+
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
     hosts.check_alike(build.plain_config(config))
     job = build.build(config)
@@ -99,13 +115,17 @@ def train(config, workdir):
     workdir = prepare_workdir(workdir)
     hosts.check_shared(workdir)
     images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
-    scoring = load_scoring(job)
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(hosts.stop_requests())
+        check_owner = stack.enter_context(ownership.owned(workdir))
+        scoring = load_scoring(job)
         checkpointer = stack.enter_context(
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
         restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
+        if is_to_end("restoring"):
+            return None, False
         frozen = build.load_frozen(job)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
         source = images_source or build.make_cached_source(job, frozen_vae)
@@ -113,6 +133,8 @@ def train(config, workdir):
         # what hosts must agree on, but may be made anew before a run is continued
         hosts.check_same(data=inputs, files=getattr(source, "contents_hash", None))
 
+        if is_to_end("loading weights"):
+            return None, False
         # ---- state and data ---------------------------------------------------------------------------------------------
         loader = stack.enter_context(build.make_loader(job, source))
         put = functools.partial(sharding.put_batch, job.mesh)
@@ -131,19 +153,24 @@ def train(config, workdir):
         logging.info("%s", summary(job, state, source, flop_per_image, peak))
         writer = make_writer(workdir, start)
         stack.callback(writer.close)
-        stopped = stack.enter_context(hosts.stop_requests())
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
+        if is_to_end("preparing"):
+            return None, False
         for hook in missing_at(hooks, start, steps) if restored else ():  # it was asked to stop, or killed
             hook.run(start, state)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
-        step_fn = build.jit_step(job, state)
-        key = jax.random.key(job.config["seed"])
+        key, step_fn, is_read_back = jax.random.key(job.config["seed"]), None, False
         pending = collections.deque()  # metrics are read two steps late, so that the device never waits
         for step in range(start + 1, steps + 1):
-            state, metrics = step_fn(state, put(next(loader)), frozen, key)
+            batch = put(next(loader))
+            if step_fn is None:
+                step_fn = build.jit_step(job, state).lower(state, batch, frozen, key).compile()
+                if is_to_end("compiling"):
+                    return None, False
+            state, metrics = step_fn(state, batch, frozen, key)
             pending.append((step, metrics))
-            stopping = stopped()  # asked once: a signal that comes later ends the next step
+            stopping, asked = stopped(), time.monotonic()  # asked once: a signal that comes later ends the next step
             last = step == steps or stopping
             saving, logged = step % every == 0 or last, step % config.log.every == 0 or last or step == 1
             while pending and (saving or pending[0][0] <= step - 2):
@@ -171,12 +198,19 @@ def train(config, workdir):
             with progress.paused():
                 if saving:  # before the pictures: they may take long, or fail
                     writer.flush()
-                    checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
+                    check_owner()
+                    saved = checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
+                    if saved and not is_read_back and not stopping:  # which would take the time that is left
+                        checkpointer.read_back(step, state)
+                        is_read_back = True
                 for hook in due:
                     hook.run(step, state)
             if stopping and step < steps:
                 checkpointer.wait()
-                logging.warning("asked to stop: saved step %d; run the same command to continue", step)
+                logging.warning(
+                    "asked to stop: saved step %d; run the same command to continue. Ending the step and saving took %.1f s, "
+                    "which the time between signal and kill must exceed", step, time.monotonic() - asked,
+                )  # fmt: skip
                 return state, False
         checkpointer.wait()
     return state, True

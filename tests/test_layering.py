@@ -27,6 +27,7 @@ ORDER = [
     "repae_jax.train_state",
     "repae_jax.hosts",
     "repae_jax.cli",
+    "repae_jax.ownership",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
     "repae_jax.plots",

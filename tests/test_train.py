@@ -124,7 +124,7 @@ def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch)
             late = Late(next(done))
             return state, dict.fromkeys(("sit/loss", "skipped_in_a_row"), late)
 
-        return step
+        return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: step))
 
     def wait_for_all(step, state):
         now[0] = max(now[0], float(step - 2))  # began after two
