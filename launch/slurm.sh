@@ -90,7 +90,7 @@ again() {
     mkdir -p "${notes%/*}"
     echo "$step $count" >"$notes"
     say "the job goes back into the queue, the newest checkpoint is that of step $step"
-    scontrol requeue "$job"
+    scontrol requeue "$job" || fail "SLURM refuses that; submit the job again with the same flags, and the run continues"
     exit
 }
 
@@ -104,8 +104,8 @@ if [ "$tasks" -ne "$gpus" ]; then
     call export JAX_LOCAL_DEVICE_IDS="$(seq --separator=, 0 $((gpus - 1)))"
 fi
 # JAX picks the GPU of a process among all of its node, so none may be hidden from it (as --gpus-per-task would); when a process
-# has ended, the others have a minute
-train=(srun --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 --wait=60
+# has ended, the others have a minute. --export for jobs with --export=NONE, of which their processes would know nothing else
+train=(srun --export=ALL --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 --wait=60
     python -m repae_jax.train --distributed "${rest[@]}")
 if [ -n "$dry_run" ]; then
     shown "${train[@]}"

@@ -23,6 +23,7 @@
 #   BUCKET              which setup mounts with Cloud Storage FUSE, to be read at /mnt/BUCKET; none if not set
 #   POLL_SECONDS        between two looks at the state of the slice; 30 if not set
 #   WATCH_SECONDS       between two looks at the run; 300 if not set
+#   MAX_RESTARTS        by watch, of a run that has died on a slice that is well; 20 if not set
 #
 # Flags of create and run, and the three settings of setup, are noted under runs/tpu_pod, where resume finds them. --workdir is an
 # address that all workers reach: gs://bucket/run. Data are read from files, in /mnt/BUCKET or on a disk that all workers mount.
@@ -179,6 +180,15 @@ nothing_left() {
     exit 3
 }
 
+# What dies on a slice that is well would do so for ever.
+count_restart() {
+    local before=0
+    [ ! -f "$notes/restarts" ] || before=$(<"$notes/restarts")
+    ((before < ${MAX_RESTARTS:-20})) ||
+        nothing_left "it has died $((before + 1)) times on a slice that was well, see logs; 'resume' or 'watch' starts it once more"
+    note restarts $((before + 1))
+}
+
 # shellcheck disable=SC2120 # $1 is the command line's
 resume() {
     local flags said
@@ -201,7 +211,10 @@ resume() {
             exit 3
             ;;
         stopped*) [ -z "${WATCHED:-}" ] || nothing_left "somebody has stopped the run; 'resume' continues it" ;;
-        dead* | failed--failed) on all "[ ! -e $there ] || $worker stop" ;;
+        dead* | failed--failed)
+            [ -z "${WATCHED:-}" ] || count_restart
+            on all "[ ! -e $there ] || $worker stop"
+            ;;
         *) fail "the workers' answers are not understood, so nothing is done" ;;
         esac
         ;;
@@ -226,6 +239,8 @@ watch() {
         resume
         return
     fi
+    [[ ${MAX_RESTARTS:-20} =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: expected a whole number"
+    forget restarts
     until now=$(state); do sleep "${WATCH_SECONDS:-300}"; done
     [ "$now" != ABSENT ] || note making
     while WATCHED=1 bash launch/tpu_pod.sh resume || code=$?; [ "$code" -ne 3 ]; do

@@ -503,6 +503,16 @@ def test_watch_leaves_what_somebody_has_ended(preempted, queue, answer, message)
     assert verbs(place.calls()) == ["status"]
 
 
+def test_watch_starts_what_always_dies_a_number_of_times(preempted):
+    place = preempted[0]
+    place.states(["ACTIVE"])
+    place.answer("ended with exit code 137: x", "ended with exit code 134: y")
+    for _ in range(2):  # the second begins to count anew
+        shown = place.launch("tpu_pod.sh", "watch", **POD, WATCH_SECONDS="0", MAX_RESTARTS="2")
+        assert "it has died 3 times on a slice that was well" in shown.splitlines()[-1]
+        assert verbs(place.calls()) == ["status", "stop", "scp", "idle", "start"] * 2 + ["status"]
+
+
 @pytest.mark.parametrize(("state", "first"), [("SUSPENDED", ["delete"]), ("", [])])
 def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
     """Then it has nothing to say: the next look finds that it was deleted."""
@@ -623,7 +633,7 @@ def test_slurm_starts_one_process_per_gpu_or_node(place, tasks, ids):
     assert place.bash(copy, *HARD, cwd="/", **settings).returncode == 0
     (line,) = place.calls_file.read_text().splitlines()
     call = json.loads(line)
-    options = ["--gpu-bind=none", "--cpus-per-task=6", "--kill-on-bad-exit=0", "--wait=60"]
+    options = ["--export=ALL", "--gpu-bind=none", "--cpus-per-task=6", "--kill-on-bad-exit=0", "--wait=60"]
     assert call["name"] == "srun" and call["ids"] == ids
     assert call["argv"] == [*options, "python", "-m", "repae_jax.train", "--distributed", *HARD]
 
@@ -635,6 +645,15 @@ def test_slurm_job_goes_back_into_the_queue_if_that_helps(place, code, requeued)
     assert done.returncode == (0 if requeued else code)
     assert place.calls("scontrol") == ([["requeue", "7"]] if requeued else [])
     assert f"exit code {code})" in done.stderr or code == 0
+
+
+def test_slurm_job_that_may_not_go_back(place):
+    """With sbatch --no-requeue, and where the cluster does not allow it."""
+    place.behave("srun", "exit 75")
+    place.behave("scontrol", "echo Requested operation is presently disabled >&2; exit 1")
+    done = place.bash("launch/slurm.sh", "--config", "c", **JOB)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: SLURM refuses that; submit the job again with the same flags")
 
 
 @pytest.mark.parametrize("flag", [["--workdir=a run"], ["-workdir", "a run"]])
