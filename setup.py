@@ -34,6 +34,7 @@ setup(
         "scipy>=1.11",
         "tensorboard>=2.18",  # for clu's metric writers, with the next line
         "tensorflow-cpu>=2.18",
+        "tensorstore>=0.1.70",
         "tqdm>=4.60",
     ],
     extras_require={

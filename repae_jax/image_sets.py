@@ -14,7 +14,7 @@ import numpy as np
 from grain import MapDataset
 from PIL import Image
 
-from repae_jax.data import loader
+from repae_jax.data import loader, reading
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.latents import records_hash
 
@@ -106,7 +106,7 @@ class _Decoded:
         return len(self._ranges)
 
     def __getitem__(self, k):
-        return np.stack([self._read(i) for i in range(*self._ranges[k])])
+        return np.stack(reading.at_once(self._read, range(*self._ranges[k])))
 
 
 def _decoded(read, ranges):

@@ -3,10 +3,12 @@
 import errno
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from absl import logging
 
 _PAUSES = (1, 5, 20)  # seconds before a record is read again
+_AT_ONCE = 16
 
 
 def read(source, i):
@@ -30,6 +32,16 @@ def read(source, i):
                 ) from error
             logging.warning("%s cannot be read (%s); trying again in %s s", source.name(i), error, pause)
         time.sleep(pause)
+
+
+def at_once(read_one, records):
+    """[read_one(record), ...], in order; several are read at a time, as each takes its time to come from a bucket or network.
+
+    Raises:
+      Exception: the first of `read_one`.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(read_one, records))
 
 
 def is_of_the_system(error):
