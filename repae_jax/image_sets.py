@@ -107,7 +107,7 @@ class _Decoded:
         return len(self._ranges)
 
     def __getitem__(self, k):
-        return np.stack([self._read(i) for i in range(*self._ranges[k])])
+        return np.stack(reading.at_once(self._read, range(*self._ranges[k])))
 
 
 def _decoded(read, ranges):

@@ -1,5 +1,6 @@
 """Writing folders of shards (`repae_jax.data.shards`): by several processes, the same files whatever interrupts it."""
 
+import base64
 import functools
 import hashlib
 import io
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from checkpoints_tools import weights
 from repae_jax import hosts
-from repae_jax.data import loader, reading, shards
+from repae_jax.data import loader, places, reading, shards
 
 
 class Blocks:
@@ -36,13 +37,13 @@ class Blocks:
         return len(self._ranges)
 
     def __getitem__(self, k):
-        contents, failures = [], []
-        for record in range(*self._ranges[k]):
-            fields, wrong = reading.attempt(self._source, record)
-            contents.append(self._missing if wrong else self._read(fields))
-            if wrong:
-                failures.append((record, wrong))
-        return contents, failures
+        contents, failures = zip(*reading.at_once(self._one, range(*self._ranges[k])))
+        return list(contents), [failure for failure in failures if failure]
+
+    def _one(self, record):
+        """(content, None), or of a record that cannot be decoded (missing, (record, error))."""
+        fields, wrong = reading.attempt(self._source, record)
+        return (self._missing, (record, wrong)) if wrong else (self._read(fields), None)
 
 
 class ShardWriter:
@@ -241,11 +242,12 @@ class ShardWriter:
         }
 
         def write_records(temporary):
-            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # one record a chunk: for random access
+            writer = ArrayRecordWriter(str(temporary), places.OPTIONS)
             for content, is_good in zip(contents, good):
                 writer.write(content if is_good else b"")
             writer.close()
-            entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary))
+            found = base64.b64encode(places.find(temporary).tobytes()).decode()
+            entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary), places=found)
 
         def write_entry(temporary):
             temporary.write_text(json.dumps(entry, indent=2) + "\n")
@@ -256,20 +258,35 @@ class ShardWriter:
     def _finish(self, entries):
         """Writes labels, the other files and the manifest, in this order, unless they are there."""
         fields, files = self._records.finish(entries)
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(self._source.labels, np.int32))
-        labels = buffer.getvalue()
+        labels = _npy(np.asarray(self._source.labels, np.int32))
+        found = _npy(np.concatenate([self._places(entry) for entry in entries]))
         manifest = self._settings | {
             "bad_records": [bad for entry in entries for bad in entry["bad_records"]],
             "shards": [{name: entry[name] for name in ("file", "records", "bytes", "sha256")} for entry in entries],
             "labels_sha256": hashlib.sha256(labels).hexdigest(),
+            "places_sha256": hashlib.sha256(found).hexdigest(),
             **fields,
         }
-        files = {shards.LABELS: labels, **files, shards.MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()}
+        files = {shards.LABELS: labels, shards.PLACES: found, **files}
+        files[shards.MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
         paths = {self._folder / name: content for name, content in files.items()}
         if not all(path.is_file() and path.read_bytes() == content for path, content in paths.items()):
             writes = {path: functools.partial(Path.write_bytes, data=content) for path, content in paths.items()}
             weights.write_all(writes, overwrite=True)
+
+
+    def _places(self, entry):
+        """Places of a shard's records; an entry of an older version has none."""
+        if "places" not in entry:
+            return places.find(self._folder / entry["file"])
+        return np.frombuffer(base64.b64decode(entry["places"]), places.PLACE)
+
+
+def _npy(array):
+    """Content of an npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _entry_file(shard):

@@ -97,7 +97,7 @@ def test_files(tmp_path):
     assert make_cache(tmp_path / "a", Pictures(20)) == 3
     named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
     assert sorted(contents(tmp_path / "a")) == sorted(
-        [*named, "labels.npy", "latents-stats.safetensors", "manifest.json", "settings.json"]
+        [*named, "labels.npy", "latents-stats.safetensors", "manifest.json", "places.npy", "settings.json"]
     )
     manifest = latents.read_manifest(tmp_path / "a")
     assert manifest["records"] == 20 and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]

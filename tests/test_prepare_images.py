@@ -71,7 +71,7 @@ def made(pictures, tmp_path_factory):
 
 def test_files(pictures, made):
     named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
-    assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "settings.json"])
+    assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "places.npy", "settings.json"])
     manifest = shards.read_manifest(made, array_record.KIND)
     assert manifest["records"] == COUNT and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["bad_records"] == [[6, "class1/06.png"]] and manifest["images"]["source"] == "folder"
@@ -124,6 +124,18 @@ def test_a_finished_folder_is_left_alone(pictures, made):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert prepare(pictures, made) == 0
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+
+
+def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, made, tmp_path):
+    old = shutil.copytree(made, tmp_path / "old")
+    (old / shards.PLACES).unlink()
+    for file in (old / shards.MANIFEST, *old.glob("shard-*.json")):
+        fields = json.loads(file.read_text())
+        fields.pop("places", None), fields.pop("places_sha256", None)
+        file.write_text(json.dumps(fields, indent=2) + "\n")
+    assert prepare(pictures, old) == 0
+    named = (shards.MANIFEST, shards.PLACES, shards.LABELS)
+    assert [contents(old)[name] for name in named] == [contents(made)[name] for name in named]
 
 
 def killed_trials(pictures, folder, trials):

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags, logging
 
 from repae_jax import call_apart
-from repae_jax.data.reading import attempt
+from repae_jax.data.reading import at_once, attempt
 
 # In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
 _READ_THREADS = 4
@@ -88,10 +88,10 @@ class Loader:
         self._max_bad = int(max_bad_fraction * len(source))
         self._bad_records = set()
         self._iterator = None
-        records = grain.MapDataset.source(_ReplacingRecords(source, self._max_bad)).seed(seed).shuffle().repeat()
+        records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         # The stream has no remainder to drop; saying so keeps grain's length of it exact (and a block of 1 possible).
-        blocks = records.batch(batch_size // process_count, drop_remainder=True, batch_fn=_stack)
-        self._batches = blocks[process_index::process_count]
+        blocks = records.batch(batch_size // process_count, drop_remainder=True)
+        self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad).batch)
 
     def __iter__(self):
         return self
@@ -221,7 +221,7 @@ def _from_workers(batches):
 
 
 class _ReplacingRecords:
-    """A source whose undecodable records are replaced by their next decodable neighbour.
+    """Reads a source whose undecodable records are replaced by their next decodable neighbour.
 
     Which record takes the place depends on the source alone, never on what was read before: random access, and with it
     resuming, stays exact.
@@ -231,26 +231,27 @@ class _ReplacingRecords:
         self._source = source
         self._max_bad = max_bad
 
-    def __len__(self):
-        return len(self._source)
+    def batch(self, records):
+        """Returns the fields of the records, stacked, and `[(record, error), ...]` of all those tried in vain."""
+        return _stack(at_once(self.one, records.tolist()))
 
-    def __getitem__(self, i):
+    def one(self, i):
         """Returns the fields of the record, and `[(record, error), ...]` of the records tried in vain."""
         failures = []
         while True:
-            record = (i + len(failures)) % len(self)
+            record = (i + len(failures)) % len(self._source)
             fields, wrong = attempt(self._source, record)
             if wrong is None:
                 return fields, failures
             failures.append((record, wrong))
             # One unbroken run of bad records is enough to know that there are too many, or nothing else.
-            if len(failures) > self._max_bad or len(failures) == len(self):
+            if len(failures) > self._max_bad or len(failures) == len(self._source):
                 bad = [record for record, _ in failures]
                 raise RuntimeError(too_many_bad(self._source, bad, self._max_bad, failures[-1][1]))
 
 
 def _stack(records):
-    """Batches what `_ReplacingRecords` returns; the failures of all records become one list."""
+    """Batches what `_ReplacingRecords.one` returns; the failures of all records become one list."""
     examples, failures = zip(*records)
     fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     if "label" in fields:  # may be Python's int

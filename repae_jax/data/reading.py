@@ -1,6 +1,10 @@
 """Reading records of a source: a disk or network that fails for a moment says nothing of the image."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from repae_jax import faults
+
+_AT_ONCE = 16
 
 
 def read(source, i):
@@ -25,3 +29,13 @@ def attempt(source, i):
 def describe_error(error):
     """Returns what is told of an undecodable record."""
     return f"{type(error).__name__}: {error}"
+
+
+def at_once(read_one, records):
+    """Returns [read_one(record), ...]; several are read at a time, as each takes its time to come from a bucket or network.
+
+    Raises:
+      Exception: the first of `read_one`.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(read_one, records))

@@ -5,33 +5,36 @@ A folder holds:
   manifest.json                what there is; written last: without it, the folder is unfinished
   shard-00000.array_record     the first records, shard-00001.array_record those that follow, ...
   labels.npy                   int32 [N]
+  places.npy                   `places.PLACE` [N], where in its shard each record lies
   settings.json                what was to be made, and
   shard-00000.json             what each shard holds: from these an interrupted folder is continued, and a damaged one repaired
 
 The record of an image that cannot be decoded is empty. ArrayRecord keeps a hash with each record, which finds changed bytes
-as they are read. A finished folder may be copied to a bucket and is read there, as gs://bucket/folder, with a request for each
-record.
+as they are read.
+
+A finished folder may be copied to a bucket and is read there, as gs://bucket/folder: with one request for each record, of just
+its bytes, which have a checksum in places.npy. Folders of older versions have no places; they are read from disks only.
 """
 
-import contextlib
 import errno
 import functools
 import hashlib
 import io
 import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from etils import epath
 
+from repae_jax.data import bucket
+from repae_jax.data.places import without_headers
 from repae_jax.faults import is_of_the_system
 
-MANIFEST, SETTINGS, LABELS = "manifest.json", "settings.json", "labels.npy"
+MANIFEST, SETTINGS, LABELS, PLACES = "manifest.json", "settings.json", "labels.npy", "places.npy"
 _OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
-_DAMAGED = "Corrupted Riegeli/records file"  # ArrayRecord's words
 _ASKING = 16  # threads that ask for the size of a shard: a bucket takes its time
 
 
@@ -65,15 +68,25 @@ def shard_damage(folder, entry, check_content):
     Returns:
       A few words, or None if nothing is wrong.
     """
-    path = epath.Path(folder) / entry["file"]
+    if bucket.is_address(folder):
+        return _damage_in_bucket(f"{folder}/{entry['file']}", entry["bytes"])
+    path = Path(folder) / entry["file"]
     if not path.is_file():
         return "missing"
-    size = path.stat().length
+    size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{size} bytes instead of {entry['bytes']}"
     if check_content and file_hash(path) != entry["sha256"]:
         return "another checksum than when it was written"
     return None
+
+
+def _damage_in_bucket(address, size):
+    """What is wrong with a shard's size, by its last byte, or None; of one that is longer, the records tell."""
+    try:
+        return None if bucket.read(address, size - 1, size) else "missing"
+    except bucket.BeyondTheEndError:
+        return f"fewer than {size} bytes"
 
 
 def read_manifest(path, kind):
@@ -89,18 +102,18 @@ def read_manifest(path, kind):
 
     Raises:
       ValueError: if there is no finished folder, or the manifest is damaged or of another version.
+      OSError: if the disk or bucket cannot be read.
     """
     _check_address(path)
-    file = epath.Path(path) / MANIFEST
-    with _reaching(path):
-        if not epath.Path(path).is_dir():
-            raise ValueError(f"no {kind.what} at {str(path)!r}: {_make(path, kind)}")
-        if not file.is_file():
-            raise ValueError(
-                f"{str(path)!r} has no {MANIFEST}: it is no {kind.what}, or an unfinished one; {_make(path, kind)}, again with "
-                "the same settings if it is unfinished, which continues where it stopped"
-            )
-        content = file.read_bytes()
+    if not bucket.is_address(path) and not Path(path).is_dir():
+        raise ValueError(f"no {kind.what} at {str(path)!r}: {_make(path, kind)}")
+    file = f"{str(path).rstrip('/')}/{MANIFEST}"
+    content = _read_file(file)
+    if content is None:
+        raise ValueError(
+            f"{str(path)!r} has no {MANIFEST}: it is no {kind.what}, or an unfinished one; {_make(path, kind)}, again with "
+            "the same settings if it is unfinished, which continues where it stopped"
+        )
     try:
         manifest = json.loads(content)
         version = manifest["format"]
@@ -134,13 +147,14 @@ class Shards:
         """
         self._path, self._kind = str(path).rstrip("/"), kind
         manifest = read_manifest(path, kind)
-        self.labels = self._read_labels(manifest["labels_sha256"])
+        self.labels = self._read_array(LABELS, manifest["labels_sha256"])
+        self._places = self._read_places(manifest) if bucket.is_address(path) else None
         self.bad_names = dict(manifest["bad_records"])
         self.contents_hash = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()[:16]
         self._shard_size = manifest["shard_size"]
         self._start()
-        check = functools.partial(shard_damage, path, check_content=False)
-        with _reaching(path), ThreadPoolExecutor(_ASKING) as pool:
+        check = functools.partial(shard_damage, self._path, check_content=False)
+        with ThreadPoolExecutor(_ASKING) as pool:
             damages = {entry["file"]: damage for entry, damage in zip(manifest["shards"], pool.map(check, manifest["shards"]))}
         found = [f"{file}: {damage}" for file, damage in damages.items() if damage]
         if found:
@@ -172,15 +186,32 @@ class Shards:
         i = range(len(self))[i]  # IndexError beyond the end
         if i in self.bad_names:
             raise ValueError(f"the image could not be decoded when the {self._kind.what} {self._path!r} was made")
+        return self._from_disk(i) if self._places is None else self._from_bucket(i)
+
+    def _from_disk(self, i):
         shard, place = divmod(i, self._shard_size)
         file = f"{self._path}/{shard_file(shard)}"
         try:
             (content,) = self._open(file).read([place])
         except RuntimeError as error:
-            if not is_of_the_system(error) and (not _is_address(file) or _DAMAGED in str(error)):
+            if not is_of_the_system(error):
                 raise self.damaged(i, error) from error
             self._open.cache_clear()  # a file that could not be read once gives the same error for ever
             raise OSError(errno.EIO, f"{file} cannot be read: {error}") from error
+        return content
+
+    def _from_bucket(self, i):
+        address = f"{self._path}/{shard_file(i // self._shard_size)}"
+        first, end, checksum = self._places[i].tolist()
+        try:
+            part = bucket.read(address, first, end)
+        except bucket.BeyondTheEndError as error:
+            raise self.damaged(i, error) from error
+        if part is None:
+            raise OSError(errno.EIO, f"{address} is not there any more; {_repair(self._path, self._kind)}")
+        content = without_headers(part, first)
+        if zlib.crc32(content) != checksum:
+            raise self.damaged(i, "another checksum than when it was written")
         return content
 
     def damaged(self, i, reason):
@@ -193,57 +224,48 @@ class Shards:
         """Names record `i`: its number, and the name of its image if that was undecodable."""
         return f"{self._path} #{i}" + (f" ({self.bad_names[i]})" if i in self.bad_names else "")
 
-    def _read_labels(self, expected_hash):
-        file = epath.Path(self._path) / LABELS
-        try:
-            with _reaching(self._path):
-                content = file.read_bytes()
-        except OSError as error:
-            if is_of_the_system(error):
-                raise
-            raise ValueError(f"{file} cannot be read ({error}); {_repair(self._path, self._kind)}") from error
+    def _read_array(self, name, expected_hash):
+        file = f"{self._path}/{name}"
+        content = _read_file(file)
+        if content is None:
+            raise ValueError(f"{file} is missing; {_repair(self._path, self._kind)}")
         if hashlib.sha256(content).hexdigest() != expected_hash:
             raise ValueError(f"{file} has another checksum than when it was written; {_repair(self._path, self._kind)}")
         return np.load(io.BytesIO(content), allow_pickle=False)
 
+    def _read_places(self, manifest):
+        if "places_sha256" not in manifest:
+            raise ValueError(
+                f"{self._path!r} was written by an older version, which can be read from a disk only: mount the bucket or copy "
+                f"the folder to each host and give that folder; or run `{self._kind.command} --out FOLDER` again on the "
+                f"original, with the same settings, which adds {PLACES}, and copy that and {MANIFEST} there"
+            )
+        return self._read_array(PLACES, manifest["places_sha256"])
+
+
+def _read_file(file):
+    """Content of a file or object; None if there is none."""
+    if bucket.is_address(file):
+        return bucket.read(file)
+    return Path(file).read_bytes() if Path(file).is_file() else None
+
 
 def _make(path, kind):
-    if _is_address(path):
+    if bucket.is_address(path):
         return f"make one on a disk with `{kind.command} --out FOLDER`, and copy it there"
     return f"make one with `{kind.command} --out {path}`"
 
 
 def _repair(path, kind):
     again = "again with the same settings, which makes damaged parts anew"
-    if _is_address(path):
+    if bucket.is_address(path):
         return f"copy it there once more; if the original is damaged, too, run `{kind.command} --out FOLDER` {again}"
     return f"run `{kind.command} --out {path}` {again}"
 
 
-def _is_address(path):
-    return "://" in str(path)
-
-
 def _check_address(path):
-    if _is_address(path) and not str(path).startswith("gs://"):
+    if bucket.is_address(path) and not str(path).startswith("gs://"):
         raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
-
-
-@contextlib.contextmanager
-def _reaching(path):
-    """What the library that reaches buckets raises, with types of its own, becomes an OSError."""
-    try:
-        yield
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        if not _is_address(path):
-            raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise OSError(
-            f"{path} cannot be reached ({type(error).__name__}: {reason}); check the address and your permission (`gcloud auth "
-            "application-default login`)"
-        ) from error
 
 
 def _open_shard(file):

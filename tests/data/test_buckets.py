@@ -1,51 +1,24 @@
-"""Data in buckets: a server that speaks as much of Cloud Storage as reading takes."""
+"""Data in buckets, of a real object-store server: the same batches as from a disk, and what is said of faults."""
 
-import http.server
+import itertools
 import json
-import re
-import shutil
 import threading
-from pathlib import PosixPath
-from types import SimpleNamespace
+import time
 
 import numpy as np
 import pytest
 import small
+import tensorstore
 from PIL import Image
 
 from repae_jax import build, data, prepare_images
-from repae_jax.data import shards
+from repae_jax.data import bucket, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
 
 COUNT, SIZE = 12, 8
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Objects of `folder`, whole or from some byte on."""
-
-    protocol_version = "HTTP/1.1"
-    folder = None
-
-    def do_GET(self):
-        file = self.folder / self.path.partition("?")[0].rpartition("/o/")[2].replace("%2F", "/")
-        content = (
-            file.read_bytes() if file.is_file() else json.dumps({"error": {"code": 404, "message": "No such object"}}).encode()
-        )
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        first = 0
-        if file.is_file() and wanted:
-            first = int(wanted[1]) if wanted[1] else max(0, len(content) - int(wanted[2]))
-        part = content[first:]
-        self.send_response((206 if wanted else 200) if file.is_file() else 404)
-        self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-    def log_message(self, *_):
-        pass
+_folders = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -61,92 +34,175 @@ def prepared(tmp_path_factory):
     return out
 
 
+class Copy:
+    """A folder's copy in the bucket, at `address`."""
+
+    def __init__(self, folder):
+        name = f"data-{next(_folders)}/images"
+        self.address = f"gs://bucket/{name}"
+        self._store = tensorstore.KvStore.open({"driver": "gcs", "bucket": "bucket", "path": f"{name}/"}).result()
+        for path in folder.iterdir():
+            self.write(path.name, path.read_bytes())
+
+    def read(self, name):
+        return self._store[name]
+
+    def write(self, name, content):
+        self._store[name] = content
+
+    def remove(self, name):
+        del self._store[name]
+
+
 @pytest.fixture
-def bucket(prepared, tmp_path, monkeypatch):
-    """The folder behind gs://bucket, with prepared images at gs://bucket/images."""
-    folder = tmp_path / "bucket"
-    shutil.copytree(prepared, folder / "images")
-
-    class Remote(PosixPath):
-        """What etils.epath gives for an address, of a local folder."""
-
-        def __new__(cls, path):
-            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
-
-        def stat(self):
-            return SimpleNamespace(length=super().stat().st_size, st_mode=super().stat().st_mode)
-
-    monkeypatch.setattr(shards, "epath", SimpleNamespace(Path=Remote))
-    monkeypatch.setattr(Server, "folder", folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder
-        server.shutdown()
+def copied(gs, prepared):
+    return Copy(prepared)
 
 
-def test_prepared_images(bucket, prepared):
-    flags = {"source": "array_record", "options.path": "gs://bucket/images/", "image_size": SIZE, "num_classes": 3}
+@pytest.fixture
+def impatient(monkeypatch):
+    """Nothing is tried twice, nor waited for."""
+    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(bucket, "_SECONDS", 0.3)
+    monkeypatch.setattr(bucket, "_SECONDS_WHOLE", 0.3)
+    monkeypatch.setattr(reading, "_PAUSES", (0.01, 0.01))
+    bucket._store.cache_clear()
+    yield
+    bucket._store.cache_clear()
+
+
+# ---- the same as from a disk ----------------------------------------------------------------------------------------
+
+
+def test_prepared_images(copied, prepared):
+    flags = {"source": "array_record", "options.path": f"{copied.address}/", "image_size": SIZE, "num_classes": 3}
     remote = build.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
     local = PreparedImages(prepared, SIZE)
     assert remote.labels.tolist() == local.labels.tolist() and remote.records_hash == local.records_hash
-    assert remote.name(3) == "gs://bucket/images #3"
+    assert remote.contents_hash == local.contents_hash and remote.name(3) == f"{copied.address} #3"
     with Loader(remote, batch_size=COUNT, seed=0) as one, Loader(local, batch_size=COUNT, seed=0) as other:
         np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
 
 
-def test_worker_processes_ask_for_images_only(bucket, prepared):
-    remote, local = PreparedImages("gs://bucket/images", SIZE), PreparedImages(prepared, SIZE)
-    shutil.move(bucket / "images/labels.npy", bucket)  # which only the main process has read
-    with Loader(remote, batch_size=4, seed=0, workers=1) as one, Loader(local, batch_size=4, seed=0) as other:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_is_one_request_for_its_bytes(gs, copied, prepared, workers):
+    remote = PreparedImages(copied.address, SIZE)
+    before = len(gs.requests())
+    with Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one, Loader(
+        PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0
+    ) as other:
         np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
+    asked = gs.requests()[before:]
+    assert len(asked) >= COUNT and {(request.method, request.status) for request in asked if request.status} == {("GET", 206)}
+    places = np.load(prepared / shards.PLACES)
+    ranges = {f"bytes={first}-{end - 1}" for first, end, _ in places.tolist()}
+    assert {request.range for request in asked} == ranges
+    assert {request.received for request in asked if request.status} <= set((places["end"] - places["first"]).tolist())
 
 
-def test_what_is_wrong_in_a_bucket(bucket):
-    with pytest.raises(ValueError, match="no set of prepared images at 'gs://bucket/none': make one on a disk .*copy it there"):
+def test_many_records_are_read_at_a_time():
+    together = threading.Barrier(8, timeout=20)
+
+    class Slow:
+        labels, num_classes = np.zeros(8, np.int32), 1
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            together.wait()  # for all eight
+            return {"image": np.full((2, 2, 3), i, np.uint8), "label": 0}
+
+        def name(self, i):
+            return str(i)
+
+    with Loader(Slow(), batch_size=8, seed=0) as loader:
+        assert sorted(next(loader)["image"][:, 0, 0, 0].tolist()) == list(range(8))
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing(copied):
+    with pytest.raises(ValueError, match="'gs://bucket/none' has no manifest.json: .*; make one on a disk .*copy it there"):
         PreparedImages("gs://bucket/none", SIZE)
-    (bucket / "images/shard-00001.array_record").unlink()
+    copied.remove("shard-00001.array_record")
     with pytest.raises(ValueError, match="1 of 3 shards, first shard-00001.array_record: missing; copy it there once more"):
-        PreparedImages("gs://bucket/images", SIZE)
+        PreparedImages(copied.address, SIZE)
+    content = copied.read("shard-00002.array_record")
+    copied.write("shard-00002.array_record", content[:-1])
+    with pytest.raises(ValueError, match=f"2 of 3 shards, .*shard-00002.array_record: fewer than {len(content)} bytes; copy"):
+        PreparedImages(copied.address, SIZE)
+    copied.remove("labels.npy")
+    with pytest.raises(ValueError, match="labels.npy is missing; copy it there once more"):
+        PreparedImages(copied.address, SIZE)
 
 
-def test_a_record_that_cannot_be_reached(bucket, prepared):
-    remote = PreparedImages("gs://bucket/images", SIZE)
-    (bucket / "images/shard-00001.array_record").unlink()
-    with pytest.raises(OSError, match="gs://bucket/images/shard-00001.array_record cannot be read: ") as caught:
-        remote[7]
+def test_a_folder_of_an_older_version(copied):
+    manifest = json.loads(copied.read("manifest.json"))
+    del manifest["places_sha256"]
+    copied.write("manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(ValueError, match="older version.*: mount the bucket .*or run `.*prepare_images --out FOLDER` again on"):
+        PreparedImages(copied.address, SIZE)
+
+
+def test_a_shard_that_vanishes(copied, prepared, impatient):
+    remote = PreparedImages(copied.address, SIZE)
+    copied.remove("shard-00001.array_record")
+    message = rf"{copied.address} #\d cannot be read, tried 3 times .*shard-00001.array_record is not there any more; copy it"
+    loader = Loader(remote, batch_size=COUNT, seed=0, max_bad_fraction=1)
+    with pytest.raises(OSError, match=message) as caught:
+        next(loader)
     assert caught.value.errno  # no damage, so the image is not bad
-    shutil.copy(prepared / "shard-00001.array_record", bucket / "images")
+    copied.write("shard-00001.array_record", (prepared / "shard-00001.array_record").read_bytes())
     np.testing.assert_array_equal(remote[7]["image"], PreparedImages(prepared, SIZE)[7]["image"])
 
 
-def test_a_damaged_record_in_a_bucket(bucket):
-    remote, file = PreparedImages("gs://bucket/images", SIZE), bucket / "images/shard-00001.array_record"
-    content = bytearray(file.read_bytes())
-    content[65536 + 100] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="record . of gs://bucket/images/shard-00001.array_record is damaged"):
-        for i in range(5, 10):
-            remote[i]
+@pytest.mark.parametrize("change", ["a byte", "the end"])
+def test_damaged_records(copied, change):
+    remote, name = PreparedImages(copied.address, SIZE), "shard-00001.array_record"
+    content = bytearray(copied.read(name))
+    first = int(remote._shards._places[7]["first"])
+    content[first + 60] ^= 1
+    copied.write(name, bytes(content if change == "a byte" else content[: first + 60]))
+    reason = "another checksum than when it was written" if change == "a byte" else "it ends before byte .*"
+    with pytest.raises(ValueError, match=f"record 2 of {copied.address}/{name} is damaged .{reason}.; copy it there once more"):
+        reading.read(remote, 7)
+    remote[6]
 
 
-def test_a_bucket_that_cannot_be_reached(monkeypatch):
-    class PermissionDeniedError(Exception):
-        pass
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [(403, "PERMISSION_DENIED: answered by the test, HTTP 403"), (503, "ABORTED: .*, HTTP 503"), ("drop", "ABORTED: .*"),
+     ("wait", "no answer within 0.3 s")],
+)  # fmt: skip
+def test_a_bucket_that_cannot_be_reached(gs, copied, prepared, impatient, rule, reason):
+    remote = PreparedImages(copied.address, SIZE)
+    gs.answer((".", rule))
+    advice = "; check the address, the network and your permission .`gcloud auth application-default login`"
+    with pytest.raises(OSError, match=f"{copied.address}/manifest.json cannot be read .{reason}.{advice}") as caught:
+        CachedLatents(copied.address)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OSError, match=f"images #7 cannot be read, tried 3 times .*{reason}.{advice}.*run the same command"):
+        reading.read(remote, 7)
+    gs.answer()
+    np.testing.assert_array_equal(remote[7]["image"], PreparedImages(prepared, SIZE)[7]["image"])
 
-    class Denied:
-        def __init__(self, path):
-            pass
 
-        def __truediv__(self, name):
-            return self
+def test_the_client_gives_up_in_time(monkeypatch):
+    """Its own patience would be a quarter of an hour."""
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")  # where nobody listens
+    began = time.monotonic()
+    bucket._store.cache_clear()
+    with pytest.raises(OSError, match="gs://bucket/a/manifest.json cannot be read .*onnect.*; check the address, the network"):
+        PreparedImages("gs://bucket/a", SIZE)
+    bucket._store.cache_clear()
+    assert time.monotonic() - began < bucket._SECONDS
 
-        def is_dir(self):
-            raise PermissionDeniedError("no such luck\nand more")
 
-    monkeypatch.setattr(shards, "epath", SimpleNamespace(Path=Denied))
-    with pytest.raises(OSError, match="^gs://bucket/a cannot be reached .PermissionDeniedError: no such luck.; check"):
-        CachedLatents("gs://bucket/a")
+def test_no_bucket_has_such_a_name():
+    with pytest.raises(ValueError, match="'gs://Bucket_' is no bucket .*; check the address"):
+        PreparedImages("gs://Bucket_/a", SIZE)
 
 
 @pytest.mark.parametrize(

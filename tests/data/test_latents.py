@@ -189,7 +189,7 @@ def test_damaged_labels(made):
     with pytest.raises(ValueError, match="labels.npy has another checksum than when it was written; run .* again"):
         CachedLatents(made)
     (made / "labels.npy").unlink()
-    with pytest.raises(ValueError, match="labels.npy cannot be read"):
+    with pytest.raises(ValueError, match="labels.npy is missing"):
         CachedLatents(made)
 
 
