@@ -7,14 +7,15 @@ them, and for whatever they refuse, Pillow does the work.
 
 import functools
 import io
+import math
 import os
 import threading
 
 import numpy as np
 from absl import logging
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from repae_jax.images import center_crop, check_enlarged
+from repae_jax.images import MOST_PIXELS, center_crop, check_enlarged
 
 # What is read, as Pillow calls it, and how names of such files end. Pillow knows more, some of which start other programs.
 KINDS = {
@@ -22,6 +23,7 @@ KINDS = {
     "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"), "GIF": (".gif",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }  # fmt: skip
+_TILE = TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH
 _MOST_BYTES = 2**30  # of a file: the most pixels that Pillow takes are less
 
 _BITS = 22  # of the fraction in Pillow's coefficients
@@ -69,12 +71,15 @@ def open_image(content):
     """Returns the PIL image of a file's bytes, whose pixels are still to be decoded.
 
     Raises:
-      ValueError: for floats and 32-bit integers, whose range nothing tells.
+      ValueError: for floats and 32-bit integers, whose range nothing tells, and for tiles of too many pixels.
       Exception: whatever Pillow raises for other than KINDS, and for more pixels than it thinks safe (Image.MAX_IMAGE_PIXELS).
     """
     image = Image.open(io.BytesIO(content), formats=_readable())
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of PIL's mode {image.mode}, 32 bits each; allowed: 8 or 16")
+    tile = [getattr(image, "tag_v2", {}).get(tag, 0) for tag in _TILE]
+    if math.prod(tile) > MOST_PIXELS:  # decoded as a whole, however small the image
+        raise ValueError(f"tiles of {tile[0]} x {tile[1]} pixels; allowed: {MOST_PIXELS} pixels")
     return image
 
 

@@ -1,6 +1,7 @@
 """Decoding against Pillow: the pixels of `images.center_crop`, bit for bit, with the fast libraries and without."""
 
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -118,16 +119,24 @@ def test_a_bomb_is_left_to_pillow(monkeypatch):
 PROGRAMS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
 
 
+def huge_tiles():
+    """TIFF of 10 x 10 pixels in one tile of 30000 x 30000."""
+    tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30000, 323: 30000, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI8xH", b"II", 42, 16, len(tags)) + entries + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (huge_tiles(), "tiles of 30000 x 30000 pixels"),
         (encoded(np.zeros((1, 60000, 3), np.uint8), "png"), "60000 x 1 pixels, too narrow an image to be enlarged to 256"),
         (encoded(np.zeros((60000, 1, 3), np.uint8)), "1 x 60000 pixels, too narrow an image to be enlarged to 256"),
         (encoded(np.zeros((4, 4), np.float32), "tiff"), "PIL's mode F"),
         (encoded(np.zeros((4, 4), np.int32), "tiff"), "PIL's mode I"),
         (PROGRAMS, "cannot identify"),  # which Pillow would give to Ghostscript
     ],
-    ids=["wide PNG", "high JPEG", "floats", "integers", "EPS"],
+    ids=["huge tiles", "wide PNG", "high JPEG", "floats", "integers", "EPS"],
 )
 def test_what_is_refused_before_memory_is_taken(content, message, libraries, monkeypatch):
     monkeypatch.setattr(images, "_resize", lambda *_, **__: pytest.fail("memory was taken"))
