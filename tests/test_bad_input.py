@@ -307,7 +307,7 @@ def folder_source(path):
 
 
 def test_unknown_source(tmp_path):
-    known = "'digits', 'folder', 'imagenet', 'parquet', 'array_record'"
+    known = "'digits', 'folder', 'imagenet', 'imagenet_tar', 'parquet', 'array_record'"
     refused({"data.source": "imagenette"}, "'imagenette'", known, run=training(tmp_path))
     refused({"data.options": {"colour": 1}}, "colour", "split", run=training(tmp_path))
 

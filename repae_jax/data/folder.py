@@ -128,6 +128,13 @@ def _labels_from_subfolders(root, paths, classes):
     empty = sorted(set(classes) - set(class_of_path))
     if empty:
         raise ValueError(f"class subfolders without images ({_extensions()}): {_some(empty)}; fill or remove them")
+    if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
+        other = next(label for label, name in enumerate(classes) if int(name) != label)
+        logging.warning(
+            "the class subfolders of %r are numbers, and labelled in the order of their names: %s is class %d. If the numbers "
+            "are the classes, fill them up with zeros (0002, 0010), or give a labels_file",
+            str(root), classes[other], other,
+        )  # fmt: skip
     label_of_class = {name: label for label, name in enumerate(classes)}
     return [label_of_class[name] for name in class_of_path]
 

@@ -211,6 +211,7 @@ def test_no_bucket_has_such_a_name():
         ("folder", {"path": "gs://bucket/train"}),
         ("folder", {"path": "/data", "labels_file": "gs://bucket/train"}),
         ("parquet", {"path": "gs://bucket/train"}),
+        ("imagenet_tar", {"path": "gs://bucket/train"}),
         ("imagenet", {"data_dir": "gs://bucket/train"}),
     ],
 )
@@ -234,7 +235,7 @@ def test_other_kinds_of_storage(path):
         PreparedImages(path, SIZE)
 
 
-@pytest.mark.parametrize("source", ["folder", "parquet", "array_record"])
+@pytest.mark.parametrize("source", ["folder", "imagenet_tar", "parquet", "array_record"])
 def test_an_empty_path_is_none(source):
     with pytest.raises(ValueError, match=f"'{source}' needs the argument path"):
         data.make_source(source, SIZE, path="")

@@ -59,7 +59,7 @@ def test_make_source_builds_by_name():
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("imagenette", {}, "source is 'imagenette'; allowed: 'digits', 'folder', 'imagenet', 'parquet', 'array_record'"),
+        ("imagenette", {}, "source is 'imagenette'; allowed: 'digits', 'folder', 'imagenet', 'imagenet_tar', 'parquet', 'ar"),
         ("digits", {"path": "a", "splits": "b"}, "'digits' has no argument path, splits; allowed: split"),
         ("folder", {}, "'folder' needs the argument path"),
     ],

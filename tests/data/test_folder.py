@@ -37,6 +37,23 @@ def test_class_subfolders_become_labels(class_folders):
 
 
 @pytest.mark.parametrize(
+    ("folders", "warning"),
+    [
+        (["0", "1", "2", "10"], "are numbers, and labelled in the order of their names: 10 is class 2. If the numbers"),
+        (["00", "01", "02", "10"], None),
+        (["0", "1", "2", "3"], None),
+        (["n1", "n10", "n2", "n3"], None),
+    ],
+)
+def test_numbered_classes(tmp_path, warnings, folders, warning):
+    """Names are sorted as texts, by which 10 comes before 2."""
+    for name in folders:
+        write_image(tmp_path / name / "a.png")
+    FolderSource(tmp_path, 8)
+    assert len(warnings) == bool(warning) and all(warning in line for line in warnings)
+
+
+@pytest.mark.parametrize(
     "file", ["configs/repae.py", "configs/repae.py:tiny", "configs/ldm.py", "configs/vae.py", "configs/paper.py:repae-l"]
 )
 def test_training_takes_it_from_flags(class_folders, file):
