@@ -14,7 +14,7 @@ import select
 import sys
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from repae_jax import ranges
@@ -62,6 +62,9 @@ def ending(interrupted="interrupted"):
       SystemExit: with the line. The error is its context.
       Exception: the error itself if it is a mistake of the program, with a note that says so.
     """
+    if not sys.flags.dev_mode:
+        logging.get_absl_logger().addFilter(_without_traceback)
+        sys.excepthook = _except_of_closed_loops
     try:
         try:
             yield
@@ -85,6 +88,19 @@ def ending(interrupted="interrupted"):
         if isinstance(error, OSError):  # perhaps of what is printed, which Python would try again at its end
             _forget_output()
         sys.exit(f"error: {line}")
+
+
+def _without_traceback(record):
+    """Log filter: what Orbax says of a full disk, in each of its threads, is a line, too."""
+    if record.exc_info and record.exc_info[1] and line_of(record.exc_info[1]):
+        record.exc_info = None
+    return True
+
+
+def _except_of_closed_loops(kind, error, trace):
+    """Hook: TensorStore tells of every write that it had begun when Orbax gave up."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _reader_is_gone():

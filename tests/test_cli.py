@@ -158,6 +158,37 @@ def test_output_to_a_full_disk_is_an_error(count):
     assert (done.returncode, done.stderr) == (1, b"error: [Errno 28] No space left on device\n")
 
 
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder with room for a few files, such as the metadata of a checkpoint, and no more."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+SAVING = """
+import sys
+import jax
+import numpy as np
+from repae_jax import cli
+from repae_jax.checkpoint import Checkpointer
+state = {f"array_{i}": jax.numpy.asarray(np.random.default_rng(i).random(50_000, np.float32)) for i in range(20)}
+with cli.ending(), Checkpointer(sys.argv[1]) as checkpointer:
+    checkpointer.save(1, state, {}, {"seed": 0})
+    checkpointer.wait()
+"""
+
+
+def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
+    done = run("-c", SAVING, full_disk / "run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "No space left on device" in done.stderr.splitlines()[-1]
+
+
 def test_a_broken_pipe_to_a_worker_is_an_error():
     with pytest.raises(SystemExit, match="error: .*Broken pipe"), cli.ending():
         raise BrokenPipeError(32, "Broken pipe")
