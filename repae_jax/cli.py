@@ -13,6 +13,7 @@ import runpy
 import select
 import sys
 import traceback
+from collections.abc import Mapping
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -318,7 +319,7 @@ def _check_overrides(config, arguments):
         found = re.match(r"--?(?:no)?config\.([^=]+)", word)
         section, above = config, "config"
         for name in found[1].split(".") if found else ():
-            if not isinstance(section, ConfigDict):
+            if not isinstance(section, ConfigDict | Mapping):
                 raise ValueError(f"{word}: {above} is a value, and has no fields")
             if name not in section:
                 raise ValueError(f"{word}: {above} has no field {name!r}; it has {', '.join(sorted(section))}")
