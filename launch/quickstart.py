@@ -114,7 +114,7 @@ def look_at_latents(workdir):
 
 def training_numbers(workdir):
     """Numbers of the run from its metrics.jsonl; seconds count training alone, without compilation and pictures."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
     timed = [line for line in lines if "seconds_per_step" in line]
     return {
         "steps": lines[-1]["step"],

@@ -13,8 +13,9 @@ import runpy
 import select
 import sys
 import traceback
+from collections.abc import Mapping
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from repae_jax import ranges
@@ -62,6 +63,9 @@ def ending(interrupted="interrupted"):
       SystemExit: with the line. The error is its context.
       Exception: the error itself if it is a mistake of the program, with a note that says so.
     """
+    if not sys.flags.dev_mode:
+        logging.get_absl_logger().addFilter(_without_traceback)
+        sys.excepthook = _except_of_closed_loops
     try:
         try:
             yield
@@ -85,6 +89,19 @@ def ending(interrupted="interrupted"):
         if isinstance(error, OSError):  # perhaps of what is printed, which Python would try again at its end
             _forget_output()
         sys.exit(f"error: {line}")
+
+
+def _without_traceback(record):
+    """Log filter: what Orbax says of a full disk, in each of its threads, is a line, too."""
+    if record.exc_info and record.exc_info[1] and line_of(record.exc_info[1]):
+        record.exc_info = None
+    return True
+
+
+def _except_of_closed_loops(kind, error, trace):
+    """Hook: TensorStore tells of every write that it had begun when Orbax gave up."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _reader_is_gone():
@@ -302,7 +319,7 @@ def _check_overrides(config, arguments):
         found = re.match(r"--?(?:no)?config\.([^=]+)", word)
         section, above = config, "config"
         for name in found[1].split(".") if found else ():
-            if not isinstance(section, ConfigDict):
+            if not isinstance(section, ConfigDict | Mapping):
                 raise ValueError(f"{word}: {above} is a value, and has no fields")
             if name not in section:
                 raise ValueError(f"{word}: {above} has no field {name!r}; it has {', '.join(sorted(section))}")

@@ -199,6 +199,8 @@ def check_fields(config):
         fields["hooks"] |= {"samples_every", *FID_HOOK}
     for section in sorted(set(fields) & kind.sections):
         check_names(f"config.{section}", config[section], fields[section])
+    for name, section in config["optim"].items():
+        check_names(f"config.optim.{name}", section, inspect.signature(optimizer).parameters)
     compiler_options(config)
     if config["hooks"].get("fid_every"):
         for name in ("fid_reference", "fid_inception"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from repae_jax import build, generate, hosts, images, inception_features, reference_stats, sharding
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
+from repae_jax.run_log import step_of
 
 FID_BATCH = 64  # samples at a time at least, over all devices
 
@@ -144,8 +144,8 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
     def is_scored(step):
         metrics = workdir / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return any(json.loads(line)["step"] == step for line in lines if '"fid/' in line)
+        lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+        return any(step_of(line) == step for line in lines if b'"fid/' in line)
 
     def is_drawn(kind):
         return lambda step: picture_of(kind, step).exists()

@@ -28,7 +28,7 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplemen
 
 
 @contextlib.contextmanager
-def naming_damage(path):
+def naming_damage(path, advice="make it or download it again"):
     """Whatever reading a damaged npz raises becomes a ValueError that names the file."""
     try:
         yield
@@ -36,7 +36,7 @@ def naming_damage(path):
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise ValueError(
-            f"{path} is no npz, or it is damaged or incomplete ({type(error).__name__}: {error}); make it or download it again"
+            f"{path} is no npz, or it is damaged or incomplete ({type(error).__name__}: {error}); {advice}"
         ) from error
 
 
@@ -62,7 +62,8 @@ class NpzImages:
             if "arr_1.npy" in archive.namelist():
                 with archive.open("arr_1.npy") as file:
                     labels = np.lib.format.read_array(file, allow_pickle=False)
-                if labels.ndim == 1 and len(set(labels.tolist())) > 1 and (np.diff(labels) >= 0).all():
+                whole = labels.ndim == 1 and labels.dtype.kind in "iu"  # not names, say
+                if whole and len(set(labels.tolist())) > 1 and (np.diff(labels) >= 0).all():
                     self.warnings = [SORTED]
         stat = self._path.stat()
         self.description = {"npz": self._path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}

@@ -1,5 +1,6 @@
 """Inception's features of many images: on all devices, kept in files part by part, so that interrupted work continues."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -215,14 +216,21 @@ class FeatureParts:
     def read(self):
         """InceptionFeatures of numpy arrays, part by part in order."""
         for part in range(len(self._ranges)):
-            with np.load(self._path(part), allow_pickle=False) as arrays:
+            with self._opened(part) as arrays:
                 yield InceptionFeatures(**{name: arrays[name] for name in ("pool", "spatial", "logits")})
 
     def read_images(self):
         """The images kept, uint8 [n, H, W, 3], part by part in order."""
         for part in range(len(self._ranges)):
-            with np.load(self._path(part), allow_pickle=False) as arrays:
+            with self._opened(part) as arrays:
                 yield arrays["images"]
+
+    @contextlib.contextmanager
+    def _opened(self, part):
+        path = self._path(part)
+        advice = "remove it, and run the same command to make it again"
+        with image_sets.naming_damage(path, advice), np.load(path, allow_pickle=False) as arrays:
+            yield arrays
 
 
 def _cut(first, end, size):

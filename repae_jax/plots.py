@@ -41,7 +41,7 @@ def plot_curves(metrics_jsonl, path, groups):
 def read_curves(metrics_jsonl):
     """Metric name -> (steps int [N], values float [N]) of a run's metrics.jsonl; ValueError if a line is broken."""
     points = {}
-    lines = Path(metrics_jsonl).read_text().splitlines()
+    lines = Path(metrics_jsonl).read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)

@@ -70,14 +70,20 @@ def read_reference(path, network):
             spatial = _checked(path, archive, "mu_s", "sigma_s", network.spatial_features)
         features = np.asarray(archive["pool"]) if "pool" in archive else None
         about = json.loads(str(archive["about"])) if "about" in archive else {}
+        if not isinstance(about, dict) or (about and "inception" not in about):
+            raise ValueError(f"about of {path} is {about!r}, which does not tell of Inception's weights; make the file again")
         images = image_sets.NpzImages(path) if "arr_0" in archive else None
     if about and about["inception"] != network.checksum:
         raise ValueError(
             f"{path} was made with Inception weights of checksum {about['inception']}, these have {network.checksum}: "
             "give the same weights, or make the reference again"
         )
-    if features is not None and (features.ndim != 2 or features.shape[1] != network.pool_features):
-        raise ValueError(f"pool of {path} has shape {list(features.shape)}; needed: [M, {network.pool_features}]")
+    if features is not None and (
+        features.ndim != 2 or features.shape[1] != network.pool_features or features.dtype.kind != "f"
+    ):
+        raise ValueError(
+            f"pool of {path} is {features.dtype} {list(features.shape)}; needed: floats [M, {network.pool_features}]"
+        )
     return Reference(
         pool=pool, spatial=spatial, features=features, images=None if features is not None else images,
         shape=None if images is None else images.shape,

@@ -75,7 +75,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and resume_step:
             _drop_lines_after(path, resume_step)
-        elif path.exists() and path.read_text():  # of a run that never completed a checkpoint: kept, not continued
+        elif path.exists() and path.stat().length:  # of a run that never completed a checkpoint: kept, not continued
             number = next(n for n in itertools.count(1) if not (path.parent / f"{path.name}.{n}").exists())
             path.rename(path.parent / f"{path.name}.{number}")
         self._file = path.open("a")
@@ -223,21 +223,21 @@ class Progress:
 
 def _drop_lines_after(path: epath.Path, last_step: int) -> None:
     """Rewrites the file without the lines of later steps and without broken ones."""
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= last_step]
-    broken = sum(_step_of(line) is None for line in lines)
+    lines = path.read_bytes().splitlines()  # a broken one may be no text
+    kept = [line for line in lines if step_of(line) is not None and step_of(line) <= last_step]
+    broken = sum(step_of(line) is None for line in lines)
     if broken:
         logging.warning("%s: %d unfinished or broken line(s) removed.", path, broken)
     rewritten = path.parent / f"{path.name}.tmp"
-    rewritten.write_text("".join(line + "\n" for line in kept))
+    rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
     rewritten.replace(path)  # one rename: a kill leaves either the old file or the new one
 
 
-def _step_of(line: str) -> int | None:
+def step_of(line: bytes) -> int | None:
     """The step of a JSON line; None if the line is not one."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

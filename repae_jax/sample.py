@@ -7,7 +7,6 @@ first samples. Interrupted runs continue where they stopped: finished batches ar
 import argparse
 import dataclasses
 import functools
-import json
 import shutil
 from pathlib import Path
 
@@ -135,8 +134,16 @@ def write_npz(path, parts, labels):
       parts: .npy files in order, uint8 [b, H, W, 3].
       labels: int32 [N].
     """
-    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
-    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(np.load, parts))})})
+    shape = (len(labels), *_load_part(parts[0]).shape[1:])
+    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})
+
+
+def _load_part(path):
+    """uint8 [b, H, W, 3] of a finished batch, mapped; ValueError if the file is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and run the same command to make it again") from error
 
 
 def _save_part(path, array):
@@ -152,7 +159,7 @@ def _open_parts(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "settings.json"
     if manifest.exists():
-        before = json.loads(manifest.read_text())
+        before = weights.read_json(manifest)
         differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
         if differing:
             raise ValueError(
@@ -190,7 +197,7 @@ def run(args):
     folder = _open_parts(out.with_name(out.name + ".parts"), settings)
     count = -(-args.num_samples // args.batch_size)
     paths = [folder / f"{index:06d}.npy" for index in range(count)]
-    done = {index for index, path in enumerate(paths) if path.exists()}
+    done = {index for index, path in enumerate(paths) if path.exists() and len(_load_part(path))}
     with tqdm(
         total=args.num_samples, initial=min(len(done) * args.batch_size, args.num_samples), unit="img", desc=f"step {step}"
     ) as bar:
@@ -198,7 +205,7 @@ def run(args):
             _save_part(paths[index], made)
             bar.update(len(made))
     write_npz(npz, paths, labels)
-    shown = np.concatenate([np.load(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
+    shown = np.concatenate([_load_part(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
     picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
     images.save_png(out.with_name(out.name + ".png"), picture)
     shutil.copy(folder / "settings.json", out.with_name(out.name + ".json"))

@@ -232,7 +232,6 @@ def test_encoders_of_the_runs():
         (("--image_size", "9"), "repae: image size 9 is not a multiple of the VAE's factor 2; allowed: e.g. 8 or 10"),
         (("--batch_size", "9"), "--batch_size=9 is not a multiple of the 8 devices"),
         (("--step", "7"), "7.*2, 4"),
-        (("--cknna", "--timesteps", "0.5", "1.5"), r"--timesteps \[1.5\]: allowed are 0 \(data\) to 1 \(noise\)"),
         (("--cknna", "--cknna_images", "11"), "11 images are too few for CKNNA with k=10"),
         (("--cknna", "no/such/encoder/at/all"), "no/such/encoder"),
         (("--data", "nowhere"), "'nowhere' is no folder, and no source"),
@@ -313,6 +312,15 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path):
         command.main()
     with pytest.raises(SystemExit):
         command.parse_args(["x", "--num_images", "0"])
+    with pytest.raises(SystemExit):
+        command.parse_args(["x", "--cknna", "--timesteps", "0.5", "1.5"])
+
+
+def test_home_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = command.parse_args(["~/a", "b=~/c@3", "--data=~/images", "--out=~/out"])
+    assert [source.path for source in sources.parse_sources(args.sources)] == [f"{tmp_path}/a", f"{tmp_path}/c"]
+    assert (args.data, args.out) == (f"{tmp_path}/images", f"{tmp_path}/out")
 
 
 def test_transforms():

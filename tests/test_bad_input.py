@@ -1,5 +1,6 @@
 """Everything a user can get wrong ends in an error that names the value and what is allowed, before anything is compiled."""
 
+import fnmatch
 import re
 from types import SimpleNamespace
 
@@ -7,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 import small
+from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import common, ldm, repae, vae
 from repae_jax import build, checkpoint, cli, config_rules, sharding, train
+from repae_jax.generate import Sampling
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -286,6 +289,132 @@ def test_ablations_that_lose_are_announced(changes, messages, monkeypatch):
     said.clear()
     build.build(small.config())
     assert not said
+
+
+# numeric fields, * for any name -> what of NAN, INF, -1, 0 and 1e30 they take; whole numbers take no 1e30
+NAN, INF = float("nan"), float("inf")
+TAKEN = {
+    **dict.fromkeys(
+        (
+            "steps", "accumulation", "max_skipped_in_a_row", "data.image_size", "data.num_classes", "data.batch_size",
+            "vae.latent_channels", "vae.channels", "vae.num_res_blocks", "vae.norm_groups", "sit.patch_size",
+            "sit.hidden_size", "sit.depth", "sit.num_heads", "sit.encoder_depth", "sit.projector_dim", "sit.mlp_ratio",
+            "sit.unroll", "disc.channels", "disc.num_layers", "init.stats_images", "mesh.fsdp", "mesh.slices",
+            "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "log.every", "hooks.images",
+            "hooks.fid_samples", "encoders.*.image_size", "loss.align_end", "optim.*.decay_steps", "sampling.steps",
+            "sampling.guidance_channels",
+        ),
+        set(),
+    ),
+    **dict.fromkeys(
+        (
+            "seed", "ema_decay", "data.workers", "data.max_bad_fraction", "data.flip_probability", "loss.gan_start",
+            "loss.eq_prior", "diffusion.label_dropout", "diffusion.norm_momentum", "optim.*.warmup_steps", "optim.*.b1",
+            "optim.*.b2", "hooks.samples_every", "hooks.reconstructions_every", "hooks.fid_every", "encoders.*.spatial_gamma",
+            "sampling.guidance_low", "sampling.guidance_high",
+        ),
+        {0},
+    ),
+    **dict.fromkeys(
+        (
+            "loss.vae.*", "loss.sit.*", "loss.adaptive.*", "loss.lecam", "optim.*.learning_rate", "optim.*.final_learning_rate",
+            "optim.*.weight_decay",
+        ),
+        {0, 1e30},
+    ),
+    **dict.fromkeys(("loss.gan_factor", "optim.*.eps", "optim.*.clip_norm", "sampling.guidance_scale"), {1e30}),
+    # of tuples, every entry
+    "vae.channel_multipliers": set(), "vae.attention_levels": {0}, "lpips.input_range": {-1, 0, 1e30}, "loss.vf_margins": {0},
+    "loss.se_factors": set(), "loss.eq_scales": set(),
+}  # fmt: skip
+
+
+def numeric_fields(section, above=()):
+    """Dotted names of numbers, tuples of them and numbers that are not set, of a ConfigDict."""
+    for name in section:
+        value, names = section[name], (*above, name)
+        kind = section.get_type(name)
+        if isinstance(value, ConfigDict):
+            yield from numeric_fields(value, names)
+        elif kind in (int, float) or (kind is tuple and not any(isinstance(entry, str) for entry in value)):
+            yield ".".join(names), kind
+
+
+def all_numeric_fields():
+    args = [(file, arg) for file in (repae, ldm, vae) for arg in ("", "tiny")] + [(vae, "eqvae"), (ldm, "model=DiT-XL/2")]
+    found = {field: file for file, arg in args for field in numeric_fields(file.get_config(arg))}
+    return sorted((name, kind, file) for (name, kind), file in found.items() if not name.endswith(".fixed"))
+
+
+@pytest.mark.parametrize(("name", "kind", "file"), [pytest.param(*field, id=field[0]) for field in all_numeric_fields()])
+def test_every_number_of_every_config_has_bounds(name, kind, file):
+    """A new field fails here until it has a rule and a place in TAKEN."""
+    entries = [entry for entry in TAKEN if fnmatch.fnmatch(name, entry)]
+    assert len(entries) == 1, f"{name} is in none or several of TAKEN"
+    taken = set()
+    for value in (NAN, INF, -1, 0, 1e30, True, "1", 1e39):
+        config = file.get_config("tiny").to_dict()
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        before = section[field]
+        section[field] = (*before[:-1], value) if kind is tuple else value
+        if name == "vae.attention_levels" or (kind is tuple and not before):
+            section[field] = (value,)
+        try:
+            config_rules.construct("config.sampling", Sampling, build.plain_config(config).get("sampling", {}))
+            taken.add(value)
+        except ValueError as error:
+            assert f"{field}=" in str(error) and "\n" not in str(error), error
+    assert taken == TAKEN[entries[0]]
+
+
+def test_none_is_taken_where_the_config_has_it():
+    config = small.config().to_dict()
+    for section, field in (("checkpoint", "every"), ("optim", "vae"), ("data", "batch_size"), ("sit", "depth")):
+        with pytest.raises(ValueError, match=f"config.{section}.{field}=None must be"):
+            build.build({**config, section: {**config[section], field: None}})
+    del config["optim"]["vae"]["fixed"]
+    with pytest.raises(ValueError, match=re.escape("config.optim.vae: unknown fields [], missing fields ['fixed']")):
+        build.build(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sit": 3}, "config.sit=3 must be a section with fields of its own"),
+        ({"encoders": 3}, "config.encoders=3 must be a section"),
+        ({"sit.qk_norm": 1}, "config.sit.qk_norm=1 must be True or False"),
+        ({"data.source": 3}, "config.data.source=3 must be a text"),
+        ({"steps": 2.0}, "config.steps=2.0 must be a whole number"),
+        ({"sit.new": NAN}, "config.sit.new=nan must be finite"),
+        ({"optim.sit.b1": 1 - 1e-12}, "config.optim.sit.b1=0.999999999999 must lie in [0, 1)"),
+        ({"optim.vae.fixed": "encoder"}, "config.optim.vae.fixed='encoder' must be a tuple"),
+        ({"encoders.target.architecture.patch_size": 0}, "encoder architecture: patch_size=0 must lie in"),
+        ({"vae.attention_levels": (7,)}, "attention_levels=(7,) must lie in 0..1"),
+    ],
+)
+def test_types(changes, message):
+    config = small.config().to_dict()  # not checked by ml_collections
+    for name, value in changes.items():
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build.build(config)
+
+
+def test_home_folders_of_configs(monkeypatch, tmp_path):
+    """Those of weights that a run must be continued with stay as they are: they are found where they are read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {"init.vae": "~/a.pt", "data.cache": "~/b", "hooks.fid_reference": "~/c.npz", "hooks.fid_inception": "~/d.pth"}
+    config = build.plain_config(small.config({**paths, "data.options": {"path": "~/e", "split": "~"}, "lpips.vgg16": "~/f"}))
+    assert config["init"]["vae"] == f"{tmp_path}/a.pt" and config["data"]["cache"] == f"{tmp_path}/b"
+    assert config["hooks"]["fid_reference"] == f"{tmp_path}/c.npz" and config["hooks"]["fid_inception"] == f"{tmp_path}/d.pth"
+    assert config["data"]["options"] == {"path": f"{tmp_path}/e", "split": "~"} and config["lpips"]["vgg16"] == "~/f"
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How commands begin and end: what they do not understand is refused, and what is not their fault is told in one line."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,11 +16,12 @@ from repae_jax import cli, ranges, train
 from repae_jax.call_apart import Crashed
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [
-    "repae_jax.train", "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.cache_latents",
-    "repae_jax.prepare_images", "repae_jax.analyze_latents", "repae_jax.plan", "repae_jax.benchmark", "repae_jax.report",
-    "checkpoints_tools", "configs.paper",
+WITH_OPTIONS = [
+    "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.prepare_images",
+    "repae_jax.analyze_latents.__main__", "repae_jax.report.__main__", "checkpoints_tools.__main__",
 ]  # fmt: skip
+WITH_FLAGS = ["repae_jax.train", "repae_jax.cache_latents", "repae_jax.plan", "repae_jax.benchmark.__main__"]
+HEAVY = {"torch", "tensorflow", "transformers", "diffusers", "tensorflow_datasets", "sklearn", "matplotlib.pyplot"}
 
 
 def run(*words, **options):
@@ -158,6 +160,37 @@ def test_output_to_a_full_disk_is_an_error(count):
     assert (done.returncode, done.stderr) == (1, b"error: [Errno 28] No space left on device\n")
 
 
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder with room for a few files, such as the metadata of a checkpoint, and no more."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+SAVING = """
+import sys
+import jax
+import numpy as np
+from repae_jax import cli
+from repae_jax.checkpoint import Checkpointer
+state = {f"array_{i}": jax.numpy.asarray(np.random.default_rng(i).random(50_000, np.float32)) for i in range(20)}
+with cli.ending(), Checkpointer(sys.argv[1]) as checkpointer:
+    checkpointer.save(1, state, {}, {"seed": 0})
+    checkpointer.wait()
+"""
+
+
+def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
+    done = run("-c", SAVING, full_disk / "run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "No space left on device" in done.stderr.splitlines()[-1]
+
+
 def test_a_broken_pipe_to_a_worker_is_an_error():
     with pytest.raises(SystemExit, match="error: .*Broken pipe"), cli.ending():
         raise BrokenPipeError(32, "Broken pipe")
@@ -231,13 +264,32 @@ def test_rules(rule, allowed, refused):
     assert [value for value in refused if not ranges.problem(rule, value)] == []
 
 
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_every_command_refuses_what_it_does_not_understand(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as caught:
+        module.parse_args(["--help"])
+    assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        module.parse_args(["inspect", "a", "--colour=red"] if name.startswith("checkpoints_tools") else ["a", "--colour=red"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
-FLAGS_OF_TRAINING = """
+FLAGS_OF_TRAINING = f"""
+NAMES, HEAVY = {[*WITH_OPTIONS, *WITH_FLAGS]}, {HEAVY}
+""" + """
+import importlib
 import os
 import sys
+import jax
 from absl import flags
 from repae_jax import build, cli, train
+for name in NAMES:
+    importlib.import_module(name)
+print(sorted(HEAVY & set(sys.modules)), "imported, backends", jax._src.xla_bridge._backends)
 train.define_flags()
 
 def main(_):
@@ -281,6 +333,7 @@ LINES = [
     ([*TINY, "--config.encoders.other.weights=x"], "config.encoders has no field 'other'; it has target"),
     ([*TINY, "--config.encoders.target.architecture=3"], "encoder architecture 3 must be a name or a mapping"),
     ([*TINY, f"--config.encoders.target.architecture={NO_PATCH}"], "encoder architecture: patch_size=0 must lie in"),
+    ([*TINY, "--config.encoders.target.architecture.depth=0"], "encoder architecture: depth=0 must lie in"),
     ([*TINY, "--config.steps=1.5"], "flag --config.steps=1.5: invalid literal"),
     ([*TINY, "--config.sit=3"], "flag --config.sit=3: Failed to parse"),
     ([*TINY, "--config.vae.channel_multipliers=(1,2,'a')"], "has an entry that must be a whole number"),
@@ -313,15 +366,19 @@ def answers(tmp_path_factory):
     environment = {**os.environ, "HOME": str(here), "XLA_FLAGS": ""}
     done = run("-c", FLAGS_OF_TRAINING, input="\n".join(map(repr, asked)), env=environment)
     said = [line.replace(str(here), "HERE") for line in done.stdout.splitlines()]
-    assert len(said) == len(asked), done.stdout + done.stderr[-3000:]
+    assert len(said) == 1 + len(asked), done.stdout + done.stderr[-3000:]
     return said
 
 
 @pytest.mark.parametrize(("number", "message"), [(number, message) for number, (_, message) in enumerate(LINES)])
 def test_what_training_does_not_understand_is_refused_in_one_line(answers, number, message):
-    said = answers[number]
+    said = answers[1 + number]
     assert said[1:].startswith("error: ") and "Traceback" not in said and "\\n" not in said, said
     assert message in eval(said), said
+
+
+def test_nothing_heavy_is_imported_for_the_command_line(answers):
+    assert answers[0] == "[] imported, backends {}"
 
 
 def test_home_folders_in_flags(answers):

@@ -97,7 +97,12 @@ def test_adms_file(tmp_path, features):
         ({"arr_0": np.zeros((4, 4, 4, 3))}, "arr_0 of .* is float64"),
         ({"mu": np.array([{}] * 6, object)}, "no npz, or it is damaged .*pickle"),
         ({"about": json.dumps({"inception": "0123"})}, "weights of checksum 0123, these have stub"),
-        ({"pool": np.zeros((9, 7), np.float32)}, r"pool of .* has shape \[9, 7\]; needed: \[M, 6\]"),
+        ({"pool": np.zeros((9, 7), np.float32)}, r"pool of .* is float32 \[9, 7\]; needed: floats \[M, 6\]"),
+        ({"pool": np.full((9, 6), "a")}, r"pool of .* is <U1 \[9, 6\]; needed: floats \[M, 6\]"),
+        ({"mu": np.full(6, "a")}, "no npz, or it is damaged .*could not convert"),
+        ({"about": json.dumps(["a"])}, r"about of .* is \['a'\], which does not tell"),
+        ({"about": json.dumps({"other": 1})}, "about of .* does not tell"),
+        ({"about": "{"}, "no npz, or it is damaged .*JSONDecodeError"),
     ],
 )
 def test_other_files(tmp_path, features, changes, message):

@@ -72,6 +72,17 @@ def test_broken_last_line_is_dropped(tmp_path, tail):
     assert steps_of(path) == [1, 2]
 
 
+@pytest.mark.parametrize("bad", [b'{"step": 2, "a\xff": 1}', b"\xff\xfe", b"\0" * 64, b'{"step": 1e999}', b"[" * 9999])
+def test_lines_of_damaged_bytes_are_dropped(tmp_path, bad):
+    """Disks leave such lines after a power cut; the run continues without them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "time": 1.0}\n' + bad + b'\n{"step": 3, "time": 1.0}\n')
+    run_log.JsonLines(path, resume_step=9).write(4, {})
+    assert steps_of(path) == [1, 3, 4]
+    run_log.JsonLines(path)
+    assert (tmp_path / "metrics.jsonl.1").exists()  # a new run keeps the file of the one before, whatever is in it
+
+
 def test_last_line_without_newline_is_kept_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "time": 1.0}')

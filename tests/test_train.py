@@ -407,5 +407,5 @@ def test_help_is_quick(tmp_path):
     done = command("--help")
     seconds = time.monotonic() - began
     print(f"--help: {seconds:.1f} s")
-    assert "--workdir" in done.stdout and "--config" in done.stdout
+    assert done.returncode == 0 and "--workdir" in done.stdout and "--config" in done.stdout
     assert seconds < 20 and "tensorflow" not in done.stderr.lower()

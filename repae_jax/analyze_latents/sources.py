@@ -1,6 +1,7 @@
 """What the command line of the latent analysis means: sources, images, encoders, and where results go."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def parse_sources(texts, step=None):
     for text in texts:
         name, equals, rest = text.partition("=")
         named = equals and name and not re.search(r"[/\\:]", name) and not _exists(text)
-        path, own_step = _split_number(rest if named else text)
+        path, own_step = _split_number(os.path.expanduser(rest) if named else text)
         found.append((name if named else None, path, step if own_step is None else own_step))
     paths = {path: Path(path).parts for _, path, _ in found}
     depth = 1
@@ -134,9 +135,6 @@ def choose_encoders(given, configs):
 
 def check_cknna(args, sources, configs, count):
     """What can be known to be wrong before anything is computed."""
-    wrong = [t for t in args.timesteps if not 0 <= t <= 1]
-    if wrong:
-        raise ValueError(f"--timesteps {wrong}: allowed are 0 (data) to 1 (noise)")
     if count < NEIGHBORS + 2:
         raise ValueError(
             f"{count} images are too few for CKNNA with k={NEIGHBORS} neighbors: allowed are at least {NEIGHBORS + 2}"
