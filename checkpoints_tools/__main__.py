@@ -12,6 +12,7 @@ addresses.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def parse_args(argv=None):
         return commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
     inspect = add("inspect", "say what a file or folder is: layout, sizes, parameter counts, statistics")
-    inspect.add_argument("source", nargs="+")
+    inspect.add_argument("source", nargs="+", type=os.path.expanduser)
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     convert = add(
@@ -36,26 +37,34 @@ def parse_args(argv=None):
         "convert a training run (to the published layout), a published training checkpoint, a SiT, a VAE, an encoder or "
         "another network; the target's ending says into what",
     )
-    convert.add_argument("source")
+    convert.add_argument("source", type=os.path.expanduser)
     convert.add_argument(
         "target",
+        type=os.path.expanduser,
         help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model); of a run, "
         "NAME-discriminator-ckpt.pt is its discriminator alone, for config.init.disc",
     )
     convert.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
-    convert.add_argument("--latent_stats", help="statistics of a VAE's latents, where its file has none beside it")
+    convert.add_argument(
+        "--latent_stats", type=os.path.expanduser, help="statistics of a VAE's latents, where its file has none beside it"
+    )
 
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
-    extract.add_argument("source", help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint")
-    extract.add_argument("target", help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads")
+    extract.add_argument(
+        "source", type=os.path.expanduser,
+        help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint",
+    )  # fmt: skip
+    extract.add_argument(
+        "target", type=os.path.expanduser, help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads"
+    )
     extract.add_argument("--step", type=int, help="which checkpoint of a run; default the newest")
     for command in (convert, extract):
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
-    verify.add_argument("source", nargs="+")
+    verify.add_argument("source", nargs="+", type=os.path.expanduser)
     verify.add_argument("--image_size", type=int, default=256, help="pixels; default %(default)s")
     verify.add_argument("--tolerance", type=float, default=2e-5, help="of the largest entry, in float32; default %(default)s")
 
