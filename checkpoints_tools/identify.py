@@ -17,7 +17,7 @@ from repae_jax import checkpoint
 
 # kind -> a beginning of a name that only its files have; the first that fits decides
 _SIGNS = {
-    "mocov3": ("module.base_encoder.",),
+    "mocov3": ("base_encoder.",),
     "vae": ("decoder.conv_in.", "decoder.conv_out.", "first_stage_model."),
     "sit": ("x_embedder.proj.",),
     "discriminator": ("main.0.",),

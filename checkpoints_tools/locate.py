@@ -12,15 +12,18 @@ from absl import logging
 from etils import epath
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organisation/name, and what is meant in it
-_SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".ckpt", ".bin", ".npz", ".pb")
+_SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".tar", ".ckpt", ".bin", ".npz", ".pb")
 # what a Hugging Face folder may call its weights; the first that exists counts
 SAFETENSORS = (
     "model.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
 )  # fmt: skip
-PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")  # only where there is no safetensors file
+PICKLED = (  # only where there is no safetensors file
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"
+)  # fmt: skip
 # fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
 _WEIGHTS = ("config.json", *SAFETENSORS, "model-*.safetensors", "diffusion_pytorch_model-*.safetensors")
+_PICKLED = (*PICKLED, "pytorch_model-*.bin", "diffusion_pytorch_model-*.bin")
 _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where there is neither
 
 
@@ -59,7 +62,7 @@ def _from_hub(repository, inside):
         if inside and inside.endswith(_SUFFIXES):
             return Path(huggingface_hub.hf_hub_download(repository, inside))
         below = f"{inside}/" if inside else ""
-        for patterns in (_WEIGHTS, PICKLED, _TRAINING):
+        for patterns in (_WEIGHTS, _PICKLED, _TRAINING):
             wanted = [below + pattern for pattern in patterns]
             folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted)) / below
             if any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*")):
@@ -146,7 +149,8 @@ def _files_of(remote):
     if not (remote / "config.json").exists() and (remote / "vae").is_dir():
         remote = remote / "vae"
     files = sorted(remote.iterdir())
-    whole = [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in _WEIGHTS)]
-    if any(".safetensors" in file.name for file in whole):
-        return whole
-    return whole + [file for file in files if file.name in PICKLED]
+    whole, pickled = (
+        [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
+        for patterns in (_WEIGHTS, _PICKLED)
+    )
+    return whole if any(".safetensors" in file.name for file in whole) else whole + pickled

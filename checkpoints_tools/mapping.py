@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from einops import EinopsError, rearrange
 from flax import traverse_util
 
-WEIGHT_DTYPES = tuple(map(np.dtype, ("float32", "float16", ml_dtypes.bfloat16)))  # what float32 holds exactly
+# read as float32, which holds all but the last exactly
+WEIGHT_DTYPES = tuple(map(np.dtype, ("float32", "float16", ml_dtypes.bfloat16, "float64")))
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def to_flax(table, state_dict, target, source="state dict"):
       Nested dict of numpy arrays with target's structure, shapes and dtypes.
 
     Raises:
-      ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, and every dtype not in WEIGHT_DTYPES.
+      ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, also what is beyond float32's range, and
+        every dtype not in WEIGHT_DTYPES.
     """
     wanted = flatten(target)
     constants = table.constants or {}
@@ -162,12 +165,25 @@ def to_flax(table, state_dict, target, source="state dict"):
                 problems.append(f"filled twice: {path}")
             # one copy, at once of the right dtype and order, so that nothing keeps a file mapped
             leaf = filled[path] = np.empty(wanted[path].shape, wanted[path].dtype)
-            for layer, part in zip(leaf if entry.stacked else [leaf], parts):
-                layer[...] = part
+            with np.errstate(over="ignore"):  # of float64; `_split` has noted it
+                for layer, part in zip(leaf if entry.stacked else [leaf], parts):
+                    layer[...] = part
     covered = {path for entry in table.entries for path in entry.flax}
     problems += [f"filled by no table entry: {path} {wanted[path].shape}" for path in set(wanted) - covered]
     _report(problems, f"{source} does not fit the network")
+    _warn_of_precision([np.asarray(state_dict[name]).dtype for entry in table.entries for name in entry.torch], source)
     return traverse_util.unflatten_dict(filled, sep="/")
+
+
+def _warn_of_precision(dtypes, source):
+    here = ml_dtypes.finfo(np.float32)
+    for dtype in sorted(set(dtypes) - {here.dtype}, key=str):
+        kept = ml_dtypes.finfo(dtype)
+        logging.warning(
+            "%s: %d of %d arrays are %s, of relative precision %.0e and up to %.0e; %s float32, of %.0e and up to %.0e", source,
+            dtypes.count(dtype), len(dtypes), dtype, kept.eps, kept.max, "rounded to" if kept.bits > 32 else "widened to",
+            here.eps, here.max,
+        )  # fmt: skip
 
 
 def _split(entry, name, array, wanted, problems):
@@ -189,6 +205,8 @@ def _split(entry, name, array, wanted, problems):
         return None
     if not np.isfinite(array).all():
         problems.append(f"not finite: {name}")
+    elif array.dtype == np.float64 and array.size and np.abs(array).max() > np.finfo(np.float32).max:
+        problems.append(f"beyond the range of float32: {name}, up to {np.abs(array).max():.0e}")
     return parts
 
 

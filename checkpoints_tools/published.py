@@ -167,7 +167,7 @@ def is_training_checkpoint(content):
     """Whether what `weights.read_torch` returned is one: several networks, one beside its optimizer, or a SiT under 'model'."""
     if not isinstance(content, dict) or not weights.is_state_dict(content.get("model")):
         return False
-    return bool({"ema", "opt"} & set(content)) or _is_sit(content["model"])
+    return bool({*weights.AVERAGED, "opt"} & set(content)) or _is_sit(content["model"])
 
 
 def read(path, step=None):
@@ -193,6 +193,7 @@ def read(path, step=None):
 
 def from_torch(content, path):
     """`read` of what `weights.read_torch` returned; `path` is the file it is from."""
+    content = _bare(content, path)
     if _is_sit(content):
         content = rename_legacy(content)
         return TrainingCheckpoint(str(path), _args_beside(path), None, {"model": content, "ema": content}, {})
@@ -218,8 +219,22 @@ def from_torch(content, path):
     return TrainingCheckpoint(str(path), args, steps, networks, optimizers)
 
 
+def _bare(content, path):
+    """What a file holds, under the names of the published code: without what wraps its networks, averages as 'ema'."""
+    if weights.is_state_dict(content):
+        return weights.without_wrappers(content, path)
+    if not isinstance(content, dict):
+        return content
+    averaged = [name for name in weights.AVERAGED if name in content]
+    if len(averaged) > 1:
+        raise ValueError(f"{path} holds several averages, {', '.join(averaged)}: save it again with one of them, as 'ema'")
+    content = {"ema" if name in averaged else name: value for name, value in content.items()}
+    networks = {name: content[name] for name in NETWORKS if weights.is_state_dict(content.get(name))}
+    return content | {name: weights.without_wrappers(arrays, f"{path}: {name}") for name, arrays in networks.items()}
+
+
 def _is_sit(content):
-    return weights.is_state_dict(content) and "x_embedder.proj.weight" in content
+    return weights.is_state_dict(content) and any(f".{name}".endswith(".x_embedder.proj.weight") for name in content)
 
 
 def _args_beside(file):

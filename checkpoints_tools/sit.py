@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from checkpoints_tools.mapping import CONV, COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax
-from checkpoints_tools.weights import read_state_dict
+from checkpoints_tools.weights import AVERAGED, read_state_dict
 from repae_jax.models.sit import SiT
 
 # (hidden size, depth) -> (name, heads, blocks before the alignment tap): a file tells none of them
@@ -253,7 +253,7 @@ def load_sit(path, entry=None, encoder_depth=None, num_heads=None, dtype=jnp.flo
 
     Args:
       path: what `weights.read_state_dict` reads.
-      entry: state dict to take from a file with several; by default 'ema' of those.
+      entry: state dict to take from a file with several; by default the averaged one of those.
       encoder_depth: see `describe_sit`.
       num_heads: see `describe_sit`.
       dtype: compute dtype of the module.
@@ -293,10 +293,10 @@ def _read(path, entry):
         if entry is not None:
             raise
         try:
-            state_dict = read_state_dict(path, entry="ema")
+            state_dict = read_state_dict(path, entry=AVERAGED)
         except ValueError:
             raise error from None
-    logging.info("%s holds several state dicts: taking 'ema', the averaged weights", path)
+    logging.info("%s holds several state dicts: taking the averaged weights", path)
     return state_dict
 
 

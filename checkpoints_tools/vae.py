@@ -63,9 +63,6 @@ def load_vae(path, dtype=jnp.float32, remat=False):
     state_dict, names, module, config, file = _read(path, dtype=dtype, remat=remat)
     table = vae_table(module, names)
     params = mapping.to_flax(table, state_dict, abstract_params(module), source=str(path))
-    dtypes = {str(state_dict[name].dtype) for entry in table.entries for name in entry.torch} - {"float32"}
-    if dtypes:
-        logging.info("%s: %s is widened to float32; files written from it are larger", path, " and ".join(sorted(dtypes)))
     channels = module.latent_channels
     if config is not None:
         stats = _config_stats(config, file.parent / _CONFIG, channels)
@@ -188,8 +185,8 @@ def save_diffusers(folder, module, params, latent_stats, discriminator_state_dic
       folder: made if it does not exist.
       module: AutoencoderKL.
       params: its parameters; a map from latents to tokens is left out.
-      latent_stats: {'mean', 'var'}, [C]: `latents_mean` and `latents_std` of config.json, and, if the same in all channels,
-        `shift_factor` and `scaling_factor`.
+      latent_stats: {'mean', 'var'}, [C]: `latents_mean` and `latents_std` of config.json, beside a `scaling_factor` of 1, for
+        diffusers' pipelines multiply by both; if the same in all channels, `shift_factor` and `scaling_factor` alone.
       discriminator_state_dict: name -> numpy array, written beside the model as discriminator.safetensors, unless None.
       overwrite: replace what is there.
 
@@ -210,9 +207,11 @@ def save_diffusers(folder, module, params, latent_stats, discriminator_state_dic
         )
     mean, std = _mean_and_std(latent_stats, module.latent_channels)
     module, params = without_projection(module, params)
-    config = {**_diffusers_config(module), "latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    config = _diffusers_config(module)
     if np.ptp(mean) == np.ptp(std) == 0:
         config |= {"shift_factor": float(mean[0]), "scaling_factor": float(1 / std[0])}
+    else:
+        config |= {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "scaling_factor": 1.0}
     state_dict = mapping.to_torch(diffusers_table(module), params)
     folder = epath.Path(folder)
     weights_file, config_file = folder / _WEIGHTS, folder / _CONFIG

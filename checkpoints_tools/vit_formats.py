@@ -191,12 +191,12 @@ MOCOV3 = Format(
     block={**_NORMS, "attn/query attn/key attn/value": "attn.qkv", "attn/out": "attn.proj", **_MLP},
     # the released ViT-L has four layers under wrong names
     renames={
-        "module.base_encoder.": "",
+        "base_encoder.": "",
         "blocks.13.norm13.": "blocks.13.norm1.",
         "blocks.13.mlp.fc13.": "blocks.13.mlp.fc1.",
         "blocks.14.norm14.": "blocks.14.norm2.",
         "blocks.14.mlp.fc14.": "blocks.14.mlp.fc2.",
     },
-    ignored=("module.momentum_encoder.", "module.predictor.", "head.", "fc."),
+    ignored=("momentum_encoder.", "predictor.", "head.", "fc."),
 )
 MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # by width; the file does not tell

@@ -11,15 +11,21 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from etils import epath
 
 from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last of NAME.pth.tar
+AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
+_ENTRIES = ("state_dict", "model", "model_state_dict", "module", "net", "params", "weights", *AVERAGED)  # taken if alone
+_WRAPPERS = ("module.", "_orig_mod.")  # before names: DistributedDataParallel's and AveragedModel's, torch.compile's
+_AVERAGED_MODEL_COUNTER = "n_averaged"
 _FOLDER_FILES = (*SAFETENSORS, *PICKLED)
 _LFS = b"version https://git-lfs.github.com/spec/"
 _TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
@@ -35,17 +41,21 @@ def read_state_dict(path, entry=None):
     """All arrays of a weight file.
 
     Args:
-      path: `.safetensors`, `.npz`, `.pt`, `.pth`, `.ckpt` or `.bin` file, or a Hugging Face folder with `model.safetensors`,
-        `model.safetensors.index.json` and its shards, or the same of diffusers; local, or what `locate.resolve` takes.
-      entry: which state dict to take from a PyTorch file that holds several ('ema'); not for other files.
+      path: `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a Hugging Face folder with
+        `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or in `.bin` files; local, or
+        what `locate.resolve` takes.
+      entry: which state dict to take from a PyTorch file that holds several ('ema'), or several names, of which the first that
+        is there counts; not for other files.
 
     Returns:
-      dict name -> numpy array in the file's dtype (ml_dtypes.bfloat16 where the file says so).
+      dict name -> numpy array in the file's dtype (ml_dtypes.bfloat16 where the file says so); names as in the network itself,
+      see `without_wrappers`.
 
     Raises:
       FileNotFoundError: if the file, or a shard, does not exist.
       ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
-        that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant.
+        that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant; also as
+        `without_wrappers`.
       ImportError: for a PyTorch file when PyTorch is not installed.
     """
     path = weight_file(path)
@@ -66,7 +76,7 @@ def read_state_dict(path, entry=None):
         )
     if not state_dict:
         raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
-    return state_dict
+    return without_wrappers(state_dict, path)
 
 
 def weight_file(path):
@@ -100,7 +110,7 @@ def _check_file(path):
 
 def _damaged(path, error):
     return ValueError(
-        f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or incomplete: download it again"
+        f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or incomplete: copy or download it again"
     )
 
 
@@ -111,12 +121,15 @@ def _read_safetensors(path):
         with safetensors.safe_open(path, "np") as file:
             names = file.keys()
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+            metadata = file.metadata() or {}
         strange = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
         if strange:
             raise ValueError(
                 f"{path}: numpy has no such type: {', '.join(strange)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
             )
-        return safetensors.numpy.load_file(path)
+        state_dict = safetensors.numpy.load_file(path)
+        # of tensors that share memory, safetensors.torch.save_model keeps one, and the other names in the header
+        return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
     except safetensors.SafetensorError as error:
         raise _damaged(path, error) from error
 
@@ -137,10 +150,14 @@ def _read_shards(index):
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them")
+    strange = [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]
+    if strange:
+        raise ValueError(f"{index} names {', '.join(strange)}; allowed endings: .safetensors, {', '.join(TORCH_SUFFIXES)}")
     state_dict = {}
     for shard in shards:
-        _check_file(index.parent / shard)
-        state_dict |= _read_safetensors(index.parent / shard)
+        file = index.parent / shard
+        _check_file(file)
+        state_dict |= _read_safetensors(file) if file.suffix == ".safetensors" else _unwrapped(read_torch(file), None, file)
     absent = sorted(set(weight_map) - set(state_dict))
     if absent:
         raise ValueError(f"the shards of {index} lack {', '.join(absent)}; download all of them again")
@@ -168,10 +185,12 @@ def read_torch(path):
       path: local file.
 
     Returns:
-      What was saved, with numpy arrays (views of the mapped file) for tensors and a dict for an argparse.Namespace.
+      What was saved, with numpy arrays (views of the mapped file) for tensors, a dict for an argparse.Namespace and plain
+      numbers for numpy's.
 
     Raises:
-      ValueError: if the file is damaged or holds more than arrays and plain values; nothing of it is run.
+      ValueError: if the file is damaged (zip archives, which all but the oldest are, hold checksums) or holds more than arrays
+        and plain values; nothing of it is run.
       ImportError: if PyTorch is not installed.
     """
     try:
@@ -185,12 +204,14 @@ def read_torch(path):
     if not start.startswith(_TORCH_BEGINNINGS):
         raise ValueError(f"{path} is no PyTorch file, or damaged (it begins with {start!r}): check it, or download it again")
     try:
-        zipped = zipfile.is_zipfile(path)
-        script = zipped and _is_torchscript(path)
+        records = _checked_records(path) if zipfile.is_zipfile(path) else []
+        script = _is_torchscript(records)
         if not script:
-            # published training checkpoints keep their command line, an argparse.Namespace, beside the weights
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
+            # the bytes of compressed records are no arrays; torch maps them all the same
+            stored = bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            # published training checkpoints keep their command line beside the weights, an argparse.Namespace, others a score
+            with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_SCALARS]):
+                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=stored)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} {_refusal(error)}, which could run code when read; nothing was run. "
@@ -224,6 +245,31 @@ def read_torch(path):
     return to_numpy(loaded, "")
 
 
+class _Dtype:
+    """What stands for numpy.dtype in a pickle, a name such as 'f8' and its byte order: numpy's own would take any structure."""
+
+    def __init__(self, name, align, copy):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _scalar(dtype, content):
+    """The plain number of a numpy scalar in a pickle."""
+    kind = np.dtype(dtype.order.replace("|", "") + dtype.name)
+    if kind not in _DTYPES or not isinstance(content, bytes):
+        raise pickle.UnpicklingError(f"a numpy scalar of {kind}, which is no number")
+    (value,) = np.frombuffer(content, kind)
+    return value.item()
+
+
+# under the names that numpy 1 and 2 have for them
+_NUMPY_SCALARS = [
+    _Dtype, (_Dtype, "numpy.dtype"), (_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar")
+]  # fmt: skip
+
+
 def _rebuilt(value, name, change):
     """`value` with `change(item, name)` of what it contains, if it is a container; names are joined with dots."""
     if isinstance(value, dict):
@@ -234,9 +280,25 @@ def _rebuilt(value, name, change):
     return value
 
 
-def _is_torchscript(path):
+def _checked_records(path):
+    """The ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
     with zipfile.ZipFile(path) as archive:
-        inside = [name.partition("/")[2] for name in archive.namelist()]
+        records = archive.infolist()
+        if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
+            logging.warning("%s was written without checksums: whether it is damaged cannot be told", path)
+            return records
+        for record in records:
+            try:
+                with archive.open(record) as file:
+                    while file.read(2**20):
+                        pass
+            except (zipfile.BadZipFile, zlib.error) as error:
+                raise zipfile.BadZipFile(f"record {record.filename} is not what was written: {error}") from error
+    return records
+
+
+def _is_torchscript(records):
+    inside = [record.filename.partition("/")[2] for record in records]
     return any(name == "constants.pkl" or name.startswith("code/") for name in inside)
 
 
@@ -259,18 +321,58 @@ def is_state_dict(value):
     )
 
 
+def without_wrappers(state_dict, source):
+    """The state dict without what DistributedDataParallel, AveragedModel and torch.compile put before and into its names.
+
+    Args:
+      state_dict: name -> array.
+      source: the file's name, for messages.
+
+    Returns:
+      dict, in the same order.
+
+    Raises:
+      ValueError: if only some of the names have such a prefix, or two become the same.
+    """
+    names, prefix = [name for name in state_dict if name.rpartition(".")[2] != _AVERAGED_MODEL_COUNTER], ""
+    while wrapper := next((w for w in _WRAPPERS if any(name.startswith(prefix + w) for name in names)), None):
+        prefix += wrapper
+        if bare := [name for name in names if not name.startswith(prefix)]:
+            raise ValueError(
+                f"{source}: {len(names) - len(bare)} names begin with {prefix}, {len(bare)} do not ({', '.join(bare[:3])}): it "
+                "mixes a network in DistributedDataParallel or torch.compile with others; save the state dict of one of them"
+            )
+    renamed = {name: name.removeprefix(prefix).replace("._orig_mod.", ".") for name in (names if prefix else state_dict)}
+    if all(new == name for name, new in renamed.items()):
+        return state_dict
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"{source} holds arrays with and without torch.compile's _orig_mod in their names; save one of them")
+    inserted = prefix or "_orig_mod."
+    logging.warning("%s: %s in its names is DistributedDataParallel's or torch.compile's: read without", source, inserted)
+    return {new: state_dict[name] for name, new in renamed.items()}
+
+
 def unwrap(loaded, entry, path):
     """The state dict in what `read_torch` returned, see `read_state_dict`; `path` is the file it is from."""
+    return without_wrappers(_unwrapped(loaded, entry, path), path)
+
+
+def _unwrapped(loaded, entry, path):
     inner = {name: value for name, value in loaded.items() if is_state_dict(value)} if isinstance(loaded, dict) else {}
-    if entry in inner:
-        return inner[entry]
+    for name in (entry,) if isinstance(entry, str) else entry or ():
+        if name in inner:
+            return inner[name]
     if entry is None and is_state_dict(loaded):
         return loaded
-    if entry is None and len(inner) == 1 and set(inner) <= {"state_dict", "model"}:
-        return next(iter(inner.values()))
+    if entry is None and len(inner) == 1 and set(inner) <= set(_ENTRIES):
+        ((name, state_dict),) = inner.items()
+        if name in AVERAGED:
+            logging.warning("%s: taking its entry %r, averaged weights", path, name)
+        return state_dict
+    advice = "; torch.save(torch.load(FILE)[ENTRY], OTHER) saves it by itself" if inner else " (none: it holds no state dict)"
     raise ValueError(
         f"{path}: {'no single state dict' if entry is None else f'no state dict {entry!r}'} in it; "
-        f"choose an entry of {sorted(inner)}" + ("" if inner else " (none: the file holds no state dict)")
+        f"choose an entry of {sorted(inner)}{advice}"
     )
 
 

@@ -376,6 +376,18 @@ def test_help(command, capsys):
     assert "usage: python -m checkpoints_tools" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "command", ["inspect ~/a gs://b/~/c", "convert ~/a ~/b --latent_stats ~/c", "extract-vae ~/a ~/b", "verify ~/a ~/b"]
+)
+def test_paths_below_the_home_folder(monkeypatch, command):
+    """A shell leaves `~` alone within quotes, and after `=`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    args = vars(commands.parse_args(command.split()))
+    given = [path for value in args.values() for path in (value if isinstance(value, list) else [value])]
+    expected = [word.replace("~/", "/home/me/") if word.startswith("~") else word for word in command.split() if "/" in word]
+    assert [path for path in given if "/" in str(path)] == expected
+
+
 def test_as_a_program(tmp_path):
     command = [sys.executable, "-m", "checkpoints_tools", "inspect", str(tmp_path / "no.pt")]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -269,7 +269,8 @@ def test_mocov3(moco, tmp_path, record_property):
         ({"pos_embed": (1, 4, 384)}, r"4 positions in pos_embed; allowed: 1 \+ a square number"),
         ({"blocks.14.attn.qkv.bias": None}, r"missing in file: blocks.14.attn.qkv.bias \(fills blocks/attn/query/bias"),
         ({"stem.0.weight": (2, 2)}, "unexpected in file: stem.0.weight"),
-        ({"module.base_encoder.norm.bias": (384,)}, "holds norm.bias twice"),
+        ({"base_encoder.norm.bias": (384,)}, "holds norm.bias twice"),
+        ({"module.base_encoder.norm.bias": (384,)}, "1 names begin with module., .* do not"),
     ],
 )
 def test_bad_mocov3_files(moco, tmp_path, change, message):

@@ -1,3 +1,4 @@
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -92,10 +93,34 @@ def test_dtype_is_the_networks(state_dict, target):
     assert tree["conv"]["bias"].dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.complex64, bool])
-def test_other_dtypes_than_float32_can_hold_are_refused(state_dict, target, dtype):
+@pytest.mark.parametrize("dtype", [np.int64, np.complex64, bool])
+def test_other_dtypes_than_floats_are_refused(state_dict, target, dtype):
     state_dict["conv.bias"] = state_dict["conv.bias"].astype(dtype)
     with pytest.raises(ValueError, match=f"wrong dtype: conv.bias is {np.dtype(dtype)}; allowed: float32, float16, bfloat16"):
+        to_flax(TABLE, state_dict, target)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (np.float64, "float64, of relative precision 2e-16 and up to 2e+308; rounded to float32, of 1e-07 and up to 3e+38"),
+        (np.float16, "float16, of relative precision 1e-03 and up to 7e+04; widened to float32"),
+        (ml_dtypes.bfloat16, "bfloat16, of relative precision 8e-03 and up to 3e+38; widened to float32"),
+    ],
+)
+def test_other_floats_are_read_with_a_warning(state_dict, target, warnings, dtype, said):
+    to_flax(TABLE, state_dict, target)
+    assert not warnings
+    state_dict["conv.bias"] = state_dict["conv.bias"].astype(dtype) / 3
+    tree = to_flax(TABLE, state_dict, target, source="w.pt")
+    np.testing.assert_array_equal(tree["conv"]["bias"], state_dict["conv.bias"].astype(np.float32))
+    (message,) = warnings
+    assert message.startswith("w.pt: 1 of ") and said in message
+
+
+def test_what_float32_cannot_hold_is_refused(state_dict, target):
+    state_dict["conv.bias"] = np.full_like(state_dict["conv.bias"], -1e300, np.float64)
+    with pytest.raises(ValueError, match=r"beyond the range of float32: conv.bias, up to 1e\+300"):
         to_flax(TABLE, state_dict, target)
 
 

@@ -76,9 +76,10 @@ def test_a_pipeline_with_a_vae(bucket, tmp_path):
 
 def test_a_pickled_model_is_copied_only_where_there_is_no_other(bucket, tmp_path):
     (bucket / "model").mkdir()
-    for name in ("config.json", "pytorch_model.bin"):
+    pickled = ["config.json", "pytorch_model-1-of-1.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+    for name in (*pickled, "training_args.bin"):
         (bucket / "model" / name).write_text("{}")
-    assert sorted(path.name for path in locate.resolve("gs://bucket/model").iterdir()) == ["config.json", "pytorch_model.bin"]
+    assert sorted(path.name for path in locate.resolve("gs://bucket/model").iterdir()) == pickled
     weights.write_safetensors(bucket / "model" / "model.safetensors", {"a": np.zeros(1)})
     assert sorted(path.name for path in locate.resolve("gs://bucket/model").iterdir()) == ["config.json", "model.safetensors"]
 

@@ -13,7 +13,7 @@ import pytest
 import reference
 import small
 
-from checkpoints_tools import published, training_state, weights
+from checkpoints_tools import identify, published, training_state, weights
 from checkpoints_tools.training_state import PLACES, Networks
 from repae_jax import build
 from repae_jax.train_state import apply_update
@@ -242,6 +242,32 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
         for network in ("model", "ema"):
             assert_same_arrays(read.networks[network], checkpoint.networks["ema"])
         path.unlink()
+
+
+def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
+    published.write(tmp_path / "plain.pt", checkpoint)
+    content = weights.read_torch(tmp_path / "plain.pt")
+    wrapped = {**content, "ema_model": content["ema"]}
+    del wrapped["ema"]
+    for name, prefix in (("model", "module."), ("ema_model", "module._orig_mod."), ("vae", "_orig_mod.")):
+        wrapped[name] = {prefix + key: array for key, array in wrapped[name].items()}
+    weights.write_torch(tmp_path / "wrapped.pt", wrapped)
+    for read in (published.read(tmp_path / "wrapped.pt"), identify.identify(tmp_path / "wrapped.pt").checkpoint):
+        assert read.networks.keys() == checkpoint.networks.keys()
+        for name, arrays in checkpoint.networks.items():
+            assert_same_arrays(read.networks[name], arrays)
+        for name, adam in checkpoint.optimizers.items():
+            assert_same_arrays(read.optimizers[name].exp_avg, adam.exp_avg)
+
+    weights.write_torch(tmp_path / "sit.pt", {"model": wrapped["model"]})
+    assert_same_arrays(published.read(tmp_path / "sit.pt").networks["model"], checkpoint.networks["model"])
+    weights.write_torch(tmp_path / "both.pt", {**wrapped, "ema": content["model"]})
+    with pytest.raises(ValueError, match="both.pt holds several averages, ema, ema_model: save it again with one"):
+        published.read(tmp_path / "both.pt")
+    wrapped["vae"]["more"] = np.ones(1)
+    weights.write_torch(tmp_path / "mixed.pt", wrapped)
+    with pytest.raises(ValueError, match="mixed.pt: vae: [0-9]+ names begin with _orig_mod., 1 do not"):
+        published.read(tmp_path / "mixed.pt")
 
 
 def test_bad_optimizer_states(checkpoint, tmp_path):

@@ -184,17 +184,15 @@ def test_the_map_from_latents_to_tokens(tmp_path, module, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype, monkeypatch):
-    messages = []
-    monkeypatch.setattr(logging, "info", lambda message, *args: messages.append(message % args))
+def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype, warnings):
     vae.load_vae(save(tmp_path / "single.safetensors", state_dict))
-    assert not messages
+    assert not warnings
     halves = {name: array.astype(dtype) for name, array in state_dict.items()}
     loaded = vae.load_vae(save(tmp_path / "half.safetensors", halves))
     expected = {name: array.astype(np.float32) for name, array in halves.items()}
     same_tree(mapping.to_torch(vae.vae_table(loaded.module), loaded.params), expected)
-    (message,) = messages
-    assert f"half.safetensors: {np.dtype(dtype)} is widened to float32" in message
+    (message,) = warnings
+    assert f"half.safetensors: {len(halves)} of {len(halves)} arrays are {np.dtype(dtype)}" in message
 
 
 def test_the_modules_compute_dtype_and_remat_are_the_callers(tmp_path, module, state_dict):
@@ -273,7 +271,7 @@ def test_statistics_with_the_files_own_ending_count(tmp_path, module, params):
 
 def test_statistics_of_a_diffusers_config(folder):
     same_stats(vae.read_latent_stats(folder))
-    assert "scaling_factor" not in weights.read_config(folder)
+    assert weights.read_config(folder)["scaling_factor"] == 1, "not a statistic: pipelines multiply by it besides"
     edit_config(folder, latents_mean=None, latents_std=None, scaling_factor=0.3611, shift_factor=0.1159)
     flux = {"mean": np.full(4, 0.1159, np.float32), "var": np.full(4, 1 / 0.3611**2, np.float32)}
     same_stats(vae.read_latent_stats(folder), flux)
@@ -290,9 +288,34 @@ def test_statistics_of_a_diffusers_config(folder):
 def test_the_same_statistics_in_all_channels_are_factors_too(tmp_path, module, params):
     stats = {"mean": np.full(4, 0.1159, np.float32), "var": np.full(4, 7.5, np.float32)}
     vae.save_diffusers(tmp_path / "vae", module, params, stats)
+    assert not {"latents_mean", "latents_std"} & set(weights.read_config(tmp_path / "vae")), "pipelines would use both"
     same_stats(vae.load_vae(tmp_path / "vae").latent_stats, stats)
-    edit_config(tmp_path / "vae", latents_mean=None, latents_std=None)
-    same_stats(vae.load_vae(tmp_path / "vae").latent_stats, stats)
+
+
+@pytest.mark.parametrize("name", ["scales", "factor", "shift and factor"])
+def test_pipelines_of_diffusers_normalise_by_what_is_written(tmp_path, module, params, name):
+    """Those of SDXL and of FLUX know statistics by channel and a factor, or a shift and a factor; SDXL's know no shift."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    stats = {
+        "scales": STATS,
+        "factor": {"mean": np.zeros(4, np.float32), "var": np.full(4, 0.18215**-2, np.float32)},
+        "shift and factor": {"mean": np.full(4, 0.1159, np.float32), "var": np.full(4, 7.5, np.float32)},
+    }[name]
+    vae.save_diffusers(tmp_path, module, params, stats)
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = theirs.encode(images).latent_dist.sample(torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        if name == "shift and factor":
+            pipeline = diffusers.FluxImg2ImgPipeline(None, theirs, *[None] * 5)
+            made = pipeline._encode_vae_image(images, generator)
+        else:
+            pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(theirs, *[None] * 6)
+            made = pipeline.prepare_latents(images, None, 2, 1, torch.float32, "cpu", generator, add_noise=False)
+    mean, std = stats["mean"][:, None, None], np.sqrt(stats["var"])[:, None, None]
+    np.testing.assert_allclose(made, (latents.numpy() - mean) / std, rtol=1e-5, atol=1e-5)
 
 
 SCALE = np.ones(4, np.float32)

@@ -48,6 +48,15 @@ def test_safetensors_round_trip(tmp_path, arrays):
         assert file.metadata() == {"steps": "400000"}
 
 
+def test_tensors_that_share_memory(tmp_path, torch):
+    """keras-hub #3075: safetensors.torch.save_model keeps the second name in the header alone."""
+    network = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    network["b"].weight = network["a"].weight
+    pytest.importorskip("safetensors.torch").save_model(network, tmp_path / "w.safetensors")
+    expected = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    assert_same(weights.read_state_dict(tmp_path / "w.safetensors"), expected)
+
+
 def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, arrays, monkeypatch):
     path = tmp_path / "w.safetensors"
     weights.write_safetensors(path, arrays)
@@ -353,6 +362,15 @@ def test_hugging_face_folders(sharded, arrays):
     assert_same(weights.read_state_dict(sharded), {"one": np.zeros(1)})
 
 
+def test_shards_of_pytorch(tmp_path, arrays, torch):
+    for i, (name, array) in enumerate(arrays.items()):
+        torch.save({name: torch.tensor(array)}, tmp_path / f"pytorch_model-{i}.bin")
+    weight_map = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(arrays)}
+    weights.write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+    for path in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
+        assert_same(weights.read_state_dict(path), arrays)
+
+
 def test_missing_shards_are_all_named(sharded):
     for i in (0, 2):
         (sharded / f"model-{i}.safetensors").unlink()
@@ -374,6 +392,7 @@ def test_shards_without_what_the_index_promises(sharded):
         ("{", "damaged"),
         ('{"weight_map": {"a": 1, "b": "x", "c": null}}', "model.safetensors.index.json is damaged: .* 1 for a, None for c"),
         ('{"weight_map": {}}', "holds no arrays"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "names model.safetensors.index.json; allowed endings"),
     ],
 )
 def test_bad_index(tmp_path, content, message):
@@ -530,7 +549,7 @@ def torch():
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pth.tar", ".bin"])
 def test_torch_files(tmp_path, arrays, torch, suffix, zipped):
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     tensors["transposed"] = tensors["a.weight"].T
@@ -542,17 +561,133 @@ def test_torch_files(tmp_path, arrays, torch, suffix, zipped):
     assert_same(weights.read_state_dict(tmp_path / f"w{suffix}"), expected)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_one_wrapper_is_unwrapped(tmp_path, torch, wrapper):
+def rewrite(path, target, change=None, **options):
+    """The zip archive again, record by record, changed and compressed as asked; checksums fit."""
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w", **options) as other:
+        for name in archive.namelist():
+            content = archive.read(name)
+            other.writestr(name, content if change is None else change(name, content))
+    return target
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archives_that_were_packed_again(tmp_path, arrays, torch, compression):
+    """torch would map the compressed bytes."""
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, tmp_path / "w.pt")
+    again = rewrite(tmp_path / "w.pt", tmp_path / "again.pt", compression=compression)
+    assert_same(weights.read_state_dict(again), arrays)
+
+
+def test_arrays_of_a_machine_with_the_other_byte_order(tmp_path, torch):
+    a = np.arange(5, dtype=np.float32)
+    torch.save({"a": torch.tensor(a)}, tmp_path / "w.pt")
+
+    def swapped(name, content):
+        if name.endswith("/byteorder"):
+            return b"big"
+        return np.frombuffer(content, np.float32).byteswap().tobytes() if "/data/" in name else content
+
+    assert_same(weights.read_state_dict(rewrite(tmp_path / "w.pt", tmp_path / "big.pt", swapped)), {"a": a})
+
+
+def test_every_changed_byte_is_found(tmp_path, torch, warnings):
+    """Of the arrays, of the pickle, or of a compressed record, where it may also keep zlib from unpacking."""
+    path, damaged = tmp_path / "w.pt", tmp_path / "damaged.pt"
+    torch.save({"a": torch.arange(1000.0)}, path)
+    packed = rewrite(path, tmp_path / "packed.pt", compression=zipfile.ZIP_DEFLATED)
+    for file in (path, packed):
+        for record in ("data/0", "data.pkl"):
+            with zipfile.ZipFile(file) as archive:
+                found = archive.getinfo(next(name for name in archive.namelist() if name.endswith(record)))
+            content = bytearray(file.read_bytes())
+            length = int.from_bytes(content[found.header_offset + 26 :][:2], "little")
+            extra = int.from_bytes(content[found.header_offset + 28 :][:2], "little")
+            content[found.header_offset + 30 + length + extra + found.compress_size // 2] ^= 1
+            damaged.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"damaged.pt .*record w/{record} .*copy or download it again"):
+                weights.read_state_dict(damaged)
+    assert not warnings
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(1000.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(weights.read_state_dict(path), {"a": np.arange(1000, dtype=np.float32)})
+    assert warnings == [f"{path} was written without checksums: whether it is damaged cannot be told"]
+
+
+def test_numbers_of_numpy_beside_the_weights(tmp_path, torch):
+    """nerfstudio #3702, open_clip #1078: training code that keeps a score so cannot be read by torch.load alone."""
+    scores = {"fid": np.float64(2.5), "step": np.int32(7), "best": np.bool_(True), "half": np.float16(0.5)}
+    for zipped in (True, False):
+        torch.save({"model": {"a": torch.ones(2)}, **scores}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        read = weights.read_torch(tmp_path / "w.pt")
+        assert {name: read[name] for name in scores} == {name: value.item() for name, value in scores.items()}
+    for value in (np.str_("x"), np.datetime64("2020-01-01"), np.zeros(1, "i4,f8")[0], np.zeros(1, "i4,O")[0]):
+        torch.save({"a": value}, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="w.pt .*more than arrays.*nothing was run"):
+            weights.read_torch(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "ema_model", "module"])
+def test_one_wrapper_is_unwrapped(tmp_path, torch, wrapper, warnings):
     content = {wrapper: {"a": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
     torch.save(content, tmp_path / "w.pt")
     assert_same(weights.read_state_dict(tmp_path / "w.pt"), {"a": np.ones(2, np.float32)})
+    said = f"{tmp_path / 'w.pt'}: taking its entry 'ema_model', averaged weights"
+    assert warnings == ([said] if wrapper == "ema_model" else [])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("module.a.w", "module.b.w"),
+        ("_orig_mod.a.w", "_orig_mod.b.w"),
+        ("_orig_mod.module.a.w", "_orig_mod.module.b.w"),
+        ("module._orig_mod.a.w", "module._orig_mod.b.w", "n_averaged"),
+        ("a._orig_mod.w", "b.w"),
+    ],
+)
+def test_what_wrapped_a_network_leaves_its_names(tmp_path, torch, names, warnings):
+    tensors = {name: torch.full((2,), float(i)) for i, name in enumerate(names)}
+    torch.save({"state_dict": tensors}, tmp_path / "w.ckpt")
+    weights.write_safetensors(tmp_path / "w.safetensors", {name: tensor.numpy() for name, tensor in tensors.items()})
+    for file in ("w.ckpt", "w.safetensors"):
+        expected = {"a.w": np.zeros(2, np.float32), "b.w": np.ones(2, np.float32)}
+        assert_same(weights.read_state_dict(tmp_path / file), expected)
+        assert f"{file}: " in warnings[-1] and "in its names is DistributedDataParallel's or torch.compile's" in warnings[-1]
+
+
+@pytest.mark.slow  # of torch's compiler, the import alone takes long
+def test_the_names_that_pytorchs_own_wrappers_give(tmp_path, torch):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    expected = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    compiled, averaged = torch.compile(network), torch.optim.swa_utils.AveragedModel(network)
+    partly = torch.nn.Sequential(torch.compile(network[0]), network[1])
+    for wrapped in (compiled, averaged, torch.compile(averaged), torch.nn.DataParallel(compiled), partly):
+        torch.save(wrapped.state_dict(), tmp_path / "w.pt")
+        assert_same(weights.read_state_dict(tmp_path / "w.pt"), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("module.a", "b"), r"w.npz: 1 names begin with module., 1 do not \(b\): it mixes"),
+        (("_orig_mod.a", "a"), r"1 names begin with _orig_mod., 1 do not \(a\)"),
+        (("module.a", "module._orig_mod.b"), r"1 names begin with module._orig_mod., 1 do not \(module.a\)"),
+        (("a._orig_mod.w", "a.w"), "with and without torch.compile's _orig_mod"),
+    ],
+)
+def test_names_with_and_without_wrapper(tmp_path, names, message):
+    np.savez(tmp_path / "w.npz", **dict.fromkeys(names, np.ones(1)))
+    with pytest.raises(ValueError, match=message):
+        weights.read_state_dict(tmp_path / "w.npz")
 
 
 def test_several_state_dicts_need_an_entry(tmp_path, torch):
     path = tmp_path / "w.pt"
     torch.save({"model": {"a": torch.ones(2)}, "ema": {"a": torch.zeros(2)}, "steps": 3}, path)
-    with pytest.raises(ValueError, match=r"no single state dict in it; choose an entry of \['ema', 'model'\]"):
+    with pytest.raises(ValueError, match=r"no single state dict in it; choose an entry of \['ema', 'model'\]; torch.save\("):
         weights.read_state_dict(path)
     with pytest.raises(ValueError, match=r"no state dict 'vae' in it; choose an entry of \['ema', 'model'\]"):
         weights.read_state_dict(path, entry="vae")
