@@ -59,8 +59,12 @@ stop_in_time() {
     end=$(squeue --noheader --job="$job" --format=%e) || end=2min
     say "the run is asked to stop, as the time limit is at $end"
     (sleep $(($(date --date="$end" +%s) - $(date +%s) - 30)) && kill -USR2 $$) 2>/dev/null &
+    timer=$!
 }
+timer='' late=''
 trap stop_in_time USR1
+trap 'late=1' USR2
+trap '[ -z "$timer" ] || kill "$timer" 2>/dev/null || true' EXIT
 
 # Step of the newest checkpoint, 0 if there is none.
 newest() {
@@ -114,8 +118,6 @@ if [ -n "$dry_run" ]; then
     exit
 fi
 
-late=
-trap 'late=1' USR2
 "${train[@]}" &
 step=$!
 while [ -z "$late" ] && kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a signal ends waiting, too
