@@ -75,10 +75,14 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
     alone.daemon = True
     alone.start()
     try:
+        if given:
+            _call_roll(coordinator, num_processes, process_id)
         jax.distributed.initialize(
             coordinator, num_processes, process_id, cluster_detection_method="deactivate" if given else None,
             initialization_timeout=2 * seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
+    except _WrongRoll:
+        raise
     except ValueError as error:
         raise ValueError(
             f"--distributed: no TPU pod, SLURM job or other cluster was found ({error}); give --coordinator=HOST:PORT, "
@@ -122,6 +126,91 @@ def _start_seconds():
     if not re.fullmatch(r"[1-9]\d{0,5}", given):
         raise ValueError(f"START_SECONDS={given}: expected whole seconds, 1..999999")
     return int(given)
+
+
+class _WrongRoll(ValueError):
+    """The processes that came are not those of one run."""
+
+
+def _call_roll(coordinator, count, index):
+    """Waits until each of `count` processes has come, on the coordinator's port before JAX takes it.
+
+    JAX ends all of a run with a process that comes twice, in pages of its own state, or waits for the missing one.
+
+    Raises:
+      ValueError: in all that have come, if a number comes twice, or with another count; or if a run has begun there already.
+    """
+    host, _, port = coordinator.rpartition(":")
+    who = {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
+    calling = None
+    if index == 0:
+        dual = socket.has_dualstack_ipv6()
+        server = socket.create_server(("", int(port)), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+        calling = threading.Thread(target=_answer, args=(server, count), daemon=True)
+        calling.start()
+    while not (answer := _say((host.strip("[]"), int(port)), who)):  # process 0 may come later, or again
+        time.sleep(_POLL_SECONDS / 4)
+    if calling:
+        calling.join()
+    try:
+        problem = json.loads(answer)["problem"]
+    except (ValueError, TypeError, KeyError):
+        problem = "a run has begun there already, or something else uses this port"
+    if problem:
+        raise _WrongRoll(
+            f"--coordinator={coordinator}: {problem}. Give each process of a run a --process_id of its own and the same "
+            "--num_processes, and each run a port of its own"
+        )
+
+
+def _say(address, what):
+    """The first line of the answer to what is said to an address; empty if nobody answers there."""
+    try:
+        with socket.create_connection(address) as connection, connection.makefile("rw", errors="replace") as stream:
+            stream.write(json.dumps(what) + "\n")
+            stream.flush()
+            return stream.readline()
+    except OSError:
+        return ""
+
+
+def _answer(server, count):
+    """Process 0's part: one answer to all, when all have come or one has come that should not."""
+    present, problem = {}, None
+    with server, contextlib.ExitStack() as stack:
+        while len(present) < count and not problem:
+            connection, _ = server.accept()
+            stream = stack.enter_context(stack.enter_context(connection).makefile("rw"))
+            connection.settimeout(5)
+            try:
+                who = json.loads(stream.readline())
+                index = who["process"]
+                place = f"process {index} of {who['of']} on host {who['host']} (pid {who['pid']})"
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # nobody of ours
+            before = present.get(index)
+            if who["of"] != count:
+                problem = f"{place} has come to a run of {count} processes"
+            elif before and not _has_gone(before[0]):
+                problem = f"{before[2]} and {place} have the same number"
+            present[index if not problem else (index, place)] = (connection, stream, place)
+        for _, stream, _ in present.values():
+            with contextlib.suppress(OSError):
+                stream.write(json.dumps({"problem": problem}) + "\n")
+                stream.flush()
+
+
+def _has_gone(connection):
+    """Whether the process at the other end has closed a connection, or ended."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(5)
 
 
 def _end_alone(seconds):

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from jax._src.lib import _jax
 
 from configs import ldm, repae
 from repae_jax import build, checkpoint, cli, hosts, run_log, train
@@ -313,6 +315,76 @@ def test_a_port_that_is_in_use():
             hosts.start(False, address, 2, 0)
 
 
+def roll_of(*numbers, count=3):
+    """What `_call_roll` says to processes that come one after the other."""
+    address, found = free_address(), {}
+
+    def come(key, index, of):
+        try:
+            found[key] = hosts._call_roll(address, of, index)
+        except ValueError as error:
+            found[key] = str(error).replace(address, "ADDRESS")
+
+    threads = []
+    for key, number in enumerate(numbers):
+        index, of = number if isinstance(number, tuple) else (number, count)
+        threads.append(threading.Thread(target=come, args=(key, index, of), daemon=True))
+        threads[-1].start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join(10)
+    return [found.get(key, "still waiting") for key in range(len(numbers))]
+
+
+def test_processes_of_one_run_come_in_any_order():
+    assert roll_of(2, 0, 1) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((0, 1, 1), r"process 1 of 3 on host \S+ \(pid \d+\) and process 1 of 3 on host \S+ \(pid \d+\) have the same number"),
+        ((0, (1, 4)), r"process 1 of 4 on host \S+ \(pid \d+\) has come to a run of 3 processes"),
+    ],
+)
+def test_processes_that_are_not_of_one_run_are_told_at_once(numbers, message):
+    """All of them."""
+    answers = roll_of(*numbers)
+    assert len(set(answers)) == 1
+    assert re.fullmatch(f"--coordinator=ADDRESS: {message}. Give each process of a run .*", answers[0])
+
+
+def test_a_process_may_end_and_come_again():
+    """While others are waited for."""
+    address = free_address()
+    host, port = address.split(":")
+    threads = [threading.Thread(target=hosts._call_roll, args=(address, 3, 0), daemon=True)]
+    threads[0].start()
+    time.sleep(0.3)
+    with socket.create_connection((host, int(port))) as gone:
+        gone.sendall(json.dumps({"process": 1, "of": 3, "host": "a", "pid": 1}).encode() + b"\n")
+        time.sleep(0.3)
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\n")
+    threads += [threading.Thread(target=hosts._call_roll, args=(address, 3, index), daemon=True) for index in (1, 2)]
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_process_that_comes_to_a_run_that_has_begun():
+    """It leaves that alone: JAX would end it."""
+    address = free_address()
+    service = _jax.get_distributed_runtime_service(address, 2)
+    try:
+        with pytest.raises(ValueError, match=f"--coordinator={address}: a run has begun there already, or something else"):
+            hosts._call_roll(address, 2, 1)
+    finally:
+        service.shutdown()
+
+
 def test_processes_that_wait_for_others_in_vain(compiled):
     """Whether they are process 0 or look for it."""
     code = "import os; os.environ['START_SECONDS'] = '3'; from repae_jax import hosts; hosts.start(False, {!r}, 2, {})"
@@ -469,13 +541,14 @@ def test_asked_to_stop_all_stop_after_the_same_step(two, tmp_path, compiled):
 
 @pytest.mark.slow
 def test_asked_to_stop_before_the_first_step(two, tmp_path, compiled):
-    """Of a run that is resumed, whose first step is not 1."""
+    """Of a run that is resumed: it trains no step, and says so."""
     shutil.copytree(two.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     with Run(tmp_path / "run", compiled, scripts=["", "stop_early=True"]) as run:
         ended = run.end()
     assert [code for code, *_ in ended] == [75, 75], [error[-3000:] for *_, error in ended]
-    assert state_of(tmp_path / "run")[2] == 3
+    assert state_of(tmp_path / "run")[2] == 2
+    assert all("asked to stop while" in error and "nothing was trained" in error for *_, error in ended)
     finish(tmp_path / "run", compiled)
     assert_same_run(tmp_path / "run", two)
 

@@ -193,7 +193,7 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
 
     def terminate(mesh, batch):
         calls.append(batch)
-        if len(calls) == 1 + 2 + 1:  # two for the latent statistics, then the second step
+        if len(calls) == 2 + 1 + 2:  # two for the latent statistics, and one ahead, then the second step
             os.kill(os.getpid(), signal.SIGTERM)
         return put(mesh, batch)
 
@@ -211,6 +211,26 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
     state, finished = train.train(config(4), tmp_path)
     assert finished
     assert_same_run(state, tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "what"),
+    [(build, "abstract_state", "restoring"), (build, "load_frozen", "loading weights"), (train, "make_hooks", "preparing"),
+     (build, "jit_step", "compiling")],
+)  # fmt: skip
+def test_a_signal_before_the_first_step(half, tmp_path, monkeypatch, warnings, owner, function, what):
+    """It ends the run as soon as it can, says that nothing was trained, and leaves the workdir to the next start."""
+    workdir, call = copy_of(half, tmp_path), getattr(owner, function)
+
+    def signal_and_call(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(owner, function, signal_and_call)
+    assert train.train(config(4), workdir) == (None, False)
+    assert warnings[0].startswith("asked to stop by SIGTERM") and len(warnings) >= 2
+    assert re.match(rf"asked to stop while {what}, \d+ s after the start: nothing was trained", warnings[-1])
+    assert checkpoint.saved_steps(workdir) == [2] and not (workdir / "owner.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
