@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from absl import logging
 
 _PAUSES = (1, 5, 20)  # seconds before a record is read again
-_AT_ONCE = 16
+_AT_ONCE = 8  # by a thread of a loader; enough for 200 records a second that each take 40 ms to come
 
 
 def read(source, i):
