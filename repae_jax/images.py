@@ -6,6 +6,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes no more
+
 
 def to_float(images):
     """Maps uint8 pixels to the range of the VAE.
@@ -114,12 +116,14 @@ def center_crop(image, size):
       uint8 `[size, size, 3]`.
 
     Raises:
-      ValueError: if the size is not positive. Whatever PIL raises when a file opened lazily turns out undecodable.
+      ValueError: if the size is not positive, or as of `check_enlarged`. Whatever PIL raises when a file opened lazily turns
+        out undecodable.
 
     Reference: ADM `guided_diffusion/image_datasets.py` `center_crop_arr`.
     """
     if size < 1:
         raise ValueError(f"size is {size}; allowed: a positive number of pixels")
+    check_enlarged(*image.size, size)
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white instead of scaling them
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = image.convert("RGB")
@@ -131,6 +135,13 @@ def center_crop(image, size):
     pixels = np.array(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
+
+
+def check_enlarged(width, height, size):
+    """ValueError if an image is so narrow that, with its shorter side of `size` pixels, it would have more than MOST_PIXELS."""
+    short, long = sorted((width, height))
+    if long / short * size**2 > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, too narrow an image to be enlarged to {size} on its shorter side")
 
 
 def _resize(image, size, resample):

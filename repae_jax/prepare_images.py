@@ -104,6 +104,10 @@ def _make_folder(out):
     """The folder, made if need be; ValueError if nothing can be written to it."""
     folder = Path(out).expanduser().absolute()
     try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:  # the library that writes shards takes no other
+        raise ValueError(f"{str(folder)!r} is not UTF-8: give another --out") from error
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

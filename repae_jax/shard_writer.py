@@ -42,12 +42,8 @@ class Blocks:
 
     def _one(self, record):
         """(content, None), or of a record that cannot be decoded (missing, (record, error))."""
-        try:
-            return self._read(reading.read(self._source, record)), None
-        except Exception as error:  # as in the training's loader
-            if reading.is_of_the_system(error):
-                raise
-            return self._missing, (record, loader.describe_error(error))
+        fields, wrong = reading.attempt(self._source, record)
+        return (self._missing, (record, wrong)) if wrong else (self._read(fields), None)
 
 
 class ShardWriter:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom. A package stands for all of its files.
 ORDER = [
     # pure pieces
+    "repae_jax.faults",
     "repae_jax.images",
     "repae_jax.rng",
     "repae_jax.running_stats",
@@ -58,7 +59,7 @@ ORDER = [
     "repae_jax.benchmark",
     "repae_jax.report",
 ]
-TOP = ORDER[:4]  # import nothing of ours
+TOP = ORDER[:5]  # import nothing of ours
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
 TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "checkpoints_tools")

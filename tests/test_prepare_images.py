@@ -20,8 +20,8 @@ import pytest
 import small
 from PIL import Image
 
-from repae_jax import build, data, hosts, prepare_images
-from repae_jax.data import array_record, latents, reading, shards
+from repae_jax import build, data, faults, hosts, prepare_images
+from repae_jax.data import array_record, latents, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -328,7 +328,7 @@ def test_an_image_is_not_left_out_because_the_disk_fails(pictures, made, tmp_pat
             raise OSError(errno.EIO, "Input/output error")
         return read(source, i)
 
-    monkeypatch.setattr(reading, "_PAUSES", (0, 0))
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
     monkeypatch.setattr(FolderSource, "__getitem__", flaky)
     if fails == 3:
         with pytest.raises(OSError, match="class2/11.png cannot be read, tried 3 times .*Input/output error"):

@@ -33,6 +33,7 @@ from repae_jax.analyze_latents.sources import (
     run_config,
 )
 from repae_jax.checkpoint import fingerprint
+from repae_jax.data import reading
 from repae_jax.trained import TrainedVae, load_trained, load_vae
 
 LABELS = ("null", "own")
@@ -141,7 +142,7 @@ def run(args):
             "features": "tokens averaged per image, rows of length 1, outliers not clipped; latents normalized, then noised",
         }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    originals = np.stack([images_source[i]["image"] for i in records[:SHOWN]])
+    originals = np.stack([reading.read(images_source, i)["image"] for i in records[:SHOWN]])
     draw(folder, models, described, originals, rgb_spectrum)
     content = {
         "kind": "analysis", "models": described, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,

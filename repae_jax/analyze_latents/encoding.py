@@ -13,7 +13,7 @@ from tqdm import tqdm
 from repae_jax import images, sharding
 from repae_jax.analysis import equivariance
 from repae_jax.analyze_latents.sources import Source
-from repae_jax.data.loader import describe_error
+from repae_jax.data import reading
 from repae_jax.losses.regularizers import downscale
 from repae_jax.trained import TrainedVae
 
@@ -70,14 +70,14 @@ def read_batches(source, records, batch_size):
 
     Raises:
       ValueError: for an image that cannot be decoded, by its name.
+      OSError: if the disk, or what else holds the images, cannot be read.
     """
 
     def read(record):
-        try:
-            return source[record]["image"]
-        except Exception as error:  # PIL raises nearly anything
-            what = f"{source.name(record)} cannot be decoded ({describe_error(error)}): repair or remove it"
-            raise ValueError(what) from error
+        fields, wrong = reading.attempt(source, record)
+        if wrong:
+            raise ValueError(f"{source.name(record)} cannot be decoded ({wrong}): repair or remove it")
+        return fields["image"]
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for first in range(0, len(records), batch_size):

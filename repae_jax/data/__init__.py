@@ -47,7 +47,7 @@ def make_source(source, image_size, **fields):
     """
     if source not in _SOURCES:
         raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
-    fields = given(fields)
+    fields = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in given(fields).items()}
     parameters = dict(inspect.signature(_SOURCES[source]).parameters)
     del parameters["image_size"]
     unknown = sorted(set(fields) - set(parameters))
@@ -92,7 +92,7 @@ def parse_source(text, labelled=True):
     name, _, rest = text.partition(":")
     if name not in _SOURCES:
         _check_local("folder", {"path": text})
-        if os.path.isdir(text):
+        if os.path.isdir(os.path.expanduser(text)):
             return "folder", {"path": text} | ({} if labelled else {"labelled": False})
         raise ValueError(
             f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, _SOURCES))}, with fields behind a colon, "

@@ -7,13 +7,22 @@ them, and for whatever they refuse, Pillow does the work.
 
 import functools
 import io
+import os
 import threading
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
-from repae_jax.images import center_crop
+from repae_jax.images import center_crop, check_enlarged
+
+# What is read, as Pillow calls it, and how names of such files end. Pillow knows more, some of which start other programs.
+KINDS = {
+    "PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "WEBP": (".webp",), "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"), "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}  # fmt: skip
+_MOST_BYTES = 2**30  # of a file: the most pixels that Pillow takes are less
 
 _BITS = 22  # of the fraction in Pillow's coefficients
 _compiling = threading.Lock()
@@ -41,9 +50,39 @@ def decode_crop(content, size):
             _warn_if_slow()
     pixels = _decode_jpeg(content)
     if pixels is None:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             return center_crop(image, size)
+    check_enlarged(pixels.shape[1], pixels.shape[0], size)
     return crop_pixels(pixels, size)
+
+
+def read_file(path):
+    """Returns the bytes of an image file; ValueError, before they are read, if they are more than any image's."""
+    with open(path, "rb") as file:
+        count = os.fstat(file.fileno()).st_size
+        if count > _MOST_BYTES:
+            raise ValueError(f"the file has {count / 2**30:.1f} GiB; allowed: {_MOST_BYTES / 2**30:g}")
+        return file.read()
+
+
+def open_image(content):
+    """Returns the PIL image of a file's bytes, whose pixels are still to be decoded.
+
+    Raises:
+      ValueError: for floats and 32-bit integers, whose range nothing tells.
+      Exception: whatever Pillow raises for other than KINDS, and for more pixels than it thinks safe (Image.MAX_IMAGE_PIXELS).
+    """
+    image = Image.open(io.BytesIO(content), formats=_readable())
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of PIL's mode {image.mode}, 32 bits each; allowed: 8 or 16")
+    return image
+
+
+@functools.cache
+def _readable():
+    """Those of KINDS that this Pillow has."""
+    Image.init()
+    return tuple(kind for kind in KINDS if kind in Image.OPEN)
 
 
 def crop_pixels(pixels, size):

@@ -1,16 +1,29 @@
 """Any folder of image files, labelled by class subfolders or by a labels file."""
 
+import codecs
 import csv
+import io
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
-from repae_jax.data.decoding import decode_crop
+from repae_jax import faults
+from repae_jax.data.decoding import KINDS, decode_crop, read_file
+from repae_jax.data.listing import list_below, printable
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+EXTENSIONS = tuple(ending for endings in KINDS.values() for ending in endings)
+# Of images, too, but not read: who has them should know.
+_REFUSED = (
+    ".apng", ".arw", ".cr2", ".cr3", ".dds", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".icns", ".ico",
+    ".jxl", ".jxr", ".mpo", ".nef", ".pcx", ".pfm", ".psd", ".qoi", ".raf", ".sgi", ".svg", ".tga", ".xcf",
+)  # fmt: skip
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
+}  # fmt: skip
+_LARGEST = np.iinfo(np.int32).max
 
 
 class FolderSource:
@@ -19,6 +32,7 @@ class FolderSource:
     The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
 
     Attributes:
+      paths: of the records, relative to the folder, with forward slashes.
       labels: int32 `[N]`, 0 and above.
       num_classes: the number of class subfolders, or the largest label of the labels file plus one.
       image_size: side of the images in pixels.
@@ -37,8 +51,10 @@ class FolderSource:
           labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
 
         Raises:
-          ValueError: if the folder is missing or holds no images, if it has neither class subfolders nor a labels
-            file, or if the labels file is malformed, names missing files or has negative labels.
+          ValueError: if the folder is missing, cannot be listed, or holds no images or some of a kind that is not read, if it
+            has neither class subfolders nor a labels file, or if the labels file is malformed, names missing files or has
+            labels out of range.
+          OSError: if the system fails.
         """
         if image_size < 1:
             raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
@@ -47,21 +63,21 @@ class FolderSource:
         self._root = Path(path)
         if not self._root.is_dir():
             raise ValueError(f"path is {str(path)!r}, which is not a folder; give the folder that holds the images")
-        paths = _list_images(self._root)
+        paths, classes = _list_images(self._root)
         if not paths:
             raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
         if not labelled:
-            self._paths, labels = paths, np.zeros(len(paths))
+            self.paths, labels = paths, np.zeros(len(paths))
         elif labels_file is None:
-            self._paths, labels = paths, _labels_from_subfolders(self._root, paths)
+            self.paths, labels = paths, _labels_from_subfolders(self._root, paths, classes)
         else:
-            self._paths, labels = _labels_from_file(self._root / labels_file, paths)
+            self.paths, labels = _labels_from_file(self._root / labels_file, paths)
         self.labels = np.asarray(labels, np.int32)
         self.num_classes = int(self.labels.max()) + 1
         self.image_size = image_size
 
     def __len__(self):
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, i):
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
@@ -69,12 +85,12 @@ class FolderSource:
         Raises:
           Exception: whatever PIL raises for a file it cannot decode, a truncated one included.
         """
-        content = (self._root / self._paths[i]).read_bytes()
+        content = read_file(self._root / self.paths[i])
         return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
 
     def name(self, i):
-        """The path of record `i`, relative to the folder."""
-        return self._paths[i]
+        """The path of record `i`, relative to the folder, as `printable`."""
+        return printable(self.paths[i])
 
 
 def _extensions():
@@ -82,18 +98,23 @@ def _extensions():
 
 
 def _list_images(root):
-    """Sorted paths of all images below `root`, relative to it, with forward slashes."""
-    paths = []
-    for folder, inner, files in os.walk(root, followlinks=True):  # class folders are often links
-        inner[:] = [name for name in inner if not name.startswith(".")]  # .ipynb_checkpoints and the like
-        names = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        paths += [(Path(folder).relative_to(root) / name).as_posix() for name in names]
-    return sorted(paths)
+    """(paths of all images below `root`, relative to it, with forward slashes; its subfolders), both sorted."""
+    found = list_below(root, EXTENSIONS)
+    refused = [path for path in found.others if path.lower().endswith(_REFUSED)]
+    if refused:
+        raise ValueError(
+            f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; convert or move them; these extensions "
+            f"are read: {_extensions()}"
+        )
+    if found.others:
+        endings = Counter(Path(path).suffix.lower() or "none" for path in found.others)
+        counts = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(10))
+        logging.info("Below %s files with these extensions are left out, as no images: %s", root, counts)
+    return found.files, found.folders
 
 
-def _labels_from_subfolders(root, paths):
+def _labels_from_subfolders(root, paths, classes):
     """Numbers the subfolders of `root` by name; returns one label per path."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise ValueError(
             f"{str(root)!r} holds {len(paths)} images but no class subfolders; allowed: one subfolder per class, or a "
@@ -128,9 +149,9 @@ def _labels_from_file(file, paths):
     repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
     if repeated:
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
-    negative = [f"{path}: {label}" for path, label in entries if label < 0]
-    if negative:
-        raise ValueError(f"labels file {str(file)!r} has negative labels: {_some(negative)}; allowed: 0 and above")
+    wrong = [f"{path}: {label}" for path, label in entries if not 0 <= label <= _LARGEST]
+    if wrong:
+        raise ValueError(f"labels file {str(file)!r} has labels out of range: {_some(wrong)}; allowed: 0..{_LARGEST}")
     entries.sort()
     return [path for path, _ in entries], [label for _, label in entries]
 
@@ -138,7 +159,7 @@ def _labels_from_file(file, paths):
 def _read_json(file):
     """Entries `[(path, label), ...]` of a JSON labels file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(file))
     except ValueError as error:
         raise ValueError(f"labels file {str(file)!r} is not valid JSON: {error}") from error
     entries = content.get("labels") if isinstance(content, dict) else None
@@ -156,18 +177,27 @@ def _read_table(file):
     if file.suffix.lower() not in separators:
         raise ValueError(f"labels_file is {str(file)!r}; allowed: a file ending in .json, .csv or .tsv")
     entries = []
-    with file.open(newline="", encoding="utf-8") as lines:
-        for number, row in enumerate(csv.reader(lines, delimiter=separators[file.suffix.lower()]), start=1):
-            if not row or (number == 1 and row == ["path", "label"]):
-                continue
-            try:
-                path, label = row
-                entries.append((path, int(label)))
-            except ValueError as error:
-                raise ValueError(
-                    f"labels file {str(file)!r} has {row!r} in row {number}; allowed: two columns, path and integer"
-                ) from error
+    lines = io.StringIO(_read_text(file), newline="")
+    for number, row in enumerate(csv.reader(lines, delimiter=separators[file.suffix.lower()]), start=1):
+        if not row or (number == 1 and row == ["path", "label"]):
+            continue
+        try:
+            path, label = row
+            entries.append((path, int(label)))
+        except ValueError as error:
+            raise ValueError(
+                f"labels file {str(file)!r} has {row!r} in row {number}; allowed: two columns, path and integer"
+            ) from error
     return entries
+
+
+def _read_text(file):
+    """Text of a labels file: UTF-8, with a byte-order mark or without; other bytes as Python has them in names of files."""
+    content = faults.read(file.read_bytes, name=lambda: f"labels file {str(file)!r}")
+    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
+    if encoding or b"\0" in content:
+        raise ValueError(f"labels file {str(file)!r} is in {encoding or 'UTF-16, or no text'}; save it as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
 def _some(names):

@@ -5,6 +5,7 @@ To prepare ImageNet, put the two archives of the ILSVRC 2012 challenge into a fo
   tfds build imagenet2012 --file_format=array_record --manual_dir=FOLDER --data_dir=DATA_DIR
 """
 
+import functools
 import os
 import resource
 import secrets
@@ -16,9 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repae_jax import hosts
+from repae_jax import faults, hosts
 from repae_jax.data.decoding import decode_crop
-from repae_jax.data.reading import is_of_the_system
 
 _READ_THREADS = 16  # for labels: waits for the disk, mostly
 _CHUNK = 256
@@ -90,12 +90,7 @@ class ImagenetSource:
           Exception: whatever Pillow, or ArrayRecord, raise for what they cannot decode.
         """
         i = range(len(self))[i]
-        try:
-            fields = self._records()[i]
-        except RuntimeError as error:
-            if is_of_the_system(error):
-                self._opened = None  # a file that could not be read once gives the same error for ever
-            raise
+        fields = self._record(i)
         if fields["label"] != self.labels[i]:
             raise ValueError(f"its label is {fields['label']}, that in the file of labels {self.labels[i]}: remove that file")
         return {"image": decode_crop(fields["image"], self.image_size), "label": self.labels[i]}
@@ -104,19 +99,27 @@ class ImagenetSource:
         """Names record `i`: data set, split and number."""
         return f"{self._name} #{i}"
 
-    def _records(self):
+    def _record(self, i):
+        """{'image': bytes, 'label': int, ...} of record `i`."""
         opened = self._opened
         if opened is None:  # in a worker
             opened = self._opened = _open(*self._arguments)
-        return opened
+        try:
+            return opened[i]
+        except Exception as error:
+            if faults.is_of_the_system(error):
+                self._opened = None  # a file that could not be read once gives the same error for ever
+            raise
 
     def _read_labels(self, file):
         """int32 [N] from a file, which is made if it is not there."""
         count = len(self._opened)
         if file.exists():
             try:
-                labels = np.load(file, allow_pickle=False)
+                labels = faults.read(np.load, file, name=lambda: str(file))
             except (ValueError, OSError, EOFError) as error:
+                if faults.is_of_the_system(error):
+                    raise
                 raise ValueError(f"{file} cannot be read ({error}): remove it, and the labels are read again") from error
             if labels.shape != (count,) or labels.dtype != np.int32:
                 raise ValueError(
@@ -143,7 +146,7 @@ class ImagenetSource:
 
             def read(first):
                 for i in range(first, min(first + _CHUNK, count)):
-                    labels[i] = self._opened[i]["label"]
+                    labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
                 return min(_CHUNK, count - first)
 
             with ThreadPoolExecutor(_READ_THREADS) as pool, tqdm(total=count, unit="img", desc="reading labels, once") as bar:

@@ -10,6 +10,7 @@ then standard deviation of the posterior; in a cache with flips [2, h, w, 2C], t
 
 import hashlib
 import math
+import os
 
 import numpy as np
 
@@ -86,6 +87,7 @@ class CachedLatents:
         Raises:
           ValueError: if the cache is unfinished, damaged or of another version.
         """
+        path = os.path.expanduser(path)
         manifest = read_manifest(path)
         self._shards = shards.Shards(path, KIND)
         self.path = str(path)

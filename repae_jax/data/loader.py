@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags, logging
 
 from repae_jax import call_apart
-from repae_jax.data.reading import at_once, is_of_the_system, read
+from repae_jax.data.reading import at_once, attempt
 
 # In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
 _READ_THREADS = 4
@@ -240,14 +240,10 @@ class _ReplacingRecords:
         failures = []
         while True:
             record = (i + len(failures)) % len(self._source)
-            try:
-                fields = read(self._source, record)
-            except Exception as error:
-                if is_of_the_system(error):
-                    raise
-                failures.append((record, describe_error(error)))
-            else:
+            fields, wrong = attempt(self._source, record)
+            if wrong is None:
                 return fields, failures
+            failures.append((record, wrong))
             # One unbroken run of bad records is enough to know that there are too many, or nothing else.
             if len(failures) > self._max_bad or len(failures) == len(self._source):
                 bad = [record for record, _ in failures]
@@ -261,11 +257,6 @@ def _stack(records):
     if "label" in fields:  # may be Python's int
         fields["label"] = fields["label"].astype(np.int32)
     return fields, [failure for one_record in failures for failure in one_record]
-
-
-def describe_error(error):
-    """What is told of an undecodable record."""
-    return f"{type(error).__name__}: {error}"
 
 
 def too_many_bad(source, bad, max_bad, last_error):

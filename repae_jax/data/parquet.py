@@ -8,14 +8,17 @@ which a fast local disk may bear for small data; else prepare the images first.
 import functools
 import json
 import re
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from repae_jax import faults
 from repae_jax.data.decoding import decode_crop
-from repae_jax.data.reading import is_of_the_system
+from repae_jax.data.listing import list_below, printable
 
 _KEPT_GROUPS = 8  # row groups in memory: one for each thread that reads in order, and some
+_MOST_GROUP_BYTES = 2**31 - 1  # of a row group's images: pyarrow's offsets
 
 
 class ParquetSource:
@@ -33,14 +36,17 @@ class ParquetSource:
         """Reads the files' footers and labels; no image.
 
         Args:
-          path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with them in a subfolder SPLIT; at any depth.
+          path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any
+            depth, but all of one split in one folder.
           image_size: side of the images in pixels.
           split: 'train', 'validation' or whatever the files are named.
           image_column: column of encoded images: bytes, or a struct with a field `bytes`.
           label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
 
         Raises:
-          ValueError: if folder, split, columns or files of a numbered set are missing, a file is damaged, or a label negative.
+          ValueError: if folder, split, columns or files of a numbered set are missing, the split is in several folders, a file
+            is damaged, has too large a row group, or names its classes unlike the first, or a label is out of range.
+          OSError: if the system fails.
           ImportError: without pyarrow.
         """
         if image_size < 1:
@@ -49,8 +55,15 @@ class ParquetSource:
         self._files = _list_files(self._root, split)
         self._label_column = label_column
         footers = [_read_footer(self._root / file) for file in self._files]
-        schema = footers[0].schema.to_arrow_schema()
-        self._image_column = _check_columns(self._root / self._files[0], schema, image_column, label_column)
+        paths = [self._root / file for file in self._files]
+        columns = [
+            _check_columns(path, footer.schema.to_arrow_schema(), image_column, label_column)
+            for path, footer in zip(paths, footers)
+        ]
+        for path, footer, found in zip(paths, footers, columns):
+            _check_alike(paths[0], columns[0], path, found)
+            _check_groups(path, footer, found[0])
+        self._image_column, names = columns[0]
         groups = [  # one entry per row group: (file, its number in it, rows)
             (place, group, footer.row_group(group).num_rows)
             for place, footer in enumerate(footers)
@@ -63,7 +76,6 @@ class ParquetSource:
         if not count:
             raise ValueError(f"the files of split {split!r} in {str(path)!r} hold no rows")
         self.labels = self._read_labels() if label_column else np.zeros(count, np.int32)
-        names = _class_names(schema, label_column)
         self.num_classes = len(names) if names else int(self.labels.max()) + 1
         self.image_size = image_size
         self._start()
@@ -98,7 +110,7 @@ class ParquetSource:
     def name(self, i):
         """Names record `i`: its file, and its row there."""
         place = int(np.searchsorted(self._file_starts, i, side="right")) - 1
-        return f"{self._files[place]} row {i - int(self._file_starts[place])}"
+        return f"{printable(self._files[place])} row {i - int(self._file_starts[place])}"
 
     def _read_group(self, number):
         """The encoded images of a row group: a pyarrow array."""
@@ -112,13 +124,7 @@ class ParquetSource:
         """int32 [N]: reads the column of labels of all files."""
         labels = []
         for file in self._files:
-            try:
-                with _open(self._root / file) as opened:
-                    column = opened.read(columns=[self._label_column]).column(0)
-            except (OSError, KeyError) as error:
-                if is_of_the_system(error):
-                    raise
-                raise ValueError(f"{self._root / file} cannot be read ({error}); download it again") from error
+            column = _read_whole(self._root / file, lambda opened: opened.read(columns=[self._label_column]).column(0))
             if column.null_count:
                 raise ValueError(f"{self._root / file} has {column.null_count} rows without {self._label_column!r}")
             labels.append(column.to_numpy())
@@ -127,7 +133,8 @@ class ParquetSource:
         if len(wrong):
             raise ValueError(
                 f"{len(wrong)} of {len(labels)} labels are out of range, first {self.name(wrong[0])}: {labels[wrong[0]]}; "
-                "allowed: 0 and above. Splits for testing often come without labels; label_column='' takes their images alone"
+                f"allowed: 0..{np.iinfo(np.int32).max}. Splits for testing often come without labels; label_column='' takes "
+                "their images alone"
             )
         return labels.astype(np.int32)
 
@@ -142,52 +149,83 @@ def _pyarrow():
 
 def _read_footer(file):
     """pyarrow.parquet.FileMetaData; the file is closed: a data set may have more of them than may be open."""
-    with _open(file) as opened:
-        return opened.metadata
+    return _read_whole(file, lambda opened: opened.metadata)
+
+
+def _read_whole(file, read):
+    """What `read` makes of an opened file; ValueError if the file is damaged."""
+    pyarrow = _pyarrow()
+
+    def opened():
+        with _open(file) as parquet:
+            return read(parquet)
+
+    try:
+        return faults.read(opened, name=lambda: str(file))
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        if faults.is_of_the_system(error):
+            raise
+        raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
 
 
 def _open(file):
     """pyarrow.parquet.ParquetFile, to be closed."""
-    pyarrow = _pyarrow()
-    try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        if is_of_the_system(error):
-            raise
-        raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
+    return _pyarrow().parquet.ParquetFile(file)
 
 
 def _list_files(root, split):
     """Files of a split, relative to `root`, sorted."""
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
-    files = sorted(file.relative_to(root) for file in root.rglob("*.parquet") if not file.name.startswith("."))
+    files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen:
         found = ", ".join(sorted({repr(_split_of(file)) for file in files})) or "none: no parquet files"
         raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {found}")
-    for folder in sorted({file.parent for file in chosen}):
-        numbers = [re.fullmatch(r".*-(\d+)-of-(\d+)(-.*)?\.parquet", file.name) for file in chosen if file.parent == folder]
-        totals = {int(match[2]) for match in numbers if match}
-        if len(totals) > 1:
-            raise ValueError(f"files of split {split!r} are numbered up to {sorted(totals)}: keep those of one download")
-        missing = sorted(set(range(max(totals, default=0))) - {int(match[1]) for match in numbers if match})
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {max(totals)} files of split {split!r} are missing in {str(root / folder)!r}, first number "
-                f"{missing[0]}; download them"
-            )
+    folders = sorted({str(file.parent) for file in chosen})
+    if len(folders) > 1:
+        raise ValueError(
+            f"split {split!r} is in several folders below {str(root)!r}: {', '.join(map(repr, folders))}; each is a "
+            "configuration of the data set, or a copy: give one of them as path"
+        )
+    _check_numbers(root / folders[0], split, [file.name for file in chosen])
     return [file.as_posix() for file in chosen]
+
+
+def _check_numbers(folder, split, names):
+    """ValueError unless all files are numbered as one set, 'train-00000-of-00002.parquet', or none is."""
+    matches = {name: re.fullmatch(r".*-(\d+)-of-(\d+)(-.*)?\.parquet", name) for name in names}
+    plain = [name for name, match in matches.items() if not match]
+    numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
+    totals = sorted({total for _, total in numbers})
+    if plain and numbers:
+        raise ValueError(
+            f"split {split!r} in {str(folder)!r} is in files numbered up to {totals[0]}, and in others, such as {plain[0]}: "
+            "keep those of one download"
+        )
+    if len(totals) > 1:
+        raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
+    repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
+    if repeated:
+        raise ValueError(
+            f"file {repeated[0]} of split {split!r} is in {str(folder)!r} more than once: keep those of one download"
+        )
+    missing = sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers})
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {totals[0]} files of split {split!r} are missing in {str(folder)!r}, first number "
+            f"{missing[0]}; download them"
+        )
 
 
 def _split_of(file):
     """'train' of data/train-00000-of-00294.parquet, train.parquet and train/0000.parquet."""
-    word = re.match(r"[^\W\d_]+", file.name.removesuffix(".parquet"))
-    return word[0] if word else file.parent.name
+    word = file.stem.partition("-")[0]
+    return file.parent.name if word.isdecimal() else word
 
 
 def _check_columns(path, schema, image_column, label_column):
-    """The leaf column that holds the encoded images; ValueError if a column is missing or of a wrong type."""
+    """(leaf column of the encoded images, names of the classes); ValueError if a column is missing or of a wrong type."""
     pyarrow = _pyarrow()
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
@@ -196,13 +234,40 @@ def _check_columns(path, schema, image_column, label_column):
         kind = schema.field(label_column).type
         raise ValueError(f"column {label_column!r} of {path} is of type {kind}; allowed: whole numbers")
     kind = schema.field(image_column).type
+    column = image_column
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        image_column, kind = f"{image_column}.bytes", kind.field("bytes").type
+        column, kind = f"{image_column}.bytes", kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise ValueError(
             f"column {image_column!r} of {path} is of type {kind}; allowed: bytes, or a struct with a field 'bytes'"
         )
-    return image_column
+    return column, _class_names(schema, label_column)
+
+
+def _check_alike(first, expected, path, found):
+    """ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
+    if found != expected:
+        raise ValueError(
+            f"{path} has images in column {found[0]!r} and {_names(found[1])}, {first} in {expected[0]!r} and "
+            f"{_names(expected[1])}: keep the files of one data set"
+        )
+
+
+def _names(names):
+    return f"classes {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "no names of classes"
+
+
+def _check_groups(path, footer, column):
+    """ValueError if a row group's images are more than pyarrow gives in one piece, or memory should hold several of."""
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        for chunk in map(group.column, range(group.num_columns)):
+            if chunk.path_in_schema == column and chunk.total_uncompressed_size > _MOST_GROUP_BYTES:
+                raise ValueError(
+                    f"row group {number} of {path} holds {chunk.total_uncompressed_size / 2**30:.1f} GiB of images; allowed: "
+                    f"{_MOST_GROUP_BYTES / 2**30:g}, for a group is read as a whole: write the file anew with smaller ones "
+                    "(row_group_size=100 in pyarrow.parquet.write_table)"
+                )
 
 
 def _class_names(schema, label_column):

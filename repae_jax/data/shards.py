@@ -31,7 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from repae_jax.data import bucket
 from repae_jax.data.places import without_headers
-from repae_jax.data.reading import is_of_the_system
+from repae_jax.faults import is_of_the_system
 
 MANIFEST, SETTINGS, LABELS, PLACES = "manifest.json", "settings.json", "labels.npy", "places.npy"
 _OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from pictures import encoded, picture
-from PIL import Image
+from PIL import Image, ImageFile, features
 
+from repae_jax import faults, images
 from repae_jax.data import decoding
 from repae_jax.images import center_crop
 
@@ -112,3 +113,43 @@ def test_a_bomb_is_left_to_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(Image.DecompressionBombError):
         decoding.decode_crop(encoded(picture(4)), 16)
+
+
+PROGRAMS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encoded(np.zeros((1, 60000, 3), np.uint8), "png"), "60000 x 1 pixels, too narrow an image to be enlarged to 256"),
+        (encoded(np.zeros((60000, 1, 3), np.uint8)), "1 x 60000 pixels, too narrow an image to be enlarged to 256"),
+        (encoded(np.zeros((4, 4), np.float32), "tiff"), "PIL's mode F"),
+        (encoded(np.zeros((4, 4), np.int32), "tiff"), "PIL's mode I"),
+        (PROGRAMS, "cannot identify"),  # which Pillow would give to Ghostscript
+    ],
+    ids=["wide PNG", "high JPEG", "floats", "integers", "EPS"],
+)
+def test_what_is_refused_before_memory_is_taken(content, message, libraries, monkeypatch):
+    monkeypatch.setattr(images, "_resize", lambda *_, **__: pytest.fail("memory was taken"))
+    with pytest.raises(Exception, match=message) as caught:
+        decoding.decode_crop(content, 256)
+    assert not faults.is_of_the_system(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "webp", "avif", "tiff", "gif", "ppm"])
+def test_sizes_are_checked_before_pixels_are_decoded(kind, monkeypatch):
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    content = encoded(picture(4, (40, 40)), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("pixels were decoded"))
+    with pytest.raises(Image.DecompressionBombError) as caught:
+        decoding.decode_crop(content, 16)
+    assert not faults.is_of_the_system(caught.value)
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**31)  # a hole
+    with pytest.raises(ValueError, match="the file has 2.0 GiB; allowed: 1"):
+        decoding.read_file(tmp_path / "a.png")

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import small
-from PIL import Image
+from PIL import Image, features
 
 from repae_jax import build, data
 from repae_jax.data.folder import FolderSource
@@ -128,7 +128,7 @@ def test_missing_folder(tmp_path):
 
 
 def test_empty_folder_names_the_extensions(tmp_path):
-    with pytest.raises(ValueError, match=r"no images below .*\.png \.jpg \.jpeg \.webp \.bmp"):
+    with pytest.raises(ValueError, match=r"no images below .*\.png \.jpg .*\.webp"):
         FolderSource(tmp_path, 8)
 
 
@@ -164,7 +164,7 @@ def test_bad_size(class_folders):
         ("l.json", '{"labels": []}', "lists no images"),
         ("l.json", '{"labels": [["a/0.jpeg", 1.5]]}', r"entry \['a/0.jpeg', 1.5\]"),
         ("l.json", '{"labels": [["a/0.jpeg", true]]}', "entry"),
-        ("l.json", '{"labels": [["a/0.jpeg", -1]]}', "negative labels: a/0.jpeg: -1"),
+        ("l.json", '{"labels": [["a/0.jpeg", -1]]}', "labels out of range: a/0.jpeg: -1"),
         ("l.json", '{"labels": [["a/0.jpeg", 1], ["a/0.jpeg", 2]]}', r"more than once: a/0.jpeg \(1 in all\)"),
         ("l.csv", "a/0.jpeg,1\na/1.webp\n", r"\['a/1.webp'\] in row 2"),
         ("l.csv", "a/0.jpeg,cat\n", "in row 1; allowed: two columns"),
@@ -215,3 +215,43 @@ def test_sources_as_commands_take_them(class_folders):
     for text in ("imagenette", "digits:split", str(class_folders / "absent")):
         with pytest.raises(ValueError, match=text):
             data.parse_source(text)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json"])
+def test_labels_file_with_a_byte_order_mark(class_folders, kind):
+    content = {"csv": "path,label\na/0.jpeg,7\n", "tsv": "a/0.jpeg\t7\r\n", "json": '{"labels": [["a/0.jpeg", 7]]}'}[kind]
+    (class_folders / f"l.{kind}").write_bytes(content.encode("utf-8-sig"))
+    assert FolderSource(class_folders, 8, labels_file=f"l.{kind}").labels.tolist() == [7]
+    for encoding, named in {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-32": "UTF-32"}.items():
+        (class_folders / f"l.{kind}").write_bytes(content.encode(encoding))
+        with pytest.raises(ValueError, match=rf"labels file .*l.{kind}' is in {named}.*; save it as UTF-8"):
+            FolderSource(class_folders, 8, labels_file=f"l.{kind}")
+
+
+@pytest.mark.parametrize("label", [2**31, 2**40, 10**30])
+def test_labels_beyond_32_bits(class_folders, label):
+    (class_folders / "l.json").write_text(json.dumps({"labels": [["a/0.jpeg", label]]}))
+    with pytest.raises(ValueError, match=f"labels out of range: a/0.jpeg: {label} .*allowed: 0..2147483647"):
+        FolderSource(class_folders, 8, labels_file="l.json")
+
+
+KINDS_AS_SAVED = {"tif": "TIFF", "TIFF": "TIFF", "jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF", "gif": "GIF", "ppm": "PPM"}
+
+
+@pytest.mark.parametrize("ending", KINDS_AS_SAVED)
+def test_other_kinds_of_images(tmp_path, ending):
+    (tmp_path / "a").mkdir()
+    if not features.check("avif") and ending == "avif":
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (20, 14), (90, 90, 90)).save(tmp_path / f"a/0.{ending}", KINDS_AS_SAVED[ending])
+    source = FolderSource(tmp_path, 8)
+    assert names(source) == [f"a/0.{ending}"] and abs(int(source[0]["image"].mean()) - 90) < 3
+
+
+def test_a_folder_at_home(class_folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(class_folders))
+    (class_folders / "l.csv").write_text("a/0.jpeg,3\n")
+    source = data.make_source("folder", 8, path="~", labels_file="~/l.csv")
+    assert source.labels.tolist() == [3]
+    assert data.parse_source("~/a") == ("folder", {"path": "~/a"})
+    assert len(data.make_source("folder", 8, path="~/a", labelled=False)) == 2

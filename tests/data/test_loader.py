@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax.data import reading
+from repae_jax import faults
 from repae_jax.data.digits import DigitsSource
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -339,7 +339,7 @@ SYSTEM = [
 
 @pytest.mark.parametrize("error", SYSTEM)
 def test_an_image_is_not_bad_because_the_disk_is(error, warnings, monkeypatch):
-    monkeypatch.setattr(reading, "_PAUSES", (0, 0))
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
     options = dict(batch_size=8, seed=0, max_bad_fraction=0.1)
     loader = Loader(Flaky(40, 2, error, bad=[8]), **options)
     assert_batches_equal(take(loader, 5), take(Loader(Numbers(40, bad=[8]), **options), 5))

@@ -12,8 +12,9 @@ import small
 from pictures import encoded, picture
 from PIL import Image
 
-from repae_jax import build
+from repae_jax import build, faults
 from repae_jax.data import make_source
+from repae_jax.data import parquet as parquet_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
 from repae_jax.images import center_crop
@@ -165,6 +166,7 @@ def test_too_many_open_files_are_not_called_damage(folder, monkeypatch):
     def fail(file):
         raise OSError(errno.EMFILE, "Too many open files", str(file))
 
+    monkeypatch.setattr(faults, "_PAUSES", (0,))
     monkeypatch.setattr(parquet, "ParquetFile", fail)
     with pytest.raises(OSError, match="Too many open files: .*train-00000-of-00003.parquet") as caught:
         ParquetSource(folder, 16)
@@ -223,3 +225,82 @@ def test_labels_out_of_range(tmp_path, labels, message):
     write(tmp_path / "train.parquet", [encoded(picture(1))] * 2, labels)
     with pytest.raises(ValueError, match=message):
         ParquetSource(tmp_path, 16)
+
+
+# ---- files that the datasets library writes --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Function that writes record `first` and those that follow it with `datasets`, as its `push_to_hub` names files."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+
+    def write_records(root, name, first, count, classes="abcde", batch_size=2):
+        labels = datasets.ClassLabel(names=list(classes))
+        columns = {
+            "image": [Image.fromarray(picture(i, (24 + i, 20))) for i in range(first, first + count)],
+            "label": [i % 4 for i in range(first, first + count)],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": labels})
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(root / name, batch_size=batch_size)
+
+    return write_records
+
+
+def test_shards_of_the_datasets_library(tmp_path, written):
+    written(tmp_path, "data/train-00000-of-00002.parquet", 0, 3)
+    written(tmp_path, "data/train-00001-of-00002.parquet", 3, 2)
+    written(tmp_path, "data/train_extra-00000-of-00001.parquet", 9, 1)
+    written(tmp_path, "data/train2017-00000-of-00001.parquet", 9, 1)
+    written(tmp_path, "data/validation_matched-00000-of-00001.parquet", 9, 1)
+    written(tmp_path, ".cache/huggingface/download/data/train-00000-of-00002.parquet", 0, 3)
+    source = ParquetSource(tmp_path, 16)
+    assert source.labels.tolist() == [0, 1, 2, 3, 0] and source.num_classes == 5
+    for i in range(5):
+        np.testing.assert_array_equal(source[i]["image"], center_crop(Image.fromarray(picture(i, (24 + i, 20))), 16))
+    assert len(ParquetSource(tmp_path, 16, split="train_extra")) == 1
+    with pytest.raises(ValueError, match="splits in .*: 'train', 'train2017', 'train_extra', 'validation_matched'"):
+        ParquetSource(tmp_path, 16, split="validation")
+
+
+@pytest.mark.parametrize(
+    "layout", ["{}/train-00000-of-00001.parquet", "{}/train.parquet", "{}/train/0000.parquet", "en/{}/train.parquet"]
+)
+def test_one_configuration_at_a_time(tmp_path, written, layout):
+    for place, name in enumerate(("default", "large", "small")):
+        written(tmp_path, layout.format(name), place, 1)
+    with pytest.raises(ValueError, match=r"split 'train' is in several folders .*default.*', '.*large.*', '.*small.*give one"):
+        ParquetSource(tmp_path, 16)
+    (chosen,) = tmp_path.rglob("large")
+    assert ParquetSource(chosen, 16).labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train-00000-of-00001.parquet", "train.parquet"), "numbered up to 1, and in others, such as train.parquet: keep"),
+        (("train-00000-of-00001-aa.parquet", "train-00000-of-00001-bb.parquet"), "file 0 of split 'train' is in .*more than"),
+        (("train.parquet", "train/0000.parquet"), "split 'train' is in several folders .*'.', 'train'"),
+    ],
+)
+def test_the_same_records_in_two_ways(tmp_path, written, names, message):
+    for name in names:
+        written(tmp_path, name, 0, 1)
+    with pytest.raises(ValueError, match=message):
+        ParquetSource(tmp_path, 16)
+
+
+@pytest.mark.parametrize("classes", ["abced", "abcd"])
+def test_classes_in_another_order(tmp_path, written, classes):
+    written(tmp_path, "train-00000-of-00002.parquet", 0, 1)
+    written(tmp_path, "train-00001-of-00002.parquet", 1, 1, classes=classes)
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet has images in .* and classes a, b, c, "):
+        ParquetSource(tmp_path, 16)
+
+
+def test_row_groups_that_are_too_large(folder, monkeypatch):
+    monkeypatch.setattr(parquet_source, "_MOST_GROUP_BYTES", 100)
+    with pytest.raises(ValueError, match="row group 0 of .*train-00000-of-00003.parquet holds .*row_group_size=100"):
+        ParquetSource(folder, 16)

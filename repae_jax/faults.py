@@ -1,0 +1,135 @@
+"""Whose fault is an error in reading: that of one file, or of the system that should have given it.
+
+A file that is missing, closed to us or undecodable is bad, and stays so. A disk, network or bucket that fails says nothing of
+what it holds: one waits, tries again, and at last ends the work, with nothing moved or left out.
+
+Libraries tell of such faults in four ways: by errno, by a type, by a status code, and in words alone. They are all read here,
+without importing the libraries.
+"""
+
+import errno
+import functools
+import os
+import re
+import time
+
+from absl import logging
+
+_PAUSES = (1, 5, 20)  # seconds before something is read again
+
+# What these say holds for one file, and will hold when it is read again. All others are of the system.
+_OF_THE_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL,
+    errno.EILSEQ, errno.EFBIG, errno.EOVERFLOW, errno.ESPIPE,
+}  # fmt: skip
+_FILE_TYPES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # libraries raise them without errno
+_SYSTEM_TYPES = (MemoryError, ConnectionError, TimeoutError, BlockingIOError, InterruptedError)
+_SYSTEM_NAMES = {
+    # TensorFlow
+    "AbortedError", "DeadlineExceededError", "ResourceExhaustedError", "UnavailableError",
+    # google.auth; google.api_core has codes
+    "TransportError", "RetryError",
+    # requests, urllib3
+    "ConnectionError", "Timeout", "TimeoutError", "ChunkedEncodingError", "ProtocolError", "MaxRetryError",
+    # aiohttp, httpx, http.client
+    "ClientConnectionError", "ClientPayloadError", "HTTPException",
+    # of a device, not of a file
+    "JaxRuntimeError", "XlaRuntimeError",
+}  # fmt: skip
+_STATUS_TO_RETRY = {408, 425, 429}  # of HTTP, besides 500 and above
+_CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")  # tensorstore's messages begin so
+
+
+def is_of_the_system(error):
+    """Returns whether an error says nothing of a file's content, such as too many open files, or a disk out of reach."""
+    return any(_is_of_the_system(one) for one in _causes(error))
+
+
+def errnos(error):
+    """Returns the set of the errnos that an error tells of, as numbers or in words, with those of the errors that caused it."""
+    return set().union(*map(_errnos, _causes(error)))
+
+
+def read(function, *arguments, name):
+    """Returns function(*arguments), tried again after some pauses while it is the system that fails.
+
+    Args:
+      function: reads something.
+      *arguments: of it.
+      name: function that says what is read, for messages.
+
+    Raises:
+      OSError: if the system goes on failing; it names what could not be read, and `is_of_the_system` is true of it.
+      Exception: any other of the function, at once.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return function(*arguments)
+        except Exception as error:  # libraries raise nearly anything
+            if not is_of_the_system(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            if pause is None:
+                raise OSError(
+                    min(errnos(error) - _OF_THE_FILE, default=errno.EIO),
+                    f"{name()} cannot be read, tried {len(_PAUSES) + 1} times ({reason}); once the disk, or "
+                    "whatever holds it, can be read, run the same command again; if it is this alone, put back a copy of it",
+                ) from error
+            logging.warning("%s cannot be read (%s); trying again in %s s", name(), reason, pause)
+        time.sleep(pause)
+
+
+def _causes(error):
+    """An error, what it was raised from, and what groups of errors hold."""
+    while error is not None:
+        yield error
+        for part in getattr(error, "exceptions", ()):
+            if isinstance(part, BaseException):
+                yield from _causes(part)
+        error = error.__cause__
+
+
+def _is_of_the_system(error):
+    if isinstance(error, _SYSTEM_TYPES) or _errnos(error) - _OF_THE_FILE:
+        return True
+    if isinstance(error, _FILE_TYPES) or _errnos(error):
+        return False
+    if any(kind.__name__ in _SYSTEM_NAMES for kind in type(error).__mro__):
+        return True
+    status = _status(error)
+    return status >= 500 or status in _STATUS_TO_RETRY or bool(_CODES_IN_WORDS.match(_first_words(error)))
+
+
+def _errnos(error):
+    """The errnos of one error."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int) and number:
+        return {number}
+    # ArrayRecord: 'pread() failed: Stale file handle; ...', tensorstore and TensorFlow: 'UNKNOWN: ...: Input/output error'
+    return {_words()[found] for found in _pattern().findall(_first_words(error))}
+
+
+def _first_words(error):
+    return str(error)[:2000]  # after them tensorstore lists its state
+
+
+@functools.cache
+def _words():
+    """errno by what the C library calls it."""
+    return {os.strerror(number): number for number in errno.errorcode}
+
+
+@functools.cache
+def _pattern():
+    return re.compile("|".join(rf"\b{re.escape(words)}\b" for words in sorted(_words(), key=len, reverse=True)))
+
+
+def _status(error):
+    """HTTP's status that an error came with, 0 if none."""
+    response = getattr(error, "response", None)
+    for holder, names in ((error, ("code", "status", "status_code")), (response, ("status_code", "status"))):
+        for name in names:
+            number = getattr(holder, name, None)
+            if isinstance(number, int) or (isinstance(number, str) and number.isdecimal()):
+                return int(number)
+    return 0
