@@ -11,7 +11,7 @@ import small
 import tensorstore
 from PIL import Image
 
-from repae_jax import build, data, prepare_images
+from repae_jax import build, data, faults, prepare_images
 from repae_jax.data import bucket, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
@@ -65,7 +65,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 0})
     monkeypatch.setattr(bucket, "_SECONDS", 0.3)
     monkeypatch.setattr(bucket, "_SECONDS_WHOLE", 0.3)
-    monkeypatch.setattr(reading, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(faults, "_PAUSES", (0.01, 0.01))
     bucket._store.cache_clear()
     yield
     bucket._store.cache_clear()
