@@ -251,7 +251,7 @@ def _remove_torn(folder):
     for path in folder.glob("*-cache"):
         try:
             compilation_cache.decompress_executable(path.read_bytes())
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # each compression has an error of its own
             logging.warning("%s is incomplete (%s) and removed", path, error)

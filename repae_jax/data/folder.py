@@ -63,7 +63,9 @@ class FolderSource:
         self._root = Path(path)
         if not self._root.is_dir():
             raise ValueError(f"path is {str(path)!r}, which is not a folder; give the folder that holds the images")
-        paths, classes = _list_images(self._root)
+        paths, others, classes = list_below(self._root, EXTENSIONS)
+        if labels_file is None or not labelled:  # else what the file lists is meant, and no more
+            _check_others(self._root, others)
         if not paths:
             raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
         if not labelled:
@@ -97,20 +99,18 @@ def _extensions():
     return " ".join(EXTENSIONS)
 
 
-def _list_images(root):
-    """(paths of all images below `root`, relative to it, with forward slashes; its subfolders), both sorted."""
-    found = list_below(root, EXTENSIONS)
-    refused = [path for path in found.others if path.lower().endswith(_REFUSED)]
+def _check_others(root, others):
+    """ValueError for images of kinds that are not read; logs what other files there are."""
+    refused = [path for path in others if path.lower().endswith(_REFUSED)]
     if refused:
         raise ValueError(
             f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; convert or move them; these extensions "
             f"are read: {_extensions()}"
         )
-    if found.others:
-        endings = Counter(Path(path).suffix.lower() or "none" for path in found.others)
+    if others:
+        endings = Counter(Path(path).suffix.lower() or "none" for path in others)
         counts = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(10))
         logging.info("Below %s files with these extensions are left out, as no images: %s", root, counts)
-    return found.files, found.folders
 
 
 def _labels_from_subfolders(root, paths, classes):

@@ -210,3 +210,5 @@ def test_what_is_left_out_is_told(png, caplog):
     shutil.copy(root / "a/0.png", root / "a/1.HEIC")
     with pytest.raises(ValueError, match="kinds that are not read.* a/1.HEIC .*convert or move"):
         FolderSource(root, 8)
+    (root / "labels.csv").write_text("a/0.png,1\n")
+    assert names(FolderSource(root, 8, labels_file="labels.csv")) == ["a/0.png"]  # the others are not meant
