@@ -1,5 +1,6 @@
 """Reading records of a source: a disk or network that fails for a moment says nothing of the image."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from repae_jax import faults
@@ -30,10 +31,20 @@ def at_once(read_one, records):
     """Returns [read_one(record), ...]; several are read at a time, as each takes its time to come from a bucket or network.
 
     Raises:
-      Exception: the first of `read_one`.
+      Exception: one of `read_one`; after it, no other record is begun.
     """
+    failed = threading.Event()
+
+    def unless_failed(record):
+        if not failed.is_set():
+            try:
+                return read_one(record)
+            except BaseException:
+                failed.set()
+                raise
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(read_one, records))
+        return list(pool.map(unless_failed, records))
 
 
 def describe_error(error):
