@@ -233,6 +233,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    _define_flags()
     jax.config.config_with_absl()
-    cli.run(main)
+    cli.run(main, _define_flags)

@@ -63,9 +63,11 @@ def ending(interrupted="interrupted"):
       SystemExit: with the line. The error is its context.
       Exception: the error itself if it is a mistake of the program, with a note that says so.
     """
+    with contextlib.suppress(AttributeError):  # no file, in tests
+        sys.stdout.reconfigure(errors="replace")  # of containers, may know ASCII alone
     if not sys.flags.dev_mode:
         logging.get_absl_logger().addFilter(_without_traceback)
-        sys.excepthook = _except_of_closed_loops
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
     try:
         try:
             yield
@@ -98,10 +100,14 @@ def _without_traceback(record):
     return True
 
 
-def _except_of_closed_loops(kind, error, trace):
-    """Hook: TensorStore tells of every write that it had begun when Orbax gave up."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _without_closed_loops(hook):
+    """sys.unraisablehook that drops what TensorStore raises of every write that it had begun when Orbax gave up."""
+
+    def without(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return hook if hook.__qualname__ == without.__qualname__ else without
 
 
 def _reader_is_gone():
@@ -246,9 +252,10 @@ def define_path(name, text):
     flags.DEFINE(_PathParser(), name, None, text, serializer=flags.ArgumentSerializer())
 
 
-def run(main):
-    """Runs a command whose flags are absl's, and ends the program."""
+def run(main, define_flags):
+    """Runs a command whose flags are absl's, defined by `define_flags`, and ends the program."""
     with ending():
+        define_flags()
         app.run(main, flags_parser=parse_flags)
 
 
@@ -266,7 +273,7 @@ def parse_flags(arguments):
         after --help.
     """
     try:
-        arguments, file = _with_config_file(arguments)
+        arguments, file = _with_config_file(flags.FLAGS.read_flags_from_files(arguments, force_gnu=False))
         if file is not None:
             _check_overrides(_read_config(file), arguments)
         left = flags.FLAGS(arguments)

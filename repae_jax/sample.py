@@ -143,7 +143,7 @@ def _load_part(path):
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and run the same command to make it again") from error
+        raise ValueError(f"{path} is damaged: remove it, and run the same command to make it again") from error
 
 
 def _save_part(path, array):

@@ -260,6 +260,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    define_flags()
     jax.config.config_with_absl()
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -191,6 +191,13 @@ def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "No space left on device" in done.stderr.splitlines()[-1]
 
 
+def test_terminals_of_ascii_alone():
+    """As in containers without a locale, where printing anything else is an error."""
+    code = "from repae_jax import cli\nwith cli.ending():\n    print('1 … 2')"
+    done = run("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 ? 2\n", "")
+
+
 def test_a_broken_pipe_to_a_worker_is_an_error():
     with pytest.raises(SystemExit, match="error: .*Broken pipe"), cli.ending():
         raise BrokenPipeError(32, "Broken pipe")
@@ -290,7 +297,6 @@ from repae_jax import build, cli, train
 for name in NAMES:
     importlib.import_module(name)
 print(sorted(HEAVY & set(sys.modules)), "imported, backends", jax._src.xla_bridge._backends)
-train.define_flags()
 
 def main(_):
     build.build(flags.FLAGS.config)
@@ -302,7 +308,7 @@ for line in sys.stdin:
     if not child:
         sys.argv = ["train", *words]
         try:
-            cli.run(main)
+            cli.run(main, train.define_flags)
         except SystemExit as end:
             if end.code is not None:
                 print(repr(end.code))
@@ -341,6 +347,9 @@ LINES = [
     ([*TINY, "--colour=red"], "Unknown command line flag 'colour'"),
     (["--config=configs/repae.py:tiny", "--workdir="], "it is empty"),
     (["--workdir=run"], "--config must have a value"),
+    ([*TINY, "--flagfile=HERE/flags"], "--config.data.opt.path=x: config.data has no field 'opt'"),
+    ([*TINY, "--flagfile=HERE/none"], "Unable to open flagfile"),
+    (["--config.steps=3", *TINY], "Found --config.steps=3 in argv before a value for --config was specified"),
     (["--config=configs/none.py", *TINY[1:]], "there is no file 'configs/none.py'"),
     (["--config=configs", *TINY[1:]], "there is no file 'configs'"),
     (["--config=configs/common.py", *TINY[1:]], "the file has no function get_config"),
@@ -350,7 +359,7 @@ LINES = [
 ]
 FILES = {  # below HERE
     "syntax.py": "def get_config():\n    return (\n", "name.py": "def get_config():\n    return depth\n",
-    "number.py": "def get_config():\n    return 3\n",
+    "number.py": "def get_config():\n    return 3\n", "flags": "--config.data.opt.path=x\n",
 }  # fmt: skip
 
 

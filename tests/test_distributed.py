@@ -62,8 +62,7 @@ def train_as_command(seconds_per_step=0, fail_at=None, min_sharded_size=None, st
 
     train.load_scoring = terminated_load if stop_early else load
     train.sharding.MIN_SHARDED_SIZE = min_sharded_size or train.sharding.MIN_SHARDED_SIZE
-    train.define_flags()
-    cli.run(train.main)
+    cli.run(train.main, train.define_flags)
 
 
 def agree(coordinator, process, folder):

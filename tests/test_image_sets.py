@@ -102,7 +102,8 @@ def test_images_class_by_class(tmp_path):
     assert FolderImages(tmp_path / "made").warnings == []
     save_images(tmp_path / "made" / "b")
     assert FolderImages(tmp_path / "made").warnings == [SORTED]
-    for labels, warnings in ((np.arange(11) // 4, [SORTED]), (np.arange(11) % 4, []), (np.zeros(11, int), [])):
+    names = np.array(list("aaaabbbbccc"))
+    for labels, warnings in ((np.arange(11) // 4, [SORTED]), (np.arange(11) % 4, []), (np.zeros(11, int), []), (names, [])):
         np.savez(tmp_path / "made.npz", PIXELS, labels)
         assert NpzImages(tmp_path / "made.npz").warnings == warnings
 

@@ -104,6 +104,30 @@ def test_interrupted_sampling_continues(workdir, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def broken(content, whole):
+    return {"empty": b"", "cut": whole[:-9], "page": b"<html>404</html>"}[content]
+
+
+@pytest.mark.parametrize("content", ["empty", "cut", "page"])
+def test_damaged_parts_are_named(tmp_path, content):
+    """Disks leave empty files after a power cut; they are not taken for finished batches."""
+    sample._save_part(tmp_path / "000000.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    path = tmp_path / "000001.npy"
+    path.write_bytes(broken(content, (tmp_path / "000000.npy").read_bytes()))
+    with pytest.raises(ValueError, match="000001.npy is damaged: remove it, and run the same command"):
+        sample._load_part(path)
+
+
+def test_damaged_parts_are_found_before_any_is_made(workdir, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: loaded)
+    monkeypatch.setattr(sample, "sample_batches", lambda *_, **__: pytest.fail("sampled before"))
+    folder = sample._open_parts(tmp_path / "x.parts", {})
+    (folder / "settings.json").unlink()
+    (folder / "000001.npy").touch()
+    with pytest.raises(ValueError, match="000001.npy is damaged"):
+        sample.run(arguments(workdir, "--num_samples", "16", "--batch_size", "8", "--out", str(tmp_path / "x")))
+
+
 def test_other_settings_do_not_mix(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "write_npz", lambda *_: pytest.fail("not reached"))
     monkeypatch.setattr(sample, "_save_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
