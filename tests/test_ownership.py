@@ -181,3 +181,33 @@ def test_a_process_that_ends_suddenly_is_no_owner(workdir):
     done = subprocess.run([sys.executable, "-c", code, str(workdir)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "owner\n" and list(workdir.iterdir()) == []
     assert hosts._last_acts == []
+
+
+def test_in_a_bucket(request, monkeypatch):
+    """Where nothing can be created exclusively, and signs of life are new objects."""
+    pytest.importorskip("bucket")
+    request.getfixturevalue("gs")
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 1)
+    monkeypatch.setattr(ownership, "WATCH_SECONDS", 4)
+    monkeypatch.setattr(ownership, "_SETTLE_SECONDS", dict.fromkeys((True, False), 0.5))
+    workdir = epath.Path("gs://bucket/owned/run")
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / ownership.FILE
+    with ownership.owned(workdir) as check:
+        left = json.loads(file.read_text())
+        with pytest.raises(ValueError, match="in use by the run of process"):
+            own(workdir)
+        with monkeypatch.context() as there:
+            there.setattr(ownership, "_machine", lambda: ["other", "boot", "pids"])
+            with pytest.raises(ValueError, match="in use by the run of process"):
+                own(workdir)
+        file.unlink()
+        check()
+        assert json.loads(file.read_text())["token"] == left["token"]
+    assert not file.exists()
+    file.write_text(json.dumps({**left, "machine": ["other", "boot", "pids"]}))
+    assert 4 < seconds_of(lambda: own(workdir)) < 20
+    with pytest.raises(ownership.WorkdirLost), ownership.owned(workdir) as check:
+        file.write_text(json.dumps({**left, "token": "other"}))
+        check()
+    assert file.exists()
