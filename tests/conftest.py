@@ -41,6 +41,23 @@ def forgotten():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def object_store():
+    """A real object-store server, `bucket.Bucket`; skips where there is none."""
+    import bucket
+
+    with bucket.serve() as served:
+        yield served
+
+
+@pytest.fixture
+def gs(object_store):
+    """That server, reached by this process and those it starts: gs://bucket, of which each test takes a folder of its own."""
+    with object_store.reached():
+        yield object_store
+    object_store.answer()
+
+
 @pytest.fixture
 def optimized():
     """What the test compiles is optimized, for it computes for longer than it compiles."""
