@@ -20,9 +20,10 @@
 #                       if not set
 #   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every error
 #   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
-#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter must be allowed to write to the bucket of the workdir. Pods of
-#                       several slices are in the nodes' network, where the node's service account writes instead: it must be
-#                       allowed to, by the scopes of the node pools, too (--scopes=storage-full)
+#   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter needs the roles storage.objectAdmin and
+#                       storage.legacyBucketReader on the bucket of the workdir. Pods of several slices are in the nodes' network,
+#                       where the node's service account writes instead: it needs these roles, and the node pools the scope for
+#                       it, too (--scopes=storage-full)
 #
 # The cluster needs the JobSet controller (https://jobset.sigs.k8s.io). --dry-run prints the commands and runs none.
 script=$0

@@ -11,6 +11,7 @@ the state (names, shapes and dtypes are compared before reading), and are the by
 notices truncated and missing files, but not changed array bytes: a checksum per array is stored beside them).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from repae_jax import hosts
+from repae_jax import buckets, hosts
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
 # goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
@@ -48,21 +49,23 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
 
     Raises:
       ValueError: the workdir cannot be created or written to.
+      OSError: the same of one in a bucket.
     """
     path = _absolute(workdir)
     probe = path / f".write_test-{jax.process_index()}"
+    buckets.check(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("writable")
-        probe.unlink()
-    except Exception as error:
-        if not isinstance(error, OSError) and "://" not in str(path):  # what reaches buckets has errors of its own
+        with buckets.reached(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_text("writable")
+            probe.unlink()
+    except OSError as error:
+        if buckets.is_address(path):
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"Workdir {str(path)!r} cannot be written to ({type(error).__name__}: {reason}). "
-            "Give a directory that exists or can be created, where this user may create files; in a bucket, where this "
-            "machine's account may."
+            "Give a directory that exists or can be created, where this user may create files."
         ) from error
     return path
 
@@ -111,11 +114,12 @@ class Checkpointer:
         logging.get_absl_logger().addFilter(_not_orbax_chatter)
         self._workdir = _absolute(workdir)
         self._directory = self._workdir / "checkpoints"
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
-            item_handlers=None if hosts.several() else _handlers_of_one_process(),
-        )
+        with buckets.reached(self._directory):
+            self._manager = _Manager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
+                item_handlers=None if hosts.several() else _handlers_of_one_process(),
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -152,7 +156,8 @@ class Checkpointer:
             config=ocp.args.JsonSave(config),
             checksums=ocp.args.JsonSave(_checksums(state)),
         )
-        return self._manager.save(step, args=items)
+        with buckets.reached(self._directory):  # the save before has to be complete
+            return self._manager.save(step, args=items)
 
     def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:
         """Restores the newest checkpoint that can be read, bit for bit, onto the shardings asked for.
@@ -199,11 +204,13 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until everything saved so far is complete on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with buckets.reached(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and releases the background threads."""
-        self._manager.close()
+        with buckets.reached(self._directory):
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, including one that is still being written: those that process 0 sees."""
@@ -229,6 +236,18 @@ class Checkpointer:
             self._manager.reload()
 
 
+def _reaching(function: Callable) -> Callable:
+    """Decorator of functions of a workdir, which may be in a bucket."""
+
+    @functools.wraps(function)
+    def within(workdir: epath.PathLike, *args: Any, **kwargs: Any) -> Any:
+        with buckets.reached(workdir):
+            return function(workdir, *args, **kwargs)
+
+    return within
+
+
+@_reaching
 def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """Reads the config that a run was trained with.
 
@@ -246,6 +265,7 @@ def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, A
     return config
 
 
+@_reaching
 def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """Reads the data position that `Checkpointer.save` was given; arguments and errors as `read_config`."""
     path = _find_step(workdir, step)
@@ -261,6 +281,7 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
+@_reaching
 def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any, int]:
     """Reads what a checkpoint holds, without the arrays.
 
@@ -281,6 +302,7 @@ def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree), int(path.name)
 
 
+@_reaching
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
     """Restores a part of a train state, for instance only what sampling needs; the rest is not read.
 

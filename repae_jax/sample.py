@@ -7,13 +7,13 @@ first samples. Interrupted runs continue where they stopped: finished batches ar
 import argparse
 import dataclasses
 import functools
+import io
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from checkpoints_tools import weights
@@ -118,11 +118,15 @@ def write_npz(path, parts, labels):
 
     Args:
       path: of the npz.
-      parts: .npy files in order, uint8 [b, H, W, 3].
+      parts: epath.Path of .npy files in order, uint8 [b, H, W, 3].
       labels: int32 [N].
     """
-    shape = (len(labels), *np.load(parts[0], mmap_mode="r").shape[1:])
-    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(np.load, parts))})})
+    shape = (len(labels), *_load_part(parts[0]).shape[1:])
+    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})
+
+
+def _load_part(path):
+    return np.load(io.BytesIO(path.read_bytes()))
 
 
 def _save_part(path, array):
@@ -154,8 +158,6 @@ def run(args):
     """Sample as the command line says; returns the path of the npz."""
     if jax.process_count() > 1:
         raise ValueError("sampling runs in one process; start it on one host")
-    if "://" in str(args.out or args.workdir):
-        raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
     if args.batch_size % jax.device_count():
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
     trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
@@ -163,9 +165,9 @@ def run(args):
     sampling, classes = choose_sampling(args, trained)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
     name = settings_name(step, sampling, args)
-    if not args.out and not Path(args.workdir).is_dir():
-        raise ValueError(f"{args.workdir} is no local folder to keep samples in: give --out")
-    out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
+    if not args.out and not epath.Path(args.workdir).is_dir():
+        raise ValueError(f"{args.workdir} is no folder to keep samples in: give --out")
+    out = epath.Path(args.out or f"{args.workdir}/generated/{name}")
     npz = out.with_name(out.name + ".npz")
     if npz.exists():
         raise ValueError(f"{npz} exists; choose another --out, or move it away")
@@ -184,11 +186,11 @@ def run(args):
             _save_part(paths[index], made)
             bar.update(len(made))
     write_npz(npz, paths, labels)
-    shown = np.concatenate([np.load(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
+    shown = np.concatenate([_load_part(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
     picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
     images.save_png(out.with_name(out.name + ".png"), picture)
-    shutil.copy(folder / "settings.json", out.with_name(out.name + ".json"))
-    shutil.rmtree(folder)  # everything in it is in the npz now
+    (folder / "settings.json").copy(out.with_name(out.name + ".json"), overwrite=True)
+    folder.rmtree()  # everything in it is in the npz now
     return npz
 
 

@@ -16,12 +16,12 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from repae_jax import build, flops, hosts, sharding
+from repae_jax import buckets, build, flops, hosts, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.hooks import load_scoring, make_hooks, missing_at
-from repae_jax.run_log import Progress, make_writer
+from repae_jax.run_log import Progress, open_writer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
@@ -113,7 +113,8 @@ def train(config, workdir):
         checkpointer = stack.enter_context(
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
-        restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
+        with buckets.reached(workdir):
+            restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         frozen = build.load_frozen(job)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
         source = images_source or build.make_cached_source(job, frozen_vae)
@@ -137,8 +138,7 @@ def train(config, workdir):
         flop_per_image = flops.per_image(job.config, job.encoders)
         peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
         logging.info("%s", summary(job, state, source, flop_per_image, peak))
-        writer = make_writer(workdir, start)
-        stack.callback(writer.close)
+        writer = stack.enter_context(open_writer(workdir, start))
         stopped = stack.enter_context(hosts.stop_requests())
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
         for hook in missing_at(hooks, start, steps) if restored else ():  # it was asked to stop, or killed

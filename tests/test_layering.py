@@ -23,6 +23,7 @@ ORDER = [
     "repae_jax.features",
     "repae_jax.flops",
     "repae_jax.train_state",
+    "repae_jax.buckets",
     "repae_jax.hosts",
     "repae_jax.checkpoint",
     "repae_jax.run_log",
