@@ -164,7 +164,7 @@ def upload(folder, address):
             epath.Path(file).copy(epath.Path(address) / file.relative_to(folder), overwrite=True)
 
 
-def test_a_damaged_checkpoint(job, gs, capfd, monkeypatch):
+def test_a_damaged_checkpoint(job, gs, capfd):
     """The one before is used, and little is said; what is damaged is kept."""
     workdir = epath.Path("gs://bucket/damaged")
     first = save(job, workdir, 1, 2)
@@ -178,6 +178,23 @@ def test_a_damaged_checkpoint(job, gs, capfd, monkeypatch):
     assert step == position["loader"]["next_batch"] == 1 and not small.differing(state, first)
     assert [path.name for path in (workdir / "checkpoints_damaged").iterdir()] == ["2-0"]
     assert len(capfd.readouterr().err.splitlines()) < 20
+
+
+def test_a_run_copied_to_the_bucket(job, gs, tmp_path, warnings):
+    """Orbax would delete its checkpoints as unfinished ones; those that are unfinished still go."""
+    first = save(job, tmp_path / "run", 1, 2, 3)
+    upload(tmp_path / "run", "gs://bucket/copied")
+    unfinished = epath.Path("gs://bucket/copied/checkpoints/3/_CHECKPOINT_METADATA")
+    content = json.loads(unfinished.read_text())
+    assert content.pop("commit_timestamp_nsecs")
+    unfinished.write_text(json.dumps(content))
+    assert checkpoint.saved_steps("gs://bucket/copied") == [1, 2]
+    assert len(warnings) == 2 and "checkpoints/1 was copied from a disk" in " ".join(warnings)
+    with checkpoint.Checkpointer("gs://bucket/copied") as checkpointer:
+        assert checkpointer.steps() == [1, 2] and not unfinished.exists()
+        state, _, step = checkpointer.restore(build.abstract_state(job), job.config)
+    assert step == 2 and small.differing(state, first) and not small.differing(state, small.random_state(job, seed=2))
+    assert len(warnings) == 2
 
 
 def test_vae_extracted_and_converted(job, gs, tmp_path):
