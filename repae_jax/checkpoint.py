@@ -151,13 +151,13 @@ class Checkpointer:
                 f"Cannot save step {step}: {str(self._directory)!r} already holds step {self.latest_step}. "
                 "Restore it first, or use another workdir."
             )
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
-            data=ocp.args.JsonSave(data_state),
-            config=ocp.args.JsonSave(config),
-            checksums=ocp.args.JsonSave(_checksums(state)),
-        )
         with buckets.reached(self._directory):  # the save before has to be complete
+            items = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                data=ocp.args.JsonSave(data_state),
+                config=ocp.args.JsonSave(config),
+                checksums=ocp.args.JsonSave(_checksums(state)),
+            )
             return self._manager.save(step, args=items)
 
     def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:
