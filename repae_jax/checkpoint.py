@@ -12,6 +12,7 @@ missing files, but not changed bytes: checksums of all arrays and of the JSON pa
 saved worth keeping (only states that are finite are saved), and can it be read (the first checkpoint is, at once).
 """
 
+import functools
 import glob
 import hashlib
 import json
@@ -28,7 +29,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from repae_jax import faults, hosts
+from repae_jax import buckets, faults, hosts
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
 # goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
@@ -53,22 +54,24 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
 
     Raises:
       ValueError: the workdir has a name that checkpoints would be lost under, or it cannot be created or written to.
+      OSError: the latter of one in a bucket.
     """
     path = _absolute(workdir)
     _check_name(path)
     probe = path / f".write_test-{jax.process_index()}"
+    buckets.check(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("writable")
-        probe.unlink(missing_ok=True)
-    except Exception as error:
-        if not isinstance(error, OSError) and "://" not in str(path):  # what reaches buckets has errors of its own
+        with buckets.reached(path):
+            path.mkdir(parents=True, exist_ok=True)
+            probe.write_text("writable")
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if buckets.is_address(path):
             raise
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"Workdir {str(path)!r} cannot be written to ({type(error).__name__}: {reason}). "
-            "Give a directory that exists or can be created, where this user may create files; in a bucket, where this "
-            "machine's account may."
+            "Give a directory that exists or can be created, where this user may create files."
         ) from error
     return path
 
@@ -149,11 +152,13 @@ class Checkpointer:
         logging.get_absl_logger().addFilter(_not_orbax_chatter)
         self._workdir = _absolute(workdir)
         self._directory = self._workdir / "checkpoints"
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
-            item_handlers=None if hosts.several() else _handlers_of_one_process(),
-        )
+        with buckets.reached(self._directory):
+            _mark_copied(self._directory)
+            self._manager = _Manager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
+                item_handlers=None if hosts.several() else _handlers_of_one_process(),
+            )
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -202,7 +207,8 @@ class Checkpointer:
             config=ocp.args.JsonSave(config),
             checksums=ocp.args.JsonSave(checksums),
         )
-        return self._manager.save(step, args=items)
+        with buckets.reached(self._directory):  # the save before has to be complete
+            return self._manager.save(step, args=items)
 
     def read_back(self, step: int, state: Any) -> None:
         """Waits for a checkpoint, reads it and compares it with `state`, so that nothing can lose a run in silence.
@@ -280,11 +286,13 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until everything saved so far is complete on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with buckets.reached(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and releases the background threads."""
-        self._manager.close()
+        with buckets.reached(self._directory):
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending, including one that is still being written: those that process 0 sees."""
@@ -310,6 +318,18 @@ class Checkpointer:
             self._manager.reload()
 
 
+def _reaching(function: Callable) -> Callable:
+    """Decorator of functions of a workdir, which may be in a bucket."""
+
+    @functools.wraps(function)
+    def within(workdir: epath.PathLike, *args: Any, **kwargs: Any) -> Any:
+        with buckets.reached(workdir):
+            return function(workdir, *args, **kwargs)
+
+    return within
+
+
+@_reaching
 def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """Reads the config that a run was trained with.
 
@@ -327,6 +347,7 @@ def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, A
     return config
 
 
+@_reaching
 def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """Reads the data position that `Checkpointer.save` was given; arguments and errors as `read_config`."""
     path = _find_step(workdir, step)
@@ -339,9 +360,11 @@ def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[st
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = _absolute(workdir) / "checkpoints"
+    _mark_copied(directory)
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
+@_reaching
 def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any, int]:
     """Reads what a checkpoint holds, without the arrays.
 
@@ -362,6 +385,7 @@ def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata), int(path.name)
 
 
+@_reaching
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
     """Restores a part of a train state, for instance only what sampling needs; the rest is not read.
 
@@ -414,6 +438,24 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     if re.match(r"\w+:/", str(path)):  # for etils the same as with two
         raise ValueError(f"Workdir {str(path)!r}: an address has two slashes, a path does not begin so.")
     return epath.Path(Path(path).resolve()) if ".." in path.parts else path.absolute()  # .. of a link is not where the link is
+
+
+def _mark_copied(directory: epath.Path) -> None:
+    """Marks checkpoints that were copied from a disk to a bucket as the complete ones that they are.
+
+    On a disk a name says that a checkpoint is complete, in a bucket a file in it; Orbax deletes those there that lack it.
+    """
+    if not buckets.is_address(directory) or jax.process_index() != 0 or not directory.is_dir():
+        return
+    for folder in directory.iterdir():
+        mark, described = folder / "commit_success.txt", folder / "_CHECKPOINT_METADATA"
+        if not folder.name.isdigit() or mark.exists() or not described.exists():
+            continue
+        if json.loads(described.read_text()).get("commit_timestamp_nsecs"):  # noted after everything else was saved
+            logging.warning("Checkpoint %s was copied from a disk: %s is added.", folder, mark.name)
+            for item in filter(epath.Path.is_dir, folder.iterdir()):
+                (item / mark.name).write_text("copied from a disk")
+            mark.write_text("copied from a disk")
 
 
 def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:

@@ -19,9 +19,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from checkpoints_tools import weights
-from repae_jax import build, cli, data, generate, hosts, sample
+from repae_jax import buckets, build, cli, data, generate, hosts, sample
 from repae_jax.checkpoint import fingerprint
 from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
 from repae_jax.inception_features import FeatureParts, load_network
@@ -161,7 +162,7 @@ def _is_model(path):
 
 def _open_source(args):
     """(set of images, protocol, path of the result, labels); labels None if nothing is drawn."""
-    path = Path(args.source)
+    path = epath.Path(args.source)
     _check_finished(path)
     labels, name = None, None
     if path.suffix == ".npz":
@@ -174,9 +175,9 @@ def _open_source(args):
     if labels is None and args.model_options:
         raise ValueError(f"{', '.join(args.model_options)}: for models only; the images of {path} are there already")
     if args.out is None and beside is None:
-        raise ValueError(f"{path} is no local folder to keep the result in: give --out")
+        raise ValueError(f"{path} is no folder to keep the result in: give --out")
     default = beside and beside.with_name(beside.name + (".json" if name else ".evaluation.json"))
-    return images, protocol, Path(args.out) if args.out else default, labels
+    return images, protocol, epath.Path(args.out) if args.out else default, labels
 
 
 def _open_reference(args, images, network, folder, **share):
@@ -254,22 +255,22 @@ def measure(features, reference):
 
 def run(args):
     """Evaluates as the command line says; returns the path of the result, and what it says (None in other processes)."""
-    if args.out and (not args.out.endswith(".json") or "://" in args.out):
-        raise ValueError(f"--out={args.out}: the result is a file on a local or mounted disk, ending in .json")
+    if args.out and not args.out.endswith(".json"):
+        raise ValueError(f"--out={args.out}: the result is a file ending in .json")
     if args.reference.endswith(".npz") and not Path(args.reference).is_file():
         raise FileNotFoundError(f"{args.reference} does not exist; check --reference")
-    if args.out and Path(args.out).exists():  # before a model is loaded
+    if args.out and epath.Path(args.out).exists():  # before a model is loaded
         raise ValueError(f"{args.out} exists; choose another name, or move it away")
     images, protocol, out, labels = _open_source(args)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "is_done": out.exists}
     if share["process_index"] == 0:
-        for path in [out, *([Path(args.keep_samples)] if args.keep_samples else [])]:
+        for path in [out, *([epath.Path(args.keep_samples)] if args.keep_samples else [])]:
             if path.exists():
                 raise ValueError(f"{path} exists; choose another name, or move it away")
             path.parent.mkdir(parents=True, exist_ok=True)
-    hosts.check_shared(out.parent)
+    folder = buckets.scratch(out.with_suffix(".parts"))
+    hosts.check_shared(epath.Path(folder.parent))
     network = load_network(args.inception, args.batch_size)
-    folder = out.with_suffix(".parts")
     reference = _open_reference(args, images, network, folder / "reference", **share)
     kept = np.full(images.count, bool(args.keep_samples))
     parts = FeatureParts(folder / "samples", images, network, kept, share["process_index"], share["process_count"])
@@ -294,7 +295,8 @@ def run(args):
     writes = {out: weights.json_writer(result, out)}
     if args.keep_samples:
         shape = (images.count, *images.shape, 3)
-        writes = {Path(args.keep_samples): npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())}), **writes}
+        archive = npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())})
+        writes = {epath.Path(args.keep_samples): archive, **writes}
     weights.write_all(writes)
     shutil.rmtree(folder)  # everything in it is in the result now
     return out, result

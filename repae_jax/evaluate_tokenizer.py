@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from grain import MapDataset
 from tqdm import tqdm
 
@@ -338,16 +339,14 @@ def _choose_records(count, available):
 def _choose_out(args, vae, name, fields, source, count):
     """Path of the result without its ending."""
     if args.out:
-        if "://" in args.out:
-            raise ValueError(f"the result goes to a local disk, not to {args.out}: give a local --out")
-        out = Path(args.out)
+        out = epath.Path(args.out)
         return out.with_suffix("") if out.suffix == ".json" else out
-    if vae.config is None or not Path(args.source).is_dir():
-        raise ValueError(f"{args.source} is no local folder of a run to keep the result in: give --out")
+    if vae.config is None or not epath.Path(args.source).is_dir():
+        raise ValueError(f"{args.source} is no folder of a run to keep the result in: give --out")
     words = [name, *(Path(value).name for value in fields.values() if isinstance(value, str) and value)]
     drawn = f"sampled-seed{args.seed}" if args.latents == "sampled" else args.latents
     label = re.sub(r"[^\w.]+", "-", f"{'-'.join(words)}-{source.image_size}px-{count}-{drawn}")
-    return Path(args.source) / "evaluations" / f"tokenizer-{vae.step:07d}-{label}"
+    return epath.Path(args.source) / "evaluations" / f"tokenizer-{vae.step:07d}-{label}"
 
 
 def _load_lpips(args, side, warn):

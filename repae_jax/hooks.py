@@ -11,7 +11,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from repae_jax import build, generate, hosts, images, inception_features, reference_stats, sharding
+from repae_jax import buckets, build, generate, hosts, images, inception_features, reference_stats, sharding
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.run_log import step_of
 
@@ -83,8 +83,9 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
     def save(kind, step, picture):
         if jax.process_index() == 0:
-            (workdir / kind).mkdir(exist_ok=True)
-            images.save_png(picture_of(kind, step), picture)
+            with buckets.reached(workdir):
+                (workdir / kind).mkdir(exist_ok=True)
+                images.save_png(picture_of(kind, step), picture)
             writer.write_images(step, {kind: picture[None]})
 
     def make_generate():

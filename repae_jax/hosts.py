@@ -28,6 +28,8 @@ from absl import logging
 from jax._src import compilation_cache, distributed  # neither has all of this under a public name
 from jax.experimental import multihost_utils
 
+from repae_jax import buckets
+
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
 START_SECONDS = 600  # in which all processes must have come, unless the environment's START_SECONDS says otherwise
 WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
@@ -233,10 +235,14 @@ def use_compilation_cache(workdir):
 
     Args:
       workdir: a local path, or an address such as gs://bucket/run.
+
+    Raises:
+      OSError: if the bucket is not there, or may not be used.
     """
     if jax.config.jax_compilation_cache_dir:
         return
-    if "://" in str(workdir):  # XLA's own caches know paths only
+    if buckets.is_address(workdir):  # XLA's own caches know paths only
+        buckets.check(workdir)
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         folder = f"{workdir}/compiled"
     else:

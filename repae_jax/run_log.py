@@ -4,14 +4,18 @@ import contextlib
 import itertools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+
+from repae_jax import buckets
 
 if TYPE_CHECKING:
     from clu import metric_writers
@@ -25,7 +29,8 @@ def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "met
 
     Scalars go to TensorBoard event files in `<workdir>/tensorboard` and to `<workdir>/metrics.jsonl` (see `JsonLines`);
     images and everything else go to TensorBoard only. On resume the JSON lines continue without gap or duplicate.
-    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values.
+    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values. Of a run in a
+    bucket both are written to a local folder first, see `buckets.Mirror`; after `flush` and `close` they are there.
 
     Args:
       workdir: the run's directory.
@@ -38,24 +43,53 @@ def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "met
     if jax.process_index() != 0:
         return metric_writers.MultiWriter([])
     tf.config.set_visible_devices([], "GPU")  # TensorFlow would otherwise reserve the memory that JAX needs
-    workdir = epath.Path(workdir)
 
     class RunWriter(metric_writers.MultiWriter):
         """TensorBoard for everything, JSON lines for scalars; here because its base class comes with TensorFlow."""
 
         def __init__(self):
-            super().__init__([metric_writers.SummaryWriter(str(workdir / "tensorboard"))])
-            self._lines = JsonLines(workdir / "metrics.jsonl", resume_step or 0)
+            self._open = contextlib.ExitStack()
+            folder, self._mirror = epath.Path(workdir), None
+            if buckets.is_address(workdir):
+                folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="repae-metrics-")))
+                self._mirror = buckets.Mirror(folder, workdir)
+                self._mirror.fetch("metrics.jsonl*")
+                self._open.callback(self._mirror.close)
+            self._lines = JsonLines(folder / "metrics.jsonl", resume_step or 0)
+            self._open.callback(self._lines.close)
+            super().__init__([metric_writers.SummaryWriter(str(folder / "tensorboard"))])
+            self._open.callback(super().close)
 
         def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
             super().write_scalars(step, scalars)
             self._lines.write(step, scalars)
+            if self._mirror:
+                self._mirror.update()
+
+        def flush(self) -> None:
+            super().flush()
+            if self._mirror:
+                self._mirror.flush()
 
         def close(self) -> None:
-            super().close()
-            self._lines.close()
+            self._open.close()
 
     return RunWriter()
+
+
+@contextlib.contextmanager
+def open_writer(workdir: epath.PathLike, resume_step: int | None = None) -> Iterator["metric_writers.MetricWriter"]:
+    """Opens a writer as `make_writer`, and closes it; what fails on closing does not hide an error that came before."""
+    writer = make_writer(workdir, resume_step)
+    try:
+        yield writer
+    except BaseException:
+        try:
+            writer.close()
+        except OSError as error:
+            logging.warning("the last metrics are lost: %s", error)
+        raise
+    writer.close()
 
 
 class JsonLines:

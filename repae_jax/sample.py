@@ -7,11 +7,11 @@ first samples. Interrupted runs continue where they stopped: finished batches ar
 import argparse
 import dataclasses
 import functools
-import shutil
-from pathlib import Path
+import io
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from checkpoints_tools import weights
@@ -131,7 +131,7 @@ def write_npz(path, parts, labels):
 
     Args:
       path: of the npz.
-      parts: .npy files in order, uint8 [b, H, W, 3].
+      parts: epath.Path of .npy files in order, uint8 [b, H, W, 3].
       labels: int32 [N].
     """
     shape = (len(labels), *_load_part(parts[0]).shape[1:])
@@ -139,9 +139,9 @@ def write_npz(path, parts, labels):
 
 
 def _load_part(path):
-    """uint8 [b, H, W, 3] of a finished batch, mapped; ValueError if the file is damaged."""
+    """uint8 [b, H, W, 3] of a finished batch; ValueError if the file is damaged."""
     try:
-        return np.load(path, mmap_mode="r")
+        return np.load(io.BytesIO(path.read_bytes()))
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged: remove it, and run the same command to make it again") from error
 
@@ -175,8 +175,6 @@ def run(args):
     """Sample as the command line says; returns the path of the npz."""
     if jax.process_count() > 1:
         raise ValueError("sampling runs in one process; start it on one host")
-    if "://" in str(args.out or args.workdir):
-        raise ValueError(f"samples go to a local disk, not to {args.out or args.workdir}: give a local --out")
     if args.batch_size % jax.device_count():
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
     trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
@@ -184,9 +182,9 @@ def run(args):
     sampling, classes = choose_sampling(args, trained)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
     name = settings_name(step, sampling, args)
-    if not args.out and not Path(args.workdir).is_dir():
-        raise ValueError(f"{args.workdir} is no local folder to keep samples in: give --out")
-    out = Path(args.out) if args.out else Path(args.workdir) / "generated" / name
+    if not args.out and not epath.Path(args.workdir).is_dir():
+        raise ValueError(f"{args.workdir} is no folder to keep samples in: give --out")
+    out = epath.Path(args.out or f"{args.workdir}/generated/{name}")
     npz = out.with_name(out.name + ".npz")
     if npz.exists():
         raise ValueError(f"{npz} exists; choose another --out, or move it away")
@@ -208,8 +206,8 @@ def run(args):
     shown = np.concatenate([_load_part(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
     picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
     images.save_png(out.with_name(out.name + ".png"), picture)
-    shutil.copy(folder / "settings.json", out.with_name(out.name + ".json"))
-    shutil.rmtree(folder)  # everything in it is in the npz now
+    (folder / "settings.json").copy(out.with_name(out.name + ".json"), overwrite=True)
+    folder.rmtree()  # everything in it is in the npz now
     return npz
 
 

@@ -16,12 +16,12 @@ import time
 import jax
 from absl import flags, logging
 
-from repae_jax import build, cli, flops, hosts, ownership, sharding
+from repae_jax import buckets, build, cli, flops, hosts, ownership, sharding
 from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.hooks import load_scoring, make_hooks, missing_at
-from repae_jax.run_log import Progress, make_writer
+from repae_jax.run_log import Progress, open_writer
 
 
 class TrainingStopped(hosts.FailedTogether):
@@ -123,7 +123,8 @@ def train(config, workdir):
         checkpointer = stack.enter_context(
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
-        restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
+        with buckets.reached(workdir):
+            restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
         if is_to_end("restoring"):
             return None, False
         frozen = build.load_frozen(job)
@@ -151,8 +152,7 @@ def train(config, workdir):
         flop_per_image = flops.per_image(job.config, job.encoders)
         peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
         logging.info("%s", summary(job, state, source, flop_per_image, peak))
-        writer = make_writer(workdir, start)
-        stack.callback(writer.close)
+        writer = stack.enter_context(open_writer(workdir, start))
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
         if is_to_end("preparing"):
             return None, False

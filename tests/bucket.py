@@ -177,6 +177,9 @@ class _Proxy(http.server.ThreadingHTTPServer):
         self.upstream, self.context = f"127.0.0.1:{port}", context
         self.requests, self.rules, self.changed = [], [], threading.Condition()
 
+    def handle_error(self, request, client_address):
+        pass  # clients are killed
+
     def told(self, request):
         """What a rule says of it, 'pass' if none does; returns once it says something else than 'wait'."""
         with self.changed:

@@ -235,7 +235,6 @@ def test_encoders_of_the_runs():
         (("--cknna", "--cknna_images", "11"), "11 images are too few for CKNNA with k=10"),
         (("--cknna", "no/such/encoder/at/all"), "no/such/encoder"),
         (("--data", "nowhere"), "'nowhere' is no folder, and no source"),
-        (("--out", "gs://bucket/x"), "results go to a local disk"),
     ],
 )
 def test_bad_arguments(workdir, loaded, tmp_path, monkeypatch, extra, message):

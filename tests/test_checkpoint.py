@@ -142,27 +142,6 @@ def test_prepare_workdir_refuses_a_file(tmp_path, name):
         checkpoint.prepare_workdir(tmp_path / name)
 
 
-def test_prepare_workdir_without_permission_for_a_bucket(monkeypatch):
-    class PermissionDeniedError(Exception):  # as TensorFlow's, which is no OSError
-        pass
-
-    class Denied:
-        def __str__(self):
-            return "gs://bucket/run"
-
-        def __truediv__(self, name):
-            return self
-
-        def mkdir(self, **_):
-            raise PermissionDeniedError("storage.objects.create denied (403)\nand more")
-
-    monkeypatch.setattr(checkpoint, "_absolute", lambda _: Denied())
-    with pytest.raises(
-        ValueError, match=r"'gs://bucket/run' cannot be written to \(Perm\w+: storage.objects.create denied \(403\)\)"
-    ):
-        checkpoint.prepare_workdir("gs://bucket/run")
-
-
 @pytest.mark.parametrize("path", ["/proc/run", "/proc"])
 def test_prepare_workdir_refuses_an_unwritable_place(path):
     with pytest.raises(ValueError, match="/proc.*cannot be written to"):

@@ -425,6 +425,7 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
 @pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])
 def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
     updates = {}
+    monkeypatch.setattr(hosts.buckets, "check", lambda address: None)
     config = SimpleNamespace(jax_compilation_cache_dir="elsewhere", update=updates.__setitem__)
     monkeypatch.setattr(hosts, "jax", SimpleNamespace(config=config))
     hosts.use_compilation_cache(given)

@@ -25,6 +25,7 @@ ORDER = [
     "repae_jax.features",
     "repae_jax.flops",
     "repae_jax.train_state",
+    "repae_jax.buckets",
     "repae_jax.hosts",
     "repae_jax.cli",
     "repae_jax.ownership",

@@ -6,6 +6,7 @@ equivariance.png; with --cknna also cknna.png, on how far each block of the SiT 
 """
 
 import argparse
+import json
 import os
 
 import jax
@@ -171,7 +172,7 @@ def _warnings(args, cknna_count):
 
 def summary(path):
     """The main numbers of an analysis.json as a table for people, and its warnings."""
-    content = weights.read_json(path)
+    content = json.loads(path.read_text())
     models = content["models"]
     names = [
         "spatial_variance", "total_variation", "effective_rank", "collapsed_channels", "high_frequency_share", "scale_error",

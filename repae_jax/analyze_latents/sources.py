@@ -109,12 +109,10 @@ def out_folder(args, sources, configs):
         out = f"{sources[0].path}/analysis"
     if not out:
         raise ValueError("give --out, the folder of the results; only those of one run have a default")
-    if "://" in out:
-        raise ValueError(f"results go to a local disk, not to {out}: give a local --out")
-    taken = [name for name in (RESULT, *PICTURES) if (Path(out) / name).exists()]
+    taken = [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]
     if taken:
         raise ValueError(f"{out} holds {', '.join(taken)}: give another --out, or move it away")
-    return Path(out)
+    return epath.Path(out)
 
 
 def choose_encoders(given, configs):

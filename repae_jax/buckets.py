@@ -1,0 +1,169 @@
+"""Runs in buckets, gs://bucket/run: what is said while one does not answer or refuses, and files that grow."""
+
+import concurrent.futures
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+from absl import logging
+from etils import epath
+
+TELL_SECONDS = 30  # of waiting, after which it is told, again and again
+UPLOAD_SECONDS = 60  # between two uploads of files that grow, at least
+_UPLOAD_SHARE = 0.05  # of the time, at most, goes into uploading them
+
+
+def is_address(path):
+    """Returns whether a path is an address such as gs://bucket/run, and no local one."""
+    return "://" in str(path)
+
+
+def check(path):
+    """Checks that the bucket of a path is there and may be looked at, as Orbax does; TensorFlow's client would ask for ever.
+
+    Raises:
+      OSError: if it is not, or may not.
+    """
+    if not str(path).startswith("gs://"):
+        return
+    from google.cloud import storage  # takes a second
+
+    with reached(path):
+        storage.Client().get_bucket(str(path).removeprefix("gs://").partition("/")[0])
+
+
+@contextlib.contextmanager
+def reached(path):
+    """Context in which something in a bucket is read or written; of local paths nothing is said.
+
+    Its clients try again for up to a quarter of an hour, most of them in silence: that they wait is logged meanwhile.
+
+    Args:
+      path: what is reached.
+
+    Raises:
+      OSError: in place of the errors that the clients of buckets have types of their own for, naming what to look at.
+    """
+    if not is_address(path):
+        yield
+        return
+    with _telling(path):
+        try:
+            yield
+        except Exception as error:
+            if not _is_of_a_client(error):
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise OSError(
+                f"{path} cannot be reached ({type(error).__name__}: {reason}): does the bucket exist, has this machine "
+                "credentials (a service account, or `gcloud auth application-default login`), and may its account use the "
+                "bucket (roles storage.objectUser and storage.legacyBucketReader)?"
+            ) from error
+
+
+@contextlib.contextmanager
+def _telling(path):
+    """Logs how long the context has been waiting for the path."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell():
+        while not done.wait(TELL_SECONDS):
+            logging.warning(
+                "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes",
+                path, time.monotonic() - began,
+            )  # fmt: skip
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _is_of_a_client(error):
+    """Whether an error is TensorFlow's, one of Google's libraries, or tensorstore's, which is a ValueError with its state."""
+    if type(error).__module__.partition(".")[0] in ("tensorflow", "google", "requests"):
+        return True
+    return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
+
+
+def scratch(path):
+    """Returns a local folder for unfinished parts of a result, in place of an address one of the cache; its parent is there.
+
+    Args:
+      path: Path or address of the folder.
+    """
+    if is_address(path):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repae_jax" / "unfinished"
+        path = cache / str(path).replace("://", "/")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Mirror:
+    """Copies in a bucket of local files that grow.
+
+    Objects cannot be appended to, and one takes about one write a second: so files are uploaded whole, in the background, at
+    most every UPLOAD_SECONDS and for no more than a twentieth of the time.
+
+    Args:
+      folder: local one; all files in it are copied, also those that come later.
+      remote: address of the folder in the bucket.
+    """
+
+    def __init__(self, folder, remote):
+        self._folder, self._remote = Path(folder), epath.Path(remote)
+        self._uploaded, self._next = {}, time.monotonic() + UPLOAD_SECONDS
+        self._pool, self._running = concurrent.futures.ThreadPoolExecutor(1), None
+
+    def fetch(self, pattern):
+        """Copies the files in the bucket whose names match to the local folder; OSError if that cannot be."""
+        with reached(self._remote):
+            for file in self._remote.glob(pattern):
+                file.copy(self._folder / file.name)
+                self._uploaded[self._folder / file.name] = _state(self._folder / file.name)
+
+    def update(self):
+        """Begins to upload what is new, unless it is too early; a failure is logged, and tried again the next time."""
+        if self._running and self._running.done():
+            if error := self._running.exception():
+                logging.warning("not uploaded, tried again later: %s", error)
+            self._running = None
+        if not self._running and time.monotonic() >= self._next:
+            self._running = self._pool.submit(self._upload)
+
+    def flush(self):
+        """Uploads what is new and waits for it; OSError if that cannot be."""
+        if self._running:
+            concurrent.futures.wait([self._running])
+            self._running = None
+        self._upload()
+
+    def close(self):
+        """The same, for the last time."""
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+
+    def _upload(self):
+        began = time.monotonic()
+        try:
+            with reached(self._remote):
+                # in this order what was renamed to NAME.1 is there before the new NAME
+                for file in sorted(filter(Path.is_file, self._folder.rglob("*")), reverse=True):
+                    if self._uploaded.get(file) != (state := _state(file)):
+                        epath.Path(file).copy(self._remote / file.relative_to(self._folder), overwrite=True)
+                        self._uploaded[file] = state
+        finally:
+            took = time.monotonic() - began
+            self._next = time.monotonic() + max(UPLOAD_SECONDS, took / _UPLOAD_SHARE)
+
+
+def _state(file):
+    return file.stat().st_size, file.stat().st_mtime_ns
