@@ -22,6 +22,7 @@ from repae_jax import ranges
 
 flags.disclaim_key_flags()  # what is defined here belongs to the command that calls it
 
+_unraisablehook = sys.unraisablehook
 INTERRUPTED, UNREAD = 130, 141  # exit codes: 128 plus the number of the signal
 _OURS = ("repae_jax", "checkpoints_tools", "configs")
 _BUG = "This is a mistake of the program, not of yours: please report it, with all of the lines above and the command."
@@ -67,7 +68,7 @@ def ending(interrupted="interrupted"):
         sys.stdout.reconfigure(errors="replace")  # of containers, may know ASCII alone
     if not sys.flags.dev_mode:
         logging.get_absl_logger().addFilter(_without_traceback)
-        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+        sys.unraisablehook = _without_closed_loops
     try:
         try:
             yield
@@ -100,14 +101,10 @@ def _without_traceback(record):
     return True
 
 
-def _without_closed_loops(hook):
+def _without_closed_loops(unraisable):
     """sys.unraisablehook that drops what TensorStore raises of every write that it had begun when Orbax gave up."""
-
-    def without(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return hook if hook.__qualname__ == without.__qualname__ else without
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehook(unraisable)
 
 
 def _reader_is_gone():
