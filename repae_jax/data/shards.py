@@ -86,7 +86,7 @@ def _damage_in_bucket(address, size):
     try:
         return None if bucket.read(address, size - 1, size) else "missing"
     except bucket.BeyondTheEndError:
-        return f"fewer than {size} bytes"
+        return f"fewer than {size} bytes, or stored compressed (copy it without --gzip-local)"
 
 
 def read_manifest(path, kind):

@@ -100,6 +100,20 @@ def test_an_image_is_one_request_for_its_bytes(gs, copied, prepared, workers):
     assert {request.received for request in asked if request.status} <= set((places["end"] - places["first"]).tolist())
 
 
+def test_no_record_is_begun_after_a_failure():
+    begun = []
+
+    def read_one(record):
+        begun.append(record)
+        if record == 1:
+            raise OSError(5, "gone")
+        time.sleep(0.3 if record == 0 else 0.01)
+
+    with pytest.raises(OSError, match="gone"):
+        reading.at_once(read_one, range(1000))
+    assert len(begun) < 50  # those that were under way, but not all that the first would leave time for
+
+
 def test_many_records_are_read_at_a_time():
     together = threading.Barrier(8, timeout=20)
 
@@ -131,7 +145,7 @@ def test_what_is_missing(copied):
         PreparedImages(copied.address, SIZE)
     content = copied.read("shard-00002.array_record")
     copied.write("shard-00002.array_record", content[:-1])
-    with pytest.raises(ValueError, match=f"2 of 3 shards, .*shard-00002.array_record: fewer than {len(content)} bytes; copy"):
+    with pytest.raises(ValueError, match=f"2 of 3 shards, .*shard-00002.array_record: fewer than {len(content)} bytes, or"):
         PreparedImages(copied.address, SIZE)
     copied.remove("labels.npy")
     with pytest.raises(ValueError, match="labels.npy is missing; copy it there once more"):
