@@ -153,7 +153,6 @@ class Checkpointer:
         self._workdir = _absolute(workdir)
         self._directory = self._workdir / "checkpoints"
         with buckets.reached(self._directory):
-            _mark_copied(self._directory)
             self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
@@ -360,7 +359,6 @@ def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[st
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = _absolute(workdir) / "checkpoints"
-    _mark_copied(directory)
     return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
@@ -438,24 +436,6 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     if re.match(r"\w+:/", str(path)):  # for etils the same as with two
         raise ValueError(f"Workdir {str(path)!r}: an address has two slashes, a path does not begin so.")
     return epath.Path(Path(path).resolve()) if ".." in path.parts else path.absolute()  # .. of a link is not where the link is
-
-
-def _mark_copied(directory: epath.Path) -> None:
-    """Marks checkpoints that were copied from a disk to a bucket as the complete ones that they are.
-
-    On a disk a name says that a checkpoint is complete, in a bucket a file in it; Orbax deletes those there that lack it.
-    """
-    if not buckets.is_address(directory) or jax.process_index() != 0 or not directory.is_dir():
-        return
-    for folder in directory.iterdir():
-        mark, described = folder / "commit_success.txt", folder / "_CHECKPOINT_METADATA"
-        if not folder.name.isdigit() or mark.exists() or not described.exists():
-            continue
-        if json.loads(described.read_text()).get("commit_timestamp_nsecs"):  # noted after everything else was saved
-            logging.warning("Checkpoint %s was copied from a disk: %s is added.", folder, mark.name)
-            for item in filter(epath.Path.is_dir, folder.iterdir()):
-                (item / mark.name).write_text("copied from a disk")
-            mark.write_text("copied from a disk")
 
 
 def _find_step(workdir: epath.PathLike, step: int | None) -> epath.Path:

@@ -136,7 +136,7 @@ def test_inspected_and_reported(finished, gs, capsys, tmp_path):
     assert call("inspect", RUN, "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["step"] == STEPS
     page = report_command.run(report_command.parse_args([RUN]))
-    assert str(page) == f"{RUN}/report.html" and page.read_text().startswith("<!DOCTYPE html>")
+    assert str(page) == f"{RUN}/report.html" and page.read_text().startswith("<!doctype html>")
 
 
 # -- without training -------------------------------------------------------------------------------------------------
@@ -180,21 +180,13 @@ def test_a_damaged_checkpoint(job, gs, capfd):
     assert len(capfd.readouterr().err.splitlines()) < 20
 
 
-def test_a_run_copied_to_the_bucket(job, gs, tmp_path, warnings):
-    """Orbax would delete its checkpoints as unfinished ones; those that are unfinished still go."""
-    first = save(job, tmp_path / "run", 1, 2, 3)
+def test_a_run_copied_to_the_bucket(job, gs, tmp_path):
+    """In a bucket Orbax takes for unfinished, and deletes, what lacks a mark: those from a disk have it."""
+    first = save(job, tmp_path / "run", 1)
     upload(tmp_path / "run", "gs://bucket/copied")
-    unfinished = epath.Path("gs://bucket/copied/checkpoints/3/_CHECKPOINT_METADATA")
-    content = json.loads(unfinished.read_text())
-    assert content.pop("commit_timestamp_nsecs")
-    unfinished.write_text(json.dumps(content))
-    assert checkpoint.saved_steps("gs://bucket/copied") == [1, 2]
-    assert len(warnings) == 2 and "checkpoints/1 was copied from a disk" in " ".join(warnings)
     with checkpoint.Checkpointer("gs://bucket/copied") as checkpointer:
-        assert checkpointer.steps() == [1, 2] and not unfinished.exists()
         state, _, step = checkpointer.restore(build.abstract_state(job), job.config)
-    assert step == 2 and small.differing(state, first) and not small.differing(state, small.random_state(job, seed=2))
-    assert len(warnings) == 2
+    assert step == 1 and not small.differing(state, first)
 
 
 def test_vae_extracted_and_converted(job, gs, tmp_path):
@@ -213,9 +205,9 @@ def test_vae_extracted_and_converted(job, gs, tmp_path):
     "workdir, rules, message",
     [
         ("gs://other/run", (), "gs://other/run cannot be reached .NotFound: 404 .*other does not exist.*does the bucket exist"),
-        ("gs://bucket/run", [(r"GET /storage/v1/b/bucket\?", 403)], "Forbidden: 403 .* roles .*storage.legacyBucketReader"),
-        ("gs://bucket/run", [("PUT|POST", 403)], "PermissionDeniedError: .* 403 .* roles storage.objectUser"),
-        ("gs://bucket/run", [(".", 401)], "Unauthorized: 401 .* has this machine credentials"),
+        ("gs://bucket/run", [(r"GET /storage/v1/b/bucket\?", 403)], "Forbidden: 403 .*roles .*storage.legacyBucketReader"),
+        ("gs://bucket/run", [("PUT|POST", 403)], "PermissionDeniedError: .* 403 .*roles storage.objectUser"),
+        ("gs://bucket/run", [(".", 401)], "gs://bucket/run cannot be reached .*has this machine credentials"),
     ],
 )
 def test_a_bucket_that_cannot_be_used(workdir, rules, message, gs, monkeypatch):
