@@ -217,8 +217,8 @@ class Checkpointer:
                 raise
             raise OSError(
                 min(faults.errnos(error), default=errno.EIO),
-                f"A checkpoint could not be saved ({_reason(error)}). Those in {str(self._directory)!r} are complete: with room "
-                "on the disk, or whatever it lacks, the same command continues from the newest",
+                f"A checkpoint could not be saved ({_reason(error)}). Those in {str(self._directory)!r} are complete: with "
+                "room on the disk, or whatever it lacks, the same command continues from the newest",
             ) from error
 
     def read_back(self, step: int, state: Any) -> None:
