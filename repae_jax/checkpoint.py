@@ -12,6 +12,8 @@ missing files, but not changed bytes: checksums of all arrays and of the JSON pa
 saved worth keeping (only states that are finite are saved), and can it be read (the first checkpoint is, at once).
 """
 
+import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -198,7 +200,7 @@ class Checkpointer:
                 f"{', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}. That is not saved; {kept}. Losses and gradients were "
                 "finite, so look at the optimizers' settings (config.optim)."
             )
-        parts = {"data": data_state, "config": config, "state": _described(state)}
+        parts = {"data": data_state, "config": config, "state": _described(state), "step": step}
         checksums = {"arrays": sums, "parts": {name: _digest(part) for name, part in parts.items()}}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
@@ -206,8 +208,23 @@ class Checkpointer:
             config=ocp.args.JsonSave(config),
             checksums=ocp.args.JsonSave(checksums),
         )
-        with buckets.reached(self._directory):  # the save before has to be complete
+        with self._saving():
             return self._manager.save(step, args=items)
+
+    @contextlib.contextmanager
+    def _saving(self):
+        """Turns what the disk or bucket is to blame for, in this save or the one before it, into an OSError that says so."""
+        try:
+            with buckets.reached(self._directory):
+                yield
+        except Exception as error:  # TensorStore raises ValueError
+            if isinstance(error, jax.errors.JaxRuntimeError) or not faults.is_of_the_system(error):
+                raise
+            raise OSError(
+                min(faults.errnos(error), default=errno.EIO),
+                f"A checkpoint could not be saved ({_reason(error)}). Those in {str(self._directory)!r} are complete: with "
+                "room on the disk, or whatever it lacks, the same command continues from the newest",
+            ) from error
 
     def read_back(self, step: int, state: Any) -> None:
         """Waits for a checkpoint, reads it and compares it with `state`, so that nothing can lose a run in silence.
@@ -285,12 +302,12 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until everything saved so far is complete on disk; raises what went wrong in the background."""
-        with buckets.reached(self._directory):
+        with self._saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and releases the background threads."""
-        with buckets.reached(self._directory):
+        with self._saving():
             self._manager.close()
 
     def steps(self) -> list[int]:
@@ -359,7 +376,8 @@ def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[st
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = _absolute(workdir) / "checkpoints"
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    return sorted(step for step in set(steps) if (directory / str(step)).is_dir())  # others have names such as 0000003
 
 
 @_reaching
@@ -545,6 +563,8 @@ def _check_digest(path: epath.Path, part: str, content: Any) -> None:
             f"Checkpoint {str(path)!r} was saved by an older version of this code, without checksums of its JSON parts. "
             "Use that version, or another workdir."
         )
+    if checksums["parts"]["step"] != _digest(int(path.name)):
+        raise ValueError("it is of another step than its name says")
     if checksums["parts"][part] != _digest(content):
         raise ValueError(f"{part} has another checksum than when it was saved")
 

@@ -457,12 +457,13 @@ def stop_signal():
 
     def tell():  # handlers run between two lines of Python, of which there may be none for an hour
         while received := caught.recv(1):
-            if received[0] in before and not event.is_set():
+            if received[0] in before:
                 event.set()
                 logging.warning(
                     "asked to stop by %s; if no line says how this has ended, the kill came too soon after the signal",
                     signal.Signals(received[0]).name,
                 )
+                return
 
     caught, sent = socket.socketpair()
     sent.setblocking(False)

@@ -227,6 +227,21 @@ def test_saving_an_older_step_is_an_error(workdir):
         checkpointer.save(0, make_state(0), {}, CONFIG)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("this container may not mount disks")
+    state = {"kernel": jax.random.normal(jax.random.key(0), (64, 1024))}
+    try:
+        with pytest.raises(OSError, match="could not be saved .*(No space|EXHAUSTED).*the same command continues") as error:  # noqa: SIM117
+            with checkpoint.Checkpointer(tmp_path / "run", keep_last=9) as checkpointer:
+                for step in (1, 2, 3):
+                    checkpointer.save(step, state, {}, CONFIG)
+        assert error.value.errno == errno.ENOSPC and checkpoint.saved_steps(tmp_path / "run") == [1]
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
 def test_state_may_be_donated_right_after_save(tmp_path):
     overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0, state), donate_argnums=0)
     state = {"kernel": jnp.full((8, 1024, 1024), 3.0)}  # large enough to be still in flight
@@ -505,6 +520,26 @@ def test_damaged_step_is_saved_again_and_may_be_damaged_again(workdir, errors):
         assert f"2-{count}" in errors[-1] and "JSONDecodeError" in errors[-1]
     assert sorted(path.name for path in (workdir / "checkpoints_damaged").iterdir()) == ["2-0", "2-1"]
     assert_bitwise(restore(workdir)[0], make_state(2))
+
+
+@pytest.mark.parametrize("name", ["2 (copy)", "2-hf", "0000003", "best", "step_2", "3.bak"])
+def test_copies_with_other_names_are_no_checkpoints(workdir, name, errors):
+    """They are neither read nor removed."""
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / name)
+    assert checkpoint.saved_steps(workdir) == [1, 2] and checkpoint.read_data_state(workdir) == {"position": 2}
+    with checkpoint.Checkpointer(workdir, keep_last=1) as checkpointer:
+        assert checkpointer.restore(abstract_of(make_state()), CONFIG)[2] == 2
+        assert checkpointer.save(3, make_state(3), {"position": 3}, CONFIG)
+    left = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert left == {"3", name} and not errors
+
+
+def test_a_checkpoint_with_the_name_of_another_step_is_not_taken_for_it(workdir, errors):
+    shutil.copytree(workdir / "checkpoints" / "1", workdir / "checkpoints" / "7")
+    with pytest.raises(ValueError, match="checkpoints/7' is damaged .*it is of another step than its name says"):
+        checkpoint.read_config(workdir)
+    assert restore(workdir)[2] == 2
+    assert len(errors) == 1 and (workdir / "checkpoints_damaged" / "7-0").is_dir()
 
 
 def test_never_starts_from_scratch_over_unreadable_checkpoints(workdir):

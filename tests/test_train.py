@@ -228,8 +228,8 @@ def test_a_signal_before_the_first_step(half, tmp_path, monkeypatch, warnings, o
 
     monkeypatch.setattr(owner, function, signal_and_call)
     assert train.train(config(4), workdir) == (None, False)
-    assert warnings[0].startswith("asked to stop by SIGTERM") and len(warnings) >= 2
-    assert re.match(rf"asked to stop while {what}, \d+ s after the start: nothing was trained", warnings[-1])
+    assert any(warning.startswith("asked to stop by SIGTERM") for warning in warnings)
+    assert any(re.match(rf"asked to stop while {what}, \d+ s after the start: nothing was trained", text) for text in warnings)
     assert checkpoint.saved_steps(workdir) == [2] and not (workdir / "owner.json").exists()
 
 
