@@ -60,7 +60,8 @@ class Bucket:
 
         Args:
           *rules: (regular expression that is found in 'METHOD path', what to do), of which the first that fits counts: a status
-            such as 403 to answer, 'wait' until other rules are given, 'drop' to hang up, or 'pass'.
+            such as 403 to answer, seconds such as 0.5 to be late, 'wait' until other rules are given, 'drop' to hang up, or
+            'pass'.
         """
         self._ask("rules", rules)
 
@@ -216,6 +217,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if do == "drop":
             self.close_connection = True
             return
+        if isinstance(do, float):
+            time.sleep(do)
         status, headers, content = (do, [], _error(do)) if isinstance(do, int) else self._of_the_server(body, path)
         seen[number] = seen[number]._replace(status=status, received=len(content))
         self._reply(status, headers, content)
