@@ -107,7 +107,7 @@ def _without_closed_loops(hook):
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    return hook if hook.__qualname__ == without.__qualname__ else without
+    return hook if getattr(hook, "__qualname__", None) == without.__qualname__ else without
 
 
 def _reader_is_gone():
@@ -143,7 +143,8 @@ def line_of(error):
     if "jax.errors.JaxRuntimeError" in names or "jaxlib._jax.JaxRuntimeError" in names or names[0].endswith("XlaRuntimeError"):
         return _line_of_jax(said)
     if any(name.startswith(_TENSORFLOW) for name in names):
-        return said if type(error).__name__ in _OF_TENSORFLOW else None
+        first = re.sub(r"^{{.*?}} ", "", said.splitlines()[0])  # after the name of an operation
+        return first if type(error).__name__ in _OF_TENSORFLOW else None
     if type(error) is RuntimeError or (isinstance(error, RuntimeError) and names[0].startswith(_OURS)):
         return said
     if any(name.startswith(_OUTSIDE) for name in names):
@@ -169,6 +170,9 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but names of options must be whole, and a mistake is one line."""
 
     def __init__(self, *args, **options):
+        name = getattr(sys.modules["__main__"].__spec__, "name", "").removesuffix(".__main__")
+        if name.startswith(_OURS):  # else argparse calls it __main__.py
+            options = {"prog": f"python -m {name}", **options}
         super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message):
