@@ -628,7 +628,7 @@ def read_json(path):
     """A JSON object.
 
     Args:
-      path: local file.
+      path: of the file, or its address.
 
     Returns:
       dict.
@@ -637,7 +637,7 @@ def read_json(path):
       FileNotFoundError: if there is none.
       ValueError: if it is damaged, a Git LFS pointer, or no JSON object.
     """
-    path = Path(path)
+    path = epath.Path(path)
     _check_file(path)
     try:
         content = json.loads(path.read_text())

@@ -140,7 +140,8 @@ def line_of(error):
     if "jax.errors.JaxRuntimeError" in names or "jaxlib._jax.JaxRuntimeError" in names or names[0].endswith("XlaRuntimeError"):
         return _line_of_jax(said)
     if any(name.startswith(_TENSORFLOW) for name in names):
-        return said if type(error).__name__ in _OF_TENSORFLOW else None
+        first = re.sub(r"^{{.*?}} ", "", said.splitlines()[0])  # after the name of an operation
+        return first if type(error).__name__ in _OF_TENSORFLOW else None
     if type(error) is RuntimeError or (isinstance(error, RuntimeError) and names[0].startswith(_OURS)):
         return said
     if any(name.startswith(_OUTSIDE) for name in names):
@@ -166,6 +167,9 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but names of options must be whole, and a mistake is one line."""
 
     def __init__(self, *args, **options):
+        name = getattr(sys.modules["__main__"].__spec__, "name", "").removesuffix(".__main__")
+        if name.startswith(_OURS):  # else argparse calls it __main__.py
+            options = {"prog": f"python -m {name}", **options}
         super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message):

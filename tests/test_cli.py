@@ -83,7 +83,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 b
         (Crashed("killed by SIGKILL", -9), "killed by SIGKILL"),
         (zipfile.BadZipFile("File is not a zip file"), "BadZipFile: File is not a zip file"),
         (EOFError("arr_0 ends"), "EOFError: arr_0 ends"),
-        (ResourceExhaustedError("events; No space left on device"), "No space left on device"),
+        (ResourceExhaustedError("{{node Flush}} events; No space left on device\n\tFailed"), "error: events; No space left"),
         (DefaultCredentialsError("no credentials"), "DefaultCredentialsError: no credentials"),
         (ClientError("AccessDenied"), "ClientError: AccessDenied"),
         (ExceptionGroup("both", [OSError(28, "No space left on device")]), "No space left on device"),
