@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -49,6 +51,7 @@ def reached(path):
     if not is_address(path):
         yield
         return
+    _silence_given_up_reads()
     with _telling(path):
         try:
             yield
@@ -61,6 +64,18 @@ def reached(path):
                 "credentials (a service account, or `gcloud auth application-default login`), and may its account use the "
                 "bucket (roles storage.objectUser and storage.legacyBucketReader)?"
             ) from error
+
+
+@functools.cache
+def _silence_given_up_reads():
+    """Lets tensorstore's threads say nothing, from now on, of reads that nobody waits for since another one has failed."""
+    shown = sys.excepthook
+
+    def show(kind, error, trace):
+        if kind is not RuntimeError or str(error) != "Event loop is closed":
+            shown(kind, error, trace)
+
+    sys.excepthook = show
 
 
 @contextlib.contextmanager
