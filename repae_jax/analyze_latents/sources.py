@@ -59,7 +59,7 @@ def parse_sources(texts, step=None):
     for text in texts:
         name, equals, rest = text.partition("=")
         named = equals and name and not re.search(r"[/\\:]", name) and not _exists(text)
-        path, own_step = _split_number(os.path.expanduser(rest) if named else text)
+        path, own_step = _split_number(os.path.expanduser(rest if named else text))
         found.append((name if named else None, path, step if own_step is None else own_step))
     paths = {path: Path(path).parts for _, path, _ in found}
     depth = 1
