@@ -14,11 +14,25 @@ import numpy as np
 import pytest
 import small
 import test_cache_latents
+import test_evaluate
 from command_line import call
 from etils import epath
+from feature_stub import Noise, StubNetwork
 from PIL import Image
 
-from repae_jax import buckets, build, checkpoint, hosts, images, prepare_images, run_log, sample
+from repae_jax import (
+    buckets,
+    build,
+    checkpoint,
+    evaluate,
+    evaluate_tokenizer,
+    hosts,
+    images,
+    prepare_images,
+    run_log,
+    sample,
+)
+from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.report import __main__ as report_command
@@ -200,6 +214,25 @@ def test_vae_extracted_and_converted(job, gs, tmp_path):
     assert {path.name for path in there.iterdir()} == {path.name for path in (tmp_path / "vae").iterdir()}
     for path in (tmp_path / "vae").iterdir():
         assert (there / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
+    workdir = epath.Path("gs://bucket/scored")
+    save(job, workdir, 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
+    test_evaluate.write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
+    path, result = evaluate.run(test_evaluate.arguments(workdir, tmp_path / "real.npz", *sampling))
+    assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
+    assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
+    path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))
+    assert {file.name for file in path.parent.glob("tokenizer-*")} == {path.name, f"{path.stem}.png"}
+    path = analyze.run(analyze.parse_args([str(workdir), "--num_images=16", "--batch_size=8"]))
+    assert path.parent == workdir / "analysis" and (path.parent / "pca.png").exists() and analyze.summary(path)
+    with pytest.raises(ValueError, match="gs://bucket/scored/analysis holds analysis.json"):
+        analyze.run(analyze.parse_args([str(workdir)]))
 
 
 @pytest.mark.parametrize(
