@@ -27,20 +27,20 @@ EVERY = 4  # steps between checkpoints
 KEPT = 2  # of them
 
 
-def config(job, steps):
-    """The smallest run with every part of the real one; 'ldm' is the quickest, of a SiT alone on a frozen VAE."""
+def config(job, steps, **more):
+    """The smallest run with every part of the real one, but for `more`; 'ldm' is the quickest, a SiT alone on a frozen VAE."""
     import small
 
     from configs import ldm, repae
 
     changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": KEPT, "hooks.samples_every": 0}
     if job == "ldm":
-        return small.config({**changes, **small.SIT_ALONE}, ldm)
-    return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
+        return small.config({**changes, **small.SIT_ALONE}, ldm, **more)
+    return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae, **more)
 
 
-def train_in(job, steps, workdir, compiled, log):
-    """What each process does."""
+def train_in(job, steps, workdir, compiled, log, **changes):
+    """Trains in this process, until the end or a kill; `changes` as `config` takes them."""
     import jax
 
     from repae_jax import train
@@ -52,7 +52,7 @@ def train_in(job, steps, workdir, compiled, log):
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    train.train(config(job, steps), workdir)
+    train.train(config(job, steps, **changes), workdir)
 
 
 def processes():

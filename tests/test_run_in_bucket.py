@@ -23,6 +23,7 @@ from PIL import Image
 from repae_jax import (
     buckets,
     build,
+    cache_latents,
     checkpoint,
     evaluate,
     evaluate_tokenizer,
@@ -31,6 +32,7 @@ from repae_jax import (
     prepare_images,
     run_log,
     sample,
+    train,
 )
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
@@ -38,14 +40,15 @@ from repae_jax.data.latents import CachedLatents
 from repae_jax.report import __main__ as report_command
 
 JOB, STEPS = "ldm", 8  # and checkpoints every four
-RUN = "gs://bucket/run"
+RUN, DIGITS = "gs://bucket/run", "gs://bucket/digits"
 SAVING_8 = "(POST|PUT) .*run/checkpoints/8"
 
 
 def train_there(environment, workdir, compiled, log):
-    """What each process does."""
+    """What each process does: the run in the bucket reads the digits there, prepared, the one on the disk makes them itself."""
     os.environ |= environment
-    kill_trials.train_in(JOB, STEPS, workdir, compiled, log)
+    prepared = {"data__source": "array_record", "data__options": {"path": DIGITS}} if workdir == RUN else {}
+    kill_trials.train_in(JOB, STEPS, workdir, compiled, log, **prepared)
 
 
 class Trainer:
@@ -79,12 +82,23 @@ def wait_until(is_so, seconds=90):
         time.sleep(0.05)
 
 
+def upload(folder, address):
+    """Copies a folder as `gcloud storage cp -r` does."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            epath.Path(file).copy(epath.Path(address) / file.relative_to(folder), overwrite=True)
+
+
 @pytest.fixture(scope="module")
 def killed(object_store, tmp_path_factory, compiled):
     """(Trainer, Path of the same run without a break on a disk): the run at RUN was killed while it saved step 8."""
     folder = tmp_path_factory.mktemp("runs")
     trainer = Trainer(object_store.environment, folder, compiled)
     trainer.finish("whole", folder / "whole")
+    command = ["--data=digits", "--image_size=8", "--shard_size=512", "--workers=0", f"--out={folder / 'digits'}"]
+    prepare_images.run(prepare_images.parse_args(command))
+    with object_store.reached():
+        upload(folder / "digits", DIGITS)
     object_store.answer((SAVING_8, "wait"))
     process = trainer.start("killed", RUN)
     try:
@@ -170,13 +184,6 @@ def save(job, workdir, *steps):
     return states[0]
 
 
-def upload(folder, address):
-    """Copies a folder as `gcloud storage cp -r` does."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            epath.Path(file).copy(epath.Path(address) / file.relative_to(folder), overwrite=True)
-
-
 def test_a_damaged_checkpoint(job, gs, capfd):
     """The one before is used, and little is said; what is damaged is kept."""
     workdir = epath.Path("gs://bucket/damaged")
@@ -214,6 +221,9 @@ def test_vae_extracted_and_converted(job, gs, tmp_path):
     assert {path.name for path in there.iterdir()} == {path.name for path in (tmp_path / "vae").iterdir()}
     for path in (tmp_path / "vae").iterdir():
         assert (there / path.name).read_bytes() == path.read_bytes()
+    for place in ("gs://bucket", tmp_path):
+        assert call("convert", f"{place}/e2e", f"{place}/0000003.pt", "--weights_only") == 0
+    assert epath.Path("gs://bucket/0000003.pt").read_bytes() == (tmp_path / "0000003.pt").read_bytes()
 
 
 @pytest.mark.slow
@@ -315,6 +325,20 @@ def test_images_and_latents_from_a_bucket(gs, tmp_path):
         for record in range(len(local)):
             for field, value in local[record].items():
                 np.testing.assert_array_equal(remote[record][field], value)
+
+
+@pytest.mark.slow
+def test_training_on_latents_in_a_bucket(gs, tmp_path):
+    """As on those of a disk."""
+    cache_latents.cache_latents(kill_trials.config(JOB, 2), tmp_path / "made")
+    upload(tmp_path / "made", "gs://bucket/made")
+    states = []
+    for cache in (tmp_path / "made", "gs://bucket/made"):
+        config = kill_trials.config(JOB, 2, data__cache=str(cache))
+        state, finished = train.train(config, tmp_path / f"run{len(states)}")
+        assert finished
+        states.append(state)
+    assert not small.differing(*states)
 
 
 def test_pictures_in_a_bucket(gs):
