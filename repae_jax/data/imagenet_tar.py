@@ -91,7 +91,8 @@ class ImagenetTarSource:
         """
         i = range(len(self))[i]
         try:
-            content = os.pread(self._opened().fileno(), self._sizes[i], self._starts[i])
+            file = self._opened()  # kept until it is read: another thread's may take its place, and close it
+            content = os.pread(file.fileno(), self._sizes[i], self._starts[i])
             if len(content) < self._sizes[i]:
                 raise OSError(errno.EIO, f"{self._path} ends within it, as it did not when it was listed")
         except OSError:
