@@ -448,7 +448,7 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     if not str(workdir):
         raise ValueError("Workdir '' is empty. Give a directory, for instance runs/repae, or gs://bucket/path.")
     path = epath.Path(workdir)
-    if "://" in str(workdir):
+    if buckets.is_address(workdir):
         return path
     path = path.expanduser()
     if re.match(r"\w+:/", str(path)):  # for etils the same as with two
