@@ -485,10 +485,14 @@ def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | N
         except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
             if faults.is_of_the_system(error):
                 raise
+            if faults.is_refusal(error):
+                raise PermissionError(errno.EACCES, f"Checkpoint {str(path)!r} cannot be read ({_reason(error)})") from error
             _open_all(path)  # libraries say of what is out of reach that it does not exist
             return None, _reason(error)
 
-    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}")
+    # the clients of buckets have tried again for a quarter of an hour
+    tries = 1 if buckets.is_address(path) else None
+    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}", tries=tries)
     if isinstance(damage, jax.errors.JaxRuntimeError):
         raise damage
     if jax.process_count() > 1:  # all processes must take the same checkpoint

@@ -181,6 +181,21 @@ def test_a_damaged_checkpoint(job, gs, capfd):
     assert len(capfd.readouterr().err.splitlines()) < 20
 
 
+@pytest.mark.parametrize("answer, path", [(401, "2/state"), (401, "2/data"), (403, "2/state")])
+def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
+    """Nothing is moved; nor is it tried again by us, as the clients have done that for long."""
+    workdir = epath.Path("gs://bucket/out-of-reach")
+    if not workdir.exists():
+        save(job, workdir, 1, 2)
+    gs.answer((f"GET .*out-of-reach/checkpoints/{path}/", answer))
+    began = time.monotonic()
+    with pytest.raises(OSError, match=f"out-of-reach.* cannot be rea(d|ched) .*{answer}") as caught, buckets.reached(workdir):
+        with checkpoint.Checkpointer(workdir) as checkpointer:
+            checkpointer.restore(build.abstract_state(job), job.config)
+    assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - began < 20
+    assert not (workdir / "checkpoints_damaged").exists()
+
+
 def test_a_run_copied_to_the_bucket(job, gs, tmp_path):
     """In a bucket Orbax takes for unfinished, and deletes, what lacks a mark: those from a disk have it."""
     first = save(job, tmp_path / "run", 1)
