@@ -11,8 +11,6 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
-from repae_jax import buckets
-
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organisation/name, and what is meant in it
 _SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".tar", ".ckpt", ".bin", ".npz", ".pb")
 # what a Hugging Face folder may call its weights; the first that exists counts
@@ -46,7 +44,7 @@ def resolve(name_or_path):
       ValueError: for an address of a kind that cannot be read, such as https://.
     """
     name = str(name_or_path)
-    if buckets.is_address(name):
+    if "://" in name:
         return _from_storage(name)
     path = Path(name).expanduser()
     if path.exists():

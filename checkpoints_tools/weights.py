@@ -20,7 +20,6 @@ from absl import logging
 from etils import epath
 
 from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
-from repae_jax import buckets
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last of NAME.pth.tar
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
@@ -558,7 +557,7 @@ def write_all(writes, *, overwrite=False):
     paths, temporaries = list(writes), []
     with contextlib.ExitStack() as stack:
         for path, write in writes.items():
-            if buckets.is_address(path):
+            if "://" in str(path):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 temporaries.append(folder / epath.Path(path).name)
             else:
@@ -572,7 +571,7 @@ def write_all(writes, *, overwrite=False):
             for path in reversed(paths[1:]):
                 epath.Path(path).unlink(missing_ok=True)
             for path, temporary in zip(paths, temporaries):
-                if buckets.is_address(path):
+                if "://" in str(path):
                     epath.Path(temporary).copy(path, overwrite=True)  # an object store shows an object when it is whole
                 else:
                     os.replace(temporary, path)
@@ -580,7 +579,7 @@ def write_all(writes, *, overwrite=False):
             names = ", ".join(map(str, paths))
             state = "some of them may be missing now: write them again" if len(paths) > 1 else "nothing was changed there"
             raise OSError(f"{names} could not be put in place ({error}); {state}") from error
-    for folder in {Path(path).parent for path in paths if not buckets.is_address(path)}:
+    for folder in {Path(path).parent for path in paths if "://" not in str(path)}:
         opened = os.open(folder, os.O_RDONLY)  # the new names, too, have to reach the disk
         try:
             os.fsync(opened)

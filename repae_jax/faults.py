@@ -78,9 +78,10 @@ def read(function, *arguments, name, tries=None):
                 raise
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if pause is None:
+                tried = f", tried {len(pauses) + 1} times" if pauses else ""
                 raise OSError(
                     min(errnos(error) - _OF_THE_FILE, default=errno.EIO),
-                    f"{name()} cannot be read{f', tried {len(pauses) + 1} times' if pauses else ''} ({reason}); once the disk, or "
+                    f"{name()} cannot be read{tried} ({reason}); once the disk, or "
                     "whatever holds it, can be read, run the same command again; if it is this alone, put back a copy of it",
                 ) from error
             logging.warning("%s cannot be read (%s); trying again in %s s", name(), reason, pause)
