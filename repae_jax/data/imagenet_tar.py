@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from repae_jax.data.decoding import decode_crop
+from repae_jax.data.decoding import check_bytes, decode_crop
 
 _CLASS = re.compile(r"(n\d{8})\.tar")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -90,6 +90,7 @@ class ImagenetTarSource:
           OSError: if the archive cannot be read.
         """
         i = range(len(self))[i]
+        check_bytes(self._sizes[i])
         try:
             file = self._opened()  # kept until it is read: another thread's may take its place, and close it
             content = os.pread(file.fileno(), self._sizes[i], self._starts[i])

@@ -214,6 +214,13 @@ def test_a_disk_that_fails_is_no_bad_image(archives, tmp_path, monkeypatch):
     assert source[11]["image"].shape == (SIZE, SIZE, 3)  # the file is opened again
 
 
+def test_an_image_of_absurd_size_is_not_read(archives):
+    source = ImagenetTarSource(archives / VAL, SIZE)
+    source._sizes[3] = 3 * 2**30
+    with pytest.raises(ValueError, match="the file has 3.0 GiB; allowed: 1"):
+        source[3]
+
+
 def test_a_file_is_open_until_it_is_read(archives):
     """Threads that open it at the same time each put theirs in the place of the other's, which closes that."""
 
