@@ -19,6 +19,7 @@ import glob
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.futures import future  # its waiting threads have no public name
 
 from repae_jax import buckets, faults, hosts
 
@@ -218,6 +220,8 @@ class Checkpointer:
             with buckets.reached(self._directory):
                 yield
         except Exception as error:  # TensorStore raises ValueError
+            if not hosts.several():  # which end without waiting
+                _end_waiting_threads()
             if isinstance(error, jax.errors.JaxRuntimeError) or not faults.is_of_the_system(error):
                 raise
             raise OSError(
@@ -332,6 +336,14 @@ class Checkpointer:
             if jax.process_count() > 1:  # nobody may list the directory before the renames are done
                 multihost_utils.sync_global_devices("damaged checkpoints moved aside")
             self._manager.reload()
+
+
+def _end_waiting_threads() -> None:
+    """Ends Orbax's threads that wait, for five minutes, for another one that has failed: this process could not end before."""
+    for thread in threading.enumerate():
+        if isinstance(thread, future._SignalingThread):
+            thread.cancel()
+            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
 def _reaching(function: Callable) -> Callable:

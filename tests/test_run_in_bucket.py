@@ -181,6 +181,17 @@ def test_a_damaged_checkpoint(job, gs, capfd):
     assert len(capfd.readouterr().err.splitlines()) < 20
 
 
+def test_a_save_that_fails_leaves_no_threads(job, gs):
+    """Orbax's would wait for five minutes, and the process with them."""
+    refused = pytest.raises(OSError, match="gs://bucket/refused/checkpoints cannot be reached .*403")
+    with refused, checkpoint.Checkpointer("gs://bucket/refused") as checkpointer:
+        gs.answer(("(POST|PUT) .*refused/checkpoints/1", 403))
+        position = {"loader": {"next_batch": 1, "bad_records": [], "records": 9}, "inputs": {}}
+        checkpointer.save(1, small.random_state(job, seed=1), position, job.config)
+        checkpointer.wait()
+    wait_until(lambda: not any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate()), 10)
+
+
 @pytest.mark.parametrize("answer, path", [(401, "2/state"), (401, "2/data"), (403, "2/state")])
 def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
     """Nothing is moved; nor is it tried again by us, as the clients have done that for long."""
