@@ -19,7 +19,7 @@ import safetensors.numpy
 from absl import flags
 
 from checkpoints_tools import vae as vae_files
-from repae_jax import build, cli, data, hosts, images, shard_writer, sharding
+from repae_jax import buckets, build, cli, data, hosts, images, shard_writer, sharding
 from repae_jax.checkpoint import fingerprint, prepare_workdir
 from repae_jax.data import latents
 
@@ -169,7 +169,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
-    if "://" in str(out):
+    if buckets.is_address(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
     hosts.check_alike({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
     with hosts.stop_signal() as stopped:

@@ -19,6 +19,7 @@ import glob
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint._src.futures import future  # its waiting threads have no public name
 
 from repae_jax import buckets, faults, hosts
 
@@ -218,6 +220,8 @@ class Checkpointer:
             with buckets.reached(self._directory):
                 yield
         except Exception as error:  # TensorStore raises ValueError
+            if not hosts.several():  # which end without waiting
+                _end_waiting_threads()
             if isinstance(error, jax.errors.JaxRuntimeError) or not faults.is_of_the_system(error):
                 raise
             raise OSError(
@@ -334,6 +338,14 @@ class Checkpointer:
             self._manager.reload()
 
 
+def _end_waiting_threads() -> None:
+    """Ends Orbax's threads that wait, for five minutes, for another one that has failed: this process could not end before."""
+    for thread in threading.enumerate():
+        if isinstance(thread, future._SignalingThread):
+            thread.cancel()
+            future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+
+
 def _reaching(function: Callable) -> Callable:
     """Decorator of functions of a workdir, which may be in a bucket."""
 
@@ -448,7 +460,7 @@ def _absolute(workdir: epath.PathLike) -> epath.Path:
     if not str(workdir):
         raise ValueError("Workdir '' is empty. Give a directory, for instance runs/repae, or gs://bucket/path.")
     path = epath.Path(workdir)
-    if "://" in str(workdir):
+    if buckets.is_address(workdir):
         return path
     path = path.expanduser()
     if re.match(r"\w+:/", str(path)):  # for etils the same as with two
@@ -485,10 +497,14 @@ def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | N
         except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
             if faults.is_of_the_system(error):
                 raise
+            if faults.is_refusal(error):
+                raise PermissionError(errno.EACCES, f"Checkpoint {str(path)!r} cannot be read ({_reason(error)})") from error
             _open_all(path)  # libraries say of what is out of reach that it does not exist
             return None, _reason(error)
 
-    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}")
+    # the clients of buckets have tried again for a quarter of an hour
+    tries = 1 if buckets.is_address(path) else None
+    result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}", tries=tries)
     if isinstance(damage, jax.errors.JaxRuntimeError):
         raise damage
     if jax.process_count() > 1:  # all processes must take the same checkpoint

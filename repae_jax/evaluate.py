@@ -32,6 +32,7 @@ from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
 from repae_jax.reference_stats import (
     KEPT_IMAGES,
     PUBLISHED_COUNT,
+    check_on_disk,
     check_shape,
     count_warnings,
     measure_reference,
@@ -257,8 +258,10 @@ def run(args):
     """Evaluates as the command line says; returns the path of the result, and what it says (None in other processes)."""
     if args.out and not args.out.endswith(".json"):
         raise ValueError(f"--out={args.out}: the result is a file ending in .json")
-    if args.reference.endswith(".npz") and not Path(args.reference).is_file():
-        raise FileNotFoundError(f"{args.reference} does not exist; check --reference")
+    if args.reference.endswith(".npz"):
+        check_on_disk(args.reference)
+        if not Path(args.reference).is_file():
+            raise FileNotFoundError(f"{args.reference} does not exist; check --reference")
     if args.out and epath.Path(args.out).exists():  # before a model is loaded
         raise ValueError(f"{args.out} exists; choose another name, or move it away")
     images, protocol, out, labels = _open_source(args)
@@ -304,6 +307,7 @@ def run(args):
 
 def make_reference(args):
     """Writes a reference as the command line says; returns its path."""
+    check_on_disk(args.make_reference)
     out = Path(args.make_reference)
     if out.suffix != ".npz":
         raise ValueError(f"--make_reference={out}: the result is a file ending in .npz")

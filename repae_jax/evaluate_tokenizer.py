@@ -144,8 +144,8 @@ class _Blocks:
     def __getitem__(self, k):
         side = self._source.image_size
         decoded, good, failures = np.zeros((len(self._blocks[k]), side, side, 3), np.uint8), [], []
-        for record in self._blocks[k].tolist():
-            fields, wrong = reading.attempt(self._source, record)
+        records = self._blocks[k].tolist()
+        for record, (fields, wrong) in zip(records, reading.at_once(functools.partial(reading.attempt, self._source), records)):
             if wrong:
                 failures.append((record, wrong))
             else:

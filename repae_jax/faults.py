@@ -26,9 +26,9 @@ _FILE_TYPES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirect
 _SYSTEM_TYPES = (MemoryError, ConnectionError, TimeoutError, BlockingIOError, InterruptedError)
 _SYSTEM_NAMES = {
     # TensorFlow
-    "AbortedError", "DeadlineExceededError", "ResourceExhaustedError", "UnavailableError",
-    # google.auth; google.api_core has codes
-    "TransportError", "RetryError",
+    "AbortedError", "DeadlineExceededError", "ResourceExhaustedError", "UnavailableError", "UnauthenticatedError",
+    # google.auth, credentials that expire included; google.api_core has codes
+    "GoogleAuthError", "RetryError",
     # requests, urllib3
     "ConnectionError", "Timeout", "TimeoutError", "ChunkedEncodingError", "ProtocolError", "MaxRetryError",
     # aiohttp, httpx, http.client
@@ -36,8 +36,9 @@ _SYSTEM_NAMES = {
     # of a device, not of a file
     "JaxRuntimeError", "XlaRuntimeError",
 }  # fmt: skip
-_STATUS_TO_RETRY = {408, 425, 429}  # of HTTP, besides 500 and above
-_CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b")  # tensorstore's messages begin so
+_STATUS_TO_RETRY = {401, 408, 425, 429}  # of HTTP, besides 500 and above; 401 is of credentials, whatever the file
+# tensorstore's messages begin so, and Pillow's
+_CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|out of memory)\b")
 
 
 def is_of_the_system(error):
@@ -45,24 +46,31 @@ def is_of_the_system(error):
     return any(_is_of_the_system(one) for one in _causes(error))
 
 
+def is_refusal(error):
+    """Returns whether an error says that this user may not read something."""
+    return any(_is_refusal(one) for one in _causes(error))
+
+
 def errnos(error):
     """Returns the set of the errnos that an error tells of, as numbers or in words, with those of the errors that caused it."""
     return set().union(*map(_errnos, _causes(error)))
 
 
-def read(function, *arguments, name):
+def read(function, *arguments, name, tries=None):
     """Returns function(*arguments), tried again after some pauses while it is the system that fails.
 
     Args:
       function: reads something.
       *arguments: of it.
       name: function that says what is read, for messages.
+      tries: how many at most; None for one more than there are pauses.
 
     Raises:
       OSError: if the system goes on failing; it names what could not be read, and `is_of_the_system` is true of it.
       Exception: any other of the function, at once.
     """
-    for pause in (*_PAUSES, None):
+    pauses = _PAUSES[: tries and tries - 1]
+    for pause in (*pauses, None):
         try:
             return function(*arguments)
         except Exception as error:  # libraries raise nearly anything
@@ -70,9 +78,10 @@ def read(function, *arguments, name):
                 raise
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             if pause is None:
+                tried = f", tried {len(pauses) + 1} times" if pauses else ""
                 raise OSError(
                     min(errnos(error) - _OF_THE_FILE, default=errno.EIO),
-                    f"{name()} cannot be read, tried {len(_PAUSES) + 1} times ({reason}); once the disk, or "
+                    f"{name()} cannot be read{tried} ({reason}); once the disk, or "
                     "whatever holds it, can be read, run the same command again; if it is this alone, put back a copy of it",
                 ) from error
             logging.warning("%s cannot be read (%s); trying again in %s s", name(), reason, pause)
@@ -98,6 +107,16 @@ def _is_of_the_system(error):
         return True
     status = _status(error)
     return status >= 500 or status in _STATUS_TO_RETRY or bool(_CODES_IN_WORDS.match(_first_words(error)))
+
+
+def _is_refusal(error):
+    return (
+        isinstance(error, PermissionError)
+        or bool(_errnos(error) & {errno.EACCES, errno.EPERM})
+        or type(error).__name__ == "PermissionDeniedError"  # TensorFlow's
+        or _status(error) in (401, 403)
+        or _first_words(error).startswith("PERMISSION_DENIED")  # tensorstore's
+    )
 
 
 def _errnos(error):

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from repae_jax import hosts
+from repae_jax import buckets, hosts
 
 FILE = "owner.json"
 BEAT_SECONDS = 10  # between signs of life
@@ -74,7 +74,7 @@ class _Owner:
 
     def __init__(self, path):
         self._path = path
-        self._is_on_disk = "://" not in str(path)
+        self._is_on_disk = not buckets.is_address(path)
         self._token = secrets.token_hex(8)
         self._about = {
             "host": socket.gethostname(), "machine": _machine(),

@@ -13,7 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from repae_jax import cli, data, ranges, shard_writer
+from repae_jax import buckets, cli, data, ranges, shard_writer
 from repae_jax.data import array_record, latents, shards
 
 SHARD_SIZE = 4096  # records; some 500 MB of PNGs at 256 pixels
@@ -130,7 +130,7 @@ def run(args):
     """
     from repae_jax.hosts import stop_signal  # here: every worker imports this module, and would import JAX
 
-    if "://" in args.out:
+    if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
     with stop_signal() as stopped:

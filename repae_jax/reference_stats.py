@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_tools import weights
-from repae_jax import image_sets
+from repae_jax import buckets, image_sets
 from repae_jax.inception_features import FeatureParts
 from repae_jax.metrics.frechet import RunningGaussian
 
@@ -38,6 +38,12 @@ class Reference:
     description: dict
 
 
+def check_on_disk(path):
+    """Checks that the path of statistics is no address; ValueError if it is: `Path` would make a folder of it here."""
+    if buckets.is_address(path):
+        raise ValueError(f"{path}: statistics of real images are kept on a disk; give a local or mounted path")
+
+
 def read_reference(path, network):
     """Reads ADM's `VIRTUAL_*.npz`, or what `make_reference` wrote.
 
@@ -52,6 +58,7 @@ def read_reference(path, network):
       FileNotFoundError: if it does not exist.
       ValueError: if it is damaged, lacks mu and sigma, or they have other sizes, are not finite, or are of other weights.
     """
+    check_on_disk(path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path")

@@ -197,8 +197,8 @@ def train(config, workdir):
                 jax.block_until_ready(metrics)  # else the pause would count the time of steps in flight as theirs
             with progress.paused():
                 if saving:  # before the pictures: they may take long, or fail
+                    check_owner()  # first: in a bucket, another run's metrics would be replaced
                     writer.flush()
-                    check_owner()
                     saved = checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
                     if saved and not is_read_back and not stopping:  # which would take the time that is left
                         checkpointer.read_back(step, state)

@@ -401,6 +401,7 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
         (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
         (("--out", "x.txt"), "--out=x.txt: the result is a file ending in .json"),
         (("--reference", "absent.npz"), "absent.npz does not exist; check --reference"),
+        (("--reference", "gs://bucket/a.npz"), "gs://bucket/a.npz: statistics of real images are kept on a disk"),
         (("--reference", "nothing"), "'nothing' is no folder, and no source"),
     ],
 )
@@ -410,6 +411,14 @@ def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeyp
         monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
+
+
+def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--data", "digits:split=test", "--image_size", "8", "--inception", build.RANDOM
+    with pytest.raises(ValueError, match="gs://bucket/a.npz: statistics of real images are kept on a disk"):
+        evaluate.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_options_for_models_only(npz, real, tmp_path):

@@ -52,7 +52,11 @@ SYSTEM = [
     named("TooManyRequests", code=429),
     named("HttpError", code="502"),
     named("HTTPError", OSError, response=SimpleNamespace(status_code=500)),
-    named("TransportError"),
+    named("RefreshError", named("GoogleAuthError").__class__),
+    named("Unauthorized", code=401),
+    ValueError("UNAUTHENTICATED: Error reading metadata"),
+    tf.errors.UnauthenticatedError(None, None, ""),
+    OSError("out of memory error when reading image file"),
     named("JaxRuntimeError", RuntimeError),
     chained(Exception("Encountered error while reading array index"), ValueError("RESOURCE_EXHAUSTED: memory")),
     chained(ValueError("cannot be read"), OSError(errno.EIO, "Input/output error")),
@@ -84,6 +88,26 @@ def test_of_the_system(error):
 @pytest.mark.parametrize("error", FILES, ids=repr)
 def test_of_the_file(error):
     assert not faults.is_of_the_system(error)
+
+
+REFUSALS = [
+    PermissionError(errno.EACCES, ""),
+    OSError(errno.EPERM, ""),
+    tf.errors.PermissionDeniedError(None, None, "HTTP response code 401"),
+    named("Forbidden", code=403),
+    ValueError("PERMISSION_DENIED: Error reading gs://bucket/a"),
+    chained(Exception("Encountered error while reading array index"), ValueError("PERMISSION_DENIED: a")),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=repr)
+def test_refusals(error):
+    assert faults.is_refusal(error)
+
+
+@pytest.mark.parametrize("error", [FILES[0], SYSTEM[0], named("NotFound", code=404), ValueError("no image")], ids=repr)
+def test_no_refusals(error):
+    assert not faults.is_refusal(error)
 
 
 @pytest.fixture
@@ -178,6 +202,10 @@ def test_reading_is_tried_again(monkeypatch):
     with pytest.raises(OSError, match=r"A RECORD cannot be read, tried 3 times \(.*Stale file handle") as caught:
         faults.read(read, 7, name="a record".upper)
     assert caught.value.errno == errno.ESTALE and faults.is_of_the_system(caught.value)
+    errors += [OSError(errno.ESTALE, "Stale file handle")]
+    with pytest.raises(OSError, match=r"A RECORD cannot be read \(.*Stale file handle"):
+        faults.read(read, 7, name="a record".upper, tries=1)
+    assert not errors
     errors += [ValueError("no image")]
     with pytest.raises(ValueError, match="^no image$"):
         faults.read(read, 7, name="a record".upper)

@@ -202,6 +202,32 @@ def test_a_damaged_checkpoint(job, gs, capfd):
     assert len(capfd.readouterr().err.splitlines()) < 20
 
 
+def test_a_save_that_fails_leaves_no_threads(job, gs):
+    """Orbax's would wait for five minutes, and the process with them."""
+    refused = pytest.raises(OSError, match="gs://bucket/refused/checkpoints cannot be reached .*403")
+    with refused, checkpoint.Checkpointer("gs://bucket/refused") as checkpointer:
+        gs.answer(("(POST|PUT) .*refused/checkpoints/1", 403))
+        position = {"loader": {"next_batch": 1, "bad_records": [], "records": 9}, "inputs": {}}
+        checkpointer.save(1, small.random_state(job, seed=1), position, job.config)
+        checkpointer.wait()
+    wait_until(lambda: not any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate()), 10)
+
+
+@pytest.mark.parametrize("answer, path", [(401, "2/state"), (401, "2/data"), (403, "2/state")])
+def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
+    """Nothing is moved; nor is it tried again by us, as the clients have done that for long."""
+    workdir = epath.Path("gs://bucket/out-of-reach")
+    if not workdir.exists():
+        save(job, workdir, 1, 2)
+    gs.answer((f"GET .*out-of-reach/checkpoints/{path}/", answer))
+    began = time.monotonic()
+    with checkpoint.Checkpointer(workdir) as checkpointer, pytest.raises(OSError) as caught:
+        checkpointer.restore(build.abstract_state(job), job.config)
+    assert re.match(f"(.Errno 13. )?Checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - began < 20
+    assert not (workdir / "checkpoints_damaged").exists()
+
+
 def test_a_run_copied_to_the_bucket(job, gs, tmp_path):
     """In a bucket Orbax takes for unfinished, and deletes, what lacks a mark: those from a disk have it."""
     first = save(job, tmp_path / "run", 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from repae_jax.trained import TrainedVae
 
 SCALES = (0.75, 0.5, 0.25)
 MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while
-_READ_THREADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +77,10 @@ def read_batches(source, records, batch_size):
             raise ValueError(f"{source.name(record)} cannot be decoded ({wrong}): repair or remove it")
         return fields["image"]
 
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for first in range(0, len(records), batch_size):
-            part = records[first : first + batch_size]
-            pixels = np.stack(list(pool.map(read, part)))
-            yield pixels[np.minimum(np.arange(batch_size), len(part) - 1)], len(part)
+    for first in range(0, len(records), batch_size):
+        part = records[first : first + batch_size]
+        pixels = np.stack(reading.at_once(read, part))
+        yield pixels[np.minimum(np.arange(batch_size), len(part) - 1)], len(part)
 
 
 # what equivariance is measured under: name -> function of images and of latents

@@ -23,11 +23,6 @@ class BeyondTheEndError(ValueError):
     """An object is shorter than what was asked for."""
 
 
-def is_address(path):
-    """Whether a path is an address, of whatever kind of storage."""
-    return "://" in str(path)
-
-
 def read(address, first=None, end=None):
     """Bytes of an object, all or first..end-1; None if there is no such object.
 

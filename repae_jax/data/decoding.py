@@ -61,10 +61,14 @@ def decode_crop(content, size):
 def read_file(path):
     """Returns the bytes of an image file; ValueError, before they are read, if they are more than any image's."""
     with open(path, "rb") as file:
-        count = os.fstat(file.fileno()).st_size
-        if count > _MOST_BYTES:
-            raise ValueError(f"the file has {count / 2**30:.1f} GiB; allowed: {_MOST_BYTES / 2**30:g}")
+        check_bytes(os.fstat(file.fileno()).st_size)
         return file.read()
+
+
+def check_bytes(count):
+    """Checks that an image file of so many bytes can be one; ValueError if not."""
+    if count > _MOST_BYTES:
+        raise ValueError(f"the file has {count / 2**30:.1f} GiB; allowed: {_MOST_BYTES / 2**30:g}")
 
 
 def open_image(content):

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from repae_jax.data.decoding import decode_crop
+from repae_jax.data.decoding import check_bytes, decode_crop
 
 _CLASS = re.compile(r"(n\d{8})\.tar")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -90,8 +90,10 @@ class ImagenetTarSource:
           OSError: if the archive cannot be read.
         """
         i = range(len(self))[i]
+        check_bytes(self._sizes[i])
         try:
-            content = os.pread(self._opened().fileno(), self._sizes[i], self._starts[i])
+            file = self._opened()  # kept until it is read: another thread's may take its place, and close it
+            content = os.pread(file.fileno(), self._sizes[i], self._starts[i])
             if len(content) < self._sizes[i]:
                 raise OSError(errno.EIO, f"{self._path} ends within it, as it did not when it was listed")
         except OSError:

@@ -8,6 +8,7 @@ which a fast local disk may bear for small data; else prepare the images first.
 import functools
 import json
 import re
+import threading
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -82,9 +83,10 @@ class ParquetSource:
 
     def _start(self):
         self._read = functools.lru_cache(_KEPT_GROUPS)(self._read_group)
+        self._reading = [threading.Lock() for _ in self._groups]  # else threads that want one group all read it
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "_read"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_read", "_reading")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -102,7 +104,9 @@ class ParquetSource:
         i = range(len(self))[i]
         number = int(np.searchsorted(self._ends, i, side="right"))
         first = int(self._ends[number - 1]) if number else 0
-        content = self._read(number)[i - first].as_py()
+        with self._reading[number]:
+            group = self._read(number)
+        content = group[i - first].as_py()
         if content is None:
             raise ValueError(f"column {self._image_column!r} is empty")
         return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}

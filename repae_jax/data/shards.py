@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from repae_jax.buckets import is_address
 from repae_jax.data import bucket
 from repae_jax.data.places import without_headers
 from repae_jax.faults import is_of_the_system
@@ -68,7 +69,7 @@ def shard_damage(folder, entry, check_content):
     Returns:
       A few words, or None if nothing is wrong.
     """
-    if bucket.is_address(folder):
+    if is_address(folder):
         return _damage_in_bucket(f"{folder}/{entry['file']}", entry["bytes"])
     path = Path(folder) / entry["file"]
     if not path.is_file():
@@ -105,7 +106,7 @@ def read_manifest(path, kind):
       OSError: if the disk or bucket cannot be read.
     """
     _check_address(path)
-    if not bucket.is_address(path) and not Path(path).is_dir():
+    if not is_address(path) and not Path(path).is_dir():
         raise ValueError(f"no {kind.what} at {str(path)!r}: {_make(path, kind)}")
     file = f"{str(path).rstrip('/')}/{MANIFEST}"
     content = _read_file(file)
@@ -148,7 +149,7 @@ class Shards:
         self._path, self._kind = str(path).rstrip("/"), kind
         manifest = read_manifest(path, kind)
         self.labels = self._read_array(LABELS, manifest["labels_sha256"])
-        self._places = self._read_places(manifest) if bucket.is_address(path) else None
+        self._places = self._read_places(manifest) if is_address(path) else None
         self.bad_names = dict(manifest["bad_records"])
         self.contents_hash = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()[:16]
         self._shard_size = manifest["shard_size"]
@@ -245,26 +246,26 @@ class Shards:
 
 def _read_file(file):
     """Content of a file or object; None if there is none."""
-    if bucket.is_address(file):
+    if is_address(file):
         return bucket.read(file)
     return Path(file).read_bytes() if Path(file).is_file() else None
 
 
 def _make(path, kind):
-    if bucket.is_address(path):
+    if is_address(path):
         return f"make one on a disk with `{kind.command} --out FOLDER`, and copy it there"
     return f"make one with `{kind.command} --out {path}`"
 
 
 def _repair(path, kind):
     again = "again with the same settings, which makes damaged parts anew"
-    if bucket.is_address(path):
+    if is_address(path):
         return f"copy it there once more; if the original is damaged, too, run `{kind.command} --out FOLDER` {again}"
     return f"run `{kind.command} --out {path}` {again}"
 
 
 def _check_address(path):
-    if bucket.is_address(path) and not str(path).startswith("gs://"):
+    if is_address(path) and not str(path).startswith("gs://"):
         raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
 
 

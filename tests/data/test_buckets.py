@@ -11,7 +11,8 @@ import small
 import tensorstore
 from PIL import Image
 
-from repae_jax import build, data, faults, prepare_images
+from repae_jax import build, data, evaluate_tokenizer, faults, prepare_images
+from repae_jax.analyze_latents import encoding
 from repae_jax.data import bucket, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
@@ -114,11 +115,24 @@ def test_no_record_is_begun_after_a_failure():
     assert len(begun) < 50  # those that were under way, but not all that the first would leave time for
 
 
-def test_many_records_are_read_at_a_time():
+def read_by_a_loader(source):
+    with Loader(source, batch_size=8, seed=0) as loader:
+        return next(loader)["image"]
+
+
+READERS = {
+    "training": read_by_a_loader,
+    "evaluate_tokenizer": lambda source: evaluate_tokenizer._Blocks(source, np.arange(8), 8)[0][0],
+    "analyze_latents": lambda source: next(encoding.read_batches(source, np.arange(8), 8))[0],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_many_records_are_read_at_a_time(reader):
     together = threading.Barrier(8, timeout=20)
 
     class Slow:
-        labels, num_classes = np.zeros(8, np.int32), 1
+        labels, num_classes, image_size = np.zeros(8, np.int32), 1, 2
 
         def __len__(self):
             return 8
@@ -130,8 +144,7 @@ def test_many_records_are_read_at_a_time():
         def name(self, i):
             return str(i)
 
-    with Loader(Slow(), batch_size=8, seed=0) as loader:
-        assert sorted(next(loader)["image"][:, 0, 0, 0].tolist()) == list(range(8))
+    assert sorted(READERS[reader](Slow())[:, 0, 0, 0].tolist()) == list(range(8))
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------

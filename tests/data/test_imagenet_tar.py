@@ -214,6 +214,26 @@ def test_a_disk_that_fails_is_no_bad_image(archives, tmp_path, monkeypatch):
     assert source[11]["image"].shape == (SIZE, SIZE, 3)  # the file is opened again
 
 
+def test_an_image_of_absurd_size_is_not_read(archives):
+    source = ImagenetTarSource(archives / VAL, SIZE)
+    source._sizes[3] = 3 * 2**30
+    with pytest.raises(ValueError, match="the file has 3.0 GiB; allowed: 1"):
+        source[3]
+
+
+def test_a_file_is_open_until_it_is_read(archives):
+    """Threads that open it at the same time each put theirs in the place of the other's, which closes that."""
+
+    class Starts(list):
+        def __getitem__(self, i):  # between opening and reading
+            source._file = None
+            return super().__getitem__(i)
+
+    source = ImagenetTarSource(archives / VAL, SIZE)
+    before, source._starts = source[0]["image"], Starts(source._starts.tolist())
+    np.testing.assert_array_equal(source[0]["image"], before)
+
+
 def test_without_tfds(archives, monkeypatch):
     monkeypatch.setattr(imagenet_tar.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install tensorflow-datasets"):

@@ -106,6 +106,12 @@ def test_seed_decides_the_order():
     assert (first[37:] != other[:37]).any()  # seed 1 is not seed 0 one epoch later
 
 
+def test_the_order_is_that_of_earlier_versions():
+    """Else runs that have begun would be continued in another one."""
+    found = labels(Loader(Numbers(10), batch_size=10, seed=3), 2).tolist()
+    assert found == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
+
+
 @pytest.mark.parametrize(("processes", "records"), [(1, 37), (2, 37), (4, 37), (8, 3)])
 def test_processes_share_the_same_global_batches(processes, records):
     """Even if they are more than the records, and so than shards: every process may read every record."""

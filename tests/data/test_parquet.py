@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pictures import encoded, picture
 from PIL import Image
 
 from repae_jax import build, faults
-from repae_jax.data import make_source
+from repae_jax.data import make_source, reading
 from repae_jax.data import parquet as parquet_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
@@ -112,6 +113,21 @@ def test_memory_holds_few_row_groups(folder, monkeypatch):
         source[i]
     assert reads == list(range(7))  # in order, every row group is read once: of 3, 3, 1; 3, 1; 3, 2 rows
     assert source._read.cache_info().currsize == 1
+
+
+def test_threads_that_read_in_order_read_a_row_group_once(folder, monkeypatch):
+    source, reads = ParquetSource(folder, 16), []
+    read_group = source._read_group
+
+    def slow(number):
+        reads.append(number)
+        time.sleep(0.05)  # in which the other threads come for the same
+        return read_group(number)
+
+    monkeypatch.setattr(source, "_read_group", slow)
+    source._start()
+    reading.at_once(source.__getitem__, range(16))
+    assert sorted(reads) == list(range(7))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
