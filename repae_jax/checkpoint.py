@@ -60,8 +60,8 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
       ValueError: the workdir has a name that checkpoints would be lost under, or it cannot be created or written to.
       OSError: the latter of one in a bucket.
     """
+    check_name(workdir)
     path = _absolute(workdir)
-    _check_name(path)
     probe = path / f".write_test-{jax.process_index()}"
     buckets.check(path)
     try:
@@ -80,13 +80,13 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
-def _check_name(path: epath.Path) -> None:
-    """Raises ValueError for names that Orbax and TensorStore take for something else than a name.
+def check_name(workdir: epath.PathLike) -> None:
+    """Raises ValueError for names of workdirs that Orbax and TensorStore take for something else than a name.
 
     Orbax lists its files with a pattern that begins with the path: of `[…]` it finds nothing and completes checkpoints without
     arrays, of `*` and `?` it may find those of another run. TensorStore takes a backslash for the end of a name.
     """
-    name, changed = str(path), str.maketrans(dict.fromkeys("[]*?\\", "_"))
+    name, changed = str(_absolute(workdir)), str.maketrans(dict.fromkeys("[]*?\\", "_"))
     if glob.escape(name) != name or "\\" in name:
         raise ValueError(
             f"Workdir {name!r}: the libraries that save checkpoints take [ * ? and backslashes in it for a pattern. "

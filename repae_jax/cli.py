@@ -34,6 +34,7 @@ _OUTSIDE = (
     "httpx.", "requests.", "urllib3.", "huggingface_hub.",
     "absl.flags._exceptions.",
 )  # fmt: skip
+_OF_ARRAYS = ("jax", "flax", "optax")
 _STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED", "CANCELLED", "NOT_FOUND")
 _TENSORFLOW = "tensorflow.python.framework.errors_impl."
 _OF_TENSORFLOW = (
@@ -91,7 +92,16 @@ def ending(interrupted="interrupted"):
             traceback.print_exception(error)
         if isinstance(error, OSError):  # perhaps of what is printed, which Python would try again at its end
             _forget_output()
-        sys.exit(f"error: {line}")
+        sys.exit(f"error: {line}{_hint(error)}")
+
+
+def _hint(error):
+    """What follows the line of an error that jax or flax raised of itself: it may be a mistake of the program after all."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+    if isinstance(error, ValueError | RuntimeError) and module in _OF_ARRAYS and not sys.flags.dev_mode:
+        return f" (said by {module}; python -X dev shows where)"
+    return ""
 
 
 def _without_traceback(record):
@@ -213,8 +223,24 @@ def path(text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _NumberOrNone(flags.ArgumentParser):
+    """Of a config's numbers, some of which may be None; which ones is a rule of theirs."""
+
+    def __init__(self, parser):
+        super().__init__()
+        self._parser = parser
+
+    def parse(self, argument):
+        return None if argument == "None" else self._parser.parse(argument)
+
+    def flag_type(self):
+        return f"{self._parser.flag_type()} or None"
+
+
 def define_config():
     """The flag --config of the command that calls this."""
+    for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
+        config_flags.register_flag_parser_for_type(kind, _NumberOrNone(parser))
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
     flags.mark_flag_as_required("config")
 

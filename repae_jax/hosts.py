@@ -117,8 +117,11 @@ def _check_by_hand(by_hand, automatic):
         try:
             socket.create_server(("", port)).close()  # JAX would crash, perhaps with the other run
         except OSError as error:
+            # if that is another process 0 of this run, it hears of this one, and need not wait for the others
+            _say(("localhost", port), _called(index, count), timeout=5)
             raise ValueError(
-                f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one"
+                f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one, or where this is a "
+                "process of the run that uses it, a --process_id of its own"
             ) from error
 
 
@@ -143,8 +146,7 @@ def _call_roll(coordinator, count, index):
       ValueError: in all that have come, if a number comes twice, or with another count; or if a run has begun there already.
     """
     host, _, port = coordinator.rpartition(":")
-    who = {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
-    calling = None
+    who, calling = _called(index, count), None
     if index == 0:
         dual = socket.has_dualstack_ipv6()
         server = socket.create_server(("", int(port)), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
@@ -165,10 +167,15 @@ def _call_roll(coordinator, count, index):
         )
 
 
-def _say(address, what):
-    """The first line of the answer to what is said to an address; empty if nobody answers there."""
+def _called(index, count):
+    """Who a process says it is."""
+    return {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _say(address, what, timeout=None):
+    """The first line of the answer to what is said to an address; empty if nobody answers there, or not in time (seconds)."""
     try:
-        with socket.create_connection(address) as connection, connection.makefile("rw", errors="replace") as stream:
+        with socket.create_connection(address, timeout) as connection, connection.makefile("rw", errors="replace") as stream:
             stream.write(json.dumps(what) + "\n")
             stream.flush()
             return stream.readline()

@@ -20,13 +20,14 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from repae_jax import buckets, hosts
+from repae_jax import buckets, faults, hosts
 
 FILE = "owner.json"
 BEAT_SECONDS = 10  # between signs of life
 WATCH_SECONDS = 45  # without one, after which an owner on another machine is dead
 _POLL_SECONDS = 1.0
 _SETTLE_SECONDS = {True: 0.25, False: 2.0}  # on disks or not: until whoever writes at the same time has written
+_SAID = {"host", "machine", "pid", "process_start", "job", "since", "token"}
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOBSET_NAME", "TPU_NAME")
 
 
@@ -91,7 +92,7 @@ class _Owner:
         if not self._create():
             found = self._sign()
             if found and self._is_alive(found):
-                return _described(found)
+                return _described(self._sign() or found)  # it may have said who it is meanwhile
             logging.warning("%s: %s is not there any more; this run takes its place", self._path, _described(found))
             self._write()
         elif self._is_on_disk:  # there only one can create it
@@ -143,9 +144,13 @@ class _Owner:
     def _sign(self):
         """(Content of the file, time of its last change by the clock of the disk), None without one. Opened each time: so
         network file systems show what others did."""
+        return faults.read(self._read, name=lambda: str(self._path))
+
+    def _read(self):
         try:
-            with self._path.open() as file:
-                return file.read(), os.fstat(file.fileno()).st_mtime_ns if self._is_on_disk else 0
+            with self._path.open("rb") as file:
+                content = file.read().decode(errors="replace")  # a crash of the machine may have left anything
+                return content, os.fstat(file.fileno()).st_mtime_ns if self._is_on_disk else 0
         except Exception:
             if self._path.exists():
                 raise
@@ -192,7 +197,7 @@ def _parsed(found):
         about = json.loads(found[0]) if found else {}
     except ValueError:  # being written, or a crash of the machine has emptied it
         about = {}
-    return about if isinstance(about, dict) else {}
+    return about if isinstance(about, dict) and about.keys() >= _SAID else {}
 
 
 def _described(found):

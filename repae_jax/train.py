@@ -17,7 +17,7 @@ import jax
 from absl import flags, logging
 
 from repae_jax import buckets, build, cli, flops, hosts, ownership, sharding
-from repae_jax.checkpoint import Checkpointer, fingerprint, prepare_workdir
+from repae_jax.checkpoint import Checkpointer, check_name, fingerprint, prepare_workdir
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.hooks import load_scoring, make_hooks, missing_at
@@ -251,7 +251,8 @@ def main(_):
     options = flags.FLAGS
     with hosts.failing_together(), cli.ending():
         cli.start_processes()
-        hosts.use_compilation_cache(options.workdir)
+        check_name(options.workdir)
+        hosts.use_compilation_cache(options.workdir)  # creates a folder there
         _, finished = train(options.config, options.workdir)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)

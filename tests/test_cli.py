@@ -118,6 +118,11 @@ def test_mistakes_of_the_program_keep_their_traceback(error):
     assert "please report it" in caught.value.__notes__[-1]
 
 
+def test_an_error_of_the_libraries_for_arrays_says_how_to_find_its_place():
+    with pytest.raises(SystemExit, match=r"error: Incompatible .* \(said by jax; python -X dev shows where\)$"), cli.ending():
+        jax.numpy.broadcast_to(jax.numpy.zeros((2, 3)), (4, 4))
+
+
 def test_it_is_a_decorator_and_returns_what_the_command_returns():
     @cli.ending("interrupted: nothing was written")
     def main(error=None):
@@ -300,7 +305,8 @@ print(sorted(HEAVY & set(sys.modules)), "imported, backends", jax._src.xla_bridg
 
 def main(_):
     build.build(flags.FLAGS.config)
-    print("built", flags.FLAGS.config.sit.qk_norm, flags.FLAGS.workdir)
+    config = flags.FLAGS.config
+    print("built", config.sit.qk_norm, config.checkpoint.keep_every, flags.FLAGS.workdir)
 
 for line in sys.stdin:
     words = eval(line)
@@ -341,6 +347,9 @@ LINES = [
     ([*TINY, f"--config.encoders.target.architecture={NO_PATCH}"], "encoder architecture: patch_size=0 must lie in"),
     ([*TINY, "--config.encoders.target.architecture.depth=0"], "encoder architecture: depth=0 must lie in"),
     ([*TINY, "--config.steps=1.5"], "flag --config.steps=1.5: invalid literal"),
+    ([*TINY, "--config.steps=None"], "config.steps=None must be a whole number"),
+    ([*TINY, "--config.ema_decay=None"], "config.ema_decay=None must be a number"),
+    ([*TINY, "--config.checkpoint.keep_every=0"], "config.checkpoint.keep_every=0 must be at least 1, or None"),
     ([*TINY, "--config.sit=3"], "flag --config.sit=3: Failed to parse"),
     ([*TINY, "--config.vae.channel_multipliers=(1,2,'a')"], "has an entry that must be a whole number"),
     ([*TINY, "--config.vae.attention_levels=(7,)"], "attention_levels=(7,) must lie in 0..2"),
@@ -370,6 +379,7 @@ def answers(tmp_path_factory):
     for name, text in FILES.items():
         (here / name).write_text(text)
     right = [["--config", "~/mine.py:tiny", "--workdir=~/run", "--config.sit.qk_norm=True"]]
+    right[0] += ["--config.checkpoint.keep_every=None", "--config.sampling.guidance_channels=None"]
     (here / "mine.py").write_text("from configs.repae import get_config\n")
     asked = [[word.replace("HERE", str(here)) for word in words] for words, _ in LINES] + right
     environment = {**os.environ, "HOME": str(here), "XLA_FLAGS": ""}
@@ -390,5 +400,5 @@ def test_nothing_heavy_is_imported_for_the_command_line(answers):
     assert answers[0] == "[] imported, backends {}"
 
 
-def test_home_folders_in_flags(answers):
-    assert answers[-1] == "built True HERE/run"
+def test_home_folders_and_none_in_flags(answers):
+    assert answers[-1] == "built True None HERE/run"

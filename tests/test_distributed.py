@@ -335,6 +335,24 @@ def roll_of(*numbers, count=3):
     return [found.get(key, "still waiting") for key in range(len(numbers))]
 
 
+def test_two_first_processes_are_told_at_once():
+    """Both: the port is in use for the second, and the first need not wait for one that will not come."""
+    address, told = free_address(), []
+
+    def come():
+        with pytest.raises(ValueError) as caught:
+            hosts._call_roll(address, 2, 0)
+        told.append(str(caught.value))
+
+    first = threading.Thread(target=come, daemon=True)
+    first.start()
+    time.sleep(0.5)
+    with pytest.raises(ValueError, match=r"process 0 cannot use this port \(.*--process_id of its own"):
+        hosts.start(False, address, 2, 0)
+    first.join(5)
+    assert told and "have the same number" in told[0]
+
+
 def test_processes_of_one_run_come_in_any_order():
     assert roll_of(2, 0, 1) == [None] * 3
 

@@ -1,5 +1,6 @@
 """One owner per workdir: told at once on one machine, by signs of life on others, whatever starts at the same time."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from repae_jax import hosts, ownership
+from repae_jax import faults, hosts, ownership
 
 ROOT = Path(__file__).parents[1]
 OWN = """
@@ -119,11 +120,38 @@ def test_on_another_machine_by_signs_of_life(workdir, quick, monkeypatch):
     assert 0.5 < seconds_of(lambda: own(workdir)) < 1.5
 
 
-@pytest.mark.parametrize("left", ["", "{", "[]"])
+@pytest.mark.parametrize("left", [b"", b"{", b"[]", b"{}", b'{"pid": 1}', b"\xff\xfe\0\0"])
 def test_a_file_that_says_nothing(left, workdir, quick):
-    """Being written, or emptied by a crash of the machine."""
-    file_of(workdir).write_text(left)
+    """Being written, or emptied or garbled by a crash of the machine."""
+    file_of(workdir).write_bytes(left)
     assert 0.5 < seconds_of(lambda: own(workdir)) < 1.5
+
+
+def test_an_owner_that_is_writing_its_name_is_named(workdir, quick):
+    with ownership.owned(workdir):
+        text = file_of(workdir).read_text()
+    file_of(workdir).touch()
+    writing = threading.Timer(0.2, file_of(workdir).write_text, [text])
+    writing.start()
+    with pytest.raises(ValueError, match=f"in use by the run of process {os.getpid()} "):
+        own(workdir)
+    writing.join()
+
+
+def test_a_disk_that_fails_for_a_moment_takes_no_workdir(workdir, monkeypatch):
+    monkeypatch.setattr(faults, "_PAUSES", (0, 0))
+    with ownership.owned(workdir) as check:
+        failures, opened = [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "disk")], type(workdir).open
+        with monkeypatch.context() as disk:
+
+            def fail(self, *args, **kwargs):
+                if failures:
+                    raise failures.pop()
+                return opened(self, *args, **kwargs)
+
+            disk.setattr(type(workdir), "open", fail)
+            check()
+        assert not failures
 
 
 def test_who_was_taken_for_dead_notices(workdir, quick, monkeypatch):

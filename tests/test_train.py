@@ -384,6 +384,15 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(monkeypatch, tmp_path):
     assert caught.value.code == f"error: [Errno 20] Not a directory: '{tmp_path / 'file' / 'images'}'"
 
 
+def test_a_workdir_of_a_refused_name_is_not_created(monkeypatch, tmp_path):
+    replace_training(monkeypatch, lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(train.flags.FLAGS, "workdir", str(tmp_path / "[lr=1e-4]"))
+    monkeypatch.setattr(train.hosts, "use_compilation_cache", lambda folder: Path(folder).mkdir())
+    with pytest.raises(SystemExit, match="pattern"):
+        train.main([])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("finished", "code"), [(True, None), (False, 75)])
 def test_the_exit_code_says_whether_the_run_is_finished(finished, code, monkeypatch):
     """Of a saved one, the launch scripts know by it that there is more to do."""
