@@ -253,7 +253,7 @@ def read_torch(path):
 
 
 class _Dtype:
-    """What stands for numpy.dtype in a pickle, a name such as 'f8' and its byte order: numpy's own would take any structure."""
+    """Stands for numpy.dtype in a pickle: a name such as 'f8' and its byte order, for numpy's own would take any structure."""
 
     def __init__(self, name, align, copy):
         self.name, self.order = name, "="
@@ -263,7 +263,7 @@ class _Dtype:
 
 
 def _scalar(dtype, content):
-    """The plain number of a numpy scalar in a pickle."""
+    """Returns the plain number of a numpy scalar in a pickle."""
     kind = np.dtype(dtype.order.replace("|", "") + dtype.name)
     if kind not in _DTYPES or not isinstance(content, bytes):
         raise pickle.UnpicklingError(f"a numpy scalar of {kind}, which is no number")
@@ -288,7 +288,7 @@ def _rebuilt(value, name, change):
 
 
 def _checked_records(path):
-    """The ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
+    """Returns the ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
@@ -329,7 +329,7 @@ def is_state_dict(value):
 
 
 def without_wrappers(state_dict, source):
-    """The state dict without what DistributedDataParallel, AveragedModel and torch.compile put before and into its names.
+    """Returns a state dict without what DistributedDataParallel, AveragedModel and torch.compile put into its names.
 
     Args:
       state_dict: name -> array.
