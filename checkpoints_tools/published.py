@@ -220,7 +220,7 @@ def from_torch(content, path):
 
 
 def _bare(content, path):
-    """What a file holds, under the names of the published code: without what wraps its networks, averages as 'ema'."""
+    """Returns what a file holds under the names of the published code: without what wraps networks, averages as 'ema'."""
     if weights.is_state_dict(content):
         return weights.without_wrappers(content, path)
     if not isinstance(content, dict):

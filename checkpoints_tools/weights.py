@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from absl import logging
 from etils import epath
 
 from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
+from repae_jax import faults
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last of NAME.pth.tar
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
@@ -56,6 +58,7 @@ def read_state_dict(path, entry=None):
       ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
         that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant; also as
         `without_wrappers`.
+      OSError: if the disk fails, which says nothing of the file.
       ImportError: for a PyTorch file when PyTorch is not installed.
     """
     path = weight_file(path)
@@ -108,7 +111,11 @@ def _check_file(path):
             raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
 
 
-def _damaged(path, error):
+def _unreadable(path, error):
+    """Returns the error for a file that cannot be read: an OSError if the disk fails, else a ValueError, as it is damaged."""
+    if faults.is_of_the_system(error):
+        number = min(faults.errnos(error), default=errno.EIO)
+        return OSError(number, f"{path} cannot be read ({error}); once its disk can be read, run the same command again")
     return ValueError(
         f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or incomplete: copy or download it again"
     )
@@ -131,7 +138,7 @@ def _read_safetensors(path):
         # of tensors that share memory, safetensors.torch.save_model keeps one, and the other names in the header
         return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
     except safetensors.SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_shards(index):
@@ -139,7 +146,7 @@ def _read_shards(index):
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = weight_map.values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, error) from error
+        raise _unreadable(index, error) from error
     nameless = [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]
     if nameless:
         raise ValueError(f"{index} is damaged: weight_map has {', '.join(nameless)}, no file name; download it again")
@@ -171,7 +178,7 @@ def _read_npz(path):
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path} holds Python objects, whose reading could run code; save arrays only") from error
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
     raw = [name for name, array in state_dict.items() if array.dtype.kind == "V"]
     if raw:  # numpy keeps the bytes of bfloat16, but forgets the type
         raise ValueError(f"{path}: dtype of {', '.join(raw)} is none of numpy's; save as float32 or .safetensors")
@@ -220,7 +227,7 @@ def read_torch(path):
     except MemoryError:
         raise
     except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
     if script:
         raise ValueError(
             f"{path} is a TorchScript archive, a network with its code, which is not run here; get the state dict, or a "
@@ -246,7 +253,7 @@ def read_torch(path):
 
 
 class _Dtype:
-    """What stands for numpy.dtype in a pickle, a name such as 'f8' and its byte order: numpy's own would take any structure."""
+    """Stands for numpy.dtype in a pickle: a name such as 'f8' and its byte order, for numpy's own would take any structure."""
 
     def __init__(self, name, align, copy):
         self.name, self.order = name, "="
@@ -256,7 +263,7 @@ class _Dtype:
 
 
 def _scalar(dtype, content):
-    """The plain number of a numpy scalar in a pickle."""
+    """Returns the plain number of a numpy scalar in a pickle."""
     kind = np.dtype(dtype.order.replace("|", "") + dtype.name)
     if kind not in _DTYPES or not isinstance(content, bytes):
         raise pickle.UnpicklingError(f"a numpy scalar of {kind}, which is no number")
@@ -281,7 +288,7 @@ def _rebuilt(value, name, change):
 
 
 def _checked_records(path):
-    """The ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
+    """Returns the ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
@@ -322,7 +329,7 @@ def is_state_dict(value):
 
 
 def without_wrappers(state_dict, source):
-    """The state dict without what DistributedDataParallel, AveragedModel and torch.compile put before and into its names.
+    """Returns a state dict without what DistributedDataParallel, AveragedModel and torch.compile put into its names.
 
     Args:
       state_dict: name -> array.
@@ -616,7 +623,7 @@ def read_metadata(path):
         with safetensors.safe_open(path, "np") as file:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def read_config(folder):
@@ -642,7 +649,7 @@ def read_json(path):
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object but {type(content).__name__}; download it again")
     return content

@@ -46,7 +46,7 @@ fi
 [ ${#rest[@]} -gt 0 ] || fail "flags of training are missing: sbatch $script --config configs/repae.py --workdir runs/repae"
 starts=${MAX_STARTS:-5} job=${SLURM_JOB_ID:-}
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # one of the IDs alone means the whole array
-notes=runs/slurm/$job # the newest checkpoint, and how many starts have ended with it
+notes=runs/slurm/$job # the newest checkpoint, and how many starts have made no newer one
 [[ $starts =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS=$starts: expected a number of starts, 1 or more"
 
 say() { echo "$(date '+%F %T') $*" >&2; }
@@ -82,14 +82,14 @@ PYTHON
 
 # Puts the job back into the queue, unless that has brought nothing for too long.
 again() {
-    local step count=0 last=
+    local step count=0 last=0
     say "$1"
     step=$(newest) || step=unknown
     [ ! -f "$notes" ] || read -r last count <"$notes"
-    [ "$step" = "$last" ] || count=0
-    if ((++count >= starts)); then
+    if [ "$step" = "$last" ]; then count=$((count + 1)); else count=0; fi
+    if ((count >= starts)); then
         rm -f "$notes"
-        fail "$count starts in a row ended with step $step as the newest checkpoint, so the job is not put back into the queue"
+        fail "starts in a row without a new checkpoint: $count, the newest is that of step $step, so the job is not put back into the queue"
     fi
     mkdir -p "${notes%/*}"
     echo "$step $count" >"$notes"

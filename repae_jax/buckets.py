@@ -100,7 +100,7 @@ def _telling(path):
 
 
 def _is_of_a_client(error):
-    """Whether an error is TensorFlow's, one of Google's libraries, or tensorstore's, which is a ValueError with its state."""
+    """Returns whether an error is TensorFlow's, of Google's libraries, or tensorstore's, a ValueError with its state."""
     if type(error).__module__.partition(".")[0] in ("tensorflow", "google", "requests"):
         return True
     return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
@@ -160,7 +160,7 @@ class Mirror:
         self._upload()
 
     def close(self):
-        """The same, for the last time."""
+        """Uploads what is new for the last time."""
         try:
             self.flush()
         finally:

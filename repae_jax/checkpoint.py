@@ -347,7 +347,7 @@ def _end_waiting_threads() -> None:
 
 
 def _reaching(function: Callable) -> Callable:
-    """Decorator of functions of a workdir, which may be in a bucket."""
+    """Decorates functions of a workdir, which may be in a bucket."""
 
     @functools.wraps(function)
     def within(workdir: epath.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -532,7 +532,7 @@ def _read_unchecked(path: epath.Path, item: str) -> dict[str, Any]:
 
 
 def _read_json(path: epath.Path, item: str) -> dict[str, Any]:
-    """The JSON part `item` of a checkpoint; ValueError if it is not what was saved."""
+    """Returns the JSON part `item` of a checkpoint; ValueError if it is not what was saved."""
     content = _read_unchecked(path, item)
     _check_digest(path, item, content)
     return content
@@ -544,7 +544,7 @@ def _read_header(path: epath.Path) -> tuple[dict, dict, dict]:
 
 
 def _stored_metadata(path: epath.Path) -> Any:
-    """Orbax's metadata of the stored state, a tree; ValueError if the arrays are not those that were saved."""
+    """Returns Orbax's metadata of the stored state, a tree; ValueError if the arrays are not those that were saved."""
     tree = ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
     _check_digest(path, "state", _described(tree))
     return tree
@@ -556,17 +556,17 @@ def _stored_arrays(path: epath.Path) -> dict[str, tuple[tuple[int, ...], np.dtyp
 
 
 def _kinds(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of every array, by name."""
+    """Returns shape and dtype of every array, by name."""
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _named_leaves(tree)}
 
 
 def _described(tree: Any) -> dict[str, list]:
-    """The same as `_kinds`, as JSON can hold it."""
+    """Returns the same as `_kinds`, as JSON can hold it."""
     return {name: [list(shape), dtype.name] for name, (shape, dtype) in _kinds(tree).items()}
 
 
 def _digest(content: Any) -> str:
-    """Hash of what JSON can hold, the same for what is read back: tuples are lists, and the order of names does not count."""
+    """Returns a hash of what JSON can hold, the same when read back: tuples are lists, the order of names does not count."""
     text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -602,7 +602,7 @@ def _read_arrays(path: epath.Path, abstract: Any) -> tuple[Any, str | None]:
 
 
 def _read_to_host(path: epath.Path, abstract: Any) -> Any:
-    """The arrays named in `abstract`, as NumPy's."""
+    """Returns the arrays named in `abstract`, as NumPy's."""
     return _restore(path, abstract, jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract))
 
 
@@ -641,7 +641,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _host_checksum(array: np.ndarray) -> int:
-    """The same of a NumPy array."""
+    """Returns the checksum of a NumPy array."""
     return int(np.sum(np.ravel(array).view(_UNSIGNED[array.dtype.itemsize]), dtype=np.uint32))
 
 
@@ -654,7 +654,7 @@ def _checksums(tree: Any) -> dict[str, int]:
 
 
 def _sums_and_bad(tree: Any) -> tuple[dict[str, int], list[str]]:
-    """(Checksum of every array by name, names of those with a number that is not finite)."""
+    """Returns (checksum of every array by name, names of those with a number that is not finite)."""
     sums, finite = jax.device_get(_look_at_all(dict(_named_leaves(tree))))
     return {name: int(value) for name, value in sums.items()}, [name for name, value in finite.items() if not value]
 

@@ -54,7 +54,7 @@ _SMALLER = (
 
 @contextlib.contextmanager
 def ending(interrupted="interrupted"):
-    """Context, or decorator of a main function, in which errors that are not the program's end it with one line and code 1.
+    """Ends the program with one line and code 1 for errors that are not its own; a context, or decorator of a main function.
 
     Ctrl-C ends it with a line and INTERRUPTED, a reader that is gone (`| head`) without a word and UNREAD.
 
@@ -134,7 +134,7 @@ def _forget_output():
 
 
 def line_of(error):
-    """The line that tells a user of an error; None for one that is a mistake of the program.
+    """Returns the line that tells a user of an error; None for one that is a mistake of the program.
 
     Args:
       error: Exception.
@@ -188,7 +188,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(rule):
-    """Function of a text that returns the number, for the `type` of an option; `rule` is a Range."""
+    """Returns a function from a text to its number, for the `type` of an option; `rule` is a Range."""
 
     def parse(text):
         try:
@@ -204,7 +204,7 @@ def number(rule):
 
 
 def whole(least, most=ranges.LARGEST):
-    """`number` of integers from `least` to `most`."""
+    """Returns `number` of integers from `least` to `most`."""
     return number(ranges.whole(least, most))
 
 
@@ -212,7 +212,7 @@ seed = number(ranges.SEED)
 
 
 def path(text):
-    """The path or address with the user's folder in the place of ~, for the `type` of an option."""
+    """Returns a path or address with the user's folder in the place of ~, for the `type` of an option."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
@@ -238,7 +238,7 @@ class _NumberOrNone(flags.ArgumentParser):
 
 
 def define_config():
-    """The flag --config of the command that calls this."""
+    """Defines the flag --config of the command that calls this."""
     for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
         config_flags.register_flag_parser_for_type(kind, _NumberOrNone(parser))
     config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
@@ -246,7 +246,7 @@ def define_config():
 
 
 def define_processes():
-    """The flags that tell of several processes, for `start_processes`."""
+    """Defines the flags that tell of several processes, for `start_processes`."""
     flags.DEFINE_bool("distributed", False, "One of several processes that find each other: TPU pod, SLURM, GKE.")
     flags.DEFINE_string("coordinator", None, "By hand instead: HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", None, "By hand: how many there are.", lower_bound=1)
@@ -262,7 +262,7 @@ def start_processes():
 
 
 class _PathParser(flags.ArgumentParser):
-    """Of paths, see `path`."""
+    """Parses paths as `path` does."""
 
     def parse(self, argument):
         try:
@@ -275,7 +275,7 @@ class _PathParser(flags.ArgumentParser):
 
 
 def define_path(name, text):
-    """A flag that is a path or an address."""
+    """Defines a flag that is a path or an address."""
     flags.DEFINE(_PathParser(), name, None, text, serializer=flags.ArgumentSerializer())
 
 
@@ -314,7 +314,7 @@ def parse_flags(arguments):
 
 
 def _with_config_file(arguments):
-    """(the arguments, ~ of --config=~/mine.py replaced, which bash keeps; the value of --config or None)."""
+    """Returns (the arguments, ~ of --config=~/mine.py replaced, which bash keeps; the value of --config or None)."""
     arguments, file = list(arguments), None
     for index, word in enumerate(arguments):
         name, equals, value = word.partition("=")
@@ -328,7 +328,7 @@ def _with_config_file(arguments):
 
 
 def _read_config(text):
-    """The config, without the changes of the command line; ValueError in the place of whatever its file raises."""
+    """Returns the config without the changes of the command line; ValueError in the place of whatever its file raises."""
     path, colon, argument = text.partition(":")
     if not os.path.isfile(path):
         raise ValueError(f"--config={text}: there is no file {path!r}")
@@ -348,7 +348,7 @@ def _read_config(text):
 
 
 def _check_overrides(config, arguments):
-    """ValueError if the config has no field of a name that the command line gives."""
+    """Raises ValueError if the config has no field of a name that the command line gives."""
     for word in arguments:
         found = re.match(r"--?(?:no)?config\.([^=]+)", word)
         section, above = config, "config"

@@ -153,7 +153,7 @@ def construct(where, function, section, **extra):
 
 
 def checked(config):
-    """The config with the user's folder in the place of the ~ of its paths; ValueError for a value that RULES do not allow.
+    """Returns the config with the user's folder for the ~ of its paths; ValueError for a value that RULES do not allow.
 
     Args:
       config: nested dict of plain values; names may be unknown or missing.
@@ -177,13 +177,13 @@ def _checked(value, names):
 
 
 def _rule_of(names):
-    """The rule of a field, None if it has none; its own name comes before that with a *."""
+    """Returns the rule of a field, None if it has none; its own name comes before that with a *."""
     starred = (".".join((*names[:i], "*", *names[i + 1 :])) for i in range(len(names)))
     return next((RULES[name] for name in (".".join(names), *starred) if name in RULES), None)
 
 
 def check_fields(config):
-    """The config's Kind; ValueError for unknown or missing fields, or if scores are wanted without their files."""
+    """Returns the config's Kind; ValueError for unknown or missing fields, or if scores are wanted without their files."""
     if config.get("job") not in JOBS:
         raise ValueError(f"config.job={config.get('job')!r} is unknown; allowed: {list(JOBS)}")
     kind = JOBS[config["job"]]

@@ -89,7 +89,7 @@ def read(function, *arguments, name, tries=None):
 
 
 def _causes(error):
-    """An error, what it was raised from, and what groups of errors hold."""
+    """Yields an error, what it was raised from, and what groups of errors hold."""
     while error is not None:
         yield error
         for part in getattr(error, "exceptions", ()):
@@ -120,7 +120,7 @@ def _is_refusal(error):
 
 
 def _errnos(error):
-    """The errnos of one error."""
+    """Returns the errnos of one error."""
     number = getattr(error, "errno", None)
     if isinstance(number, int) and number:
         return {number}
@@ -134,7 +134,7 @@ def _first_words(error):
 
 @functools.cache
 def _words():
-    """errno by what the C library calls it."""
+    """Returns errno by what the C library calls it."""
     return {os.strerror(number): number for number in errno.errorcode}
 
 
@@ -144,7 +144,7 @@ def _pattern():
 
 
 def _status(error):
-    """HTTP's status that an error came with, 0 if none."""
+    """Returns HTTP's status that an error came with, 0 if none."""
     response = getattr(error, "response", None)
     for holder, names in ((error, ("code", "status", "status_code")), (response, ("status_code", "status"))):
         for name in names:

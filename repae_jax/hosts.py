@@ -126,7 +126,7 @@ def _check_by_hand(by_hand, automatic):
 
 
 def _start_seconds():
-    """Seconds for which processes wait for each other, from the environment."""
+    """Returns the seconds for which processes wait for each other, from the environment."""
     given = os.environ.get("START_SECONDS") or str(START_SECONDS)
     if not re.fullmatch(r"[1-9]\d{0,5}", given):
         raise ValueError(f"START_SECONDS={given}: expected whole seconds, 1..999999")
@@ -168,12 +168,12 @@ def _call_roll(coordinator, count, index):
 
 
 def _called(index, count):
-    """Who a process says it is."""
+    """Returns who a process says it is."""
     return {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
 
 
 def _say(address, what, timeout=None):
-    """The first line of the answer to what is said to an address; empty if nobody answers there, or not in time (seconds)."""
+    """Returns the first line of the answer to what is said to an address; empty if nobody answers there in time (seconds)."""
     try:
         with socket.create_connection(address, timeout) as connection, connection.makefile("rw", errors="replace") as stream:
             stream.write(json.dumps(what) + "\n")
@@ -184,7 +184,7 @@ def _say(address, what, timeout=None):
 
 
 def _answer(server, count):
-    """Process 0's part: one answer to all, when all have come or one has come that should not."""
+    """Does process 0's part: gives one answer to all, when all have come or one has come that should not."""
     present, problem = {}, None
     with server, contextlib.ExitStack() as stack:
         while len(present) < count and not problem:
@@ -210,7 +210,7 @@ def _answer(server, count):
 
 
 def _has_gone(connection):
-    """Whether the process at the other end has closed a connection, or ended."""
+    """Returns whether the process at the other end has closed a connection, or ended."""
     connection.setblocking(False)
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
@@ -450,8 +450,10 @@ def _who():
 
 @contextlib.contextmanager
 def stop_signal():
-    """Event that is set by SIGTERM and by the first Ctrl-C, at once and with a line in the log, also while XLA compiles; the
-    handlers before are restored afterwards."""
+    """Yields an event that SIGTERM and the first Ctrl-C set, at once and with a line in the log, also while XLA compiles.
+
+    The handlers before are restored afterwards.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -144,7 +144,7 @@ class FolderImages:
             self.warnings.append(SORTED)
 
     def _decode(self, i):
-        """(PIL's mode, uint8 [H, W, 3])."""
+        """Returns (PIL's mode, uint8 [H, W, 3])."""
         path = self._root / self._names[i]
         try:
             with decoding.open_image(faults.read(decoding.read_file, path, name=lambda: str(path))) as image:

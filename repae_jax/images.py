@@ -138,7 +138,7 @@ def center_crop(image, size):
 
 
 def check_enlarged(width, height, size):
-    """ValueError if an image is so narrow that, with its shorter side of `size` pixels, it would have more than MOST_PIXELS."""
+    """Raises ValueError if an image, with its shorter side of `size` pixels, would have more than MOST_PIXELS."""
     short, long = sorted((width, height))
     if long / short * size**2 > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, too narrow an image to be enlarged to {size} on its shorter side")

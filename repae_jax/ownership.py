@@ -67,7 +67,7 @@ def owned(workdir):
 
 
 class _Owner:
-    """This run as an owner.
+    """Claims a workdir for this run, and shows signs of life.
 
     Args:
       path: epath.Path of the file.
@@ -142,8 +142,10 @@ class _Owner:
         return json.dumps({**self._about, "beats": self._beats}, indent=1)
 
     def _sign(self):
-        """(Content of the file, time of its last change by the clock of the disk), None without one. Opened each time: so
-        network file systems show what others did."""
+        """Returns (content of the file, time of its last change by the clock of the disk), None without one.
+
+        It is opened each time: so network file systems show what others did.
+        """
         return faults.read(self._read, name=lambda: str(self._path))
 
     def _read(self):
@@ -192,7 +194,7 @@ def _logged(what, path):
 
 
 def _parsed(found):
-    """What a file says of its owner; empty if it does not."""
+    """Returns what a file says of its owner; empty if it does not."""
     try:
         about = json.loads(found[0]) if found else {}
     except ValueError:  # being written, or a crash of the machine has emptied it
@@ -209,7 +211,7 @@ def _described(found):
 
 
 def _machine():
-    """What tells where a process number holds: host, its boot, and the container's processes; None for what is not known."""
+    """Returns where a process number holds: host, its boot, the container's processes; None for what is not known."""
     found = [socket.gethostname()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), lambda: os.readlink("/proc/self/ns/pid")):
         try:
@@ -220,7 +222,7 @@ def _machine():
 
 
 def _process_start(pid):
-    """When a process started, in ticks since boot; 0 if it has ended and None if that is not told."""
+    """Returns when a process started, in ticks since boot; 0 if it has ended and None if that is not told."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -75,7 +75,7 @@ def compile_program(lowered):
 
 
 def memory_of_message(message):
-    """(bytes needed, bytes available) that the compiler's message tells; None for what it does not."""
+    """Returns (bytes needed, bytes available) by the compiler's message; None for what it does not tell."""
     size = r"([\d.]+)([KMGT]?)i?B?"
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     for pattern in (

@@ -27,7 +27,7 @@ class Range:
     below: float | None = None
 
     def problem(self, value):
-        """What is wrong with a value, as a text that follows it; None if nothing is."""
+        """Returns what is wrong with a value, as a text that follows it; None if nothing is."""
         kind = numbers.Integral if self.whole else numbers.Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return "must be a whole number" if self.whole else "must be a number"
@@ -62,12 +62,12 @@ def _in_float32(value):
 
 
 def whole(least, most=LARGEST):
-    """Integers from `least` to `most`."""
+    """Returns the Range of integers from `least` to `most`."""
     return Range(True, least, most)
 
 
 def real(least=None, most=None, above=None, below=None):
-    """Finite numbers within bounds, see Range."""
+    """Returns the Range of finite numbers within bounds."""
     return Range(False, least, most, above, below)
 
 
@@ -76,14 +76,14 @@ SEED = whole(0, 2**32 - 1)  # of every command and config: what numpy's, JAX's a
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """A tuple or list of what `rule` allows, `least` of them or more; exactly `count`, if that is given."""
+    """Allows tuples and lists of what `rule` allows, `least` of them or more; exactly `count`, if that is given."""
 
     rule: Any
     least: int = 0
     count: int | None = None
 
     def problem(self, value):
-        """As Range.problem."""
+        """Returns what is wrong with a value, as Range.problem."""
         if not isinstance(value, tuple | list):
             return "must be a tuple"
         if self.count is not None and len(value) != self.count:
@@ -96,18 +96,18 @@ class Several:
 
 @dataclasses.dataclass(frozen=True)
 class OrNone:
-    """None, or what `rule` allows."""
+    """Allows None, or what `rule` allows."""
 
     rule: Any
 
     def problem(self, value):
-        """As Range.problem."""
+        """Returns what is wrong with a value, as Range.problem."""
         found = None if value is None else problem(self.rule, value)
         return found and f"{found}, or None"
 
 
 def problem(rule, value):
-    """What is wrong with a value by a rule, a Range, Several, OrNone, PATH, or the type bool or str; None if nothing is."""
+    """Returns what is wrong with a value by a Range, Several, OrNone, PATH, or the type bool or str; None if nothing is."""
     if rule is bool:
         return None if isinstance(value, bool) else "must be True or False"
     if rule in (str, PATH):
@@ -116,7 +116,7 @@ def problem(rule, value):
 
 
 def check(name, rule, value):
-    """ValueError that names the value unless the rule allows it."""
+    """Raises ValueError that names the value unless the rule allows it."""
     found = problem(rule, value)
     if found:
         raise ValueError(f"{name}={value!r} {found}")

@@ -72,7 +72,7 @@ def check_arguments(parser, args):
 
 
 def _given(args):
-    """Fields of Sampling that the command line sets."""
+    """Returns the fields of Sampling that the command line sets."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(generate.Sampling)}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -139,7 +139,7 @@ def write_npz(path, parts, labels):
 
 
 def _load_part(path):
-    """uint8 [b, H, W, 3] of a finished batch; ValueError if the file is damaged."""
+    """Returns uint8 [b, H, W, 3] of a finished batch; ValueError if the file is damaged."""
     try:
         return np.load(io.BytesIO(path.read_bytes()))
     except (ValueError, EOFError) as error:

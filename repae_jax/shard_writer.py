@@ -41,7 +41,7 @@ class Blocks:
         return list(contents), [failure for failure in failures if failure]
 
     def _one(self, record):
-        """(content, None), or of a record that cannot be decoded (missing, (record, error))."""
+        """Returns (content, None), or of a record that cannot be decoded (missing, (record, error))."""
         fields, wrong = reading.attempt(self._source, record)
         return (self._missing, (record, wrong)) if wrong else (self._read(fields), None)
 
@@ -276,14 +276,14 @@ class ShardWriter:
 
 
     def _places(self, entry):
-        """Places of a shard's records; an entry of an older version has none."""
+        """Returns the places of a shard's records; an entry of an older version has none."""
         if "places" not in entry:
             return places.find(self._folder / entry["file"])
         return np.frombuffer(base64.b64decode(entry["places"]), places.PLACE)
 
 
 def _npy(array):
-    """Content of an npy file."""
+    """Returns the content of an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

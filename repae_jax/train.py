@@ -98,7 +98,7 @@ def train(config, workdir):
     began = time.monotonic()
 
     def is_to_end(what):
-        """Whether to end before the first step; says so."""
+        """Returns whether to end before the first step; says so."""
         if not stopped():
             return False
         logging.warning(
@@ -239,7 +239,7 @@ def summary(job, state, source, flop_per_image, peak):
 
 
 def define_flags():
-    """Of this program."""
+    """Defines the flags of this program."""
     cli.define_config()
     cli.define_path("workdir", "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
     cli.define_processes()

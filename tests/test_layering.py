@@ -66,7 +66,9 @@ ORDER = [
 TOP = ORDER[: ORDER.index("repae_jax.models")]  # import nothing of ours
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
-TOOLS_MAY_IMPORT = ("repae_jax.models.", "repae_jax.features", "repae_jax.ranges", "repae_jax.cli", "checkpoints_tools")
+TOOLS_MAY_IMPORT = (
+    "repae_jax.models.", "repae_jax.features", "repae_jax.faults", "repae_jax.ranges", "repae_jax.cli", "checkpoints_tools"
+)  # fmt: skip
 OPEN_RUNS = ("checkpoints_tools.identify", "checkpoints_tools.convert")  # read checkpoints of runs, too
 HEAVY = {
     "torch": "checkpoints_tools", "transformers": "checkpoints_tools", "diffusers": "checkpoints_tools",

@@ -24,7 +24,7 @@ class BeyondTheEndError(ValueError):
 
 
 def read(address, first=None, end=None):
-    """Bytes of an object, all or first..end-1; None if there is no such object.
+    """Returns the bytes of an object, all or first..end-1; None if there is no such object.
 
     Args:
       address: gs://BUCKET/NAME.
@@ -51,7 +51,7 @@ def read(address, first=None, end=None):
 
 
 def _reason(error):
-    """TensorStore's message, without what it quotes of the answer but its status."""
+    """Returns TensorStore's message, without what it quotes of the answer but its status."""
     status = re.search(r"http_response_code='(\d+)'", str(error))
     return str(error).partition(" [")[0] + (f", HTTP {status[1]}" if status else "")
 
@@ -66,7 +66,7 @@ def _unreadable(address, reason):
 
 @functools.cache
 def _store(bucket):
-    """The bucket; nothing is asked yet."""
+    """Returns the bucket; nothing is asked yet."""
     spec = {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": _RETRIES}}
     try:
         return tensorstore.KvStore.open(spec).result()

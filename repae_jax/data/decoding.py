@@ -89,7 +89,7 @@ def open_image(content):
 
 @functools.cache
 def _readable():
-    """Those of KINDS that this Pillow has."""
+    """Returns those of KINDS that this Pillow has."""
     Image.init()
     return tuple(kind for kind in KINDS if kind in Image.OPEN)
 

@@ -91,7 +91,7 @@ class FolderSource:
         return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
 
     def name(self, i):
-        """The path of record `i`, relative to the folder, as `printable`."""
+        """Returns the path of record `i`, relative to the folder, as `printable`."""
         return printable(self.paths[i])
 
 
@@ -100,7 +100,7 @@ def _extensions():
 
 
 def _check_others(root, others):
-    """ValueError for images of kinds that are not read; logs what other files there are."""
+    """Raises ValueError for images of kinds that are not read; logs what other files there are."""
     refused = [path for path in others if path.lower().endswith(_REFUSED)]
     if refused:
         raise ValueError(
@@ -199,7 +199,7 @@ def _read_table(file):
 
 
 def _read_text(file):
-    """Text of a labels file: UTF-8, with a byte-order mark or without; other bytes as Python has them in names of files."""
+    """Returns the text of a labels file: UTF-8, with a byte-order mark or not; other bytes as Python has them in names."""
     content = faults.read(file.read_bytes, name=lambda: f"labels file {str(file)!r}")
     encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
     if encoding or b"\0" in content:

@@ -99,7 +99,7 @@ class ImagenetSource:
         return f"{self._name} #{i}"
 
     def _record(self, i):
-        """{'image': bytes, 'label': int, ...} of record `i`."""
+        """Returns {'image': bytes, 'label': int, ...} of record `i`."""
         opened = self._opened
         if opened is None:  # in a worker
             opened = self._opened = _open(*self._arguments)
@@ -198,7 +198,7 @@ def _open(dataset, split, data_dir):
 
 
 def _build(dataset, data_dir):
-    """The command that prepares a data set; `tfds build` needs apache-beam, which cannot be installed beside the rest."""
+    """Returns the command that prepares a data set; `tfds build` needs apache-beam, which does not go with the rest."""
     place = f", data_dir={data_dir!r}" if data_dir else ""
     return (
         f"`python -c \"import tensorflow_datasets as tfds; tfds.builder({dataset!r}{place}, file_format='array_record')"

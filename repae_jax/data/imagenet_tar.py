@@ -112,7 +112,7 @@ class ImagenetTarSource:
         return file
 
     def _list_training(self, members):
-        """(labels, names, starts, sizes), arrays, of the images in the tars of the classes."""
+        """Returns arrays (labels, names, starts, sizes) of the images in the tars of the classes."""
         wnids = [self._match(_CLASS, name)[1] for name, _, _ in members]
         _check_unique(self._path, wnids)
         unknown, missing = sorted(set(wnids) - set(self._wnids)), sorted(set(self._wnids) - set(wnids))
@@ -141,7 +141,7 @@ class ImagenetTarSource:
         return (labels, *map(np.concatenate, zip(*columns)))
 
     def _list_validation(self, members):
-        """The same of the validation images."""
+        """Returns arrays (labels, names, starts, sizes) of the validation images."""
         names, starts, sizes = _columns(members, self._path)
         label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids)}
         label_of_number = [label_of_wnid[wnid] for wnid in _table("validation_labels.txt")]
@@ -154,7 +154,7 @@ class ImagenetTarSource:
         return labels[order], names[order], starts[order], sizes[order]
 
     def _match(self, pattern, name, where=None):
-        """The match; ValueError if the archive holds something else there."""
+        """Returns the match; ValueError if the archive holds something else there."""
         match = pattern.fullmatch(name)
         if not match:
             raise ValueError(f"{where or self._path} holds {name}, which the challenge's archive has not there; {_WHOLE}")
@@ -195,7 +195,7 @@ def _members(file, start, end, where):
 
 
 def _columns(members, where):
-    """(names, starts, sizes): arrays, sorted by name; ValueError if two members have one name."""
+    """Returns arrays (names, starts, sizes), sorted by name; ValueError if two members have one name."""
     members = sorted(members)
     _check_unique(where, [name for name, _, _ in members])
     names, starts, sizes = zip(*members)
@@ -209,7 +209,7 @@ def _check_unique(where, names):
 
 
 def _table(name):
-    """Lines of a text file that TFDS has on ImageNet; TFDS is not imported."""
+    """Returns the lines of a text file that TFDS has on ImageNet; TFDS is not imported."""
     package = importlib.util.find_spec("tensorflow_datasets")
     if package is None:
         raise ImportError(

@@ -15,7 +15,7 @@ _BROKEN = 0  # mode of a link that leads nowhere
 
 
 class Listing(NamedTuple):
-    """What is below a folder, as paths relative to it, with forward slashes, sorted.
+    """Holds what is below a folder, as paths relative to it, with forward slashes, sorted.
 
     Attributes:
       files: the wanted ones.
@@ -78,12 +78,12 @@ def printable(path):
 
 
 def _above(root):
-    """(device, inode) of the folders that a folder is in."""
+    """Returns (device, inode) of the folders that a folder is in."""
     return [(found.st_dev, found.st_ino) for found in map(os.stat, Path(os.path.realpath(root)).parents)]
 
 
 def _entries(folder):
-    """([(name, whether it is a link, mode of what it leads to)] of what is not hidden, the folder's (device, inode))."""
+    """Returns ([(name, whether a link, mode of what it leads to)] of what is not hidden, the folder's (device, inode))."""
     try:
         where = os.stat(folder)
         with os.scandir(folder) as entries:
@@ -96,7 +96,7 @@ def _entries(folder):
 
 
 def _mode(entry):
-    """The kind of file that an entry is, or leads to."""
+    """Returns the kind of file that an entry is, or leads to."""
     if not entry.is_symlink():  # the folder knows; asking for more takes long on network disks
         if entry.is_dir():
             return stat.S_IFDIR

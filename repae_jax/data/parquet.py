@@ -157,7 +157,7 @@ def _read_footer(file):
 
 
 def _read_whole(file, read):
-    """What `read` makes of an opened file; ValueError if the file is damaged."""
+    """Returns what `read` makes of an opened file; ValueError if the file is damaged."""
     pyarrow = _pyarrow()
 
     def opened():
@@ -173,7 +173,7 @@ def _read_whole(file, read):
 
 
 def _open(file):
-    """pyarrow.parquet.ParquetFile, to be closed."""
+    """Returns a pyarrow.parquet.ParquetFile, to be closed."""
     return _pyarrow().parquet.ParquetFile(file)
 
 
@@ -197,7 +197,7 @@ def _list_files(root, split):
 
 
 def _check_numbers(folder, split, names):
-    """ValueError unless all files are numbered as one set, 'train-00000-of-00002.parquet', or none is."""
+    """Raises ValueError unless all files are numbered as one set, 'train-00000-of-00002.parquet', or none is."""
     matches = {name: re.fullmatch(r".*-(\d+)-of-(\d+)(-.*)?\.parquet", name) for name in names}
     plain = [name for name, match in matches.items() if not match]
     numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
@@ -229,7 +229,7 @@ def _split_of(file):
 
 
 def _check_columns(path, schema, image_column, label_column):
-    """(leaf column of the encoded images, names of the classes); ValueError if a column is missing or of a wrong type."""
+    """Returns (leaf column of the images, names of the classes); ValueError if a column is missing or of a wrong type."""
     pyarrow = _pyarrow()
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
@@ -249,7 +249,7 @@ def _check_columns(path, schema, image_column, label_column):
 
 
 def _check_alike(first, expected, path, found):
-    """ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
+    """Raises ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
     if found != expected:
         raise ValueError(
             f"{path} has images in column {found[0]!r} and {_names(found[1])}, {first} in {expected[0]!r} and "
@@ -262,7 +262,7 @@ def _names(names):
 
 
 def _check_groups(path, footer, column):
-    """ValueError if a row group's images are more than pyarrow gives in one piece, or memory should hold several of."""
+    """Raises ValueError if a row group's images are more than pyarrow gives in one piece, or memory should hold."""
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         for chunk in map(group.column, range(group.num_columns)):

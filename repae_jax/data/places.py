@@ -18,7 +18,7 @@ _BETWEEN = 512  # bytes, more than there are from one record to the next
 
 
 def find(file):
-    """Places of all records of a file.
+    """Returns the places of all records of a file.
 
     Args:
       file: path of an ArrayRecord written with OPTIONS.
@@ -49,11 +49,11 @@ def find(file):
 
 
 def without_headers(part, first):
-    """The part of a file that begins at byte `first`, without what is of the blocks."""
+    """Returns the part of a file that begins at byte `first`, without what is of the blocks."""
     blocks = range(first // _BLOCK * _BLOCK, first + len(part), _BLOCK)
     return b"".join(part[max(0, at + _HEADER - first) : max(0, at + _BLOCK - first)] for at in blocks)
 
 
 def _in_file(at):
-    """Where the byte is that is number `at` without the headers."""
+    """Returns where the byte is that is number `at` without the headers."""
     return at // (_BLOCK - _HEADER) * _BLOCK + _HEADER + at % (_BLOCK - _HEADER)

@@ -83,7 +83,7 @@ def shard_damage(folder, entry, check_content):
 
 
 def _damage_in_bucket(address, size):
-    """What is wrong with a shard's size, by its last byte, or None; of one that is longer, the records tell."""
+    """Returns what is wrong with a shard's size, by its last byte, or None; of one that is longer, the records tell."""
     try:
         return None if bucket.read(address, size - 1, size) else "missing"
     except bucket.BeyondTheEndError:
@@ -245,7 +245,7 @@ class Shards:
 
 
 def _read_file(file):
-    """Content of a file or object; None if there is none."""
+    """Returns the content of a file or object; None if there is none."""
     if is_address(file):
         return bucket.read(file)
     return Path(file).read_bytes() if Path(file).is_file() else None

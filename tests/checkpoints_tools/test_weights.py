@@ -616,6 +616,24 @@ def test_every_changed_byte_is_found(tmp_path, torch, warnings):
     assert warnings == [f"{path} was written without checksums: whether it is damaged cannot be told"]
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_a_disk_that_fails_is_no_damage(tmp_path, torch, monkeypatch, suffix):
+    """Downloading the file again would not help."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".pt":
+        torch.save({"a": torch.ones(3)}, path)
+    else:
+        np.savez(path, a=np.ones(3))
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    with pytest.raises(OSError, match=rf"{path} cannot be read .*Input/output error.*run the same command again") as raised:
+        weights.read_state_dict(path)
+    assert raised.value.errno == errno.EIO
+
+
 def test_numbers_of_numpy_beside_the_weights(tmp_path, torch):
     """nerfstudio #3702, open_clip #1078: training code that keeps a score so cannot be read by torch.load alone."""
     scores = {"fid": np.float64(2.5), "step": np.int32(7), "best": np.bool_(True), "half": np.float16(0.5)}

@@ -129,15 +129,9 @@ def test_the_tables(archives):
     assert len(labels) == 50_000 and all(labels.count(wnid) == 50 for wnid in WNIDS[::100])
 
 
-def code_of_the_readme(pattern):
-    """Words of a command in README."""
-    block = next(block for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) if re.search(pattern, block))
-    return next(shlex.split(line, comments=True) for line in block.replace("\\\n", "").splitlines() if re.search(pattern, line))
-
-
 def test_tfds_gives_the_same(archives, tmp_path):
     """By the command in README, with the builder that users have."""
-    program, option, script = code_of_the_readme("tensorflow_datasets")
+    program, option, script = shlex.split(re.search(r"python -c \"\nimport tensorflow_datasets.*?\"\n", README, re.DOTALL)[0])
     assert (program, option) == ("python", "-c")
     script = script.replace("'/data/archives'", repr(str(archives))).replace("'/data/tfds'", repr(str(tmp_path)))
     assert str(archives) in script and str(tmp_path) in script
@@ -161,8 +155,8 @@ def test_tfds_gives_the_same(archives, tmp_path):
 def test_one_command_prepares_it(archives, tmp_path, monkeypatch):
     """That of README, with `~`."""
     monkeypatch.setenv("HOME", str(archives))
-    words = code_of_the_readme("prepare_images .*imagenet_tar:")
-    text = shlex.join(words[3:]).replace("/data/archives", "~").replace("/data/imagenet256", str(tmp_path / "out"))
+    (line,) = re.findall("prepare_images (.*imagenet_tar:.*)", README)
+    text = line.replace("/data/archives", "~").replace("/data/imagenet256", str(tmp_path / "out"))
     args = prepare_images.parse_args([*shlex.split(text.replace(TRAIN, VAL)), "--image_size=8", "--workers=0"])
     assert args.data == f"imagenet_tar:path=~/{VAL}"
     assert prepare_images.run(args) == 1
