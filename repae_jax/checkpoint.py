@@ -199,8 +199,8 @@ class Checkpointer:
             kept = "none was saved" if newest is None else f"the newest checkpoint, of step {newest}, is finite"
             raise StateNotFinite(
                 f"after step {step} {len(bad)} of the state's {len(sums)} arrays hold numbers that are not finite: "
-                f"{', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}. That is not saved; {kept}. Losses and gradients were "
-                "finite, so look at the optimizers' settings (config.optim)."
+                f"{', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}. That is not saved; {kept}. An update of finite losses "
+                "and gradients did this (others are skipped): look at the optimizers' settings (config.optim)."
             )
         parts = {"data": data_state, "config": config, "state": _described(state), "step": step}
         checksums = {"arrays": sums, "parts": {name: _digest(part) for name, part in parts.items()}}
