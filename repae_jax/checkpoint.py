@@ -218,7 +218,7 @@ class Checkpointer:
             with buckets.reached(self._directory):
                 yield
         except Exception as error:  # TensorStore raises ValueError
-            if isinstance(error, jax.errors.JaxRuntimeError) or not faults.is_of_the_system(error):
+            if hosts.is_of_the_devices(error) or not faults.is_of_the_system(error):
                 raise
             raise OSError(
                 min(faults.errnos(error), default=errno.EIO),
