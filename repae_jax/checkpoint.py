@@ -222,7 +222,7 @@ class Checkpointer:
         except Exception as error:  # TensorStore raises ValueError
             if not hosts.several():  # which end without waiting
                 _end_waiting_threads()
-            if isinstance(error, jax.errors.JaxRuntimeError) or not faults.is_of_the_system(error):
+            if hosts.is_of_the_devices(error) or not faults.is_of_the_system(error):
                 raise
             raise OSError(
                 min(faults.errnos(error), default=errno.EIO),

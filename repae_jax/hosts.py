@@ -542,9 +542,15 @@ def failing_together():
         _end_all(reason)
 
 
+def is_of_the_devices(error):
+    """Returns whether computing failed, perhaps as another process has ended, of which calls of programs raise ValueError."""
+    in_dispatch = isinstance(error, ValueError) and re.match(r"[A-Z_]+: .*\b(Gloo|NCCL)\b", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(in_dispatch)
+
+
 def _end_all(reason):
     """Tells the other processes, and ends this one without waiting for them."""
-    if isinstance(reason, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(reason):
+    if is_of_the_devices(reason) and "RESOURCE_EXHAUSTED" not in str(reason):
         print("error: another process may be gone; JAX names it within a minute, if so", file=sys.stderr, flush=True)
         time.sleep(HEARTBEAT_SECONDS + 15)
     message = json.dumps([*_who(), f"{type(reason).__name__}: {_first_line(reason)}"])

@@ -509,6 +509,26 @@ def test_a_killed_process_ends_the_others_within_a_minute(killed, compiled):
     assert "another process may be gone" in error or "detected fatal errors" in error
 
 
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Connection reset"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("data.batch_size=3: not divisible"), False),
+    ],
+)
+def test_a_collective_that_fails_waits_for_jax_to_name_who_has_gone(error, waits, monkeypatch, capfd):
+    """JAX aborts then, and schedulers start killed runs again; an error of the program (exit code 1) they do not."""
+    slept = []
+    monkeypatch.setattr(hosts, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(hosts, "_exit", lambda: None)
+    client = SimpleNamespace(key_value_set=lambda *_: None)
+    monkeypatch.setattr(hosts.distributed, "global_state", SimpleNamespace(client=client, process_id=0))
+    hosts._end_all(error)
+    assert bool(slept) == waits == ("another process may be gone" in capfd.readouterr().err)
+
+
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 
