@@ -492,9 +492,9 @@ def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | N
             return read(path, *args), None
         except _OlderCheckpoint:
             raise
-        except jax.errors.JaxRuntimeError as error:  # of the devices: raised below, as trying again does not help
-            return None, error
         except Exception as error:  # Orbax raises a bare Exception for an unreadable chunk
+            if hosts.is_of_the_devices(error):  # raised below, as trying again does not help
+                return None, error
             if faults.is_of_the_system(error):
                 raise
             if faults.is_refusal(error):
@@ -505,7 +505,7 @@ def _attempt(read: Callable, path: epath.Path, *args: Any) -> tuple[Any, str | N
     # the clients of buckets have tried again for a quarter of an hour
     tries = 1 if buckets.is_address(path) else None
     result, damage = faults.read(result_or_damage, name=lambda: f"Checkpoint {str(path)!r}", tries=tries)
-    if isinstance(damage, jax.errors.JaxRuntimeError):
+    if isinstance(damage, Exception):
         raise damage
     if jax.process_count() > 1:  # all processes must take the same checkpoint
         succeeded = multihost_utils.process_allgather(np.asarray(damage is None))
