@@ -251,9 +251,12 @@ def test_the_frozen_vae_must_be_the_right_one(sit_run, frozen_vae, tmp_path):
         images(workdir, vae_path=other)
     moved = tmp_path / "run"
     shutil.copytree(workdir, moved)
-    config = json.loads((moved / "checkpoints" / str(STEP) / "config" / "metadata").read_text())
+    parts = [moved / "checkpoints" / str(STEP) / name / "metadata" for name in ("config", "checksums")]
+    config, checksums = (json.loads(part.read_text()) for part in parts)
     config["init"]["vae"] = str(tmp_path / "gone")
-    (moved / "checkpoints" / str(STEP) / "config" / "metadata").write_text(json.dumps(config))
+    checksums["parts"]["config"] = checkpoint._digest(config)
+    for part, content in zip(parts, (config, checksums)):
+        part.write_text(json.dumps(content))
     with pytest.raises(FileNotFoundError, match="has a frozen VAE, .*gone, which is not there: give --vae"):
         images(moved)
     np.testing.assert_array_equal(images(moved, vae_path=frozen_vae), images(workdir))

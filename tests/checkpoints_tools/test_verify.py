@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from test_encoder_files import moco_weights, torch_model
-from test_places import error_of, save_vae
+from test_places import save_vae
 from test_sit import TINY, abstract_tree, draw
 
 from checkpoints_tools import __main__ as commands
@@ -111,7 +111,7 @@ def test_projections(tmp_path, projector):
 
 
 @pytest.mark.parametrize("size", [0, -5])
-def test_no_size(tmp_path, monkeypatch, size):
+def test_no_size(tmp_path, size):
     save_vae(tmp_path / "vae")
-    message = error_of(monkeypatch, "verify", tmp_path / "vae", "--image_size", size)
-    assert f"image_size is {size}; allowed: a positive number" in message
+    with pytest.raises(ValueError, match=f"image_size is {size}; allowed: a positive number"):
+        verify.verify(tmp_path / "vae", size)

@@ -253,7 +253,7 @@ def test_waiting_is_measured():
         assert loader.wait_seconds == 0
         next(loader)
         first = loader.wait_seconds
-        assert first >= 8 * 0.02
+        assert first >= 0.02  # the records of a batch are read at once
         time.sleep(1)  # meanwhile batches are read ahead
         next(loader)
         assert loader.wait_seconds - first < 0.1
@@ -475,7 +475,8 @@ def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, numb
         os.killpg(process.pid, number)
         said, errors = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, "saved\n"), errors
-    assert end == "exit" or not errors
+    told = "asked to stop by SIGTERM; if no line says how this has ended, the kill came too soon after the signal"
+    assert end == "exit" or errors == f"WARNING:absl:{told}\n"
     deadline = time.monotonic() + 60
     with pytest.raises(ProcessLookupError):  # nobody is left
         while time.monotonic() < deadline:
