@@ -25,7 +25,7 @@ def test_what_the_store_refuses(gs):
 
     gs.answer(("PUT|POST", 403))
     with pytest.raises(Exception, match="403"):
-        (epath.Path(gs.address) / "refused").write_text("hello")
-    assert not (epath.Path(gs.address) / "refused").exists()
+        (epath.Path(gs.address) / "forbidden").write_text("hello")
+    assert not (epath.Path(gs.address) / "forbidden").exists()
     with pytest.raises(exceptions.NotFound, match="The specified bucket other does not exist"):
         storage.Client().get_bucket("other")
