@@ -151,7 +151,7 @@ class Job:
     def log(self):
         return (self.cluster.folder / f"{self.name}.log").read_text()
 
-    def wait_for(self, state, starts, seconds=60):
+    def wait_for(self, state, starts, seconds=120):
         """Until it is in that state and has been put back into the queue so often."""
         wanted = (state, str(starts))
         self.cluster.wait(lambda: (self.shown("JobState"), self.shown("Restarts")) == wanted, seconds, self)
@@ -163,7 +163,7 @@ class Job:
     def start_again(self, behavior):
         """Sooner than SLURM would, but not within the second in which its nodes have forgotten the last start."""
         self.behave(behavior)
-        self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+2")
+        self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+4")
 
     def signal(self, *options):
         self.cluster.call("scancel", *options, self.number)
