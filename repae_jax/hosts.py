@@ -187,7 +187,10 @@ def _answer(server, count):
     """Does process 0's part: gives one answer to all, when all have come or one has come that should not."""
     present, problem = {}, None
     with server, contextlib.ExitStack() as stack:
-        while len(present) < count and not problem:
+        while not problem:
+            present = {index: each for index, each in present.items() if not _has_gone(each[0])}
+            if len(present) == count:
+                break
             connection, _ = server.accept()
             stream = stack.enter_context(stack.enter_context(connection).makefile("rw"))
             connection.settimeout(5)
@@ -200,7 +203,7 @@ def _answer(server, count):
             before = present.get(index)
             if who["of"] != count:
                 problem = f"{place} has come to a run of {count} processes"
-            elif before and not _has_gone(before[0]):
+            elif before and not _has_gone(before[0]):  # it may have ended since
                 problem = f"{before[2]} and {place} have the same number"
             present[index if not problem else (index, place)] = (connection, stream, place)
         for _, stream, _ in present.values():

@@ -383,9 +383,10 @@ def test_a_process_may_end_and_come_again():
         time.sleep(0.3)
     with socket.create_connection((host, int(port))) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\n")
-    threads += [threading.Thread(target=hosts._call_roll, args=(address, 3, index), daemon=True) for index in (1, 2)]
-    for thread in threads[1:]:
-        thread.start()
+    for index in (2, 1):  # all numbers have been told before the one that has gone comes again
+        threads.append(threading.Thread(target=hosts._call_roll, args=(address, 3, index), daemon=True))
+        threads[-1].start()
+        time.sleep(0.3)
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
