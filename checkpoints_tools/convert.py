@@ -17,21 +17,22 @@ from checkpoints_tools import (
     inception,
     lpips,
     mapping,
-    orders,
     published,
     sit,
+    torch_param_order,
     training_state,
     vae,
     vae_layouts,
     vit,
     weights,
-)  # fmt: skip
+)
 from checkpoints_tools.identify import KINDS, identify
 from checkpoints_tools.training_state import Networks
-from repae_jax import checkpoint
+from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.sit import SiT
+from repae_jax.training import checkpoint
 
 DISCRIMINATOR = "-discriminator-ckpt"  # the end of a name, as `vae.save_published` gives it: a discriminator alone
 SD_VAE_STD = 1 / 0.18215  # of the latents that plain SiT, REPA and DiT were trained on; their mean is taken to be 0
@@ -204,7 +205,7 @@ def _ending(target, overwrite):
     if ending not in (".pt", ".safetensors"):
         return ""  # a folder, whose name may hold dots
     if not overwrite:
-        weights.check_absent(target)
+        files.check_absent(target)
     return ending
 
 
@@ -221,7 +222,7 @@ def _reversed_sit(source):
     module, params = sit.without_sigma(loaded.module, sit.reverse_time(loaded.variables["params"]))
     ones = np.ones(module.latent_channels, np.float32)
     variables = {"params": params, "latent_stats": {"mean": 0 * ones, "var": np.float32(SD_VAE_STD**2) * ones}}
-    return orders.to_ordered_torch(sit.sit_table(module), variables)
+    return torch_param_order.to_ordered_torch(sit.sit_table(module), variables)
 
 
 def _checked(artefact, source):
@@ -315,7 +316,7 @@ def _open_run(workdir, step):
 def _discriminator(run):
     """Published state dict of a run's discriminator."""
     tree = {"params": run.read("disc.params"), "batch_stats": run.read("disc.batch_stats")}
-    return orders.to_ordered_torch(discriminator.discriminator_table(run.networks.disc, run.step), tree)
+    return torch_param_order.to_ordered_torch(discriminator.discriminator_table(run.networks.disc, run.step), tree)
 
 
 def _from_run(run, optimizers):
@@ -372,11 +373,11 @@ def _write_training(taken, target, ending, overwrite):
     if file.parent.exists() and not args.exists():
         raise FileExistsError(f"{folder} holds the checkpoints of a run of ours: choose another folder")
     if not overwrite:
-        weights.check_absent(file)
-    if args.exists() and not overwrite and _recipe(weights.read_json(args)) != _recipe(json.loads(json.dumps(taken.args))):
+        files.check_absent(file)
+    if args.exists() and not overwrite and _recipe(files.read_json(args)) != _recipe(json.loads(json.dumps(taken.args))):
         raise FileExistsError(f"{args} is of another run; choose another folder, or ask to overwrite (--overwrite)")
     file.parent.mkdir(parents=True, exist_ok=True)
     # args.json last: what has one is a published run
-    writes = {file: published.writer(file, taken), args: weights.json_writer(dict(taken.args), args)}
-    weights.write_all(writes, overwrite=True)
+    writes = {file: published.writer(file, taken), args: files.json_writer(dict(taken.args), args)}
+    files.write_all(writes, overwrite=True)
     return [args, file]

@@ -13,7 +13,7 @@ import numpy as np
 from checkpoints_tools import locate, mapping, published, vae, vit, weights
 from checkpoints_tools.sit import describe_sit, grid_of, layout_of
 from checkpoints_tools.vae_layouts import detect_layout, infer_module
-from repae_jax import checkpoint
+from repae_jax.training import checkpoint
 
 # kind -> a beginning of a name that only its files have; the first that fits decides
 _SIGNS = {

@@ -19,8 +19,9 @@ import numpy as np
 from absl import logging
 
 from checkpoints_tools import locate, weights
-from checkpoints_tools.orders import parameter_order, registration_order
 from checkpoints_tools.sit import rename_legacy
+from checkpoints_tools.torch_param_order import parameter_order, registration_order
+from repae_jax import files
 
 NETWORKS = ("model", "ema", "vae", "discriminator")
 OPTIMIZERS = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}  # which network each one trains
@@ -240,7 +241,7 @@ def _is_sit(content):
 def _args_beside(file):
     """args.json of the published run that a file without args lies in; {} if there is none."""
     path = file.parent.parent / "args.json"
-    return weights.read_json(path) if file.parent.name == "checkpoints" and path.exists() else {}
+    return files.read_json(path) if file.parent.name == "checkpoints" and path.exists() else {}
 
 
 def _adam(state, network, where):
@@ -311,11 +312,11 @@ def write(path, checkpoint, *, overwrite=False):
       FileExistsError: if the file exists and `overwrite` is False.
       ValueError: as `writer`.
     """
-    weights.write_all({path: writer(path, checkpoint)}, overwrite=overwrite)
+    files.write_all({path: writer(path, checkpoint)}, overwrite=overwrite)
 
 
 def writer(path, checkpoint):
-    """Function for `weights.write_all` that writes a training checkpoint.
+    """Function for `files.write_all` that writes a training checkpoint.
 
     Args:
       path: its ending says how: .pt, as the published code saves it, or .safetensors.

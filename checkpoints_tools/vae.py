@@ -11,8 +11,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from checkpoints_tools import locate, mapping, orders, weights
+from checkpoints_tools import locate, mapping, torch_param_order, weights
 from checkpoints_tools.vae_layouts import detect_layout, diffusers_table, infer_module, vae_table, without_projection
+from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
 _GROUPS = 32  # of every published network; only diffusers' config.json can say otherwise
@@ -197,7 +198,7 @@ def save_diffusers(folder, module, params, latent_stats, discriminator_state_dic
       FileExistsError: if there is such a model and `overwrite` is False; nothing is written then.
       ValueError: if the parameters are not the module's, the statistics missing or not its latents', or the network is one
         that diffusers cannot express.
-      OSError: as `weights.write_all`: if there is no space, what was there stays whole.
+      OSError: as `files.write_all`: if there is no space, what was there stays whole.
     """
     if latent_stats is None:
         raise ValueError(
@@ -222,11 +223,11 @@ def save_diffusers(folder, module, params, latent_stats, discriminator_state_dic
             raise FileExistsError(f"{file} is of the VAE that would be replaced; remove it, or choose another folder")
     else:
         writes[file] = weights.safetensors_writer(dict(discriminator_state_dict), file)
-    writes[config_file] = weights.json_writer(config, config_file)  # last: a folder that has one is complete
+    writes[config_file] = files.json_writer(config, config_file)  # last: a folder that has one is complete
     if not overwrite:
-        weights.check_absent(*writes)
+        files.check_absent(*writes)
     folder.mkdir(parents=True, exist_ok=True)
-    weights.write_all(writes, overwrite=overwrite)
+    files.write_all(writes, overwrite=overwrite)
     return list(writes)
 
 
@@ -250,14 +251,14 @@ def save_published(stem, module, params, latent_stats, discriminator_state_dict=
         of the VAE that would be replaced would stay beside the new one; nothing is written then.
       ValueError: if the parameters are not the module's, the statistics not its latents', or the network is one that this
         layout cannot express.
-      OSError: as `weights.write_all`: if there is no space, what was there stays whole.
+      OSError: as `files.write_all`: if there is no space, what was there stays whole.
     """
     if module.norm_groups != _GROUPS:
         raise ValueError(
             f"norm_groups={module.norm_groups} cannot be told by this layout, whose readers take {_GROUPS}: "
             "write a diffusers folder"
         )
-    contents = {"": orders.to_ordered_torch(vae_table(module), params)}
+    contents = {"": torch_param_order.to_ordered_torch(vae_table(module), params)}
     if latent_stats is not None:
         contents["-latents-stats"] = published_stats(latent_stats, module.latent_channels)
     if discriminator_state_dict is not None:
@@ -266,7 +267,7 @@ def save_published(stem, module, params, latent_stats, discriminator_state_dict=
     suffix = stem.suffix if stem.suffix in (".pt", ".safetensors") else ".pt"
     files = {stem.parent / f"{stem.name.removesuffix(suffix)}{part}{suffix}": content for part, content in contents.items()}
     if not overwrite:
-        weights.check_absent(*files)
+        files.check_absent(*files)
     vae_file = next(iter(files))
     if latent_stats is None and vae_file.exists():
         stale = [str(path) for path in _stats_beside(vae_file) if path.exists()]
@@ -274,7 +275,7 @@ def save_published(stem, module, params, latent_stats, discriminator_state_dict=
             raise FileExistsError(f"{', '.join(stale)} is of the VAE that would be replaced; remove it, or choose another name")
     stem.parent.mkdir(parents=True, exist_ok=True)
     writer = weights.torch_writer if suffix == ".pt" else weights.safetensors_writer
-    weights.write_all({path: writer(content, path) for path, content in files.items()}, overwrite=overwrite)
+    files.write_all({path: writer(content, path) for path, content in files.items()}, overwrite=overwrite)
     return list(files)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from checkpoints_tools import sit, sit_reference, vae, vit, vit_reference
 from checkpoints_tools.identify import KINDS, identify
-from repae_jax import features
+from repae_jax.models import encoders as features
 
 
 class Difference(NamedTuple):

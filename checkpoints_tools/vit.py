@@ -17,7 +17,7 @@ from etils import epath
 from checkpoints_tools import locate, weights
 from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, norm, patch_embedding, stack, to_flax, to_torch
 from checkpoints_tools.vit_formats import FORMATS, MOCOV3, MOCOV3_HEADS, VISION_PARTS
-from repae_jax import features
+from repae_jax.models import encoders as features
 from repae_jax.models.vit import SWIGLU
 
 
@@ -285,11 +285,11 @@ def save_encoder(folder, module, params, *, overwrite=False):
     folder = epath.Path(folder)
     files = folder / "model.safetensors", folder / "config.json"
     if not overwrite:
-        weights.check_absent(*files)
+        files.check_absent(*files)
     folder.mkdir(parents=True, exist_ok=True)
     # config.json last: a folder without it is not taken for an encoder. transformers asks for the format.
-    writes = weights.safetensors_writer(state_dict, files[0], {"format": "pt"}), weights.json_writer(config, files[1])
-    weights.write_all(dict(zip(files, writes)), overwrite=overwrite)
+    writes = weights.safetensors_writer(state_dict, files[0], {"format": "pt"}), files.json_writer(config, files[1])
+    files.write_all(dict(zip(files, writes)), overwrite=overwrite)
 
 
 def _config_of(module):

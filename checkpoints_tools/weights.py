@@ -1,15 +1,9 @@
 """Weight files <-> name -> numpy array, without executing anything that a file contains."""
 
 import argparse
-import contextlib
-import errno
 import json
-import os
 import pickle
 import re
-import secrets
-import shutil
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -18,10 +12,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from absl import logging
-from etils import epath
 
 from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
-from repae_jax import faults
+from repae_jax import files
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last of NAME.pth.tar
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
@@ -29,7 +22,6 @@ _ENTRIES = ("state_dict", "model", "model_state_dict", "module", "net", "params"
 _WRAPPERS = ("module.", "_orig_mod.")  # before names: DistributedDataParallel's and AveragedModel's, torch.compile's
 _AVERAGED_MODEL_COUNTER = "n_averaged"
 _FOLDER_FILES = (*SAFETENSORS, *PICKLED)
-_LFS = b"version https://git-lfs.github.com/spec/"
 _TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
 # what both .safetensors and PyTorch files keep, by numpy's names and by those of a .safetensors header
 _DTYPES = tuple(
@@ -99,26 +91,8 @@ def weight_file(path):
                 "folder again"
             )
         path = found[0]
-    _check_file(path)
+    files.check_file(path)
     return path
-
-
-def _check_file(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the path, or download the file first")
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
-
-
-def _unreadable(path, error):
-    """Returns the error for a file that cannot be read: an OSError if the disk fails, else a ValueError, as it is damaged."""
-    if faults.is_of_the_system(error):
-        number = min(faults.errnos(error), default=errno.EIO)
-        return OSError(number, f"{path} cannot be read ({error}); once its disk can be read, run the same command again")
-    return ValueError(
-        f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or incomplete: copy or download it again"
-    )
 
 
 def _read_safetensors(path):
@@ -138,7 +112,7 @@ def _read_safetensors(path):
         # of tensors that share memory, safetensors.torch.save_model keeps one, and the other names in the header
         return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
     except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from error
+        raise files.unreadable(path, error) from error
 
 
 def _read_shards(index):
@@ -146,7 +120,7 @@ def _read_shards(index):
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = weight_map.values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(index, error) from error
+        raise files.unreadable(index, error) from error
     nameless = [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]
     if nameless:
         raise ValueError(f"{index} is damaged: weight_map has {', '.join(nameless)}, no file name; download it again")
@@ -163,7 +137,7 @@ def _read_shards(index):
     state_dict = {}
     for shard in shards:
         file = index.parent / shard
-        _check_file(file)
+        files.check_file(file)
         state_dict |= _read_safetensors(file) if file.suffix == ".safetensors" else _unwrapped(read_torch(file), None, file)
     absent = sorted(set(weight_map) - set(state_dict))
     if absent:
@@ -178,7 +152,7 @@ def _read_npz(path):
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path} holds Python objects, whose reading could run code; save arrays only") from error
-        raise _unreadable(path, error) from error
+        raise files.unreadable(path, error) from error
     raw = [name for name, array in state_dict.items() if array.dtype.kind == "V"]
     if raw:  # numpy keeps the bytes of bfloat16, but forgets the type
         raise ValueError(f"{path}: dtype of {', '.join(raw)} is none of numpy's; save as float32 or .safetensors")
@@ -227,7 +201,7 @@ def read_torch(path):
     except MemoryError:
         raise
     except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
-        raise _unreadable(path, error) from error
+        raise files.unreadable(path, error) from error
     if script:
         raise ValueError(
             f"{path} is a TorchScript archive, a network with its code, which is not run here; get the state dict, or a "
@@ -395,13 +369,13 @@ def write_safetensors(path, state_dict, metadata=None, *, overwrite=False):
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
       ValueError: as `safetensors_writer`.
-      OSError: as `write_all`.
+      OSError: as `files.write_all`.
     """
-    write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
+    files.write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
 
 
 def safetensors_writer(state_dict, source, metadata=None):
-    """Function for `write_all` that writes a .safetensors file.
+    """Function for `files.write_all` that writes a .safetensors file.
 
     Args:
       state_dict: name -> array.
@@ -445,14 +419,14 @@ def write_torch(path, content, *, overwrite=False):
     Raises:
       FileExistsError: if the file exists and `overwrite` is False.
       ValueError: as `torch_writer`.
-      OSError: as `write_all`.
+      OSError: as `files.write_all`.
       ImportError: if PyTorch is not installed.
     """
-    write_all({path: torch_writer(content, path)}, overwrite=overwrite)
+    files.write_all({path: torch_writer(content, path)}, overwrite=overwrite)
 
 
 def torch_writer(content, source):
-    """Function for `write_all` that writes a PyTorch file, as `torch.save` does.
+    """Function for `files.write_all` that writes a PyTorch file, as `torch.save` does.
 
     Args:
       content: nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is kept,
@@ -495,161 +469,24 @@ def torch_writer(content, source):
     return save
 
 
-def write_json(path, content, *, overwrite=False):
-    """Writes a JSON file that is either complete or absent.
-
-    Args:
-      path: the file; its folder must exist.
-      content: what to write.
-      overwrite: replace a file that exists.
-
-    Raises:
-      FileExistsError: if the file exists and `overwrite` is False.
-      ValueError: as `json_writer`.
-      OSError: as `write_all`.
-    """
-    write_all({path: json_writer(content, path)}, overwrite=overwrite)
 
 
-def json_writer(content, source):
-    """Function for `write_all` that writes a JSON file.
-
-    Args:
-      content: what to write.
-      source: the file's name, for errors.
-
-    Raises:
-      ValueError: if JSON cannot express it.
-    """
-    try:
-        text = json.dumps(content, indent=2) + "\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: JSON cannot express the content ({error}); give plain values only") from error
-    return lambda file: file.write_text(text)
 
 
-def check_absent(*paths):
-    """FileExistsError if one of the paths exists: before work whose result could then not be written."""
-    taken = [str(path) for path in map(epath.Path, paths) if path.exists()]
-    if taken:
-        raise FileExistsError(f"{', '.join(taken)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
-
-
-def check_new(flag, given):
-    """Path of a file that a flag names; ValueError if it exists or has no folder: before work whose result goes there."""
-    path = Path(given).expanduser()
-    if path.exists():
-        raise ValueError(f"{flag}={given} exists: choose another name, or move it away")
-    if not path.parent.is_dir():
-        raise ValueError(f"{flag}={given}: there is no folder {path.parent}; make it first")
-    return path
-
-
-def write_all(writes, *, overwrite=False):
-    """Writes files that belong together: all are complete and on disk before the first appears under its name.
-
-    Args:
-      writes: path -> function of a local Path, which writes the file there. A path is a local file, whose folder must exist, or
-        an address such as gs://bucket/file, to which a local temporary file is then copied. The files appear in this order:
-        put last what makes the others count, such as config.json.
-      overwrite: replace files that exist.
-
-    Raises:
-      FileExistsError: if one of the files exists and `overwrite` is False.
-      OSError: if they cannot be written, such as for lack of space; all of them are then as before. Only an object store that
-        fails amid several files can leave some of them missing, of which the message speaks.
-    """
-    if not overwrite:
-        check_absent(*writes)
-    paths, temporaries = list(writes), []
-    with contextlib.ExitStack() as stack:
-        for path, write in writes.items():
-            if "://" in str(path):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                temporaries.append(folder / epath.Path(path).name)
-            else:
-                temporaries.append(Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp"))
-                stack.callback(temporaries[-1].unlink, missing_ok=True)
-            _write_to_disk(temporaries[-1], write, path)
-        # Files that stay while others are replaced could be taken for the new ones' (old statistics beside a new VAE), so all
-        # but the first go before it is replaced. If the process is killed from here on, some files are missing and have to be
-        # written again, but no mixture of old and new is ever there.
-        try:
-            for path in reversed(paths[1:]):
-                epath.Path(path).unlink(missing_ok=True)
-            for path, temporary in zip(paths, temporaries):
-                if "://" in str(path):
-                    epath.Path(temporary).copy(path, overwrite=True)  # an object store shows an object when it is whole
-                else:
-                    os.replace(temporary, path)
-        except Exception as error:  # object stores have their own types besides OSError
-            names = ", ".join(map(str, paths))
-            state = "some of them may be missing now: write them again" if len(paths) > 1 else "nothing was changed there"
-            raise OSError(f"{names} could not be put in place ({error}); {state}") from error
-    for folder in {Path(path).parent for path in paths if "://" not in str(path)}:
-        opened = os.open(folder, os.O_RDONLY)  # the new names, too, have to reach the disk
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def _write_to_disk(temporary, write, path):
-    """Lets `write` write the temporary file of `path`."""
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError("it is a folder")
-        temporary.touch()
-        mode = temporary.stat().st_mode  # some writers make private files: keep what the user's umask says
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    except Exception as error:  # the libraries that write raise RuntimeError and their own types besides OSError
-        folder = temporary.parent
-        advice = f"There is no folder {folder}: make it first"
-        if folder.is_dir():
-            free = shutil.disk_usage(folder).free / 1e9
-            advice = f"The disk of {folder} has {free:.1f} GB free: make space, or choose another place"
-        raise OSError(f"{path} could not be written ({error}); nothing was changed there. {advice}") from error
 
 
 def read_metadata(path):
     """The str -> str header of a .safetensors file."""
     import safetensors
 
-    _check_file(Path(path))
+    files.check_file(Path(path))
     try:
         with safetensors.safe_open(path, "np") as file:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from error
+        raise files.unreadable(path, error) from error
 
 
 def read_config(folder):
-    """The config.json of a Hugging Face folder, see `read_json`."""
-    return read_json(Path(folder) / "config.json")
-
-
-def read_json(path):
-    """A JSON object.
-
-    Args:
-      path: of the file, or its address.
-
-    Returns:
-      dict.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is damaged, a Git LFS pointer, or no JSON object.
-    """
-    path = epath.Path(path)
-    _check_file(path)
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object but {type(content).__name__}; download it again")
-    return content
+    """The config.json of a Hugging Face folder, see `files.read_json`."""
+    return files.read_json(Path(folder) / "config.json")

@@ -11,8 +11,8 @@ same recipe at toy size with random weights, a full step in seconds; NAME,digits
     python -m configs.paper [NAME …]
 
 prints the command of these, or every name with its table, published numbers, TFLOP an image and hours of an H100 at 30 % of its
-peak (repae_jax/flops.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images, no
-guidance, SDE-250, random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
+peak (repae_jax/cost/flops.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images,
+no guidance, SDE-250, random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
 `python -m repae_jax.sample --guidance_scale 2.2 --guidance_high 0.65`.
 
 Not here: the baselines of other code bases (MaskDiT, FasterDiT, LightningDiT, tables 1 and 9), LSGM's objective (table 11) and
@@ -24,7 +24,8 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 from typing import Any, NamedTuple
 
 from configs import common, ldm, repae
-from repae_jax import cli, flops
+from repae_jax import cli
+from repae_jax.cost import flops
 
 FILES = {"repae": repae, "ldm": ldm}
 

@@ -110,7 +110,7 @@ def get_config(arg=""):
     config.log = {"every": 100}
     config.hooks = {
         "samples_every": 10_000, "reconstructions_every": 10_000, "images": 64,
-        # FID of a few samples against a reference (repae_jax/reference_stats.py), with Inception's weights
+        # FID of a few samples against a reference (repae_jax/evaluation/reference_stats.py), with Inception's weights
         "fid_every": 0, "fid_samples": 5000, "fid_reference": "", "fid_inception": "",
     }  # fmt: skip
     config.sampling = {  # of the pictures during training, and the defaults of repae_jax.sample

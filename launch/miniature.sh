@@ -3,4 +3,4 @@
 # Ends with RESULTS.md. Interrupted, it continues where it stopped.
 source "$(dirname "$0")/environment.sh" ""
 export JAX_PLATFORMS=cpu
-exec python launch/miniature.py "$@"
+exec python -m launch.miniature.miniature "$@"

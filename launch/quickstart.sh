@@ -3,4 +3,4 @@
 # Ends with pictures and runs/quickstart/summary.json. Interrupted, it continues where it stopped.
 source "$(dirname "$0")/environment.sh" ""
 export JAX_PLATFORMS=cpu
-exec python launch/quickstart.py "$@"
+exec python -m launch.quickstart.quickstart "$@"

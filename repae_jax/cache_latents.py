@@ -19,9 +19,11 @@ import safetensors.numpy
 from absl import flags
 
 from checkpoints_tools import vae as vae_files
-from repae_jax import buckets, build, cli, data, hosts, images, shard_writer, sharding
-from repae_jax.checkpoint import fingerprint, prepare_workdir
-from repae_jax.data import latents
+from repae_jax import buckets, cli, data, images
+from repae_jax.data import latents, shard_writer
+from repae_jax.distributed import multihost, sharding
+from repae_jax.job import build
+from repae_jax.training.checkpoint import fingerprint, prepare_workdir
 
 SHARD_SIZE = 4096  # records; 134 MB of SD-VAE's at 256 pixels
 NOTES = ("vae", "images")  # settings that may differ when a cache is continued: files may move
@@ -171,8 +173,8 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
     if buckets.is_address(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
-    hosts.check_alike({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
-    with hosts.stop_signal() as stopped:
+    multihost.assert_same_config({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
+    with multihost.stop_signal() as stopped:
         config = _local(config)
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:
@@ -181,7 +183,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
             )
         source = build.make_images(config)
         folder = Path(prepare_workdir(out))
-        hosts.check_shared(folder)
+        multihost.check_shared(folder)
         params = build.load_frozen(job)["vae"]
         shape = latents.record_shape(job.latent_shape, flips)
         writer = shard_writer.ShardWriter(
@@ -223,7 +225,7 @@ def _define_flags():
 def main(_):
     """Entry point."""
     options = flags.FLAGS
-    with hosts.failing_together(), cli.ending():
+    with multihost.abort_all_on_error(), cli.ending():
         cli.start_processes()
         made = cache_latents(options.config, options.out, options.flips, options.shard_size)
         if made is None:

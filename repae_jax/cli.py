@@ -255,10 +255,10 @@ def define_processes():
 
 def start_processes():
     """Connects this process with the others that the command line tells of, if any."""
-    from repae_jax import hosts  # imports JAX, which not all commands do
+    from repae_jax.distributed import multihost  # imports JAX, which not all commands do
 
     options = flags.FLAGS
-    hosts.start(options.distributed, options.coordinator, options.num_processes, options.process_id)
+    multihost.start(options.distributed, options.coordinator, options.num_processes, options.process_id)
 
 
 class _PathParser(flags.ArgumentParser):

@@ -21,15 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from checkpoints_tools import weights
-from repae_jax import buckets, build, cli, data, generate, hosts, sample
-from repae_jax.checkpoint import fingerprint
-from repae_jax.image_sets import DatasetImages, FolderImages, NpzImages, npz_writer
-from repae_jax.inception_features import FeatureParts, load_network
-from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
-from repae_jax.metrics.inception_score import SPLIT_SIZE, RunningInceptionScore
-from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
-from repae_jax.reference_stats import (
+from repae_jax import buckets, cli, data, files, sample
+from repae_jax.distributed import multihost
+from repae_jax.evaluation.image_sets import DatasetImages, FolderImages, NpzImages
+from repae_jax.evaluation.inception_features import FeatureParts, load_network
+from repae_jax.evaluation.reference_stats import (
     KEPT_IMAGES,
     PUBLISHED_COUNT,
     check_on_disk,
@@ -39,7 +35,13 @@ from repae_jax.reference_stats import (
     read_reference,
     write_reference,
 )
-from repae_jax.trained import load_trained
+from repae_jax.job import build
+from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
+from repae_jax.metrics.inception_score import SPLIT_SIZE, RunningInceptionScore
+from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
+from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training.checkpoint import fingerprint
 
 
 def parse_args(argv=None):
@@ -91,7 +93,7 @@ def parse_args(argv=None):
 
 
 class SampledImages:
-    """What a model draws, as a set of images of `repae_jax.image_sets`.
+    """What a model draws, as a set of images of `repae_jax.evaluation.image_sets`.
 
     Args:
       trained: Trained, on devices of this process.
@@ -114,7 +116,7 @@ class SampledImages:
         self.description = description
 
     def blocks(self, ranges):
-        """See `repae_jax.image_sets`."""
+        """See `repae_jax.evaluation.image_sets`."""
         wanted = {first // self._batch_size for first, _ in ranges}
         skip = set(range(-(-self.count // self._batch_size))) - wanted
         for _, made in self._make(skip=skip):
@@ -126,7 +128,7 @@ def _open_model(args):
     devices = jax.local_devices()
     if args.batch_size % len(devices):
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {len(devices)} devices")
-    trained = load_trained(args.source, args.step, devices, vae_path=args.vae, sampler=args.sampler)
+    trained = load_model(args.source, args.step, devices, vae_path=args.vae, sampler=args.sampler)
     sampling, classes = sample.choose_sampling(args, trained)
     labels = sample.draw_labels(args.labels, args.num_samples, classes, args.seed)
     protocol = {
@@ -272,14 +274,14 @@ def run(args):
                 raise ValueError(f"{path} exists; choose another name, or move it away")
             path.parent.mkdir(parents=True, exist_ok=True)
     folder = buckets.scratch(out.with_suffix(".parts"))
-    hosts.check_shared(epath.Path(folder.parent))
+    multihost.check_shared(epath.Path(folder.parent))
     network = load_network(args.inception, args.batch_size)
     reference = _open_reference(args, images, network, folder / "reference", **share)
     kept = np.full(images.count, bool(args.keep_samples))
     parts = FeatureParts(folder / "samples", images, network, kept, share["process_index"], share["process_count"])
     parts.make("samples", out.exists)
     if share["process_index"]:
-        hosts.wait_for_files([out])
+        multihost.wait_for_files([out])
         return out, None
     metrics, warnings = measure(parts.read(), reference)
     if args.inception == build.RANDOM:
@@ -295,12 +297,12 @@ def run(args):
         },
         "warnings": warnings + list(images.warnings),
     }  # fmt: skip
-    writes = {out: weights.json_writer(result, out)}
+    writes = {out: files.json_writer(result, out)}
     if args.keep_samples:
         shape = (images.count, *images.shape, 3)
-        archive = npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())})
+        archive = files.npz_writer({"arr_1": labels}, {"arr_0": (shape, parts.read_images())})
         writes = {epath.Path(args.keep_samples): archive, **writes}
-    weights.write_all(writes)
+    files.write_all(writes)
     shutil.rmtree(folder)  # everything in it is in the result now
     return out, result
 
@@ -315,7 +317,7 @@ def make_reference(args):
         if out.exists():
             raise ValueError(f"{out} exists; choose another name, or move it away")
         out.parent.mkdir(parents=True, exist_ok=True)
-    hosts.check_shared(out.parent)
+    multihost.check_shared(out.parent)
     network = load_network(args.inception, args.batch_size)
     folder = out.with_suffix(".parts")
     measured = measure_reference(
@@ -323,7 +325,7 @@ def make_reference(args):
         process_index=jax.process_index(), process_count=jax.process_count(), is_done=out.exists,
     )  # fmt: skip
     if jax.process_index():
-        hosts.wait_for_files([out])
+        multihost.wait_for_files([out])
         return out
     write_reference(out, *measured)
     shutil.rmtree(folder)
@@ -344,9 +346,10 @@ def table(result):
 def main():
     """Entry point: mistakes end in one line, in all processes."""
     args = parse_args()
-    with hosts.failing_together(), cli.ending("interrupted: what is finished is kept; run the same command to continue"):
-        hosts.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
-        hosts.check_alike({name: value for name, value in vars(args).items() if name not in ("coordinator", "process_id")})
+    with multihost.abort_all_on_error(), cli.ending("interrupted: what is finished is kept; run the same command to continue"):
+        multihost.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
+        own = ("coordinator", "process_id")
+        multihost.assert_same_config({name: value for name, value in vars(args).items() if name not in own})
         if args.make_reference:
             path = make_reference(args)
             if jax.process_index() == 0:

@@ -24,18 +24,19 @@ from etils import epath
 from grain import MapDataset
 from tqdm import tqdm
 
-from checkpoints_tools import weights
 from checkpoints_tools.lpips import load_lpips
-from repae_jax import cli, data, images, inception_features, sharding
-from repae_jax.build import RANDOM
-from repae_jax.checkpoint import fingerprint
+from repae_jax import cli, data, files, images
 from repae_jax.data import loader, reading
+from repae_jax.distributed import sharding
+from repae_jax.evaluation import inception_features
+from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
+from repae_jax.job.build import RANDOM
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.models.inception import pytorch_fid_input
 from repae_jax.models.lpips import LPIPS
-from repae_jax.reference_stats import PUBLISHED_COUNT
-from repae_jax.trained import load_vae
+from repae_jax.sampling.load_model import load_vae
+from repae_jax.training.checkpoint import fingerprint
 
 LATENTS = ("sampled", "mode")
 SHOWN = 16  # images in the picture, and in the list of the worst
@@ -469,8 +470,8 @@ def run(args):
         "undecodable": [{"image": source.name(record), "error": error} for record, error in bad],
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    images.save_png(picture, images.grid(comparison.pairs, COLUMNS, scale=images.viewing_scale(side)))
-    weights.write_json(path, result)
+    files.save_png(picture, images.grid(comparison.pairs, COLUMNS, scale=images.viewing_scale(side)))
+    files.write_json(path, result)
     return path, result
 
 

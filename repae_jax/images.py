@@ -1,9 +1,7 @@
 """Images: the only place that knows how pixels 0..255 map to the networks' range [-1, 1]."""
 
-import secrets
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes no more
@@ -81,28 +79,6 @@ def viewing_scale(size):
     """Whole factor by which images of `size` pixels are enlarged in pictures for people: small ones to about 64 pixels."""
     return max(1, 64 // size)
 
-
-def save_png(path, image):
-    """Writes a PNG that is either complete or absent, so that a reader never meets half an image.
-
-    Args:
-      path: the file to write; its folder must exist.
-      image: NumPy uint8 `[H, W, 3]`.
-
-    Raises:
-      ValueError: if the image is not uint8 `[H, W, 3]`.
-    """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
-    path = epath.Path(path)  # gs:// too
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def center_crop(image, size):

@@ -17,11 +17,14 @@ import time
 import jax
 from absl import flags
 
-from checkpoints_tools import weights
-from repae_jax import build, cli, config_rules, flops, generate, hlo_cost, hosts, sharding
-from repae_jax.call_apart import Crashed, call_apart
-from repae_jax.plan_text import GIB, lines_of
-from repae_jax.tpu_topologies import check_topology, topology_devices
+from repae_jax import cli, files
+from repae_jax.cost import flops, hlo_cost
+from repae_jax.cost.plan_text import GIB, lines_of
+from repae_jax.cost.topologies import check_topology, topology_devices
+from repae_jax.distributed import multihost, sharding
+from repae_jax.distributed.child_process import Crashed, run_in_subprocess
+from repae_jax.job import build, validate
+from repae_jax.sampling import generate
 
 SAMPLES = 50_000  # images that the published scores are of
 IMAGES_PER_CHIP = 16
@@ -56,7 +59,7 @@ def lower_sampling(job):
 
 
 def sampling_config(config, count):
-    """The config of `count` samples at a time, as `trained.load_trained` changes it: no sharding, no accumulation."""
+    """The config of `count` samples at a time, as `trained.load_model` changes it: no sharding, no accumulation."""
     config = build.plain_config(config)
     if config["job"] == "vae":
         raise ValueError("--sample: config.job='vae' trains a tokenizer, which has no SiT to sample from; leave --sample out")
@@ -179,7 +182,7 @@ def plan_apart(config, numbers, images_per_chip=None):
     what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
     with showing_time(what):
         try:
-            return call_apart(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
+            return run_in_subprocess(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
         except Crashed as error:
             return {**numbers, "fits": None, "exitcode": error.exitcode, "message": str(error)}
         except jax.errors.JaxRuntimeError as error:
@@ -196,7 +199,7 @@ def setting(job, chip, topology, sampling):
 
     Args:
       job: Job on the devices of a topology.
-      chip: tpu_topologies.Chip of them.
+      chip: topologies.Chip of them.
       topology: its name.
       sampling: whether it is about sampling, with all of the batch at a time, or about training.
     """
@@ -220,7 +223,7 @@ def setting(job, chip, topology, sampling):
         "images_per_chip": images // chips,
         "flop_per_image": parts,
         "state_bytes": chip_bytes(kept),
-        "versions": hosts.versions(),
+        "versions": multihost.versions(),
         "arguments": sys.argv[1:],
         "config": job.config,
     }
@@ -295,7 +298,7 @@ def advice(job, numbers):
 def may_accumulate(config):
     """Whether the rules allow a config more micro-batches: not all losses can be had of a part of the batch."""
     try:
-        config_rules.make_recipe({**config, "accumulation": config["accumulation"] + 1})
+        validate.make_recipe({**config, "accumulation": config["accumulation"] + 1})
     except ValueError:
         return False
     return True
@@ -346,7 +349,7 @@ def main(_):
     options = flags.FLAGS
     _use_no_accelerator()
     with cli.ending():
-        path = None if options.json is None else weights.check_new("--json", options.json)
+        path = None if options.json is None else files.check_new("--json", options.json)
         if options.images_per_chip is not None and not options.sample:
             raise ValueError(
                 f"--images_per_chip={options.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
@@ -358,7 +361,7 @@ def main(_):
             found.append(plan_apart(options.config, numbers, images_per_chip))
             print("\n".join(lines_of(found[-1])) + "\n", flush=True)
             if path is not None:
-                weights.write_json(path, found, overwrite=bool(found[:-1]))
+                files.write_json(path, found, overwrite=bool(found[:-1]))
     sys.exit(not all(numbers["fits"] for numbers in found))
 
 

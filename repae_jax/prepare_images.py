@@ -13,8 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from repae_jax import buckets, cli, data, ranges, shard_writer
-from repae_jax.data import array_record, latents, shards
+from repae_jax import buckets, cli, data, ranges
+from repae_jax.data import array_record, latents, shard_writer, shards
 
 SHARD_SIZE = 4096  # records; some 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
@@ -128,7 +128,7 @@ def run(args):
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: as `ShardWriter.run`.
     """
-    from repae_jax.hosts import stop_signal  # here: every worker imports this module, and would import JAX
+    from repae_jax.distributed.multihost import stop_signal  # here: every worker imports this module, and would import JAX
 
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")

@@ -14,11 +14,11 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from checkpoints_tools import weights
-from repae_jax import cli, generate, images, sharding
-from repae_jax.checkpoint import fingerprint
-from repae_jax.image_sets import npz_writer
-from repae_jax.trained import load_trained
+from repae_jax import cli, files, images
+from repae_jax.distributed import sharding
+from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("random", "balanced")
 
@@ -135,7 +135,7 @@ def write_npz(path, parts, labels):
       labels: int32 [N].
     """
     shape = (len(labels), *_load_part(parts[0]).shape[1:])
-    weights.write_all({path: npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})
+    files.write_all({path: files.npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})
 
 
 def _load_part(path):
@@ -151,7 +151,7 @@ def _save_part(path, array):
         with temporary.open("wb") as file:
             np.save(file, array)
 
-    weights.write_all({path: write})
+    files.write_all({path: write})
 
 
 def _open_parts(folder, settings):
@@ -159,7 +159,7 @@ def _open_parts(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "settings.json"
     if manifest.exists():
-        before = weights.read_json(manifest)
+        before = files.read_json(manifest)
         differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
         if differing:
             raise ValueError(
@@ -167,7 +167,7 @@ def _open_parts(folder, settings):
                 f"choose another --out, or the old settings"
             )
     else:
-        weights.write_json(manifest, settings)
+        files.write_json(manifest, settings)
     return folder
 
 
@@ -177,7 +177,7 @@ def run(args):
         raise ValueError("sampling runs in one process; start it on one host")
     if args.batch_size % jax.device_count():
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
-    trained = load_trained(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
+    trained = load_model(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
     step = trained.step
     sampling, classes = choose_sampling(args, trained)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
@@ -205,7 +205,7 @@ def run(args):
     write_npz(npz, paths, labels)
     shown = np.concatenate([_load_part(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
     picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
-    images.save_png(out.with_name(out.name + ".png"), picture)
+    files.save_png(out.with_name(out.name + ".png"), picture)
     (folder / "settings.json").copy(out.with_name(out.name + ".json"), overwrite=True)
     folder.rmtree()  # everything in it is in the npz now
     return npz

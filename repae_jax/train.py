@@ -16,15 +16,19 @@ import time
 import jax
 from absl import flags, logging
 
-from repae_jax import buckets, build, cli, flops, hosts, ownership, sharding
-from repae_jax.checkpoint import Checkpointer, check_name, fingerprint, prepare_workdir
+from repae_jax import buckets, cli
+from repae_jax.cost import flops
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
-from repae_jax.hooks import load_scoring, make_hooks, missing_at
-from repae_jax.run_log import Progress, open_writer
+from repae_jax.distributed import multihost, sharding
+from repae_jax.evaluation.hooks import load_fid, make_hooks, pending_hooks
+from repae_jax.job import build
+from repae_jax.training import ownership
+from repae_jax.training.checkpoint import Checkpointer, check_name, fingerprint, prepare_workdir
+from repae_jax.training.metric_log import Progress, open_writer
 
 
-class TrainingStopped(hosts.FailedTogether):
+class TrainingStopped(multihost.CollectiveError):
     """Too many updates in a row were not finite, or too many images undecodable."""
 
 
@@ -55,7 +59,7 @@ def input_so_far(loader, source, max_bad_fraction):
       TrainingStopped: if the bad records are too many, as in one loader.
     """
     position = loader.state()
-    found = hosts.gather([position["bad_records"], loader.wait_seconds])
+    found = multihost.gather([position["bad_records"], loader.wait_seconds])
     bad, allowed = sorted({record for records, _ in found for record in records}), int(max_bad_fraction * len(source))
     if len(bad) > allowed:
         raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
@@ -92,7 +96,7 @@ def train(config, workdir):
     Raises:
       ValueError: for anything wrong with config, data or workdir, or not the same in all processes, before the first
         compilation; if another run uses the workdir.
-      FailedTogether: if too many updates in a row were not finite, too many images undecodable, or the state is not finite; if
+      CollectiveError: if too many updates in a row were not finite, too many images undecodable, or the state is not finite; if
         the first checkpoint cannot be read, or another run has taken the workdir.
     """
     began = time.monotonic()
@@ -109,17 +113,17 @@ def train(config, workdir):
         return True
 
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
-    hosts.check_alike(build.plain_config(config))
+    multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
     build.check_compiler_options(job)
     workdir = prepare_workdir(workdir)
-    hosts.check_shared(workdir)
+    multihost.check_shared(workdir)
     images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
-        stopped = stack.enter_context(hosts.stop_requests())
+        stopped = stack.enter_context(multihost.stop_requests())
         check_owner = stack.enter_context(ownership.owned(workdir))
-        scoring = load_scoring(job)
+        scoring = load_fid(job)
         checkpointer = stack.enter_context(
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
@@ -132,7 +136,7 @@ def train(config, workdir):
         source = images_source or build.make_cached_source(job, frozen_vae)
         inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
         # what hosts must agree on, but may be made anew before a run is continued
-        hosts.check_same(data=inputs, files=getattr(source, "contents_hash", None))
+        multihost.assert_same(data=inputs, files=getattr(source, "contents_hash", None))
 
         if is_to_end("loading weights"):
             return None, False
@@ -156,7 +160,7 @@ def train(config, workdir):
         hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
         if is_to_end("preparing"):
             return None, False
-        for hook in missing_at(hooks, start, steps) if restored else ():  # it was asked to stop, or killed
+        for hook in pending_hooks(hooks, start, steps) if restored else ():  # it was asked to stop, or killed
             hook.run(start, state)
 
         # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -249,10 +253,10 @@ def define_flags():
 def main(_):
     """Entry point; exit code 75 says that a signal ended the run early."""
     options = flags.FLAGS
-    with hosts.failing_together(), cli.ending():
+    with multihost.abort_all_on_error(), cli.ending():
         cli.start_processes()
         check_name(options.workdir)
-        hosts.use_compilation_cache(options.workdir)  # creates a folder there
+        multihost.use_compilation_cache(options.workdir)  # creates a folder there
         _, finished = train(options.config, options.workdir)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)

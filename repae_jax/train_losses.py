@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from repae_jax.diffusion import latent_norm
+from repae_jax.distributed.sharding import unsharded
 from repae_jax.losses import adversarial, reconstruction
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.losses.regularizers import scale_equivariance_loss, vf_loss
-from repae_jax.running_stats import batch_stats
-from repae_jax.sharding import gathered
+from repae_jax.models.channel_stats import batch_stats
 
 PIXEL_TERMS = ("l1", "l2", "lpips")  # of the VAE's loss; what adaptive weights compare with
 ADAPTIVE = ("gan", "vf")  # terms whose weight can be adapted: at the last layer of the decoder, and of the encoder
@@ -56,11 +56,11 @@ def vae_loss(params, images, posterior_noise, disc, regularizers, weights, *, fr
     """
 
     def encode(params):
-        posterior = nets.vae.apply({"params": gathered(params)}, images, method="encode")
+        posterior = nets.vae.apply({"params": unsharded(params)}, images, method="encode")
         return posterior.sample(posterior_noise), reconstruction.kl(posterior)
 
     def decode(params, latents):
-        return nets.vae.apply({"params": gathered(params)}, deform(latents), method="decode")
+        return nets.vae.apply({"params": unsharded(params)}, deform(latents), method="decode")
 
     (latents, kl), encode_back = jax.vjp(encode, params)
     recon, decode_back = jax.vjp(decode, params, latents)
@@ -138,7 +138,7 @@ def pixel_terms(weights, images, recon, frozen, *, nets, recipe):
     """Those of L1, L2 and LPIPS that have a weight: name -> scalar; arguments as in `vae_loss`."""
 
     def lpips_fn(a, b):
-        return nets.lpips.apply({"params": gathered(frozen["lpips"])}, a, b)
+        return nets.lpips.apply({"params": unsharded(frozen["lpips"])}, a, b)
 
     terms = {}
     if "l1" in weights:
@@ -166,7 +166,7 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
         """REPA-E: alignment through the frozen SiT; running statistics, no label dropout."""
         z = latent_norm.normalize(latents, state.latent_stats)
         z_t = recipe.objective.add_noise(z, draws.noise, draws.t)
-        projections = nets.sit.apply({"params": gathered(state.sit.params)}, z_t, draws.t, batch["labels"], method="align")
+        projections = nets.sit.apply({"params": unsharded(state.sit.params)}, z_t, draws.t, batch["labels"], method="align")
         return alignment_loss(projections, batch["targets"])
 
     def diffusion(_, latents):
@@ -178,13 +178,13 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
 
     def vf(params, latents):
         """VA-VAE: a linear map of the latents resembles the encoder's tokens."""
-        projected = nets.vae.apply({"params": gathered(params)}, latents, method="project")
+        projected = nets.vae.apply({"params": unsharded(params)}, latents, method="project")
         return vf_loss(projected, batch["targets"][0], *recipe.vf_margins)
 
     def se(params, latents):
         """Scale equivariance: downscaled latents give the downscaled image."""
         def decode(latents):
-            return nets.vae.apply({"params": gathered(params)}, latents, method="decode")
+            return nets.vae.apply({"params": unsharded(params)}, latents, method="decode")
 
         def pixel_loss(images, recon):
             weights = pixel_weights(recipe.vae_weights, images, recipe)
@@ -198,7 +198,7 @@ def vae_regularizers(state, batch, frozen, *, nets, recipe):
 
 def discriminate(module, params, running, images):
     """Logits of images, and the running statistics after seeing them."""
-    logits, updates = module.apply({"params": gathered(params), "batch_stats": running}, images, mutable=["batch_stats"])
+    logits, updates = module.apply({"params": unsharded(params), "batch_stats": running}, images, mutable=["batch_stats"])
     return logits, updates["batch_stats"]
 
 
@@ -252,7 +252,7 @@ def sit_loss(params, z, t, noise, labels, targets, weights, *, nets, recipe):
       terms: unweighted.
     """
     z_t = recipe.objective.add_noise(z, noise, t)
-    output, projections = nets.sit.apply({"params": gathered(params)}, z_t, t, labels)
+    output, projections = nets.sit.apply({"params": unsharded(params)}, z_t, t, labels)
     terms = recipe.objective.losses(output, z, noise, t)
     if "align" in weights:
         terms["align"] = alignment_loss(projections, targets)

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from repae_jax import features
-from repae_jax.accumulation import accumulate
 from repae_jax.diffusion import latent_norm
+from repae_jax.distributed.sharding import unsharded
 from repae_jax.images import to_float
 from repae_jax.losses.regularizers import draw_transform, transform
-from repae_jax.recipe import Nets, Optimizers, Recipe  # noqa: F401 (part of this file's story)
-from repae_jax.rng import named_keys
-from repae_jax.running_stats import batch_stats, update_running
-from repae_jax.sharding import gathered
+from repae_jax.models import encoders as features
+from repae_jax.models.channel_stats import batch_stats, update_running
 from repae_jax.train_losses import disc_loss, dropped_labels, sit_loss, vae_loss, vae_regularizers, weights_at
-from repae_jax.train_state import apply_update, keep_if_finite, update_ema
+from repae_jax.training.accumulation import accumulate
+from repae_jax.training.recipe import Nets, Optimizers, Recipe  # noqa: F401 (part of this file's story)
+from repae_jax.training.rng import named_keys
+from repae_jax.training.state import apply_update, keep_if_finite, update_ema
 
 
 @struct.dataclass
@@ -292,7 +292,7 @@ def ldm_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
         mean, std = jnp.split(batch["moments"], 2, axis=-1)
     else:
         with jax.named_scope("vae"):
-            posterior = nets.vae.apply({"params": gathered(frozen["vae"])}, to_float(batch["image"]), method="encode")
+            posterior = nets.vae.apply({"params": unsharded(frozen["vae"])}, to_float(batch["image"]), method="encode")
         mean, std = posterior.mean, posterior.std
     targets = encode_targets(encoders, frozen, batch["image"]) if encoders else ()
     draws = draw(key, state.step, mean.shape, recipe)

@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import repae
-from repae_jax import build, sharding
+from repae_jax.distributed import sharding
+from repae_jax.job import build
 
 ROOT = Path(__file__).parents[1]
 # changes of configs/ldm.py that make the run that is the quickest to compile: a SiT alone on a frozen VAE

@@ -12,11 +12,15 @@ from PIL import Image
 
 from checkpoints_tools.convert import extract_vae
 from checkpoints_tools.vit import save_encoder
-from repae_jax import build, checkpoint, data, features, sharding
+from repae_jax import data
 from repae_jax.analyze_latents import __main__ as command
 from repae_jax.analyze_latents import encoding, hidden_states, numbers, sources
-from repae_jax.running_stats import ChannelStats
-from repae_jax.trained import load_trained, load_vae
+from repae_jax.distributed import sharding
+from repae_jax.job import build
+from repae_jax.models import encoders as features
+from repae_jax.models.channel_stats import ChannelStats
+from repae_jax.sampling.load_model import load_model, load_vae
+from repae_jax.training import checkpoint
 
 VIT = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
 TRANSFORMS = ["none", "scale 0.5", "turn 90°"]
@@ -64,7 +68,7 @@ def loaded(workdir):
 
 @pytest.fixture(scope="module")
 def trained(workdir):
-    return load_trained(workdir)
+    return load_model(workdir)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ import pytest
 import small
 
 from configs import ldm, vae
-from repae_jax import build, cli, flops
+from repae_jax import cli
 from repae_jax.benchmark import __main__ as command
 from repae_jax.benchmark import measure, timing
+from repae_jax.cost import flops
+from repae_jax.job import build
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}

@@ -24,8 +24,10 @@ import small
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
-from repae_jax import build, cache_latents, cli, hosts, images, shard_writer
-from repae_jax.data import latents, shards
+from repae_jax import cache_latents, cli, images
+from repae_jax.data import latents, shard_writer, shards
+from repae_jax.distributed import multihost
+from repae_jax.job import build
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -262,7 +264,7 @@ def test_damaged_files_are_made_again(tmp_path, warnings, name, damage):
 
 
 def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     source, made = Pictures(50, bad=[9]), {}
 
     def work(process):
@@ -275,7 +277,7 @@ def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
 
 
 def test_what_another_number_of_processes_began_is_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     source, stopped = Pictures(50), threading.Event()
     threading.Timer(1.0, stopped.set).start()
     assert make_cache(tmp_path / "a", source, stopped=stopped, process_count=3) is None  # waits for processes 1 and 2

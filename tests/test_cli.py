@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from repae_jax import cli, ranges, train
-from repae_jax.call_apart import Crashed
+from repae_jax.distributed.child_process import Crashed
 
 ROOT = Path(__file__).parents[1]
 WITH_OPTIONS = [
@@ -99,7 +99,7 @@ def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
         raise error
     said = caught.value.code
     assert said.startswith("error: ") and line in said and "\n" not in said, said
-    assert caught.value.__context__ is error  # what other processes are told, see `hosts.failing_together`
+    assert caught.value.__context__ is error  # what other processes are told, see `hosts.abort_all_on_error`
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
     [
         TypeError("unsupported operand"), KeyError("step"), ZeroDivisionError("division by zero"), AttributeError("x"),
         NotImplementedError("later"), RecursionError("too deep"), jax.errors.JaxRuntimeError("INTERNAL: cannot compile"),
-        ImportError("cannot import name 'x'", name="repae_jax.build"),
+        ImportError("cannot import name 'x'", name="repae_jax.job.build"),
         chained(KeyError("a"), IndexError("b")),
     ],
     ids=lambda error: type(error).__name__,
@@ -182,7 +182,7 @@ import sys
 import jax
 import numpy as np
 from repae_jax import cli
-from repae_jax.checkpoint import Checkpointer
+from repae_jax.training.checkpoint import Checkpointer
 state = {f"array_{i}": jax.numpy.asarray(np.random.default_rng(i).random(50_000, np.float32)) for i in range(20)}
 with cli.ending(), Checkpointer(sys.argv[1]) as checkpointer:
     checkpointer.save(1, state, {}, {"seed": 0})
@@ -298,7 +298,8 @@ import os
 import sys
 import jax
 from absl import flags
-from repae_jax import build, cli, train
+from repae_jax import cli, train
+from repae_jax.job import build
 for name in NAMES:
     importlib.import_module(name)
 print(sorted(HEAVY & set(sys.modules)), "imported, backends", jax._src.xla_bridge._backends)

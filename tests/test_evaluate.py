@@ -19,12 +19,15 @@ from test_image_sets import save_images
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
-from repae_jax import build, evaluate, hosts, inception_features, reference_stats, sample
-from repae_jax.checkpoint import Checkpointer
+from repae_jax import evaluate, sample
+from repae_jax.distributed import multihost
+from repae_jax.evaluation import inception_features, reference_stats
+from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.inception_score import RunningInceptionScore
 from repae_jax.metrics.precision_recall import precision_recall
-from repae_jax.trained import load_trained
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training.checkpoint import Checkpointer
 
 COUNT = 70
 METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
@@ -33,7 +36,7 @@ METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision",
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
     monkeypatch.setattr(inception_features, "PART_SIZE", 16)
-    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     made = []
     monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: made.append(StubNetwork(batch_size)) or made[-1])
     return made
@@ -51,7 +54,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(workdir):
-    return load_trained(workdir)
+    return load_model(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +197,7 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
     given = (*MODEL, "--guidance_scale", "1.5")
     made = result_of(tmp_path / "weights.safetensors", real, *given, "--out", tmp_path / "a.json")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+        patch.setattr(evaluate, "load_model", lambda *_, **__: trained)
         expected = result_of(workdir, real, *given, "--out", tmp_path / "b.json")
     assert made["metrics"] == expected["metrics"]
     with pytest.raises(ValueError, match="is no folder to keep the result in: give --out"):
@@ -211,7 +214,7 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
 
 def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     monkeypatch.setattr(sample, "draw_labels", lambda *given: drawn.append(given) or np.zeros(given[1], np.int32))
     result = result_of(workdir, real, *MODEL, "--labels", "random", "--classes", 3, 5, "--out", tmp_path / "x.json")
     assert drawn == [("random", 40, [3, 5], 0)]
@@ -233,7 +236,7 @@ def interrupt_after(monkeypatch, count):
 
 @pytest.mark.parametrize("kind", ["npz", "run"])
 def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp_path, monkeypatch, stub):
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     source, extra = (npz, ()) if kind == "npz" else (workdir, MODEL)
     whole = result_of(source, real, *extra, "--out", tmp_path / "whole.json")
     out = tmp_path / "cut.json"
@@ -248,7 +251,7 @@ def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp
 
 
 def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     out = tmp_path / "x.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 90 + 20)
@@ -281,7 +284,8 @@ def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
 
 COMMAND = """
 import feature_stub
-from repae_jax import evaluate, inception_features
+from repae_jax import evaluate
+from repae_jax.evaluation import inception_features
 inception_features.PART_SIZE = 16
 evaluate.load_network = lambda _, batch_size: feature_stub.StubNetwork(batch_size)
 evaluate.main()
@@ -358,7 +362,7 @@ def test_an_existing_result_is_kept(npz, real, tmp_path):
 
 def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
     """Not even when the evaluation was interrupted before."""
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     out, mine = tmp_path / "x.json", tmp_path / "mine.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 90 + 20)
@@ -406,9 +410,9 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     ],
 )
 def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     if "--batch_size" in extra:
-        monkeypatch.setattr(evaluate, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
+        monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
 
@@ -463,7 +467,7 @@ import numpy as np
 from repae_jax.evaluate import measure
 from repae_jax.metrics.frechet import RunningGaussian
 from repae_jax.models.inception import InceptionFeatures
-from repae_jax.reference_stats import Reference
+from repae_jax.evaluation.reference_stats import Reference
 
 rng = np.random.default_rng(0)
 

@@ -13,11 +13,14 @@ from PIL import Image
 
 from checkpoints_tools import vae as vae_files
 from configs import vae as vae_config
-from repae_jax import build, checkpoint, evaluate_tokenizer, images, sharding
+from repae_jax import evaluate_tokenizer, images
+from repae_jax.distributed import sharding
+from repae_jax.job import build
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.models.autoencoder import AutoencoderKL
-from repae_jax.trained import TrainedVae, load_vae
+from repae_jax.sampling.load_model import TrainedVae, load_vae
+from repae_jax.training import checkpoint
 
 SIDE = 12
 

@@ -10,7 +10,9 @@ import small
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm, vae
-from repae_jax import build, cache_latents, run_log, train
+from repae_jax import cache_latents, train
+from repae_jax.job import build
+from repae_jax.training import metric_log
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def config(files, steps=2, **more):
 def metrics_of(workdir):
     """Losses of every step; what tells time is left out."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time", *run_log.SPEED_NAMES)
+    timing = ("time", *metric_log.SPEED_NAMES)
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 

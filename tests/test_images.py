@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax.images import center_crop, grid, save_png, to_float, to_uint8
+from repae_jax.files import save_png
+from repae_jax.images import center_crop, grid, to_float, to_uint8
 
 GOLDEN = Path(os.environ.get("REPAE_GOLDEN_DIR", Path(__file__).parent / "golden"))
 

@@ -16,12 +16,14 @@ import pytest
 import small
 
 from configs import ldm
-from repae_jax import build, sharding, train_losses, train_step
-from repae_jax.accumulation import accumulate
+from repae_jax import train_losses, train_step
 from repae_jax.diffusion import interpolant, latent_norm
+from repae_jax.distributed import sharding
 from repae_jax.images import to_float
+from repae_jax.job import build
 from repae_jax.losses.alignment import alignment_loss
-from repae_jax.train_state import apply_update, update_ema
+from repae_jax.training.accumulation import accumulate
+from repae_jax.training.state import apply_update, update_ema
 
 FLOAT = 5e-5  # measured: 6e-6 after two steps
 BATCH = 16
@@ -330,10 +332,10 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
 
 
 def check_gathers(text, fsdp):
-    """Parameters are gathered where they are used, never the images, latents or activations that they meet."""
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
-    assert bool(gathered) == (fsdp > 1)
-    assert not [shape for shape in gathered if "," in shape and int(shape.split(",")[0]) == BATCH]
+    """Parameters are unsharded where they are used, never the images, latents or activations that they meet."""
+    unsharded = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    assert bool(unsharded) == (fsdp > 1)
+    assert not [shape for shape in unsharded if "," in shape and int(shape.split(",")[0]) == BATCH]
 
 
 def test_no_activations_are_gathered_in_the_step_of_training(monkeypatch):

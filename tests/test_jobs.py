@@ -14,11 +14,14 @@ import small
 from test_invariants import BATCH, KEY, make_job, sgd
 
 from configs import ldm, vae
-from repae_jax import build, config_rules, features, sharding, train_step
+from repae_jax import train_step
 from repae_jax.diffusion import ddpm, interpolant, latent_norm
+from repae_jax.distributed import sharding
 from repae_jax.images import to_float
+from repae_jax.job import build, validate
 from repae_jax.losses import adversarial, alignment, reconstruction, regularizers
-from repae_jax.running_stats import batch_stats
+from repae_jax.models import encoders as features
+from repae_jax.models.channel_stats import batch_stats
 
 EXACT = 2e-5
 
@@ -391,7 +394,7 @@ def test_several_encoders_share_the_loss():
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates(schedule):
     """Rates read off the size of Adam's first steps with a constant gradient."""
-    tx = config_rules.optimizer(
+    tx = validate.optimizer(
         learning_rate=0.1, warmup_steps=4, schedule=schedule, decay_steps=None if schedule == "constant" else 8,
         final_learning_rate=0.02, b1=0.9, b2=0.999, eps=1e-12, weight_decay=0.0, clip_norm=1e9, fixed=(),
     )  # fmt: skip

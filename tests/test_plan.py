@@ -16,8 +16,11 @@ import small
 from test_hlo_cost import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
-from repae_jax import build, flops, plan, plan_text, sharding, tpu_topologies
-from repae_jax.tpu_topologies import topology_devices
+from repae_jax import plan
+from repae_jax.cost import flops, plan_text, topologies
+from repae_jax.cost.topologies import topology_devices
+from repae_jax.distributed import sharding
+from repae_jax.job import build
 
 GIB = 2**30
 
@@ -46,7 +49,7 @@ def run_main(monkeypatch, **arguments):
     ],
 )
 def test_topologies(name, kind):
-    chip = tpu_topologies.check_topology(name)
+    chip = topologies.check_topology(name)
     assert chip.kind == kind and flops.peak(chip.kind)
 
 
@@ -149,7 +152,7 @@ def setting_of(sampling=False, **changes):
     if sampling:
         config = plan.sampling_config(config, 16)
     job = build.build(config, encoders=() if sampling else None)
-    return job, plan.setting(job, tpu_topologies.CHIPS["v5e"], "v5e:2x4", sampling)
+    return job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", sampling)
 
 
 @functools.cache
@@ -219,7 +222,7 @@ def test_advice_can_be_followed(changes):
 def test_only_what_has_a_backward_pass_is_computed_again():
     config = small.config({"vae.remat": False}, vae, "discriminator,tiny")
     job = build.build(config)
-    lines = plan.advice(job, plan.setting(job, tpu_topologies.CHIPS["v5e"], "v5e:2x4", False))
+    lines = plan.advice(job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", False))
     assert not any("remat" in line for line in lines), lines
 
 
@@ -244,7 +247,7 @@ def test_a_compiler_that_fails_leaves_the_other_topologies_their_plans(monkeypat
             raise plan.Crashed("Check failed: shape.rank() == 2", -signal.SIGABRT)
         return fitting | {"topology": topology}
 
-    monkeypatch.setattr(plan, "call_apart", crash_once)
+    monkeypatch.setattr(plan, "run_in_subprocess", crash_once)
     code = run_main(monkeypatch, topology=["v5e:2x2", "v5e:2x4"], json=str(tmp_path / "x.json"))
     assert code is True, "exit status 1"
     first, second = json.loads((tmp_path / "x.json").read_text())
@@ -273,14 +276,14 @@ def test_why_it_is_not_known(error, exitcode, said, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(plan, "call_apart", fail)
+    monkeypatch.setattr(plan, "run_in_subprocess", fail)
     found = plan.plan_apart(small.config(), too_large()[1])
     assert found["fits"] is None and found["exitcode"] == exitcode and found["message"] == str(error)
     assert f"NOT KNOWN whether it fits: {said}" in " ".join(" ".join(plan_text.lines_of(found)).split())
 
 
 def test_our_own_mistakes_are_not_the_compilers(monkeypatch):
-    monkeypatch.setattr(plan, "call_apart", lambda *_: {}["topology"])
+    monkeypatch.setattr(plan, "run_in_subprocess", lambda *_: {}["topology"])
     with pytest.raises(KeyError):
         plan.plan_apart(small.config(), too_large()[1])
 
@@ -405,7 +408,7 @@ def test_a_program_that_does_not_fit():
     array = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
     with pytest.raises(plan.DoesNotFit) as caught:
         plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
-    assert caught.value.needed >= 64 * GIB and caught.value.available in (tpu_topologies.CHIPS["v5e"].hbm, None)
+    assert caught.value.needed >= 64 * GIB and caught.value.available in (topologies.CHIPS["v5e"].hbm, None)
 
 
 @needs_libtpu

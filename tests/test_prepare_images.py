@@ -20,11 +20,13 @@ import pytest
 import small
 from PIL import Image
 
-from repae_jax import build, data, faults, hosts, prepare_images
+from repae_jax import data, faults, prepare_images
 from repae_jax.data import array_record, latents, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
+from repae_jax.distributed import multihost
+from repae_jax.job import build
 
 REPOSITORY = Path(__file__).parents[1]
 COUNT, SIZE = 20, 8
@@ -208,7 +210,7 @@ def test_worker_processes_change_nothing(pictures, made, tmp_path):
 
 
 def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     results = {}
 
     def work(process):
@@ -294,7 +296,7 @@ def test_too_many_bad_images(pictures, tmp_path):
 @pytest.mark.parametrize("finishing", [0, 1])
 def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, finishing, monkeypatch):
     """Process 0 has the broken image's shard 0, process 1 another one; each alone stays within the limit."""
-    monkeypatch.setattr(hosts, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     shutil.copytree(pictures, tmp_path / "pictures")
     broken = tmp_path / "pictures/class1/09.png"
     broken.write_bytes(broken.read_bytes()[:200])
@@ -378,7 +380,7 @@ def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monk
         stopped.set()
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(hosts, "stop_signal", lambda: contextlib.nullcontext(stopped))
+    monkeypatch.setattr(multihost, "stop_signal", lambda: contextlib.nullcontext(stopped))
     monkeypatch.setattr(prepare_images.shard_writer.ShardWriter, "_write_shard", fail)
     with pytest.raises(OSError, match="the disk is full"):
         prepare(pictures, tmp_path / "out")

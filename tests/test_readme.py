@@ -9,7 +9,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from repae_jax import build, data
+from repae_jax import data
+from repae_jax.job import build
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 LAUNCHERS = r"repae_jax\.(train|plan|cache_latents|benchmark)|tpu_pod\.sh run|gke_jobset\.sh submit|(multi_gpu|slurm)\.sh"

@@ -16,9 +16,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from repae_jax import run_log
 from repae_jax.report import __main__ as command
 from repae_jax.report import curves, page, pictures, run_folder
+from repae_jax.training import metric_log
 
 NOW = 1.8e9
 CHROMIUM = next(
@@ -164,12 +164,12 @@ def test_cost():
 def test_speed_is_read_as_training_logs_it(tmp_path):
     clock = iter([0.0, 10.0])
     how = {"flop_per_image": 2e12, "devices": 4, "peak": 100e12, "clock": lambda: next(clock)}
-    speed = run_log.Progress(100, 0, 64, waited=[0.0], **how).update(20, waited=[1.0])
-    lines = run_log.JsonLines(tmp_path / "run" / "metrics.jsonl")
+    speed = metric_log.Progress(100, 0, 64, waited=[0.0], **how).update(20, waited=[1.0])
+    lines = metric_log.JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.write(20, speed)
     lines.close()
     cost = page_of(tmp_path / "run")[1]["runs"][0]["cost"]
-    assert set(speed) == set(run_log.SPEED_NAMES) and speed["mfu"] == pytest.approx(0.64)
+    assert set(speed) == set(metric_log.SPEED_NAMES) and speed["mfu"] == pytest.approx(0.64)
     shown = set(speed) - {"eta_seconds"}
     assert {name: cost[name] for name in shown} == {name: pytest.approx(speed[name]) for name in shown}
 

@@ -20,24 +20,14 @@ from etils import epath
 from feature_stub import Noise, StubNetwork
 from PIL import Image
 
-from repae_jax import (
-    buckets,
-    build,
-    cache_latents,
-    checkpoint,
-    evaluate,
-    evaluate_tokenizer,
-    hosts,
-    images,
-    prepare_images,
-    run_log,
-    sample,
-    train,
-)
+from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
+from repae_jax.distributed import multihost
+from repae_jax.job import build
 from repae_jax.report import __main__ as report_command
+from repae_jax.training import checkpoint, metric_log
 
 JOB, STEPS = "ldm", 8  # and checkpoints every four
 RUN, DIGITS = "gs://bucket/run", "gs://bucket/digits"
@@ -293,7 +283,7 @@ def test_a_bucket_that_is_not_there_is_no_place_for_compiled_programs(gs):
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         with pytest.raises(OSError, match="bucket other does not exist"):
-            hosts.use_compilation_cache("gs://other/run")
+            multihost.use_compilation_cache("gs://other/run")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
@@ -315,22 +305,22 @@ def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
     monkeypatch.setattr(buckets, "UPLOAD_SECONDS", 0)
     gs.answer(("metrics", 403))
     with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
-        run_log.make_writer(folder, 1)
+        metric_log.make_writer(folder, 1)
     gs.answer()
-    with pytest.raises(RuntimeError, match="^the first$"), run_log.open_writer(folder, 1) as writer:
+    with pytest.raises(RuntimeError, match="^the first$"), metric_log.open_writer(folder, 1) as writer:
         gs.answer(("POST|PUT", 403))
         wait_until(lambda: writer.write_scalars(2, {"loss": 0.5}) or any("tried again later" in line for line in warnings))
         with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
             writer.flush()
         raise RuntimeError("the first")  # what fails while closing does not hide it
     gs.answer()
-    with run_log.open_writer(folder, 1) as writer:
+    with metric_log.open_writer(folder, 1) as writer:
         for step in (2, 3):
             writer.write_scalars(step, {"loss": 0.5})
         writer.flush()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
         writer.write_scalars(4, {"loss": 0.5})
-    with run_log.open_writer(folder) as writer:  # of a run without a checkpoint
+    with metric_log.open_writer(folder) as writer:  # of a run without a checkpoint
         writer.write_scalars(1, {"loss": 0.5})
     lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("metrics.jsonl*")}
     assert lines == {"metrics.jsonl": 1, "metrics.jsonl.1": 4}
@@ -340,7 +330,7 @@ def test_images_and_latents_from_a_bucket(gs, tmp_path):
     """Made on a disk and copied: the same records."""
     (tmp_path / "pictures/a").mkdir(parents=True)
     for number in range(5):
-        images.save_png(tmp_path / f"pictures/a/{number}.png", np.full((8, 8, 3), 50 * number, np.uint8))
+        files.save_png(tmp_path / f"pictures/a/{number}.png", np.full((8, 8, 3), 50 * number, np.uint8))
     options = "--image_size=8", "--shard_size=2", "--workers=0", f"--out={tmp_path / 'images'}"
     prepare_images.run(prepare_images.parse_args([f"--data=folder:path={tmp_path / 'pictures'}", *options]))
     test_cache_latents.make_cache(tmp_path / "latents", test_cache_latents.Pictures(9))
@@ -370,7 +360,7 @@ def test_training_on_latents_in_a_bucket(gs, tmp_path):
 def test_pictures_in_a_bucket(gs):
     picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     for _ in range(2):  # replaced
-        images.save_png("gs://bucket/pictures/a.png", picture)
+        files.save_png("gs://bucket/pictures/a.png", picture)
     with epath.Path("gs://bucket/pictures/a.png").open("rb") as file:
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file.read()))), picture)
     assert [path.name for path in epath.Path("gs://bucket/pictures").iterdir()] == ["a.png"]

@@ -12,9 +12,12 @@ from PIL import Image
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
-from repae_jax import build, checkpoint, generate, sample
-from repae_jax.checkpoint import Checkpointer
-from repae_jax.trained import load_trained
+from repae_jax import sample
+from repae_jax.job import build
+from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training import checkpoint
+from repae_jax.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(workdir):
-    return load_trained(workdir)
+    return load_model(workdir)
 
 
 def arguments(workdir, *extra):
@@ -59,7 +62,7 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     stored = checkpoint.read_config(workdir, 2)
     del stored["compiler_options"]
     monkeypatch.setattr(checkpoint, "read_config", lambda *_: {**stored, **options})
-    assert load_trained(workdir).step == 2
+    assert load_model(workdir).step == 2
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_damaged_parts_are_named(tmp_path, content):
 
 
 def test_damaged_parts_are_found_before_any_is_made(workdir, loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: loaded)
+    monkeypatch.setattr(sample, "load_model", lambda *_, **__: loaded)
     monkeypatch.setattr(sample, "sample_batches", lambda *_, **__: pytest.fail("sampled before"))
     folder = sample._open_parts(tmp_path / "x.parts", {})
     (folder / "settings.json").unlink()
@@ -154,9 +157,9 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
     ],
 )
 def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
-    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: loaded)
+    monkeypatch.setattr(sample, "load_model", lambda *_, **__: loaded)
     if "--batch_size" in extra:
-        monkeypatch.setattr(sample, "load_trained", lambda *_, **__: pytest.fail("weights were read before"))
+        monkeypatch.setattr(sample, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises(ValueError, match=message):
         sample.run(arguments(workdir, *extra))
 
@@ -202,7 +205,7 @@ def test_labels():
 
 def test_images_use_the_averages_and_no_epsilon(workdir):
     """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
-    trained = load_trained(workdir)
+    trained = load_model(workdir)
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
     base = np.asarray(run(trained.params, *args)[0])
@@ -215,10 +218,10 @@ def test_images_use_the_averages_and_no_epsilon(workdir):
 
 
 def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
-    trained = load_trained(workdir)
+    trained = load_model(workdir)
     latent_stats = jax.tree.map(lambda x: x * np.nan, trained.params["latent_stats"])
     broken = dataclasses.replace(trained, params={**trained.params, "latent_stats": latent_stats})
-    monkeypatch.setattr(sample, "load_trained", lambda *_, **__: broken)
+    monkeypatch.setattr(sample, "load_model", lambda *_, **__: broken)
     with pytest.raises(ValueError, match="8 of 8 samples are not finite, first number 0: .* take an earlier step"):
         sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
 
@@ -238,7 +241,7 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
 
 
 def test_guidance_outside_its_interval_changes_nothing(workdir):
-    trained = load_trained(workdir)
+    trained = load_model(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
     made = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
@@ -269,7 +272,7 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     frozen = tmp_path / "frozen.pt"
     published.write(frozen, dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="holds no VAE: give --vae"):
-        load_trained(frozen)
+        load_model(frozen)
     expected = load(sample.run(arguments(frozen, *arguments_, "--out", str(tmp_path / "frozen"))))
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("bn.")]:
@@ -280,10 +283,10 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
         np.testing.assert_array_equal(actual, array)
 
     with pytest.raises(ValueError, match="holds a VAE of its own"):
-        load_trained(tmp_path / "whole.pt", vae_path=tmp_path / "vae")
+        load_model(tmp_path / "whole.pt", vae_path=tmp_path / "vae")
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("projectors.")]:
             del arrays[name]
     published.write(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
-        load_trained(tmp_path / "sit.pt", vae_path=tmp_path / "vae")
+        load_model(tmp_path / "sit.pt", vae_path=tmp_path / "vae")

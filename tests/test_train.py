@@ -26,14 +26,18 @@ from PIL import Image
 
 from checkpoints_tools.convert import convert
 from configs import ldm
-from repae_jax import build, checkpoint, cli, flops, hooks, prepare_images, run_log, train
+from repae_jax import cli, prepare_images, train
+from repae_jax.cost import flops
+from repae_jax.evaluation import hooks
+from repae_jax.evaluation.reference_stats import read_reference
+from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
-from repae_jax.reference_stats import read_reference
 from repae_jax.sample import sample_batches
-from repae_jax.trained import load_trained
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training import checkpoint, metric_log
 
 ROOT = Path(__file__).parents[1]
-CLOCK = {"time", *run_log.SPEED_NAMES}
+CLOCK = {"time", *metric_log.SPEED_NAMES}
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
 
 
@@ -80,8 +84,8 @@ def test_a_run_logs_every_step_and_leaves_its_checkpoints(whole):
     assert {"vae/loss", "sit/loss", "disc/loss", "vae/align", "sit/velocity", "skipped", "bad_records"} <= set(whole.metrics[0])
     assert all(line["skipped"] == 0 for line in whole.metrics)
     first, *others = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
-    told = set(run_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
-    assert not told & set(first) and all(set(line) & set(run_log.SPEED_NAMES) == told for line in others)
+    told = set(metric_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
+    assert not told & set(first) and all(set(line) & set(metric_log.SPEED_NAMES) == told for line in others)
     flop = flops.per_image(config(4).to_dict())
     for line in others:
         assert line["tflops_per_device"] == pytest.approx(line["images_per_second"] * flop / 8 / 1e12)
@@ -130,7 +134,7 @@ def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch)
         now[0] = max(now[0], float(step - 2))  # began after two
 
     monkeypatch.setattr(train.build, "jit_step", jit_step)
-    monkeypatch.setattr(train, "Progress", functools.partial(run_log.Progress, clock=lambda: now[0]))
+    monkeypatch.setattr(train, "Progress", functools.partial(metric_log.Progress, clock=lambda: now[0]))
     monkeypatch.setattr(train, "make_hooks", lambda *_: [hooks.Hook(5, wait_for_all, lambda step: True)])
     workdir = copy_of(half, tmp_path)
     train.train(config(14, **{"log.every": 4, "checkpoint.every": 14}), workdir)
@@ -149,7 +153,7 @@ def test_fid_during_training(half, tmp_path, monkeypatch):
     train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_samples": 20}), workdir)
     missed, found = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
     assert missed["step"] == 2, "of the checkpoint it began with"
-    trained, labels = load_trained(workdir), np.arange(20, dtype=np.int32) % 10
+    trained, labels = load_model(workdir), np.arange(20, dtype=np.int32) % 10
     made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 64, config(4).seed)]
     pool = np.concatenate([network(batch).pool for batch in made])
     expected = frechet_distance(*gaussian_stats(pool), *read_reference(tmp_path / "reference.npz", network).pool)
@@ -357,7 +361,7 @@ def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled,
 def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
     """But a run goes on with images that were prepared anew."""
     images, compared = tmp_path / "images", []
-    monkeypatch.setattr(train.hosts, "check_same", lambda **what: compared.append(what))
+    monkeypatch.setattr(train.multihost, "assert_same", lambda **what: compared.append(what))
     for encoding in ("png", "raw"):
         options = ["--data=digits", "--image_size=8", f"--out={images / encoding}", f"--format={encoding}", "--workers=0"]
         prepare_images.run(prepare_images.parse_args(options))
@@ -387,7 +391,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(monkeypatch, tmp_path):
 def test_a_workdir_of_a_refused_name_is_not_created(monkeypatch, tmp_path):
     replace_training(monkeypatch, lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(train.flags.FLAGS, "workdir", str(tmp_path / "[lr=1e-4]"))
-    monkeypatch.setattr(train.hosts, "use_compilation_cache", lambda folder: Path(folder).mkdir())
+    monkeypatch.setattr(train.multihost, "use_compilation_cache", lambda folder: Path(folder).mkdir())
     with pytest.raises(SystemExit, match="pattern"):
         train.main([])
     assert list(tmp_path.iterdir()) == []

@@ -17,10 +17,10 @@ from checkpoints_tools.lpips import lpips_table
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.vae import vae_table
 from repae_jax import train_step
+from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.models.lpips import LPIPS
-from repae_jax.running_stats import ChannelStats
-from repae_jax.train_state import create_net, create_state
 from repae_jax.train_step import Draws, Nets, Optimizers, Recipe
+from repae_jax.training.state import create_net, create_state
 
 PUBLISHED_WEIGHTS = {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5}
 

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import weights
-from repae_jax import cli, ranges, sharding
+from repae_jax import cli, files, ranges
 from repae_jax.analysis import representation
 from repae_jax.analyze_latents.encoding import check_bytes, encode_images
 from repae_jax.analyze_latents.hidden_states import encoder_features, measure_cknna
@@ -32,9 +31,10 @@ from repae_jax.analyze_latents.sources import (
     parse_sources,
     run_config,
 )
-from repae_jax.checkpoint import fingerprint
 from repae_jax.data import reading
-from repae_jax.trained import TrainedVae, load_trained, load_vae
+from repae_jax.distributed import sharding
+from repae_jax.sampling.load_model import TrainedVae, load_model, load_vae
+from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("null", "own")
 BLOCK = 8  # pixels of a DCT block's side
@@ -88,7 +88,7 @@ def parse_args(argv=None):
 def _load(source, vae_path):
     if not vae_path:
         return load_vae(source.path, source.step)
-    whole = load_trained(source.path, source.step, jax.devices()[:1], vae_path)
+    whole = load_model(source.path, source.step, jax.devices()[:1], vae_path)
     module = whole.nets.vae.clone(dtype=jnp.float32)
     return TrainedVae(module, whole.params["vae"], whole.params["latent_stats"], step=whole.step)
 
@@ -131,7 +131,7 @@ def run(args):
     described = [describe(model, block, compared) for model in models]
     if encoders:
         for source, about in zip(sources, described):
-            trained = load_trained(source.path, source.step, vae_path=args.vae)
+            trained = load_model(source.path, source.step, vae_path=args.vae)
             about["sit_fingerprint"] = fingerprint(trained.params["sit"])
             about["cknna"] = measure_cknna(args, source, trained, images_source, cknna_records, encoders)
 
@@ -153,7 +153,7 @@ def run(args):
         "kind": "analysis", "models": described, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,
         "protocol": protocol, "warnings": _warnings(args, len(cknna_records) if encoders else None),
     }  # fmt: skip
-    weights.write_json(folder / RESULT, plain(content))  # last: where it is, the pictures are whole
+    files.write_json(folder / RESULT, plain(content))  # last: where it is, the pictures are whole
     return folder / RESULT
 
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from repae_jax import images, sharding
+from repae_jax import images
 from repae_jax.analysis import equivariance
 from repae_jax.analyze_latents.sources import Source
 from repae_jax.data import reading
+from repae_jax.distributed import sharding
 from repae_jax.losses.regularizers import downscale
-from repae_jax.trained import TrainedVae
+from repae_jax.sampling.load_model import TrainedVae
 
 SCALES = (0.75, 0.5, 0.25)
 MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while

@@ -8,12 +8,14 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoints_tools.vit import load_encoder
-from repae_jax import data, features, images, sharding
+from repae_jax import data, images
 from repae_jax.analysis import representation
 from repae_jax.analyze_latents.encoding import check_bytes, check_finite, in_float32, posterior_mean, read_batches
 from repae_jax.analyze_latents.sources import NEIGHBORS
-from repae_jax.checkpoint import fingerprint
 from repae_jax.diffusion import ddpm, latent_norm
+from repae_jax.distributed import sharding
+from repae_jax.models import encoders as features
+from repae_jax.training.checkpoint import fingerprint
 
 MAX_BYTES = 2**33  # of one timestep's hidden states: SiT-XL's of 10,000 images, as published, take 1.2 GiB
 

@@ -5,7 +5,7 @@ import numpy as np
 from repae_jax import images
 from repae_jax.analysis import channels, smoothness, spectrum
 from repae_jax.analyze_latents.encoding import read_batches
-from repae_jax.checkpoint import fingerprint
+from repae_jax.training.checkpoint import fingerprint
 
 
 def describe(model, block, compared):

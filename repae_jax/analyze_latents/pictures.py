@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from repae_jax import plots
 from repae_jax.analysis import channels
+from repae_jax.evaluation import plots
 
 
 def draw(folder, models, described, originals, rgb_spectrum):

@@ -9,7 +9,9 @@ import numpy as np
 from etils import epath
 
 from checkpoints_tools import identify
-from repae_jax import build, checkpoint, data
+from repae_jax import data
+from repae_jax.job import build
+from repae_jax.training import checkpoint
 
 RESULT = "analysis.json"
 PICTURES = ("pca.png", "spectrum.png", "channels.png", "equivariance.png", "cknna.png")

@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from checkpoints_tools import weights
-from repae_jax import build, cli, config_rules, hosts
+from repae_jax import cli, files
 from repae_jax.benchmark import measure
-from repae_jax.hooks import fid_batch
+from repae_jax.distributed import multihost
+from repae_jax.evaluation.hooks import fid_batch
+from repae_jax.job import build, validate
 
 STEPS = 50
 ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # variables that change speed begin so
@@ -42,8 +43,8 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
       ValueError: for anything wrong with the config or the numbers, or a step that does not fit into memory.
     """
     config = build.plain_config(config)
-    hosts.check_alike(config)
-    config_rules.check_fields(config)
+    multihost.assert_same_config(config)
+    validate.check_fields(config)
     config, random = measure.without_files(config)
     job = build.build(config)
     build.check_compiler_options(job)
@@ -124,7 +125,7 @@ def _circumstances(job):
             "kind": device.device_kind, "platform": device.platform, "count": job.mesh.size, "processes": jax.process_count(),
             "mesh": dict(job.mesh.shape), "peak_tflops": None if peak is None else peak / 1e12,
         },
-        "versions": {**hosts.versions(), "platform": device.client.platform_version},
+        "versions": {**multihost.versions(), "platform": device.client.platform_version},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
         "compilation_cache": jax.config.jax_compilation_cache_dir,
         "compiler_options": build.compiler_options(job), "arguments": sys.argv[1:], "config": job.config,
@@ -211,7 +212,7 @@ def check_places(out, profile):
     """Path of the result, or None; makes the folder of the trace. ValueError, before anything is measured, for a wrong path."""
     if profile is not None:
         Path(profile).mkdir(parents=True, exist_ok=True)
-    return None if out is None else weights.check_new("--out", out)
+    return None if out is None else files.check_new("--out", out)
 
 
 def keeper(path):
@@ -220,7 +221,7 @@ def keeper(path):
 
     def keep(result):
         if path is not None:
-            weights.write_json(path, result, overwrite=next(kept) > 0)
+            files.write_json(path, result, overwrite=next(kept) > 0)
 
     return keep
 
@@ -228,7 +229,7 @@ def keeper(path):
 def main(_):
     """Entry point."""
     options = flags.FLAGS
-    with hosts.failing_together(), cli.ending():
+    with multihost.abort_all_on_error(), cli.ending():
         cli.start_processes()
         first = jax.process_index() == 0
         path = check_places(options.out, options.profile) if first else None

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repae_jax import build, flops, generate, hlo_cost, hosts, sharding
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
-from repae_jax.checkpoint import fingerprint
-from repae_jax.run_log import arithmetic_speed
+from repae_jax.cost import flops, hlo_cost
+from repae_jax.distributed import multihost, sharding
+from repae_jax.job import build
+from repae_jax.sampling import generate
+from repae_jax.training.checkpoint import fingerprint
+from repae_jax.training.metric_log import arithmetic_speed
 
 AHEAD = 2  # steps that training dispatches before it waits for one
 SAMPLED = 3  # batches that are sampled and timed
@@ -280,7 +283,7 @@ def measure_input(job, step, frozen, count):
         source = _source(job, frozen)
     except (ValueError, OSError, ImportError) as error:
         problem = str(error)
-    problems = [problem for problem in hosts.gather(problem) if problem]
+    problems = [problem for problem in multihost.gather(problem) if problem]
     if problems:
         return {"skipped": problems[0]}
     section = job.config["data"]
@@ -291,11 +294,11 @@ def measure_input(job, step, frozen, count):
         for _ in range(count):
             next(loader)
         seconds = time.perf_counter() - began
-        alone = sum(hosts.gather(count * section["batch_size"] / jax.process_count() / seconds))
+        alone = sum(multihost.gather(count * section["batch_size"] / jax.process_count() / seconds))
         began, waited = time.perf_counter(), loader.wait_seconds
         timed = spread(time_calls(lambda: step(sharding.put_batch(job.mesh, next(loader))), count, ahead=AHEAD))
         share = (loader.wait_seconds - waited) / (time.perf_counter() - began)
-    fed = {"images_per_second": section["batch_size"] / timed["median"], "input_wait": max(hosts.gather(share))}
+    fed = {"images_per_second": section["batch_size"] / timed["median"], "input_wait": max(multihost.gather(share))}
     return {"images_per_second": alone, "workers": section["workers"], "processes": jax.process_count(), "with_step": fed}
 
 

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from repae_jax import features, sharding, train_losses, train_step
+from repae_jax import train_losses, train_step
 from repae_jax.diffusion import latent_norm
+from repae_jax.distributed import sharding
 from repae_jax.images import to_float
 from repae_jax.losses import adversarial
-from repae_jax.rng import named_keys
+from repae_jax.models import encoders as features
+from repae_jax.training.rng import named_keys
 
 REGULARIZERS = {"align": "align_pass", "diffusion": "diffusion_pass", "se": "scale_equivariance", "vf": "vf"}
 OF_PARAMETERS = ("se", "vf")  # regularisers that give the VAE's parameters a gradient, too
@@ -89,7 +91,7 @@ def make_parts(job, state, frozen, whole_batch, batch):
 
     # ---- the VAE's networks ----------------------------------------------------------------------------------------------
     def encode(params, batch):
-        posterior = nets.vae.apply({"params": sharding.gathered(params)}, batch["images"], method="encode")
+        posterior = nets.vae.apply({"params": sharding.unsharded(params)}, batch["images"], method="encode")
         return posterior.sample(batch["draws"].posterior_noise)
 
     def encode_back(params, batch):
@@ -97,7 +99,7 @@ def make_parts(job, state, frozen, whole_batch, batch):
         return latents, *back(batch["latents"])
 
     def decode(params, batch):
-        return nets.vae.apply({"params": sharding.gathered(params)}, batch["latents"], method="decode")
+        return nets.vae.apply({"params": sharding.unsharded(params)}, batch["latents"], method="decode")
 
     def decode_back(params, batch):
         recon, back = jax.vjp(lambda params, x: decode(params, {"latents": x}), params, batch["latents"])

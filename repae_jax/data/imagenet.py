@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repae_jax import faults, hosts
+from repae_jax import faults
 from repae_jax.data.decoding import decode_crop
+from repae_jax.distributed import multihost
 
 _READ_THREADS = 16  # for labels: waits for the disk, mostly
 _CHUNK = 256
@@ -67,8 +68,8 @@ class ImagenetSource:
         place = "".join(letter if letter.isalnum() else "_" for letter in split)
         file = Path(labels_file) if labels_file else Path(info.data_dir) / f"repae_jax_labels_{place}.npy"
         self.labels = self._read_labels(file)
-        if hosts.several() and not jax.process_index():
-            hosts.tell(self._labels_key)  # those who wait for the file look no further
+        if multihost.is_multiprocess() and not jax.process_index():
+            multihost.set_flag(self._labels_key)  # those who wait for the file look no further
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(wrong):
             raise ValueError(
@@ -126,11 +127,13 @@ class ImagenetSource:
                     "they are read again"
                 )
             return labels
-        if hosts.several() and jax.process_index():
-            if not hosts.wait_for_files([file], lambda: hosts.told(self._labels_key)) and not hosts.is_seen(file):
+        if multihost.is_multiprocess() and jax.process_index():
+            found = multihost.wait_for_files([file], lambda: multihost.get_flag(self._labels_key)) or multihost.is_seen(file)
+            if not found:
                 raise ValueError(
                     f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
-                    f"{hosts.told(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or copy it"
+                    f"{multihost.get_flag(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or "
+                    "copy it"
                 )
             return self._read_labels(file)
         temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")

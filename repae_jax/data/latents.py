@@ -71,7 +71,7 @@ class CachedLatents:
       image_size: side in pixels of the images that were encoded.
       latent_shape: (h, w, C).
       flips: whether records hold the mirrored image's posterior, too.
-      fingerprint: of the VAE's parameters, `repae_jax.checkpoint.fingerprint`.
+      fingerprint: of the VAE's parameters, `repae_jax.training.checkpoint.fingerprint`.
       vae: where those came from.
       records_hash: of the images' source, see `records_hash`.
       contents_hash: of the files.

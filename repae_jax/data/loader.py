@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from repae_jax import call_apart
 from repae_jax.data.reading import at_once, attempt
+from repae_jax.distributed import child_process
 
 # In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
 _READ_THREADS = 4
@@ -272,7 +272,7 @@ def _begin_worker(worker_index, worker_count):
     """Runs first in every worker: one that touched an accelerator would take it from the training process, and one that
     outlived it would keep its memory and files."""
     del worker_index, worker_count
-    call_apart.end_with_parent()
+    child_process.end_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
 

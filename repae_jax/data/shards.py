@@ -1,4 +1,4 @@
-"""Numbered records in shards of ArrayRecord, as `repae_jax.shard_writer` writes them.
+"""Numbered records in shards of ArrayRecord, as `repae_jax.data.shard_writer` writes them.
 
 A folder holds:
 

@@ -4,11 +4,61 @@ State and times are float32; the published code keeps the state in float64 betwe
 2e-5 of the largest entry in the parity tests. Reference: REPA-E's `samplers.py`.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repae_jax.diffusion import interpolant
+from repae_jax.diffusion import ddpm, interpolant
+from repae_jax.ranges import OrNone, check, real, whole
+
+SAMPLERS = ("euler", "heun", "sde", "ancestral")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+      sampler: 'euler' or 'heun' (ODE), or 'sde' (Euler-Maruyama, last step from t = 0.04), the paper's; 'ancestral' for DiT.
+      steps: steps from noise to data; of Heun, two network calls each but the last.
+      guidance_scale: 1 is no guidance.
+      guidance_low: guidance applies to steps that start at guidance_low <= t <= guidance_high (t = 1 is noise).
+      guidance_high: see above. DiT's timesteps count as t / 999.
+      guidance_channels: guide the first ones only, as DiT's, SiT's and LightningDiT's published sampling does (3); None is all.
+
+    Raises:
+      ValueError: for an unknown sampler or values out of range.
+    """
+
+    sampler: str = "sde"
+    steps: int = 250
+    guidance_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    guidance_channels: int | None = None
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is unknown; allowed: {', '.join(SAMPLERS)}")
+        check("steps", whole(2), self.steps)
+        check("guidance_scale", real(1), self.guidance_scale)
+        check("guidance_low", real(0, 1), self.guidance_low)
+        check("guidance_high", real(0, 1), self.guidance_high)
+        check("guidance_channels", OrNone(whole(1)), self.guidance_channels)
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
+
+
+def check_sampler(sampling, objective):
+    """ValueError unless the sampler is one for what the network has learned."""
+    is_ancestral = sampling.sampler == "ancestral"
+    if isinstance(objective, ddpm.NoiseObjective) != is_ancestral:
+        what, allowed = ("a velocity", SAMPLERS[:3]) if is_ancestral else ("DiT's noise", SAMPLERS[3:])
+        raise ValueError(f"sampler {sampling.sampler!r}: the network predicts {what}; allowed: {', '.join(allowed)}")
+    if is_ancestral:
+        ddpm.timesteps(sampling.steps)
 
 SDE_LAST_TIME = 0.04  # the SDE's diffusion ends here; one deterministic step remains
 

@@ -58,27 +58,3 @@ def schedule_factor(step, shape, end):
     progress = jnp.minimum(step / end, 1.0)
     decay = {"constant": jnp.float32(progress < 1), "linear": 1 - progress, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress))}
     return decay[shape]
-
-
-def spatial_normalize(tokens, gamma):
-    """(x - gamma * mean) / (std + 1e-6) per image and channel, over the tokens: contrast between positions instead of content.
-
-    Args:
-      tokens: [B, T, F] with T >= 2, an encoder's patch tokens.
-      gamma: share of the mean that is subtracted, 0 to 1; 0.6 by default in the published code.
-
-    Returns:
-      float32 [B, T, F].
-
-    Raises:
-      ValueError: for another shape or gamma.
-
-    Reference: iREPA `ldm/utils.py` `spatial_zscore`.
-    """
-    if tokens.ndim != 3 or tokens.shape[1] < 2:
-        raise ValueError(f"tokens have shape {tokens.shape}; allowed: [B, T, F] with T >= 2")
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma {gamma}; allowed: 0 to 1")
-    x = tokens.astype(jnp.float32)
-    mean = jnp.mean(x, axis=1, keepdims=True)
-    return (x - gamma * mean) / (jnp.std(x, axis=1, ddof=1, keepdims=True) + 1e-6)  # ddof: torch's std is the unbiased one

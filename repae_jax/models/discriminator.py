@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
 from repae_jax.models.layers import Conv, torch_default_init
-from repae_jax.running_stats import ChannelStats, batch_stats, update_running
 
 normal_02 = nn.initializers.normal(0.02)
 

@@ -40,7 +40,7 @@ def resize_tf1(images, size):
 
     Output pixel i lies at input i * (old / new), without half-pixel centres, so the picture shifts towards the upper left when
     it is enlarged, and nothing is averaged when it shrinks. The published statistics were made this way; `jax.image.resize`
-    gives other features. Pixels are gathered, not multiplied by a matrix, so that the result does not depend on the precision
+    gives other features. Pixels are unsharded, not multiplied by a matrix, so that the result does not depend on the precision
     of matrix products.
 
     Args:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from repae_jax.sharding import gathered
+from repae_jax.distributed.sharding import unsharded
 
 Initializer = Callable
 xavier = nn.initializers.xavier_uniform()
@@ -193,7 +193,7 @@ def scan_blocks(block, length, *, name, remat="none", unroll=1, num_broadcast=0,
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     if remat not in ("none", *policies):
         raise ValueError(f"remat={remat!r} is unknown; allowed: 'none', 'dots', 'full'")
-    block = nn.map_variables(block, "params", trans_in_fn=gathered, init=True, mutable=True)
+    block = nn.map_variables(block, "params", trans_in_fn=unsharded, init=True, mutable=True)
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=policies[remat])
     scanned = nn.scan(

@@ -9,8 +9,8 @@ import time
 
 from etils import epath
 
-from checkpoints_tools.weights import write_all
 from repae_jax import cli
+from repae_jax.files import write_all
 from repae_jax.report.page import MARKER, make_page
 from repae_jax.report.run_folder import read_run
 

@@ -16,13 +16,27 @@ from command_line import call, error_of
 from test_vae import STATS
 
 from checkpoints_tools import __main__ as commands
-from checkpoints_tools import artefacts, convert, identify, locate, orders, published, sit, training_state, vae, verify, weights
+from checkpoints_tools import (
+    artefacts,
+    convert,
+    identify,
+    locate,
+    published,
+    sit,
+    torch_param_order,
+    training_state,
+    vae,
+    verify,
+    weights,
+)
 from checkpoints_tools.mapping import to_torch
 from configs import common, repae
-from repae_jax import build, checkpoint
+from repae_jax import files
+from repae_jax.job import build
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
-from repae_jax.trained import load_trained
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training import checkpoint
 
 torch = pytest.importorskip("torch")
 ROOT = Path(__file__).parents[2]
@@ -202,10 +216,11 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
     rng = np.random.default_rng(0)
     target = sit._abstract_variables(module, 2, False)
     networks = [jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), target) for _ in range(2)]
-    model, ema = (orders.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables) for variables in networks)
+    table = sit.sit_table(module, latent_norm=False)
+    model, ema = (torch_param_order.to_ordered_torch(table, variables) for variables in networks)
     weights.write_torch(tmp_path / "training.pt", {"model": model, "ema": ema, "args": commands.argparse.Namespace(lr=1)})
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
-        load_trained(tmp_path / "training.pt")
+        load_model(tmp_path / "training.pt")
     call("convert", tmp_path / "training.pt", tmp_path / "turned.safetensors", "--plain_sit")
     turned = sit.load_sit(tmp_path / "turned.safetensors")
     np.testing.assert_array_equal(turned.variables["params"]["x_embedder"]["bias"], ema["x_embedder.proj.bias"])
@@ -259,7 +274,7 @@ def test_a_sit_xl_in_a_minute_and_two_and_a_half_times_its_size(tmp_path, option
     target = sit._abstract_variables(module, 16, False)
     variables = jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), target)
     source = tmp_path / "sit.pt"
-    weights.write_torch(source, orders.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
+    weights.write_torch(source, torch_param_order.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
     del variables
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out.safetensors"), *options]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -444,7 +459,7 @@ def test_files_that_cannot_be_read(published_run, vae_folder, tmp_path, monkeypa
     (tmp_path / "empty.safetensors").write_bytes(b"")
     weights.write_safetensors(tmp_path / "stranger.safetensors", {"layer1.0.conv1.weight": np.zeros(3, np.float32)})
     (tmp_path / "resnet").mkdir()
-    weights.write_json(tmp_path / "resnet" / "config.json", {"model_type": "resnet"})
+    files.write_json(tmp_path / "resnet" / "config.json", {"model_type": "resnet"})
     for name, words in {
         "truncated.pt": "truncated",
         "pointer.pt": "Git LFS",
@@ -469,7 +484,7 @@ def test_targets_that_exist_are_kept(workdir, published_run, vae_folder, tmp_pat
     same_checkpoint(run, published_run)
 
     args = json.loads((run / "args.json").read_text())
-    weights.write_json(run / "args.json", args | {"max_train_steps": 1}, overwrite=True)  # the run was prolonged since
+    files.write_json(run / "args.json", args | {"max_train_steps": 1}, overwrite=True)  # the run was prolonged since
     file.unlink()
     call("convert", workdir, run)
     assert json.loads((run / "args.json").read_text()) == args

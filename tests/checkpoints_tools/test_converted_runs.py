@@ -15,8 +15,10 @@ from test_sit_files import published_shapes
 from checkpoints_tools import published, vae, weights
 from configs import ldm
 from configs import vae as vae_config
-from repae_jax import build, checkpoint, sample
-from repae_jax.trained import load_trained
+from repae_jax import sample
+from repae_jax.job import build
+from repae_jax.sampling.load_model import load_model
+from repae_jax.training import checkpoint
 
 torch = pytest.importorskip("torch")
 STEP = 7
@@ -134,7 +136,7 @@ def torch_content(folder):
 
 def images(workdir, **options):
     """The first samples of a run, as `repae_jax.sample` makes them."""
-    trained = load_trained(workdir, devices=jax.devices()[:1], **options)
+    trained = load_model(workdir, devices=jax.devices()[:1], **options)
     sampling = dataclasses.replace(trained.sampling, steps=3, guidance_scale=1.5, guidance_channels=3)
     labels = np.arange(4, dtype=np.int32)
     return np.concatenate([made for _, made in sample.sample_batches(trained, sampling, labels, 4, 0)])
@@ -204,7 +206,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
     with pytest.raises(ValueError, match="as REPA and DiT have none: give --vae as diffusers' folder"):
         images(tmp_path / "DiT.pt", vae_path=_without_stats(frozen_vae, tmp_path), sampler="ancestral")
     made = images(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
-    trained = load_trained(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
+    trained = load_model(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
     assert (trained.sampling.sampler, trained.sampling.steps) == ("ancestral", 250)
 
     # the same weights as a run that has the statistics of that VAE
@@ -323,7 +325,7 @@ def test_what_a_tokenizers_run_is_not(vae_run, disc_run, frozen_vae, tmp_path, m
     assert not list(tmp_path.iterdir())
     for _, _, workdir in (vae_run, disc_run):
         with pytest.raises(ValueError, match="a run of a tokenizer: it has no SiT to sample from"):
-            load_trained(workdir)
+            load_model(workdir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import reference
 from checkpoints_tools import vit, vit_formats, weights
 from checkpoints_tools.mapping import to_torch
 from checkpoints_tools.vit_reference import torch_tokens
-from repae_jax import features
+from repae_jax.models import encoders as features
 from repae_jax.models.vit import VisionTransformer
 
 torch = pytest.importorskip("torch")

@@ -17,8 +17,10 @@ from test_vae import STATS
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import identify, inception, locate, vae, vit, weights
-from repae_jax import checkpoint, features
+from repae_jax import files
+from repae_jax.models import encoders as features
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.training import checkpoint
 
 pytest.importorskip("torch")
 
@@ -88,7 +90,7 @@ def test_a_pickled_model_is_copied_only_where_there_is_no_other(bucket, tmp_path
 def test_a_published_run(bucket, tmp_path):
     folder = bucket / "published"
     (folder / "checkpoints").mkdir(parents=True)
-    weights.write_json(folder / "args.json", {"model": "SiT-XL/2"})
+    files.write_json(folder / "args.json", {"model": "SiT-XL/2"})
     for steps in (9, 10):
         networks = {name: {"x_embedder.proj.weight": np.full(2, steps, np.float32)} for name in ("model", "ema")}
         content = {**networks, "args": argparse.Namespace(seed=0), "steps": steps}

@@ -15,8 +15,9 @@ import small
 
 from checkpoints_tools import identify, published, training_state, weights
 from checkpoints_tools.training_state import PLACES, Networks
-from repae_jax import build
-from repae_jax.train_state import apply_update
+from repae_jax import files
+from repae_jax.job import build
+from repae_jax.training.state import apply_update
 
 torch = pytest.importorskip("torch")
 
@@ -232,7 +233,7 @@ def test_newest_of_a_run(checkpoint, tmp_path):
 
 def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    weights.write_json(tmp_path / "args.json", dict(checkpoint.args))
+    files.write_json(tmp_path / "args.json", dict(checkpoint.args))
     for name in ("0000003.pt", "0000003.safetensors"):
         path = tmp_path / "checkpoints" / name
         write = weights.write_torch if path.suffix == ".pt" else weights.write_safetensors

@@ -9,8 +9,8 @@ from test_sit import TINY, abstract_tree, draw, golden_sit
 
 from checkpoints_tools import weights
 from checkpoints_tools.mapping import to_flax
-from checkpoints_tools.orders import to_ordered_torch
 from checkpoints_tools.sit import describe_sit, grid_of, layout_of, load_sit, rename_legacy, reverse_time, sit_table
+from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
 SIZES = {

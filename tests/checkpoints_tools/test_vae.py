@@ -10,6 +10,7 @@ from flax import traverse_util
 from test_autoencoder import abstract_params, drawn_params, golden_vae
 
 from checkpoints_tools import mapping, vae, vae_layouts, weights
+from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
 STATS = {"mean": np.asarray([0.5, -1.0, 0.0, 2.0], np.float32), "var": np.asarray([1.7, 0.3, 1.0, 30.0], np.float32)}
@@ -71,7 +72,7 @@ def edit_config(folder, **changes):
     config = weights.read_config(folder)
     config |= changes
     config = {name: value for name, value in config.items() if value is not ...}
-    weights.write_json(folder / "config.json", config, overwrite=True)
+    files.write_json(folder / "config.json", config, overwrite=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from test_sit import TINY, abstract_tree, draw
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import vae, verify, vit, weights
-from checkpoints_tools.orders import to_ordered_torch
 from checkpoints_tools.sit import sit_table
+from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
 torch = pytest.importorskip("torch")

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from checkpoints_tools import locate, weights
+from repae_jax import files
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +78,7 @@ def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, ar
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-@pytest.mark.parametrize("write", [weights.write_safetensors, weights.write_torch, weights.write_json])
+@pytest.mark.parametrize("write", [weights.write_safetensors, weights.write_torch, files.write_json])
 def test_no_space_left(tmp_path, monkeypatch, write):
     if write is weights.write_torch:
         pytest.importorskip("torch")
@@ -104,7 +105,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 big = {{"a": np.zeros(10**6)}}
 for write, content in (
-    (weights.write_safetensors, big), (weights.write_torch, big), (weights.write_json, {{"a": "x" * 10**6}})
+    (weights.write_safetensors, big), (weights.write_torch, big), (files.write_json, {{"a": "x" * 10**6}})
 ):
     try:
         write({str(tmp_path / "w")!r}, content)
@@ -148,8 +149,8 @@ def contents(folder):
 def test_files_that_belong_together(three):
     folder, writes = three
     with pytest.raises(FileExistsError, match="three/a, .*three/b, .*three/c exists"):
-        weights.write_all(writes)
-    weights.write_all(writes, overwrite=True)
+        files.write_all(writes)
+    files.write_all(writes, overwrite=True)
     assert contents(folder) == dict.fromkeys("abc", "new")
 
 
@@ -159,7 +160,7 @@ def test_no_space_for_all_of_several_files(three, monkeypatch, successes):
     full_disk(monkeypatch, successes)
     message = f"three/{'abc'[successes]} could not be written .*No space left.*nothing was changed there"
     with pytest.raises(OSError, match=message):
-        weights.write_all(writes, overwrite=True)
+        files.write_all(writes, overwrite=True)
     assert contents(folder) == dict.fromkeys("abc", "old")
 
 
@@ -177,7 +178,7 @@ def test_killed_while_several_files_appear(three, monkeypatch, successes):
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
-        weights.write_all(writes, overwrite=True)
+        files.write_all(writes, overwrite=True)
     assert contents(folder) == [{"a": "old"}, {"a": "new"}, {"a": "new", "b": "new"}][successes]
 
 
@@ -186,8 +187,8 @@ def test_several_writers_of_one_number(tmp_path):
     contents = [{"written": [i] * 1000} for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):
-            list(pool.map(lambda content: weights.write_json(tmp_path / "a.json", content, overwrite=True), contents))
-            assert weights.read_json(tmp_path / "a.json") in contents
+            list(pool.map(lambda content: files.write_json(tmp_path / "a.json", content, overwrite=True), contents))
+            assert files.read_json(tmp_path / "a.json") in contents
     assert os.listdir(tmp_path) == ["a.json"]
 
 
@@ -196,28 +197,28 @@ def test_a_folder_in_the_way(three):
     (folder / "c").unlink()
     (folder / "c").mkdir()
     with pytest.raises(OSError, match="three/c could not be written .it is a folder"):
-        weights.write_all(writes, overwrite=True)
+        files.write_all(writes, overwrite=True)
     assert (folder / "a").read_text() == (folder / "b").read_text() == "old"
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
     with pytest.raises(OSError, match=f"There is no folder {tmp_path / 'no'}: make it first"):
-        weights.write_json(tmp_path / "no" / "a.json", {})
+        files.write_json(tmp_path / "no" / "a.json", {})
 
 
 def test_a_file_that_is_to_be_new(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert weights.check_new("--out", "~/a.json") == tmp_path / "a.json"
+    assert files.check_new("--out", "~/a.json") == tmp_path / "a.json"
     with pytest.raises(ValueError, match="^--out=~/no/a.json: there is no folder .*/no; make it first$"):
-        weights.check_new("--out", "~/no/a.json")
+        files.check_new("--out", "~/no/a.json")
     (tmp_path / "a.json").touch()
     with pytest.raises(ValueError, match="^--out=~/a.json exists: choose another name, or move it away$"):
-        weights.check_new("--out", "~/a.json")
+        files.check_new("--out", "~/a.json")
 
 
 def test_tuples_are_written_as_lists(tmp_path):
-    weights.write_json(tmp_path / "a.json", {"a": ({"b": (1,)},)})
-    assert weights.read_json(tmp_path / "a.json") == {"a": [{"b": [1]}]}
+    files.write_json(tmp_path / "a.json", {"a": ({"b": (1,)},)})
+    assert files.read_json(tmp_path / "a.json") == {"a": [{"b": [1]}]}
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path, arrays):
@@ -261,14 +262,14 @@ def test_remote_storage(bucket, arrays, tmp_path):
 def test_several_remote_files(bucket, arrays, three, monkeypatch):
     folder, writes = three
     remote = {f"gs://bucket/{path.name}": write for path, write in writes.items()}
-    weights.write_all(remote)
+    files.write_all(remote)
     assert contents(bucket) == dict.fromkeys("abc", "new")
     for name in "abc":
         (bucket / name).write_text("old")
     with monkeypatch.context() as patch:
         full_disk(patch, 2)
         with pytest.raises(OSError, match="gs://bucket/c could not be written .*nothing was changed there"):
-            weights.write_all(remote, overwrite=True)
+            files.write_all(remote, overwrite=True)
     assert contents(bucket) == dict.fromkeys("abc", "old")
     real = shutil.copy
 
@@ -280,7 +281,7 @@ def test_several_remote_files(bucket, arrays, three, monkeypatch):
     monkeypatch.setattr(shutil, "copy", unreachable)
     message = "gs://bucket/c, .* could not be put in place .connection lost.; some .* missing .*write them"
     with pytest.raises(OSError, match=message):
-        weights.write_all(remote | writes, overwrite=True)
+        files.write_all(remote | writes, overwrite=True)
     assert contents(bucket) == {"a": "new"} and list(contents(folder)) == []
 
 
@@ -352,7 +353,7 @@ def sharded(tmp_path, arrays):
     weight_map = {name: f"model-{i}.safetensors" for i, name in enumerate(arrays)}
     for name, shard in weight_map.items():
         weights.write_safetensors(tmp_path / shard, {name: arrays[name]})
-    weights.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    files.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
     return tmp_path
 
 
@@ -366,7 +367,7 @@ def test_shards_of_pytorch(tmp_path, arrays, torch):
     for i, (name, array) in enumerate(arrays.items()):
         torch.save({name: torch.tensor(array)}, tmp_path / f"pytorch_model-{i}.bin")
     weight_map = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(arrays)}
-    weights.write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": weight_map})
+    files.write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": weight_map})
     for path in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
         assert_same(weights.read_state_dict(path), arrays)
 
@@ -528,7 +529,7 @@ def test_what_cannot_be_written(tmp_path, torch):
         (weights.write_torch, {"a": np.ones(1, ml_dtypes.float8_e4m3fn)}, "w: a is ndarray of float8_e4m3fn; allowed: "),
         (weights.write_safetensors, {"args": argparse.Namespace(a=1)}, "w: args is Namespace of object; allowed: "),
         (weights.write_safetensors, {"a": torch.ones(1).bfloat16()}, "w: a is Tensor, no numpy array"),
-        (weights.write_json, {"args": {"a": np.ones(1)}}, "w: JSON cannot express the content .*ndarray"),
+        (files.write_json, {"args": {"a": np.ones(1)}}, "w: JSON cannot express the content .*ndarray"),
     ):
         with pytest.raises(ValueError, match=message):
             write(path, content)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from repae_jax import build
+from repae_jax.job import build
 
 
 def millions(tree):

@@ -9,7 +9,8 @@ import pytest
 from full_size import check_step, millions
 
 from configs import common, repae
-from repae_jax import build, features
+from repae_jax.job import build
+from repae_jax.models import encoders as features
 
 ENCODERS = sorted(common.ENCODERS)
 

@@ -17,8 +17,11 @@ from full_size import check_step, millions
 
 from checkpoints_tools.artefacts import ARTEFACTS
 from configs import common, ldm, paper, repae, vae
-from repae_jax import build, features, flops, train
-from repae_jax.recipe import Optimizers
+from repae_jax import train
+from repae_jax.cost import flops
+from repae_jax.job import build
+from repae_jax.models import encoders as features
+from repae_jax.training.recipe import Optimizers
 
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
 ARGUMENTS = {"repae": [""], "ldm": [""], "paper": list(paper.ROWS), "vae": [*vae.RECIPES, ""]}

@@ -11,12 +11,13 @@ import small
 import tensorstore
 from PIL import Image
 
-from repae_jax import build, data, evaluate_tokenizer, faults, prepare_images
+from repae_jax import data, evaluate_tokenizer, faults, prepare_images
 from repae_jax.analyze_latents import encoding
 from repae_jax.data import bucket, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
+from repae_jax.job import build
 
 COUNT, SIZE = 12, 8
 _folders = itertools.count()

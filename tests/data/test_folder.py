@@ -7,8 +7,9 @@ import pytest
 import small
 from PIL import Image, features
 
-from repae_jax import build, data
+from repae_jax import data
 from repae_jax.data.folder import FolderSource
+from repae_jax.job import build
 
 
 def write_image(path, value=0, size=(20, 14)):

@@ -14,11 +14,11 @@ import small
 from pictures import encoded, picture
 from PIL import Image
 
-from repae_jax import build
 from repae_jax.data import imagenet, make_source
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.loader import Loader
 from repae_jax.images import center_crop
+from repae_jax.job import build
 
 tfds = pytest.importorskip("tensorflow_datasets")
 REPOSITORY = Path(__file__).parents[2]
@@ -114,25 +114,25 @@ def test_labels_are_read_once(prepared, labels_file, monkeypatch):
 def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkeypatch):
     labels = ImagenetSource(16, data_dir=prepared).labels
     labels_file.unlink()
-    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
+    monkeypatch.setattr(imagenet.multihost, "is_multiprocess", lambda: True)
     monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
     monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
-    monkeypatch.setattr(imagenet.hosts, "wait_for_files", lambda files, _: np.save(*files, labels) is None)
+    monkeypatch.setattr(imagenet.multihost, "wait_for_files", lambda files, _: np.save(*files, labels) is None)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
     labels_file.unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)  # and process 0
+    monkeypatch.setattr(imagenet.multihost, "is_multiprocess", lambda: True)  # and process 0
     told = []
-    monkeypatch.setattr(imagenet.hosts, "tell", told.append)
+    monkeypatch.setattr(imagenet.multihost, "set_flag", told.append)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
     assert told == ["labels of imagenet2012/5.1.0 train"]
 
 
 def test_labels_on_the_disk_of_another_host(prepared, labels_file, monkeypatch):
-    monkeypatch.setattr(imagenet.hosts, "several", lambda: True)
+    monkeypatch.setattr(imagenet.multihost, "is_multiprocess", lambda: True)
     monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(imagenet.hosts, "told", {"labels of imagenet2012/5.1.0 train": "host-0"}.get)
-    monkeypatch.setattr(imagenet.hosts, "SEEN_SECONDS", 0)
+    monkeypatch.setattr(imagenet.multihost, "get_flag", {"labels of imagenet2012/5.1.0 train": "host-0"}.get)
+    monkeypatch.setattr(imagenet.multihost, "SEEN_SECONDS", 0)
     with pytest.raises(
         ValueError, match=f"{LABELS_FILE} is not there on host .* process 0 has it, on host host-0: set labels_f"
     ):

@@ -16,8 +16,8 @@ from repae_jax.data.latents import records_hash
 from repae_jax.data.listing import list_below
 from repae_jax.data.loader import Loader
 from repae_jax.data.reading import attempt
-from repae_jax.image_sets import DatasetImages, FolderImages
-from repae_jax.shard_writer import Blocks
+from repae_jax.data.shard_writer import Blocks
+from repae_jax.evaluation.image_sets import DatasetImages, FolderImages
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR4nGNkYGDgYGEiHpGgdFTDqIahpgEAgIEOEiEMTFYAAAAASUVORK5CYII="

@@ -13,12 +13,13 @@ import small
 from pictures import encoded, picture
 from PIL import Image
 
-from repae_jax import build, faults
+from repae_jax import faults
 from repae_jax.data import make_source, reading
 from repae_jax.data import parquet as parquet_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
 from repae_jax.images import center_crop
+from repae_jax.job import build
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -1,18 +1,12 @@
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from checkpoints_tools import vit, weights
-from repae_jax import features
+from launch.quickstart import digits_models
 from repae_jax.data.digits import DigitsSource
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-
-import digits_models  # noqa: E402
+from repae_jax.models import encoders as features
 
 
 @pytest.fixture(scope="module")

@@ -4,21 +4,16 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax import build, plots
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
-
-import miniature  # noqa: E402
-import miniature_report as report  # noqa: E402
-import miniature_run  # noqa: E402
-import miniature_tables as tables  # noqa: E402
+from launch.miniature import miniature, report, tables
+from launch.miniature import run as miniature_run
+from repae_jax.evaluation import plots
+from repae_jax.job import build
 
 # ---- the declaration ----------------------------------------------------------------------------------------------------
 

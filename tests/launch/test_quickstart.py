@@ -1,24 +1,20 @@
 """The quickstart's four parts in one go, at toy size."""
 
 import functools
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from configs import repae
+from launch.quickstart import quickstart as quickstart_command
 from repae_jax.analyze_latents import encoding
-
-LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 @pytest.fixture
 def quickstart(monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCH)
-    module = importlib.import_module("quickstart")
+    module = quickstart_command
     models = module.digits_models
     monkeypatch.setattr(models, "train_encoder", functools.partial(models.train_encoder, steps=2))
     monkeypatch.setattr(models, "train_classifier", functools.partial(models.train_classifier, steps=2))

@@ -10,7 +10,6 @@ import pytest
 import reference
 
 from repae_jax.losses import reconstruction
-from repae_jax.losses.alignment import spatial_normalize
 from repae_jax.losses.regularizers import (
     downscale,
     draw_transform,
@@ -20,6 +19,7 @@ from repae_jax.losses.regularizers import (
     transform,
     vf_loss,
 )
+from repae_jax.models.encoders import spatial_normalize
 
 EQ_SCALES = (1.0, 0.25, 0.5, 0.75)
 

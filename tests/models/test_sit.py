@@ -7,13 +7,13 @@ import reference
 from checkpoints_tools import mapping
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.sit_reference import torch_sit
-from repae_jax import generate
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
 from repae_jax.models.layers import sincos_position_embedding
 from repae_jax.models.sit import SiT
-from repae_jax.running_stats import ChannelStats, batch_stats, update_running
+from repae_jax.sampling import generate
 from repae_jax.train_step import Nets
 
 

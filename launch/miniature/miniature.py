@@ -1,0 +1,284 @@
+"""The miniature paper: REPA-E's comparisons on scikit-learn's digits, small enough for two CPU cores.
+
+Every table is a list of settings, every setting a run for each of some seeds, and runs are shared between tables. Two run at a
+time, one on each core. Finished runs are kept and interrupted ones continue, so the same command may be given again and again;
+a run whose config has changed since is another run, in a folder of its own. At the end, or when interrupted, RESULTS.md is
+written from whatever is finished.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.miniature import tables
+from launch.quickstart import digits_models
+from repae_jax import cli, files
+
+CACHE = "compiled"  # folder of JAX's compilation cache, shared by all runs
+POLL_SECONDS = 0.5
+LOG_LINES = 15  # of a failed task, shown
+ONE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.Parser(
+        description=__doc__,
+        epilog="tables:\n" + "\n".join(f"  {name:12} {table.title}" for name, table in tables.TABLES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=cli.path, default="runs/miniature", help="default: %(default)s")
+    parser.add_argument("--table", nargs="+", choices=list(tables.TABLES), metavar="NAME", help="only these; default: all")
+    parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: three, of the collapse two")
+    parser.add_argument(
+        "--jobs", type=cli.whole(1, 4096), default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
+    parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # a task's folder: how the program calls itself
+    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.workdir, args.results = Path(args.workdir), Path(args.results)
+    return args
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something to be done once.
+
+    Attributes:
+      name: for people.
+      kind: 'encoder', 'classifier', or a run's job.
+      folder: where it happens; holds result.json when it is done.
+      content: of task.json; 'description' in it is what the result depends on.
+      needs: names of the tasks before it.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    content: Mapping
+    needs: tuple[str, ...] = ()
+
+    def result(self):
+        """Content of result.json, None if there is none.
+
+        Raises:
+          ValueError: if it is of something else than this task.
+        """
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        result = files.read_json(path)
+        if result["description"] != self.content["description"]:
+            raise ValueError(f"{path} is the result of another task than {self.name}: move {self.folder} away")
+        return result
+
+
+def run_name(run):
+    """Name of a run's task."""
+    return f"{run.setting} seed {run.seed}"
+
+
+def make_tasks(runs, workdir):
+    """Tasks of the runs, and before them, of the encoders and the classifier that they need.
+
+    Args:
+      runs: list of Run.
+      workdir: absolute Path.
+
+    Returns:
+      Name -> Task, in order.
+    """
+    tasks, judged = {}, any(tables.SETTINGS[run.setting].network for run in runs)
+    for run in runs:
+        setting = tables.SETTINGS[run.setting]
+        config = tables.config_of(run, workdir)
+        needs = [run_name(run.source)] if run.source else []
+        image_size = config.data.image_size
+        if judged and "classifier" not in tasks:
+            described = {"steps": digits_models.CLASSIFIER_STEPS, "image_size": image_size}
+            content = {"kind": "classifier", **described, "description": described}
+            tasks["classifier"] = Task("classifier", "classifier", workdir / "classifier", content)
+        if setting.network:
+            needs.append("classifier")
+        if tables.ENCODERS[setting.encoder] and config.encoders:
+            name = f"{setting.encoder} encoder"
+            described = {"steps": tables.ENCODERS[setting.encoder], "image_size": image_size}
+            content = {"kind": "encoder", **described, "description": described}
+            tasks[name] = Task(name, "encoder", workdir / tables.encoder_folder(setting.encoder), content)
+            needs.append(name)
+        content = {
+            "kind": setting.job,
+            "description": tables.description(run),
+            "config": tables.plain(config),
+            "export": tables.is_source(run),
+            "classifier": str(workdir / "classifier" / "classifier.safetensors"),
+        }
+        name = run_name(run)
+        tasks[name] = Task(name, setting.job, workdir / tables.folder_name(run), content, tuple(needs))
+    return tasks
+
+
+def unused_results(workdir, tasks):
+    """Folders of finished runs with the name and the seed of one of the tasks, but another description."""
+    used = {task.folder.name for task in tasks.values()}
+    known = {task.folder.name.rpartition("-")[0] for task in tasks.values() if task.kind in tables.PRESETS}
+    finished = sorted(path.parent for path in workdir.glob("*/result.json"))
+    return [folder for folder in finished if folder.name not in used and folder.name.rpartition("-")[0] in known]
+
+
+def start_task(task, core):
+    """Process that does the task on one core, its output in the task's folder."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(task.folder / "task.json", task.content, overwrite=True)
+    environment = {**os.environ, **ONE_THREAD, "JAX_COMPILATION_CACHE_DIR": str(task.folder.parent / CACHE)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "launch.miniature.miniature", "--perform", str(task.folder), "--core", str(core)]
+    with (task.folder / "log.txt").open("a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def perform_all(tasks, jobs, start=start_task, clock=time.monotonic, report=print):
+    """Does all tasks that have no result yet, `jobs` at a time; one that fails does not keep others from being done.
+
+    Args:
+      tasks: name -> Task.
+      jobs: processes at a time.
+      start: function of (Task, number of the process) that returns a process, started.
+      clock: of seconds.
+      report: takes lines of progress.
+
+    Returns:
+      Name -> why a task has no result: 'failed', or 'needs X'. Empty if all is done.
+
+    Raises:
+      KeyboardInterrupt: after all processes have been told to save and have ended.
+    """
+    results = {name: task.result() for name, task in tasks.items()}
+    seconds = {}  # kind -> of the tasks done
+    for name, result in results.items():
+        if result:
+            seconds.setdefault(tasks[name].kind, []).append(result["seconds"])
+    waiting = {name: task for name, task in tasks.items() if not results[name]}
+    undone, running = {}, {}  # slot -> (Task, process)
+    report(f"{len(tasks)} tasks, {len(tasks) - len(waiting)} of them done before")
+    try:
+        while waiting or running:
+            for slot, (task, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                result = results[task.name] = task.result()
+                if result:
+                    seconds.setdefault(task.kind, []).append(result["seconds"])
+                else:
+                    undone[task.name] = f"failed, see {task.folder / 'log.txt'}"
+                left = remaining(waiting.values(), [task for task, _ in running.values()], seconds, jobs)
+                count = sum(map(bool, results.values()))
+                report(f"[{count}/{len(tasks)}] {task.name}: {outcome(result, undone.get(task.name))}{left}")
+            for name, task in list(waiting.items()):
+                missing = next((need for need in task.needs if need in undone or unusable(results[need])), None)
+                if missing:
+                    del waiting[name]
+                    undone[name] = f"needs {missing}"
+                    report(f"{name}: left out, {undone[name]}")
+                elif len(running) < jobs and all(results[need] for need in task.needs):
+                    del waiting[name]
+                    slot = min(set(range(jobs)) - set(running))
+                    running[slot] = task, start(task, slot)
+            if running:
+                time.sleep(POLL_SECONDS)
+    except BaseException:
+        for _, process in running.values():
+            process.terminate()
+        for task, process in running.values():
+            process.wait()
+            report(f"{task.name}: stopped; it will be continued")
+        raise
+    return undone
+
+
+def unusable(result):
+    """Whether a result is one that nothing can be started from."""
+    return bool(result) and result["status"] != "done"
+
+
+def outcome(result, failure):
+    """A few words on a task that has ended."""
+    if not result:
+        return failure
+    fid = result["numbers"].get("fid")
+    number = "" if fid is None else f", Frechet distance {fid:.1f}"
+    return f"{result['status']} in {result['seconds']:.0f} s{number}"
+
+
+def remaining(waiting, running, seconds, jobs):
+    """', about N min left': a running task counts half, a kind that was not seen yet as the longest of those that were."""
+    if not seconds:
+        return ""
+    means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
+    longest = max(means.values())
+    total = sum(means.get(task.kind, longest) for task in waiting) + sum(means.get(task.kind, longest) / 2 for task in running)
+    return f", about {total / jobs / 60:.0f} min left" if total else ""
+
+
+def perform(folder, core):
+    """A task, in this process; returns the exit status."""
+    if core is not None and hasattr(os, "sched_setaffinity"):  # not on macOS
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[core % len(cores)]})
+    from launch.miniature import run  # imports JAX, after the core was chosen
+
+    return 0 if run.perform(folder) else 1
+
+
+@cli.ending()
+def main(argv=None):
+    """Runs what is not done yet, then writes the results; returns the exit status."""
+    args = parse_args(argv)
+    if args.perform:
+        return perform(args.perform, args.core)
+    from launch.miniature import report
+
+    names = args.table or list(tables.TABLES)
+    runs = tables.runs_of(names, args.seeds)
+    workdir = args.workdir.absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    undone, interrupted = {}, False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        tasks, every = (make_tasks(some, workdir) for some in (runs, tables.runs_of(tables.TABLES, args.seeds)))
+        for folder in unused_results(workdir, every):
+            print(f"not used, because its run is described otherwise now: {folder}")
+        if not args.report:
+            undone = perform_all(tasks, args.jobs, report=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        interrupted = True
+    for name in undone:
+        log = tasks[name].folder / "log.txt"
+        if undone[name].startswith("failed") and log.exists():
+            print(f"--- {name}, {log}:", *log.read_text().splitlines()[-LOG_LINES:], sep="\n", file=sys.stderr)
+    report.write(args.results, every, args.seeds)
+    print(args.results)
+    if interrupted:
+        print("interrupted; run the same command to continue", file=sys.stderr)
+    return 130 if interrupted else bool(undone)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

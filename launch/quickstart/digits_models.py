@@ -1,0 +1,311 @@
+"""Two small networks for runs on scikit-learn's digits, trained in seconds: an alignment target, and a judge.
+
+The encoder has DINOv2's architecture and layout on disk, so training treats it as it would the published one. The
+classifier is of another architecture and seed, so that its features and labels are no copy of what training aimed at.
+"""
+
+import argparse
+import functools
+import json
+import math
+import time
+from pathlib import Path
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from checkpoints_tools import weights
+from checkpoints_tools.vit import save_encoder
+from repae_jax import cli, files, images
+from repae_jax.data.digits import DigitsSource
+from repae_jax.models import encoders as features
+from repae_jax.models.vit import VisionTransformer
+
+NUM_CLASSES = DigitsSource.num_classes
+NUM_FEATURES = 64  # of the classifier
+ENCODER = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
+ENCODER_STEPS = 600
+CLASSIFIER_STEPS = 600
+_BATCH_SIZE = 32
+_LEARNING_RATE = 4e-3
+_MAX_SHIFT = 0.08  # of the image's height
+_MAX_ANGLE = 0.15  # radians
+_MAX_SCALING = 0.1
+_EVALUATION_BATCH_SIZE = 256
+_REPORTS = 4  # lines of progress per training
+
+
+class PatchMeanClassifier(nn.Module):
+    """A linear layer on the mean of the patch tokens, so that these, not the cls token, carry the meaning."""
+
+    encoder: VisionTransformer
+
+    @nn.compact
+    def __call__(self, x):
+        """Pre-processed images [B, H, H, 3] -> logits [B, 10]."""
+        _, patches = self.encoder(x)
+        return nn.Dense(NUM_CLASSES, name="head")(patches.mean(axis=1))
+
+
+class ConvClassifier(nn.Module):
+    """Three convolutions and two dense layers; what enters the last is the feature vector."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Images [B, H, H, 3] in [-1, 1] -> (features [B, 64], logits [B, 10])."""
+        for width, stride in ((32, 1), (64, 2), (64, 2)):
+            x = nn.Conv(width, (3, 3), strides=stride)(x)
+            x = nn.relu(nn.GroupNorm(num_groups=8)(x))
+        x = nn.relu(nn.Dense(NUM_FEATURES, name="features")(x.reshape(x.shape[0], -1)))
+        return x, nn.Dense(NUM_CLASSES, name="head")(x)
+
+
+def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
+    """Trains a small vision transformer to tell digits and saves it, without its head, in Hugging Face's layout.
+
+    An encoder that the folder holds already, trained with the same settings, is kept.
+
+    Args:
+      folder: created if absent; read it with `checkpoints_tools.vit.load_encoder`.
+      image_size: height and width of the digits, a multiple of 4.
+      steps: updates.
+      seed: of parameters, batches and augmentation.
+
+    Returns:
+      dict with 'accuracy' on the held-out digits, 'seconds', 'image_size', 'steps', 'seed'.
+
+    Raises:
+      ValueError: if the image size is no multiple of 4, steps < 1, or the folder's encoder had other settings.
+    """
+    folder = Path(folder)
+    settings = {"image_size": image_size, "steps": steps, "seed": seed}
+    record = _read_record(folder / "training.json", folder / "config.json", settings)
+    if record is None:
+        encoder = features.make_encoder(ENCODER, resolution=image_size, image_size=image_size)
+        model = PatchMeanClassifier(encoder.module)
+
+        def logits_fn(params, pixels):
+            return model.apply({"params": params}, features.preprocess(encoder, pixels))
+
+        params, record = _train(logits_fn, model, "encoder", settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        # the record first: where the network is, its record is
+        files.write_json(folder / "training.json", record, overwrite=True)
+        save_encoder(folder, encoder.module, jax.device_get(params["encoder"]), overwrite=True)
+    return record
+
+
+def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
+    """Trains a small convolutional network to tell digits and saves it.
+
+    A classifier that the file holds already, trained with the same settings, is kept.
+
+    Args:
+      path: the .safetensors file, its folder created if absent; the settings go beside it as .json.
+      image_size: height and width of the digits, a multiple of 4.
+      steps: updates.
+      seed: of parameters, batches and augmentation.
+
+    Returns:
+      Accuracy on the held-out digits, in [0, 1].
+
+    Raises:
+      ValueError: if the image size is no multiple of 4, steps < 1, or the file's classifier had other settings.
+    """
+    path = Path(path)
+    if image_size < 4 or image_size % 4:
+        raise ValueError(f"image_size is {image_size}; allowed: a multiple of 4, e.g. 16")
+    settings = {"image_size": image_size, "steps": steps, "seed": seed}
+    record = _read_record(path.with_suffix(".json"), path, settings)
+    if record is None:
+        model = ConvClassifier()
+
+        def logits_fn(params, pixels):
+            return model.apply({"params": params}, images.to_float(pixels))[1]
+
+        params, record = _train(logits_fn, model, "classifier", settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path.with_suffix(".json"), record, overwrite=True)
+        weights.write_safetensors(path, flax.traverse_util.flatten_dict(jax.device_get(params), sep="."))
+    return record["accuracy"]
+
+
+def load_classifier(path):
+    """The classifier that `train_classifier` saved, as a function.
+
+    Args:
+      path: the .safetensors file.
+
+    Returns:
+      fn(images uint8 [N, H, H, 3]) -> (features float32 [N, 64], logits float32 [N, 10]), NumPy arrays; any N >= 1.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is damaged or holds another network; from the function, if the images do not fit.
+    """
+    params = flax.traverse_util.unflatten_dict(weights.read_state_dict(path), sep=".")
+    image_size = _image_size(params, path)
+    apply = jax.jit(lambda pixels: ConvClassifier().apply({"params": params}, images.to_float(pixels)))
+
+    def classify(pixels):
+        pixels = np.asarray(pixels)
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != (image_size, image_size, 3) or not len(pixels):
+            raise ValueError(
+                f"classifier {path} got {pixels.dtype} {list(pixels.shape)}; allowed: uint8 "
+                f"[N, {image_size}, {image_size}, 3] with N >= 1"
+            )
+        return _in_batches(apply, pixels)
+
+    return classify
+
+
+def _image_size(params, path):
+    """Height of the images that a classifier's parameters are for."""
+    try:
+        inputs = params["features"]["kernel"].shape[0]  # the last map, which has a quarter of the image's height
+    except (KeyError, IndexError):
+        inputs = 0  # another network: the comparison says so
+    image_size = 4 * max(math.isqrt(inputs // NUM_FEATURES), 1)
+    example = jnp.zeros((1, image_size, image_size, 3))
+    expected = jax.eval_shape(ConvClassifier().init, jax.random.key(0), example)["params"]
+    shapes, wanted = (
+        {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep=".").items()}
+        for tree in (params, expected)
+    )
+    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
+    if wrong:
+        raise ValueError(
+            f"{path} is no classifier of this script: {', '.join(wrong)} missing, unexpected or of another shape; "
+            "remove the file and train it again"
+        )
+    return image_size
+
+
+def _read_record(record_path, weights_path, settings):
+    """What an earlier training noted down, None if it did not come to its end."""
+    if not weights_path.exists():
+        return None
+    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    found = {name: record.get(name) for name in settings}
+    if found != settings:
+        raise ValueError(
+            f"{weights_path} exists, trained with {found}; asked for {settings}. Ask for the same, choose another path, "
+            f"or remove {weights_path}"
+        )
+    print(f"{weights_path} exists (held-out accuracy {record['accuracy']:.3f}), training skipped", flush=True)
+    return record
+
+
+def _train(logits_fn, model, name, settings):
+    """Supervised training on the digits. logits_fn(params, uint8 [B, H, H, 3]) -> [B, 10].
+
+    Returns:
+      (parameters, the settings with 'accuracy' on the held-out digits and 'seconds').
+    """
+    steps, image_size, start = settings["steps"], settings["image_size"], time.monotonic()
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; allowed: at least 1")
+    train, test = (all_records(DigitsSource(image_size, split)) for split in ("train", "test"))
+    init_key, run_key = jax.random.split(jax.random.key(settings["seed"]))
+    params = jax.jit(model.init)(init_key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0, _LEARNING_RATE, steps // 10, steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.05))
+
+    def loss_fn(params, key):
+        index_key, augment_key = jax.random.split(key)
+        index = jax.random.randint(index_key, (_BATCH_SIZE,), 0, len(train[1]))
+        logits = logits_fn(params, augment(augment_key, jnp.asarray(train[0])[index]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(train[1])[index]).mean()
+
+    @jax.jit
+    def update(params, opt_state, step):
+        loss, grads = jax.value_and_grad(loss_fn)(params, jax.random.fold_in(run_key, step))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state = tx.init(params)
+    for step in range(steps):
+        params, opt_state, loss = update(params, opt_state, step)
+        if (step + 1) % max(steps // _REPORTS, 1) == 0:
+            print(f"{name}: step {step + 1}/{steps}  loss {loss:.3f}  {time.monotonic() - start:.0f} s", flush=True)
+    logits = _in_batches(jax.jit(functools.partial(logits_fn, params)), test[0])
+    accuracy = float((logits.argmax(axis=-1) == test[1]).mean())
+    seconds = round(time.monotonic() - start, 1)
+    print(f"{name}: held-out accuracy {accuracy:.3f} after {seconds:.0f} s", flush=True)
+    return params, {**settings, "accuracy": accuracy, "seconds": seconds}
+
+
+def all_records(source):
+    """All of a DigitsSource: images uint8 [N, H, H, 3] and labels int32 [N]."""
+    return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
+
+
+def augment(key, pixels):
+    """Shifts, rotates and scales every image a little, with black beyond the edges.
+
+    Args:
+      key: random key.
+      pixels: uint8 [B, H, H, 3].
+
+    Returns:
+      uint8 [B, H, H, 3].
+    """
+    batch, size = pixels.shape[:2]
+    shift_key, angle_key, scale_key = jax.random.split(key, 3)
+    shift = jax.random.uniform(shift_key, (batch, 2), minval=-_MAX_SHIFT * size, maxval=_MAX_SHIFT * size)
+    angle = jax.random.uniform(angle_key, (batch,), minval=-_MAX_ANGLE, maxval=_MAX_ANGLE)
+    scale = jax.random.uniform(scale_key, (batch,), minval=1 - _MAX_SCALING, maxval=1 + _MAX_SCALING)
+    centre = (size - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size) - centre] * 2, indexing="ij"))  # [2, H, H]
+
+    def warp(image, shift, angle, scale):
+        rotation = scale * jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+        source = jnp.tensordot(rotation, grid, axes=1) + (centre + shift)[:, None, None]
+        sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=list(source), order=1)
+        return jax.vmap(sample, in_axes=-1, out_axes=-1)(image.astype(jnp.float32))
+
+    # whole grey levels again: the networks see training images as they will see all others
+    return jnp.round(jax.vmap(warp)(pixels, shift, angle, scale)).clip(0, 255).astype(jnp.uint8)
+
+
+def _in_batches(fn, pixels):
+    """fn on all images, in batches of one shape so that it is compiled once; NumPy results of the same structure."""
+    padded = np.pad(pixels, [(0, -len(pixels) % _EVALUATION_BATCH_SIZE), (0, 0), (0, 0), (0, 0)])
+    batches = np.split(padded, len(padded) // _EVALUATION_BATCH_SIZE)
+    results = [jax.device_get(fn(batch)) for batch in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *results)
+
+
+@cli.ending("interrupted: nothing was written; the same command starts again")
+def main(arguments=None):
+    """Trains the networks that the command line names."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the alignment target and save it here")
+    parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the judge, save it here (.safetensors)")
+    parser.add_argument(
+        "--image-size", type=cli.whole(1, 4096), default=16, help="height and width in pixels (default: %(default)s)"
+    )
+    parser.add_argument("--encoder-steps", type=cli.whole(1), default=ENCODER_STEPS, help="updates (default: %(default)s)")
+    parser.add_argument(
+        "--classifier-steps", type=cli.whole(1), default=CLASSIFIER_STEPS, help="updates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.whole(0, 2**32 - 2), default=0, help="the classifier's is one higher (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    if options.encoder is None and options.classifier is None:
+        parser.error("nothing to do: give --encoder FOLDER, --classifier FILE.safetensors, or both")
+    if options.encoder:
+        train_encoder(Path(options.encoder), image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
+    if options.classifier:
+        train_classifier(
+            Path(options.classifier), image_size=options.image_size, steps=options.classifier_steps, seed=options.seed + 1
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""REPA-E from scratch on scikit-learn's handwritten digits, on a CPU, with everything it needs made here.
+
+1. An alignment target: a small encoder of DINOv2's architecture learns the digits and is saved in Hugging Face layout.
+2. A judge: a separate small classifier, whose features give the Frechet distance and whose labels give the label accuracy.
+3. REPA-E: `configs/repae.py:digits` trains VAE and SiT together, the encoder loaded as facebook/dinov2-base would be.
+4. Pictures, summary.json, the tokenizer's scores and its latents, and report.html, which shows all of it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from configs import repae
+from launch.quickstart import digits_models
+from repae_jax import cli, evaluate_tokenizer, files, sample
+from repae_jax.analyze_latents import __main__ as analyze_latents
+from repae_jax.data.digits import DigitsSource
+from repae_jax.evaluation import plots
+from repae_jax.files import save_png
+from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.report import __main__ as report
+from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import load_model
+from repae_jax.train import train
+
+CURVES = {
+    "VAE": ["vae/l1", "vae/align"],
+    "SiT": ["sit/velocity", "sit/align"],
+    "discriminator": ["disc/hinge", "disc/logits_real", "disc/logits_fake"],
+    "gradient norms": ["grad_norm/vae", "grad_norm/sit", "grad_norm/disc"],
+}
+SAMPLER = {"sampler": "heun", "steps": 16}
+GUIDANCE = 1.5
+PER_CLASS = 50  # generated digits of each class, for every number
+
+
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=cli.path, default="runs/quickstart", help="default: %(default)s")
+    parser.add_argument("--steps", type=cli.whole(1), help="training steps; default: the config's")
+    return parser.parse_args(argv)
+
+
+def generated(workdir, step, guidance_scale):
+    """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
+    trained = load_model(workdir, step, jax.devices()[:1])
+    labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
+    sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
+    batches = sample.sample_batches(trained, sampling, labels, batch_size=100, seed=0)
+    return np.concatenate([made for _, made in batches]), labels
+
+
+def checkpoint_steps(workdir):
+    """Steps of the checkpoints kept in a run's folder, in order."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def evaluate(workdir, classify):
+    """Frechet distance at every kept checkpoint, and the share of digits that the classifier reads as asked for.
+
+    Args:
+      workdir: the run's folder.
+      classify: images -> (features, logits).
+
+    Returns:
+      dict of numbers for the summary.
+    """
+    data = {split: digits_models.all_records(DigitsSource(16, split))[0] for split in ("train", "test")}
+    real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}
+    fid = {}
+    (workdir / "evaluations").mkdir(exist_ok=True)
+    for step in checkpoint_steps(workdir):
+        made, _ = generated(workdir, step, guidance_scale=1.0)
+        fid[step] = frechet_distance(*gaussian_stats(classify(made)[0]), *real["train"])
+        print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
+        result = {
+            "kind": "generation",
+            "step": step,
+            "metrics": {"fid": fid[step]},
+            "protocol": {
+                **SAMPLER, "guidance_scale": 1.0, "labels": "balanced", "seed": 0, "num_samples": len(made),
+                "features": "the classifier's", "reference": "training digits",
+            },
+            "warnings": ["not Inception's features: comparable among these runs only"],
+        }  # fmt: skip
+        files.write_json(workdir / "evaluations" / f"{step:07d}.json", result, overwrite=True)
+    made, labels = generated(workdir, max(fid), GUIDANCE)
+    rows = made.reshape(10, PER_CLASS, *made.shape[1:])[:, :16].reshape(-1, *made.shape[1:])
+    save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
+    return {
+        "fid": fid,
+        "fid_of_held_out_digits": frechet_distance(*real["test"], *real["train"]),
+        "label_accuracy": float(np.mean(np.argmax(classify(made)[1], axis=-1) == labels)),
+        "guidance_scale": GUIDANCE,
+        "generated_digits": len(labels),
+    }
+
+
+def look_at_latents(workdir):
+    """Scores of the tokenizer and the analysis of its latents, on held-out digits, unless they are there."""
+    data = ["--data", "digits:split=test"]
+    if not list((workdir / "evaluations").glob(f"tokenizer-{max(checkpoint_steps(workdir)):07d}-*.json")):
+        evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), *data]))
+    if not (workdir / "analysis").exists():
+        analyze_latents.run(analyze_latents.parse_args([str(workdir), *data, "--cknna", f"{workdir / 'encoder'}@16"]))
+
+
+def training_numbers(workdir):
+    """Numbers of the run from its metrics.jsonl; seconds count training alone, without compilation and pictures."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
+    timed = [line for line in lines if "seconds_per_step" in line]
+    return {
+        "steps": lines[-1]["step"],
+        "training_seconds": float(np.median([line["seconds_per_step"] for line in timed])) * lines[-1]["step"],
+        "images_per_second": float(np.median([line["images_per_second"] for line in timed])),
+        "recon_l1": {"first": lines[0]["vae/l1"], "last": lines[-1]["vae/l1"]},
+        "alignment": {"first": lines[0]["vae/align"], "last": lines[-1]["vae/align"]},
+        "skipped_updates": lines[-1]["skipped"],
+    }
+
+
+@cli.ending("interrupted; run the same command to continue")
+def main():
+    """Runs the four parts; every one is skipped or continued if it was done before."""
+    args = parse_args()
+    start, workdir = time.monotonic(), Path(args.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity(logging.WARNING)
+
+    print("1/4 alignment target: a small encoder of DINOv2's architecture", flush=True)
+    encoder = digits_models.train_encoder(workdir / "encoder", image_size=16)
+    print("2/4 judge: a separate classifier", flush=True)
+    classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
+
+    config = repae.get_config("digits")
+    config.encoders.target.weights = str(workdir / "encoder")
+    if args.steps:
+        config.steps = args.steps
+    print(f"3/4 REPA-E: {config.steps} steps", flush=True)
+    _, finished = train(config, workdir)
+    if not finished:
+        sys.exit("interrupted; run the same command to continue")
+
+    print("4/4 evaluation and pictures", flush=True)
+    numbers = training_numbers(workdir) | evaluate(workdir, digits_models.load_classifier(workdir / "classifier.safetensors"))
+    plots.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", CURVES)
+    newest = max((workdir / "reconstructions").glob("*.png"))
+    shutil.copy(newest, workdir / "reconstructions.png")
+    summary = {
+        **numbers,
+        "seconds": time.monotonic() - start,
+        "classifier_accuracy": classifier_accuracy,
+        "encoder_accuracy": encoder["accuracy"],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    files.write_json(workdir / "summary.json", summary, overwrite=True)
+    print(json.dumps(summary, indent=2))
+    look_at_latents(workdir)
+    page = report.run(report.parse_args([str(workdir)]))
+    for path in [*(workdir / name for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json")), page]:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

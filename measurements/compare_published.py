@@ -1,0 +1,598 @@
+"""Speed beside the published PyTorch code: `python measurements/compare_published.py --published REPA-E`.
+
+REPA-E is a checkout of https://github.com/End2End-Diffusion/REPA-E, whose networks and losses are taken as they are; the step
+is what the loop of its `train_repae.py` does with them, without its logging. Ours is the step that training compiles, of
+configs/repae.py. Both have the same sizes, loss terms and batch, random weights and images that are on the device already.
+
+Each is a process of its own. They take turns, so that whatever else the machine does slows both: in every repeat one runs some
+steps while the other waits, then the other, the next repeat in reverse order. The ratio is taken within each repeat.
+
+Needs torch and transformers. Of the published code's further packages timm and dictdot are taken if they can be imported, else
+a few lines that do the same; its encoder, which comes from torch.hub, is transformers' DINOv2.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.machinery
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import side_by_side
+
+from repae_jax import files
+
+ROOT = Path(__file__).parents[1]
+FILES = (
+    "train_repae.py", "loss/discriminator.py", "loss/losses.py", "loss/lpips.py", "loss/perceptual_loss.py",
+    "models/autoencoder.py", "models/sit.py",
+)  # fmt: skip
+PUBLISHED, OURS = SIDES = ("published", "ours")
+TOLERANCE = 0.01  # of a network's number of parameters
+TERMS = {"l1": "vae/l1", "kl": "vae/kl", "hinge": "disc/hinge", "velocity": "sit/velocity"}  # that are compared; our names
+SAME_SIZE = 10  # factor between them at most; KL hangs on the random biases of a few channels
+SMALL = {
+    "precision.compute": "float32", "sit.remat": "none", "sit.unroll": 12, "sit.projector_dim": 512, "data.num_classes": 100,
+}  # fmt: skip
+# sizes for CPUs, whose arithmetic is mostly the convolutions of VAE and LPIPS, or mostly the SiT's products
+SIZES = {
+    "conv": {
+        "data.image_size": 64, "data.batch_size": 8, "vae.channels": 32,
+        "sit.hidden_size": 192, "sit.depth": 4, "sit.num_heads": 3, "sit.encoder_depth": 2,
+        "encoders.target.architecture": {"patch_size": 14, "hidden_size": 192, "depth": 4, "num_heads": 3},
+    },
+    "transformer": {
+        "data.image_size": 64, "data.batch_size": 8, "vae.channels": 32, "vae.channel_multipliers": (1, 2, 4),
+        "sit.hidden_size": 384, "sit.depth": 12, "sit.num_heads": 6, "sit.encoder_depth": 4,
+        "encoders.target.architecture": {"patch_size": 14, "hidden_size": 384, "depth": 4, "num_heads": 6},
+        "encoders.target.image_size": 112,
+    },
+}  # fmt: skip
+
+
+def config_of(size, batch_size):
+    """Nested dict of a run of configs/repae.py.
+
+    Args:
+      size: name in SIZES, or what follows the colon in `configs/repae.py:sit=XL/2,vae=f8d4`.
+      batch_size: None is the size's own, 32 for those of configs/repae.py.
+
+    Raises:
+      ValueError: for a size that does not exist.
+    """
+    from configs import common, repae
+
+    changes = {**SMALL, **SIZES[size]} if size in SIZES else {"data.batch_size": 32}
+    if batch_size is not None:
+        changes = {**changes, "data.batch_size": batch_size}
+    config = repae.get_config("" if size in SIZES else size).to_dict()
+    common.change(config, {**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
+    return config
+
+
+def check_checkout(folder):
+    """Path of the published code; ValueError if files are missing."""
+    folder = Path(folder).expanduser()
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--published={folder} lacks {', '.join(missing)}; give a checkout of github.com/End2End-Diffusion/REPA-E"
+        )
+    return folder
+
+
+def check_losses(published, ours):
+    """ValueError unless the terms of both sides' first losses are of one size; arguments are term -> value.
+
+    The networks' weights are other random numbers, but drawn by the same rules. Left out are terms that may have any sign (GAN,
+    alignment), and LPIPS, whose random weights are not drawn alike.
+    """
+    differing = [
+        f"{term} ({published[term]:.4g} published, {ours[term]:.4g} ours)"
+        for term in TERMS
+        if not ours[term] / SAME_SIZE < published[term] < SAME_SIZE * ours[term]
+    ]
+    if differing:
+        raise ValueError(f"the first losses differ by more than a factor of {SAME_SIZE}: {'; '.join(differing)}")
+
+
+def check_parameters(published, ours):
+    """ValueError unless both sides have the same networks of the same size; arguments are name -> number of parameters."""
+    differing = [
+        f"{name} ({published.get(name, 0):,} published, {ours.get(name, 0):,} ours)"
+        for name in sorted({*published, *ours})
+        if abs(published.get(name, 0) - ours.get(name, 0)) > TOLERANCE * published.get(name, 0)
+    ]
+    if differing:
+        raise ValueError(f"the networks differ by more than {TOLERANCE:.0%} in parameters: {'; '.join(differing)}")
+
+
+def summarize(seconds, batch_size):
+    """Speeds and their ratio.
+
+    Args:
+      seconds: side -> seconds per step, one for each repeat.
+      batch_size: images.
+
+    Returns:
+      {'published', 'ours': images/s of the median repeat, 'ratio': {'median', 'low', 'high', 'repeats'}}; the ratio is ours
+      over published, above 1 if ours is faster, within each repeat.
+    """
+    ratios = np.divide(seconds[PUBLISHED], seconds[OURS])
+    speeds = {side: batch_size / float(np.median(seconds[side])) for side in SIDES}
+    return {**speeds, "ratio": {**side_by_side.spread(ratios), "repeats": len(ratios)}}
+
+
+def time_steps(step, wait, steps):
+    """Times some steps after one that is not timed. The device has nothing to do when the clock starts, and when it stops.
+
+    Args:
+      step: dispatches a step, returns its losses.
+      wait: waits until losses are there, and so the device is done.
+      steps: how many are timed.
+
+    Returns:
+      Seconds of each.
+    """
+    wait(step())
+    began = time.perf_counter()
+    for _ in range(steps):
+        losses = step()
+    wait(losses)
+    return (time.perf_counter() - began) / steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published code.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stand_in(name, **members):
+    """Puts a module of these members where `import` looks first."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__dict__.update(members)
+    sys.modules[name] = module
+    if "." in name:
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, module)
+
+
+def make_importable(folder):
+    """Lets the published modules be imported; returns the names of the packages that are stood in for."""
+    import torch
+    import transformers  # noqa: F401 (looks for torchvision when imported: before there is a stand-in)
+    from torch import nn
+
+    absent = []
+    try:
+        import timm.models.vision_transformer  # noqa: F401
+    except ImportError:
+        absent.append("timm")
+        for name in ("timm", "timm.models"):
+            stand_in(name)
+        stand_in("timm.models.vision_transformer", **transformer_layers())
+    try:
+        import dictdot  # noqa: F401
+    except ImportError:
+        absent.append("dictdot")
+        stand_in("dictdot", dictdot=lambda values: types.SimpleNamespace(**values))
+
+    def vgg16(weights):
+        layers, width = [], 3
+        for features in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+            if not features:
+                layers.append(nn.MaxPool2d(2, 2))
+                continue
+            layers += [nn.Conv2d(width, features, 3, padding=1), nn.ReLU(inplace=True)]
+            width = features
+        return types.SimpleNamespace(features=nn.Sequential(*layers))
+
+    # always: the weights that it would download change no speed
+    stand_in("torchvision")
+    stand_in("torchvision.models", vgg16=vgg16, VGG16_Weights=types.SimpleNamespace(IMAGENET1K_V1=None))
+    if importlib.util.find_spec("requests") is None:
+        absent.append("requests")
+        stand_in("requests")
+    sys.dont_write_bytecode = True  # leave the checkout as it is
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of names that it uses
+    sys.path.insert(0, str(folder))
+    torch.manual_seed(0)
+    return absent
+
+
+def transformer_layers():
+    """timm's layers that the published SiT is made of, as far as it uses them."""
+    from torch import nn
+    from torch.nn.functional import scaled_dot_product_attention
+
+    class PatchEmbed(nn.Module):
+        def __init__(self, size, patch_size, in_channels, width, bias):
+            super().__init__()
+            self.patch_size = (patch_size, patch_size)
+            self.num_patches = (size // patch_size) ** 2
+            self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size, bias=bias)
+
+        def forward(self, x):
+            return self.proj(x).flatten(2).transpose(1, 2)
+
+    class Attention(nn.Module):
+        def __init__(self, width, num_heads, qkv_bias, qk_norm):
+            super().__init__()
+            self.num_heads = num_heads
+            self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+            self.proj = nn.Linear(width, width)
+
+        def forward(self, x):
+            b, t, d = x.shape
+            q, k, v = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+    class Mlp(nn.Module):
+        def __init__(self, in_features, hidden_features, act_layer, drop):
+            super().__init__()
+            self.fc1, self.act = nn.Linear(in_features, hidden_features), act_layer()
+            self.fc2 = nn.Linear(hidden_features, in_features)
+
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(x)))
+
+    return {"PatchEmbed": PatchEmbed, "Attention": Attention, "Mlp": Mlp}
+
+
+def published_networks(config, encoder):
+    """The published modules with a config's sizes.
+
+    Args:
+      config: as `config_of` returns it.
+      encoder: features.Encoder.
+
+    Returns:
+      dict: 'vae', 'sit', 'loss' (with discriminator and LPIPS in it), 'encoder'.
+    """
+    from loss.losses import ReconstructionLoss_Single_Stage
+    from loss.lpips import LPIPS
+    from ml_collections import ConfigDict
+    from models import autoencoder
+    from models.sit import SiT
+    from transformers import Dinov2Config, Dinov2Model
+
+    vae, sit, terms = config["vae"], config["sit"], config["loss"]["vae"]
+    sizes = {"ch_mult": vae["channel_multipliers"], "z_channels": vae["latent_channels"]}
+    sizes |= {"ch": vae["channels"], "num_res_blocks": vae["num_res_blocks"]}
+    made = autoencoder.AutoencoderKL(embed_dim=vae["latent_channels"], ch_mult=vae["channel_multipliers"])
+    # the constructor above has no width
+    made.encoder, made.decoder = autoencoder.Encoder(**sizes), autoencoder.Decoder(**sizes)
+
+    factor = 2 ** (len(vae["channel_multipliers"]) - 1)
+    same = ("patch_size", "hidden_size", "depth", "num_heads", "encoder_depth", "projector_dim", "mlp_ratio", "qk_norm")
+    made_sit = SiT(
+        input_size=config["data"]["image_size"] // factor, in_channels=vae["latent_channels"],
+        decoder_hidden_size=sit["hidden_size"], z_dims=[encoder.module.hidden_size], fused_attn=True,
+        num_classes=config["data"]["num_classes"], class_dropout_prob=config["diffusion"]["label_dropout"],
+        bn_momentum=config["diffusion"]["norm_momentum"], **{name: sit[name] for name in same},
+    )  # fmt: skip
+
+    LPIPS.load_pretrained = lambda self: None
+    losses = {
+        "reconstruction_loss": "l1", "reconstruction_weight": terms["l1"], "perceptual_loss": "lpips",
+        "perceptual_weight": terms["lpips"], "kl_weight": terms["kl"], "discriminator_weight": terms["gan"],
+        "discriminator_start": 0, "discriminator_factor": 1.0, "lecam_regularization_weight": 0.0, "quantizer_weight": 1.0,
+    }  # fmt: skip
+    loss = ReconstructionLoss_Single_Stage(ConfigDict({"losses": losses, "model": {"vq_model": {"quantize_mode": "vae"}}}))
+
+    vit = encoder.module
+    dinov2 = Dinov2Config(
+        hidden_size=vit.hidden_size, num_hidden_layers=vit.depth, num_attention_heads=vit.num_heads,
+        mlp_ratio=vit.mlp_dim // vit.hidden_size, image_size=encoder.image_size, patch_size=vit.patch_size,
+    )  # fmt: skip
+    return {"vae": made, "sit": made_sit, "loss": loss, "encoder": Dinov2Model(dinov2).eval().requires_grad_(False)}
+
+
+def make_published(config, options, folder):
+    """The published step: `step` and `wait` as `time_steps` takes them, which gives TERMS, and what there is to say of it."""
+    import torch
+    from torch.nn import functional as F
+
+    from repae_jax.benchmark.measure import NOISE
+    from repae_jax.models import encoders as features
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    absent, cuda = make_importable(folder), options.device == "cuda"
+    (target,) = config["encoders"].values()
+    encoder = features.make_encoder(target["architecture"], config["data"]["image_size"], image_size=target["image_size"])
+    nets = published_networks(config, encoder)
+    counts = {
+        "vae": nets["vae"], "sit": nets["sit"], "disc": nets["loss"].discriminator, "lpips": nets["loss"].perceptual_loss,
+        "encoder": nets["encoder"],
+    }  # fmt: skip
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in counts.items()}
+    with torch.no_grad():
+        for trained in (nets["vae"], nets["sit"], nets["loss"].discriminator):
+            for p in trained.parameters():
+                p.add_(NOISE * torch.randn_like(p))
+    nets = {name: net.to(options.device) for name, net in nets.items()}
+    sit, ema = nets["sit"], copy.deepcopy(nets["sit"]).requires_grad_(False)
+    optimizers = {}
+    for name, section in (("vae", "vae"), ("loss", "disc"), ("sit", "sit")):
+        rule = config["optim"][section]
+        how = {"lr": rule["learning_rate"], "betas": (rule["b1"], rule["b2"]), "eps": rule["eps"]}
+        optimizers[name] = torch.optim.AdamW(nets[name].parameters(), weight_decay=rule["weight_decay"], **how)
+    if options.compile:
+        torch._dynamo.config.cache_size_limit = 64
+        nets |= {name: torch.compile(nets[name]) for name in optimizers}
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    half = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.published_precision]
+    scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
+
+    def mixed():
+        return torch.autocast(options.device, half) if half else contextlib.nullcontext()
+
+    def apply_gradients(name, loss):
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizers[name])
+        torch.nn.utils.clip_grad_norm_(nets[name].parameters(), 1.0)
+        scaler.step(optimizers[name])
+        scaler.update()
+        optimizers[name].zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def average():
+        for averages, values in ((ema.named_parameters(), sit.named_parameters()), (ema.named_buffers(), sit.named_buffers())):
+            averages = dict(averages)
+            for name, x in values:
+                if x.is_floating_point():
+                    averages[name].mul_(config["ema_decay"]).add_(x, alpha=1 - config["ema_decay"])
+                else:
+                    averages[name].copy_(x)
+
+    size, rows, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
+    images = torch.tensor(generator.integers(0, 256, (rows, 3, size, size), np.uint8), device=options.device)
+    labels = torch.tensor(generator.integers(0, config["data"]["num_classes"], rows), device=options.device)
+    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    weights = {"vae": config["loss"]["vae"]["align"], "sit": config["loss"]["sit"]["align"]}
+
+    def step(index):
+        vae, model, criterion = nets["vae"], nets["sit"], nets["loss"]
+        with mixed(), torch.no_grad():
+            resized = F.interpolate((images / 255.0 - mean) / std, encoder.image_size, mode="bicubic")
+            targets = [nets["encoder"](resized).last_hidden_state[:, 1:]]
+        vae.train()
+        with mixed():
+            # the VAE: the alignment passes through a SiT that is frozen and takes its running statistics
+            real = images.float() / 127.5 - 1.0
+            posterior, latents, recon = vae(real)
+            model.requires_grad_(False)
+            model.eval()
+            how = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
+            vae_loss, terms = criterion(real, recon, posterior, index, "generator")
+            aligned = model(x=latents, y=labels, zs=targets, loss_kwargs=how)
+            apply_gradients("vae", vae_loss.mean() + weights["vae"] * aligned["proj_loss"].mean())
+            # the discriminator
+            disc_loss, _ = criterion(real, recon, posterior, index, "discriminator")
+            apply_gradients("loss", disc_loss.mean())
+            # the SiT: at the same times and noises, on detached latents
+            model.requires_grad_(True)
+            model.train()
+            drawn = {"time_input": aligned["time_input"], "noises": aligned["noises"]}
+            found = model(x=latents.detach(), y=labels, zs=targets, loss_kwargs={**how, "align_only": False}, **drawn)
+            sit_loss = found["denoising_loss"].mean() + weights["sit"] * found["proj_loss"].mean()
+            apply_gradients("sit", sit_loss)
+            average()
+        kl = terms["kl_loss"] / config["loss"]["vae"]["kl"]
+        compared = terms["reconstruction_loss"], kl, disc_loss, found["denoising_loss"].mean()
+        return torch.stack([x.detach().float() for x in (*compared, vae_loss, sit_loss)])
+
+    def wait(losses):
+        values = losses.tolist()
+        if not all(map(math.isfinite, values)):
+            raise RuntimeError(f"the published step's losses are not finite: {values}")
+        return dict(zip(TERMS, values))  # the first ones
+
+    numbers = itertools.count()
+    said = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
+    return lambda: step(next(numbers)), wait, said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_ours(config, options, folder):
+    """As `make_published`, of our step."""
+    import jax
+
+    from repae_jax.benchmark import measure
+    from repae_jax.job import build
+
+    config, _ = measure.without_files(config)
+    job = build.build(config, devices=jax.devices()[:1])
+    frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
+    state, batch = measure.random_state(job), measure.random_batch(job)
+    nets = {name: getattr(state, name).params for name in ("vae", "sit", "disc")}
+    nets |= {"lpips": frozen["lpips"], "encoder": frozen["encoders"]}
+    counts = {name: sum(x.size for x in jax.tree.leaves(net)) for name, net in nets.items()}
+    step = measure.Step(measure.compile_step(job, state, batch, frozen, key)[0], state, frozen, key)
+    del state  # donated
+
+    def wait(metrics):
+        values = {name: float(metrics[name]) for name in ("skipped", *TERMS.values())}
+        if values["skipped"]:
+            raise RuntimeError(f"{values['skipped']:.0f} of our steps were skipped: their losses or gradients were not finite")
+        return {term: values[name] for term, name in TERMS.items()}
+
+    return lambda: step(batch), wait, {"parameters": counts, "version": f"jax {jax.__version__}"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking turns.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def serve(side, config, options, connection):
+    """What each process does: sends what is said of its step, and then seconds for every number of steps it receives."""
+    sys.path[:0] = [str(ROOT)]
+    # torch must find memory beside what jax sets aside
+    os.environ |= {"JAX_PLATFORMS": options.device if side == OURS else "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"}
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    try:
+        step, wait, said = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
+        connection.send({**said, "first_losses": wait(step())})
+        while steps := connection.recv():
+            connection.send(time_steps(step, wait, steps))
+    except EOFError:
+        pass  # nobody is there any more
+    except Exception as error:  # whatever it is, the other process has to know
+        connection.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+
+class Side:
+    """One of the two processes; a context that ends it."""
+
+    def __init__(self, side, config, options):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self._connection, theirs) = side, context.Pipe()
+        self._process = context.Process(target=serve, args=(side, config, options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def receive(self):
+        """What the process sends; RuntimeError if that is a failure, or nothing because it died."""
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the process of the {self.name} step ended with code {self._process.exitcode}") from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"the {self.name} step failed: {answer}")
+        return answer
+
+    def seconds(self, steps):
+        """Seconds of each of so many steps."""
+        self._connection.send(steps)
+        return self.receive()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.join()
+
+
+def compare(size, options, say=print):
+    """Times both sides at one size.
+
+    Args:
+      size: as `config_of` takes it.
+      options: of the command line.
+      say: called with lines of progress.
+
+    Returns:
+      dict that JSON can hold.
+
+    Raises:
+      ValueError: if the two do not have the same networks, or losses of another size.
+      RuntimeError: if one fails.
+    """
+    config = config_of(size, options.batch)
+    rows, seconds = config["data"]["batch_size"], {side: [] for side in SIDES}
+    with contextlib.ExitStack() as stack:
+        sides, said = {}, {}
+        for name in SIDES:  # one after the other: each compiles with all cores
+            say(f"{size}: {name}: building, compiling, a first step …")
+            sides[name] = stack.enter_context(Side(name, config, options))
+            said[name] = sides[name].receive()
+        check_parameters(*(said[side]["parameters"] for side in SIDES))
+        for name, count in said[PUBLISHED]["parameters"].items():
+            say(f"  parameters of {name:8} {count:>12,} published {said[OURS]['parameters'][name]:>12,} ours")
+        for term, value in said[PUBLISHED]["first_losses"].items():
+            say(f"  first {term:16} {value:>12.4g} published {said[OURS]['first_losses'][term]:>12.4g} ours")
+        check_losses(*(said[side]["first_losses"] for side in SIDES))
+        for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
+            for name in order:
+                seconds[name].append(sides[name].seconds(options.steps))
+            a, b = (rows / seconds[name][-1] for name in SIDES)
+            say(f"  repeat {repeat} of {options.repeats}: published {a:.4g} img/s, ours {b:.4g}: {b / a:.3f} times")
+    result = summarize(seconds, rows)
+    ratio = result["ratio"]
+    say(
+        f"{size}, {rows} images: published {result[PUBLISHED]:.4g} img/s, ours {result[OURS]:.4g} img/s: {ratio['median']:.2f} "
+        f"times as fast ({ratio['low']:.2f} to {ratio['high']:.2f} in {ratio['repeats']} repeats of {options.steps} steps)"
+    )
+    return {**result, "batch_size": rows, "seconds_per_step": seconds, **{f"{side}_is": said[side] for side in SIDES}}
+
+
+def positive(text):
+    """An integer from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def parse_args(arguments=None):
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", required=True, metavar="FOLDER", help="checkout of End2End-Diffusion/REPA-E")
+    parser.add_argument(
+        "--sizes", nargs="+", default=list(SIZES), metavar="SIZE",
+        help=f"{', '.join(SIZES)}, or sizes of configs/repae.py such as sit=XL/2,vae=f8d4; default both small ones",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=positive, help="images; default 8 of the small sizes, 32 of the others")
+    parser.add_argument("--repeats", type=positive, default=7, help="turns of both; default 7")
+    parser.add_argument("--steps", type=positive, help="timed in each turn, after one that is not; default 3, on CUDA 20")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile for the published networks and losses; default on CUDA only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--published-precision", choices=("float32", "bfloat16", "float16"),
+        help="default float32 on the CPU, on CUDA bfloat16, as ours; float16 is the published default",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="for all numbers; must not exist")
+    options = parser.parse_args(arguments)
+    cuda = options.device == "cuda"
+    options.published_precision = options.published_precision or ("bfloat16" if cuda else "float32")
+    options.compile = cuda if options.compile is None else options.compile
+    options.steps = options.steps or (20 if cuda else 3)  # so many that dispatching the first weighs nothing
+    return options
+
+
+def run(options, say=print):
+    """Compares all sizes, writes the file, returns its content: {'sizes': {size: as `compare`}, …}; raises as `compare`."""
+
+    options.published = check_checkout(options.published)
+    path = None if options.json is None else files.check_new("--json", options.json)
+    for size in options.sizes:
+        config_of(size, options.batch)  # mistakes first
+    result = {"device": options.device, "steps": options.steps, "compile": options.compile, "cores": os.cpu_count()}
+    result |= {"published_precision": options.published_precision, "sizes": {}}
+    for index, size in enumerate(options.sizes):
+        result["sizes"][size] = compare(size, options, say)
+        if path is not None:  # after each: the next may fail
+            files.write_json(path, result, overwrite=index > 0)
+    if path is not None:
+        say(f"all numbers: {options.json}")
+    return result
+
+
+def main():
+    """Entry point: mistakes end in one line."""
+    side_by_side.end_in_one_line(run, parse_args())
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT)]
+    main()

@@ -1,0 +1,192 @@
+"""Runs that are killed at random moments and continued: `python measurements/kill_trials.py --trials 50`.
+
+In every trial a small run of REPA-E is killed with SIGKILL, at a moment that is uniform over the time that such a run takes,
+and started again in the same workdir, to be killed at another such moment, until it finishes. Its last checkpoint must then
+equal that of a run without a break bit by bit, with the position in the data, and so must its metrics line by line but for what
+tells time. Every start is a process of its own, forked from one that has imported everything and used nothing.
+"""
+
+import argparse
+import collections
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+STEPS = 120
+EVERY = 4  # steps between checkpoints
+KEPT = 2  # of them
+
+
+def config(job, steps, **more):
+    """The smallest run with every part of the real one, but for `more`; 'ldm' is the quickest, a SiT alone on a frozen VAE."""
+    import small
+
+    from configs import ldm, repae
+
+    changes = {"steps": steps, "checkpoint.every": EVERY, "checkpoint.keep_last": KEPT, "hooks.samples_every": 0}
+    if job == "ldm":
+        return small.config({**changes, **small.SIT_ALONE}, ldm, **more)
+    return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae, **more)
+
+
+def train_in(job, steps, workdir, compiled, log, **changes):
+    """Trains in this process, until the end or a kill; `changes` as `config` takes them."""
+    import jax
+
+    from repae_jax import train
+
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # compiles quickly; one device
+    settings = {"platforms": "cpu", "disable_most_optimizations": True, "compilation_cache_dir": str(compiled)}
+    for name, value in {**settings, "persistent_cache_min_compile_time_secs": 0.2}.items():
+        jax.config.update(f"jax_{name}", value)
+    with open(log, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    train.train(config(job, steps, **changes), workdir)
+
+
+def processes():
+    """Where processes come from: imports done, no device used."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow", "clu.metric_writers", "repae_jax.train", "small", "configs.ldm"])
+    return context
+
+
+def kill_after(context, seconds, *arguments):
+    """Calls `train_in` in a process, and kills that after so many seconds, None never: (whether it came to that, seconds)."""
+    process, began = context.Process(target=train_in, args=arguments), time.monotonic()
+    process.start()
+    process.join(seconds)
+    process.kill()  # nothing to one that has ended
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the run ended with code {process.exitcode}:\n{Path(arguments[-1]).read_text()[-3000:]}")
+    return process.exitcode != 0, time.monotonic() - began
+
+
+def checkpoints_of(workdir):
+    """What is in the folder of checkpoints, finished or not: {(name, inode)}."""
+    folder = workdir / "checkpoints"
+    return {(path.name, path.stat().st_ino) for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def moment(workdir, before):
+    """Where a killed run was; `before` is what `checkpoints_of` said before it."""
+    now = checkpoints_of(workdir)
+    if any(not name.isdigit() for name, _ in now - before):
+        return "while a checkpoint was saved"
+    if any(name.isdigit() for name, _ in now - before):
+        return "between checkpoints"
+    return "before the first checkpoint" if not now else "while it was resumed, or before its next checkpoint"
+
+
+def left_by(job, steps, workdir):
+    """(state, (position in the data, step, steps of the checkpoints to be kept), metrics) of a finished run.
+
+    An older checkpoint is left where a kill met its removal after the last save: no save comes after it that would remove it.
+    """
+    from repae_jax.job import build
+    from repae_jax.training import checkpoint, metric_log
+
+    built = build.build(config(job, steps))
+    with checkpoint.Checkpointer(workdir, keep_last=KEPT) as checkpointer:
+        state, position, step = checkpointer.restore(build.abstract_state(built), built.config)
+        kept = checkpointer.steps()[-KEPT:]
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    clock = {"time", *metric_log.SPEED_NAMES}
+    return state, (position, step, kept), [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def check(found, expected, which):
+    """AssertionError unless two runs left the same."""
+    import small
+
+    differing = small.differing(found[0], expected[0])
+    assert not differing, f"{which}: differs in {differing[:5]}"
+    assert found[1] == expected[1], f"{which}: checkpoints {found[1]}, expected {expected[1]}"
+    steps = [[line["step"] for line in lines] for lines in (found[2], expected[2])]
+    assert steps[0] == steps[1], f"{which}: metrics have a gap or a duplicate: {steps[0]}"
+    for line, other in zip(found[2], expected[2]):
+        assert line == other, f"{which}: metrics of step {line['step']} differ: {line} and {other}"
+
+
+def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
+    """All trials.
+
+    Args:
+      job: of `config`.
+      steps: of each run.
+      trials: number.
+      seed: of the moments.
+      folder: for workdirs; those that are as they should be are removed.
+      compiled: folder of compiled programs.
+      say: called with a line for each trial.
+      most: a run that was killed as often as that is left to finish, as soon as there is a checkpoint to continue from.
+
+    Returns:
+      Counter of the moments at which runs were killed.
+
+    Raises:
+      AssertionError: if a run that was killed left anything else than one that was not.
+    """
+    context, rng, moments = processes(), np.random.default_rng(seed), collections.Counter()
+    whole = Path(folder) / "whole"
+
+    def attempt(seconds, workdir):
+        return kill_after(context, seconds, job, steps, str(workdir), str(compiled), f"{workdir}.log")
+
+    attempt(None, whole)
+    _, longest = attempt(None, Path(folder) / "again")  # a whole run takes no longer, now that its programs are compiled
+    expected = left_by(job, steps, whole)
+    assert [line["step"] for line in expected[2]] == list(range(1, steps + 1))
+    done = 0
+    while done < trials:
+        workdir, killed, kills = Path(folder) / f"trial-{done}", True, []
+        while killed:
+            before = checkpoints_of(workdir)
+            enough = len(kills) >= most and any(name.isdigit() for name, _ in before)
+            killed, _ = attempt(None if enough else rng.uniform(0, longest), workdir)
+            if killed:
+                kills.append(moment(workdir, before))
+        if kills:
+            check(left_by(job, steps, workdir), expected, f"trial {done}, killed {', '.join(kills)}")
+            moments.update(kills)
+            done += 1
+            say(f"trial {done} of {trials}: killed {', '.join(kills)}; equal")
+        shutil.rmtree(workdir)
+    return moments
+
+
+def main():
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--job", choices=("repae", "ldm"), default="repae", help="REPA-E, or the quicker SiT alone")
+    parser.add_argument("--trials", type=int, default=50, help="runs that are killed")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run, a checkpoint every {EVERY}")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", help="for the runs; default a temporary one, removed if all is well")
+    args = parser.parse_args()
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="kill-trials-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    moments = run(args.job, args.steps, args.trials, args.seed, folder, folder / "compiled")
+    print(f"{args.trials} runs of {args.steps} steps killed {moments.total()} times, all equal to the one that was not:")
+    for name, count in moments.most_common():
+        print(f"  {count:4} {name}")
+    if not args.folder:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    main()

@@ -1,0 +1,201 @@
+"""The device mesh and the one rule that shards arrays over it.
+
+The mesh has two axes. The batch is split over both; parameters, optimizer state and averages are split over `fsdp` alone and
+replicated over `data`. (1, 1) on a laptop and (8, 32) on a pod run the same code, in one process or in one per host.
+"""
+
+import collections
+import functools
+import math
+import zlib
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA, FSDP = "data", "fsdp"
+MIN_SHARDED_SIZE = 2**16  # smaller arrays cost more to gather than to keep
+STACKS = ("early_blocks", "late_blocks", "blocks")  # parameters under these have a leading layer axis, scanned over
+
+
+def make_mesh(fsdp, devices=None, slices=1):
+    """Mesh of all devices with `fsdp` of them along the parameter axis.
+
+    Args:
+      fsdp: devices that share one copy of the parameters; 1 replicates them. Divides the number of devices of a slice.
+      devices: default all.
+      slices: in how many slices the devices are, which are connected among each other more slowly than within: TPU slices, or
+        nodes of GPUs. No copy of the parameters is shared across them.
+
+    Returns:
+      jax.sharding.Mesh with axes ('data', 'fsdp').
+
+    Raises:
+      ValueError: if the devices are not in as many slices of one size, or fsdp does not divide the number in one.
+    """
+    devices = jax.devices() if devices is None else devices
+    types = (AxisType.Auto, AxisType.Auto)
+    if slices == 1 and not _has_slices(devices):
+        _check_fsdp(fsdp, len(devices), f"the {len(devices)} devices")
+        # jax.make_mesh lets an axis end within a side of the chips' torus on a v5e only, and so refuses many sizes elsewhere
+        grid = mesh_utils.create_device_mesh((len(devices) // fsdp, fsdp), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, (DATA, FSDP), axis_types=types)
+    return jax.sharding.Mesh(slice_grid(fsdp, devices, slices), (DATA, FSDP), axis_types=types)
+
+
+def _has_slices(devices):
+    """Whether these are chips of several TPU slices; nodes of GPUs need not be told apart."""
+    return devices[0].platform == "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) > 1
+
+
+def slice_grid(fsdp, devices, slices):
+    """Devices of several slices, [data, fsdp]: the rows of a slice are consecutive. Args, Raises as `make_mesh`."""
+    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(sizes) != slices or len(set(sizes.values())) != 1:
+        raise ValueError(
+            f"mesh.slices={slices}, but the {len(devices)} devices are in {len(sizes)} slices of {sorted(sizes.values())}; "
+            f"allowed: {len(sizes)}"
+        )
+    count = len(devices) // slices
+    _check_fsdp(fsdp, count, f"the {count} devices of a slice")
+    return mesh_utils.create_hybrid_device_mesh((count // fsdp, fsdp), (slices, 1), devices, allow_split_physical_axes=True)
+
+
+def _check_fsdp(fsdp, count, what):
+    if fsdp < 1 or count % fsdp:
+        allowed = [d for d in range(1, count + 1) if count % d == 0]
+        raise ValueError(f"mesh.fsdp={fsdp} does not divide {what}; allowed: {allowed}")
+
+
+def batch_sharding(mesh):
+    """Leading axis over all devices."""
+    return NamedSharding(mesh, P((DATA, FSDP)))
+
+
+def replicated(mesh):
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def _names(path):
+    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+
+
+def _in_stack(path):
+    return any(name in STACKS for name in _names(path))
+
+
+def param_spec(path, shape, fsdp):
+    """First axis divisible by fsdp, never a scanned layer axis; replicated if small or if none divides.
+
+    The first, because parts of it are whole rows: what is unsharded need not be laid out anew before a matrix product.
+
+    Args:
+      path: key path of the leaf (jax.tree_util).
+      shape: its shape.
+      fsdp: size of the axis.
+
+    Returns:
+      PartitionSpec.
+    """
+    if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE:
+        return P()
+    first = 1 if _in_stack(path) else 0
+    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
+    if not candidates:
+        return P()
+    return P(*[FSDP if a == candidates[0] else None for a in range(len(shape))])
+
+
+def tree_sharding(mesh, tree):
+    """NamedSharding of every leaf of a tree of arrays or shapes (parameters, optimizer state, a whole TrainState)."""
+    fsdp = mesh.shape[FSDP]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, param_spec(path, np.shape(leaf), fsdp)), tree
+    )
+
+
+def unsharded(params):
+    """Parameters as networks are applied to them: whole on every device, and so is their gradient before it is split.
+
+    Without it the partitioner is free to keep a parameter split and to gather what it meets, activations of the whole batch.
+
+    Args:
+      params: tree, or part of one. Scanned stacks stay split: their blocks are unsharded one at a time, see
+        `layers.scan_blocks`.
+
+    Returns:
+      The same numbers. Outside of `on_mesh` nothing is done.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return params
+
+    def gather(path, leaf):
+        return leaf if _in_stack(path) else jax.lax.with_sharding_constraint(leaf, P())
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def on_mesh(mesh, fn):
+    """The function, traced so that `unsharded` knows the mesh."""
+
+    @functools.wraps(fn)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return run
+
+
+def check_batch(batch_size, accumulation, mesh):
+    """ValueError unless every device gets the same number of images in every micro-batch."""
+    devices = mesh.size
+    if batch_size % (accumulation * devices):
+        raise ValueError(
+            f"data.batch_size={batch_size} is not divisible by {devices} devices x {accumulation} micro-batches: "
+            f"use a multiple of {devices * accumulation}"
+        )
+
+
+def put_batch(mesh, batch):
+    """Per-process numpy arrays -> global arrays sharded over the batch axis.
+
+    A process' share goes to its own devices, in order. Where a mesh interleaves processes, as on TPU pods, a batch is so in
+    another order than in one process, and its images meet other noise.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put(tree, shardings):
+    """Places a tree on its mesh.
+
+    Args:
+      tree: arrays of the host or of local devices, whole and the same in every process, or global ones.
+      shardings: tree of their shardings, or one for all.
+
+    Returns:
+      Tree of jax.Array.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(array, sharding):
+    if sharding.is_fully_addressable or not _is_local(array):
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)  # jax.device_put would send all of it to all processes, to compare
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _is_local(array):
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def local_checksums(tree):
+    """CRC of every array that is not a global one, by dotted name: for processes that must have read the same."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(_names(path)): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves if _is_local(leaf)}

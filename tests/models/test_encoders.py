@@ -1,0 +1,173 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from repae_jax.models import encoders as features
+
+TINY = {"patch_size": 7, "hidden_size": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return reference.load("preprocessing").arrays
+
+
+def upsampled(low, size):
+    """[B, C, h, w] in [0, 1] -> uint8 [B, size, size, C]: bilinear with half-pixel centres and repeated edges."""
+
+    def weights(length):
+        positions = np.clip((np.arange(size, dtype=np.float32) + 0.5) * (length / size) - 0.5, 0, None)
+        below = positions.astype(int)
+        matrix = np.zeros((size, length), np.float32)
+        np.add.at(matrix, (np.arange(size), below), 1 - (positions - below))
+        np.add.at(matrix, (np.arange(size), np.minimum(below + 1, length - 1)), positions - below)
+        return matrix
+
+    image = np.einsum("ih,jw,bchw->bijc", weights(low.shape[2]), weights(low.shape[3]), low)
+    return np.round(image * 255).astype(np.uint8)
+
+
+PUBLISHED_INPUTS = {
+    "dinov2_and_jepa_input": ["dinov2-base", "dinov2-giant-with-registers", "ijepa_vith14_1k"],
+    "clip_input": ["clip-vit-large-patch14"],  # resized before it is normalised; ours is the other way round
+    "mae_moco_dino1_input": ["vit-mae-large", "mocov3-base", "dino-vitb16"],
+}
+
+
+@pytest.mark.parametrize("name, architecture", [(n, a) for n, names in PUBLISHED_INPUTS.items() for a in names])
+def test_preprocess_matches_the_published_one(golden, record_property, name, architecture):
+    encoder = features.make_encoder(architecture, 256)
+    actual = jax.jit(features.preprocess, static_argnums=0)(encoder, upsampled(golden["image_low"], 256))
+    assert actual.shape == (2, encoder.image_size, encoder.image_size, 3) and actual.dtype == jnp.float32
+    expected = reference.nhwc(golden[name])
+    step = -(-encoder.image_size // expected.shape[1])  # every so many pixels are stored
+    reference.check(actual[:, ::step, ::step], expected, reference.NETWORK_RTOL, architecture, record_property)
+
+
+@pytest.mark.parametrize(
+    "architecture, mean, std",
+    [
+        ("dinov3-vitb16", features.IMAGENET_MEAN, features.IMAGENET_STD),
+        ("siglip2-base-patch16-256", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_preprocess_of_encoders_that_see_all_pixels(architecture, mean, std):
+    images = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    actual = features.preprocess(features.make_encoder(architecture, 256), images)
+    reference.check(actual, (images / 255 - np.asarray(mean)) / np.asarray(std), 1e-6, architecture)
+
+
+def test_resize_bicubic_up_and_down(golden, record_property):
+    images = reference.nhwc(golden["bicubic_small"])
+    actual = features.resize_bicubic(images, 13, 29)
+    expected = reference.nhwc(golden["bicubic_small_to_13x29"])
+    reference.check(actual, expected, reference.NETWORK_RTOL, "bicubic 23x17 -> 13x29", record_property)
+    assert features.resize_bicubic(images, *images.shape[1:3]) is images
+
+
+@pytest.mark.parametrize("side", [37, 14])
+def test_resample_positions(golden, record_property, side):
+    stored = golden[f"pos_embed_{side}"]
+    actual = features.resample_positions(stored, 16)
+    reference.check(
+        actual, golden[f"pos_embed_{side}_to_16"], reference.NETWORK_RTOL, f"positions {side} -> 16", record_property
+    )
+    np.testing.assert_array_equal(actual[:, 0], stored[:, 0])
+    np.testing.assert_array_equal(features.resample_positions(stored, side), stored)
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 4), (2, 17, 4), (17, 4), (1, 1, 4)])
+def test_resample_positions_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="square number"):
+        features.resample_positions(np.zeros(shape, np.float32), 4)
+
+
+def test_encode_gives_patch_tokens_without_gradient():
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    single, half = (
+        features.make_encoder({**TINY, "num_registers": 3}, 32, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(functools.partial(features.init_params, single), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+    @jax.jit
+    def tokens_and_gradient(params):
+        tokens = features.encode(single, params, images)
+        return tokens, jax.grad(lambda p: jnp.sum(features.encode(single, p, images) ** 2))(params)
+
+    tokens, gradient = tokens_and_gradient(params)
+    assert tokens.shape == (2, 16, 16) and tokens.dtype == jnp.float32
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    rounded = jax.jit(features.encode, static_argnums=0)(half, params, images)
+    assert rounded.dtype == jnp.float32
+    reference.check(rounded, tokens, 0.05, "bfloat16")
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 32, 28, 3), np.uint8)])
+def test_preprocess_refuses_what_is_no_square_uint8(images):
+    with pytest.raises(ValueError, match="uint8"):
+        features.preprocess(features.make_encoder(TINY, 32), images)
+
+
+@pytest.mark.parametrize("resolution, grid", [(256, 16), (512, 32)])
+@pytest.mark.parametrize("architecture", features.ARCHITECTURES)
+def test_input_size_follows_the_published_rule(architecture, resolution, grid):
+    encoder = features.make_encoder(architecture, resolution)
+    assert (encoder.image_size, encoder.grid) == (grid * encoder.module.patch_size, grid)
+    assert encoder.module.grid == (grid, grid) and encoder.name == architecture
+
+
+@pytest.mark.parametrize(
+    "architecture, image_size, millions",  # of the published models, without what follows the tokens
+    [
+        ("dinov2-small", 518, 22.06),
+        ("dinov2-base", 518, 86.58),
+        ("dinov2-large", 518, 304.37),
+        ("dinov2-giant", 518, 1136.48),
+        ("dinov2-base-with-registers", 518, 86.58),
+        ("dino-vitb16", 224, 85.80),
+        ("vit-mae-large", 224, 303.30),
+        ("ijepa_vith14_1k", 224, 630.76),
+        ("clip-vit-large-patch14", 224, 303.18),
+        ("dinov3-vits16", 224, 21.60),
+        ("dinov3-vitb16", 224, 85.66),
+        ("dinov3-vitl16", 224, 303.13),
+        ("siglip2-base-patch16-256", 256, 85.84),  # 92.93 with the attention pooling
+    ],
+)
+def test_published_sizes(architecture, image_size, millions):
+    encoder = features.make_encoder(architecture, 256, image_size=image_size)
+    shapes = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert abs(count / 1e6 - millions) < 0.01, count
+
+
+@pytest.mark.parametrize(
+    "architecture, options, message",
+    [
+        ("dinov3-base", {}, "'dinov3-base' is unknown; allowed: dinov2-small, dinov2-base"),
+        ({**TINY, "widht": 3}, {}, r"unknown fields \['widht'\]"),
+        ({"patch_size": 7}, {}, r"lacks \['hidden_size', 'depth', 'num_heads'\]"),
+        ({**TINY, "num_heads": 3}, {}, "hidden_size 16 is not divisible by num_heads 3"),
+        ({**TINY, "family": "dinov4"}, {}, "family 'dinov4' is unknown; allowed: dinov2, dino, "),
+        ({**TINY, "activation": "relu"}, {}, "activation 'relu' is unknown; allowed: gelu, "),
+        ({**TINY, "unbiased": ["keys"]}, {}, "unbiased 'keys' is unknown; allowed: patch_embed, query"),
+        (TINY, {"image_size": 30}, "image_size 30 .* patch size 7; set .* 28 or 35"),
+        ("dinov2-base", {"image_size": 6}, "image_size 6 .* e.g. 14"),
+    ],
+)
+def test_make_encoder_refuses(architecture, options, message):
+    with pytest.raises(ValueError, match=message):
+        features.make_encoder(architecture, 32, **options)
+
+
+def test_check_grid():
+    encoder = features.make_encoder(TINY, 32)
+    features.check_grid(encoder, 4)
+    with pytest.raises(ValueError, match=r"gives 4 x 4 tokens .* the SiT has 8 x 8; set .* image_size to 56.*patch_size"):
+        features.check_grid(encoder, 8)
