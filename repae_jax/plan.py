@@ -23,7 +23,7 @@ from repae_jax.cost.plan_text import GIB, lines_of
 from repae_jax.cost.topologies import check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
-from repae_jax.job import build, recipe
+from repae_jax.job import build, compilation, initial_state, recipe
 from repae_jax.sampling import generate
 
 SAMPLES = 50_000  # images that the published scores are of
@@ -46,14 +46,14 @@ class DoesNotFit(Exception):
 
 def lower_step(job):
     """The jitted training step as `train` runs it, lowered on shapes alone."""
-    state = build.abstract_state(job)
-    return build.jit_step(job, state).lower(state, *build.abstract_inputs(job))
+    state = initial_state.abstract_state(job)
+    return compilation.jit_step(job, state).lower(state, *compilation.abstract_inputs(job))
 
 
 def lower_sampling(job):
     """Sampling of config.data.batch_size images as `sample` runs it, lowered on shapes alone."""
-    batch, frozen, key = build.abstract_inputs(job)
-    params = generate.sampling_params(build.abstract_state(job), frozen)
+    batch, frozen, key = compilation.abstract_inputs(job)
+    params = generate.sampling_params(initial_state.abstract_state(job), frozen)
     run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
     return run.lower(params, batch["label"], batch["label"], key)
 
@@ -137,7 +137,7 @@ def prepare(config, topology, images_per_chip=None):
     if images_per_chip:
         config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
-    build.check_compiler_options(job)
+    compilation.check_compiler_options(job)
     return job, setting(job, chip, topology, bool(images_per_chip))
 
 
@@ -205,8 +205,8 @@ def setting(job, chip, topology, sampling):
     """
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
     parts = flops.sampling_parts(job.config, job.sampling) if sampling else flops.parts(job.config, job.encoders)
-    state = build.abstract_state(job)
-    kept = generate.sampling_params(state, build.abstract_inputs(job)[1]) if sampling else state
+    state = initial_state.abstract_state(job)
+    kept = generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state
     return {
         "topology": topology,
         "slices": job.config["mesh"]["slices"],
@@ -315,7 +315,7 @@ def better_fsdp(job, state_bytes):
       (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.
     """
     devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
-    state, in_slice, sizes = build.abstract_state(job), len(devices) // slices, {}
+    state, in_slice, sizes = initial_state.abstract_state(job), len(devices) // slices, {}
     for fsdp in range(1, in_slice + 1):
         if in_slice % fsdp == 0 and fsdp != job.mesh.shape[sharding.FSDP]:
             sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))

@@ -11,7 +11,7 @@ import small
 from checkpoints_tools import vae as vae_files
 from configs import ldm, vae
 from repae_jax import cache_latents, train
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights
 from repae_jax.training import metric_log
 
 
@@ -19,7 +19,7 @@ from repae_jax.training import metric_log
 def files(tmp_path_factory):
     """Two VAEs on disk, and a cache of the first one's latents."""
     folder, job = tmp_path_factory.mktemp("files"), build.build(small.config(file=ldm), jax.devices()[:1])
-    shapes = jax.eval_shape(lambda key: build.initial_vae(job, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: frozen_weights.initial_vae(job, key), jax.random.key(0))
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)

@@ -13,7 +13,7 @@ from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.distributed import multihost, sharding
-from repae_jax.job import build
+from repae_jax.job import compilation, frozen_weights, initial_state, training_data
 from repae_jax.sampling import generate
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.metric_log import arithmetic_speed
@@ -45,7 +45,7 @@ def without_files(config):
         path = section[where[0]]
         if not path or not ("://" in path or Path(path).expanduser().exists()):  # a name on the hub is no file
             random.append(name)
-            section.update(dict.fromkeys(where, build.RANDOM))
+            section.update(dict.fromkeys(where, frozen_weights.RANDOM))
     return config, random
 
 
@@ -59,7 +59,7 @@ def random_state(job):
         return tree.unflatten([x + NOISE * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)])
 
     def make(key):
-        state = build.initial_state(job, key)
+        state = initial_state.initial_state(job, key)
         for index, name in enumerate(("vae", "disc", "sit")):
             if (net := getattr(state, name)) is not None:
                 state = state.replace(**{name: net.replace(params=noisy(net.params, jax.random.fold_in(key, index)))})
@@ -68,7 +68,7 @@ def random_state(job):
             state = state.replace(ema=state.ema.replace(params=jax.tree.map(jnp.copy, averaged.params)))
         return state
 
-    shardings = jax.tree.map(lambda x: x.sharding, build.abstract_state(job))
+    shardings = jax.tree.map(lambda x: x.sharding, initial_state.abstract_state(job))
     return jax.jit(make, out_shardings=shardings)(jax.random.key(job.config["seed"]))
 
 
@@ -80,7 +80,7 @@ def random_batch(job):
         shape = (array.shape[0] // jax.process_count(), *array.shape[1:])
         return rng.integers(0, highs[name], shape, array.dtype) if name in highs else rng.standard_normal(shape, array.dtype)
 
-    abstract, _, _ = build.abstract_inputs(job)
+    abstract, _, _ = compilation.abstract_inputs(job)
     return sharding.put_batch(job.mesh, {name: draw(name, array) for name, array in abstract.items()})
 
 
@@ -93,7 +93,7 @@ def random_pixels(job, count):
 
 def compile_step(job, state, batch, frozen, key):
     """(the step as training compiles it, seconds that this took)."""
-    return _compile(build.jit_step(job, state), state, batch, frozen, key)
+    return _compile(compilation.jit_step(job, state), state, batch, frozen, key)
 
 
 def _compile(function, *arguments):
@@ -171,7 +171,7 @@ def measure_parts(job, state, frozen, count, step_seconds):
     Args:
       job: Job.
       state: TrainState; donated.
-      frozen: what `build.load_frozen` returns.
+      frozen: what `frozen_weights.load_frozen` returns.
       count: calls that are timed.
       step_seconds: of the whole step.
 
@@ -208,7 +208,7 @@ def measure_parts(job, state, frozen, count, step_seconds):
 
 def time_part(job, part, count):
     """Seconds per call of a Part, as `time_calls` returns them."""
-    options = build.compiler_options(job)
+    options = compilation.compiler_options(job)
     run = jax.jit(sharding.on_mesh(job.mesh, part.function), out_shardings=part.out_shardings, compiler_options=options)
     compiled, _ = _compile(run, *part.arguments)
     return time_calls(lambda: compiled(*part.arguments), count, ahead=1)
@@ -221,7 +221,7 @@ def time_update(job, state, count):
     grads = jax.jit(functools.partial(jax.tree.map, lambda x: NOISE * x), out_shardings=shardings[1])(nets)
     function = functools.partial(parts.update, tx=job.tx, recipe=job.recipe)
     outs = (shardings[0], sharding.replicated(job.mesh))
-    options = build.compiler_options(job)
+    options = compilation.compiler_options(job)
     compiled, _ = _compile(jax.jit(function, donate_argnums=0, out_shardings=outs, compiler_options=options), state, grads)
     holder = [state]
 
@@ -271,7 +271,7 @@ def measure_input(job, step, frozen, count):
     Args:
       job: Job.
       step: Step.
-      frozen: what `build.load_frozen` returns.
+      frozen: what `frozen_weights.load_frozen` returns.
       count: batches that are timed, each time.
 
     Returns:
@@ -287,7 +287,7 @@ def measure_input(job, step, frozen, count):
     if problems:
         return {"skipped": problems[0]}
     section = job.config["data"]
-    with build.make_loader(job, source) as loader:
+    with training_data.make_loader(job, source) as loader:
         for _ in range(max(8, 4 * section["workers"])):  # what is read ahead when timing begins
             next(loader)
         began = time.perf_counter()
@@ -304,8 +304,8 @@ def measure_input(job, step, frozen, count):
 
 def _source(job, frozen):
     if not job.config["data"]["cache"]:
-        return build.make_images(job.config)
-    return build.make_cached_source(job, fingerprint(frozen["vae"]))
+        return training_data.make_images(job.config)
+    return training_data.make_cached_source(job, fingerprint(frozen["vae"]))
 
 
 def write_profile(step, batch, folder):

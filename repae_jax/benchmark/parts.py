@@ -71,7 +71,7 @@ def make_parts(job, state, frozen, whole_batch, batch):
     Args:
       job: Job.
       state: TrainState.
-      frozen: what `build.load_frozen` returns.
+      frozen: what `frozen_weights.load_frozen` returns.
       whole_batch: what `make_batch` returns.
       batch: the same, of a micro-batch.
 

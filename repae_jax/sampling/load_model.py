@@ -14,7 +14,7 @@ from checkpoints_tools.sit import check_time, from_state_dict
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling import generate
@@ -85,11 +85,11 @@ def load_model(workdir, step=None, devices=None, vae_path=None, sampler=None):
     data = {**config["data"], "batch_size": len(devices)}
     config = {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
     job = build.build(config, devices, encoders=())
-    state = build.abstract_state(job)
+    state = initial_state.abstract_state(job)
     subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}
     if job.frozen_vae:
         try:
-            vae_params = build.load_frozen_vae(job)
+            vae_params = frozen_weights.load_frozen_vae(job)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"the run in {workdir} has a frozen VAE, {config['init']['vae']}, which is not there: give --vae ({error})"

@@ -19,8 +19,8 @@ from checkpoints_tools.artefacts import ARTEFACTS
 from configs import common, ldm, paper, repae, vae
 from repae_jax import train
 from repae_jax.cost import flops
-from repae_jax.job import build
-from repae_jax.models import encoders as features
+from repae_jax.job import build, compilation, frozen_weights, initial_state
+from repae_jax.models import encoders
 from repae_jax.training.recipe import Optimizers
 
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
@@ -39,8 +39,6 @@ def built(file, name):
 
 def label(case):
     return f"{case[0]}:{case[1]}"
-
-
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ def test_a_step_fits_together(case):
 def test_sizes():
     """Table 2: 130, 458 and 675 million parameters."""
     for name, published in (("repae-b", 130), ("repae-l", 458), ("repae-xl", 675), ("repa", 675), ("dit", 675)):
-        params = dict(build.abstract_state(built("paper", name)).sit.params)
+        params = dict(initial_state.abstract_state(built("paper", name)).sit.params)
         params = {key: tree for key, tree in params.items() if not key.startswith("projectors")}
         assert millions(params) == pytest.approx(published, rel=0.01), name
 
@@ -236,7 +234,7 @@ def test_recipes(name):
     assert config["precision"]["compute"] == ("float32" if clip else "bfloat16")
     if vf:  # as many tokens as latent pixels: DINOv2-L at 224 pixels
         assert job.encoders[0].image_size == 224 and job.encoders[0].grid == job.latent_shape[0] == 16
-        assert job.nets.vae.feature_dim == features.ARCHITECTURES["dinov2-large"]["hidden_size"]
+        assert job.nets.vae.feature_dim == encoders.ARCHITECTURES["dinov2-large"]["hidden_size"]
 
 
 def test_architectures_and_durations_of_tokenizers():
@@ -261,7 +259,7 @@ def test_discriminator_alone():
     job = built("vae", "discriminator")
     assert job.frozen_vae and job.nets.disc is not None and job.nets.lpips is None and not job.recipe.vae_weights
     with pytest.raises(ValueError, match="config.init.vae is empty"):
-        build.load_frozen(job)
+        frozen_weights.load_frozen(job)
 
 
 # ---- tiny variants --------------------------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def test_the_tiny_variant_can_be_built(case):
     job, full = built_tiny(json.dumps(tiny(case).to_dict())), built(*case)
     assert job.latent_shape == (4, 4, 4) and len(job.encoders) == len(full.encoders)
     assert job.recipe.vae_weights.keys() == full.recipe.vae_weights.keys() - {"lpips"}
-    assert job.recipe.sit_weights == full.recipe.sit_weights and millions(build.abstract_state(job)) < 0.5
+    assert job.recipe.sit_weights == full.recipe.sit_weights and millions(initial_state.abstract_state(job)) < 0.5
 
 
 def plain_descent(tx):
@@ -325,13 +323,13 @@ def test_a_step_of_the_tiny_variant(case):
     """Those that are not here differ from one that is in numbers alone."""
     job = build.build(smaller(tiny(case)), jax.devices()[:1])
     job = dataclasses.replace(job, tx=plain_descent(job.tx))
-    frozen = random_tree(build.abstract_inputs(job)[1], 1)
+    frozen = random_tree(compilation.abstract_inputs(job)[1], 1)
     rng, data = np.random.default_rng(2), job.config["data"]
     batch = {
         "image": rng.integers(0, 256, (data["batch_size"], data["image_size"], data["image_size"], 3), np.uint8),
         "label": rng.integers(0, data["num_classes"], data["batch_size"], np.int32),
     }
-    state = random_tree(build.abstract_state(job), 3)
+    state = random_tree(initial_state.abstract_state(job), 3)
     new, metrics = jax.jit(job.step)(state, batch, frozen, jax.random.key(0))
     terms = [f"{net}/{term}" for net in ("vae", "sit") for term in getattr(job.recipe, f"{net}_weights")]
     assert set(terms) <= set(metrics)

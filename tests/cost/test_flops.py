@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 import traced_flops
 
-from configs import common, ldm, repae, vae
+from configs import ldm, repae, vae
 from repae_jax.benchmark import parts as benchmark_parts
 from repae_jax.cost import flops
-from repae_jax.job import build
+from repae_jax.job import build, compilation, initial_state
 from repae_jax.models import encoders as features
 from repae_jax.sampling import generate
 
@@ -19,7 +19,7 @@ TOY_PART = 0.12  # measured: 0.108, of the discriminator, most of whose pixels a
 def made(file, arg, **changes):
     """A job on one device that keeps everything for the backward pass, with random weights."""
     config = file.get_config(arg)
-    common.change(config, {name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     config.data.batch_size = BATCH
     if "sit" in config:
         config.sit.remat = "none"
@@ -105,7 +105,8 @@ def test_encoder(name):
 def test_steps(file, arg, tolerance, changes):
     job = made(file, arg, **changes)
     shares = flops.scale_shares(job.config)
-    traced = traced_flops.count(job.step, build.abstract_state(job), *build.abstract_inputs(job), shares={len(shares): shares})
+    inputs = initial_state.abstract_state(job), *compilation.abstract_inputs(job)
+    traced = traced_flops.count(job.step, *inputs, shares={len(shares): shares})
     assert flops.per_image(job.config, job.encoders) == pytest.approx(traced / BATCH, rel=tolerance)
 
 
@@ -126,7 +127,8 @@ def test_parts(file, arg, tolerance, changes):
     size, key = job.config["data"]["image_size"], jax.random.key(0)
     pixels = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.uint8)
     batch = jax.eval_shape(lambda pixels: benchmark_parts.make_batch(job, pixels, key), pixels)
-    timed = benchmark_parts.make_parts(job, build.abstract_state(job), build.abstract_inputs(job)[1], batch, batch)
+    state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
+    timed = benchmark_parts.make_parts(job, state, frozen, batch, batch)
     traced = {name: traced_flops.count(part.function, *part.arguments) / BATCH for name, part in timed.items()}
     assert flops.parts(job.config, job.encoders) == pytest.approx(traced, rel=tolerance)
 
@@ -152,7 +154,7 @@ def test_sampling(changes):
     job = made(ldm, "tiny") if changes["sampler"] != "ancestral" else made(ldm, "model=DiT-S/2,encoder=none")
     sampling = generate.Sampling(**{"steps": 7, **changes})
     function = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling)
-    state, frozen = build.abstract_state(job), build.abstract_inputs(job)[1]
+    state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
     counted = jnp.zeros((BATCH,), jnp.int32)
     traced = traced_flops.count(function, generate.sampling_params(state, frozen), counted, counted, jax.random.key(0))
     assert sum(flops.sampling_parts(job.config, sampling).values()) == pytest.approx(traced / BATCH, rel=0.02)

@@ -6,7 +6,7 @@ import pytest
 from checkpoints_tools import vit, weights
 from launch.quickstart import digits_models
 from repae_jax.data.digits import DigitsSource
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def test_loaded_encoder_gives_the_trained_tokens(trained, pixels):
     encoder, loaded = vit.load_encoder(folder, resolution=16, image_size=16)
     assert encoder.module == module and encoder.grid == 4
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    tokens = features.encode(encoder, loaded, jnp.asarray(pixels))
+    tokens = encoders.encode(encoder, loaded, jnp.asarray(pixels))
     assert tokens.shape == (20, 16, 64)
-    _, expected = module.apply({"params": params}, features.preprocess(encoder, jnp.asarray(pixels)))
+    _, expected = module.apply({"params": params}, encoders.preprocess(encoder, jnp.asarray(pixels)))
     np.testing.assert_array_equal(tokens, expected)
 
 
