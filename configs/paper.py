@@ -23,6 +23,8 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from configs import common, ldm, repae
 from repae_jax import cli
 from repae_jax.cost import flops
@@ -31,14 +33,14 @@ FILES = {"repae": repae, "ldm": ldm}
 
 
 class Row(NamedTuple):
-    """One run.
+    """A published run.
 
     Attributes:
-      table: of the paper, or where else it is published.
-      file: of the config that it is a preset of, in FILES.
-      arg: what that file gets after its colon.
-      changes: dotted fields that differ -> values.
-      published: its numbers.
+      table: number of the paper's table, or another source.
+      file: name in FILES of the config that it changes.
+      arg: argument of that config, after the colon.
+      changes: dotted fields -> values that differ.
+      published: the published numbers.
     """
 
     table: str
@@ -153,20 +155,20 @@ ROWS = {
 }  # fmt: skip
 
 
-def get_config(arg=""):
-    """Config of a row; see the module's docstring for `arg`."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of a row; see the module's docstring for `arg`."""
     name, preset, _ = common.parse_arg(arg, tuple(ROWS), common.SMALL)
     if not name:
         raise ValueError(f"{arg!r} names no run: --config configs/paper.py:NAME with NAME one of {list(ROWS)}")
     row = ROWS[name]
     config = FILES[row.file].get_config(row.arg)
-    common.change(config, row.changes)
+    config.update_from_flattened_dict(row.changes)
     common.shrink(config.unlock(), preset)
     return config.lock()
 
 
-def table():
-    """Lines of text, a row each."""
+def table() -> list[str]:
+    """Returns the table of all runs as lines of text."""
     lines = [f"{'name':<22}{'table':<20}{'steps':>9}{'TFLOP/image':>13}{'H100 hours':>12}  published"]
     for name, row in ROWS.items():
         config = get_config(name)
@@ -175,8 +177,8 @@ def table():
     return lines
 
 
-def describe(name):
-    """Lines of text on one row: its command, and what differs from the file that it is a preset of."""
+def describe(name: str) -> list[str]:
+    """Returns a row's command and its differences from the config that it changes, as lines of text."""
     row = common.choose("name", name, ROWS)
     weights = "" if row.file == "ldm" else " --config.lpips.vgg16=vgg16-397923af.pth --config.lpips.linear=vgg.pth"
     return [
