@@ -1,4 +1,4 @@
-"""Whole runs of the jobs beside REPA-E: from images and from a cache, resumed, and refused where the VAE is another one."""
+"""Whole runs on a frozen VAE and of a tokenizer: from images and from a cache, continued, and refused with another VAE."""
 
 import json
 import shutil
@@ -13,6 +13,8 @@ from configs import ldm, vae
 from repae_jax import cache_latents, train
 from repae_jax.job import build, frozen_weights
 from repae_jax.training import metric_log
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def config(files, steps=2, **more):
 
 
 def metrics_of(workdir):
-    """Losses of every step; what tells time is left out."""
+    """Returns the losses of every step, without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timing = ("time", *metric_log.SPEED_NAMES)
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]

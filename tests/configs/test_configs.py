@@ -56,6 +56,7 @@ def test_every_architecture_has_weights():
     assert set(common.ENCODERS) == set(encoders.ARCHITECTURES)
 
 
+@pytest.mark.integration
 def test_512_pixels():
     job = make("resolution=512,sit=B/1,vae=f16d32")
     assert job.latent_shape == (32, 32, 32) and job.encoders[0].image_size == 448
@@ -75,6 +76,7 @@ def digits():
     return config
 
 
+@pytest.mark.integration
 def test_building_is_cheap():
     began = time.monotonic()
     job = make("sit=XL/2,encoder=dinov2-giant")
@@ -124,6 +126,7 @@ def test_sizes_of_the_encoders(name, published):
 # ---- the main run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_step_of_the_main_run():
     metrics = check_step(make())
     terms = {f"vae/{name}" for name in ("loss", "l1", "lpips", "kl", "gan", "align")}

@@ -23,6 +23,8 @@ from repae_jax.job import build, compilation, frozen_weights, initial_state
 from repae_jax.models import encoders
 from repae_jax.training.recipe import Optimizers
 
+pytestmark = pytest.mark.integration
+
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
 ARGUMENTS = {"repae": [""], "ldm": [""], "paper": list(paper.ROWS), "vae": [*vae.RECIPES, ""]}
 NAMES = [(file, name) for file, names in ARGUMENTS.items() for name in names]

@@ -28,7 +28,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    """A random key, which even a check needs, is compiled once, here."""
+    """Compiles a random key, which even a check needs, once."""
     build.build(small.config())
 
 
@@ -41,7 +41,7 @@ def nothing_compiled(warm, monkeypatch):
 
 
 def refused(changes, *messages, run=None, file=repae):
-    """The error of a config with changes, which must contain every message."""
+    """Checks that a config with changes is refused with an error that contains every message."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         (run or build.build)(small.config(changes, file))
     for message in messages:
@@ -286,19 +286,19 @@ def test_values_of_vae(changes, messages):
     ],
 )
 def test_ablations_that_lose_are_announced(changes, messages, monkeypatch):
-    said = []
-    monkeypatch.setattr(validate.logging, "warning", lambda text, *values: said.append(text % values))
+    warnings = []
+    monkeypatch.setattr(validate.logging, "warning", lambda text, *values: warnings.append(text % values))
     build.build(small.config(changes))
-    assert len(said) == 1 and said[0].startswith("ABLATION: "), said
-    assert all(message in said[0] for message in messages), said
-    said.clear()
+    assert len(warnings) == 1 and warnings[0].startswith("ABLATION: "), warnings
+    assert all(message in warnings[0] for message in messages), warnings
+    warnings.clear()
     build.build(small.config())
-    assert not said
+    assert not warnings
 
 
-# numeric fields, * for any name -> what of NAN, INF, -1, 0 and 1e30 they take; whole numbers take no 1e30
+# numeric fields, * for any name -> values among NAN, INF, -1, 0 and 1e30 that they accept; whole numbers refuse 1e30
 NAN, INF = float("nan"), float("inf")
-TAKEN = {
+ACCEPTED = {
     **dict.fromkeys(
         (
             "steps", "accumulation", "max_skipped_in_a_row", "data.image_size", "data.num_classes", "data.batch_size",
@@ -328,7 +328,7 @@ TAKEN = {
         {0, 1e30},
     ),
     **dict.fromkeys(("loss.gan_factor", "optim.*.eps", "optim.*.clip_norm", "sampling.guidance_scale"), {1e30}),
-    # of tuples, every entry
+    # every entry of a tuple
     "vae.channel_multipliers": set(), "vae.attention_levels": {0}, "lpips.input_range": {0, 1e30}, "loss.vf_margins": {0},
     "loss.se_factors": set(), "loss.eq_scales": set(),
 }  # fmt: skip
@@ -347,16 +347,16 @@ def numeric_fields(section, above=()):
 
 def all_numeric_fields():
     args = [(file, arg) for file in (repae, ldm, vae) for arg in ("", "tiny")] + [(vae, "eqvae"), (ldm, "model=DiT-XL/2")]
-    found = {field: file for file, arg in args for field in numeric_fields(file.get_config(arg))}
-    return sorted((name, kind, file) for (name, kind), file in found.items() if not name.endswith(".fixed"))
+    files = {field: file for file, arg in args for field in numeric_fields(file.get_config(arg))}
+    return sorted((name, kind, file) for (name, kind), file in files.items() if not name.endswith(".fixed"))
 
 
 @pytest.mark.parametrize(("name", "kind", "file"), [pytest.param(*field, id=field[0]) for field in all_numeric_fields()])
 def test_every_number_of_every_config_has_bounds(name, kind, file):
-    """A new field fails here until it has a place in TAKEN."""
-    entries = [entry for entry in TAKEN if fnmatch.fnmatch(name, entry)]
-    assert len(entries) == 1, f"{name} is in none or several of TAKEN"
-    taken = set()
+    """A new field fails here until it has a place in ACCEPTED."""
+    entries = [entry for entry in ACCEPTED if fnmatch.fnmatch(name, entry)]
+    assert len(entries) == 1, f"{name} is in no entry of ACCEPTED or in several"
+    accepted = set()
     for value in (NAN, INF, -1, 0, 1e30, True, "1", 1e39):
         config = file.get_config("tiny").to_dict()
         *sections, field = name.split(".")
@@ -369,13 +369,13 @@ def test_every_number_of_every_config_has_bounds(name, kind, file):
             section[field] = (value,)
         try:
             build.plain_config(config)
-            taken.add(value)
+            accepted.add(value)
         except ValueError as error:
             assert f"{field}=" in str(error) and "\n" not in str(error), error
-    assert taken == TAKEN[entries[0]]
+    assert accepted == ACCEPTED[entries[0]]
 
 
-def test_none_is_taken_where_the_config_has_it():
+def test_none_is_refused_unless_the_field_may_be_none():
     config = small.config().to_dict()
     for section, field in (("checkpoint", "every"), ("optim", "vae"), ("data", "batch_size"), ("sit", "depth")):
         with pytest.raises(ValueError, match=f"config.{section}.{field}=None must be"):
@@ -413,7 +413,7 @@ def test_types(changes, message):
 
 
 def test_home_folders_of_configs(monkeypatch, tmp_path):
-    """Those of weights that a run must be continued with stay as they are: they are found where they are read."""
+    """Paths of encoders and LPIPS stay as they are: ~ is expanded where they are read."""
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {"init.vae": "~/a.pt", "data.cache": "~/b", "hooks.fid_reference": "~/c.npz", "hooks.fid_inception": "~/d.pth"}
     config = build.plain_config(small.config({**paths, "data.options": {"path": "~/e", "split": "~"}, "lpips.vgg16": "~/f"}))
@@ -464,6 +464,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     refused({}, f"Workdir '{tmp_path / 'file' / 'run'}' cannot be written to", run=training(tmp_path / "file" / "run"))
 
 
+@pytest.mark.integration
 def test_a_workdir_that_holds_another_run(tmp_path, monkeypatch):
     other = build.plain_config(small.config({"seed": 7, "sit.depth": 4, "steps": 99}))
     with checkpoint.Checkpointer(tmp_path) as checkpointer:

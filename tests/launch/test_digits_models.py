@@ -8,6 +8,8 @@ from launch.quickstart import digits_models
 from repae_jax.data.digits import DigitsSource
 from repae_jax.models import encoders
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def pixels():
