@@ -30,6 +30,7 @@ from repae_jax.diffusion.samplers import Sampling, check_sampler
 from repae_jax.distributed import multihost, sharding
 from repae_jax.images import to_float
 from repae_jax.job import validate as rules
+from repae_jax.job.recipe import make_recipe
 from repae_jax.models import encoders as features
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
@@ -103,7 +104,7 @@ def build(config, devices=None, encoders=None):
     """
     config = plain_config(config)
     kind = rules.check_fields(config)
-    recipe = rules.make_recipe(config)
+    recipe = make_recipe(config)
     mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices, config["mesh"]["slices"])
     sharding.check_batch(config["data"]["batch_size"], config["accumulation"], mesh)
     dtype = rules.compute_dtype("compute", config)
