@@ -2,13 +2,12 @@
 
 import functools
 
-from repae_jax import train_losses, train_step
+from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion import ddpm, interpolant
 from repae_jax.job.validate import JOBS, check_names
-from repae_jax.losses import alignment, regularizers
+from repae_jax.losses import adaptive, alignment, regularizers
+from repae_jax.training.recipe import Recipe, TokenizerRecipe
 
-VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "vf", "se")
-THROUGH_SIT = ("align", "diffusion")  # further terms of the VAE's loss where there is a SiT
 OBJECTIVES = (*sorted(interpolant.PATHS), "ddpm")
 REDUCTIONS = ("mean", "sum")
 
@@ -28,11 +27,11 @@ def make_recipe(config):
     kind, loss, diffusion = JOBS[config["job"]], config["loss"], config.get("diffusion")
     fields, terms = {"vae_weights": {}, "sit_weights": {}}, {}
     if "vae" in loss:
-        terms["vae"] = VAE_TERMS + (THROUGH_SIT if "sit" in kind.trains else ())
+        terms["vae"] = tuple(train_step.VAE_TERMS if "sit" in kind.trains else tokenizer_step.TERMS)
     if diffusion is not None:
         fields["objective"] = _objective(diffusion)
         is_ddpm = diffusion["path"] == "ddpm"
-        terms["sit"] = ("noise", "bound", "align") if is_ddpm else ("velocity", "align")
+        terms["sit"] = (("noise", "bound") if is_ddpm else ("velocity",)) + tuple(train_step.SIT_TERMS)
         fields["label_dropout"] = diffusion["label_dropout"]
         if "norm_momentum" in diffusion:
             fields["norm_momentum"] = diffusion["norm_momentum"]
@@ -53,13 +52,16 @@ def make_recipe(config):
         raise ValueError(f"config.loss.sit.{terms['sit'][0]} must not be 0: it is the diffusion loss")
     if "vae" in terms:
         fields |= _vae_recipe(config, fields["vae_weights"])
+    if config["job"] == "vae":
+        fields |= _tokenizer_recipe(loss, fields["vae_weights"])
     _check_encoders(config, fields)
     if "sit" in terms:
         _check_align_schedule(config, fields)
     if "sit" in terms and loss["align_end"] is not None:
         factor = functools.partial(alignment.schedule_factor, shape=loss["align_shape"], end=loss["align_end"])
         fields["align_factor"] = factor
-    return train_step.Recipe(
+    kind_of_recipe = TokenizerRecipe if config["job"] == "vae" else Recipe
+    return kind_of_recipe(
         **fields,
         flip_probability=config["data"]["flip_probability"],
         accumulation=config["accumulation"],
@@ -107,24 +109,34 @@ def _vae_recipe(config, named):
             f"config.loss.vae.diffusion={named['diffusion']} goes through the statistics of the whole batch, which "
             f"config.accumulation={config['accumulation']} divides: set one of them to 0 or 1"
         )
-    if config["job"] == "vae" and named and not {"l1", "l2"} & set(named):
+    low, high = config["lpips"]["input_range"]
+    if not low < high:
+        raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
+    return {
+        "lpips_input_range": (low, high),
+        "gan_start": loss["gan_start"],
+        "gan_factor": loss["gan_factor"],
+        "lecam_weight": loss["lecam"],
+    }
+
+
+def _tokenizer_recipe(loss, named):
+    """Returns the further fields of a TokenizerRecipe."""
+    if named and not {"l1", "l2"} & set(named):
         raise ValueError(
             "config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight; all weights 0 train the discriminator "
             "alone"
         )
     if loss["pixel_reduction"] not in REDUCTIONS:
         raise ValueError(f"config.loss.pixel_reduction={loss['pixel_reduction']!r} is unknown; allowed: {list(REDUCTIONS)}")
-    check_names("config.loss.adaptive", loss["adaptive"], train_losses.ADAPTIVE)
-    adaptive = {term: float(high) for term, high in loss["adaptive"].items() if high}
-    for term in adaptive:
-        if term not in named or not set(train_losses.PIXEL_TERMS) & set(named):
+    check_names("config.loss.adaptive", loss["adaptive"], adaptive.ADAPTIVE)
+    limits = {term: float(high) for term, high in loss["adaptive"].items() if high}
+    for term in limits:
+        if term not in named or not set(tokenizer_step.PIXEL_TERMS) & set(named):
             raise ValueError(
-                f"config.loss.adaptive.{term}={adaptive[term]} compares the gradients of config.loss.vae.{term} and of a "
+                f"config.loss.adaptive.{term}={limits[term]} compares the gradients of config.loss.vae.{term} and of a "
                 "reconstruction term: give both a weight, or set it to 0"
             )
-    low, high = config["lpips"]["input_range"]
-    if not low < high:
-        raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
     margins = tuple(loss["vf_margins"])
     if "se" in named and not loss["se_factors"]:
         raise ValueError("config.loss.vae.se needs factors, but config.loss.se_factors is empty: give integers, such as (2, 4)")
@@ -138,11 +150,7 @@ def _vae_recipe(config, named):
         if not named:
             raise ValueError(f"config.loss.eq_scales={scales} need a trained VAE, but all of config.loss.vae is 0: empty them")
     return {
-        "adaptive": adaptive,
-        "lpips_input_range": (low, high),
-        "gan_start": loss["gan_start"],
-        "gan_factor": loss["gan_factor"],
-        "lecam_weight": loss["lecam"],
+        "adaptive": limits,
         "vf_margins": margins,
         "se_factors": factors if "se" in named else (),
         "pixel_reduction": loss["pixel_reduction"],

@@ -16,16 +16,14 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 
-from repae_jax import train_losses, train_step
+from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion import ddpm
 from repae_jax.losses import regularizers
 from repae_jax.ranges import PATH, SEED, OrNone, Several, check, real, whole
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-_VAE_LOSS = {
-    "vae", "pixel_reduction", "adaptive", "gan_start", "gan_factor", "lecam", "vf_margins", "se_factors", "eq_scales",
-    "eq_prior",
-}  # fmt: skip
+_GAN_LOSS = {"vae", "gan_start", "gan_factor", "lecam"}
+_TOKENIZER_LOSS = _GAN_LOSS | {"pixel_reduction", "adaptive", "vf_margins", "se_factors", "eq_scales", "eq_prior"}
 _SIT_LOSS = {"sit", "align_shape", "align_end"}
 _SHARED = {
     "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "encoders", "loss", "optim",
@@ -54,13 +52,15 @@ class Kind:
 JOBS = {
     "repae": Kind(
         train_step.repae_step, ("vae", "disc", "sit"), _SHARED | {"sit", "disc", "lpips", "diffusion", "sampling"},
-        _VAE_LOSS | _SIT_LOSS, {"checkpoint", "vae", "latent_stats", "disc", "stats_images"},
+        _GAN_LOSS | _SIT_LOSS, {"checkpoint", "vae", "latent_stats", "disc", "stats_images"},
     ),
     "ldm": Kind(
         train_step.ldm_step, ("sit",), _SHARED | {"sit", "diffusion", "sampling"}, _SIT_LOSS,
         {"checkpoint", "vae", "latent_stats", "stats_images"},
     ),
-    "vae": Kind(train_step.vae_step, ("vae", "disc"), _SHARED | {"disc", "lpips"}, _VAE_LOSS, {"vae", "disc"}),
+    "vae": Kind(
+        tokenizer_step.vae_step, ("vae", "disc"), _SHARED | {"disc", "lpips"}, _TOKENIZER_LOSS, {"vae", "disc"},
+    ),
 }  # fmt: skip
 # options that no callable of ours takes whole; those of loss, optim and init depend on the job
 FIELDS = {
@@ -317,7 +317,7 @@ def warn_of_ablations(job_name, recipe):
             "config.loss.vae.diffusion lets the diffusion loss reach the VAE: in the paper the latent space collapsed (spatial "
             "variance 17.06 to 0.02; gFID 444 instead of 16.3 at 100k steps)"
         )
-    if not set(weights) & set(train_losses.PIXEL_TERMS):
+    if not set(weights) & set(tokenizer_step.PIXEL_TERMS):
         found.append("config.loss.vae has no reconstruction term: nothing holds the latents to the images")
     elif "gan" not in weights:
         found.append("config.loss.vae.gan=0: in the paper gFID was 19.2 instead of 16.3 at 100k steps")
