@@ -34,6 +34,7 @@ from repae_jax.training.state import apply_update, update_ema
 FLOAT = 5e-5  # measured: 6e-6 after two steps
 BATCH = 16
 KEY = jax.random.key(3)
+pytestmark = pytest.mark.integration
 MOVING = {"step", "skipped", "skipped_in_a_row"}
 
 
@@ -282,7 +283,8 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
     state = small.random_state(job)
     assert small.differing(state, base.state) == []
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(sharding.on_mesh(job.mesh, make_update(job)), out_shardings=(shardings, sharding.replicated(job.mesh)))
+    update = sharding.with_mesh_context(job.mesh, make_update(job))
+    update = jax.jit(update, out_shardings=(shardings, sharding.replicated(job.mesh)))
     update = update.lower(state, sharding.put_batch(job.mesh, inputs_of(job, 0)), hyper_of(job)).compile()
     new, metrics = two_steps(job, state, update)
     error = small.largest_error(new, one_device[0])

@@ -15,6 +15,7 @@ import step_inputs
 from test_invariants import BATCH, KEY, make_job, sgd
 
 from configs import ldm, vae
+from repae_jax import train_step
 from repae_jax.diffusion import ddpm, interpolant, latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
@@ -27,6 +28,7 @@ from repae_jax.training.recipe import Optimizers
 from repae_jax.training.rng import named_keys
 
 EXACT = 2e-5
+pytestmark = pytest.mark.integration
 
 
 
@@ -420,3 +422,23 @@ def test_fixed_parts_stay():
     assert moved == {"decoder", "post_quant_conv"}
     whole = one_step(tokenizer({}))[3]["grad_norm/vae"]
     assert 0 < metrics["grad_norm/vae"] < whole  # of the parts that move
+
+
+# ---- a further loss -------------------------------------------------------------------------------------------------
+
+
+def edges(v):
+    """A loss term as a contributor would write it: horizontal differences of images and reconstructions."""
+    return jnp.mean(jnp.abs(jnp.diff(v.x.images, axis=2) - jnp.diff(v.recon, axis=2)))
+
+
+def test_a_further_loss_is_a_function_and_a_table_entry(monkeypatch):
+    monkeypatch.setitem(train_step.VAE_TERMS, "edges", edges)
+    monkeypatch.setitem(train_step.SIT_TERMS, "size", lambda projections, x: jnp.mean(jnp.square(projections[0])))
+    job = make_job(changes={"loss.vae.edges": 0.5, "loss.sit.size": 0.25})
+    _, _, _, metrics = one_step(job)
+    for name, further in (("vae", "edges"), ("sit", "size")):
+        weights = getattr(job.recipe, f"{name}_weights")
+        assert metrics[f"{name}/{further}"] > 0 and weights[further] > 0
+        expected = sum(weight * metrics[f"{name}/{term}"] for term, weight in weights.items())
+        np.testing.assert_allclose(metrics[f"{name}/loss"], expected, rtol=1e-5)

@@ -25,6 +25,7 @@ from repae_jax.training.networks import Nets, bind
 from repae_jax.training.recipe import Optimizers, Recipe
 from repae_jax.training.state import create_net, create_state
 
+pytestmark = pytest.mark.integration
 PUBLISHED_WEIGHTS = {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5}
 
 

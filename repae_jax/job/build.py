@@ -358,7 +358,7 @@ def jit_step(job, state):
       Jitted function of (state, batch, frozen, key).
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = sharding.on_mesh(job.mesh, job.step)
+    step = sharding.with_mesh_context(job.mesh, job.step)
     outs = shardings, sharding.replicated(job.mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(job))
 

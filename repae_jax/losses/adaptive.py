@@ -99,8 +99,8 @@ def adaptive_value_and_grad(
     if "gan" in weights:
         (terms["gan"], gan_aux), gan_ct = jax.value_and_grad(gan_loss, has_aux=True)(recon)
         if "gan" in limits:
-            last_layer_grads = (decode_vjp(ct)[0]["decoder"]["conv_out"]["kernel"] for ct in (pixel_ct, gan_ct))
-            weights["gan"] *= adaptive_weight(*last_layer_grads, high=limits["gan"])
+            pixel_grad, gan_grad = (decode_vjp(ct)[0]["decoder"]["conv_out"]["kernel"] for ct in (pixel_ct, gan_ct))
+            weights["gan"] *= adaptive_weight(pixel_grad, gan_grad, limits["gan"])
         recon_ct = recon_ct + weights["gan"] * gan_ct
     grads, latents_ct = decode_vjp(recon_ct)
 
@@ -110,8 +110,8 @@ def adaptive_value_and_grad(
         terms[name], (term_grads, term_ct) = jax.value_and_grad(loss, argnums=(0, 1))(params, latents)
         if name in limits:
             cotangents = decode_vjp(pixel_ct)[1], term_ct
-            last_layer_grads = (encode_vjp((ct, zero_ct))[0]["encoder"]["conv_out"]["kernel"] for ct in cotangents)
-            weights[name] *= adaptive_weight(*last_layer_grads, high=limits[name])
+            pixel_grad, term_grad = (encode_vjp((ct, zero_ct))[0]["encoder"]["conv_out"]["kernel"] for ct in cotangents)
+            weights[name] *= adaptive_weight(pixel_grad, term_grad, limits[name])
         grads = jax.tree.map(lambda total, x, weight=weights[name]: total + weight * x, grads, term_grads)
         latents_ct = latents_ct + weights[name] * term_ct
 
