@@ -150,7 +150,7 @@ def _digits(config):
         config.disc.update(channels=32, num_layers=2)
         config.loss.vae.lpips = 0.0
         config.hooks.reconstructions_every = 250
-        if config.loss.eq_scales:
+        if config.loss.get("eq_scales"):
             config.disc.num_layers = 1  # leaves a logit at half the size
             config.loss.eq_scales = (1.0, 0.5)
 

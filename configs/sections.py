@@ -96,13 +96,20 @@ def lpips() -> dict[str, Any]:
 def vae_loss(**weights: float) -> dict[str, Any]:
     """Returns `config.loss` where a VAE is trained; `weights` are further terms. A term with weight 0 is not computed."""
     return {
-        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "vf": 0.0, "se": 0.0, **weights},
-        "pixel_reduction": "mean",  # reduction of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
-        # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
-        "adaptive": {"gan": 0.0, "vf": 0.0},
+        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, **weights},
         "gan_start": 0,  # first step with the adversarial losses
         "gan_factor": 1.0,
         "lecam": 0.0,  # weight of LeCam's regularizer of the discriminator
+    }
+
+
+def tokenizer_loss() -> dict[str, Any]:
+    """Returns `config.loss` where a tokenizer is trained alone."""
+    return {
+        **vae_loss(vf=0.0, se=0.0),
+        "pixel_reduction": "mean",  # reduction of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
+        # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
+        "adaptive": {"gan": 0.0, "vf": 0.0},
         "vf_margins": (0.0, 0.0),  # margins of cosines and of distances
         "se_factors": (2, 4),
         "eq_scales": (),  # EQ-VAE's transform: (1.0, 0.25, 0.5, 0.75)

@@ -136,7 +136,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "disc": sections.disc(),
             "encoders": sections.encoders(args["encoder"] or recipe.encoder),
             "lpips": sections.lpips(),
-            "loss": sections.vae_loss(),
+            "loss": sections.tokenizer_loss(),
             "optim": {name: sections.adamw() for name in ("vae", "disc")},
             "init": {"vae": "", "disc": ""},
             "precision": {"compute": "bfloat16", "lpips": "float32"},

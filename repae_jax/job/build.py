@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repae_jax import train_step
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.distributed import sharding
 from repae_jax.job import validate
@@ -21,7 +20,9 @@ from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.encoders import Encoder
 from repae_jax.models.lpips import LPIPS
 from repae_jax.models.sit import SiT
+from repae_jax.training.networks import Nets, bind
 from repae_jax.training.optimizer import make_optimizer
+from repae_jax.training.recipe import Optimizers, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Job:
     """
 
     config: Mapping[str, Any]
-    nets: train_step.Nets
+    nets: Nets
     encoders: tuple[Encoder, ...]
-    tx: train_step.Optimizers
-    recipe: train_step.Recipe
+    tx: Optimizers
+    recipe: Recipe
     sampling: Sampling | None
     latent_shape: tuple[int, int, int]
     mesh: jax.sharding.Mesh
@@ -56,7 +57,7 @@ class Job:
     @property
     def step(self) -> Callable:
         """(state, batch, frozen, key) -> (state, metrics), not yet jitted."""
-        fields = {"nets": self.nets, "encoders": self.encoders, "tx": self.tx, "recipe": self.recipe}
+        fields = {"nets": bind(self.nets), "encoders": self.encoders, "tx": self.tx, "recipe": self.recipe}
         return functools.partial(JOBS[self.config["job"]].step, **fields)
 
 
@@ -102,7 +103,7 @@ def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[E
     return job
 
 
-def make_networks(sections: Config, recipe: train_step.Recipe, encoders: Sequence[Encoder]) -> train_step.Nets:
+def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder]) -> Nets:
     """Returns the networks of a job; a discriminator and LPIPS only where a loss needs them."""
     dtype = getattr(jnp, sections.precision.compute)
     trains, weights = JOBS[sections.job].trains, recipe.vae_weights
@@ -119,10 +120,10 @@ def make_networks(sections: Config, recipe: train_step.Recipe, encoders: Sequenc
         disc = PatchDiscriminator(**vars(sections.disc), dtype=dtype)
     if "lpips" in weights:
         lpips = LPIPS(dtype=getattr(jnp, sections.precision.lpips))
-    return train_step.Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)
+    return Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)
 
 
-def make_optimizers(sections: Config, recipe: train_step.Recipe, nets: train_step.Nets) -> train_step.Optimizers:
+def make_optimizers(sections: Config, recipe: Recipe, nets: Nets) -> Optimizers:
     """Returns the optimizers of the networks that are trained."""
     optim, vae, sit, disc = sections.optim, None, None, None
     if "vae" in JOBS[sections.job].trains and recipe.vae_weights:
@@ -131,4 +132,4 @@ def make_optimizers(sections: Config, recipe: train_step.Recipe, nets: train_ste
         sit = make_optimizer(optim.sit, fixed=() if nets.sit.learned_positions else ("pos_embed",))
     if nets.disc is not None:
         disc = make_optimizer(optim.disc)
-    return train_step.Optimizers(vae=vae, sit=sit, disc=disc)
+    return Optimizers(vae=vae, sit=sit, disc=disc)

@@ -31,7 +31,7 @@ def jit_step(job, state):
       Jitted function of (state, batch, frozen, key).
     """
     outs = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(job.mesh)
-    step = sharding.on_mesh(job.mesh, job.step)
+    step = sharding.with_mesh_context(job.mesh, job.step)
     return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(job))
 
 

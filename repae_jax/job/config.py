@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from repae_jax import train_step
+from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.job import sections
 from repae_jax.job.sections import section
@@ -41,7 +41,7 @@ class VaeConfig(Config):
 
     disc: sections.Disc
     lpips: sections.Lpips
-    loss: sections.VaeLoss
+    loss: sections.TokenizerLoss
     optim: sections.VaeOptim
     init: sections.VaeInit
     precision: sections.PrecisionWithLpips
@@ -79,7 +79,7 @@ class JobSpec:
     """One of the three jobs.
 
     Attributes:
-      step: its function in train_step.
+      step: the training step.
       trains: names of the networks.
       config: dataclass of its config.
     """
@@ -92,7 +92,7 @@ class JobSpec:
 JOBS = {
     "repae": JobSpec(train_step.repae_step, ("vae", "disc", "sit"), RepaeConfig),
     "ldm": JobSpec(train_step.ldm_step, ("sit",), LdmConfig),
-    "vae": JobSpec(train_step.vae_step, ("vae", "disc"), VaeConfig),
+    "vae": JobSpec(tokenizer_step.vae_step, ("vae", "disc"), VaeConfig),
 }
 
 

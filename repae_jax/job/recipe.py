@@ -2,13 +2,11 @@
 
 import functools
 
-from repae_jax import train_losses, train_step
+from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion import ddpm, interpolant
 from repae_jax.job.config import JOBS
 from repae_jax.losses import alignment
-
-VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "vf", "se")
-THROUGH_SIT = ("align", "diffusion")  # further terms of the VAE's loss where there is a SiT
+from repae_jax.training.recipe import Recipe, TokenizerRecipe
 
 
 def make_recipe(config):
@@ -26,11 +24,11 @@ def make_recipe(config):
     kind, loss, diffusion = JOBS[config["job"]], config["loss"], config.get("diffusion")
     fields, terms = {"vae_weights": {}, "sit_weights": {}}, {}
     if "vae" in loss:
-        terms["vae"] = VAE_TERMS + (THROUGH_SIT if "sit" in kind.trains else ())
+        terms["vae"] = tuple(train_step.VAE_TERMS if "sit" in kind.trains else tokenizer_step.TERMS)
     if diffusion is not None:
         fields["objective"] = _objective(diffusion)
         is_ddpm = diffusion["path"] == "ddpm"
-        terms["sit"] = ("noise", "bound", "align") if is_ddpm else ("velocity", "align")
+        terms["sit"] = (("noise", "bound") if is_ddpm else ("velocity",)) + tuple(train_step.SIT_TERMS)
         fields["label_dropout"] = diffusion["label_dropout"]
         if "norm_momentum" in diffusion:
             fields["norm_momentum"] = diffusion["norm_momentum"]
@@ -51,13 +49,16 @@ def make_recipe(config):
         raise ValueError(f"config.loss.sit.{terms['sit'][0]} must not be 0: it is the diffusion loss")
     if "vae" in terms:
         fields |= _vae_recipe(config, fields["vae_weights"])
+    if config["job"] == "vae":
+        fields |= _tokenizer_recipe(loss, fields["vae_weights"])
     _check_encoders(config, fields)
     if "sit" in terms:
         _check_align_schedule(config, fields)
     if "sit" in terms and loss["align_end"] is not None:
         factor = functools.partial(alignment.schedule_factor, shape=loss["align_shape"], end=loss["align_end"])
         fields["align_factor"] = factor
-    return train_step.Recipe(
+    kind_of_recipe = TokenizerRecipe if config["job"] == "vae" else Recipe
+    return kind_of_recipe(
         **fields,
         flip_probability=config["data"]["flip_probability"],
         accumulation=config["accumulation"],
@@ -95,16 +96,26 @@ def _vae_recipe(config, named):
             f"config.loss.vae.diffusion={named['diffusion']} goes through the statistics of the whole batch, which "
             f"config.accumulation={config['accumulation']} divides: set one of them to 0 or 1"
         )
-    if config["job"] == "vae" and named and not {"l1", "l2"} & set(named):
+    return {
+        "lpips_input_range": config["lpips"]["input_range"],
+        "gan_start": loss["gan_start"],
+        "gan_factor": loss["gan_factor"],
+        "lecam_weight": loss["lecam"],
+    }
+
+
+def _tokenizer_recipe(loss, named):
+    """Returns the further fields of a TokenizerRecipe."""
+    if named and not {"l1", "l2"} & set(named):
         raise ValueError(
             "config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight; all weights 0 train the discriminator "
             "alone"
         )
-    adaptive = {term: float(high) for term, high in loss["adaptive"].items() if high}
-    for term in adaptive:
-        if term not in named or not set(train_losses.PIXEL_TERMS) & set(named):
+    limits = {term: float(high) for term, high in loss["adaptive"].items() if high}
+    for term in limits:
+        if term not in named or not set(tokenizer_step.PIXEL_TERMS) & set(named):
             raise ValueError(
-                f"config.loss.adaptive.{term}={adaptive[term]} compares the gradients of config.loss.vae.{term} and of a "
+                f"config.loss.adaptive.{term}={limits[term]} compares the gradients of config.loss.vae.{term} and of a "
                 "reconstruction term: give both a weight, or set it to 0"
             )
     if "se" in named and not loss["se_factors"]:
@@ -113,11 +124,7 @@ def _vae_recipe(config, named):
     if scales and not named:
         raise ValueError(f"config.loss.eq_scales={scales} need a trained VAE, but all of config.loss.vae is 0: empty them")
     return {
-        "adaptive": adaptive,
-        "lpips_input_range": config["lpips"]["input_range"],
-        "gan_start": loss["gan_start"],
-        "gan_factor": loss["gan_factor"],
-        "lecam_weight": loss["lecam"],
+        "adaptive": limits,
         "vf_margins": loss["vf_margins"],
         "se_factors": loss["se_factors"] if "se" in named else (),
         "pixel_reduction": loss["pixel_reduction"],

@@ -130,14 +130,20 @@ class Adaptive(Section):
 
 @section
 class VaeLoss(Section):
-    """Terms and settings of the VAE's and the discriminator's losses."""
+    """Terms of the VAE's loss and settings of the adversarial losses."""
 
     vae: Mapping[str, Weight]
-    pixel_reduction: Annotated[str, Choice(("mean", "sum"))]
-    adaptive: Adaptive
     gan_start: Count
     gan_factor: Annotated[float, real(above=0)]
     lecam: Weight
+
+
+@section
+class TokenizerLoss(VaeLoss):
+    """Further settings of a tokenizer's losses."""
+
+    pixel_reduction: Annotated[str, Choice(("mean", "sum"))]
+    adaptive: Adaptive
     vf_margins: Annotated[tuple[float, float], Several(real(0, below=2), count=2)]
     se_factors: Annotated[tuple[int, ...], Several(whole(2))]
     eq_scales: Annotated[tuple[float, ...], Several(real(above=0, most=1))]

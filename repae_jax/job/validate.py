@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from repae_jax import train_losses
+from repae_jax import tokenizer_step
 from repae_jax.diffusion import ddpm
 from repae_jax.diffusion.samplers import check_sampler
 from repae_jax.losses import regularizers
 from repae_jax.models.encoders import check_grid
+from repae_jax.training.recipe import TokenizerRecipe
 
 
 def latent_shape(config, vae) -> tuple[int, int, int]:
@@ -36,7 +37,8 @@ def check_job(job, state_shapes) -> None:
       state_shapes: () -> shapes of the TrainState; also checks what the networks do, when they are set up.
     """
     _check_cache(job)
-    _check_scales(job)
+    if isinstance(job.recipe, TokenizerRecipe):
+        _check_scales(job)
     if job.nets.sit is not None:
         for encoder in job.encoders:
             check_grid(encoder, job.latent_shape[0] // job.nets.sit.patch_size)
@@ -91,7 +93,7 @@ def _check_vf(job):
 
 def _check_discriminator(job):
     """Raises ValueError for settings of a discriminator that is not trained, or one with too many layers for the images."""
-    config, disc, scales = job.config, job.nets.disc, job.recipe.eq_scales
+    config, disc, scales = job.config, job.nets.disc, getattr(job.recipe, "eq_scales", ())
     if disc is None and "disc" in config:
         for name, value in (("loss.lecam", config["loss"]["lecam"]), ("init.disc", config["init"]["disc"])):
             if value:
@@ -114,7 +116,11 @@ def _check_fixed(job, shapes):
             allowed = sorted(net.params)
             raise ValueError(f"config.optim.{name}.fixed={sorted(fixed)}; allowed: some, not all, of {allowed}")
     for term, part in (("gan", "decoder"), ("vf", "encoder")):
-        if term in job.recipe.adaptive and part in job.config["optim"]["vae"]["fixed"]:
+        if (
+            isinstance(job.recipe, TokenizerRecipe)
+            and term in job.recipe.adaptive
+            and part in job.config["optim"]["vae"]["fixed"]
+        ):
             raise ValueError(
                 f"config.loss.adaptive.{term}={job.recipe.adaptive[term]} compares gradients in the {part}, which "
                 "config.optim.vae.fixed keeps as it is: change one of them"
@@ -132,7 +138,7 @@ def _warn_of_ablations(job):
             "config.loss.vae.diffusion lets the diffusion loss reach the VAE: in the paper the latent space collapsed (spatial "
             "variance 17.06 to 0.02; gFID 444 instead of 16.3 at 100k steps)"
         )
-    if not set(weights) & set(train_losses.PIXEL_TERMS):
+    if not set(weights) & set(tokenizer_step.PIXEL_TERMS):
         lines.append("config.loss.vae has no reconstruction term: nothing holds the latents to the images")
     elif "gan" not in weights:
         lines.append("config.loss.vae.gan=0: in the paper gFID was 19.2 instead of 16.3 at 100k steps")
