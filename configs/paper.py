@@ -1,4 +1,4 @@
-"""The runs of REPA-E's tables and of its neighbours, by name: `--config configs/paper.py:NAME`.
+"""The runs of REPA-E's tables and of its neighbors, by name: `--config configs/paper.py:NAME`.
 
     python -m repae_jax.train --config configs/paper.py:repae-l --workdir runs/repae-l \
         --config.data.options.path=/data/imagenet/train \
@@ -192,7 +192,7 @@ def describe(name: str) -> list[str]:
 @cli.ending()
 def main():
     """Entry point of `python -m configs.paper`."""
-    parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbours.")
+    parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbors.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="print the command of these; default: the table of all")
     names = parser.parse_args().names
     print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))

@@ -105,8 +105,8 @@ class Several:
             return f"must have {self.count} entries"
         if len(value) < self.least:
             return f"must have at least {self.least} {'entry' if self.least == 1 else 'entries'}"
-        found = next(filter(None, (problem(self.rule, entry) for entry in value)), None)
-        return found and f"has an entry that {found}"
+        first = next(filter(None, (problem(self.rule, entry) for entry in value)), None)
+        return first and f"has an entry that {first}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ class OrNone:
 
     def problem(self, value: Any) -> str | None:
         """Returns what is wrong with a value, as Range.problem."""
-        found = None if value is None else problem(self.rule, value)
-        return found and f"{found}, or None"
+        text = None if value is None else problem(self.rule, value)
+        return text and f"{text}, or None"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +154,8 @@ def check(name: str, rule: Any, value: Any) -> None:
         check_mapping(name, value)
         for entry, inner in value.items():
             check(f"{name}.{entry}", rule.rule, inner)
-    elif rule is not None and (found := problem(rule, value)):
-        raise FieldError(f"{name}={value!r} {found}")
+    elif rule is not None and (text := problem(rule, value)):
+        raise FieldError(f"{name}={value!r} {text}")
 
 
 def check_mapping(name: str, value: Any) -> None:
@@ -215,7 +215,7 @@ def _rule(hint):
 
 
 def construct(where: str, section: type, values: Any) -> Any:
-    """Builds a dataclass, and those that it is made of, from a mapping of plain values.
+    """Builds a dataclass, with the dataclasses among its fields, from a mapping of plain values.
 
     Args:
       where: the mapping's place in the config, such as 'config.data'.

@@ -33,14 +33,14 @@ def write(path, tasks, seeds=None):
     sections, claims, missing = [], [], []
     for name, table in tables.TABLES.items():
         counts = {setting: tables.runs_per_setting(table, setting, seeds) for setting in table.rows}
-        found = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
-        if not any(found.values()):
+        runs_of = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
+        if not any(runs_of.values()):
             missing.append(f"`{name}`")
             continue
-        verdicts = [(claim, *judge(claim, found)) for claim in table.claims]
+        verdicts = [(claim, *judge(claim, runs_of)) for claim in table.claims]
         claims += [(name, table, *verdict) for verdict in verdicts]
-        pictures = draw(name, table, found, folder)
-        sections.append(section(name, table, found, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
+        pictures = draw(name, table, runs_of, folder)
+        sections.append(section(name, table, runs_of, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
     content = [introduction(results, tasks), summary(claims, missing), *sections]
     path.write_text("\n\n".join(content) + "\n")
 
@@ -62,18 +62,18 @@ def _number(value):
     return float(value) if math.isfinite(float(value)) else math.inf
 
 
-def judge(claim, found):
+def judge(claim, runs_of):
     """Compares the order of our runs with the published one.
 
     Args:
       claim: tables.Claim.
-      found: setting -> list of (folder, result).
+      runs_of: setting -> [(folder, result)].
 
     Returns:
       (verdict, our numbers as text).
     """
     measure = tables.MEASURES[claim.measure]
-    first, second = (np.array(numbers_of(found.get(name, []), claim.measure)) for name in (claim.first, claim.second))
+    first, second = (np.array(numbers_of(runs_of.get(name, []), claim.measure)) for name in (claim.first, claim.second))
     if not len(first) or not len(second) or np.isnan([*first, *second]).any():
         return NOT_RUN, ""
     ours = f"{cell(first, measure)} against {cell(second, measure)}"
@@ -110,7 +110,7 @@ def cell(values, measure):
     return text if len(finite) == len(values) else f"{text} ({len(values) - len(finite)} of {len(values)} diverged)"
 
 
-def section(name, table, found, verdicts, pictures, results):
+def section(name, table, runs_of, verdicts, pictures, results):
     """Returns one table as Markdown."""
     measures = {key: tables.MEASURES[key] for key in table.measures}
     header = ["setting", "runs", *(measure.title for measure in measures.values()), "published"]
@@ -118,11 +118,11 @@ def section(name, table, found, verdicts, pictures, results):
         [tables.SETTINGS[setting].label, str(len(runs))]
         + [cell(numbers_of(runs, key), measure) for key, measure in measures.items()]
         + [table.rows[setting] or "–"]
-        for setting, runs in found.items()
+        for setting, runs in runs_of.items()
     ]
-    lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(found, results), "", *_table(header, rows), ""]
+    lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(runs_of, results), "", *_table(header, rows), ""]
     lines += [f"* {sentence(claim)}: **{verdict}**{f', {ours}' if ours else ''}." for claim, verdict, ours in verdicts]
-    messages = [result["message"] for runs in found.values() for _, result in runs if result["message"]]
+    messages = [result["message"] for runs in runs_of.values() for _, result in runs if result["message"]]
     lines += [f"* Diverged: {message.split('. ')[0]}." for message in messages]
     lines += ["", f"`bash launch/miniature.sh --table {name}`"]
     lines += ["", *(f"![{table.title}]({picture})" for picture in pictures)]
@@ -138,9 +138,9 @@ def sentence(claim):
     return f"Published: {measure.title} {relation} with “{first}” {conjunction} “{second}” ({claim.published})"
 
 
-def _qualities(found, results):
+def _qualities(runs_of, results):
     """Returns a line on the encoders' accuracies, if a table compares encoders."""
-    names = {tables.SETTINGS[setting].encoder for setting in found}
+    names = {tables.SETTINGS[setting].encoder for setting in runs_of}
     trained = {name: results.get(f"{name} encoder") for name in tables.ENCODERS if name in names}
     accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained.items() if result]
     if len(names) < 2 or not accuracies:
@@ -223,31 +223,31 @@ def _processor():
         return platform.machine()
 
 
-def draw(name, table, found, folder):
+def draw(name, table, runs_of, folder):
     """Draws the pictures of one table; returns the files' names."""
-    labels = {setting: tables.SETTINGS[setting].label for setting, runs in found.items() if runs}
+    labels = {setting: tables.SETTINGS[setting].label for setting, runs in runs_of.items() if runs}
     measure = table.measures[0]
-    values = {labels[setting]: numbers_of(found[setting], measure) for setting in labels}
+    values = {labels[setting]: numbers_of(runs_of[setting], measure) for setting in labels}
     curves = {}
     for setting, label in labels.items():
-        source, result = found[setting][0]
+        source, result = runs_of[setting][0]
         if table.curve and (source / "metrics.jsonl").exists():
             read = plots.read_curves(source / "metrics.jsonl")
             if table.curve in read:
                 curves[label] = read[table.curve]
         elif not table.curve and "fid_steps" in result["numbers"]:
-            heights = [np.mean(numbers_of(found[setting], key)) for key in ("fid_halfway", "fid")]
+            heights = [np.mean(numbers_of(runs_of[setting], key)) for key in ("fid_halfway", "fid")]
             curves[label] = np.array(result["numbers"]["fid_steps"]), np.array(heights)
     title = table.curve or tables.MEASURES["fid"].title
     files = [f"{name}.png"]
     plots.plot_settings(folder / files[0], values, tables.MEASURES[measure].title, curves, title, log_scale=bool(table.curve))
-    samples = {labels[setting]: _samples(found[setting][0][0]) for setting in labels}
+    samples = {labels[setting]: _samples(runs_of[setting][0][0]) for setting in labels}
     samples = {label: picture for label, picture in samples.items() if picture is not None}
     if samples:
         files.append(f"{name}-samples.png")
         plots.show_pictures(folder / files[-1], samples)
     if table.curve:
-        latents = {labels[setting]: found[setting][0][0] / "latents.npy" for setting in labels}
+        latents = {labels[setting]: runs_of[setting][0][0] / "latents.npy" for setting in labels}
         pictures = {
             f"{label}: latents": grid(plots.pca_colors(np.load(file)), columns=5, padding=1, scale=8)
             for label, file in latents.items()

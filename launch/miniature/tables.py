@@ -17,8 +17,8 @@ from launch.quickstart import digits_models
 from repae_jax.job.build import plain_config
 from repae_jax.job.frozen_weights import RANDOM
 
-STEPS = 800  # of every SiT, alone or together with a VAE
-VAE_STEPS = 1200  # of the VAE that the others start from
+STEPS = 800  # training steps of every SiT, alone or together with a VAE
+VAE_STEPS = 1200  # training steps of the VAE that the others start from
 PRESETS = {"repae": repae, "ldm": ldm, "vae": vae}
 SIZE = {  # smaller than configs/repae.py:digits, so that some sixty runs take an hour on two cores
     "data.batch_size": 32,
@@ -182,7 +182,7 @@ TABLES = {
     ),
     "collapse": Table(
         "Naive end-to-end training collapses the latents",
-        "Latents of held-out digits, not normalised. Naive: the diffusion loss reaches the VAE, there is no batch norm, and "
+        "Latents of held-out digits, not normalized. Naive: the diffusion loss reaches the VAE, there is no batch norm, and "
         "REPA trains SiT alone. Published: spatial variance and total variation of SD-VAE's latents (appendix A).",
         {"vae": "17.06 / 6627", "naive": "0.02 / 89.8", "repa-e": "18.02 / 5516"},
         (

@@ -93,7 +93,8 @@ def _check_vf(job):
 
 def _check_discriminator(job):
     """Raises ValueError for settings of a discriminator that is not trained, or one with too many layers for the images."""
-    config, disc, scales = job.config, job.nets.disc, getattr(job.recipe, "eq_scales", ())
+    config, disc = job.config, job.nets.disc
+    scales = job.recipe.eq_scales if isinstance(job.recipe, TokenizerRecipe) else ()
     if disc is None and "disc" in config:
         for name, value in (("loss.lecam", config["loss"]["lecam"]), ("init.disc", config["init"]["disc"])):
             if value:
@@ -115,14 +116,11 @@ def _check_fixed(job, shapes):
         if net is not None and not fixed < set(net.params):
             allowed = sorted(net.params)
             raise ValueError(f"config.optim.{name}.fixed={sorted(fixed)}; allowed: some, not all, of {allowed}")
+    limits = job.recipe.adaptive if isinstance(job.recipe, TokenizerRecipe) else {}
     for term, part in (("gan", "decoder"), ("vf", "encoder")):
-        if (
-            isinstance(job.recipe, TokenizerRecipe)
-            and term in job.recipe.adaptive
-            and part in job.config["optim"]["vae"]["fixed"]
-        ):
+        if term in limits and part in job.config["optim"]["vae"]["fixed"]:
             raise ValueError(
-                f"config.loss.adaptive.{term}={job.recipe.adaptive[term]} compares gradients in the {part}, which "
+                f"config.loss.adaptive.{term}={limits[term]} compares gradients in the {part}, which "
                 "config.optim.vae.fixed keeps as it is: change one of them"
             )
 

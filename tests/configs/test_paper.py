@@ -103,7 +103,7 @@ def test_vaes():
 
 
 def test_depths():
-    """Table 5; 4 for B and 8 for L and XL where nothing is said."""
+    """Table 5; by default 4 for B and 8 for L and XL."""
     depths = {"depth-6": 6, "l": 8, "depth-10": 10, "b": 4}
     for name, depth in depths.items():
         assert {built("paper", f"{method}-{name}").nets.sit.encoder_depth for method in ("repae", "repa")} == {depth}
@@ -126,7 +126,7 @@ def whole_net(name):
     return built("paper", name).nets.sit
 
 
-def test_initialisation():
+def test_initialization():
     """Table 7, and the final recipe: 80 joint epochs give the VAE of 800."""
     scratch, init = described("paper", "from-scratch"), described("paper", "repae-xl")
     assert not any(scratch.init[name] for name in ("vae", "latent_stats", "disc")) and scratch.steps == 400_000
@@ -157,7 +157,7 @@ def test_512_pixels():
         assert job.latent_shape == (64, 64, 4) and job.encoders[0].image_size == 448 and job.nets.sit.hidden_size == 1024
 
 
-def test_neighbours():
+def test_neighbors():
     """iREPA: one 3x3 convolution, gamma 0.6, weight 1. SiT and DiT: 7M steps, mirrored images, no clipping."""
     job = built("paper", "irepa")
     assert job.nets.sit.projector == "conv" and job.encoders[0].spatial_gamma == 0.6 and job.recipe.sit_weights["align"] == 1.0

@@ -53,7 +53,7 @@ def test_what_ynnpack_computes_on_cpus(given, flags, expected, monkeypatch):
 
 @pytest.mark.parametrize("settings", ["users", "tests"])
 def test_sums_on_cpus_are_right(settings, request):
-    """Those of the step, and those of sampling and evaluation, which have no options; wrong in jax 0.10.2 (its issue 39103)."""
+    """Sums of the step, and of sampling and evaluation, which have no options; wrong in jax 0.10.2 (its issue 39103)."""
     if settings == "users":
         request.getfixturevalue("optimized")
     x = np.zeros((32_769, 3), np.float32)

@@ -53,10 +53,10 @@ def test_loaded_encoder_gives_the_trained_tokens(trained, pixels):
 
 def test_loaded_classifier(classifier_path, pixels):
     classify = digits_models.load_classifier(classifier_path)
-    found, logits = classify(pixels)
-    assert found.shape == (20, 64) and logits.shape == (20, 10) and found.dtype == logits.dtype == np.float32
+    features, logits = classify(pixels)
+    assert features.shape == (20, 64) and logits.shape == (20, 10) and features.dtype == logits.dtype == np.float32
     params = weights.read_state_dict(classifier_path)
-    np.testing.assert_allclose(logits, found @ params["head.kernel"] + params["head.bias"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, features @ params["head.kernel"] + params["head.bias"], rtol=1e-4, atol=1e-4)
     many = classify(np.repeat(pixels, 30, axis=0))  # three batches, the last one padded
     np.testing.assert_allclose(many[1], np.repeat(logits, 30, axis=0), rtol=1e-4, atol=1e-4)
 
