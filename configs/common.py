@@ -2,6 +2,8 @@
 
 from ml_collections.config_dict import placeholder
 
+from repae_jax.models.encoders import FAMILIES
+
 # alignment tap after block 4 for S and B, 8 for L and XL, as published
 SIT_SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 4},
@@ -22,22 +24,8 @@ VAES = {
     "f16d32": {"latent_channels": 32, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,), "quant_convs": True},
 }
 
-_DINOV2_SIZES = ("small", "base", "large", "giant")
 # architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
-ENCODERS = {
-    **{f"dinov2-{size}": f"facebook/dinov2-{size}" for size in _DINOV2_SIZES},
-    **{f"dinov2-{size}-with-registers": f"facebook/dinov2-with-registers-{size}" for size in _DINOV2_SIZES},
-    **{f"dinov3-vit{size}16": f"facebook/dinov3-vit{size}16-pretrain-lvd1689m" for size in "sbl"},
-    "dino-vitb16": "facebook/dino-vitb16",
-    "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
-    "ijepa_vith14_1k": "facebook/ijepa_vith14_1k",
-    "vit-mae-large": "facebook/vit-mae-large",
-    "siglip2-base-patch16-256": "google/siglip2-base-patch16-256",
-    "siglip2-so400m-patch16-256": "google/siglip2-so400m-patch16-256",
-    "mocov3-small": "mocov3_vits.pth",
-    "mocov3-base": "mocov3_vitb.pth",
-    "mocov3-large": "mocov3_vitl.pth",
-}
+ENCODERS = {name: release.weights for family in FAMILIES.values() for name, release in family.architectures.items()}
 
 
 def adamw(learning_rate):

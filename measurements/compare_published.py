@@ -359,7 +359,7 @@ def make_published(config, options, folder):
     size, rows, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
     images = torch.tensor(generator.integers(0, 256, (rows, 3, size, size), np.uint8), device=options.device)
     labels = torch.tensor(generator.integers(0, config["data"]["num_classes"], rows), device=options.device)
-    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.family.mean, encoder.family.std))
     weights = {"vae": config["loss"]["vae"]["align"], "sit": config["loss"]["sit"]["align"]}
 
     def step(index):

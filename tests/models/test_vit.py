@@ -30,7 +30,7 @@ def test_tokens_and_parameters(fields, present):
 
 
 def test_unbiased_projections_have_no_bias():
-    module = VisionTransformer(**TINY, unbiased=("patch_embed", "key", "out"), layer_scale=False)
+    module = VisionTransformer(**TINY, no_bias=("patch_embed", "key", "out"), layer_scale=False)
     params = jax.eval_shape(module.init, jax.random.key(0), IMAGES)["params"]
     biased = {name for name, layer in params["blocks"]["attn"].items() if "bias" in layer}
     assert biased == {"query", "value"} and "bias" not in params["patch_embed"]
