@@ -55,10 +55,10 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: DeferredBias) -> DeferredBias:
-        h = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm1")(x))
-        h = Conv(self.features, 3, self.dtype, with_moments=True, name="conv1")(h)
-        h = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm2")(h))
-        h = Conv(self.features, 3, self.dtype, name="conv2")(h)
+        normed = GroupNorm(self.norm_groups, self.dtype, name="norm1")(x)
+        h = Conv(self.features, 3, self.dtype, with_moments=True, name="conv1")(nn.silu(normed))
+        normed = GroupNorm(self.norm_groups, self.dtype, name="norm2")(h)
+        h = Conv(self.features, 3, self.dtype, name="conv2")(nn.silu(normed))
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, self.dtype, name="nin_shortcut")(x)
         return x + h
@@ -97,24 +97,24 @@ class EncoderDecoderBase(nn.Module):
     def _attention(self, name):
         return AttnBlock(self.norm_groups, self.dtype, name=name)
 
-    def _level(self, x, name, level, num_blocks):
+    def _level(self, h, name, level, num_blocks):
         for i in range(num_blocks):
-            x = self._block(f"{name}_{level}_block_{i}", self.channels * self.channel_multipliers[level])(x)
+            h = self._block(f"{name}_{level}_block_{i}", self.channels * self.channel_multipliers[level])(h)
             if level in self.attention_levels:
-                x = self._attention(f"{name}_{level}_attn_{i}")(x)
-        return x
+                h = self._attention(f"{name}_{level}_attn_{i}")(h)
+        return h
 
-    def _middle(self, x):
-        x = self._block("mid_block_1", x.shape[-1])(x)
-        x = self._attention("mid_attn_1")(x)
-        return self._block("mid_block_2", x.shape[-1])(x)
+    def _middle(self, h):
+        h = self._block("mid_block_1", h.shape[-1])(h)
+        h = self._attention("mid_attn_1")(h)
+        return self._block("mid_block_2", h.shape[-1])(h)
 
-    def _head(self, x, features):
-        def head(self, x):
-            x = nn.silu(GroupNorm(self.norm_groups, self.dtype, name="norm_out")(x))
-            return Conv(features, 3, self.dtype, name="conv_out")(x)
+    def _head(self, h, features):
+        def head(self, h):
+            normed = GroupNorm(self.norm_groups, self.dtype, name="norm_out")(h)
+            return Conv(features, 3, self.dtype, name="conv_out")(nn.silu(normed))
 
-        return recompute_norms(head)(self, x).to_array()
+        return recompute_norms(head)(self, h).to_array()
 
 
 class Encoder(EncoderDecoderBase):
@@ -124,13 +124,13 @@ class Encoder(EncoderDecoderBase):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        x = Conv(self.channels, 3, self.dtype, name="conv_in")(x)
+        h = Conv(self.channels, 3, self.dtype, name="conv_in")(x)
         for level in range(len(self.channel_multipliers)):
-            x = self._level(x, "down", level, self.num_res_blocks)
+            h = self._level(h, "down", level, self.num_res_blocks)
             if level + 1 < len(self.channel_multipliers):
                 padding = ((0, 1), (0, 1))  # at the far edges only, as the published convolution pads
-                x = Conv(x.shape[-1], 3, self.dtype, 2, padding, name=f"down_{level}_downsample")(x)
-        return self._head(self._middle(x), self.out_channels)
+                h = Conv(h.shape[-1], 3, self.dtype, 2, padding, name=f"down_{level}_downsample")(h)
+        return self._head(self._middle(h), self.out_channels)
 
 
 class Decoder(EncoderDecoderBase):
@@ -138,13 +138,13 @@ class Decoder(EncoderDecoderBase):
 
     @nn.compact
     def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        x = Conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, name="conv_in")(z)
-        x = self._middle(x)
+        h = Conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, name="conv_in")(z)
+        h = self._middle(h)
         for level in reversed(range(len(self.channel_multipliers))):
-            x = self._level(x, "up", level, self.num_res_blocks + 1)
+            h = self._level(h, "up", level, self.num_res_blocks + 1)
             if level > 0:
-                x = UpsampleConv(self.dtype, name=f"up_{level}_upsample")(x)
-        return self._head(x, 3)
+                h = UpsampleConv(self.dtype, name=f"up_{level}_upsample")(h)
+        return self._head(h, 3)
 
 
 class AutoencoderKL(nn.Module):

@@ -122,7 +122,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init["kernel_init"], (self.kernel_size, self.kernel_size, channels, self.features))
         bias = self.param("bias", init["bias_init"], (self.features,))
         if isinstance(x, DeferredBias) and self.kernel_size == 1:
-            x, bias = x.x, bias + jnp.dot(x.bias, kernel[0, 0], precision="highest")
+            bias += jnp.dot(x.bias, kernel[0, 0], precision="highest")
+            x = x.x
         elif isinstance(x, DeferredBias):
             x = x.to_array()
         strides = (self.strides, self.strides)
@@ -131,8 +132,8 @@ class Conv(nn.Module):
         )
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.with_moments:
-            x, moments = conv_with_moments(conv, x, kernel)
-            return DeferredBias(x, bias, moments)
+            y, moments = conv_with_moments(conv, x, kernel)
+            return DeferredBias(y, bias, moments)
         return DeferredBias(conv(x, kernel), bias)
 
 

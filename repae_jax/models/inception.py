@@ -198,13 +198,13 @@ class InceptionE(nn.Module):
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         single = conv(320, (1, 1), name="branch1x1")(x)
         three = conv(384, (1, 1), name="branch3x3_1")(x)
-        three = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
+        threes = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
         double = conv(448, (1, 1), name="branch3x3dbl_1")(x)
         double = conv(384, (3, 3), name="branch3x3dbl_2")(double)
-        double = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
+        doubles = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
         pooled = average_pool(x) if self.pool == "average" else nn.max_pool(x, (3, 3), padding="SAME")
         pool = conv(192, (1, 1), name="branch_pool")(pooled)
-        return jnp.concatenate([single, *three, *double, pool], axis=-1)
+        return jnp.concatenate([single, *threes, *doubles, pool], axis=-1)
 
 
 class Classifier(nn.Module):

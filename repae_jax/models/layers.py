@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,7 +23,7 @@ def uniform(bound: float) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def torch_default_init(fan_in: int) -> dict[str, Initializer]:
+def torch_default_init(fan_in: int) -> dict[str, Any]:
     """Returns kernel_init and bias_init of torch's Conv2d and Linear: both U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     init = uniform(1 / math.sqrt(fan_in))
     return {"kernel_init": init, "bias_init": init}

@@ -47,7 +47,7 @@ class LPIPS(nn.Module):
           others: in [-1, 1].
         """
         x, y = (((side - SHIFT) / SCALE).astype(self.dtype) for side in (images, others))
-        distance = 0.0
+        distance = jnp.float32(0)
         for i, widths in enumerate(VGG16_STAGES):
             for j, width in enumerate(widths):
                 conv = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv_{i}_{j}")

@@ -102,8 +102,8 @@ class ConvProjector(nn.Module):
         side = math.isqrt(x.shape[1])
         grid = x.reshape(x.shape[0], side, side, x.shape[2])
         init = layers.torch_default_init(9 * x.shape[2])
-        features = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)(grid)
-        return features.reshape(*x.shape[:2], self.feature_dim)
+        conv = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)
+        return conv(grid).reshape(*x.shape[:2], self.feature_dim)
 
 
 class PositionEmbedding(nn.Module):

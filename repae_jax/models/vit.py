@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from repae_jax.models import layers
 
 SWIGLU = "swiglu"
-_ELEMENTWISE = {
+_ELEMENTWISE: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -96,7 +96,7 @@ class ViTBlock(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
         attention = layers.Attention(self.num_heads, no_bias=self.no_bias, rotate=self.rotate, dtype=self.dtype, name="attn")
         if self.activation == SWIGLU:
-            mlp = SwiGLU(self.mlp_dim, dtype=self.dtype, name="mlp")
+            mlp: Callable[[Array], Array] = SwiGLU(self.mlp_dim, dtype=self.dtype, name="mlp")
         else:
             mlp = layers.Mlp(self.mlp_dim, _ELEMENTWISE[self.activation], dtype=self.dtype, name="mlp")
 
