@@ -18,7 +18,7 @@ def golden():
 
 
 def upsampled(low, size):
-    """[B, C, h, w] in [0, 1] -> uint8 [B, size, size, C]: bilinear with half-pixel centres and repeated edges."""
+    """[B, C, h, w] in [0, 1] -> uint8 [B, size, size, C]: bilinear with half-pixel centers and repeated edges."""
 
     def weights(length):
         positions = np.clip((np.arange(size, dtype=np.float32) + 0.5) * (length / size) - 0.5, 0, None)
@@ -34,7 +34,7 @@ def upsampled(low, size):
 
 PUBLISHED_INPUTS = {
     "dinov2_and_jepa_input": ["dinov2-base", "dinov2-giant-with-registers", "ijepa_vith14_1k"],
-    "clip_input": ["clip-vit-large-patch14"],  # resized before it is normalised; ours is the other way round
+    "clip_input": ["clip-vit-large-patch14"],  # resized before it is normalized; ours is the other way round
     "mae_moco_dino1_input": ["vit-mae-large", "mocov3-base", "dino-vitb16"],
 }
 
@@ -45,7 +45,7 @@ def test_preprocess_matches_the_published_one(golden, record_property, name, arc
     actual = jax.jit(encoders.preprocess, static_argnums=0)(encoder, upsampled(golden["image_low"], 256))
     assert actual.shape == (2, encoder.image_size, encoder.image_size, 3) and actual.dtype == jnp.float32
     expected = reference.nhwc(golden[name])
-    step = -(-encoder.image_size // expected.shape[1])  # every so many pixels are stored
+    step = -(-encoder.image_size // expected.shape[1])  # the golden file stores every step-th pixel
     reference.check(actual[:, ::step, ::step], expected, reference.NETWORK_RTOL, architecture, record_property)
 
 
@@ -110,7 +110,7 @@ def test_encode_gives_patch_tokens_without_gradient():
 
 
 @pytest.mark.parametrize("images", [np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 32, 28, 3), np.uint8)])
-def test_preprocess_refuses_what_is_no_square_uint8(images):
+def test_preprocess_refuses_other_than_square_uint8(images):
     with pytest.raises(ValueError, match="uint8"):
         encoders.preprocess(encoders.make_encoder(TINY, 32), images)
 
