@@ -58,7 +58,7 @@ def encoder_table(vit, format):
             else:
                 layer = Entry((f"{torch}.weight",), tuple(f"{path}/kernel" for path in paths), layouts.get(part, LINEAR))
                 made.append(layer)
-                if part not in vit.unbiased:
+                if part not in vit.no_bias:
                     made.append(Entry((f"{torch}.bias",), tuple(f"{path}/bias" for path in paths)))
         return made
 
@@ -219,7 +219,7 @@ def _from_config(format, given, source):
     if "rope_theta" in format.config:
         fields["rope_theta"] = float(number("rope_theta"))
     if format.biases:
-        fields["unbiased"] = tuple(name for key, names in format.biases.items() if not config[key] for name in names)
+        fields["no_bias"] = tuple(name for key, names in format.biases.items() if not config[key] for name in names)
     if "num_patches" not in format.config:
         return fields, number("image_size") // fields["patch_size"]
     side = math.isqrt(number("num_patches"))
@@ -316,7 +316,7 @@ def _config_of(module):
             "num_register_tokens": module.num_registers,
             "rope_theta": module.rope_theta,
             "mlp_bias": True,
-            **{key: not set(names) & set(module.unbiased) for key, names in format.biases.items()},
+            **{key: not set(names) & set(module.no_bias) for key, names in format.biases.items()},
         }
         if format.gate is not None:
             values[format.gate[0]] = gated

@@ -6,7 +6,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# alignment after block 4 for S and B, 8 for L and XL, as published
+from repae_jax.models.encoders import FAMILIES
+
+# alignment tap after block 4 for S and B, 8 for L and XL, as published
 SIT_SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 4},
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "encoder_depth": 4},
@@ -26,22 +28,8 @@ VAES = {
     "f16d32": {"latent_channels": 32, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,), "quant_convs": True},
 }
 
-_DINOV2_SIZES = ("small", "base", "large", "giant")
-# architecture -> its weights: a name on the hub, or for MoCo v3 the file that RCG's authors publish
-ENCODERS = {
-    **{f"dinov2-{size}": f"facebook/dinov2-{size}" for size in _DINOV2_SIZES},
-    **{f"dinov2-{size}-with-registers": f"facebook/dinov2-with-registers-{size}" for size in _DINOV2_SIZES},
-    **{f"dinov3-vit{size}16": f"facebook/dinov3-vit{size}16-pretrain-lvd1689m" for size in "sbl"},
-    "dino-vitb16": "facebook/dino-vitb16",
-    "clip-vit-large-patch14": "openai/clip-vit-large-patch14",
-    "ijepa_vith14_1k": "facebook/ijepa_vith14_1k",
-    "vit-mae-large": "facebook/vit-mae-large",
-    "siglip2-base-patch16-256": "google/siglip2-base-patch16-256",
-    "siglip2-so400m-patch16-256": "google/siglip2-so400m-patch16-256",
-    "mocov3-small": "mocov3_vits.pth",
-    "mocov3-base": "mocov3_vitb.pth",
-    "mocov3-large": "mocov3_vitl.pth",
-}
+# architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
+ENCODERS = {name: release.weights for family in FAMILIES.values() for name, release in family.architectures.items()}
 
 
 def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:

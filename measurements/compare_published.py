@@ -1,14 +1,14 @@
 """Speed beside the published PyTorch code: `python measurements/compare_published.py --published REPA-E`.
 
-REPA-E is a checkout of https://github.com/End2End-Diffusion/REPA-E, whose networks and losses are taken as they are; the step
-is what the loop of its `train_repae.py` does with them, without its logging. Ours is the step that training compiles, of
-configs/repae.py. Both have the same sizes, loss terms and batch, random weights and images that are on the device already.
+REPA-E is a checkout of https://github.com/End2End-Diffusion/REPA-E. Its networks and losses are used unchanged; its step is
+the loop body of its `train_repae.py` without logging. Our step is the one that training compiles for configs/repae.py. Both
+have the same sizes, loss terms and batch, random weights, and images that are on the device already.
 
-Each is a process of its own. They take turns, so that whatever else the machine does slows both: in every repeat one runs some
-steps while the other waits, then the other, the next repeat in reverse order. The ratio is taken within each repeat.
+Each side is a process of its own. They take turns, so that other load on the machine slows both: in every repeat one side runs
+some steps while the other waits, then the other; the next repeat has the reverse order. Ratios are computed within a repeat.
 
-Needs torch and transformers. Of the published code's further packages timm and dictdot are taken if they can be imported, else
-a few lines that do the same; its encoder, which comes from torch.hub, is transformers' DINOv2.
+Needs torch and transformers. Of the published code's other packages, timm and dictdot are imported if they are installed and
+replaced by a few equivalent lines otherwise; its encoder, which comes from torch.hub, is transformers' DINOv2.
 """
 
 import argparse
@@ -37,13 +37,13 @@ FILES = (
     "models/autoencoder.py", "models/sit.py",
 )  # fmt: skip
 PUBLISHED, OURS = SIDES = ("published", "ours")
-TOLERANCE = 0.01  # of a network's number of parameters
-TERMS = {"l1": "vae/l1", "kl": "vae/kl", "hinge": "disc/hinge", "velocity": "sit/velocity"}  # that are compared; our names
-SAME_SIZE = 10  # factor between them at most; KL hangs on the random biases of a few channels
+TOLERANCE = 0.01  # relative difference of parameter counts
+TERMS = {"l1": "vae/l1", "kl": "vae/kl", "hinge": "disc/hinge", "velocity": "sit/velocity"}  # compared: name -> our metric
+SAME_SIZE = 10  # largest factor between losses; KL depends on the random biases of a few channels
 SMALL = {
     "precision.compute": "float32", "sit.remat": "none", "sit.unroll": 12, "sit.projector_dim": 512, "data.num_classes": 100,
 }  # fmt: skip
-# sizes for CPUs, whose arithmetic is mostly the convolutions of VAE and LPIPS, or mostly the SiT's products
+# sizes for CPUs; convolutions of VAE and LPIPS dominate in the first, matrix products of the SiT in the second
 SIZES = {
     "conv": {
         "data.image_size": 64, "data.batch_size": 8, "vae.channels": 32,
@@ -60,10 +60,10 @@ SIZES = {
 
 
 def config_of(size, batch_size):
-    """Nested dict of a run of configs/repae.py.
+    """Returns the config of a run of configs/repae.py as a nested dict.
 
     Args:
-      size: name in SIZES, or what follows the colon in `configs/repae.py:sit=XL/2,vae=f8d4`.
+      size: name in SIZES, or the part behind the colon of `configs/repae.py:sit=XL/2,vae=f8d4`.
       batch_size: None is the size's own, 32 for those of configs/repae.py.
 
     Raises:
@@ -80,7 +80,7 @@ def config_of(size, batch_size):
 
 
 def check_checkout(folder):
-    """Path of the published code; ValueError if files are missing."""
+    """Returns the path of the published code; ValueError if files are missing."""
     folder = Path(folder).expanduser()
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -91,10 +91,10 @@ def check_checkout(folder):
 
 
 def check_losses(published, ours):
-    """ValueError unless the terms of both sides' first losses are of one size; arguments are term -> value.
+    """Raises ValueError if a term of both sides' first losses differs by more than SAME_SIZE; arguments are term -> value.
 
-    The networks' weights are other random numbers, but drawn by the same rules. Left out are terms that may have any sign (GAN,
-    alignment), and LPIPS, whose random weights are not drawn alike.
+    The networks' weights are different random numbers of the same distributions. Terms that may have any sign (GAN, alignment)
+    are left out, and LPIPS, whose random weights have another distribution.
     """
     differing = [
         f"{term} ({published[term]:.4g} published, {ours[term]:.4g} ours)"
@@ -106,7 +106,7 @@ def check_losses(published, ours):
 
 
 def check_parameters(published, ours):
-    """ValueError unless both sides have the same networks of the same size; arguments are name -> number of parameters."""
+    """Raises ValueError if networks of both sides differ in size; arguments are name -> number of parameters."""
     differing = [
         f"{name} ({published.get(name, 0):,} published, {ours.get(name, 0):,} ours)"
         for name in sorted({*published, *ours})
@@ -117,15 +117,15 @@ def check_parameters(published, ours):
 
 
 def summarize(seconds, batch_size):
-    """Speeds and their ratio.
+    """Returns speeds and their ratio.
 
     Args:
-      seconds: side -> seconds per step, one for each repeat.
-      batch_size: images.
+      seconds: side -> seconds per step of each repeat.
+      batch_size: images per step.
 
     Returns:
       {'published', 'ours': images/s of the median repeat, 'ratio': {'median', 'low', 'high', 'repeats'}}; the ratio is ours
-      over published, above 1 if ours is faster, within each repeat.
+      over published within each repeat, above 1 if ours is faster.
     """
     ratios = np.divide(seconds[PUBLISHED], seconds[OURS])
     speeds = {side: batch_size / float(np.median(seconds[side])) for side in SIDES}
@@ -133,15 +133,12 @@ def summarize(seconds, batch_size):
 
 
 def time_steps(step, wait, steps):
-    """Times some steps after one that is not timed. The device has nothing to do when the clock starts, and when it stops.
+    """Returns seconds per step of some steps after a warm-up step; the device is idle when the clock starts and stops.
 
     Args:
-      step: dispatches a step, returns its losses.
-      wait: waits until losses are there, and so the device is done.
-      steps: how many are timed.
-
-    Returns:
-      Seconds of each.
+      step: dispatches a step and returns its losses.
+      wait: blocks until losses are computed.
+      steps: number of timed steps.
     """
     wait(step())
     began = time.perf_counter()
@@ -157,7 +154,7 @@ def time_steps(step, wait, steps):
 
 
 def stand_in(name, **members):
-    """Puts a module of these members where `import` looks first."""
+    """Registers a module with these members in sys.modules."""
     module = types.ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     module.__dict__.update(members)
@@ -168,9 +165,9 @@ def stand_in(name, **members):
 
 
 def make_importable(folder):
-    """Lets the published modules be imported; returns the names of the packages that are stood in for."""
+    """Makes the published modules importable; returns the names of the packages that are replaced."""
     import torch
-    import transformers  # noqa: F401 (looks for torchvision when imported: before there is a stand-in)
+    import transformers  # noqa: F401 (looks for torchvision when imported: must come before its replacement)
     from torch import nn
 
     absent = []
@@ -197,21 +194,21 @@ def make_importable(folder):
             width = features
         return types.SimpleNamespace(features=nn.Sequential(*layers))
 
-    # always: the weights that it would download change no speed
+    # always replaced: the weights that it would download do not change the speed
     stand_in("torchvision")
     stand_in("torchvision.models", vgg16=vgg16, VGG16_Weights=types.SimpleNamespace(IMAGENET1K_V1=None))
     if importlib.util.find_spec("requests") is None:
         absent.append("requests")
         stand_in("requests")
-    sys.dont_write_bytecode = True  # leave the checkout as it is
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of names that it uses
+    sys.dont_write_bytecode = True  # write nothing into the checkout
+    warnings.filterwarnings("ignore", category=FutureWarning)  # about names that the checkout uses
     sys.path.insert(0, str(folder))
     torch.manual_seed(0)
     return absent
 
 
 def transformer_layers():
-    """timm's layers that the published SiT is made of, as far as it uses them."""
+    """Returns the parts of timm's layers that the published SiT uses."""
     from torch import nn
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -250,14 +247,14 @@ def transformer_layers():
 
 
 def published_networks(config, encoder):
-    """The published modules with a config's sizes.
+    """Returns the published modules with a config's sizes.
 
     Args:
-      config: as `config_of` returns it.
-      encoder: features.Encoder.
+      config: result of `config_of`.
+      encoder: encoders.Encoder.
 
     Returns:
-      dict: 'vae', 'sit', 'loss' (with discriminator and LPIPS in it), 'encoder'.
+      dict: 'vae', 'sit', 'loss' (which contains discriminator and LPIPS), 'encoder'.
     """
     from loss.losses import ReconstructionLoss_Single_Stage
     from loss.lpips import LPIPS
@@ -269,17 +266,17 @@ def published_networks(config, encoder):
     vae, sit, terms = config["vae"], config["sit"], config["loss"]["vae"]
     sizes = {"ch_mult": vae["channel_multipliers"], "z_channels": vae["latent_channels"]}
     sizes |= {"ch": vae["channels"], "num_res_blocks": vae["num_res_blocks"]}
-    made = autoencoder.AutoencoderKL(embed_dim=vae["latent_channels"], ch_mult=vae["channel_multipliers"])
-    # the constructor above has no width
-    made.encoder, made.decoder = autoencoder.Encoder(**sizes), autoencoder.Decoder(**sizes)
+    vae_net = autoencoder.AutoencoderKL(embed_dim=vae["latent_channels"], ch_mult=vae["channel_multipliers"])
+    # the constructor above has no argument for the width
+    vae_net.encoder, vae_net.decoder = autoencoder.Encoder(**sizes), autoencoder.Decoder(**sizes)
 
     factor = 2 ** (len(vae["channel_multipliers"]) - 1)
-    same = ("patch_size", "hidden_size", "depth", "num_heads", "encoder_depth", "projector_dim", "mlp_ratio", "qk_norm")
-    made_sit = SiT(
+    copied = ("patch_size", "hidden_size", "depth", "num_heads", "encoder_depth", "projector_dim", "mlp_ratio", "qk_norm")
+    sit_net = SiT(
         input_size=config["data"]["image_size"] // factor, in_channels=vae["latent_channels"],
         decoder_hidden_size=sit["hidden_size"], z_dims=[encoder.module.hidden_size], fused_attn=True,
         num_classes=config["data"]["num_classes"], class_dropout_prob=config["diffusion"]["label_dropout"],
-        bn_momentum=config["diffusion"]["norm_momentum"], **{name: sit[name] for name in same},
+        bn_momentum=config["diffusion"]["norm_momentum"], **{name: sit[name] for name in copied},
     )  # fmt: skip
 
     LPIPS.load_pretrained = lambda self: None
@@ -295,21 +292,21 @@ def published_networks(config, encoder):
         hidden_size=vit.hidden_size, num_hidden_layers=vit.depth, num_attention_heads=vit.num_heads,
         mlp_ratio=vit.mlp_dim // vit.hidden_size, image_size=encoder.image_size, patch_size=vit.patch_size,
     )  # fmt: skip
-    return {"vae": made, "sit": made_sit, "loss": loss, "encoder": Dinov2Model(dinov2).eval().requires_grad_(False)}
+    return {"vae": vae_net, "sit": sit_net, "loss": loss, "encoder": Dinov2Model(dinov2).eval().requires_grad_(False)}
 
 
 def make_published(config, options, folder):
-    """The published step: `step` and `wait` as `time_steps` takes them, which gives TERMS, and what there is to say of it."""
+    """Returns the published step: `step` and `wait` as `time_steps` takes them (losses are TERMS), and a description."""
     import torch
     from torch.nn import functional as F
 
     from repae_jax.benchmark.measure import NOISE
-    from repae_jax.models import encoders as features
+    from repae_jax.models import encoders
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     absent, cuda = make_importable(folder), options.device == "cuda"
     (target,) = config["encoders"].values()
-    encoder = features.make_encoder(target["architecture"], config["data"]["image_size"], image_size=target["image_size"])
+    encoder = encoders.make_encoder(target["architecture"], config["data"]["image_size"], image_size=target["image_size"])
     nets = published_networks(config, encoder)
     counts = {
         "vae": nets["vae"], "sit": nets["sit"], "disc": nets["loss"].discriminator, "lpips": nets["loss"].perceptual_loss,
@@ -325,8 +322,8 @@ def make_published(config, options, folder):
     optimizers = {}
     for name, section in (("vae", "vae"), ("loss", "disc"), ("sit", "sit")):
         rule = config["optim"][section]
-        how = {"lr": rule["learning_rate"], "betas": (rule["b1"], rule["b2"]), "eps": rule["eps"]}
-        optimizers[name] = torch.optim.AdamW(nets[name].parameters(), weight_decay=rule["weight_decay"], **how)
+        options_of_adam = {"lr": rule["learning_rate"], "betas": (rule["b1"], rule["b2"]), "eps": rule["eps"]}
+        optimizers[name] = torch.optim.AdamW(nets[name].parameters(), weight_decay=rule["weight_decay"], **options_of_adam)
     if options.compile:
         torch._dynamo.config.cache_size_limit = 64
         nets |= {name: torch.compile(nets[name]) for name in optimizers}
@@ -356,10 +353,10 @@ def make_published(config, options, folder):
                 else:
                     averages[name].copy_(x)
 
-    size, rows, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
-    images = torch.tensor(generator.integers(0, 256, (rows, 3, size, size), np.uint8), device=options.device)
-    labels = torch.tensor(generator.integers(0, config["data"]["num_classes"], rows), device=options.device)
-    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.mean, encoder.std))
+    size, batch_size, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
+    images = torch.tensor(generator.integers(0, 256, (batch_size, 3, size, size), np.uint8), device=options.device)
+    labels = torch.tensor(generator.integers(0, config["data"]["num_classes"], batch_size), device=options.device)
+    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.family.mean, encoder.family.std))
     weights = {"vae": config["loss"]["vae"]["align"], "sit": config["loss"]["sit"]["align"]}
 
     def step(index):
@@ -369,39 +366,40 @@ def make_published(config, options, folder):
             targets = [nets["encoder"](resized).last_hidden_state[:, 1:]]
         vae.train()
         with mixed():
-            # the VAE: the alignment passes through a SiT that is frozen and takes its running statistics
+            # VAE: its alignment loss goes through the frozen SiT with running statistics
             real = images.float() / 127.5 - 1.0
             posterior, latents, recon = vae(real)
             model.requires_grad_(False)
             model.eval()
-            how = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
+            loss_kwargs = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
             vae_loss, terms = criterion(real, recon, posterior, index, "generator")
-            aligned = model(x=latents, y=labels, zs=targets, loss_kwargs=how)
+            aligned = model(x=latents, y=labels, zs=targets, loss_kwargs=loss_kwargs)
             apply_gradients("vae", vae_loss.mean() + weights["vae"] * aligned["proj_loss"].mean())
-            # the discriminator
+            # discriminator
             disc_loss, _ = criterion(real, recon, posterior, index, "discriminator")
             apply_gradients("loss", disc_loss.mean())
-            # the SiT: at the same times and noises, on detached latents
+            # SiT: the same times and noises, detached latents
             model.requires_grad_(True)
             model.train()
-            drawn = {"time_input": aligned["time_input"], "noises": aligned["noises"]}
-            found = model(x=latents.detach(), y=labels, zs=targets, loss_kwargs={**how, "align_only": False}, **drawn)
-            sit_loss = found["denoising_loss"].mean() + weights["sit"] * found["proj_loss"].mean()
+            same_noise = {"time_input": aligned["time_input"], "noises": aligned["noises"]}
+            loss_kwargs["align_only"] = False
+            sit_terms = model(x=latents.detach(), y=labels, zs=targets, loss_kwargs=loss_kwargs, **same_noise)
+            sit_loss = sit_terms["denoising_loss"].mean() + weights["sit"] * sit_terms["proj_loss"].mean()
             apply_gradients("sit", sit_loss)
             average()
         kl = terms["kl_loss"] / config["loss"]["vae"]["kl"]
-        compared = terms["reconstruction_loss"], kl, disc_loss, found["denoising_loss"].mean()
+        compared = terms["reconstruction_loss"], kl, disc_loss, sit_terms["denoising_loss"].mean()
         return torch.stack([x.detach().float() for x in (*compared, vae_loss, sit_loss)])
 
     def wait(losses):
         values = losses.tolist()
         if not all(map(math.isfinite, values)):
             raise RuntimeError(f"the published step's losses are not finite: {values}")
-        return dict(zip(TERMS, values))  # the first ones
+        return dict(zip(TERMS, values))  # the last two are not compared
 
-    numbers = itertools.count()
-    said = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
-    return lambda: step(next(numbers)), wait, said
+    indices = itertools.count()
+    description = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
+    return lambda: step(next(indices)), wait, description
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,7 +408,7 @@ def make_published(config, options, folder):
 
 
 def make_ours(config, options, folder):
-    """As `make_published`, of our step."""
+    """Returns our step, as `make_published` returns the published one."""
     import jax
 
     from repae_jax.benchmark import measure
@@ -436,29 +434,29 @@ def make_ours(config, options, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Taking turns.
+# Timing in turns.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def serve(side, config, options, connection):
-    """What each process does: sends what is said of its step, and then seconds for every number of steps it receives."""
+    """Main function of a side's process: sends the step's description, then seconds for every number of steps it receives."""
     sys.path[:0] = [str(ROOT)]
-    # torch must find memory beside what jax sets aside
+    # leaves GPU memory for torch beside what jax reserves
     os.environ |= {"JAX_PLATFORMS": options.device if side == OURS else "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
-        step, wait, said = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
-        connection.send({**said, "first_losses": wait(step())})
+        step, wait, description = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
+        connection.send({**description, "first_losses": wait(step())})
         while steps := connection.recv():
             connection.send(time_steps(step, wait, steps))
     except EOFError:
-        pass  # nobody is there any more
-    except Exception as error:  # whatever it is, the other process has to know
+        pass  # the parent process has ended
+    except Exception as error:  # of any kind: the parent reports it
         connection.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 class Side:
-    """One of the two processes; a context that ends it."""
+    """One side's process, and a context manager that ends it."""
 
     def __init__(self, side, config, options):
         context = multiprocessing.get_context("spawn")
@@ -468,7 +466,7 @@ class Side:
         theirs.close()
 
     def receive(self):
-        """What the process sends; RuntimeError if that is a failure, or nothing because it died."""
+        """Returns the process's next message; RuntimeError if it reports a failure or has died."""
         try:
             answer = self._connection.recv()
         except EOFError:
@@ -479,7 +477,7 @@ class Side:
         return answer
 
     def seconds(self, steps):
-        """Seconds of each of so many steps."""
+        """Runs that many steps; returns the seconds per step."""
         self._connection.send(steps)
         return self.receive()
 
@@ -496,53 +494,55 @@ def compare(size, options, say=print):
 
     Args:
       size: as `config_of` takes it.
-      options: of the command line.
+      options: parsed command line.
       say: called with lines of progress.
 
     Returns:
       dict that JSON can hold.
 
     Raises:
-      ValueError: if the two do not have the same networks, or losses of another size.
-      RuntimeError: if one fails.
+      ValueError: if the sides differ in their networks or the size of their losses.
+      RuntimeError: if a side fails.
     """
     config = config_of(size, options.batch)
-    rows, seconds = config["data"]["batch_size"], {side: [] for side in SIDES}
+    batch_size, seconds = config["data"]["batch_size"], {side: [] for side in SIDES}
     with contextlib.ExitStack() as stack:
-        sides, said = {}, {}
-        for name in SIDES:  # one after the other: each compiles with all cores
+        sides, descriptions = {}, {}
+        for name in SIDES:  # sequentially: each compiles with all cores
             say(f"{size}: {name}: building, compiling, a first step …")
             sides[name] = stack.enter_context(Side(name, config, options))
-            said[name] = sides[name].receive()
-        check_parameters(*(said[side]["parameters"] for side in SIDES))
-        for name, count in said[PUBLISHED]["parameters"].items():
-            say(f"  parameters of {name:8} {count:>12,} published {said[OURS]['parameters'][name]:>12,} ours")
-        for term, value in said[PUBLISHED]["first_losses"].items():
-            say(f"  first {term:16} {value:>12.4g} published {said[OURS]['first_losses'][term]:>12.4g} ours")
-        check_losses(*(said[side]["first_losses"] for side in SIDES))
+            descriptions[name] = sides[name].receive()
+        check_parameters(*(descriptions[side]["parameters"] for side in SIDES))
+        for name, count in descriptions[PUBLISHED]["parameters"].items():
+            say(f"  parameters of {name:8} {count:>12,} published {descriptions[OURS]['parameters'][name]:>12,} ours")
+        for term, value in descriptions[PUBLISHED]["first_losses"].items():
+            say(f"  first {term:16} {value:>12.4g} published {descriptions[OURS]['first_losses'][term]:>12.4g} ours")
+        check_losses(*(descriptions[side]["first_losses"] for side in SIDES))
         for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
             for name in order:
                 seconds[name].append(sides[name].seconds(options.steps))
-            a, b = (rows / seconds[name][-1] for name in SIDES)
+            a, b = (batch_size / seconds[name][-1] for name in SIDES)
             say(f"  repeat {repeat} of {options.repeats}: published {a:.4g} img/s, ours {b:.4g}: {b / a:.3f} times")
-    result = summarize(seconds, rows)
+    result = summarize(seconds, batch_size)
     ratio = result["ratio"]
     say(
-        f"{size}, {rows} images: published {result[PUBLISHED]:.4g} img/s, ours {result[OURS]:.4g} img/s: {ratio['median']:.2f} "
-        f"times as fast ({ratio['low']:.2f} to {ratio['high']:.2f} in {ratio['repeats']} repeats of {options.steps} steps)"
+        f"{size}, {batch_size} images: published {result[PUBLISHED]:.4g} img/s, ours {result[OURS]:.4g} img/s: "
+        f"{ratio['median']:.2f} times as fast ({ratio['low']:.2f} to {ratio['high']:.2f} in {ratio['repeats']} repeats of "
+        f"{options.steps} steps)"
     )
-    return {**result, "batch_size": rows, "seconds_per_step": seconds, **{f"{side}_is": said[side] for side in SIDES}}
+    described = {f"{side}_is": descriptions[side] for side in SIDES}
+    return {**result, "batch_size": batch_size, "seconds_per_step": seconds, **described}
 
 
 def positive(text):
-    """An integer from 1."""
+    """Returns the text as a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
 def parse_args(arguments=None):
-    """Options of the command line."""
+    """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", required=True, metavar="FOLDER", help="checkout of End2End-Diffusion/REPA-E")
     parser.add_argument(
@@ -566,22 +566,21 @@ def parse_args(arguments=None):
     cuda = options.device == "cuda"
     options.published_precision = options.published_precision or ("bfloat16" if cuda else "float32")
     options.compile = cuda if options.compile is None else options.compile
-    options.steps = options.steps or (20 if cuda else 3)  # so many that dispatching the first weighs nothing
+    options.steps = options.steps or (20 if cuda else 3)  # enough to make the first dispatch negligible
     return options
 
 
 def run(options, say=print):
-    """Compares all sizes, writes the file, returns its content: {'sizes': {size: as `compare`}, …}; raises as `compare`."""
-
+    """Compares all sizes, writes the file and returns its content, {'sizes': {size: result of `compare`}, …}."""
     options.published = check_checkout(options.published)
     path = None if options.json is None else files.check_new("--json", options.json)
     for size in options.sizes:
-        config_of(size, options.batch)  # mistakes first
+        config_of(size, options.batch)  # finds mistakes before anything is built
     result = {"device": options.device, "steps": options.steps, "compile": options.compile, "cores": os.cpu_count()}
     result |= {"published_precision": options.published_precision, "sizes": {}}
     for index, size in enumerate(options.sizes):
         result["sizes"][size] = compare(size, options, say)
-        if path is not None:  # after each: the next may fail
+        if path is not None:  # after each, because the next may fail
             files.write_json(path, result, overwrite=index > 0)
     if path is not None:
         say(f"all numbers: {options.json}")

@@ -129,10 +129,10 @@ def test_these_packages_know_only_the_top_and_themselves(package):
 
 
 def test_networks_import_of_each_other_only_their_building_blocks():
-    blocks = {"repae_jax.models.layers", "repae_jax.models.convolution", "repae_jax.models.channel_stats"}
+    blocks = {"repae_jax.models.layers", "repae_jax.models.fused_ops", "repae_jax.models.channel_stats"}
     for name in MODULES:
         if name.startswith("repae_jax.models.") and name != "repae_jax.models.encoders":  # made of a ViT
-            assert ours(name) <= ({*TOP} if name in blocks else {*TOP, *blocks}), name
+            assert ours(name) <= {*TOP, *blocks}, name
 
 
 def test_conversion_tables_know_networks_alone():

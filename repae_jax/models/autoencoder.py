@@ -1,18 +1,18 @@
 """AutoencoderKL: the convolutional VAE of latent diffusion, channels last.
 
 Reference: CompVis latent-diffusion `ldm/modules/diffusionmodules/model.py`, as used by SD-VAE, IN-VAE and VA-VAE, and,
-without the quantisation convolutions, by the VAEs of FLUX and Stable Diffusion 3.
+without the quantization convolutions, by the VAEs of FLUX and Stable Diffusion 3.
 """
 
-import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
-from repae_jax.models.convolution import CONVOLVED, NHWC, channel_moments, conv3x3, measured_conv3x3
+from repae_jax.models.fused_ops import Conv, DeferredBias, GroupNorm, UpsampleConv, recompute_norms
 from repae_jax.models.layers import torch_default_init
 
 
@@ -21,234 +21,66 @@ class DiagonalGaussian:
     """Posterior q(z|x), independent per entry.
 
     Attributes:
-      mean: float32 [B, h, w, C].
-      logvar: float32 [B, h, w, C], clamped to [-30, 20].
+      mean: float32.
+      logvar: float32, clamped to [-30, 20].
     """
 
-    mean: jax.Array
-    logvar: jax.Array
+    mean: Float[Array, "B h w C"]
+    logvar: Float[Array, "B h w C"]
 
     @property
-    def std(self):
-        """Standard deviation, [B, h, w, C]."""
+    def std(self) -> Float[Array, "B h w C"]:
+        """Standard deviation."""
         return jnp.exp(0.5 * self.logvar)
 
-    def sample(self, noise):
-        """mean + std * noise, noise ~ N(0, 1) of the same shape."""
+    def sample(self, noise: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        """Returns mean + std * noise; noise ~ N(0, 1)."""
         return self.mean + self.std * noise
 
-    def mode(self):
-        """The mean."""
+    def mode(self) -> Float[Array, "B h w C"]:
+        """Returns the mean."""
         return self.mean
 
-    def kl(self):
-        """KL(q || N(0, 1)) of each image: [B], summed over positions and channels, in nats."""
+    def kl(self) -> Float[Array, " B"]:
+        """Returns KL(q || N(0, 1)) of each image in nats, summed over positions and channels."""
         return 0.5 * jnp.sum(jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar, axis=(1, 2, 3))
 
 
-@struct.dataclass
-class Shifted:
-    """x + shift, not added yet: biases of convolutions wait for the next group norm.
-
-    There a shift is a few numbers an image, and its gradient comes with that of the mean. Added where the convolution is, it
-    would cost a sum over all positions in the backward pass.
-
-    Attributes:
-      x: [B, H, W, C] in the compute dtype.
-      shift: float32 [C].
-      moments: `channel_moments` of x; None if they are not known.
-    """
-
-    x: jax.Array
-    shift: jax.Array
-    moments: jax.Array | None = None
-
-    def __add__(self, other):
-        return Shifted(self.x + other.x, self.shift + other.shift)
-
-    def added(self):
-        """[B, H, W, C] in the compute dtype."""
-        return (self.x + self.shift).astype(self.x.dtype)
-
-
-class Conv(nn.Module):
-    """Convolution with torch's default initialisation: [B, H, W, C], an array or Shifted -> Shifted [B, H', W', features].
-
-    Attributes:
-      measured: give the result's moments, too; of advantage where a group norm is its only use.
-
-    Raises:
-      ValueError: if `measured`, but not 3x3 with stride 1 and 'SAME' padding.
-    """
-
-    features: int
-    kernel_size: int
-    dtype: jnp.dtype
-    strides: int = 1
-    padding: str | Sequence[tuple[int, int]] = "SAME"
-    measured: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        channels = (x.x if isinstance(x, Shifted) else x).shape[-1]
-        init = torch_default_init(self.kernel_size**2 * channels)
-        kernel = self.param("kernel", init["kernel_init"], (self.kernel_size, self.kernel_size, channels, self.features))
-        shift = self.param("bias", init["bias_init"], (self.features,))
-        if isinstance(x, Shifted) and self.kernel_size == 1:
-            x, shift = x.x, shift + jnp.dot(x.shift, kernel[0, 0], precision="highest")
-        elif isinstance(x, Shifted):
-            x = x.added()
-        strides = (self.strides, self.strides)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        plain = (self.kernel_size, self.strides, self.padding) == (3, 1, "SAME")
-        if self.measured and not plain:
-            found = f"{self.kernel_size}, {self.strides}, {self.padding!r}"
-            raise ValueError(f"measured needs kernel_size=3, strides=1, padding='SAME', not {found}")
-        if self.measured:
-            x, moments = measured_conv3x3(x, kernel)
-            return Shifted(x, shift, moments)
-        if plain:
-            return Shifted(conv3x3(x, kernel), shift)
-        return Shifted(jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=NHWC), shift)
-
-
-def group_stats(x, groups):
-    """Mean and variance of each image's groups of channels.
-
-    Args:
-      x: Shifted [B, H, W, C].
-      groups: how many; divides C.
-
-    Returns:
-      mean, var: float32 [B, 1, 1, C], the same for all channels of a group.
-    """
-    # gradients need x alone, and sum nothing again
-    mean, square = jax.checkpoint(channel_moments)(x.x) if x.moments is None else x.moments
-    moments = jnp.stack([mean + x.shift, square + x.shift * (2 * mean + x.shift)])
-    moments = moments.reshape(2, len(mean), groups, -1).mean(-1)
-    mean, square = jnp.repeat(moments, len(x.shift) // groups, axis=-1)[:, :, None, None]
-    return mean, jnp.maximum(square - jnp.square(mean), 0.0)
-
-
-class GroupNorm(nn.Module):
-    """(x Shifted [B, H, W, C], mean, var of `group_stats`) -> [B, H, W, C], normalised, scaled, biased by channel; eps 1e-6."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, mean, var):
-        scale = self.param("scale", nn.initializers.ones, x.shift.shape)
-        bias = self.param("bias", nn.initializers.zeros, x.shift.shape)
-        return ((x.x - (mean - x.shift)) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
-
-
-def norm_silu_conv(module, x, features, norm, name, measured=False):
-    """GroupNorm, SiLU and a 3x3 convolution; call inside a compact method.
-
-    Gradients need x and its statistics alone: what is between is many times the size, in float32, and cheap to compute again.
-
-    Args:
-      module: whose method this is called in.
-      x: Shifted [B, H, W, C].
-      features: of the result, Shifted too.
-      norm: name of the normalisation.
-      name: of the convolution.
-      measured: see `Conv`.
-    """
-
-    def run(module, x, mean, var):
-        x = GroupNorm(module.dtype, name=norm)(x, mean, var)
-        return Conv(features, 3, module.dtype, measured=measured, name=name)(nn.silu(x))
-
-    run = nn.remat(run, policy=jax.checkpoint_policies.save_only_these_names(CONVOLVED))
-    return run(module, x, *group_stats(x, module.norm_groups))
-
-
-def repeated_conv(x, kernel):
-    """Nearest-neighbor upsampling by 2 and a 3x3 convolution: [B, H, W, C], float32 [3, 3, C, D] -> [B, 2H, 2W, D]."""
-    x = x.repeat(2, axis=1).repeat(2, axis=2)
-    return conv3x3(x, kernel.astype(x.dtype))
-
-
-def transposed_conv(x, kernel):
-    """`repeated_conv` with 4 in place of 9 multiplications: taps that fall on copies of one pixel are added first."""
-    taps = jnp.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], jnp.float32)
-    return _transposed(x, jnp.einsum("ua,vb,abcd->uvdc", taps, taps, kernel, precision="highest").astype(x.dtype))
-
-
-def _strided(y, kernel):
-    """[B, 2H, 2W, D], [4, 4, D, C] -> [B, H, W, C]."""
-    return jax.lax.conv_general_dilated(y, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=NHWC)
-
-
-@jax.custom_vjp
-def _transposed(x, kernel):
-    """The transpose of `_strided`. XLA's gradient of a transposed convolution would mirror the result first."""
-    b, h, w, _ = x.shape
-    y = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, kernel.shape[2]), x.dtype)
-    return jax.linear_transpose(lambda y: _strided(y, kernel), y)(x)[0]
-
-
-def _transposed_backward(saved, gradient):
-    x, kernel = saved
-    _, to_kernel = jax.vjp(functools.partial(_strided, gradient), kernel)
-    return _strided(gradient, kernel), to_kernel(x)[0]
-
-
-_transposed.defvjp(lambda x, kernel: (_transposed(x, kernel), (x, kernel)), _transposed_backward)
-
-
-class UpsampleConv(nn.Module):
-    """Twice the sides, by nearest neighbors, and a 3x3 convolution with torch's default initialisation; Shifted -> Shifted.
-
-    On TPUs it is one transposed convolution; CPUs take four times as long for that.
-    """
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        x = x.added()
-        c = x.shape[-1]
-        init = torch_default_init(9 * c)
-        kernel = self.param("kernel", init["kernel_init"], (3, 3, c, c))
-        bias = self.param("bias", init["bias_init"], (c,))
-        return Shifted(jax.lax.platform_dependent(x, kernel, tpu=transposed_conv, default=repeated_conv), bias)
-
-
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, plus the (1x1 projected) input: [B, H, W, C] -> [B, H, W, features], Shifted."""
+    """Twice group norm, SiLU and a 3x3 convolution, plus the input, through a 1x1 convolution where the widths differ."""
 
     features: int
     norm_groups: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
-        y = norm_silu_conv(self, x, self.features, "norm1", "conv1", measured=True)
-        y = norm_silu_conv(self, y, self.features, "norm2", "conv2")
-        if len(x.shift) != self.features:
+    def __call__(self, x: DeferredBias) -> DeferredBias:
+        normed = GroupNorm(self.norm_groups, self.dtype, name="norm1")(x)
+        h = Conv(self.features, 3, self.dtype, with_moments=True, name="conv1")(nn.silu(normed))
+        normed = GroupNorm(self.norm_groups, self.dtype, name="norm2")(h)
+        h = Conv(self.features, 3, self.dtype, name="conv2")(nn.silu(normed))
+        if x.shape[-1] != self.features:
             x = Conv(self.features, 1, self.dtype, name="nin_shortcut")(x)
-        return x + y
+        return x + h
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all positions, with a residual. Shifted [B, H, W, C] -> the same."""
+    """Single-head self-attention over all positions, with a residual."""
 
     norm_groups: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
-        b, h, w, c = x.x.shape
-        normed = GroupNorm(self.dtype, name="norm")(x, *group_stats(x, self.norm_groups))
-        q, k, v = (Conv(c, 1, self.dtype, name=name)(normed).added().reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
+    def __call__(self, x: DeferredBias) -> DeferredBias:
+        b, h, w, c = x.shape
+        normed = GroupNorm(self.norm_groups, self.dtype, name="norm")(x)
+        q, k, v = (Conv(c, 1, self.dtype, name=name)(normed).to_array().reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
         y = jax.nn.dot_product_attention(q, k, v).reshape(b, h, w, c)
         return x + Conv(c, 1, self.dtype, name="proj_out")(y)
 
 
-class _Half(nn.Module):
-    """What encoder and decoder share: the sizes and the middle."""
+class EncoderDecoderBase(nn.Module):
+    """Sizes, blocks and the middle of an encoder or decoder; the attributes are AutoencoderKL's."""
 
     channels: int
     channel_multipliers: Sequence[int]
@@ -259,56 +91,60 @@ class _Half(nn.Module):
     dtype: jnp.dtype
 
     def _block(self, name, features):
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        block = nn.remat(ResnetBlock) if self.remat else recompute_norms(ResnetBlock)
         return block(features, self.norm_groups, self.dtype, name=name)
 
     def _attention(self, name):
         return AttnBlock(self.norm_groups, self.dtype, name=name)
 
-    def _middle(self, x):
-        x = self._block("mid_block_1", len(x.shift))(x)
-        x = self._attention("mid_attn_1")(x)
-        return self._block("mid_block_2", len(x.shift))(x)
+    def _level(self, h, name, level, num_blocks):
+        for i in range(num_blocks):
+            h = self._block(f"{name}_{level}_block_{i}", self.channels * self.channel_multipliers[level])(h)
+            if level in self.attention_levels:
+                h = self._attention(f"{name}_{level}_attn_{i}")(h)
+        return h
 
-    def _head(self, x, features):
-        return norm_silu_conv(self, x, features, "norm_out", "conv_out").added()
+    def _middle(self, h):
+        h = self._block("mid_block_1", h.shape[-1])(h)
+        h = self._attention("mid_attn_1")(h)
+        return self._block("mid_block_2", h.shape[-1])(h)
+
+    def _head(self, h, features):
+        def head(self, h):
+            normed = GroupNorm(self.norm_groups, self.dtype, name="norm_out")(h)
+            return Conv(features, 3, self.dtype, name="conv_out")(nn.silu(normed))
+
+        return recompute_norms(head)(self, h).to_array()
 
 
-class Encoder(_Half):
-    """[B, H, W, 3] -> [B, H/f, W/f, out_channels], f = 2^(levels - 1)."""
+class Encoder(EncoderDecoderBase):
+    """Maps images to the posterior's moments, 2^(levels - 1) times smaller."""
 
     out_channels: int = 8
 
     @nn.compact
-    def __call__(self, x):
-        x = Conv(self.channels, 3, self.dtype, name="conv_in")(x)
-        for level, multiplier in enumerate(self.channel_multipliers):
-            for i in range(self.num_res_blocks):
-                x = self._block(f"down_{level}_block_{i}", self.channels * multiplier)(x)
-                if level in self.attention_levels:
-                    x = self._attention(f"down_{level}_attn_{i}")(x)
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        h = Conv(self.channels, 3, self.dtype, name="conv_in")(x)
+        for level in range(len(self.channel_multipliers)):
+            h = self._level(h, "down", level, self.num_res_blocks)
             if level + 1 < len(self.channel_multipliers):
-                # asymmetric padding at the far edges only, as the published convolution pads
-                padding = ((0, 1), (0, 1))
-                x = Conv(len(x.shift), 3, self.dtype, 2, padding, name=f"down_{level}_downsample")(x)
-        return self._head(self._middle(x), self.out_channels)
+                padding = ((0, 1), (0, 1))  # at the far edges only, as the published convolution pads
+                h = Conv(h.shape[-1], 3, self.dtype, 2, padding, name=f"down_{level}_downsample")(h)
+        return self._head(self._middle(h), self.out_channels)
 
 
-class Decoder(_Half):
-    """[B, h, w, C] -> [B, h*f, w*f, 3]."""
+class Decoder(EncoderDecoderBase):
+    """Maps latents to images, 2^(levels - 1) times larger."""
 
     @nn.compact
-    def __call__(self, z):
-        x = Conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, name="conv_in")(z)
-        x = self._middle(x)
-        for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
-            for i in range(self.num_res_blocks + 1):
-                x = self._block(f"up_{level}_block_{i}", self.channels * multiplier)(x)
-                if level in self.attention_levels:
-                    x = self._attention(f"up_{level}_attn_{i}")(x)
+    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        h = Conv(self.channels * self.channel_multipliers[-1], 3, self.dtype, name="conv_in")(z)
+        h = self._middle(h)
+        for level in reversed(range(len(self.channel_multipliers))):
+            h = self._level(h, "up", level, self.num_res_blocks + 1)
             if level > 0:
-                x = nn.remat(UpsampleConv)(self.dtype, name=f"up_{level}_upsample")(x)
-        return self._head(x, 3)
+                h = UpsampleConv(self.dtype, name=f"up_{level}_upsample")(h)
+        return self._head(h, 3)
 
 
 class AutoencoderKL(nn.Module):
@@ -325,7 +161,7 @@ class AutoencoderKL(nn.Module):
       norm_groups: group-norm groups; divides every width.
       quant_convs: 1x1 convolutions of the moments and of the latents, between encoder and decoder.
       feature_dim: width of the encoder's tokens that `project` maps latents to, for VA-VAE's VF loss; None is no such map.
-      remat: recompute residual blocks in the backward pass.
+      remat: recompute whole residual blocks in the backward pass, not only their norms and activations.
       dtype: compute dtype.
     """
 
@@ -341,7 +177,7 @@ class AutoencoderKL(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         """Image pixels per latent pixel along a side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
@@ -355,21 +191,14 @@ class AutoencoderKL(nn.Module):
         levels = len(self.channel_multipliers)
         if not all(0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels={tuple(self.attention_levels)} must lie in 0..{levels - 1}")
-        fields = {
-            name: getattr(self, name)
-            for name in (
-                "channels",
-                "channel_multipliers",
-                "num_res_blocks",
-                "attention_levels",
-                "norm_groups",
-                "remat",
-                "dtype",
-            )
-        }
         c = self.latent_channels
-        self.encoder = Encoder(**fields, out_channels=2 * c)
-        self.decoder = Decoder(**fields)
+        shared = {
+            "channels": self.channels, "channel_multipliers": self.channel_multipliers,
+            "num_res_blocks": self.num_res_blocks, "attention_levels": self.attention_levels,
+            "norm_groups": self.norm_groups, "remat": self.remat, "dtype": self.dtype,
+        }  # fmt: skip
+        self.encoder = Encoder(**shared, out_channels=2 * c)
+        self.decoder = Decoder(**shared)
         if self.quant_convs:
             self.quant_conv = Conv(2 * c, 1, self.dtype)
             self.post_quant_conv = Conv(c, 1, self.dtype)
@@ -377,41 +206,29 @@ class AutoencoderKL(nn.Module):
             kernel_init = torch_default_init(c)["kernel_init"]
             self.vf_projection = nn.Dense(self.feature_dim, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
 
-    def encode(self, images):
-        """Posterior of images.
-
-        Args:
-          images: [B, H, W, 3] in [-1, 1], H and W divisible by `factor`.
-
-        Returns:
-          DiagonalGaussian, [B, H/factor, W/factor, C].
-        """
+    def encode(self, images: Float[Array, "B H W 3"]) -> DiagonalGaussian:
+        """Returns the posterior of images in [-1, 1], whose height and width `factor` divides."""
         moments = self.encoder(images.astype(self.dtype))
         if self.quant_convs:
-            moments = self.quant_conv(moments).added()
+            moments = self.quant_conv(moments).to_array()
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return DiagonalGaussian(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents):
-        """Images of latents.
-
-        Args:
-          latents: [B, h, w, C], un-normalised.
-
-        Returns:
-          float32 [B, h * factor, w * factor, 3], about [-1, 1], not clipped.
-        """
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Returns the float32 images of un-normalized latents, about [-1, 1], not clipped."""
         latents = latents.astype(self.dtype)
         if self.quant_convs:
-            latents = self.post_quant_conv(latents).added()
+            latents = self.post_quant_conv(latents).to_array()
         return self.decoder(latents).astype(jnp.float32)
 
-    def project(self, latents):
-        """Latents [B, h, w, C] as an encoder's tokens: float32 [B, h, w, feature_dim]."""
+    def project(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
+        """Returns latents as an encoder's tokens, float32, F = feature_dim."""
         return self.vf_projection(latents.astype(self.dtype)).astype(jnp.float32)
 
-    def __call__(self, images, noise):
-        """Encode, sample with the given noise [B, h, w, C], decode: (recon, posterior)."""
+    def __call__(
+        self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w C"]
+    ) -> tuple[Float[Array, "B H W 3"], DiagonalGaussian]:
+        """Returns the reconstruction from latents sampled with the given noise, and the posterior."""
         posterior = self.encode(images)
         if self.is_initializing() and self.feature_dim is not None:
             self.project(noise)

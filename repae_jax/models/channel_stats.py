@@ -3,29 +3,21 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 
 @struct.dataclass
 class ChannelStats:
-    """Mean and variance of each channel.
+    """Mean and variance of each channel, float32."""
 
-    Attributes:
-      mean: float32 [C].
-      var: float32 [C].
-    """
-
-    mean: jax.Array
-    var: jax.Array
+    mean: Float[Array, " C"]
+    var: Float[Array, " C"]
 
 
-def batch_stats(x):
-    """Statistics of a batch over every axis but the last; global over a sharded batch under jit.
+def batch_stats(x: Float[Array, "*B C"]) -> ChannelStats:
+    """Returns statistics over every axis but the last, reduced in float32; global over a sharded batch under jit.
 
-    Args:
-      x: [..., C], any float dtype; reduced in float32.
-
-    Returns:
-      ChannelStats with the biased (1/n) variance, the one torch's batch norm normalises with.
+    The variance is the biased (1/n) one, with which torch's batch norm normalizes.
     """
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
@@ -33,17 +25,14 @@ def batch_stats(x):
     return ChannelStats(mean=mean, var=jnp.square(x - mean).mean(axes))
 
 
-def update_running(running, batch, count, momentum):
-    """running + momentum * (batch - running), with the variance made unbiased first, as torch does.
+def update_running(running: ChannelStats, batch: ChannelStats, count: int, momentum: float) -> ChannelStats:
+    """Returns running + momentum * (batch - running), with the batch's variance made unbiased first, as torch does.
 
     Args:
-      running: ChannelStats so far.
-      batch: ChannelStats of `batch_stats` (biased variance).
-      count: number of values each statistic was reduced over (n); at least 2.
+      running: statistics so far.
+      batch: result of `batch_stats`, with the biased variance.
+      count: number of values that each statistic was reduced over (n), at least 2.
       momentum: weight of the new batch (torch's convention: 0.1).
-
-    Returns:
-      ChannelStats.
 
     Raises:
       ValueError: for count < 2, whose unbiased variance is undefined.

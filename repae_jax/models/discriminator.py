@@ -6,6 +6,7 @@ Reference: pix2pix's NLayerDiscriminator as vendored by taming-transformers.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
 from repae_jax.models.layers import Conv, torch_default_init
@@ -14,17 +15,17 @@ normal_02 = nn.initializers.normal(0.02)
 
 
 class BatchNorm(nn.Module):
-    """Batch norm that always normalises with batch statistics, in float32; running ones are kept for export only.
+    """Batch norm that always normalizes with batch statistics, in float32; running statistics are kept for export only.
 
     Statistics are those of the global batch. The published code's are each GPU's own, because only its SiT is converted
-    to synchronised batch norm.
+    to synchronized batch norm.
     """
 
     momentum: float = 0.1
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         c = x.shape[-1]
         scale = self.param("scale", lambda key, shape: 1 + normal_02(key, shape), (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -38,7 +39,7 @@ class BatchNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits of overlapping patches.
+    """PatchGAN: one logit for each of many overlapping patches.
 
     Attributes:
       channels: width of the first layer; doubles per layer up to 8 times it.
@@ -51,14 +52,14 @@ class PatchDiscriminator(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def min_image_size(self):
+    def min_image_size(self) -> int:
         """Smallest image side that leaves at least one logit."""
-        # two stride-1 convolutions (kernel 4, padding 1) each take one pixel off
+        # each of the two stride-1 convolutions (kernel 4, padding 1) removes one pixel
         return 2**self.num_layers * 3
 
     @nn.compact
-    def __call__(self, images):
-        """Images [B, H, W, 3] in [-1, 1] -> float32 logits [B, h, w, 1]; positive reads as real."""
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w 1"]:
+        """Returns float32 logits of images in [-1, 1]; positive stands for real."""
 
         def conv(x, features, stride, bias, name):
             bias_init = torch_default_init(16 * x.shape[-1])["bias_init"]

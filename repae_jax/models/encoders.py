@@ -1,13 +1,19 @@
-"""Images -> target tokens of the frozen encoders: which networks there are, their preprocessing, their features."""
+"""Images -> target tokens of the frozen encoders.
+
+A family of encoders is one entry of FAMILIES: its preprocessing, its network and the sizes that were released. How a family's
+files are laid out is checkpoints_tools/vit_formats.py's.
+"""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from repae_jax.distributed.sharding import unsharded
 from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
@@ -17,129 +23,181 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
 
 
-@dataclasses.dataclass(frozen=True)
+def patch_tokens(outputs: tuple[Float[Array, "B P F"], Float[Array, "B T F"]]) -> Float[Array, "B T F"]:
+    """Returns the patch tokens of a VisionTransformer's outputs, without class tokens."""
+    return outputs[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """What encoders that were trained alike have in common.
+    """Encoders that were trained alike; all that is known of them but the layout of their files.
 
     Attributes:
-      fields: fields of VisionTransformer that differ from its defaults, DINOv2's.
       pixels: side that an image of 256 pixels is resized to; in proportion for other sizes.
-      mean: per-channel mean of the normalisation, for pixels in [0, 1].
+      architectures: name -> Release.
+      fields: fields of the module that all of them share, where they differ from its defaults.
+      mean: per-channel mean of the normalization, for pixels in [0, 1].
       std: per-channel standard deviation, likewise.
-      spatial_gamma: share of the mean that iREPA's normalisation over the positions takes off; None is no normalisation.
+      module: Linen class, called as module(grid=(rows, columns), dtype=..., **fields); needs the fields patch_size and
+        hidden_size.
+      tokens: function from the module's outputs to target tokens [B, T, F], rows first.
     """
 
-    fields: Mapping[str, Any]
     pixels: int
+    architectures: "Mapping[str, Release]"
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    module: Callable[..., nn.Module] = VisionTransformer
+    tokens: Callable[[Any], Float[Array, "B T F"]] = patch_tokens
 
 
-_PLAIN = {"layer_scale": False}
-# Which tokens, pixels and statistics: REPA's and REPA-E's `preprocess_raw_image`, `load_encoders` and models/ for all but the
-# last two. The norms' epsilons are those of the Hugging Face folders; the original DINO and MAE have 1e-6.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Release:
+    """One released encoder.
+
+    Attributes:
+      weights: name on the hub, or of the file that its authors give to download.
+      fields: the module's sizes.
+    """
+
+    weights: str
+    fields: Mapping[str, Any]
+
+
+def _vit(weights, patch_size, hidden_size, depth, num_heads, **fields):
+    sizes = {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
+    return Release(weights, {**sizes, "mlp_dim": 4 * hidden_size, **fields})
+
+
+def _dinov2(suffix="", **fields):
+    hub = f"facebook/dinov2{suffix}"
+    return {
+        f"dinov2-small{suffix}": _vit(f"{hub}-small", 14, 384, 12, 6, **fields),
+        f"dinov2-base{suffix}": _vit(f"{hub}-base", 14, 768, 12, 12, **fields),
+        f"dinov2-large{suffix}": _vit(f"{hub}-large", 14, 1024, 24, 16, **fields),
+        f"dinov2-giant{suffix}": _vit(f"{hub}-giant", 14, 1536, 40, 24, activation="swiglu", mlp_dim=4096, **fields),
+    }
+
+
+# Tokens, pixels and statistics are those of REPA's and REPA-E's `preprocess_raw_image`, `load_encoders` and models/ for all but
+# the last two families. The norms' epsilons are those of the Hugging Face folders; the original DINO and MAE have 1e-6.
 FAMILIES = {
-    "dinov2": Family({}, pixels=224),  # x_norm_patchtokens, with registers too
-    "dino": Family({**_PLAIN, "norm_eps": 1e-12}, pixels=256),
-    "mocov3": Family(_PLAIN, pixels=256),  # RCG's checkpoints
-    # after the last block, before the final norm: mae_vit.py and clip_vit.py leave it out
-    "mae": Family({**_PLAIN, "final_norm": False, "norm_eps": 1e-12}, pixels=256),
-    "clip": Family(
-        {
-            **_PLAIN, "activation": "quick_gelu", "unbiased": ("patch_embed",), "pre_norm": True, "final_norm": False,
-            "norm_eps": 1e-5,
-        },
-        pixels=224, mean=CLIP_MEAN, std=CLIP_STD,
+    "dinov2": Family(  # x_norm_patchtokens, with registers too
+        pixels=224,
+        architectures={**_dinov2(), **_dinov2("-with-registers", num_registers=4)},
     ),
-    "ijepa": Family({**_PLAIN, "num_class_tokens": 0}, pixels=224),
+    "dino": Family(
+        pixels=256,
+        architectures={"dino-vitb16": _vit("facebook/dino-vitb16", 16, 768, 12, 12)},
+        fields={"layer_scale": False, "norm_eps": 1e-12},
+    ),
+    "mocov3": Family(  # RCG's checkpoints
+        pixels=256,
+        architectures={
+            "mocov3-small": _vit("mocov3_vits.pth", 16, 384, 12, 12),
+            "mocov3-base": _vit("mocov3_vitb.pth", 16, 768, 12, 12),
+            "mocov3-large": _vit("mocov3_vitl.pth", 16, 1024, 24, 16),
+        },
+        fields={"layer_scale": False},
+    ),
+    "mae": Family(  # after the last block, before the final norm: mae_vit.py leaves it out
+        pixels=256,
+        architectures={"vit-mae-large": _vit("facebook/vit-mae-large", 16, 1024, 24, 16)},
+        fields={"layer_scale": False, "final_norm": False, "norm_eps": 1e-12},
+    ),
+    "ijepa": Family(
+        pixels=224,
+        architectures={"ijepa_vith14_1k": _vit("facebook/ijepa_vith14_1k", 14, 1280, 32, 16)},
+        fields={"layer_scale": False, "num_class_tokens": 0},
+    ),
+    "clip": Family(  # before the final norm: clip_vit.py leaves it out
+        pixels=224,
+        architectures={"clip-vit-large-patch14": _vit("openai/clip-vit-large-patch14", 14, 1024, 24, 16)},
+        fields={
+            "layer_scale": False, "activation": "quick_gelu", "no_bias": ("patch_embed",), "pre_norm": True,
+            "final_norm": False, "norm_eps": 1e-5,
+        },
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+    ),
     # tokens and pixels: iREPA's `vision_encoder.py`; statistics: the models' preprocessor_config.json, where iREPA gives
     # SigLIP 2 ImageNet's
-    "dinov3": Family({"num_registers": 4, "rope_theta": 100.0, "unbiased": ("key",), "norm_eps": 1e-5}, pixels=256),
+    "dinov3": Family(
+        pixels=256,
+        architectures={
+            "dinov3-vits16": _vit("facebook/dinov3-vits16-pretrain-lvd1689m", 16, 384, 12, 6),
+            "dinov3-vitb16": _vit("facebook/dinov3-vitb16-pretrain-lvd1689m", 16, 768, 12, 12),
+            "dinov3-vitl16": _vit("facebook/dinov3-vitl16-pretrain-lvd1689m", 16, 1024, 24, 16),
+        },
+        fields={"num_registers": 4, "rope_theta": 100.0, "no_bias": ("key",), "norm_eps": 1e-5},
+    ),
     "siglip2": Family(
-        {**_PLAIN, "activation": "gelu_tanh", "num_class_tokens": 0}, pixels=256, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        pixels=256,
+        architectures={
+            "siglip2-base-patch16-256": _vit("google/siglip2-base-patch16-256", 16, 768, 12, 12),
+            "siglip2-so400m-patch16-256": _vit("google/siglip2-so400m-patch16-256", 16, 1152, 27, 16, mlp_dim=4304),
+        },
+        fields={"layer_scale": False, "activation": "gelu_tanh", "num_class_tokens": 0},
+        mean=HALF,
+        std=HALF,
     ),
 }  # fmt: skip
-
-
-def _sized(family, patch_size, hidden_size, depth, num_heads, **fields):
-    return {
-        "family": family, "patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, **fields
-    }  # fmt: skip
-
-
-_DINOV2 = {
-    "dinov2-small": _sized("dinov2", 14, 384, 12, 6),
-    "dinov2-base": _sized("dinov2", 14, 768, 12, 12),
-    "dinov2-large": _sized("dinov2", 14, 1024, 24, 16),
-    "dinov2-giant": _sized("dinov2", 14, 1536, 40, 24, activation="swiglu", mlp_dim=4096),
-}
-# name -> architecture as make_encoder takes it
+# name -> its family and the module's sizes, as make_encoder takes them
 ARCHITECTURES = {
-    **_DINOV2,
-    **{f"{name}-with-registers": {**fields, "num_registers": 4} for name, fields in _DINOV2.items()},
-    "dino-vitb16": _sized("dino", 16, 768, 12, 12),
-    "mocov3-small": _sized("mocov3", 16, 384, 12, 12),
-    "mocov3-base": _sized("mocov3", 16, 768, 12, 12),
-    "mocov3-large": _sized("mocov3", 16, 1024, 24, 16),
-    "vit-mae-large": _sized("mae", 16, 1024, 24, 16),
-    "ijepa_vith14_1k": _sized("ijepa", 14, 1280, 32, 16),
-    "clip-vit-large-patch14": _sized("clip", 14, 1024, 24, 16),
-    "dinov3-vits16": _sized("dinov3", 16, 384, 12, 6),
-    "dinov3-vitb16": _sized("dinov3", 16, 768, 12, 12),
-    "dinov3-vitl16": _sized("dinov3", 16, 1024, 24, 16),
-    "siglip2-base-patch16-256": _sized("siglip2", 16, 768, 12, 12),
-    "siglip2-so400m-patch16-256": _sized("siglip2", 16, 1152, 27, 16, mlp_dim=4304),
+    name: {"family": family, **release.fields}
+    for family, members in FAMILIES.items()
+    for name, release in members.architectures.items()
 }
-_REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
-_OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "unbiased", "norm_eps")
 
-_SIZE = whole(1, 2**20)
+# of an architecture that is given as a mapping
+_REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
+_OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "no_bias", "norm_eps")
 _NUMBERS = {
-    **dict.fromkeys((*_REQUIRED, "mlp_dim"), _SIZE), "num_registers": whole(0, 2**20), "rope_theta": OrNone(real(above=0)),
-    "norm_eps": real(above=0),
+    **dict.fromkeys((*_REQUIRED, "mlp_dim"), whole(1, 2**20)), "num_registers": whole(0, 2**20),
+    "rope_theta": OrNone(real(above=0)), "norm_eps": real(above=0),
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A frozen vision transformer and what its images must look like; the parameters are kept apart.
+    """A frozen encoder without its parameters.
 
     Attributes:
       name: for messages and logs.
+      family: its entry of FAMILIES.
       module: the network.
       image_size: height and width in pixels that the network receives.
-      mean: per-channel mean of the normalisation, for pixels in [0, 1].
-      std: per-channel standard deviation, likewise.
+      spatial_gamma: share of the mean that iREPA's normalization over the positions subtracts; None is no normalization.
     """
 
     name: str
-    module: VisionTransformer
+    family: Family
+    module: nn.Module
     image_size: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
     spatial_gamma: float | None = None
 
     @property
-    def grid(self):
+    def grid(self) -> int:
         """Tokens per side; T = grid ** 2."""
         return self.image_size // self.module.patch_size
 
 
-def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32):
-    """Encoder for training images of one resolution.
+def make_encoder(
+    architecture: str | Mapping[str, Any], resolution: int, *, image_size: int | None = None, dtype: jnp.dtype = jnp.float32
+) -> Encoder:
+    """Describes the encoder for training images of one resolution.
 
     Args:
       architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth, num_heads
-        and optionally mlp_dim (default 4 * hidden_size), activation, num_registers, rope_theta, unbiased, norm_eps, whose
+        and optionally mlp_dim (default 4 * hidden_size), activation, num_registers, rope_theta, no_bias, norm_eps, whose
         defaults depend on its `family`, one of FAMILIES (default 'dinov2').
       resolution: height and width of the training images in pixels.
       image_size: pixels that the network receives; by default the family's `pixels` * resolution // 256, as published.
       dtype: compute dtype.
-
-    Returns:
-      Encoder.
 
     Raises:
       ValueError: for an unknown architecture, family, activation or field, a field that is missing, or sizes that do not
@@ -147,7 +205,7 @@ def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
-    name, family, fields = _architecture(architecture)
+    name, family, fields = _released(architecture) if isinstance(architecture, str) else _described(architecture)
     if image_size is None:
         image_size = family.pixels * resolution // 256
     patch_size = fields["patch_size"]
@@ -159,20 +217,20 @@ def make_encoder(architecture, resolution, *, image_size=None, dtype=jnp.float32
             f"{patch_size}; set the encoder's image_size to e.g. {allowed}, or use another patch_size"
         )
     grid = image_size // patch_size
-    module = VisionTransformer(grid=(grid, grid), dtype=dtype, **fields)
-    return Encoder(name, module, image_size, family.mean, family.std)
+    return Encoder(name, family, family.module(grid=(grid, grid), dtype=dtype, **fields), image_size)
 
 
-def _architecture(architecture):
-    """(name, Family, all fields of VisionTransformer but grid and dtype)."""
-    name = architecture if isinstance(architecture, str) else None
-    if name is not None:
-        if name not in ARCHITECTURES:
-            raise ValueError(
-                f"encoder architecture {name!r} is unknown; allowed: {', '.join(ARCHITECTURES)}, "
-                f"or a mapping with {', '.join(_REQUIRED)}"
-            )
-        architecture = ARCHITECTURES[name]
+def _released(name):
+    """Returns (name, Family, the module's fields) of a released encoder."""
+    for family in FAMILIES.values():
+        if name in family.architectures:
+            return name, family, {**family.fields, **family.architectures[name].fields}
+    allowed = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    raise ValueError(f"encoder architecture {name!r} is unknown; allowed: {allowed}, or a mapping with {', '.join(_REQUIRED)}")
+
+
+def _described(architecture):
+    """Returns (name, Family, VisionTransformer's fields) of an architecture that is given as a mapping."""
     if not isinstance(architecture, Mapping):
         raise ValueError(f"encoder architecture {architecture!r} must be a name or a mapping with {', '.join(_REQUIRED)}")
     given = dict(architecture)
@@ -187,13 +245,15 @@ def _architecture(architecture):
         if field in given:
             check(f"encoder architecture: {field}", rule, given[field])
     family = given.pop("family", "dinov2")
-    if family not in FAMILIES:
-        raise ValueError(f"encoder architecture: family {family!r} is unknown; allowed: {', '.join(FAMILIES)}")
-    fields = {"mlp_dim": 4 * given["hidden_size"], **FAMILIES[family].fields, **given}
-    fields["unbiased"] = tuple(fields.get("unbiased", ()))
+    families = {name: family for name, family in FAMILIES.items() if family.module is VisionTransformer}
+    if family not in families:
+        raise ValueError(f"encoder architecture: family {family!r} is unknown; allowed: {', '.join(families)}")
+    fields = {"mlp_dim": 4 * given["hidden_size"], **families[family].fields, **given}
+    if "no_bias" in fields:
+        fields["no_bias"] = tuple(fields["no_bias"])
     for field, values, allowed in (
         ("activation", [fields.get("activation", "gelu")], ACTIVATIONS),
-        ("unbiased", fields["unbiased"], PROJECTIONS),
+        ("no_bias", fields.get("no_bias", ()), PROJECTIONS),
     ):
         for value in values:
             if value not in allowed:
@@ -203,34 +263,21 @@ def _architecture(architecture):
             f"encoder architecture: hidden_size {fields['hidden_size']} is not divisible by num_heads "
             f"{fields['num_heads']}; change one of them"
         )
-    described = f"vit-{fields['hidden_size']}x{fields['depth']}-patch{fields['patch_size']}"
-    return name or described, FAMILIES[family], fields
+    return f"vit-{fields['hidden_size']}x{fields['depth']}-patch{fields['patch_size']}", families[family], fields
 
 
-def init_params(encoder, key):
-    """Random parameters of an encoder; under `jax.eval_shape` their shapes alone.
-
-    Args:
-      encoder: Encoder.
-      key: random key.
-
-    Returns:
-      The module's 'params', float32.
-    """
+def init_params(encoder: Encoder, key: Array) -> Mapping[str, Any]:
+    """Returns random float32 parameters of an encoder; under `jax.eval_shape` their shapes alone."""
     return encoder.module.init(key, jnp.zeros((1, encoder.image_size, encoder.image_size, 3)))["params"]
 
 
-def preprocess(encoder, images):
-    """What the encoder's network receives: normalised, then resized.
+def preprocess(encoder: Encoder, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B S S 3"]:
+    """Normalizes images by the family's statistics and resizes them to the network's image_size.
 
     CLIP's published order is the reverse; the two agree, because the resize keeps constants.
 
-    Args:
-      encoder: Encoder.
-      images: uint8 [B, H, H, 3].
-
     Returns:
-      float32 [B, S, S, 3], S the encoder's image_size, (x / 255 - mean) / std.
+      float32, (x / 255 - mean) / std.
 
     Raises:
       ValueError: if the images are not square uint8 RGB.
@@ -240,24 +287,15 @@ def preprocess(encoder, images):
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise ValueError(
             f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: uint8 [B, H, H, 3] with "
-            "values 0..255; pass the images before any normalisation"
+            "values 0..255; pass the images before any normalization"
         )
     x = images.astype(jnp.float32) / 255
-    x = (x - np.asarray(encoder.mean, np.float32)) / np.asarray(encoder.std, np.float32)
+    x = (x - np.asarray(encoder.family.mean, np.float32)) / np.asarray(encoder.family.std, np.float32)
     return resize_bicubic(x, encoder.image_size, encoder.image_size)
 
 
-def resize_bicubic(images, height, width):
-    """Bicubic resize as torch.nn.functional.interpolate(mode='bicubic', align_corners=False) does it.
-
-    Args:
-      images: float [B, H, W, C].
-      height: rows of the result.
-      width: columns of the result.
-
-    Returns:
-      [B, height, width, C] of the same dtype; `images` itself when the size agrees.
-    """
+def resize_bicubic(images: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B height width C"]:
+    """Resizes as torch.nn.functional.interpolate(mode='bicubic', align_corners=False); returns `images` if the size agrees."""
     if images.shape[1:3] == (height, width):
         return images
     # torch's kernel has a = -0.75, repeats the edge pixels and does not antialias; plain 'bicubic' differs in all three
@@ -265,38 +303,29 @@ def resize_bicubic(images, height, width):
     return jax.image.resize(images, shape, method="bicubic-pytorch", antialias=False)
 
 
-def encode(encoder, params, images):
-    """Target tokens: the patch tokens that VisionTransformer gives, without class and register tokens; normalised over the
-    positions if the encoder says so.
+def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
+    """Returns the target tokens of images, rows first, T = grid ** 2; no gradient flows through them.
 
-    Args:
-      encoder: Encoder.
-      params: its parameters.
-      images: uint8 [B, H, H, 3].
-
-    Returns:
-      float32 [B, T, F], rows first, T = grid ** 2; no gradient flows through it.
+    They are normalized over the positions if the encoder has a `spatial_gamma`.
 
     Raises:
       ValueError: if the images are not square uint8 RGB.
     """
     with jax.named_scope("encoder"):
-        _, patches = encoder.module.apply({"params": unsharded(params)}, preprocess(encoder, images))
+        outputs = encoder.module.apply({"params": unsharded(params)}, preprocess(encoder, images))
+        tokens = encoder.family.tokens(outputs)
         if encoder.spatial_gamma is not None:
-            patches = spatial_normalize(patches, encoder.spatial_gamma)
-        return jax.lax.stop_gradient(patches)
+            tokens = spatial_normalize(tokens, encoder.spatial_gamma)
+        return jax.lax.stop_gradient(tokens)
 
 
-def resample_positions(pos_embed, grid, num_prefix=1):
-    """Position embedding for another grid: the class token's is kept, the others are resampled.
+def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: int, num_prefix: int = 1) -> Float[Array, "1 P+T D"]:
+    """Resamples a position embedding for another grid; those of tokens that are no patches are kept.
 
     Args:
-      pos_embed: [1, num_prefix + N, D], N a square number, rows first.
-      grid: tokens per side of the result.
-      num_prefix: how many of the tokens are no patches.
-
-    Returns:
-      float32 [1, num_prefix + grid ** 2, D].
+      pos_embed: the first P = num_prefix of its tokens are no patches; N is a square number, rows first.
+      grid: tokens per side of the result, T = grid ** 2.
+      num_prefix: number of tokens that are no patches.
 
     Raises:
       ValueError: if the shape is another one.
@@ -314,21 +343,13 @@ def resample_positions(pos_embed, grid, num_prefix=1):
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     width = pos_embed.shape[2]
-    # antialiasing torch resizes with a = -0.5 and renormalised edges, as JAX's 'bicubic' does
+    # antialiasing torch resizes with a = -0.5 and renormalized edges, as JAX's 'bicubic' does
     patches = jax.image.resize(patches.reshape(1, old, old, width), (1, grid, grid, width), "bicubic", antialias=True)
     return jnp.concatenate([prefix, patches.reshape(1, grid**2, width)], axis=1)
 
 
-def check_grid(encoder, token_grid):
-    """Raises unless the encoder's tokens and the SiT's lie on the same grid.
-
-    Args:
-      encoder: Encoder.
-      token_grid: the SiT's tokens per side.
-
-    Raises:
-      ValueError: naming both grids and what can be changed.
-    """
+def check_grid(encoder: Encoder, token_grid: int) -> None:
+    """Raises ValueError unless the encoder's tokens and the SiT's, `token_grid` per side, lie on the same grid."""
     if encoder.grid != token_grid:
         raise ValueError(
             f"encoder {encoder.name!r} gives {encoder.grid} x {encoder.grid} tokens ({encoder.image_size} pixels, "
@@ -338,15 +359,14 @@ def check_grid(encoder, token_grid):
         )
 
 
-def spatial_normalize(tokens, gamma):
-    """(x - gamma * mean) / (std + 1e-6) per image and channel, over the tokens: contrast between positions instead of content.
+def spatial_normalize(tokens: Float[Array, "B T F"], gamma: float) -> Float[Array, "B T F"]:
+    """Returns (x - gamma * mean) / (std + 1e-6) per image and channel, over the tokens, in float32.
+
+    It keeps the contrast between positions rather than the content of the whole image.
 
     Args:
-      tokens: [B, T, F] with T >= 2, an encoder's patch tokens.
+      tokens: an encoder's patch tokens, T >= 2.
       gamma: share of the mean that is subtracted, 0 to 1; 0.6 by default in the published code.
-
-    Returns:
-      float32 [B, T, F].
 
     Raises:
       ValueError: for another shape or gamma.

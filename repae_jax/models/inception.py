@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 IMAGE_SIZE = 299
 NUM_CLASSES = 1008
@@ -22,33 +23,26 @@ max_pool_2 = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
 @struct.dataclass
 class InceptionFeatures:
-    """What the metrics need, float32.
+    """Features that the metrics use, float32.
 
     Attributes:
-      pool: [B, 2048], the graph's pool_3: FID, precision and recall.
-      spatial: [B, 2023], the first 7 channels of mixed_6/conv, rows first: sFID.
-      logits: [B, 1008], softmax/logits/MatMul, that is without the bias: inception score.
+      pool: the graph's pool_3, for FID, precision and recall.
+      spatial: the first 7 channels of mixed_6/conv, rows first, for sFID.
+      logits: softmax/logits/MatMul, without the bias, for the inception score.
     """
 
-    pool: jax.Array
-    spatial: jax.Array
-    logits: jax.Array
+    pool: Float[Array, "B 2048"]
+    spatial: Float[Array, "B 2023"]
+    logits: Float[Array, "B 1008"]
 
 
-def resize_tf1(images, size):
-    """Bilinear resizing as TensorFlow 1's ResizeBilinear with align_corners=False does it.
+def resize_tf1(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C"]:
+    """Resizes bilinearly as TensorFlow 1's ResizeBilinear with align_corners=False, in float32.
 
-    Output pixel i lies at input i * (old / new), without half-pixel centres, so the picture shifts towards the upper left when
-    it is enlarged, and nothing is averaged when it shrinks. The published statistics were made this way; `jax.image.resize`
-    gives other features. Pixels are unsharded, not multiplied by a matrix, so that the result does not depend on the precision
+    Output pixel i lies at input i * (old / new), without half-pixel centers, so the picture shifts towards the upper left when
+    it is enlarged, and nothing is averaged when it shrinks. The published statistics were computed so; `jax.image.resize`
+    gives other features. Pixels are gathered, not multiplied by a matrix, so that the result does not depend on the precision
     of matrix products.
-
-    Args:
-      images: [B, H, W, C].
-      size: height and width of the result.
-
-    Returns:
-      float32 [B, size, size, C].
     """
     x = images.astype(jnp.float32)
     # columns before rows, as TensorFlow does
@@ -63,13 +57,13 @@ def resize_tf1(images, size):
     return x
 
 
-def graph_input(images):
-    """What TensorFlow's graph makes of images [B, H, W, 3] in 0..255: float32 [B, 299, 299, 3] in [-1, 1)."""
+def graph_input(images: Float[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
+    """Returns images in 0..255 as TensorFlow's graph prepares them, float32 in [-1, 1)."""
     return (resize_tf1(images, IMAGE_SIZE) - 128) / 128
 
 
-def pytorch_fid_input(images):
-    """What pytorch-fid makes of them, with the same weights behind: half-pixel centers, and [-1, 1] with both ends.
+def pytorch_fid_input(images: Float[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
+    """Returns images in 0..255 as pytorch-fid prepares them for the same weights: half-pixel centers, float32 in [-1, 1].
 
     Reference: pytorch-fid `inception.py` `InceptionV3.forward`, torch's `F.interpolate(mode='bilinear', align_corners=False)`.
     """
@@ -83,7 +77,7 @@ class FrozenBatchNorm(nn.Module):
     epsilon: float = 1e-3
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         shape = (x.shape[-1],)
         scale, var = (self.param(name, nn.initializers.ones, shape) for name in ("scale", "var"))
         bias, mean = (self.param(name, nn.initializers.zeros, shape) for name in ("bias", "mean"))
@@ -100,7 +94,7 @@ class ConvUnit(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         # he_normal keeps the activations' size where the weights are random
         x = nn.Conv(
             self.features, self.kernel, self.strides, self.padding, use_bias=False,
@@ -109,20 +103,20 @@ class ConvUnit(nn.Module):
         return nn.relu(FrozenBatchNorm(name="bn")(x)).astype(self.dtype)
 
 
-def average_pool(x):
-    """3 x 3 averages in float32; pixels beyond the border do not count."""
+def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns 3 x 3 averages, computed in float32; pixels beyond the border do not count."""
     y = nn.avg_pool(x.astype(jnp.float32), (3, 3), padding="SAME", count_include_pad=False)
     return y.astype(x.dtype)
 
 
 class InceptionA(nn.Module):
-    """35 x 35 block; [B, H, W, C] -> [B, H, W, 224 + pool_features]."""
+    """35 x 35 block with 224 + pool_features output channels."""
 
     pool_features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         single = conv(64, (1, 1), name="branch1x1")(x)
         five = conv(48, (1, 1), name="branch5x5_1")(x)
@@ -135,12 +129,12 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """From 35 x 35 to 17 x 17; C -> C + 480 channels."""
+    """Reduces 35 x 35 to 17 x 17; adds 480 channels."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         three = conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
         double = conv(64, (1, 1), name="branch3x3dbl_1")(x)
@@ -150,13 +144,13 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17 x 17 block with 7 x 7 convolutions in two parts, `width` channels between them; [B, H, W, C] -> [B, H, W, 768]."""
+    """17 x 17 block with 768 output channels; its 7 x 7 convolutions are in two parts, with `width` channels between them."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv, width = functools.partial(ConvUnit, dtype=self.dtype), self.width
         single = conv(192, (1, 1), name="branch1x1")(x)
         seven = conv(width, (1, 1), name="branch7x7_1")(x)
@@ -172,12 +166,12 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """From 17 x 17 to 8 x 8; C -> C + 512 channels."""
+    """Reduces 17 x 17 to 8 x 8; adds 512 channels."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         three = conv(192, (1, 1), name="branch3x3_1")(x)
         three = conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
@@ -189,10 +183,10 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 x 8 block; [B, H, W, C] -> [B, H, W, 2048].
+    """8 x 8 block with 2048 output channels.
 
     Attributes:
-      pool: 'average' or 'max'. The graph of 2015 has 'max' in its last block, unlike the paper.
+      pool: 'average' or 'max'; the graph of 2015 has 'max' in its last block, unlike the paper.
       dtype: compute dtype.
     """
 
@@ -200,26 +194,26 @@ class InceptionE(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         single = conv(320, (1, 1), name="branch1x1")(x)
         three = conv(384, (1, 1), name="branch3x3_1")(x)
-        three = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
+        threes = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
         double = conv(448, (1, 1), name="branch3x3dbl_1")(x)
         double = conv(384, (3, 3), name="branch3x3dbl_2")(double)
-        double = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
+        doubles = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
         pooled = average_pool(x) if self.pool == "average" else nn.max_pool(x, (3, 3), padding="SAME")
         pool = conv(192, (1, 1), name="branch_pool")(pooled)
-        return jnp.concatenate([single, *three, *double, pool], axis=-1)
+        return jnp.concatenate([single, *threes, *doubles, pool], axis=-1)
 
 
 class Classifier(nn.Module):
-    """The last layer's product; its bias is kept for conversion and never added, as in the published inception scores."""
+    """Product of the last layer; its bias is kept for conversion and never added, as in the published inception scores."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B 2048"]) -> Float[Array, "B 1008"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], NUM_CLASSES))
         self.param("bias", nn.initializers.zeros, (NUM_CLASSES,))
         return (x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32)
@@ -238,14 +232,8 @@ class InceptionV3(nn.Module):
     prepare: Callable[[jax.Array], jax.Array] = graph_input
 
     @nn.compact
-    def __call__(self, images):
-        """Resizes and extracts.
-
-        Args:
-          images: [B, H, W, 3] in [0, 255], float32 or uint8.
-
-        Returns:
-          InceptionFeatures.
+    def __call__(self, images: Float[Array, "B H W 3"]) -> InceptionFeatures:
+        """Resizes images in [0, 255], float32 or uint8, and extracts their features.
 
         Raises:
           ValueError: for another shape or dtype.

@@ -1,6 +1,6 @@
 """SiT: a scalable interpolant transformer with an alignment tap.
 
-The network only maps (z_t, t, labels) to a velocity and to projections. It draws no randomness, normalises no latents and
+The network only maps (z_t, t, labels) to a velocity and to projections. It draws no randomness, normalizes no latents and
 computes no loss. Reference: SiT (arXiv 2401.08740), REPA (2410.06940), REPA-E (2504.10483).
 """
 
@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from repae_jax.models import layers
 
@@ -19,20 +20,20 @@ gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
 class TimestepEmbedder(nn.Module):
-    """t [B] in [0, 1] -> [B, D]: 256 sinusoids (float32), then a two-layer SiLU MLP."""
+    """Embeds t in [0, 1] by 256 float32 sinusoids and a two-layer SiLU MLP."""
 
     hidden_size: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, t):
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
         x = layers.timestep_embedding(t, 256).astype(self.dtype)
         x = layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc1")(x)
         return layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc2")(nn.silu(x))
 
 
 class SiTBlock(nn.Module):
-    """adaLN-zero transformer block. Call: (x [B, T, D], c [B, D]) -> (x, None)."""
+    """adaLN-zero transformer block, conditioned on c; returns (x, None), as `nn.scan` takes it."""
 
     num_heads: int
     mlp_ratio: float
@@ -40,18 +41,16 @@ class SiTBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, c):
-        width = x.shape[-1]
-        modulation = layers.Dense(6 * width, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="adaLN_modulation")(
-            nn.silu(c)
-        )
-        # float32, so that their gradients, sums over the tokens, are
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B T D"], None]:
+        width, zeros = x.shape[-1], nn.initializers.zeros
+        modulation = layers.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
+        # in float32, so that their gradients are summed over the tokens in float32
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation.astype(jnp.float32), 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)
         attention = layers.Attention(
             self.num_heads,
             qk_norm=self.qk_norm,
-            # xavier on the fused (3D, D) matrix of the published code: 1.41 x smaller than on (D, D)
+            # Xavier's bound of the published code's fused (3D, D) matrix is 1.41 x smaller than that of (D, D)
             qkv_init=layers.uniform(math.sqrt(6 / (4 * width))),
             dtype=self.dtype,
             name="attn",
@@ -63,13 +62,13 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map to patches; zero at initialisation. (x [B, T, D], c [B, D]) -> [B, T, out_dim]."""
+    """adaLN and a linear map to patches; zero at initialization."""
 
     out_dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T out_dim"]:
         zeros = nn.initializers.zeros
         modulation = layers.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
@@ -79,36 +78,36 @@ class FinalLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Three-layer SiLU MLP from SiT tokens to one encoder's features: [B, T, D] -> [B, T, F]."""
+    """Three-layer SiLU MLP from SiT tokens to one encoder's features."""
 
     hidden_dim: int
     feature_dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         for i, width in enumerate((self.hidden_dim, self.hidden_dim, self.feature_dim)):
             x = layers.Dense(width, kernel_init=layers.xavier, dtype=self.dtype, name=f"fc{i + 1}")(x if i == 0 else nn.silu(x))
         return x
 
 
 class ConvProjector(nn.Module):
-    """iREPA's: one 3x3 convolution over the grid of tokens, from SiT tokens to one encoder's features."""
+    """iREPA's projector: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
 
     feature_dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         side = math.isqrt(x.shape[1])
         grid = x.reshape(x.shape[0], side, side, x.shape[2])
         init = layers.torch_default_init(9 * x.shape[2])
-        made = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)(grid)
-        return made.reshape(*x.shape[:2], self.feature_dim)
+        conv = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)
+        return conv(grid).reshape(*x.shape[:2], self.feature_dim)
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a table of positions, 2D sin-cos at first, to tokens [B, T, D].
+    """Adds a table of positions, initially 2D sin-cos, to tokens; the result is float32.
 
     Attributes:
       learned: whether gradients reach the table.
@@ -117,9 +116,7 @@ class PositionEmbedding(nn.Module):
     learned: bool
 
     @nn.compact
-    def __call__(self, x, height, width):
-        """x: [B, height * width, D], rows first; float32 result."""
-
+    def __call__(self, x: Float[Array, "B T D"], height: int, width: int) -> Float[Array, "B T D"]:
         def sincos(key, shape):
             return jnp.asarray(layers.sincos_position_embedding(shape[2], height, width)[None])
 
@@ -145,10 +142,10 @@ class SiT(nn.Module):
       projector: 'mlp', REPA's, or 'conv', iREPA's 3x3 convolution, for square grids.
       projector_dim: hidden width of an 'mlp' projector.
       mlp_ratio: MLP width / D.
-      qk_norm: normalise queries and keys.
+      qk_norm: normalize queries and keys.
       learned_sigma: predict 2C channels, as DiT does for its variance; published SiTs have the second half, but leave it
         unused, and training them needs C channels.
-      learned_positions: train the position table. REPA-E's loop does, by switching the gradients of all parameters on again
+      learned_positions: train the position table. REPA-E's loop does, because it enables the gradients of all parameters again
         after its VAE phase; SiT, REPA and training on a frozen VAE keep the sin-cos table.
       remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
       unroll: blocks per iteration of the scanned stacks.
@@ -174,8 +171,8 @@ class SiT(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def null_label(self):
-        """The label that stands for "no class"."""
+    def null_label(self) -> int:
+        """Label that stands for "no class"."""
         return self.num_classes
 
     def setup(self):
@@ -200,14 +197,15 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
 
     def _stack(self, name, length):
-        fields = {"num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "qk_norm": self.qk_norm, "dtype": self.dtype}
-        how = {"remat": self.remat, "unroll": self.unroll, "num_broadcast": 1}
-        return layers.scan_blocks(SiTBlock, length, name=name, **how, **fields)
+        return layers.scan_blocks(
+            SiTBlock, length, name=name, remat=self.remat, unroll=self.unroll, num_broadcast=1,
+            num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, dtype=self.dtype,
+        )  # fmt: skip
 
     def _embed(self, z_t, t, labels):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
-        x = self.pos_embed(x, height, width)  # float32 from here on, as is every residual sum
+        x = self.pos_embed(x, height, width)  # the residual stream is float32
         return x, self.t_embedder(t) + self.y_embedder(labels)
 
     def _to_tap(self, z_t, t, labels):
@@ -218,12 +216,16 @@ class SiT(nn.Module):
     def _project(self, tokens):
         return tuple(projector(tokens).astype(jnp.float32) for projector in self.projectors)
 
-    def tap_tokens(self, z_t, t, labels):
-        """Hidden states after block `encoder_depth`: [B, T, D]. Arguments as in `__call__`."""
+    def tap_tokens(
+        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the hidden states after block `encoder_depth`. Arguments as in `__call__`."""
         return self._to_tap(z_t, t, labels)[0]
 
-    def mean_tokens(self, z_t, t, labels):
-        """Hidden states after every block, averaged over the tokens: float32 [depth, B, D]. Arguments as in `__call__`."""
+    def mean_tokens(
+        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
+    ) -> Float[Array, "depth B D"]:
+        """Returns the hidden states after every block, averaged over the tokens, float32. Arguments as in `__call__`."""
         x, c = self._embed(z_t, t, labels)
         block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.dtype, parent=None)
 
@@ -233,25 +235,29 @@ class SiT(nn.Module):
 
         means = []
         for stack in [self.early_blocks] + ([self.late_blocks] if self.encoder_depth < self.depth else []):
-            x, of_stack = jax.lax.scan(apply_block, x, stack.variables["params"])  # the stack itself returns the last only
-            means.append(of_stack)
+            x, stack_means = jax.lax.scan(apply_block, x, stack.variables["params"])  # calling it gives the last block's x only
+            means.append(stack_means)
         return jnp.concatenate(means)
 
-    def align(self, z_t, t, labels):
-        """Projections only; computes nothing past the tap and needs no `late_blocks`. As `__call__` otherwise."""
+    def align(
+        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T F"], ...]:
+        """Returns the projections of `__call__`; computes nothing past the tap and needs no `late_blocks`."""
         return self._project(self.tap_tokens(z_t, t, labels))
 
-    def __call__(self, z_t, t, labels):
-        """Velocity and projections.
+    def __call__(
+        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B h w C"], tuple[Float[Array, "B T F"], ...]]:
+        """Predicts the velocity and projects the hidden states at the tap.
 
         Args:
-          z_t: [B, h, w, C] noisy normalised latents.
-          t: [B] in [0, 1]; 0 is data, 1 is noise. A DiT's: 0..999.
-          labels: int [B] in 0..num_classes (num_classes = null).
+          z_t: noisy normalized latents.
+          t: in [0, 1]; 0 is data, 1 is noise. A DiT's: 0..999.
+          labels: 0..num_classes (num_classes = null).
 
         Returns:
-          velocity: float32 [B, h, w, C]; [B, h, w, 2C] if learned_sigma, the velocity, or DiT's noise, first.
-          projections: tuple of float32 [B, T, F], one per encoder.
+          The float32 velocity, with 2C channels if learned_sigma, the velocity or DiT's noise first; and one float32 projection
+          per encoder.
         """
         x, c = self._to_tap(z_t, t, labels)
         projections = self._project(x)

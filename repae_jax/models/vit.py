@@ -13,27 +13,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from repae_jax.models import layers
 
 SWIGLU = "swiglu"
-_ELEMENTWISE = {
+_ELEMENTWISE: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 ACTIVATIONS = (*_ELEMENTWISE, SWIGLU)
-PROJECTIONS = ("patch_embed", "query", "key", "value", "out")  # which may lack a bias
+PROJECTIONS = ("patch_embed", "query", "key", "value", "out")  # layers that may lack a bias
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP, fc2(silu(gate(x)) * fc1(x)): [B, T, D] -> [B, T, D]."""
+    """Gated MLP, fc2(silu(gate(x)) * fc1(x))."""
 
     hidden_dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, value = (layers.Dense(self.hidden_dim, dtype=self.dtype, name=name)(x) for name in ("gate", "fc1"))
         return layers.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.silu(gate) * value)
 
@@ -42,21 +43,21 @@ class LayerScale(nn.Module):
     """Learned per-channel factor of a residual branch."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
 
 
-def axial_rotation(rows, columns, head_dim, theta):
-    """Angles of DINOv3's rotary positions: of a patch centre's row and column, each in [-1, 1], in head_dim / 4 frequencies.
+def axial_rotation(rows: int, columns: int, head_dim: int, theta: float) -> Float[np.ndarray, "N d/2"]:
+    """Returns the angles of DINOv3's rotary positions, float32.
+
+    They are a patch center's row and column, each in [-1, 1], times head_dim / 4 frequencies; the rows' angles come first, and
+    channels i and i + head_dim / 2 form one plane.
 
     Args:
-      rows: of the token grid.
-      columns: of the token grid.
-      head_dim: channels of an attention head, divisible by 4.
+      rows: rows of the token grid, N = rows * columns.
+      columns: columns of the token grid.
+      head_dim: channels d of an attention head, divisible by 4.
       theta: frequency f is 2 pi / theta ** (4 f / head_dim).
-
-    Returns:
-      float32 numpy [rows * columns, head_dim / 2], rows' angles first; channel i and i + head_dim / 2 are one plane.
 
     Raises:
       ValueError: if head_dim is not divisible by 4.
@@ -64,21 +65,13 @@ def axial_rotation(rows, columns, head_dim, theta):
     if head_dim % 4:
         raise ValueError(f"rotary positions need attention heads of a width divisible by 4, got {head_dim}")
     frequencies = 2 * math.pi / theta ** (np.arange(head_dim // 4) / (head_dim // 4))
-    centres = [2 * (np.arange(count) + 0.5) / count - 1 for count in (rows, columns)]
-    positions = np.stack(np.meshgrid(*centres, indexing="ij"), axis=-1).reshape(-1, 2, 1)
+    centers = [2 * (np.arange(count) + 0.5) / count - 1 for count in (rows, columns)]
+    positions = np.stack(np.meshgrid(*centers, indexing="ij"), axis=-1).reshape(-1, 2, 1)
     return (positions * frequencies).reshape(-1, head_dim // 2).astype(np.float32)
 
 
-def rotate_patches(angles, x):
-    """Rotates the patch tokens' channel pairs (i, i + d/2) by their angles; the tokens before them are left alone.
-
-    Args:
-      angles: [N, d / 2].
-      x: [B, P + N, heads, d].
-
-    Returns:
-      [B, P + N, heads, d] of x's dtype, computed in float32.
-    """
+def rotate_patches(angles: Float[np.ndarray, "N d/2"], x: Float[Array, "B P+N heads d"]) -> Float[Array, "B P+N heads d"]:
+    """Rotates the channel pairs (i, i + d/2) of the patch tokens by their angles, in float32; the P tokens before stay."""
     prefix, patches = jnp.split(x, [x.shape[1] - len(angles)], axis=1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
@@ -87,23 +80,23 @@ def rotate_patches(angles, x):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block. Call: x [B, T, D] -> (x, None). Attributes as VisionTransformer's."""
+    """Pre-norm transformer block; returns (x, None), as `nn.scan` takes it. The attributes are VisionTransformer's."""
 
     num_heads: int
     mlp_dim: int
     activation: str
     layer_scale: bool
-    unbiased: Sequence[str]
+    no_bias: Sequence[str]
     rotate: Callable | None
     norm_eps: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
-        attention = layers.Attention(self.num_heads, unbiased=self.unbiased, rotate=self.rotate, dtype=self.dtype, name="attn")
+        attention = layers.Attention(self.num_heads, no_bias=self.no_bias, rotate=self.rotate, dtype=self.dtype, name="attn")
         if self.activation == SWIGLU:
-            mlp = SwiGLU(self.mlp_dim, dtype=self.dtype, name="mlp")
+            mlp: Callable[[Array], Array] = SwiGLU(self.mlp_dim, dtype=self.dtype, name="mlp")
         else:
             mlp = layers.Mlp(self.mlp_dim, _ELEMENTWISE[self.activation], dtype=self.dtype, name="mlp")
 
@@ -116,7 +109,7 @@ class ViTBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A vision transformer; the defaults are DINOv2's. Tokens are class tokens, registers, patches, in this order.
+    """Vision transformer; the defaults are DINOv2's. Tokens are class tokens, registers, patches, in this order.
 
     Attributes:
       patch_size: pixels per token side.
@@ -125,14 +118,14 @@ class VisionTransformer(nn.Module):
       num_heads: attention heads.
       mlp_dim: hidden width of the MLPs.
       grid: rows and columns of patches; images must be grid * patch_size pixels.
-      activation: of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one.
+      activation: activation of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one.
       num_class_tokens: 1, or 0 for encoders without one.
-      num_registers: further tokens, without positions.
-      rope_theta: base of the periods of rotary positions, which take the place of the learned table; None is the table.
-      layer_scale: whether each residual branch has a learned factor per channel.
-      pre_norm: whether a layer norm stands before the first block.
-      final_norm: whether one stands behind the last.
-      unbiased: those of PROJECTIONS that have no bias.
+      num_registers: register tokens, without positions.
+      rope_theta: base of the periods of rotary positions, which replace the learned table; None is the table.
+      layer_scale: each residual branch has a learned factor per channel.
+      pre_norm: a layer norm precedes the first block.
+      final_norm: a layer norm follows the last block.
+      no_bias: the PROJECTIONS without a bias.
       norm_eps: layer-norm epsilon.
       dtype: compute dtype of matrix products; parameters, residual stream and norms are float32.
     """
@@ -150,20 +143,16 @@ class VisionTransformer(nn.Module):
     layer_scale: bool = True
     pre_norm: bool = False
     final_norm: bool = True
-    unbiased: Sequence[str] = ()
+    no_bias: Sequence[str] = ()
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images):
-        """Features of pre-processed images.
+    def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:
+        """Returns float32 class tokens and patch tokens (rows first), after the final layer norm if there is one.
 
         Args:
-          images: [B, grid[0] * patch_size, grid[1] * patch_size, 3], normalised as the encoder's training did.
-
-        Returns:
-          float32 tokens after the final layer norm, or after the last block where there is none:
-          class tokens [B, num_class_tokens, D], patches [B, grid[0] * grid[1], D] (rows first).
+          images: grid * patch_size pixels, normalized as in the encoder's training.
 
         Raises:
           ValueError: if the images do not fill the grid.
@@ -175,11 +164,11 @@ class VisionTransformer(nn.Module):
         normal = nn.initializers.normal(0.02)
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
         patches = layers.patchify(images.astype(self.dtype), self.patch_size)
-        has_bias = "patch_embed" not in self.unbiased
+        has_bias = "patch_embed" not in self.no_bias
         patches = layers.Dense(self.hidden_size, has_bias, dtype=self.dtype, name="patch_embed")(patches).astype(jnp.float32)
 
         def tokens(name, count):
-            if not count:  # nor a parameter
+            if not count:
                 return jnp.zeros((patches.shape[0], 0, self.hidden_size))
             param = self.param(name, normal, (1, count, self.hidden_size))
             return jnp.broadcast_to(param, (patches.shape[0], count, self.hidden_size))
@@ -196,7 +185,7 @@ class VisionTransformer(nn.Module):
             x = norm(name="pre_norm")(x)
         block = layers.scan_blocks(
             ViTBlock, self.depth, name="blocks", num_heads=self.num_heads, mlp_dim=self.mlp_dim, activation=self.activation,
-            layer_scale=self.layer_scale, unbiased=self.unbiased, rotate=rotate, norm_eps=self.norm_eps, dtype=self.dtype,
+            layer_scale=self.layer_scale, no_bias=self.no_bias, rotate=rotate, norm_eps=self.norm_eps, dtype=self.dtype,
         )  # fmt: skip
         x, _ = block(x)
         if self.final_norm:

@@ -249,7 +249,7 @@ def test_mocov3(moco, tmp_path, record_property):
         np.testing.assert_array_equal(returned[name].view(np.int32), array.view(np.int32), err_msg=name)
 
     encoder, params = vit.load_encoder(path, 64)
-    assert (encoder.image_size, encoder.mean) == (64, features.IMAGENET_MEAN)
+    assert (encoder.image_size, encoder.family.mean) == (64, features.IMAGENET_MEAN)
     pixels = random_pixels(64)
     cls, patches = jax.jit(encoder.module.apply)({"params": params}, pixels)
     expected = timm_tokens(arrays, pixels, depth=15, num_heads=12)
@@ -445,7 +445,7 @@ def check_published_size(name, path, tokens, folder, record_property):
     expected = tokens(pixels)
     encoder, params = vit.load_encoder(path, 256)
     assert encoder.module == described.module and encoder.image_size == described.image_size
-    assert (encoder.mean, encoder.std) == (described.mean, described.std)
+    assert encoder.family == described.family
     for dtype, rtol in ((jnp.float32, reference.NETWORK_RTOL), (jnp.bfloat16, 0.02)):
         _, patches = jax.jit(encoder.module.clone(dtype=dtype).apply)({"params": params}, pixels)
         reference.check(patches, expected, rtol, f"{name} {jnp.dtype(dtype)}", record_property)

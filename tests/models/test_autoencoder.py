@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +7,8 @@ import reference
 from checkpoints_tools import mapping
 from checkpoints_tools.vae import torch_vae, vae_table
 from configs import common
-from repae_jax.models import autoencoder
-from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.autoencoder import AutoencoderKL, ResnetBlock
+from repae_jax.models.fused_ops import DeferredBias, recompute_norms
 
 
 def golden_vae(meta, names):
@@ -125,36 +124,10 @@ def test_groups_that_do_not_divide_are_refused():
         vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 1, 1, 4)))
 
 
-def test_the_transposed_convolution_is_upsampling_and_convolution():
-    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (2, 6, 8, 5), (3, 3, 5, 7), (2, 12, 16, 7)
-    x, kernel, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
-    results = []
-    for run in (autoencoder.transposed_conv, autoencoder.repeated_conv):
-        y, back = jax.vjp(run, x, kernel)
-        results.append((y, *back(cotangent)))
-    for transposed, repeated in zip(*results):
-        assert transposed.shape == repeated.shape
-        np.testing.assert_allclose(transposed, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
-
-
-@pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_group_norm_is_linens(offset):
-    x = offset + 3 * jax.random.normal(jax.random.key(0), (2, 6, 8, 64))
-    shift = jax.random.normal(jax.random.key(2), (64,))
-    norm = nn.GroupNorm(num_groups=32, epsilon=1e-6)
-    variables = norm.init(jax.random.key(1), x)
-    shifted = autoencoder.Shifted(x - shift, shift)
-    ours = autoencoder.GroupNorm(jnp.float32).apply(variables, shifted, *autoencoder.group_stats(shifted, 32))
-    # at 30 linen's own values are up to 2e-4 from those of float64, ours up to 1e-4, by the order in which XLA sums squares
-    np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 3e-4)
-
-
 def test_gradients_of_a_block_keep_two_arrays_of_its_size():
-    """Its input, and what the first convolution gives; not what normalisation and SiLU compute in float32 in between."""
-    block = autoencoder.ResnetBlock(64, 32, jnp.bfloat16)
-    x = autoencoder.Shifted(jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.float32))
+    """Its input, and the result of the first convolution; not the float32 results of normalization and SiLU in between."""
+    block = recompute_norms(ResnetBlock)(64, 32, jnp.bfloat16)
+    x = DeferredBias(jax.ShapeDtypeStruct((4, 16, 16, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.float32))
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
     _, back = jax.eval_shape(lambda variables, x: jax.vjp(block.apply, variables, x), variables, x)
     kept = [leaf for leaf in jax.tree.leaves(back) if leaf.size >= x.x.size]
@@ -162,16 +135,10 @@ def test_gradients_of_a_block_keep_two_arrays_of_its_size():
 
 
 def test_no_convolution_is_computed_again():
-    """Backwards, a measured convolution needs its result, which the group norm that follows keeps anyway."""
-    block = autoencoder.ResnetBlock(32, 8, jnp.float32)
-    x = autoencoder.Shifted(jax.ShapeDtypeStruct((1, 16, 16, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32))
+    """Backwards, a convolution with moments needs its result, which the group norm that follows keeps anyway."""
+    block = recompute_norms(ResnetBlock)(32, 8, jnp.float32)
+    x = DeferredBias(jax.ShapeDtypeStruct((1, 16, 16, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32))
     params = jax.eval_shape(block.init, jax.random.key(0), x)
     gradient = jax.jit(jax.value_and_grad(lambda params, x: block.apply(params, x).x.sum(), argnums=(0, 1)))
     text = gradient.trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.convolution") == 3 * 2, "each forward, to its input and to its kernel"
-
-
-def test_what_cannot_be_measured_is_refused():
-    conv = autoencoder.Conv(8, 3, jnp.float32, strides=2, measured=True)
-    with pytest.raises(ValueError, match="measured needs kernel_size=3, strides=1, padding='SAME', not 3, 2, 'SAME'"):
-        conv.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))

@@ -29,11 +29,11 @@ def test_tokens_and_parameters(fields, present):
     assert set(variables["params"]) == present | {"patch_embed", "blocks"}
 
 
-def test_unbiased_projections_have_no_bias():
-    module = VisionTransformer(**TINY, unbiased=("patch_embed", "key", "out"), layer_scale=False)
+def test_projections_listed_in_no_bias_have_none():
+    module = VisionTransformer(**TINY, no_bias=("patch_embed", "key", "out"), layer_scale=False)
     params = jax.eval_shape(module.init, jax.random.key(0), IMAGES)["params"]
-    biased = {name for name, layer in params["blocks"]["attn"].items() if "bias" in layer}
-    assert biased == {"query", "value"} and "bias" not in params["patch_embed"]
+    with_bias = {name for name, layer in params["blocks"]["attn"].items() if "bias" in layer}
+    assert with_bias == {"query", "value"} and "bias" not in params["patch_embed"]
     assert set(params["blocks"]) == {"norm1", "norm2", "attn", "mlp"}
 
 
