@@ -24,7 +24,7 @@ import small
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
-from repae_jax import cache_latents, cli, images
+from repae_jax import cache_latents, cli, data, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost
 from repae_jax.job import build
@@ -68,7 +68,7 @@ def encode_both(pixels):
 
 def settings_of(source, flips=False, shard_size=8, **changes):
     return {
-        "format": latents.KIND.format, "records": len(source), "records_hash": latents.records_hash(source),
+        "format": latents.FORMAT.version, "records": len(source), "records_hash": data.records_hash(source),
         "num_classes": source.num_classes, "image_size": source.image_size, "latent_shape": [2, 2, 2], "flips": flips,
         "precision": "float32", "fingerprint": "0123456789abcdef", "shard_size": shard_size, "vae": "vae.pt",
         "images": {"source": "pictures", "options": {}},
@@ -101,7 +101,7 @@ def test_files(tmp_path):
     assert sorted(contents(tmp_path / "a")) == sorted(
         [*named, "labels.npy", "latents-stats.safetensors", "manifest.json", "places.npy", "settings.json"]
     )
-    manifest = latents.read_manifest(tmp_path / "a")
+    manifest = shards.read_manifest(tmp_path / "a", latents.FORMAT)
     assert manifest["records"] == 20 and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["vae"] == "vae.pt" and manifest["fingerprint"] == "0123456789abcdef"
     for shard in manifest["shards"]:
@@ -330,7 +330,7 @@ def test_too_many_bad_images(tmp_path, warnings):
             make_cache(tmp_path / "a", source, max_bad_fraction=0.05)
     assert any("picture-11: OSError: broken 11" in warning for warning in warnings)
     make_cache(tmp_path / "a", source)
-    assert latents.read_manifest(tmp_path / "a")["bad_records"] == [[i, f"picture-{i}"] for i in (3, 11, 30)]
+    assert shards.read_manifest(tmp_path / "a", latents.FORMAT)["bad_records"] == [[i, f"picture-{i}"] for i in (3, 11, 30)]
 
 
 def test_nothing_but_bad_images(tmp_path, warnings):

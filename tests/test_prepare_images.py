@@ -21,7 +21,7 @@ import small
 from PIL import Image
 
 from repae_jax import data, faults, prepare_images
-from repae_jax.data import array_record, latents, shards
+from repae_jax.data import array_record, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -74,7 +74,7 @@ def made(pictures, tmp_path_factory):
 def test_files(pictures, made):
     named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
     assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "places.npy", "settings.json"])
-    manifest = shards.read_manifest(made, array_record.KIND)
+    manifest = shards.read_manifest(made, array_record.FORMAT)
     assert manifest["records"] == COUNT and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["bad_records"] == [[6, "class1/06.png"]] and manifest["images"]["source"] == "folder"
     for shard in manifest["shards"]:
@@ -87,7 +87,7 @@ def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding)
     source, prepared = FolderSource(pictures, SIZE), data.make_source("array_record", SIZE, path=str(tmp_path / "out"))
     assert len(prepared) == COUNT and prepared.num_classes == 4 and prepared.image_size == SIZE
     assert prepared.labels.dtype == np.int32 and prepared.labels.tolist() == source.labels.tolist()
-    assert prepared.records_hash == latents.records_hash(source)
+    assert prepared.records_hash == data.records_hash(source)
     for i in (7, 8, 0, 19, 3):
         np.testing.assert_array_equal(prepared[i]["image"], source[i]["image"])
         assert prepared[i]["label"] == source.labels[i]
@@ -317,7 +317,7 @@ def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, 
     for message in errors.values():
         assert message.startswith("2 of 20 records (10.00%) cannot be decoded, 1 are allowed: class1/06.png, class1/09.png")
     assert prepare(tmp_path / "pictures", out, "--max_bad_fraction=0.1") == 0
-    assert len(shards.read_manifest(out, array_record.KIND)["bad_records"]) == 2
+    assert len(shards.read_manifest(out, array_record.FORMAT)["bad_records"]) == 2
 
 
 @pytest.mark.parametrize("fails", [2, 3])
@@ -346,9 +346,9 @@ from repae_jax import prepare_images
 class Slow(prepare_images._Images):
     block_size = 1
 
-    def _encode(self, fields):
+    def read(self, fields):
         time.sleep(0.2)
-        return super()._encode(fields)
+        return super().read(fields)
 
 if __name__ == "__main__":
     prepare_images._Images = Slow
@@ -376,7 +376,7 @@ def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
 def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):
     stopped = threading.Event()
 
-    def fail(self, shard, made, bad):
+    def fail(self, shard, encoded, bad):
         stopped.set()
         raise OSError("the disk is full")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from repae_jax import data, evaluate_tokenizer, faults, prepare_images
 from repae_jax.analyze_latents import encoding
-from repae_jax.data import bucket, reading, shards
+from repae_jax.data import byte_ranges, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
@@ -64,13 +64,13 @@ def copied(gs, prepared):
 @pytest.fixture
 def impatient(monkeypatch):
     """Nothing is tried twice, nor waited for."""
-    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 0})
-    monkeypatch.setattr(bucket, "_SECONDS", 0.3)
-    monkeypatch.setattr(bucket, "_SECONDS_WHOLE", 0.3)
+    monkeypatch.setattr(byte_ranges, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(byte_ranges, "_SECONDS", 0.3)
+    monkeypatch.setattr(byte_ranges, "_SECONDS_WHOLE", 0.3)
     monkeypatch.setattr(faults, "_PAUSES", (0.01, 0.01))
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
     yield
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
 
 
 # ---- the same as from a disk ----------------------------------------------------------------------------------------
@@ -221,11 +221,11 @@ def test_the_client_gives_up_in_time(monkeypatch):
     """Its own patience would be a quarter of an hour."""
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")  # where nobody listens
     began = time.monotonic()
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
     with pytest.raises(OSError, match="gs://bucket/a/manifest.json cannot be read .*onnect.*; check the address, the network"):
         PreparedImages("gs://bucket/a", SIZE)
-    bucket._store.cache_clear()
-    assert time.monotonic() - began < bucket._SECONDS
+    byte_ranges._store.cache_clear()
+    assert time.monotonic() - began < byte_ranges._SECONDS
 
 
 def test_no_bucket_has_such_a_name():

@@ -1,4 +1,3 @@
-import inspect
 import json
 import pickle
 
@@ -76,7 +75,7 @@ def test_no_path_at_all():
 
 
 def test_the_config_names_the_arguments_of_all_sources():
-    arguments = {name for source in data._SOURCES.values() for name in inspect.signature(source).parameters} - {"image_size"}
+    arguments = {name for source in data.SOURCES for name in data.options_of(source)}
     options = small.from_flags().data.options
     assert set(options) == arguments and set(options.values()) == {None}
 

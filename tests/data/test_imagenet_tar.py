@@ -18,7 +18,7 @@ from pictures import encoded, picture
 from PIL import Image
 
 from repae_jax import data, prepare_images
-from repae_jax.data import imagenet_tar, latents
+from repae_jax.data import imagenet_tar
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.imagenet_tar import ImagenetTarSource
@@ -26,7 +26,7 @@ from repae_jax.images import center_crop
 
 tfds = pytest.importorskip("tensorflow_datasets")
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+README = (REPOSITORY / "repae_jax/data/README.md").read_text()
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TABLES = Path(tfds.__file__).parent / "datasets/imagenet2012"
 WNIDS = (TABLES / "labels.txt").read_text().split()
@@ -103,7 +103,7 @@ def test_training_images_are_those_of_the_unpacked_folder(archives, unpacked):
     names = [source.name(i) for i in range(len(source))]
     assert names == [folder.name(i) for i in range(len(folder))] and {CMYK, PNG} < set(names)
     np.testing.assert_array_equal(source.labels, folder.labels)
-    assert latents.records_hash(source) == latents.records_hash(folder)
+    assert data.records_hash(source) == data.records_hash(folder)
     for i in (0, 3, 1001, names.index(CMYK), names.index(PNG)):
         np.testing.assert_array_equal(source[i]["image"], folder[i]["image"])
         assert source[i]["label"] == folder.labels[i] == WNIDS.index(names[i].partition("/")[0])
@@ -180,7 +180,7 @@ def test_archives_packed_again(archives, tmp_path):
     options = {"format": tarfile.PAX_FORMAT, "pax_headers": {"comment": "packed again"}}
     (tmp_path / "again.tar").write_bytes(tar(files, add_others, **options))
     source, again = (ImagenetTarSource(path, SIZE) for path in (archives / VAL, tmp_path / "again.tar"))
-    assert latents.records_hash(source) == latents.records_hash(again)
+    assert data.records_hash(source) == data.records_hash(again)
     np.testing.assert_array_equal(source[5]["image"], again[5]["image"])
 
 

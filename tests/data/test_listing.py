@@ -11,8 +11,8 @@ import pytest
 
 from repae_jax import evaluate_tokenizer, faults
 from repae_jax.analyze_latents.encoding import read_batches
+from repae_jax.data import records_hash
 from repae_jax.data.folder import FolderSource
-from repae_jax.data.latents import records_hash
 from repae_jax.data.listing import list_below
 from repae_jax.data.loader import Loader
 from repae_jax.data.reading import attempt
