@@ -112,6 +112,8 @@ def problem(rule, value):
         return None if isinstance(value, bool) else "must be True or False"
     if rule in (str, PATH):
         return None if isinstance(value, str) else "must be a text"
+    if rule in (int, float):
+        return Range(rule is int).problem(value)
     return rule.problem(value)
 
 

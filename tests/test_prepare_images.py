@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
+from processes import contents, in_threads, run_script
 
 from repae_jax import data, faults, prepare_images
 from repae_jax.data import array_record, shards
@@ -54,11 +55,6 @@ def arguments(pictures, out, *more):
 
 def prepare(pictures, out, *more):
     return prepare_images.run(prepare_images.parse_args(arguments(pictures, out, *more)))
-
-
-def contents(folder):
-    """Name -> bytes of all files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +94,7 @@ def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding)
         prepared[COUNT]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_batches_are_those_of_the_source(pictures, made, workers):
     prepared = PreparedImages(made, SIZE)
     prepared[0]  # a file is open
@@ -166,10 +162,9 @@ def killed_trials(pictures, folder, trials):
         print(json.dumps({"kills": kills}))
 
 
+@pytest.mark.integration
 def test_killed_at_random_times_the_files_are_the_same(pictures, made, tmp_path):
-    script = f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)"
-    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    run = run_script(f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)")
     assert run.returncode == 0, run.stderr
     assert sum(json.loads(line)["kills"] for line in run.stdout.splitlines()) >= 1  # how many depends on the machine
     for trial in range(4):
@@ -201,6 +196,7 @@ def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnin
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_worker_processes_change_nothing(pictures, made, tmp_path):
     command = [sys.executable, "-m", "repae_jax.prepare_images", *arguments(pictures, tmp_path / "out", "--workers=1")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -216,11 +212,7 @@ def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
     def work(process):
         results[process] = prepare(pictures, tmp_path / "out", f"--process_index={process}", "--process_count=2")
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(work, (1, 0))
     assert results == {0: 2, 1: 1}
     assert contents(tmp_path / "out") == contents(made)
 
@@ -308,11 +300,7 @@ def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, 
         except RuntimeError as error:
             errors[process] = str(error)
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (finishing, 1 - finishing)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(work, (finishing, 1 - finishing))
     assert sorted(errors) == [0, 1] and not (out / shards.MANIFEST).exists()
     for message in errors.values():
         assert message.startswith("2 of 20 records (10.00%) cannot be decoded, 1 are allowed: class1/06.png, class1/09.png")
@@ -356,6 +344,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
     """As of a terminal's Ctrl-C, and of schedulers."""
     (tmp_path / "slow.py").write_text(SLOW)

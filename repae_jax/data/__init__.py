@@ -29,6 +29,12 @@ SOURCES = {
     "parquet": ParquetSource,
     "array_record": PreparedImages,
 }
+# annotation of an option -> (function of a command line's text, allowed values); other options are texts
+_PARSED = {
+    bool: ({"True": True, "False": False}.__getitem__, "True or False"),
+    int: (int, "whole numbers"),
+    float: (float, "numbers"),
+}
 
 
 def options_of(source: str) -> dict[str, inspect.Parameter]:
@@ -42,6 +48,12 @@ def options_of(source: str) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(SOURCES[source]).parameters)
     del parameters["image_size"]
     return parameters
+
+
+def option_types() -> dict[str, type]:
+    """Returns the type of each option of all sources, for configs: bool, int, float or str."""
+    options = {name: option for source in SOURCES for name, option in options_of(source).items()}
+    return {name: option.annotation if option.annotation in _PARSED else str for name, option in options.items()}
 
 
 def given(options: dict) -> dict:
@@ -126,17 +138,11 @@ def parse_source(text: str, labelled: bool = True) -> tuple[str, dict]:
 
 def _typed(field, text, options):
     """Converts a command line's text to the type of an option; an unknown option is left to `make_source`."""
-    kind = options[field].annotation if field in options else str
-    if kind is bool:
-        if text not in ("True", "False"):
-            raise ValueError(f"{field} is {text!r}; allowed: True or False")
-        return text == "True"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(f"{field} is {text!r}; allowed: {'whole ' if kind is int else ''}numbers") from None
-    return text
+    parse, allowed = _PARSED.get(options[field].annotation if field in options else str, (str, ""))
+    try:
+        return parse(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{field} is {text!r}; allowed: {allowed}") from None
 
 
 def check_labels(source, num_classes: int) -> None:

@@ -19,6 +19,7 @@ from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
 from repae_jax.job import build
 
+pytestmark = pytest.mark.integration
 COUNT, SIZE = 12, 8
 _folders = itertools.count()
 
@@ -90,9 +91,10 @@ def test_prepared_images(copied, prepared):
 def test_an_image_is_one_request_for_its_bytes(gs, copied, prepared, workers):
     remote = PreparedImages(copied.address, SIZE)
     before = len(gs.requests())
-    with Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one, Loader(
-        PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0
-    ) as other:
+    with (
+        Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one,
+        Loader(PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0) as other,
+    ):
         np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
     asked = gs.requests()[before:]
     assert len(asked) >= COUNT and {(request.method, request.status) for request in asked if request.status} == {("GET", 206)}

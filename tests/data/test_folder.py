@@ -75,9 +75,8 @@ def test_no_path_at_all():
 
 
 def test_the_config_names_the_arguments_of_all_sources():
-    arguments = {name for source in data.SOURCES for name in data.options_of(source)}
     options = small.from_flags().data.options
-    assert set(options) == arguments and set(options.values()) == {None}
+    assert set(options) == set(data.option_types()) and set(options.values()) == {None}
 
 
 def test_records_are_cropped_rgb(class_folders):

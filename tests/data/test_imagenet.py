@@ -21,6 +21,7 @@ from repae_jax.images import center_crop
 from repae_jax.job import build
 
 tfds = pytest.importorskip("tensorflow_datasets")
+pytestmark = pytest.mark.integration
 REPOSITORY = Path(__file__).parents[2]
 LABELS_FILE = "repae_jax_labels_train.npy"
 

@@ -129,6 +129,7 @@ def test_the_tables(archives):
     assert len(labels) == 50_000 and all(labels.count(wnid) == 50 for wnid in WNIDS[::100])
 
 
+@pytest.mark.integration
 def test_tfds_gives_the_same(archives, tmp_path):
     """By the command in README, with the builder that users have."""
     program, option, script = shlex.split(re.search(r"python -c \"\nimport tensorflow_datasets.*?\"\n", README, re.DOTALL)[0])

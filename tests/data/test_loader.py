@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from numbered import Numbers, Slow
 from PIL import Image
 
 from repae_jax import faults
@@ -20,28 +21,6 @@ from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Numbers:
-    """Record i is labelled i and shows i; the records in `bad` cannot be decoded."""
-
-    image_size = 4
-
-    def __init__(self, count, bad=()):
-        self.labels = np.arange(count, dtype=np.int32)
-        self.num_classes = count
-        self.bad = set(bad)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        if i in self.bad:
-            raise OSError(f"broken {i}")
-        return {"image": np.full((4, 4, 3), i % 256, np.uint8), "label": self.labels[i]}
-
-    def name(self, i):
-        return f"number-{i}"
 
 
 class PlatformSource(Numbers):
@@ -133,7 +112,7 @@ class Measured(Numbers):
         return {"moments": np.full((2, 2), i, np.float32), "weight": np.float16(i / 2), "failures": i, "label": int(i)}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_records_may_have_any_fields(warnings, workers):
     with (
         Loader(Numbers(10, bad=[4]), batch_size=4, seed=3, max_bad_fraction=0.1) as images,
@@ -240,14 +219,6 @@ def test_no_batch_is_cut_short_at_the_end_of_an_epoch():
     assert sorted(np.concatenate([batches[4][5:], *batches[5:9], batches[9][:2]])) == list(range(37))
 
 
-class Slow(Numbers):
-    """Each record takes a while to read."""
-
-    def __getitem__(self, i):
-        time.sleep(0.02)
-        return super().__getitem__(i)
-
-
 def test_waiting_is_measured():
     with Loader(Slow(8), batch_size=8, seed=0) as loader:
         assert loader.wait_seconds == 0
@@ -305,7 +276,7 @@ def test_too_many_bad_records_end_the_run(warnings, fraction, allowed):
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_nothing_but_bad_records_end_the_run(fraction, workers):
     with (
         Loader(Numbers(9, range(9)), batch_size=4, seed=2, max_bad_fraction=fraction, workers=workers) as loader,
@@ -359,6 +330,7 @@ def test_an_image_is_not_bad_because_the_disk_is(error, warnings, monkeypatch):
 # ----- worker processes -----
 
 
+@pytest.mark.integration
 def test_workers_give_the_same_batches(warnings):
     options = dict(batch_size=8, seed=3, process_index=1, process_count=2, start_batch=5, max_bad_fraction=0.1)
     source = Numbers(40, bad=[6, 7])
@@ -375,12 +347,14 @@ def test_workers_give_the_same_batches(warnings):
     assert type(batches[0]["image"]) is np.ndarray and len(warnings) == 4
 
 
+@pytest.mark.integration
 def test_workers_stay_off_accelerators(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # what a worker inherits
     with Loader(PlatformSource(8), batch_size=4, seed=0, workers=1) as loader:
         assert next(loader)["label"].tolist() == [1] * 4
 
 
+@pytest.mark.integration
 def test_workers_serve_a_script_without_an_absl_app(tmp_path):
     script = """
 from repae_jax.data.digits import DigitsSource
@@ -406,12 +380,13 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
 def test_workers_end_when_the_process_is_killed(tmp_path):
     script = """
 import os
 import time
-from test_loader import Numbers
+from numbered import Numbers
 from repae_jax.data.loader import Loader
 
 class Workers(Numbers):
@@ -438,7 +413,7 @@ if __name__ == "__main__":
 
 ASKED = """
 import os, signal, sys, time
-from test_loader import Slow
+from numbered import Slow
 from repae_jax.distributed import multihost
 from repae_jax.data.loader import Loader
 
@@ -459,6 +434,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("when", "number", "end"),
     [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
@@ -485,7 +461,7 @@ def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, numb
 
 
 KEPT = """
-from test_loader import Slow
+from numbered import Slow
 from repae_jax.data.loader import Loader
 
 if __name__ == "__main__":
@@ -494,6 +470,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 def test_the_first_batch_leaves_no_shared_memory_behind(tmp_path):
     """As it would if its arrays, which own theirs, were kept until the workers have ended."""
     (tmp_path / "script.py").write_text(KEPT)

@@ -129,7 +129,7 @@ def test_threads_that_read_in_order_read_a_row_group_once(folder, monkeypatch):
     assert sorted(reads) == list(range(7))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_batches(folder, workers):
     source = ParquetSource(folder, 16)
     source[0]

@@ -76,6 +76,8 @@ def test_options_are_the_arguments_of_the_constructor():
     options = data.options_of("stripes")
     assert {name: option.annotation for name, option in options.items()} == {"color": str, "width": int, "inverted": bool}
     assert options["width"].default == 1 and options["color"].default is options["color"].empty
+    types = data.option_types()
+    assert (types["path"], types["labelled"], types["width"], types["data_dir"]) == (str, bool, int, str)
 
 
 @pytest.mark.parametrize(
