@@ -122,20 +122,14 @@ def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
     return encode
 
 
-def _settings(job, source, params, flips, shard_size):
-    """Returns the settings that identify a cache, and NOTES."""
+def _settings(job, params, flips):
+    """Returns the settings that identify a cache, besides its images and shards, and NOTES."""
     section = job.config["data"]
     return {
-        "format": latents.FORMAT.version,
-        "records": len(source),
-        "records_hash": data.records_hash(source),
-        "num_classes": source.num_classes,
-        "image_size": source.image_size,
         "latent_shape": list(job.latent_shape),
         "flips": flips,
         "precision": job.config["precision"]["compute"],
         "fingerprint": fingerprint(params),
-        "shard_size": shard_size,
         "vae": job.config["init"]["vae"],
         "images": {"source": section["source"], "options": data.given(section["options"])},
     }
@@ -186,7 +180,8 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
             folder,
             source,
             Latents(source.image_size, make_encode(job, params, flips), config["data"]["batch_size"], shape),
-            _settings(job, source, params, flips, shard_size),
+            _settings(job, params, flips),
+            shard_size=shard_size,
             notes=NOTES,
             workers=config["data"]["workers"],
             max_bad_fraction=config["data"]["max_bad_fraction"],

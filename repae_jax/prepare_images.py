@@ -74,20 +74,6 @@ def parse_args(argv=None):
     return args
 
 
-def _settings(source, name, fields, args):
-    """Returns the settings that identify prepared images, and NOTES."""
-    return {
-        "format": array_record.FORMAT.version,
-        "records": len(source),
-        "records_hash": data.records_hash(source),
-        "num_classes": source.num_classes,
-        "image_size": source.image_size,
-        "encoding": args.format,
-        "shard_size": args.shard_size,
-        "images": {"source": name, "options": fields},
-    }
-
-
 def _make_folder(out):
     """Creates the folder unless it exists; raises ValueError if it cannot be written to."""
     folder = Path(out).expanduser().absolute()
@@ -125,7 +111,8 @@ def run(args):
             _make_folder(args.out),
             source,
             _Images(args.image_size, args.format),
-            _settings(source, name, fields, args),
+            {"encoding": args.format, "images": {"source": name, "options": fields}},
+            shard_size=args.shard_size,
             notes=NOTES,
             workers=args.workers,
             max_bad_fraction=args.max_bad_fraction,

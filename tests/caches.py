@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from repae_jax import cache_latents, data
+from repae_jax import cache_latents
 from repae_jax.data import latents, shard_writer
 
 
@@ -43,23 +43,20 @@ def encode_both(pixels):
     return np.stack([encode(pixels), encode(pixels[:, :, ::-1])], axis=1)
 
 
-def settings_of(source, flips=False, shard_size=8, **changes):
-    """Returns the settings of a cache of a source's images."""
-    return {
-        "format": latents.FORMAT.version, "records": len(source), "records_hash": data.records_hash(source),
-        "num_classes": source.num_classes, "image_size": source.image_size, "latent_shape": [2, 2, 2], "flips": flips,
-        "precision": "float32", "fingerprint": "0123456789abcdef", "shard_size": shard_size, "vae": "vae.pt",
-        "images": {"source": "pictures", "options": {}},
-    } | changes  # fmt: skip
+SETTINGS = {
+    "latent_shape": [2, 2, 2], "precision": "float32", "fingerprint": "0123456789abcdef", "vae": "vae.pt",
+    "images": {"source": "pictures", "options": {}},
+}  # fmt: skip
 
 
 def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(), **options):
     """Makes the folder and runs a ShardWriter; returns the number of shards made."""
     folder.mkdir(exist_ok=True)
     encode = encode or (encode_both if flips else globals()["encode"])
-    options = {"max_bad_fraction": len(source.bad) / len(source)} | options
-    settings = settings_of(source, flips, **dict(changes))
+    options = {"max_bad_fraction": len(source.bad) / len(source), "notes": cache_latents.NOTES} | options
+    settings = SETTINGS | {"flips": flips} | dict(changes)
+    shard_size = settings.pop("shard_size", 8)
     shape = latents.record_shape(settings["latent_shape"], settings["flips"])
     maker = cache_latents.Latents(source.image_size, encode, 3, shape)
-    writer = shard_writer.ShardWriter(folder, source, maker, settings, notes=cache_latents.NOTES, **options)
+    writer = shard_writer.ShardWriter(folder, source, maker, settings, shard_size=shard_size, **options)
     return writer.run(stopped or threading.Event())

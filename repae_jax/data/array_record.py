@@ -36,16 +36,12 @@ def decode(content: bytes, encoding: str, size: int) -> UInt8[np.ndarray, "size 
 
 
 @dataclasses.dataclass(eq=False)
-class PreparedImages:
+class PreparedImages(shards.Shards):
     """Random access to prepared images; record i is image i of the source that they were made from.
 
     Attributes:
       path: the folder, or its address in a bucket.
       image_size: side in pixels; must be that of the prepared images.
-      labels: int32 `[N]`.
-      num_classes: number of classes of the original source.
-      records_hash: `repae_jax.data.records_hash` of the original source.
-      contents_hash: hash of the files.
 
     Raises:
       ValueError: from the constructor, if the folder is unfinished, damaged, of another version or image size.
@@ -57,21 +53,13 @@ class PreparedImages:
     reads_addresses = True
 
     def __post_init__(self):
-        self._shards = shards.Shards(self.path, FORMAT)
-        manifest = self._shards.manifest
-        if manifest["image_size"] != self.image_size:
+        image_size = self.image_size
+        super().__init__(self.path, FORMAT)
+        if self.image_size != image_size:
             raise ValueError(
-                f"prepared images {str(self.path)!r} have {manifest['image_size']} pixels on a side, image_size is "
-                f"{self.image_size}: set image_size to {manifest['image_size']}, or prepare them anew from the original images"
+                f"prepared images {str(self.path)!r} have {self.image_size} pixels on a side, image_size is {image_size}: "
+                f"set image_size to {self.image_size}, or prepare them anew from the original images"
             )
-        self._encoding = manifest["encoding"]
-        self.labels = self._shards.labels
-        self.num_classes = manifest["num_classes"]
-        self.records_hash = manifest["records_hash"]
-        self.contents_hash = self._shards.contents_hash
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
@@ -79,13 +67,9 @@ class PreparedImages:
         Raises:
           ValueError: if the image could not be decoded when it was prepared, or the record is damaged.
         """
-        content = self._shards[i]
+        content = self.content(i)
         try:
-            pixels = decode(content, self._encoding, self.image_size)
+            pixels = decode(content, self.manifest["encoding"], self.image_size)
         except (ValueError, OSError) as error:  # Pillow raises both
-            raise self._shards.damaged(i, error) from error
+            raise self.damaged(i, error) from error
         return {"image": pixels, "label": self.labels[i]}
-
-    def name(self, i: int) -> str:
-        """Returns the number of record `i`, and the original image's name if that was undecodable."""
-        return self._shards.name(i)

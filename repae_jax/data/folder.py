@@ -43,8 +43,6 @@ class FolderSource(EncodedImages):
         list are left out.
       labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
       paths: paths of the records, relative to the folder, with forward slashes.
-      labels: int32 `[N]`, 0 and above.
-      num_classes: the largest label plus one.
 
     Raises:
       ValueError: from the constructor, if the folder is missing, cannot be listed, or holds no images or some of a format that

@@ -41,8 +41,6 @@ class ImagenetSource(EncodedImages):
       dataset: name of a data set with the features `image` and `label`, with its version if it is not the newest:
         'imagenet2012:5.1.0'.
       labels_file: .npy for the labels; '' for a file beside the images.
-      labels: int32 `[N]`, 0 and above.
-      num_classes: number of classes by the data set's description.
 
     Raises:
       ValueError: from the constructor, if the data set is not prepared as ArrayRecords, has no such split or features, or

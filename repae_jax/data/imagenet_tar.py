@@ -42,8 +42,6 @@ class ImagenetTarSource(EncodedImages):
     Attributes:
       path: ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name.
       image_size: side of the images in pixels.
-      labels: int32 `[N]`, 0..999.
-      num_classes: 1000.
 
     Raises:
       ValueError: from the constructor, which reads the header of each image, if the file is missing, no such archive,

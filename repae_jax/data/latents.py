@@ -29,20 +29,15 @@ def record_shape(latent_shape: tuple[int, int, int], flips: bool) -> tuple[int, 
     return (2, h, w, 2 * c) if flips else (h, w, 2 * c)
 
 
-class CachedLatents:
+class CachedLatents(shards.Shards):
     """Random access to the posteriors in a cache. Worker processes open it for themselves.
 
     Attributes:
       path: the folder, or its address in a bucket.
-      labels: int32 `[N]`.
-      num_classes: number of classes of the images' source.
-      image_size: side in pixels of the images that were encoded.
       latent_shape: (h, w, C).
       flips: whether records hold the mirrored image's posterior, too.
       fingerprint: `repae_jax.training.checkpoint.fingerprint` of the VAE's parameters.
       vae: path or name of the VAE's weights.
-      records_hash: `repae_jax.data.records_hash` of the images' source.
-      contents_hash: hash of the files.
       latent_stats: {'mean', 'var'}, float32 `[C]`, of latents drawn from all posteriors.
     """
 
@@ -53,18 +48,10 @@ class CachedLatents:
           ValueError: if the cache is unfinished, damaged or of another version.
         """
         self.path = os.path.expanduser(path)
-        self._shards = shards.Shards(self.path, FORMAT)
-        manifest = self._shards.manifest
-        for name in ("num_classes", "image_size", "flips", "fingerprint", "vae", "records_hash"):
-            setattr(self, name, manifest[name])
-        self.latent_shape = tuple(manifest["latent_shape"])
-        self.latent_stats = {name: np.asarray(values, np.float32) for name, values in manifest["latent_stats"].items()}
-        self.contents_hash = self._shards.contents_hash
-        self.labels = self._shards.labels
-        self._shape = record_shape(self.latent_shape, self.flips)
-
-    def __len__(self):
-        return len(self.labels)
+        super().__init__(self.path, FORMAT)
+        self.flips, self.fingerprint, self.vae = (self.manifest[name] for name in ("flips", "fingerprint", "vae"))
+        self.latent_shape = tuple(self.manifest["latent_shape"])
+        self.latent_stats = {name: np.asarray(values, np.float32) for name, values in self.manifest["latent_stats"].items()}
 
     def __getitem__(self, i: int) -> dict:
         """Returns `{'moments': float32 [h, w, 2C], 'label': int32}` of record `i`; with flips, [2, h, w, 2C].
@@ -72,14 +59,10 @@ class CachedLatents:
         Raises:
           ValueError: if the image could not be decoded when the cache was made, or the record is damaged.
         """
-        content = self._shards[i]
-        if len(content) != 4 * math.prod(self._shape):
-            raise self._shards.damaged(i, f"it is {len(content)} bytes, not {self._shape}")
-        return {"moments": np.frombuffer(content, "<f4").reshape(self._shape), "label": self.labels[i]}
-
-    def name(self, i: int) -> str:
-        """Returns the number of record `i`, and its image's name if that was undecodable."""
-        return self._shards.name(i)
+        content, shape = self.content(i), record_shape(self.latent_shape, self.flips)
+        if len(content) != 4 * math.prod(shape):
+            raise self.damaged(i, f"it is {len(content)} bytes, not {shape}")
+        return {"moments": np.frombuffer(content, "<f4").reshape(shape), "label": self.labels[i]}
 
 
 class WithMoments:

@@ -37,8 +37,6 @@ class ParquetSource(EncodedImages):
       split: 'train', 'validation' or another that the files are named by.
       image_column: column of encoded images: bytes, or a struct with a field `bytes`.
       label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
-      labels: int32 `[N]`, 0 and above.
-      num_classes: number of classes in the files' metadata, or the largest label plus one.
 
     Raises:
       ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in

@@ -19,7 +19,7 @@ from grain import MapDataset
 from jaxtyping import Bool
 from tqdm import tqdm
 
-from repae_jax import files
+from repae_jax import data, files
 from repae_jax.data import loader, places, reading, shards
 from repae_jax.distributed import multihost
 
@@ -62,30 +62,19 @@ class RecordMaker(abc.ABC):
         return {}, {}
 
 
-class Blocks:
-    """Blocks of a source's records, read in order.
+def read_block(source, read: Callable, missing, block: tuple[int, int]) -> tuple[list, list[tuple[int, str]]]:
+    """Reads the records first..end-1 of a source, `block` being (first, end).
 
-    Item k is (contents, [(record, error), ...]) of the records `ranges[k]`, a (first, end). A content is `read` of a record's
-    fields, or `missing` for a record that cannot be decoded.
+    Returns:
+      (contents, [(record, error), ...]): `read` of the fields of each record, or `missing` for a record that cannot be decoded.
     """
 
-    def __init__(self, source, ranges: list[tuple[int, int]], read: Callable, missing):
-        self._source = source
-        self._ranges = ranges
-        self._read = read
-        self._missing = missing
+    def read_one(record):
+        fields, error = reading.attempt(source, record)
+        return (missing, (record, error)) if error else (read(fields), None)
 
-    def __len__(self):
-        return len(self._ranges)
-
-    def __getitem__(self, k: int) -> tuple[list, list[tuple[int, str]]]:
-        contents, failures = zip(*reading.at_once(self._read_one, range(*self._ranges[k])))
-        return list(contents), [failure for failure in failures if failure]
-
-    def _read_one(self, record):
-        """Returns (content, None), or (missing, (record, error)) for a record that cannot be decoded."""
-        fields, error = reading.attempt(self._source, record)
-        return (self._missing, (record, error)) if error else (self._read(fields), None)
+    contents, failures = zip(*reading.at_once(read_one, range(*block)))
+    return list(contents), list(filter(None, failures))
 
 
 class ShardWriter:
@@ -95,7 +84,8 @@ class ShardWriter:
       folder: an existing folder.
       source: source of the images.
       maker: RecordMaker.
-      settings: the manifest without its results, with `shard_size`.
+      settings: settings that identify the folder's content, besides format, source and shard size.
+      shard_size: images in a shard.
       notes: names of settings that may differ when a folder is continued.
       workers: processes that read blocks; 0 reads in threads.
       max_bad_fraction: share of undecodable images above which the work ends.
@@ -104,17 +94,25 @@ class ShardWriter:
 
     def __init__(
         self, folder: Path, source, maker: RecordMaker, settings: dict, *,
-        notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1,
+        shard_size: int, notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1,
     ):  # fmt: skip
         self._folder = Path(folder)
         self._source = source
         self._maker = maker
-        self._settings = settings
+        self._settings = {
+            "format": maker.format.version,
+            "records": len(source),
+            "records_hash": data.records_hash(source),
+            "num_classes": source.num_classes,
+            "image_size": source.image_size,
+            "shard_size": shard_size,
+            **settings,
+        }
         self._notes = notes
         self._workers = workers
         self._max_bad = int(max_bad_fraction * len(source))
         self._process_index = process_index
-        self._ranges = _cut(0, len(source), settings["shard_size"])
+        self._ranges = _cut(0, len(source), shard_size)
         self._shards = [self._folder / shards.shard_file(shard) for shard, _ in enumerate(self._ranges)]
         self._entries = [file.with_suffix(".json") for file in self._shards]
         self._own_shards = range(process_index, len(self._ranges), process_count)
@@ -219,8 +217,8 @@ class ShardWriter:
         ranges = [block for cut in cuts.values() for block in cut]
         if not ranges:
             return True
-        blocks = Blocks(self._source, ranges, self._maker.read, self._maker.missing)
-        blocks = loader.read_ahead(MapDataset.source(blocks), self._workers)
+        read = functools.partial(read_block, self._source, self._maker.read, self._maker.missing)
+        blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)
         own = self._count(self._own_shards)
         bar = tqdm(total=own, initial=own - self._count(todo), unit="img", desc="encoding", disable=self._process_index != 0)
         pool, writing = ThreadPoolExecutor(1), None  # a shard is written while the next one is encoded

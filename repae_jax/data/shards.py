@@ -154,8 +154,11 @@ class Shards(ReopenedByWorkers):
     Attributes:
       manifest: the folder's `read_manifest`.
       labels: int32 `[N]`.
-      bad_names: record -> name of each image that could not be decoded.
+      num_classes: number of classes of the original source.
+      image_size: side of the images in pixels.
+      records_hash: `repae_jax.data.records_hash` of the original source.
       contents_hash: hash of all shards.
+      bad_names: record -> name of each image that could not be decoded.
     """
 
     def __init__(self, path: str | os.PathLike, shard_format: ShardFormat):
@@ -170,6 +173,8 @@ class Shards(ReopenedByWorkers):
         """
         self._path, self._format = str(path).rstrip("/"), shard_format
         self.manifest = read_manifest(path, shard_format)
+        self.num_classes, self.image_size = self.manifest["num_classes"], self.manifest["image_size"]
+        self.records_hash = self.manifest["records_hash"]
         self.labels = self._read_array(LABELS, self.manifest["labels_sha256"])
         self._places = self._read_places() if is_address(path) else None
         self.bad_names = dict(self.manifest["bad_records"])
@@ -196,7 +201,7 @@ class Shards(ReopenedByWorkers):
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> bytes:
+    def content(self, i: int) -> bytes:
         """Returns the content of record `i`.
 
         Raises:

@@ -192,7 +192,7 @@ def test_a_shard_that_vanishes(copied, prepared, impatient):
 def test_damaged_records(copied, change):
     remote, name = PreparedImages(copied.address, SIZE), "shard-00001.array_record"
     content = bytearray(copied.read(name))
-    first = int(remote._shards._places[7]["first"])
+    first = int(remote._places[7]["first"])
     content[first + 60] ^= 1
     copied.write(name, bytes(content if change == "a byte" else content[: first + 60]))
     reason = "another checksum than when it was written" if change == "a byte" else "it ends before byte .*"
