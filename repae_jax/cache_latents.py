@@ -191,7 +191,7 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
         return writer.run(stopped)
 
 
-def summary(folder):
+def summary(folder: str | Path) -> str:
     """Returns a paragraph on a finished cache, with the flags for training."""
     manifest = shards.read_manifest(folder, latents.FORMAT)
     folder, size = Path(folder), sum(shard["bytes"] for shard in manifest["shards"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from repae_jax import buckets, cli, data, ranges
 from repae_jax.data import array_record, shard_writer, shards
+from repae_jax.distributed import multihost
 
 SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
@@ -90,7 +91,7 @@ def _make_folder(out):
     return folder
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int | None:
     """Prepares images by the arguments of the command line.
 
     Returns:
@@ -100,12 +101,10 @@ def run(args):
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: see `ShardWriter.run`.
     """
-    from repae_jax.distributed.multihost import stop_signal  # imports JAX; every worker imports this module
-
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
-    with stop_signal() as stopped:
+    with multihost.stop_signal() as stopped:
         source = data.make_source(name, args.image_size, **fields)
         writer = shard_writer.ShardWriter(
             _make_folder(args.out),
@@ -122,7 +121,7 @@ def run(args):
         return writer.run(stopped)
 
 
-def summary(folder):
+def summary(folder: str | Path) -> str:
     """Returns a paragraph on finished prepared images, with the flags for training."""
     manifest = shards.read_manifest(folder, array_record.FORMAT)
     bad, size = manifest["bad_records"], sum(shard["bytes"] for shard in manifest["shards"])

@@ -57,7 +57,8 @@ class ParquetSource(EncodedImages):
         self._root = Path(self.path)
         self._files = _list_files(self._root, self.split)
         paths = [self._root / file for file in self._files]
-        footers = [_read_footer(path) for path in paths]
+        # footers are read from files that are closed again: a data set may have more files than may be open
+        footers = [_read_whole(path, lambda opened: opened.metadata) for path in paths]
         columns = [
             _check_columns(path, footer.schema.to_arrow_schema(), self.image_column, self.label_column)
             for path, footer in zip(paths, footers)
@@ -128,11 +129,6 @@ def _pyarrow():
     except ImportError as error:
         raise ImportError(f"parquet is read by pyarrow, which cannot be imported ({error}): pip install pyarrow") from error
     return pyarrow
-
-
-def _read_footer(file):
-    """Returns a file's pyarrow.parquet.FileMetaData; the file is closed, as a data set may have more files than may be open."""
-    return _read_whole(file, lambda opened: opened.metadata)
 
 
 def _read_whole(file, read):
