@@ -18,7 +18,7 @@ from absl import flags, logging
 
 from repae_jax import buckets, cli
 from repae_jax.cost import flops
-from repae_jax.data import records_hash
+from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation.hooks import load_fid, make_hooks, pending_hooks

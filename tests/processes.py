@@ -1,4 +1,4 @@
-"""Threads and processes that tests start, and the files that they leave."""
+"""Several processes that share a folder: as threads, or as scripts of their own."""
 
 import os
 import subprocess
@@ -7,12 +7,12 @@ import threading
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
-def in_threads(work, numbers):
-    """Runs work(number) for each process number in a thread of its own; they start in this order."""
-    threads = [threading.Thread(target=work, args=(number,)) for number in numbers]
+def in_threads(work, processes=(2, 1, 0)):
+    """Does work(process index) of several processes, which begin in this order."""
+    threads = [threading.Thread(target=work, args=(process,)) for process in processes]
     for thread in threads:
         thread.start()
         time.sleep(0.05)
@@ -21,15 +21,15 @@ def in_threads(work, numbers):
 
 
 def script_env(**env):
-    """Environment of a process that may import the package and the tests."""
-    return {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", **env}
+    """Returns the environment of a script that imports this repository and its test helpers."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **env}
 
 
 def run_script(script):
-    """Runs Python code that may import the tests; returns the finished process."""
+    """Runs Python code that imports tests; returns the finished process."""
     return subprocess.run([sys.executable, "-c", script], env=script_env(), capture_output=True, text=True, timeout=120)
 
 
 def contents(folder):
-    """Name -> bytes of all files."""
+    """Returns name -> bytes of all files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
