@@ -1,4 +1,4 @@
-"""Writing caches of latents: whatever interrupts it and however many processes do it, the files are the same.
+"""Writing caches of latents: the same files after any interruption and from any number of processes.
 
 Most tests write with a stub for the VAE, see `caches`.
 """
@@ -237,7 +237,7 @@ def test_other_images_do_not_mix(tmp_path):
 
 
 def test_files_may_move(tmp_path):
-    """Where weights and images lie is noted once, and no reason to refuse."""
+    """The paths of weights and images are notes, and may differ."""
     make_cache(tmp_path / "a", Pictures(20))
     before = contents(tmp_path / "a")
     assert make_cache(tmp_path / "a", Pictures(20), changes={"vae": "elsewhere/vae.pt"}) == 0

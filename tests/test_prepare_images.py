@@ -1,4 +1,4 @@
-"""Preparing images: the pixels of the source, the same files whatever interrupts the work and however many processes do it."""
+"""Preparing images: the pixels of the source, and the same files after any interruption and from any number of processes."""
 
 import contextlib
 import errno
@@ -346,7 +346,7 @@ if __name__ == "__main__":
 
 @pytest.mark.integration
 def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
-    """As of a terminal's Ctrl-C, and of schedulers."""
+    """Terminals (Ctrl-C) and schedulers send signals to all processes."""
     (tmp_path / "slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "slow", *arguments(pictures, tmp_path / "out", "--workers=1")]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}

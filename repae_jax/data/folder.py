@@ -123,7 +123,7 @@ def _labels_from_subfolders(root, paths, classes):
     if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
         other = next(label for label, name in enumerate(classes) if int(name) != label)
         logging.warning(
-            "the class subfolders of %r are numbers, and labelled in the order of their names: %s is class %d. If the numbers "
+            "the class subfolders of %r are numbers, and labeled in the order of their names: %s is class %d. If the numbers "
             "are the classes, fill them up with zeros (0002, 0010), or give a labels_file",
             str(root), classes[other], other,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Numbers:
-    """Record i is labelled i and shows i; the records in `bad` cannot be decoded."""
+    """Record i has label i and shows i; the records in `bad` cannot be decoded."""
 
     image_size = 4
 

@@ -1,4 +1,4 @@
-"""Data in buckets, of a real object-store server: the same batches as from a disk, and what is said of faults."""
+"""Data in buckets, of a real object-store server: the same batches as from a disk, and errors."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def copied(gs, prepared):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Nothing is tried twice, nor waited for."""
+    """Shortens all pauses and waits."""
     monkeypatch.setattr(byte_ranges, "_RETRIES", {"max_retries": 0})
     monkeypatch.setattr(byte_ranges, "_SECONDS", 0.3)
     monkeypatch.setattr(byte_ranges, "_SECONDS_WHOLE", 0.3)
@@ -220,7 +220,7 @@ def test_a_bucket_that_cannot_be_reached(gs, copied, prepared, impatient, rule, 
 
 
 def test_the_client_gives_up_in_time(monkeypatch):
-    """Its own patience would be a quarter of an hour."""
+    """By default it tries for a quarter of an hour."""
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")  # where nobody listens
     began = time.monotonic()
     byte_ranges._store.cache_clear()

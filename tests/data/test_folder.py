@@ -1,3 +1,5 @@
+"""Folders of images: classes and labels files, and what is refused."""
+
 import json
 import pickle
 
@@ -39,7 +41,7 @@ def test_class_subfolders_become_labels(class_folders):
 @pytest.mark.parametrize(
     ("folders", "warning"),
     [
-        (["0", "1", "2", "10"], "are numbers, and labelled in the order of their names: 10 is class 2. If the numbers"),
+        (["0", "1", "2", "10"], "are numbers, and labeled in the order of their names: 10 is class 2. If the numbers"),
         (["00", "01", "02", "10"], None),
         (["0", "1", "2", "3"], None),
         (["n1", "n10", "n2", "n3"], None),

@@ -131,7 +131,7 @@ def test_the_tables(archives):
 
 @pytest.mark.integration
 def test_tfds_gives_the_same(archives, tmp_path):
-    """By the command in README, with the builder that users have."""
+    """TFDS prepares the archives by the README's command, with the builder that users have."""
     program, option, script = shlex.split(re.search(r"python -c \"\nimport tensorflow_datasets.*?\"\n", README, re.DOTALL)[0])
     assert (program, option) == ("python", "-c")
     script = script.replace("'/data/archives'", repr(str(archives))).replace("'/data/tfds'", repr(str(tmp_path)))
@@ -154,7 +154,7 @@ def test_tfds_gives_the_same(archives, tmp_path):
 
 
 def test_one_command_prepares_it(archives, tmp_path, monkeypatch):
-    """That of README, with `~`."""
+    """The command of the README, with `~` in its path."""
     monkeypatch.setenv("HOME", str(archives))
     (line,) = re.findall("prepare_images (.*imagenet_tar:.*)", README)
     text = line.replace("/data/archives", "~").replace("/data/imagenet256", str(tmp_path / "out"))
@@ -168,7 +168,7 @@ def test_one_command_prepares_it(archives, tmp_path, monkeypatch):
 
 
 def test_archives_packed_again(archives, tmp_path):
-    """By a program that notes folders, exact dates and hidden files."""
+    """Some programs also store folders, exact dates and hidden files."""
 
     def add_others(archive):
         folder = tarfile.TarInfo("./val")
@@ -217,7 +217,7 @@ def test_an_image_of_absurd_size_is_not_read(archives):
 
 
 def test_a_file_is_open_until_it_is_read(archives):
-    """Threads that open it at the same time each put theirs in the place of the other's, which closes that."""
+    """Threads that open it at the same time replace each other's file; a file in use stays open."""
 
     class Starts(list):
         def __getitem__(self, i):  # between opening and reading

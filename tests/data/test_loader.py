@@ -1,3 +1,5 @@
+"""The loader: its stream of batches, resuming, undecodable records, and worker processes."""
+
 import errno
 import itertools
 import json
@@ -86,14 +88,14 @@ def test_seed_decides_the_order():
 
 
 def test_the_order_is_that_of_earlier_versions():
-    """Else runs that have begun would be continued in another one."""
+    """Another order would change runs that are continued by this version."""
     found = labels(Loader(Numbers(10), batch_size=10, seed=3), 2).tolist()
     assert found == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
 
 
 @pytest.mark.parametrize(("processes", "records"), [(1, 37), (2, 37), (4, 37), (8, 3)])
 def test_processes_share_the_same_global_batches(processes, records):
-    """Even if they are more than the records, and so than shards: every process may read every record."""
+    """More processes than records work, too: every process may read every record."""
     whole = take(Loader(Numbers(records), batch_size=8, seed=3), 12)
     parts = [
         take(Loader(Numbers(records), batch_size=8, seed=3, process_index=p, process_count=processes), 12)
@@ -233,7 +235,7 @@ def test_waiting_is_measured():
 # ----- undecodable records -----
 
 
-def test_a_bad_record_is_replaced_by_its_next_good_neighbour(warnings):
+def test_a_bad_record_is_replaced_by_its_next_good_neighbor(warnings):
     good = labels(Loader(Numbers(40), batch_size=8, seed=2), 10)
     loader = Loader(Numbers(40, bad=[6, 7, 39]), batch_size=8, seed=2, max_bad_fraction=0.1)
     expected = good.copy()
@@ -294,7 +296,7 @@ def test_the_limit_counts_records_of_earlier_runs(warnings):
 
 
 class Flaky(Numbers):
-    """Record 7 cannot be read the first `fails` times, for a reason of the system."""
+    """Record 7 cannot be read the first `fails` times, because the system fails."""
 
     def __init__(self, count, fails, error, bad=()):
         super().__init__(count, bad)
@@ -440,7 +442,7 @@ if __name__ == "__main__":
     [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
 )
 def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, number, end):
-    """And end with the process, even if it does not close the loader."""
+    """They end with the process, even if it does not close the loader."""
     (tmp_path / "script.py").write_text(ASKED)
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -472,7 +474,7 @@ if __name__ == "__main__":
 
 @pytest.mark.integration
 def test_the_first_batch_leaves_no_shared_memory_behind(tmp_path):
-    """As it would if its arrays, which own theirs, were kept until the workers have ended."""
+    """Arrays own their shared memory: a reference that outlives the workers would leak it."""
     (tmp_path / "script.py").write_text(KEPT)
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
     ended = subprocess.run([sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)

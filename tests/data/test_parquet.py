@@ -1,3 +1,5 @@
+"""Parquet shards as Hugging Face writes them."""
+
 import errno
 import io
 import itertools
@@ -163,7 +165,7 @@ def test_a_damaged_file(folder):
 
 @pytest.fixture
 def few_open_files():
-    """Twenty more than there are."""
+    """Allows twenty more open files than there are."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
     yield
