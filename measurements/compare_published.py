@@ -74,9 +74,9 @@ def config_of(size, batch_size):
     changes = {**SMALL, **SIZES[size]} if size in SIZES else {"data.batch_size": 32}
     if batch_size is not None:
         changes = {**changes, "data.batch_size": batch_size}
-    config = repae.get_config("" if size in SIZES else size).to_dict()
+    config = repae.get_config("" if size in SIZES else size).unlock()
     config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
-    return config
+    return config.to_dict()
 
 
 def check_checkout(folder):

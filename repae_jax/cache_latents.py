@@ -2,14 +2,15 @@
 
 Encodes the images of a run on a frozen VAE, once and in their order, to a folder that `config.data.cache` takes: means and
 standard deviations of the posteriors, and the statistics of the latents; `repae_jax/data/latents.py` describes it. The VAE
-computes as in training, in config.precision.compute, on as many images at a time and device.
+computes as in training: in config.precision.compute, with the same number of images per device.
 
-The same command continues where it stopped: a shard of the cache is there when it is whole and on disk, and then never made
-again unless it was damaged since. Several processes on one file system, as jax.distributed counts them (--distributed), take
-turns with the shards, each on its own devices. The files are the same, bit for bit, on as many devices of a kind altogether.
+The same command continues where it stopped: a shard appears when it is whole and on disk, and is made again only if it is
+damaged. Several processes of jax.distributed (--distributed) on one file system share the shards, each with its own devices.
+The files are the same, bit for bit, for the same number and kind of devices in total.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,70 +21,65 @@ from absl import flags
 
 from checkpoints_tools import vae as vae_files
 from repae_jax import buckets, cli, data, images
-from repae_jax.data import latents, shard_writer
+from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost, sharding
 from repae_jax.job import build, frozen_weights, training_data
 from repae_jax.training.checkpoint import fingerprint, prepare_workdir
 
-SHARD_SIZE = 4096  # records; 134 MB of SD-VAE's at 256 pixels
+SHARD_SIZE = 4096  # records: 134 MB for SD-VAE at 256 pixels
 NOTES = ("vae", "images")  # settings that may differ when a cache is continued: files may move
 
 
-class Latents:
-    """Latents as `shard_writer.ShardWriter` makes records of them.
+class Latents(shard_writer.RecordMaker):
+    """Encodes images by a VAE; records hold the posteriors.
 
     Args:
       image_size: side of the images in pixels.
-      encode: uint8 [block_size, H, W, 3] -> float32 [block_size, *shape]; an image's posterior must not depend on the others.
-      block_size: images at a time.
-      shape: of a record, `latents.record_shape`.
+      encode: uint8 `[block_size, H, W, 3]` -> float32 `[block_size, *shape]`; an image's posterior must not depend on others.
+      block_size: images in a call of `encode`.
+      shape: shape of a record, see `latents.record_shape`.
     """
 
-    kind = latents.KIND
+    format = latents.FORMAT
 
-    def __init__(self, image_size, encode, block_size, shape):
+    def __init__(self, image_size: int, encode: Callable, block_size: int, shape: tuple[int, ...]):
         self.block_size = block_size
         self.record_bytes = 4 * math.prod(shape)
-        self._image_size = image_size
+        self.missing = np.zeros((image_size, image_size, 3), np.uint8)
         self._encode = encode
 
-    def blocks(self, source, ranges):
-        """Blocks of images."""
-        black = np.zeros((self._image_size, self._image_size, 3), np.uint8)
-        return shard_writer.Blocks(source, ranges, _pixels, black)
+    @staticmethod
+    def read(fields: dict) -> np.ndarray:
+        """Returns the pixels."""
+        return fields["image"]
 
-    def encode(self, images_of_block):
-        """Moments of each image; the last block is filled up with black ones."""
-        pixels = np.zeros((self.block_size, self._image_size, self._image_size, 3), np.uint8)
-        pixels[: len(images_of_block)] = images_of_block
+    def encode(self, contents: list) -> np.ndarray:
+        """Returns the posteriors of a block."""
+        pixels = np.zeros((self.block_size, *self.missing.shape), np.uint8)  # the last block is filled up with black images
+        pixels[: len(contents)] = contents
         return self._encode(pixels)
 
-    def pack(self, name, moments, good):
-        """Records, and the sums that the statistics are made of; RuntimeError if latents are not finite."""
-        finite = [bool(np.isfinite(record).all()) or not is_good for record, is_good in zip(moments, good)]
-        if not all(finite):
-            names = ", ".join(name(int(i)) for i in np.flatnonzero(np.logical_not(finite))[:5])
+    def pack(self, name: Callable, encoded: list, good: np.ndarray) -> tuple:
+        """Returns records, and the sums for the statistics; raises RuntimeError if latents are not finite."""
+        bad = [j for j in np.flatnonzero(good).tolist() if not np.isfinite(encoded[j]).all()]
+        if bad:
             raise RuntimeError(
-                f"latents of {finite.count(False)} images are not finite, first {names}; check config.init.vae, or use "
-                "config.precision.compute='float32'"
+                f"latents of {len(bad)} images are not finite, first {', '.join(map(name, bad[:5]))}; check config.init.vae, "
+                "or use config.precision.compute='float32'"
             )
-        sums = _sums([record for record, is_good in zip(moments, good) if is_good], moments[0].shape[-1] // 2)
-        return (record.astype("<f4").tobytes() for record in moments), {"sums": sums}
+        sums = _sums([record for record, is_good in zip(encoded, good) if is_good], encoded[0].shape[-1] // 2)
+        return (record.astype("<f4").tobytes() for record in encoded), {"sums": sums}
 
-    def finish(self, entries):
-        """Statistics of all latents, for the manifest and in a file of their own."""
+    def finish(self, entries: list[dict]) -> tuple:
+        """Returns the statistics of all latents, for the manifest and as a file."""
         stats = _merge([entry["sums"] for entry in entries])
         return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_files.published_stats(stats))}
 
 
-def _pixels(fields):
-    return fields["image"]
-
-
 def _sums(moments, channels):
-    """Sums over all but the channels, [C] each, in float64: of means, their squares and the variances; and their number."""
+    """Returns float64 sums over all axes but channels, `[C]` each: of means, squared means and variances; and their count."""
     totals, count = np.zeros((3, channels)), 0
-    for record in moments:  # one at a time: float64 takes space
+    for record in moments:  # one at a time, to save memory
         mean, std = np.split(record.reshape(-1, record.shape[-1]).astype(np.float64), 2, axis=-1)
         totals += [mean.sum(axis=0), np.square(mean).sum(axis=0), np.square(std).sum(axis=0)]
         count += len(mean)
@@ -91,7 +87,7 @@ def _sums(moments, channels):
 
 
 def _merge(sums):
-    """{'mean', 'var'}, [C] each, of latents drawn from all posteriors: the variance is E[std^2] + Var[mean]."""
+    """Returns {'mean', 'var'}, `[C]` each, of latents drawn from all posteriors: the variance is E[std^2] + Var[mean]."""
     count = sum(part["count"] for part in sums)
     if not count:
         raise RuntimeError("no image could be decoded: there are no latents")
@@ -101,16 +97,16 @@ def _merge(sums):
     return {"mean": mean.tolist(), "var": (variance + square - mean**2).tolist()}
 
 
-def make_encode(job, params, flips):
-    """Function for Latents that encodes as training does.
+def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
+    """Returns a function for Latents that encodes as training does.
 
     Args:
       job: Job.
-      params: of its VAE, on its mesh.
-      flips: encode the mirrored images, too.
+      params: parameters of its VAE, on its mesh.
+      flips: whether to encode the mirrored images, too.
 
     Returns:
-      uint8 [b, H, W, 3] -> float32 numpy [b, h, w, 2C], or [b, 2, h, w, 2C] with flips.
+      uint8 `[b, H, W, 3]` -> float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
     """
 
     @jax.jit
@@ -120,54 +116,48 @@ def make_encode(job, params, flips):
 
     def encode(pixels):
         sides = [pixels, pixels[:, :, ::-1]] if flips else [pixels]
-        made = [np.asarray(moments(params, jax.device_put(side, sharding.batch_sharding(job.mesh)))) for side in sides]
-        return np.stack(made, axis=1) if flips else made[0]
+        encoded = [np.asarray(moments(params, jax.device_put(side, sharding.batch_sharding(job.mesh)))) for side in sides]
+        return np.stack(encoded, axis=1) if flips else encoded[0]
 
     return encode
 
 
-def _settings(job, source, params, flips, shard_size):
-    """What makes a cache this one and no other, and NOTES."""
+def _settings(job, params, flips):
+    """Returns the settings that identify a cache, besides its images and shards, and NOTES."""
     section = job.config["data"]
     return {
-        "format": latents.KIND.format,
-        "records": len(source),
-        "records_hash": latents.records_hash(source),
-        "num_classes": source.num_classes,
-        "image_size": source.image_size,
         "latent_shape": list(job.latent_shape),
         "flips": flips,
         "precision": job.config["precision"]["compute"],
         "fingerprint": fingerprint(params),
-        "shard_size": shard_size,
         "vae": job.config["init"]["vae"],
         "images": {"source": section["source"], "options": data.given(section["options"])},
     }
 
 
 def _local(config):
-    """The config with nothing in it but what encoding needs, for this process' devices."""
+    """Returns the config for this process' devices, with only what encoding needs."""
     config = build.plain_config(config)
     per_device = max(1, config["data"]["batch_size"] // jax.device_count())
     section = {**config["data"], "batch_size": per_device * jax.local_device_count(), "cache": ""}
     return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": section}
 
 
-def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
-    """Caches the latents of a run's images; a process of several does its part, and waits for the others.
+def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD_SIZE) -> int | None:
+    """Caches the latents of a run's images; one of several processes does its part, and waits for the others.
 
     Args:
       config: ConfigDict of a run on a frozen VAE, see configs/.
       out: folder; continued if it exists.
-      flips: encode the mirrored images, too.
+      flips: whether to encode the mirrored images, too.
       shard_size: records of a shard.
 
     Returns:
-      How many shards this process made; None if SIGTERM or Ctrl-C ended the work early.
+      Number of shards that this process made; None if SIGTERM or Ctrl-C ended the work early.
 
     Raises:
       ValueError, FileNotFoundError: for anything wrong with config, weights or folder.
-      RuntimeError, OSError: as `ShardWriter.run`.
+      RuntimeError, OSError: see `ShardWriter.run`.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
@@ -190,7 +180,8 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
             folder,
             source,
             Latents(source.image_size, make_encode(job, params, flips), config["data"]["batch_size"], shape),
-            _settings(job, source, params, flips, shard_size),
+            _settings(job, params, flips),
+            shard_size=shard_size,
             notes=NOTES,
             workers=config["data"]["workers"],
             max_bad_fraction=config["data"]["max_bad_fraction"],
@@ -200,9 +191,9 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
         return writer.run(stopped)
 
 
-def summary(folder):
-    """A paragraph on a finished cache, and what to give to training."""
-    manifest = latents.read_manifest(folder)
+def summary(folder: str | Path) -> str:
+    """Returns a paragraph on a finished cache, with the flags for training."""
+    manifest = shards.read_manifest(folder, latents.FORMAT)
     folder, size = Path(folder), sum(shard["bytes"] for shard in manifest["shards"])
     rounded = {name: np.round(values, 4).tolist() for name, values in manifest["latent_stats"].items()}
     return (

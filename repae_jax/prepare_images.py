@@ -3,9 +3,9 @@
 Decodes and crops the images of any source once, as training would, and writes them to ArrayRecords that the source
 'array_record' reads: no JPEG is decoded again, and reading is quick from any disk. The pixels are the same.
 
-The same command continues where it stopped: a shard is there when it is whole and on disk, and then never made again unless it
-was damaged since. Several machines on one file system take turns with the shards, with --process_index and --process_count. The
-files are the same, byte for byte, however many there are, as long as their versions of Pillow are.
+The same command continues where it stopped: a shard appears when it is whole and on disk, and is made again only if it is
+damaged. Several machines on one file system share the shards, with --process_index and --process_count. The files are the same,
+byte for byte, for any number of machines with one version of Pillow.
 """
 
 import argparse
@@ -14,47 +14,34 @@ import tempfile
 from pathlib import Path
 
 from repae_jax import buckets, cli, data, ranges
-from repae_jax.data import array_record, latents, shard_writer, shards
+from repae_jax.data import array_record, shard_writer, shards
+from repae_jax.distributed import multihost
 
-SHARD_SIZE = 4096  # records; some 500 MB of PNGs at 256 pixels
+SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
 _BLOCK_SIZE = 64
-_COMPRESSION = {"raw": 1.0, "png": 0.5, "webp": 0.4}  # of photographs, about
+_COMPRESSION = {"raw": 1.0, "png": 0.5, "webp": 0.4}  # approximate, for photographs
 
 
-class _Images:
-    """Images as `shard_writer.ShardWriter` makes records of them: encoded by the workers."""
+class _Images(shard_writer.RecordMaker):
+    """Encodes images in the workers; there is nothing left to do in the main process."""
 
-    kind = array_record.KIND
+    format = array_record.FORMAT
     block_size = _BLOCK_SIZE
+    missing = b""
 
     def __init__(self, image_size, encoding):
         self.record_bytes = int(3 * image_size**2 * _COMPRESSION[encoding])
         self._encoding = encoding
 
-    def blocks(self, source, ranges):
-        return shard_writer.Blocks(source, ranges, self._encode, b"")
-
-    def _encode(self, fields):
+    def read(self, fields: dict) -> bytes:
+        """Returns the encoded image."""
         return array_record.encode(fields["image"], self._encoding)
-
-    def encode(self, contents):
-        return contents
-
-    def pack(self, name, contents, good):
-        del name, good
-        return contents, {}
-
-    def finish(self, entries):
-        del entries
-        return {}, {}
 
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     examples = "folder:path=/data/train, imagenet:split=train or parquet:path=/data"
     parser.add_argument("--data", type=cli.path, required=True, help=f"source of images and its fields, such as {examples}")
     parser.add_argument(
@@ -88,26 +75,12 @@ def parse_args(argv=None):
     return args
 
 
-def _settings(source, name, fields, args):
-    """What makes prepared images these and no others, and NOTES."""
-    return {
-        "format": array_record.KIND.format,
-        "records": len(source),
-        "records_hash": latents.records_hash(source),
-        "num_classes": source.num_classes,
-        "image_size": source.image_size,
-        "encoding": args.format,
-        "shard_size": args.shard_size,
-        "images": {"source": name, "options": fields},
-    }
-
-
 def _make_folder(out):
-    """The folder, made if need be; ValueError if nothing can be written to it."""
+    """Creates the folder unless it exists; raises ValueError if it cannot be written to."""
     folder = Path(out).expanduser().absolute()
     try:
         str(folder).encode()
-    except UnicodeEncodeError as error:  # the library that writes shards takes no other
+    except UnicodeEncodeError as error:  # ArrayRecord's library needs UTF-8
         raise ValueError(f"{str(folder)!r} is not UTF-8: give another --out") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,28 +91,27 @@ def _make_folder(out):
     return folder
 
 
-def run(args):
-    """Prepares images as the command line says.
+def run(args: argparse.Namespace) -> int | None:
+    """Prepares images by the arguments of the command line.
 
     Returns:
-      How many shards were made; None if SIGTERM or Ctrl-C ended the work early.
+      Number of shards made; None if SIGTERM or Ctrl-C ended the work early.
 
     Raises:
       ValueError: for a wrong source or folder.
-      RuntimeError, OSError: as `ShardWriter.run`.
+      RuntimeError, OSError: see `ShardWriter.run`.
     """
-    from repae_jax.distributed.multihost import stop_signal  # here: every worker imports this module, and would import JAX
-
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
-    with stop_signal() as stopped:
+    with multihost.stop_signal() as stopped:
         source = data.make_source(name, args.image_size, **fields)
         writer = shard_writer.ShardWriter(
             _make_folder(args.out),
             source,
             _Images(args.image_size, args.format),
-            _settings(source, name, fields, args),
+            {"encoding": args.format, "images": {"source": name, "options": fields}},
+            shard_size=args.shard_size,
             notes=NOTES,
             workers=args.workers,
             max_bad_fraction=args.max_bad_fraction,
@@ -149,9 +121,9 @@ def run(args):
         return writer.run(stopped)
 
 
-def summary(folder):
-    """A paragraph on finished prepared images, and what to give to training."""
-    manifest = shards.read_manifest(folder, array_record.KIND)
+def summary(folder: str | Path) -> str:
+    """Returns a paragraph on finished prepared images, with the flags for training."""
+    manifest = shards.read_manifest(folder, array_record.FORMAT)
     bad, size = manifest["bad_records"], sum(shard["bytes"] for shard in manifest["shards"])
     first = f", first {', '.join(name for _, name in bad[:5])}" if bad else ""
     return (

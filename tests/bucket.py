@@ -68,11 +68,11 @@ class Bucket:
     @contextlib.contextmanager
     def reached(self):
         """This process, and those that it starts, reach the bucket meanwhile."""
-        from repae_jax.data import bucket
+        from repae_jax.data import byte_ranges
 
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
-        bucket._store.cache_clear()  # threads that a test has left may have opened it where nobody serves
+        byte_ranges._store.cache_clear()  # threads that a test has left may have opened it where nobody serves
         try:
             yield self
         finally:

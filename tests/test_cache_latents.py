@@ -1,6 +1,6 @@
-"""Writing caches of latents: whatever interrupts it and however many processes do it, the files are the same.
+"""Writing caches of latents: the same files after any interruption and from any number of processes.
 
-Most tests write with a stub for the VAE; `tests/data/test_latents.py` and the scripts below use it, too.
+Most tests write with a stub for the VAE, see `caches`.
 """
 
 import itertools
@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from caches import Pictures, encode, encode_both, make_cache
+from processes import contents, in_threads, run_script, script_env
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
@@ -28,69 +30,6 @@ from repae_jax import cache_latents, cli, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost
 from repae_jax.job import build, frozen_weights, training_data
-
-REPOSITORY = Path(__file__).parents[1]
-
-
-class Pictures:
-    """Noise of 4 x 4 pixels; those in `bad` cannot be decoded."""
-
-    image_size = 4
-    num_classes = 10
-
-    def __init__(self, count, bad=(), label_shift=0, name="picture"):
-        self.labels = ((np.arange(count) + label_shift) % 10).astype(np.int32)
-        self.pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
-        self.bad = set(bad)
-        self._name = name
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        if i in self.bad:
-            raise OSError(f"broken {i}")
-        return {"image": self.pixels[i], "label": self.labels[i]}
-
-    def name(self, i):
-        return f"{self._name}-{i}"
-
-
-def encode(pixels):
-    """Stub for a VAE with 2 x 2 x 2 latents: uint8 [b, 4, 4, 3] -> float32 [b, 2, 2, 4]."""
-    patches = (pixels / np.float32(255)).reshape(-1, 2, 2, 2, 2, 3).mean((2, 4))
-    return np.concatenate([patches[..., :2] - 0.5, 0.1 + patches[..., 1:]], axis=-1).astype(np.float32)
-
-
-def encode_both(pixels):
-    return np.stack([encode(pixels), encode(pixels[:, :, ::-1])], axis=1)
-
-
-def settings_of(source, flips=False, shard_size=8, **changes):
-    return {
-        "format": latents.KIND.format, "records": len(source), "records_hash": latents.records_hash(source),
-        "num_classes": source.num_classes, "image_size": source.image_size, "latent_shape": [2, 2, 2], "flips": flips,
-        "precision": "float32", "fingerprint": "0123456789abcdef", "shard_size": shard_size, "vae": "vae.pt",
-        "images": {"source": "pictures", "options": {}},
-    } | changes  # fmt: skip
-
-
-def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(), **options):
-    """What `CacheWriter.run` returns; a new folder is made."""
-    folder.mkdir(exist_ok=True)
-    encode = encode or (encode_both if flips else globals()["encode"])
-    options = {"max_bad_fraction": len(source.bad) / len(source)} | options
-    settings = settings_of(source, flips, **dict(changes))
-    shape = latents.record_shape(settings["latent_shape"], settings["flips"])
-    records = cache_latents.Latents(source.image_size, encode, 3, shape)
-    writer = shard_writer.ShardWriter(folder, source, records, settings, notes=cache_latents.NOTES, **options)
-    return writer.run(stopped or threading.Event())
-
-
-def contents(folder):
-    """Name -> bytes of all files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
@@ -101,7 +40,7 @@ def test_files(tmp_path):
     assert sorted(contents(tmp_path / "a")) == sorted(
         [*named, "labels.npy", "latents-stats.safetensors", "manifest.json", "places.npy", "settings.json"]
     )
-    manifest = latents.read_manifest(tmp_path / "a")
+    manifest = shards.read_manifest(tmp_path / "a", latents.FORMAT)
     assert manifest["records"] == 20 and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["vae"] == "vae.pt" and manifest["fingerprint"] == "0123456789abcdef"
     for shard in manifest["shards"]:
@@ -126,6 +65,7 @@ def test_statistics_are_those_of_sampled_latents(tmp_path, flips):
         np.testing.assert_allclose(read[name], stats[name], rtol=1e-6)
 
 
+@pytest.mark.integration
 def test_worker_processes_and_block_sizes_change_nothing(tmp_path):
     source = Pictures(7, bad=[2])
     make_cache(tmp_path / "a", source)
@@ -173,6 +113,7 @@ def interrupted_trials(folder, trials, seed):
         print(json.dumps({"kills": kills, "files": sorted(path.name for path in out.iterdir())}))
 
 
+@pytest.mark.integration
 def test_killed_at_random_times_the_files_are_the_same(tmp_path):
     script = f"import test_cache_latents as t; t.interrupted_trials({str(tmp_path)!r}, 6, 0)"
     run = run_script(script)
@@ -186,25 +127,6 @@ def test_killed_at_random_times_the_files_are_the_same(tmp_path):
     source = Pictures(90)
     for i in set(range(90)) - {17, 40}:  # nothing is lost, nothing is there twice
         np.testing.assert_array_equal(cache[i]["moments"], encode(source.pixels[i : i + 1])[0])
-
-
-def run_script(script):
-    """A finished Python process that may import the tests."""
-    return subprocess.run([sys.executable, "-c", script], env=script_env(), capture_output=True, text=True, timeout=120)
-
-
-def in_threads(work):
-    """Three processes' worth of work(process index), the first process coming last."""
-    threads = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join(30)
-
-
-def script_env(**env):
-    return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **env}
 
 
 def test_asked_to_stop_it_keeps_finished_shards(tmp_path):
@@ -315,7 +237,7 @@ def test_other_images_do_not_mix(tmp_path):
 
 
 def test_files_may_move(tmp_path):
-    """Where weights and images lie is noted once, and no reason to refuse."""
+    """The paths of weights and images are notes, and may differ."""
     make_cache(tmp_path / "a", Pictures(20))
     before = contents(tmp_path / "a")
     assert make_cache(tmp_path / "a", Pictures(20), changes={"vae": "elsewhere/vae.pt"}) == 0
@@ -330,7 +252,7 @@ def test_too_many_bad_images(tmp_path, warnings):
             make_cache(tmp_path / "a", source, max_bad_fraction=0.05)
     assert any("picture-11: OSError: broken 11" in warning for warning in warnings)
     make_cache(tmp_path / "a", source)
-    assert latents.read_manifest(tmp_path / "a")["bad_records"] == [[i, f"picture-{i}"] for i in (3, 11, 30)]
+    assert shards.read_manifest(tmp_path / "a", latents.FORMAT)["bad_records"] == [[i, f"picture-{i}"] for i in (3, 11, 30)]
 
 
 def test_nothing_but_bad_images(tmp_path, warnings):
@@ -389,6 +311,7 @@ def frozen_config(changes=None):
     return config
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("flips", [False, True])
 def test_moments_are_those_of_the_vae(tmp_path, flips):
     config = frozen_config()
@@ -414,6 +337,7 @@ def test_moments_are_those_of_the_vae(tmp_path, flips):
         np.testing.assert_allclose(actual, expected(side), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_training_takes_the_flags_that_it_prints(tmp_path):
     cache_latents.cache_latents(frozen_config(), tmp_path / "a")
     text = cache_latents.summary(tmp_path / "a")

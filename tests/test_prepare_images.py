@@ -1,4 +1,4 @@
-"""Preparing images: the pixels of the source, the same files whatever interrupts the work and however many processes do it."""
+"""Preparing images: the pixels of the source, and the same files after any interruption and from any number of processes."""
 
 import contextlib
 import errno
@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
+from processes import contents, in_threads, run_script
 
 from repae_jax import data, faults, prepare_images
-from repae_jax.data import array_record, latents, shards
+from repae_jax.data import array_record, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
@@ -56,11 +57,6 @@ def prepare(pictures, out, *more):
     return prepare_images.run(prepare_images.parse_args(arguments(pictures, out, *more)))
 
 
-def contents(folder):
-    """Name -> bytes of all files."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def made(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
@@ -74,7 +70,7 @@ def made(pictures, tmp_path_factory):
 def test_files(pictures, made):
     named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
     assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "places.npy", "settings.json"])
-    manifest = shards.read_manifest(made, array_record.KIND)
+    manifest = shards.read_manifest(made, array_record.FORMAT)
     assert manifest["records"] == COUNT and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["bad_records"] == [[6, "class1/06.png"]] and manifest["images"]["source"] == "folder"
     for shard in manifest["shards"]:
@@ -87,7 +83,7 @@ def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding)
     source, prepared = FolderSource(pictures, SIZE), data.make_source("array_record", SIZE, path=str(tmp_path / "out"))
     assert len(prepared) == COUNT and prepared.num_classes == 4 and prepared.image_size == SIZE
     assert prepared.labels.dtype == np.int32 and prepared.labels.tolist() == source.labels.tolist()
-    assert prepared.records_hash == latents.records_hash(source)
+    assert prepared.records_hash == data.records_hash(source)
     for i in (7, 8, 0, 19, 3):
         np.testing.assert_array_equal(prepared[i]["image"], source[i]["image"])
         assert prepared[i]["label"] == source.labels[i]
@@ -98,7 +94,7 @@ def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding)
         prepared[COUNT]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_batches_are_those_of_the_source(pictures, made, workers):
     prepared = PreparedImages(made, SIZE)
     prepared[0]  # a file is open
@@ -166,10 +162,9 @@ def killed_trials(pictures, folder, trials):
         print(json.dumps({"kills": kills}))
 
 
+@pytest.mark.integration
 def test_killed_at_random_times_the_files_are_the_same(pictures, made, tmp_path):
-    script = f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)"
-    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    run = run_script(f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)")
     assert run.returncode == 0, run.stderr
     assert sum(json.loads(line)["kills"] for line in run.stdout.splitlines()) >= 1  # how many depends on the machine
     for trial in range(4):
@@ -201,6 +196,7 @@ def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnin
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_worker_processes_change_nothing(pictures, made, tmp_path):
     command = [sys.executable, "-m", "repae_jax.prepare_images", *arguments(pictures, tmp_path / "out", "--workers=1")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -216,11 +212,7 @@ def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
     def work(process):
         results[process] = prepare(pictures, tmp_path / "out", f"--process_index={process}", "--process_count=2")
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(work, (1, 0))
     assert results == {0: 2, 1: 1}
     assert contents(tmp_path / "out") == contents(made)
 
@@ -308,16 +300,12 @@ def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, 
         except RuntimeError as error:
             errors[process] = str(error)
 
-    threads = [threading.Thread(target=work, args=(process,)) for process in (finishing, 1 - finishing)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(work, (finishing, 1 - finishing))
     assert sorted(errors) == [0, 1] and not (out / shards.MANIFEST).exists()
     for message in errors.values():
         assert message.startswith("2 of 20 records (10.00%) cannot be decoded, 1 are allowed: class1/06.png, class1/09.png")
     assert prepare(tmp_path / "pictures", out, "--max_bad_fraction=0.1") == 0
-    assert len(shards.read_manifest(out, array_record.KIND)["bad_records"]) == 2
+    assert len(shards.read_manifest(out, array_record.FORMAT)["bad_records"]) == 2
 
 
 @pytest.mark.parametrize("fails", [2, 3])
@@ -346,9 +334,9 @@ from repae_jax import prepare_images
 class Slow(prepare_images._Images):
     block_size = 1
 
-    def _encode(self, fields):
+    def read(self, fields):
         time.sleep(0.2)
-        return super()._encode(fields)
+        return super().read(fields)
 
 if __name__ == "__main__":
     prepare_images._Images = Slow
@@ -356,8 +344,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
-    """As of a terminal's Ctrl-C, and of schedulers."""
+    """Terminals (Ctrl-C) and schedulers send signals to all processes."""
     (tmp_path / "slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "slow", *arguments(pictures, tmp_path / "out", "--workers=1")]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -376,7 +365,7 @@ def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
 def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):
     stopped = threading.Event()
 
-    def fail(self, shard, made, bad):
+    def fail(self, shard, encoded, bad):
         stopped.set()
         raise OSError("the disk is full")
 

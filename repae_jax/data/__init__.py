@@ -1,15 +1,17 @@
-"""Sources of labelled images.
+"""Sources of labeled images.
 
 A source is any object with `len(source)`, `source[i] -> {'image': uint8 [H, W, 3], 'label': int32}`, `source.name(i)`,
 and the attributes `labels` (int32 `[N]`), `num_classes` and `image_size`. It must survive pickling, because worker
 processes get a copy. `repae_jax.data.loader` turns a source into batches.
+
+The arguments of a source's constructor, other than `image_size`, are its options: `config.data.options`, and the fields of
+`--data SOURCE:FIELD=VALUE`. A new source is a file and an entry of SOURCES.
 """
 
+import hashlib
 import inspect
 import os
 import re
-
-import numpy as np
 
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.digits import DigitsSource
@@ -17,8 +19,9 @@ from repae_jax.data.folder import FolderSource
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.imagenet_tar import ImagenetTarSource
 from repae_jax.data.parquet import ParquetSource
+from repae_jax.data.source import check_label_range
 
-_SOURCES = {
+SOURCES = {
     "digits": DigitsSource,
     "folder": FolderSource,
     "imagenet": ImagenetSource,
@@ -26,57 +29,71 @@ _SOURCES = {
     "parquet": ParquetSource,
     "array_record": PreparedImages,
 }
+# annotation of an option -> (function of a command line's text, allowed values); other options are texts
+_PARSED = {
+    bool: ({"True": True, "False": False}.__getitem__, "True or False"),
+    int: (int, "whole numbers"),
+    float: (float, "numbers"),
+}
 
 
-def given(options):
-    """Those of config.data.options that are set: it names the arguments of all sources, and the others are None."""
+def options_of(source: str) -> dict[str, inspect.Parameter]:
+    """Returns the options of a source in SOURCES by name, with their annotations and defaults.
+
+    Raises:
+      ValueError: for an unknown source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, SOURCES))}")
+    parameters = dict(inspect.signature(SOURCES[source]).parameters)
+    del parameters["image_size"]
+    return parameters
+
+
+def option_types() -> dict[str, type]:
+    """Returns the type of each option of all sources, for configs: bool, int, float or str."""
+    options = {name: option for source in SOURCES for name, option in options_of(source).items()}
+    return {name: option.annotation if option.annotation in _PARSED else str for name, option in options.items()}
+
+
+def given(options: dict) -> dict:
+    """Returns the options that are set: a config has those of all sources, and the others are None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-def option_types():
-    """Returns {option: type} of the options of all sources: bool where the default is one, otherwise str."""
-    parameters = [parameter for source in _SOURCES.values() for parameter in inspect.signature(source).parameters.values()]
-    types = {parameter.name: bool if isinstance(parameter.default, bool) else str for parameter in parameters}
-    del types["image_size"]
-    return types
-
-
-def make_source(source, image_size, **fields):
+def make_source(source: str, image_size: int, **fields):
     """Builds a source by name.
 
     Args:
-      source: 'digits', 'folder', 'imagenet' (of TFDS), 'imagenet_tar' (the archives), 'parquet' (of Hugging Face) or
-        'array_record' (prepared images).
+      source: a key of SOURCES.
       image_size: side of the images in pixels.
-      **fields: the other arguments of that source, such as `split` or `path`; None is as if not given.
+      **fields: the source's options, such as `split` or `path`; None counts as not given.
 
     Returns:
       The source.
 
     Raises:
-      ValueError: if the name is unknown, a field is not an argument of the source, or a required one is missing.
+      ValueError: for an unknown name or option, a missing option, or a value that the source refuses.
     """
-    if source not in _SOURCES:
-        raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, _SOURCES))}")
+    options = options_of(source)
     fields = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in given(fields).items()}
-    parameters = dict(inspect.signature(_SOURCES[source]).parameters)
-    del parameters["image_size"]
-    unknown = sorted(set(fields) - set(parameters))
+    unknown = sorted(set(fields) - set(options))
     if unknown:
-        raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(parameters)}")
-    missing = [name for name, p in parameters.items() if p.default is p.empty and fields.get(name, "") == ""]
+        raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(options)}")
+    missing = [name for name, option in options.items() if option.default is option.empty and fields.get(name, "") == ""]
     if missing:
         raise ValueError(
             f"source {source!r} needs the argument {', '.join(missing)}: set config.data.options.{missing[0]}, or where a "
             f"command takes a source, {source}:{missing[0]}=VALUE"
         )
-    if source != "array_record":
-        _check_local(source, fields)
-    return _SOURCES[source](image_size=image_size, **fields)
+    _check_local(source, fields)
+    return SOURCES[source](image_size=image_size, **fields)
 
 
 def _check_local(source, fields):
-    """ValueError if a file or folder is an address."""
+    """Raises ValueError if an option is an address such as gs://bucket/train, unless the source `reads_addresses`."""
+    if getattr(SOURCES[source], "reads_addresses", False):
+        return
     for name, value in fields.items():
         bucket = re.match(r"\w+://([^/]*)", str(value))
         if bucket:
@@ -87,12 +104,12 @@ def _check_local(source, fields):
             )
 
 
-def parse_source(text, labelled=True):
-    """Source as commands take it: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test' or 'folder:path=/data/val'.
+def parse_source(text: str, labelled: bool = True) -> tuple[str, dict]:
+    """Parses a command's `--data`: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test' or 'folder:path=/data/val'.
 
     Args:
-      text: see above; or the path of a folder of images.
-      labelled: whether classes matter; if not, a folder needs none.
+      text: as above, or the path of a folder of images.
+      labelled: whether classes matter; if not, sources with the option `labelled` need none.
 
     Returns:
       (name, fields) for `make_source`.
@@ -101,47 +118,51 @@ def parse_source(text, labelled=True):
       ValueError: if the text is neither.
     """
     name, _, rest = text.partition(":")
-    if name not in _SOURCES:
+    if name not in SOURCES:
         _check_local("folder", {"path": text})
-        if os.path.isdir(os.path.expanduser(text)):
-            return "folder", {"path": text} | ({} if labelled else {"labelled": False})
-        raise ValueError(
-            f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, _SOURCES))}, with fields behind a colon, "
-            "such as 'digits:split=test' or 'folder:path=/data/val'"
-        )
-    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
-    if not all(sign and field for field, sign, _ in pairs):
-        raise ValueError(f"{text!r}: allowed behind the colon is FIELD=VALUE,FIELD=VALUE")
-    parameters = inspect.signature(_SOURCES[name]).parameters
-    fields = {field: _typed(field, value, parameters) for field, _, value in pairs}
-    if name == "folder" and not labelled and "labels_file" not in fields:
+        if not os.path.isdir(os.path.expanduser(text)):
+            raise ValueError(
+                f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, SOURCES))}, with fields behind a "
+                "colon, such as 'digits:split=test' or 'folder:path=/data/val'"
+            )
+        name, fields = "folder", {"path": text}
+    else:
+        pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+        if not all(sign and field for field, sign, _ in pairs):
+            raise ValueError(f"{text!r}: allowed behind the colon is FIELD=VALUE,FIELD=VALUE")
+        fields = {field: _typed(field, value, options_of(name)) for field, _, value in pairs}
+    if not labelled and "labelled" in options_of(name) and "labels_file" not in fields:
         fields.setdefault("labelled", False)
     return name, fields
 
 
-def _typed(field, value, parameters):
-    """The value of a field that is given as a text."""
-    if field not in parameters or not isinstance(parameters[field].default, bool):
-        return value
-    if value not in ("True", "False"):
-        raise ValueError(f"{field} is {value!r}; allowed: True or False")
-    return value == "True"
+def _typed(field, text, options):
+    """Converts a command line's text to the type of an option; an unknown option is left to `make_source`."""
+    parse, allowed = _PARSED.get(options[field].annotation if field in options else str, (str, ""))
+    try:
+        return parse(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{field} is {text!r}; allowed: {allowed}") from None
 
 
-def check_labels(source, num_classes):
+def check_labels(source, num_classes: int) -> None:
     """Checks that a network with `num_classes` label embeddings can take every label, without decoding an image.
-
-    Args:
-      source: a source; its `labels` are int32 `[N]`.
-      num_classes: number of classes the network was built for.
 
     Raises:
       ValueError: if a label lies outside 0..num_classes-1; a lookup there would silently read another class.
     """
-    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
-    if len(wrong):
-        first = ", ".join(f"{source.name(i)}: {source.labels[i]}" for i in wrong[:5])
-        raise ValueError(
-            f"{len(wrong)} of {len(source)} labels are out of range, first {first}; allowed: 0..{num_classes - 1}; "
-            f"the source has {source.num_classes} classes, so set num_classes to that"
-        )
+    advice = f"; the source has {source.num_classes} classes, so set num_classes to that"
+    check_label_range(source.labels, source.name, num_classes - 1, advice, shown=5)
+
+
+def records_hash(source) -> str:
+    """Returns a hash of the names and labels of a source's records, in order, which identifies the source.
+
+    Nothing is decoded. Sources made from another one (prepared images, cached latents) have that one's hash as an attribute.
+    """
+    if hasattr(source, "records_hash"):
+        return source.records_hash
+    digest = hashlib.sha256()
+    for i, label in enumerate(source.labels.tolist()):
+        digest.update(f"{source.name(i)}\0{label}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,23 +1,21 @@
 """Prepared images: decoded and cropped ahead of time, as `repae_jax.prepare_images` writes them."""
 
+import dataclasses
 import io
+import os
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from repae_jax.data import shards
 
-KIND = shards.Kind("set of prepared images", "python -m repae_jax.prepare_images", 1)
+FORMAT = shards.ShardFormat("set of prepared images", "python -m repae_jax.prepare_images", 1)
 ENCODINGS = ("png", "webp", "raw")
 
 
-def encode(pixels, encoding):
-    """Bytes of an image, without loss.
-
-    Args:
-      pixels: uint8 `[H, W, 3]`.
-      encoding: one of ENCODINGS.
-    """
+def encode(pixels: UInt8[np.ndarray, "H W 3"], encoding: str) -> bytes:
+    """Encodes an image without loss, in one of ENCODINGS."""
     if encoding == "raw":
         return pixels.tobytes()
     options = {"png": {}, "webp": {"lossless": True}}[encoding]
@@ -26,8 +24,8 @@ def encode(pixels, encoding):
     return buffer.getvalue()
 
 
-def decode(content, encoding, size):
-    """What `encode` was given: uint8 `[size, size, 3]`. ValueError or OSError if the content is another."""
+def decode(content: bytes, encoding: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Decodes what `encode` returned; raises ValueError or OSError for other content."""
     if encoding == "raw":
         return np.frombuffer(content, np.uint8).reshape(size, size, 3)
     with Image.open(io.BytesIO(content)) as image:
@@ -37,57 +35,41 @@ def decode(content, encoding, size):
     return pixels
 
 
-class PreparedImages:
+@dataclasses.dataclass(eq=False)
+class PreparedImages(shards.Shards):
     """Random access to prepared images; record i is image i of the source that they were made from.
 
     Attributes:
-      labels: int32 `[N]`.
-      num_classes: that of the images' source.
-      image_size: side of the images in pixels.
-      records_hash: of the images' source, see `repae_jax.data.latents.records_hash`.
-      contents_hash: of the files.
+      path: the folder, or its address in a bucket.
+      image_size: side in pixels; must be that of the prepared images.
+
+    Raises:
+      ValueError: from the constructor, if the folder is unfinished, damaged, of another version or image size.
     """
 
-    def __init__(self, path, image_size):
-        """Reads manifest and labels, and checks that the shards are there and whole.
+    path: str | os.PathLike
+    image_size: int
 
-        Args:
-          path: folder.
-          image_size: side in pixels that the images have to have.
+    reads_addresses = True
 
-        Raises:
-          ValueError: if the folder is unfinished, damaged, of another version or image size.
-        """
-        manifest = shards.read_manifest(path, KIND)
-        if manifest["image_size"] != image_size:
+    def __post_init__(self):
+        image_size = self.image_size
+        super().__init__(self.path, FORMAT)
+        if self.image_size != image_size:
             raise ValueError(
-                f"prepared images {str(path)!r} have {manifest['image_size']} pixels on a side, image_size is {image_size}: "
-                f"set image_size to {manifest['image_size']}, or prepare them anew from the original images"
+                f"prepared images {str(self.path)!r} have {self.image_size} pixels on a side, image_size is {image_size}: "
+                f"set image_size to {self.image_size}, or prepare them anew from the original images"
             )
-        self._shards = shards.Shards(path, KIND)
-        self._encoding = manifest["encoding"]
-        self.labels = self._shards.labels
-        self.num_classes = manifest["num_classes"]
-        self.image_size = image_size
-        self.records_hash = manifest["records_hash"]
-        self.contents_hash = self._shards.contents_hash
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
 
         Raises:
           ValueError: if the image could not be decoded when it was prepared, or the record is damaged.
         """
-        content = self._shards[i]
+        content = self.content(i)
         try:
-            pixels = decode(content, self._encoding, self.image_size)
-        except (ValueError, OSError) as error:  # of Pillow
-            raise self._shards.damaged(i, error) from error
+            pixels = decode(content, self.manifest["encoding"], self.image_size)
+        except (ValueError, OSError) as error:  # Pillow raises both
+            raise self.damaged(i, error) from error
         return {"image": pixels, "label": self.labels[i]}
-
-    def name(self, i):
-        """Names record `i`: its number, and the name of its image if that was undecodable."""
-        return self._shards.name(i)

@@ -1,63 +1,59 @@
 """The 1,797 handwritten digits that come with scikit-learn: a complete data set with nothing to download."""
 
+import dataclasses
+
 import numpy as np
 from PIL import Image
+
+from repae_jax.data.source import check_image_size
 
 _SPLITS = ("train", "test", "all")
 
 
+@dataclasses.dataclass(eq=False)
 class DigitsSource:
-    """Random access to 8x8 grey digits, enlarged to RGB images.
+    """Random access to 8x8 gray digits, enlarged to RGB images.
 
     The split is fixed: every fifth digit of each class, in file order, is for testing (355), the others for
     training (1,442).
 
     Attributes:
+      image_size: side of the images in pixels; 8 and above make sense.
+      split: 'train', 'test' or 'all'.
       labels: int32 `[N]`, 0..9.
-      num_classes: 10.
-      image_size: side of the images in pixels.
     """
+
+    image_size: int
+    split: str = "train"
 
     num_classes = 10
 
-    def __init__(self, image_size, split="train"):
-        """Reads the digits of one split.
-
-        Args:
-          image_size: side of the images in pixels; 8 and above make sense.
-          split: 'train', 'test' or 'all'.
-
-        Raises:
-          ValueError: if the split is unknown or the size not positive.
-        """
+    def __post_init__(self):
         from sklearn.datasets import load_digits  # here: only this source needs scikit-learn
 
-        if split not in _SPLITS:
-            raise ValueError(f"split is {split!r}; allowed: {', '.join(map(repr, _SPLITS))}")
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
+        if self.split not in _SPLITS:
+            raise ValueError(f"split is {self.split!r}; allowed: {', '.join(map(repr, _SPLITS))}")
+        check_image_size(self.image_size)
         digits = load_digits()
-        self._indices = _split_indices(digits.target, split)
+        self._indices = _split_indices(digits.target, self.split)
         self._digits = np.round(digits.images[self._indices] * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
-        self._split = split
         self.labels = digits.target[self._indices].astype(np.int32)
-        self.image_size = image_size
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`."""
         image = Image.fromarray(self._digits[i]).resize((self.image_size,) * 2, resample=Image.Resampling.BICUBIC)
         return {"image": np.array(image.convert("RGB")), "label": self.labels[i]}
 
-    def name(self, i):
-        """Names record `i` for people: its split, its position in the full set and its class."""
-        return f"digits {self._split} #{self._indices[i]} (a {self.labels[i]})"
+    def name(self, i: int) -> str:
+        """Returns the split, the position in the full set and the class of record `i`."""
+        return f"digits {self.split} #{self._indices[i]} (a {self.labels[i]})"
 
 
 def _split_indices(labels, split):
-    """Positions of a split's records in file order, int64 `[N]`."""
+    """Returns the positions of a split's records in file order, int64 `[N]`."""
     if split == "all":
         return np.arange(len(labels))
     is_test = np.zeros(len(labels), bool)

@@ -1,9 +1,11 @@
-"""Any folder of image files, labelled by class subfolders or by a labels file."""
+"""Any folder of image files, labeled by class subfolders or by a labels file."""
 
 import codecs
 import csv
+import dataclasses
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +13,12 @@ import numpy as np
 from absl import logging
 
 from repae_jax import faults
-from repae_jax.data.decoding import KINDS, decode_crop, read_file
+from repae_jax.data.decoding import KINDS, read_file
 from repae_jax.data.listing import list_below, printable
+from repae_jax.data.source import MAX_LABEL, EncodedImages, check_image_size
 
 EXTENSIONS = tuple(ending for endings in KINDS.values() for ending in endings)
-# Of images, too, but not read: who has them should know.
+# Formats that are not read: the user is told of such files.
 _REFUSED = (
     ".apng", ".arw", ".cr2", ".cr3", ".dds", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".icns", ".ico",
     ".jxl", ".jxr", ".mpo", ".nef", ".pcx", ".pfm", ".psd", ".qoi", ".raf", ".sgi", ".svg", ".tga", ".xcf",
@@ -23,74 +26,63 @@ _REFUSED = (
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
 }  # fmt: skip
-_LARGEST = np.iinfo(np.int32).max
 
 
-class FolderSource:
-    """Random access to the images below a folder, centre-cropped as they are read.
+@dataclasses.dataclass(eq=False)
+class FolderSource(EncodedImages):
+    """Random access to the images below a folder, center-cropped as they are read.
 
     The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
 
     Attributes:
-      paths: of the records, relative to the folder, with forward slashes.
-      labels: int32 `[N]`, 0 and above.
-      num_classes: the number of class subfolders, or the largest label of the labels file plus one.
+      path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the labels 0, 1, ...;
+        images may lie deeper inside them.
       image_size: side of the images in pixels.
+      labels_file: path of a labels file, relative to the folder or absolute. Either JSON `{"labels": [["sub/a.png", 3], ...]}`,
+        or `.csv` / `.tsv` with two columns, path and label. The paths in it are relative to the folder; images that it does not
+        list are left out.
+      labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
+      paths: paths of the records, relative to the folder, with forward slashes.
+
+    Raises:
+      ValueError: from the constructor, if the folder is missing, cannot be listed, or holds no images or some of a format that
+        is not read, if it has neither class subfolders nor a labels file, or if the labels file is malformed, names missing
+        files or has labels out of range.
+      OSError: if the disk fails.
     """
 
-    def __init__(self, path, image_size, labels_file=None, labelled=True):
-        """Lists the folder and checks the labels; decodes nothing.
+    path: str | os.PathLike
+    image_size: int
+    labels_file: str | os.PathLike | None = None
+    labelled: bool = True
 
-        Args:
-          path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the
-            labels 0, 1, ...; images may lie deeper inside them.
-          image_size: side of the images in pixels.
-          labels_file: path of a labels file, relative to the folder or absolute. Either JSON
-            `{"labels": [["sub/a.png", 3], ...]}`, or `.csv` / `.tsv` with two columns, path and label. The paths in
-            it are relative to the folder; images it does not list are left out.
-          labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
-
-        Raises:
-          ValueError: if the folder is missing, cannot be listed, or holds no images or some of a kind that is not read, if it
-            has neither class subfolders nor a labels file, or if the labels file is malformed, names missing files or has
-            labels out of range.
-          OSError: if the system fails.
-        """
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
-        if not str(path):
+    def __post_init__(self):
+        check_image_size(self.image_size)
+        if not str(self.path):
             raise ValueError("path is ''; give the folder that holds the images")
-        self._root = Path(path)
+        self._root = Path(self.path)
         if not self._root.is_dir():
-            raise ValueError(f"path is {str(path)!r}, which is not a folder; give the folder that holds the images")
+            raise ValueError(f"path is {str(self.path)!r}, which is not a folder; give the folder that holds the images")
         paths, others, classes = list_below(self._root, EXTENSIONS)
-        if labels_file is None or not labelled:  # else what the file lists is meant, and no more
+        if self.labels_file is None or not self.labelled:  # a labels file says which images are wanted
             _check_others(self._root, others)
         if not paths:
-            raise ValueError(f"no images below {str(path)!r}; files with these extensions count: {_extensions()}")
-        if not labelled:
-            self.paths, labels = paths, np.zeros(len(paths))
-        elif labels_file is None:
-            self.paths, labels = paths, _labels_from_subfolders(self._root, paths, classes)
+            raise ValueError(f"no images below {str(self.path)!r}; files with these extensions count: {_extensions()}")
+        if not self.labelled:
+            labels = np.zeros(len(paths))
+        elif self.labels_file is None:
+            labels = _labels_from_subfolders(self._root, paths, classes)
         else:
-            self.paths, labels = _labels_from_file(self._root / labels_file, paths)
+            paths, labels = _labels_from_file(self._root / self.labels_file, paths)
+        self.paths = paths
         self.labels = np.asarray(labels, np.int32)
         self.num_classes = int(self.labels.max()) + 1
-        self.image_size = image_size
 
-    def __len__(self):
-        return len(self.paths)
+    def content(self, i: int) -> bytes:
+        """Returns the file's bytes."""
+        return read_file(self._root / self.paths[i])
 
-    def __getitem__(self, i):
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          Exception: whatever PIL raises for a file it cannot decode, a truncated one included.
-        """
-        content = read_file(self._root / self.paths[i])
-        return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
-
-    def name(self, i):
+    def name(self, i: int) -> str:
         """Returns the path of record `i`, relative to the folder, as `printable`."""
         return printable(self.paths[i])
 
@@ -100,7 +92,7 @@ def _extensions():
 
 
 def _check_others(root, others):
-    """Raises ValueError for images of kinds that are not read; logs what other files there are."""
+    """Raises ValueError for images of formats that are not read; logs the extensions of all other files."""
     refused = [path for path in others if path.lower().endswith(_REFUSED)]
     if refused:
         raise ValueError(
@@ -114,7 +106,7 @@ def _check_others(root, others):
 
 
 def _labels_from_subfolders(root, paths, classes):
-    """Numbers the subfolders of `root` by name; returns one label per path."""
+    """Returns one label per path: the rank of its subfolder of `root` by name."""
     if not classes:
         raise ValueError(
             f"{str(root)!r} holds {len(paths)} images but no class subfolders; allowed: one subfolder per class, or a "
@@ -131,7 +123,7 @@ def _labels_from_subfolders(root, paths, classes):
     if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
         other = next(label for label, name in enumerate(classes) if int(name) != label)
         logging.warning(
-            "the class subfolders of %r are numbers, and labelled in the order of their names: %s is class %d. If the numbers "
+            "the class subfolders of %r are numbers, and labeled in the order of their names: %s is class %d. If the numbers "
             "are the classes, fill them up with zeros (0002, 0010), or give a labels_file",
             str(root), classes[other], other,
         )  # fmt: skip
@@ -140,7 +132,7 @@ def _labels_from_subfolders(root, paths, classes):
 
 
 def _labels_from_file(file, paths):
-    """Reads a labels file and checks it against the listing; returns sorted paths and their labels."""
+    """Returns the sorted paths of a labels file and their labels, checked against the listing."""
     if not file.is_file():
         raise ValueError(f"labels_file is {str(file)!r}, which does not exist; give it relative to the image folder")
     entries = _read_json(file) if file.suffix.lower() == ".json" else _read_table(file)
@@ -156,15 +148,15 @@ def _labels_from_file(file, paths):
     repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
     if repeated:
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
-    wrong = [f"{path}: {label}" for path, label in entries if not 0 <= label <= _LARGEST]
+    wrong = [f"{path}: {label}" for path, label in entries if not 0 <= label <= MAX_LABEL]
     if wrong:
-        raise ValueError(f"labels file {str(file)!r} has labels out of range: {_some(wrong)}; allowed: 0..{_LARGEST}")
+        raise ValueError(f"labels file {str(file)!r} has labels out of range: {_some(wrong)}; allowed: 0..{MAX_LABEL}")
     entries.sort()
     return [path for path, _ in entries], [label for _, label in entries]
 
 
 def _read_json(file):
-    """Entries `[(path, label), ...]` of a JSON labels file."""
+    """Returns the entries `[(path, label), ...]` of a JSON labels file."""
     try:
         content = json.loads(_read_text(file))
     except ValueError as error:
@@ -179,7 +171,7 @@ def _read_json(file):
 
 
 def _read_table(file):
-    """Entries `[(path, label), ...]` of a CSV or TSV labels file, with or without the header `path,label`."""
+    """Returns the entries `[(path, label), ...]` of a CSV or TSV labels file, with or without the header `path,label`."""
     separators = {".csv": ",", ".tsv": "\t"}
     if file.suffix.lower() not in separators:
         raise ValueError(f"labels_file is {str(file)!r}; allowed: a file ending in .json, .csv or .tsv")
@@ -199,7 +191,7 @@ def _read_table(file):
 
 
 def _read_text(file):
-    """Returns the text of a labels file: UTF-8, with a byte-order mark or not; other bytes as Python has them in names."""
+    """Returns the text of a UTF-8 labels file without its byte-order mark; other bytes become surrogates, as in file names."""
     content = faults.read(file.read_bytes, name=lambda: f"labels file {str(file)!r}")
     encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
     if encoding or b"\0" in content:
@@ -208,5 +200,5 @@ def _read_text(file):
 
 
 def _some(names):
-    """The first few of a list, and how many there are."""
+    """Returns the first five names of a list, and their number."""
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)} in all)"

@@ -1,14 +1,15 @@
-"""ImageNet, and other labelled images, as TensorFlow Datasets (TFDS) prepares them; TensorFlow has no part in reading.
+"""ImageNet, and other labeled images, as TensorFlow Datasets (TFDS) prepares them; read without TensorFlow.
 
 To prepare ImageNet, put the archives of training and validation images of the ILSVRC 2012 challenge into a folder, and give it
-to TFDS as in README, once. TFDS' command line, `tfds build`, would need packages that nothing else here does.
+to TFDS as in this folder's README, once. TFDS' command line, `tfds build`, would need packages that nothing else here does.
 """
 
+import dataclasses
 import functools
 import os
 import resource
-import secrets
 import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,150 +17,140 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repae_jax import faults
-from repae_jax.data.decoding import decode_crop
+from repae_jax import faults, files
+from repae_jax.data.source import EncodedImages, check_image_size, check_label_range
 from repae_jax.distributed import multihost
 
-_READ_THREADS = 16  # for labels: waits for the disk, mostly
+_READ_THREADS = 16  # labels: the threads mostly wait for the disk
 _CHUNK = 256
-_OTHER_FILES = 512  # that a process may have open, besides the shards
+_OTHER_FILES = 512  # files that a process may have open, besides the shards
 
 
-class ImagenetSource:
-    """Random access to the images of a TFDS data set, centre-cropped as they are read. Worker processes open it for themselves.
+@dataclasses.dataclass(eq=False)
+class ImagenetSource(EncodedImages):
+    """Random access to the images of a TFDS data set, center-cropped as they are read. Worker processes open it for themselves.
 
     TFDS keeps labels with the images. They are read once, which reads all images from the disk (for ImageNet some 140 GB), and
-    kept in the file `labels_file`. Of the processes of one run the first reads them, and the others wait for the file: it has
-    to be on a disk that they share, unless every host has its own already.
+    kept in a file. Process 0 of a run reads them, and the others wait for the file: it has to be on a disk that they share,
+    unless every host has its own already.
 
     Attributes:
-      labels: int32 `[N]`, 0 and above.
-      num_classes: as the data set has it.
       image_size: side of the images in pixels.
+      split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
+      data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+      dataset: name of a data set with the features `image` and `label`, with its version if it is not the newest:
+        'imagenet2012:5.1.0'.
+      labels_file: .npy for the labels; '' for a file beside the images.
+
+    Raises:
+      ValueError: from the constructor, if the data set is not prepared as ArrayRecords, has no such split or features, or
+        labels out of range.
+      ImportError: without tensorflow_datasets.
     """
 
-    def __init__(self, image_size, split="train", data_dir="", dataset="imagenet2012", labels_file=""):
-        """Opens the data set; reads its labels unless that was done before.
+    image_size: int
+    split: str = "train"
+    data_dir: str | os.PathLike = ""
+    dataset: str = "imagenet2012"
+    labels_file: str | os.PathLike = ""
 
-        Args:
-          image_size: side of the images in pixels.
-          split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
-          data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-          dataset: name of a data set with the features `image` and `label`, with its version if it is not the newest:
-            'imagenet2012:5.1.0'.
-          labels_file: .npy for the labels; '' for a file beside the images.
-
-        Raises:
-          ValueError: if the data set is not prepared as ArrayRecords, has no such split or features, or labels out of range.
-          ImportError: without tensorflow_datasets.
-        """
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
-        self._arguments = (dataset, split, data_dir)
-        self._opened = _open(*self._arguments)
+    def __post_init__(self):
+        check_image_size(self.image_size)
         info = self._opened.dataset_info
-        self._name = f"{info.full_name} {split}"
+        self._name = f"{info.full_name} {self.split}"
         missing = {"image", "label"} - set(info.features)
         if missing:
             absent, features = " and no ".join(sorted(missing)), ", ".join(info.features)
             raise ValueError(f"{info.full_name} has no {absent}; its features: {features}")
         self.num_classes = info.features["label"].num_classes
-        self.image_size = image_size
-        place = "".join(letter if letter.isalnum() else "_" for letter in split)
-        file = Path(labels_file) if labels_file else Path(info.data_dir) / f"repae_jax_labels_{place}.npy"
-        self.labels = self._read_labels(file)
+        part = "".join(letter if letter.isalnum() else "_" for letter in self.split)
+        file = Path(self.labels_file) if self.labels_file else Path(info.data_dir) / f"repae_jax_labels_{part}.npy"
+        self.labels = self._get_labels(file)
         if multihost.is_multiprocess() and not jax.process_index():
-            multihost.set_flag(self._labels_key)  # those who wait for the file look no further
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
-        if len(wrong):
-            raise ValueError(
-                f"{len(wrong)} of {len(self)} labels are out of range, first {self.name(wrong[0])}: {self.labels[wrong[0]]}; "
-                f"allowed: 0..{self.num_classes - 1}. ImageNet's test split has no labels: choose another"
-            )
+            multihost.set_flag(self._labels_key)  # ends the wait of processes that do not see the file
+        advice = ". ImageNet's test split has no labels: choose another"
+        check_label_range(self.labels, self.name, self.num_classes - 1, advice)
 
-    def __getstate__(self):
-        return self.__dict__ | {"_opened": None}
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          Exception: whatever Pillow, or ArrayRecord, raise for what they cannot decode.
-        """
-        i = range(len(self))[i]
+    def content(self, i: int) -> bytes:
+        """Returns the encoded image; raises ValueError if its label is not that in the labels file."""
         fields = self._record(i)
         if fields["label"] != self.labels[i]:
             raise ValueError(f"its label is {fields['label']}, that in the file of labels {self.labels[i]}: remove that file")
-        return {"image": decode_crop(fields["image"], self.image_size), "label": self.labels[i]}
+        return fields["image"]
 
-    def name(self, i):
-        """Names record `i`: data set, split and number."""
+    def name(self, i: int) -> str:
+        """Returns data set, split and number of record `i`."""
         return f"{self._name} #{i}"
+
+    @functools.cached_property
+    def _opened(self):
+        return _open(self.dataset, self.split, self.data_dir)
 
     def _record(self, i):
         """Returns {'image': bytes, 'label': int, ...} of record `i`."""
-        opened = self._opened
-        if opened is None:  # in a worker
-            opened = self._opened = _open(*self._arguments)
         try:
-            return opened[i]
+            return self._opened[i]
         except Exception as error:
             if faults.is_of_the_system(error):
-                self._opened = None  # a file that could not be read once gives the same error for ever
+                self.__dict__.pop("_opened", None)  # a file that could not be read once gives the same error for ever
             raise
 
-    def _read_labels(self, file):
-        """int32 [N] from a file, which is made if it is not there."""
+    def _get_labels(self, file):
+        """Returns the labels, int32 `[N]`, from a file; process 0 writes it if it does not exist, the others wait for it."""
+        if not file.exists():
+            if multihost.is_multiprocess() and jax.process_index():
+                self._wait_for(file)
+            else:
+                self._write_labels(file)
         count = len(self._opened)
-        if file.exists():
-            try:
-                labels = faults.read(np.load, file, name=lambda: str(file))
-            except (ValueError, OSError, EOFError) as error:
-                if faults.is_of_the_system(error):
-                    raise
-                raise ValueError(f"{file} cannot be read ({error}): remove it, and the labels are read again") from error
-            if labels.shape != (count,) or labels.dtype != np.int32:
-                raise ValueError(
-                    f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images: remove it, and "
-                    "they are read again"
-                )
-            return labels
-        if multihost.is_multiprocess() and jax.process_index():
-            found = multihost.wait_for_files([file], lambda: multihost.get_flag(self._labels_key)) or multihost.is_seen(file)
-            if not found:
-                raise ValueError(
-                    f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
-                    f"{multihost.get_flag(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or "
-                    "copy it"
-                )
-            return self._read_labels(file)
-        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
         try:
-            temporary.touch()
+            labels = faults.read(np.load, file, name=lambda: str(file))
+        except (ValueError, OSError, EOFError) as error:
+            if faults.is_of_the_system(error):
+                raise
+            raise ValueError(f"{file} cannot be read ({error}): remove it, and the labels are read again") from error
+        if labels.shape != (count,) or labels.dtype != np.int32:
+            raise ValueError(
+                f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images: remove it, and "
+                "they are read again"
+            )
+        return labels
+
+    def _wait_for(self, file):
+        if multihost.wait_for_files([file], lambda: multihost.get_flag(self._labels_key)) or multihost.is_seen(file):
+            return
+        raise ValueError(
+            f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
+            f"{multihost.get_flag(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or copy it"
+        )
+
+    def _write_labels(self, file):
+        try:
+            tempfile.TemporaryFile(dir=file.parent).close()  # before the labels are read, which takes long
         except OSError as error:
             raise ValueError(
                 f"the labels cannot be kept in {file} ({error}); set labels_file to a file that can be written"
             ) from error
-        try:
-            labels = np.empty(count, np.int32)
+        labels = np.empty(len(self._opened), np.int32)
 
-            def read(first):
-                for i in range(first, min(first + _CHUNK, count)):
-                    labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
-                return min(_CHUNK, count - first)
+        def read(first):
+            records = range(first, min(first + _CHUNK, len(labels)))
+            for i in records:
+                labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
+            return len(records)
 
-            with ThreadPoolExecutor(_READ_THREADS) as pool, tqdm(total=count, unit="img", desc="reading labels, once") as bar:
-                for done in pool.map(read, range(0, count, _CHUNK)):
-                    bar.update(done)
-            with temporary.open("wb") as opened:
+        with (
+            ThreadPoolExecutor(_READ_THREADS) as pool,
+            tqdm(total=len(labels), unit="img", desc="reading labels, once") as bar,
+        ):
+            for count in pool.map(read, range(0, len(labels), _CHUNK)):
+                bar.update(count)
+
+        def write(temporary):
+            with temporary.open("wb") as opened:  # np.save adds .npy to the name of a file that it opens itself
                 np.save(opened, labels)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return labels
+
+        files.write_all({file: write}, overwrite=True)
 
     @property
     def _labels_key(self):
@@ -167,7 +158,7 @@ class ImagenetSource:
 
 
 def _open(dataset, split, data_dir):
-    """tfds.data_source of encoded images."""
+    """Returns the tfds data source of a split, with encoded images."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -179,7 +170,7 @@ def _open(dataset, split, data_dir):
     where = f"in {data_dir!r}" if data_dir else "where TFDS looks; set data_dir to the folder of TFDS' data sets"
     try:
         builder = tfds.builder(dataset, data_dir=folder, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # the last for a version
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # AssertionError: unknown version
         message = str(error).splitlines()[0]
         if "File format is already set" in message:
             raise ValueError(
@@ -193,7 +184,7 @@ def _open(dataset, split, data_dir):
             + _build(dataset, folder)
         )
     info = builder.info
-    _allow_open_files(sum(one.num_shards for one in info.splits.values()))
+    _allow_open_files(sum(part.num_shards for part in info.splits.values()))
     try:
         return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     except (ValueError, KeyError) as error:
@@ -201,7 +192,7 @@ def _open(dataset, split, data_dir):
 
 
 def _build(dataset, data_dir):
-    """Returns the command that prepares a data set; `tfds build` needs apache-beam, which does not go with the rest."""
+    """Returns the command that prepares a data set; `tfds build` needs apache-beam, which conflicts with other packages."""
     place = f", data_dir={data_dir!r}" if data_dir else ""
     return (
         f"`python -c \"import tensorflow_datasets as tfds; tfds.builder({dataset!r}{place}, file_format='array_record')"
@@ -210,7 +201,7 @@ def _build(dataset, data_dir):
 
 
 def _allow_open_files(shards):
-    """TFDS keeps all shards open: more than a thousand of ImageNet, where a process may open 1024 unless it asks for more."""
+    """Raises this process' limit of open files: TFDS keeps all shards open, and ImageNet has more than the usual 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = shards + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,13 +1,15 @@
-"""ImageNet straight from the archives of the ILSVRC 2012 challenge, of which nothing is unpacked.
+"""ImageNet straight from the archives of the ILSVRC 2012 challenge, which are not unpacked.
 
-ILSVRC2012_img_train.tar is a tar of 1000 tars, one for each class, and ILSVRC2012_img_val.tar a tar of images; the content says
-which one a file is. Classes are numbered in the order of their WordNet ids. Those of the validation images, which stand in
-no archive but the challenge's development kit, are in a list of tensorflow_datasets (TFDS).
+ILSVRC2012_img_train.tar is a tar of 1000 tars, one for each class, and ILSVRC2012_img_val.tar a tar of images; a file's content
+tells which of them it is. Classes are numbered in the order of their WordNet ids. The classes of the validation images, which
+only the challenge's development kit holds, are read from a list of tensorflow_datasets (TFDS).
 
 Names, labels and order of the records are those that `repae_jax.data.folder` gives a folder with a subfolder for each class.
 """
 
+import dataclasses
 import errno
+import functools
 import importlib.util
 import os
 import re
@@ -20,7 +22,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from repae_jax.data.decoding import check_bytes, decode_crop
+from repae_jax.data.decoding import check_bytes
+from repae_jax.data.source import EncodedImages, check_image_size
 
 _CLASS = re.compile(r"(n\d{8})\.tar")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -28,88 +31,69 @@ _TRAINING_IMAGES, _VALIDATION_IMAGES = 1_281_167, 50_000
 _WHOLE = "is it whole? Copy or download it again"
 _BLOCK = tarfile.BLOCKSIZE
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
-_NOT_FILES = (tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)  # folders, dates and the like
-_LISTING = 16  # threads: they wait for the disk, mostly
+_NOT_FILES = (tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)  # folders, dates, long names
+_LISTING_THREADS = 16  # they mostly wait for the disk
 
 
-class ImagenetTarSource:
-    """Random access to the images in an archive, centre-cropped as they are read. Worker processes open it for themselves.
+@dataclasses.dataclass(eq=False)
+class ImagenetTarSource(EncodedImages):
+    """Random access to the images in an archive, center-cropped as they are read. Worker processes open it for themselves.
 
     Attributes:
-      labels: int32 `[N]`, 0..999.
-      num_classes: 1000.
+      path: ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name.
       image_size: side of the images in pixels.
+
+    Raises:
+      ValueError: from the constructor, which reads the header of each image, if the file is missing, no such archive,
+        compressed, truncated or damaged, or classes are missing.
+      ImportError: without tensorflow_datasets, whose list of classes is read.
     """
 
-    def __init__(self, path, image_size):
-        """Lists the archive: reads the header of each image, and decodes none.
+    path: str | os.PathLike
+    image_size: int
 
-        Args:
-          path: ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name.
-          image_size: side of the images in pixels.
-
-        Raises:
-          ValueError: if the file is missing, no such archive, compressed, truncated or damaged, or classes are missing.
-          ImportError: without tensorflow_datasets, whose list of classes is read.
-        """
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
-        self._path = Path(path).expanduser()
+    def __post_init__(self):
+        check_image_size(self.image_size)
+        self._path = Path(self.path).expanduser()
         if not self._path.is_file():
-            raise ValueError(f"path is {str(path)!r}, which is no file; give ILSVRC2012_img_train.tar or …_val.tar")
-        self._file = None
+            raise ValueError(f"path is {str(self.path)!r}, which is no file; give ILSVRC2012_img_train.tar or …_val.tar")
         self._wnids = _table("labels.txt")
-        members = list(_members(self._opened(), 0, self._path.stat().st_size, self._path))
+        members = list(_members(self._file, 0, self._path.stat().st_size, self._path))
         first = members[0][0] if members else "nothing"
         if _CLASS.fullmatch(first):
-            found, expected = self._list_training(members), _TRAINING_IMAGES
+            listing, expected = self._list_training(members), _TRAINING_IMAGES
         elif _VALIDATION.fullmatch(first):
-            found, expected = self._list_validation(members), _VALIDATION_IMAGES
+            listing, expected = self._list_validation(members), _VALIDATION_IMAGES
         else:
             raise ValueError(
-                f"{path} holds {first}; allowed are the challenge's archives of training images (n01440764.tar, …) and of "
+                f"{self.path} holds {first}; allowed are the challenge's archives of training images (n01440764.tar, …) and of "
                 "validation images (ILSVRC2012_val_00000001.JPEG, …), as they are; other images are read from a folder"
             )
-        self.labels, self._names, self._starts, self._sizes = found
+        self.labels, self._names, self._starts, self._sizes = listing
         if len(self) != expected:
-            logging.warning("%s holds %d images, the challenge's archive %d", path, len(self), expected)
+            logging.warning("%s holds %d images, the challenge's archive %d", self.path, len(self), expected)
         self.num_classes = len(self._wnids)
-        self.image_size = image_size
 
-    def __getstate__(self):
-        return self.__dict__ | {"_file": None}
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          Exception: whatever Pillow raises for what it cannot decode.
-          OSError: if the archive cannot be read.
-        """
-        i = range(len(self))[i]
+    def content(self, i: int) -> bytes:
+        """Returns the member's bytes."""
         check_bytes(self._sizes[i])
         try:
-            file = self._opened()  # kept until it is read: another thread's may take its place, and close it
+            file = self._file  # this reference keeps it open if another thread drops it
             content = os.pread(file.fileno(), self._sizes[i], self._starts[i])
             if len(content) < self._sizes[i]:
                 raise OSError(errno.EIO, f"{self._path} ends within it, as it did not when it was listed")
         except OSError:
-            self._file = None  # a file server may have forgotten the file that was open
+            self.__dict__.pop("_file", None)  # a file server may have forgotten the open file
             raise
-        return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
+        return content
 
-    def name(self, i):
-        """Names record `i`: its class and file, 'n01440764/n01440764_10026.JPEG'."""
+    def name(self, i: int) -> str:
+        """Returns class and file of record `i`, 'n01440764/n01440764_10026.JPEG'."""
         return f"{self._wnids[self.labels[i]]}/{self._names[i].decode()}"
 
-    def _opened(self):
-        file = self._file
-        if file is None:
-            file = self._file = self._path.open("rb", buffering=0)
-        return file
+    @functools.cached_property
+    def _file(self):
+        return self._path.open("rb", buffering=0)
 
     def _list_training(self, members):
         """Returns arrays (labels, names, starts, sizes) of the images in the tars of the classes."""
@@ -126,7 +110,7 @@ class ImagenetTarSource:
         def listed(member):
             name, start, size = member
             where = f"{self._path}: {name}"
-            images = list(_members(self._opened(), start, start + size, where))
+            images = list(_members(self._file, start, start + size, where))
             own = re.compile(rf"{name.removesuffix('.tar')}_\d+\.JPEG")
             for image, _, _ in images:
                 self._match(own, image, where)
@@ -134,7 +118,7 @@ class ImagenetTarSource:
                 raise ValueError(f"{where} holds no images; {_WHOLE}")
             return _columns(images, where)
 
-        with ThreadPoolExecutor(_LISTING) as pool:
+        with ThreadPoolExecutor(_LISTING_THREADS) as pool:
             progress = tqdm(pool.map(listed, sorted(members)), total=len(members), unit="class", desc="listing images")
             columns = list(progress)
         labels = np.repeat(np.arange(len(columns), dtype=np.int32), [len(names) for names, *_ in columns])
@@ -154,7 +138,7 @@ class ImagenetTarSource:
         return labels[order], names[order], starts[order], sizes[order]
 
     def _match(self, pattern, name, where=None):
-        """Returns the match; ValueError if the archive holds something else there."""
+        """Returns the pattern's match of a member's name; raises ValueError if the challenge's archive has no such name."""
         match = pattern.fullmatch(name)
         if not match:
             raise ValueError(f"{where or self._path} holds {name}, which the challenge's archive has not there; {_WHOLE}")
@@ -165,9 +149,9 @@ def _members(file, start, end, where):
     """Yields (name without folders, start, size in bytes) of each file in a tar archive; hidden ones are left out.
 
     Args:
-      file: that holds the archive.
-      start, end: of the archive in it, in bytes.
-      where: its name, for messages.
+      file: open file that holds the archive.
+      start, end: first byte of the archive in the file, and the byte after its last.
+      where: the archive's name, for messages.
 
     Raises:
       ValueError: if it is no archive, or not whole.
@@ -195,7 +179,7 @@ def _members(file, start, end, where):
 
 
 def _columns(members, where):
-    """Returns arrays (names, starts, sizes), sorted by name; ValueError if two members have one name."""
+    """Returns arrays (names, starts, sizes), sorted by name; raises ValueError if two members have one name."""
     members = sorted(members)
     _check_unique(where, [name for name, _, _ in members])
     names, starts, sizes = zip(*members)
@@ -203,13 +187,13 @@ def _columns(members, where):
 
 
 def _check_unique(where, names):
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{where} holds {len(twice)} names more than once, first {twice[0]}; {_WHOLE}")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{where} holds {len(repeated)} names more than once, first {repeated[0]}; {_WHOLE}")
 
 
 def _table(name):
-    """Returns the lines of a text file that TFDS has on ImageNet; TFDS is not imported."""
+    """Returns the lines of one of TFDS' text files on ImageNet, without importing TFDS."""
     package = importlib.util.find_spec("tensorflow_datasets")
     if package is None:
         raise ImportError(

@@ -1,4 +1,4 @@
-"""The files below a folder: the one way in which data are looked for."""
+"""Listing of the files below a folder, shared by all sources and image sets that read folders."""
 
 import functools
 import os
@@ -11,16 +11,16 @@ from absl import logging
 
 from repae_jax import faults
 
-_BROKEN = 0  # mode of a link that leads nowhere
+_BROKEN = 0  # stands for the mode of a link's missing target
 
 
 class Listing(NamedTuple):
-    """Holds what is below a folder, as paths relative to it, with forward slashes, sorted.
+    """Paths below a folder, relative to it, with forward slashes, sorted.
 
     Attributes:
-      files: the wanted ones.
-      others: the files that are not.
-      folders: all folders right below it, but for links to itself.
+      files: files with the wanted endings.
+      others: all other files.
+      folders: folders directly below it, without links to itself.
     """
 
     files: list[str]
@@ -28,19 +28,19 @@ class Listing(NamedTuple):
     folders: list[str]
 
 
-def list_below(root, endings):
+def list_below(root: str | os.PathLike, endings: tuple[str, ...]) -> Listing:
     """Returns the Listing of a folder.
 
-    Names that begin with a dot are hidden: neither such files nor what is in such folders count. Links are followed, but no
-    folder is entered twice: not by a link to a folder above it, nor by two links; its own place comes before links to it.
+    Names that begin with a dot are hidden, with all that such folders contain. Links are followed, but no folder is entered
+    twice: not by a link to a folder above it, nor by two links; a folder's own path is preferred to links to it.
 
     Args:
-      root: the folder, which exists.
-      endings: lower case, with their dots, of the names of wanted files, large or small.
+      root: an existing folder.
+      endings: endings of the names of wanted files, with their dots, in lower case; the names' case does not matter.
 
     Raises:
-      ValueError: if a folder may not be listed, a link that could be one to a folder leads nowhere, or a pipe or a device is
-        named as a wanted file; it names them.
+      ValueError: if a folder may not be listed, a link that may have led to a folder is broken, or a pipe or a device has a
+        wanted file's name; the message names them.
       OSError: if the system fails, naming the folder.
     """
     files, others, folders = [], [], []
@@ -72,23 +72,23 @@ def list_below(root, endings):
     return Listing(sorted(files), sorted(others), sorted(folders))
 
 
-def printable(path):
+def printable(path: str) -> str:
     """Returns a path as text that can be printed, logged and encoded: bytes that are not UTF-8 as \\xe9."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _above(root):
-    """Returns (device, inode) of the folders that a folder is in."""
-    return [(found.st_dev, found.st_ino) for found in map(os.stat, Path(os.path.realpath(root)).parents)]
+    """Returns (device, inode) of all parents of a folder."""
+    return [(status.st_dev, status.st_ino) for status in map(os.stat, Path(os.path.realpath(root)).parents)]
 
 
 def _entries(folder):
-    """Returns ([(name, whether a link, mode of what it leads to)] of what is not hidden, the folder's (device, inode))."""
+    """Returns ([(name, whether a link, mode of the file or the link's target), ...], the folder's (device, inode))."""
     try:
-        where = os.stat(folder)
+        status = os.stat(folder)
         with os.scandir(folder) as entries:
             visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-            return [(entry.name, entry.is_symlink(), _mode(entry)) for entry in visible], (where.st_dev, where.st_ino)
+            return [(entry.name, entry.is_symlink(), _mode(entry)) for entry in visible], (status.st_dev, status.st_ino)
     except OSError as error:
         if faults.is_of_the_system(error):
             raise
@@ -96,8 +96,8 @@ def _entries(folder):
 
 
 def _mode(entry):
-    """Returns the kind of file that an entry is, or leads to."""
-    if not entry.is_symlink():  # the folder knows; asking for more takes long on network disks
+    """Returns the file type of an entry, or of its target."""
+    if not entry.is_symlink():  # the folder holds the type; a call of stat takes long on network disks
         if entry.is_dir():
             return stat.S_IFDIR
         if entry.is_file():

@@ -1,9 +1,10 @@
-"""Batches without end from a source: shuffled, split over processes, resumable, and forgiving of a few bad files."""
+"""Endless batches from a source: shuffled, split over processes, resumable, and tolerant of a few bad files."""
 
 import itertools
 import os
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 
@@ -15,16 +16,15 @@ from absl import flags, logging
 from repae_jax.data.reading import at_once, attempt
 from repae_jax.distributed import child_process
 
-# In process: one thread decodes one batch, so this many batches are in memory besides the one in use.
-_READ_THREADS = 4
-# The same for each worker process: one batch being decoded, one waiting.
-_WORKER_THREADS = 1
-_WORKER_BUFFER = 1
+_READ_THREADS = 4  # in process; each decodes a batch, so this many batches are in memory besides the one in use
+_WORKER_THREADS = 1  # in each worker process: one batch is decoded while
+_WORKER_BUFFER = 1  # another one waits
 
 
 class Loader:
-    """Infinite iterator over batches: the fields of the source's records, stacked, such as `{'image': uint8 [b, H, W, 3],
-    'label': int32 [b]}`, b = batch_size / process_count.
+    """Infinite iterator over batches: the stacked fields of the source's records.
+
+    A batch is such as `{'image': uint8 [b, H, W, 3], 'label': int32 [b]}`, b = batch_size / process_count.
 
     All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a
     new order every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every
@@ -37,36 +37,35 @@ class Loader:
 
     Attributes:
       next_batch: number of the batch that `next` returns next.
-      wait_seconds: how long `next` has waited for batches so far, all calls together: what reading ahead could not hide.
+      wait_seconds: total time for which `next` has waited for batches: what reading ahead could not hide.
     """
 
     def __init__(
         self,
         source,
         *,
-        batch_size,
-        seed,
-        start_batch=0,
-        workers=0,
-        process_index=0,
-        process_count=1,
-        max_bad_fraction=0.01,
+        batch_size: int,
+        seed: int,
+        start_batch: int = 0,
+        workers: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        max_bad_fraction: float = 0.01,
     ):
         """Prepares the stream; nothing is read before the first `next`.
 
         Args:
-          source: a source as described in `repae_jax.data`; its records may have any fields, all of them the same ones, each
+          source: a source as described in `repae_jax.data`; its records may have any fields, the same in all records, each
             an array or a number of one shape and type.
           batch_size: global batch size, over all processes.
-          seed: of the shuffling, 0..2**32-1.
+          seed: seed of the shuffling, 0..2**32-1.
           start_batch: number of the first batch.
-          workers: worker processes that decode; 0 decodes in threads of this process. Workers are started afresh, so
-            the main script needs its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few
-            batches each.
-          process_index: which block of every batch this process gets.
+          workers: worker processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main
+            script needs its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
+          process_index: number of this process' block in every batch.
           process_count: number of processes that share a batch.
-          max_bad_fraction: largest share of the source's records that may turn out undecodable, 0..1; with 0 the first
-            one ends the run.
+          max_bad_fraction: largest share of the source's records that may be undecodable, 0..1; with 0 the first one ends
+            the run.
 
         Raises:
           ValueError: if a number is out of range, the source is empty, or `process_count` does not divide `batch_size`.
@@ -89,31 +88,30 @@ class Loader:
         self._bad_records = set()
         self._iterator = None
         records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        # The stream has no remainder to drop; saying so keeps grain's length of it exact (and a block of 1 possible).
+        # The stream has no remainder, but with drop_remainder grain knows its exact length (and a block of 1 is possible).
         blocks = records.batch(batch_size // process_count, drop_remainder=True)
         self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad).batch)
 
     def __iter__(self):
         return self
 
-    def __next__(self):
+    def __next__(self) -> dict[str, np.ndarray]:
         """Returns the next batch.
 
         Raises:
           RuntimeError: if more records than allowed have turned out undecodable.
-          OSError: if the disk, or what else holds the records, cannot be read.
+          OSError: if the disk, network or bucket that holds the records cannot be read.
         """
         began = time.perf_counter()
         if self._iterator is None:
-            self._iterator = self._start()
+            self._iterator = read_ahead(self._batches[self.next_batch :], self._workers)
         try:
-            batch = next(self._iterator)
+            fields, failures = next(self._iterator)
         except BaseException:
-            self.close()  # a read-ahead that has failed, or was interrupted, cannot be continued
+            self.close()  # the iterator cannot be continued after an error or an interruption
             raise
         finally:
             self.wait_seconds += time.perf_counter() - began
-        fields, failures = batch
         self._note_failures(failures)
         self.next_batch += 1
         # Workers hand over shared memory that dies with the array; a copy may outlive the loader.
@@ -127,20 +125,20 @@ class Loader:
         self.close()
 
     @property
-    def bad_records(self):
-        """How many distinct records this process has found undecodable."""
+    def bad_records(self) -> int:
+        """Number of distinct records that this process has found undecodable."""
         return len(self._bad_records)
 
-    def state(self):
-        """Returns what `restore` needs, ready for JSON. The bad records are those that this process has met."""
+    def state(self) -> dict:
+        """Returns the argument of `restore`, ready for JSON. The bad records are those that this process has met."""
         bad = sorted(self._bad_records)
         return {"next_batch": self.next_batch, "bad_records": bad, "records": len(self._source)}
 
-    def restore(self, state):
+    def restore(self, state: dict) -> None:
         """Continues exactly where the loader that returned `state` stopped.
 
         Args:
-          state: what `state()` returned, from a loader with the same source, seed and batch size.
+          state: result of `state()` of a loader with the same source, seed and batch size.
 
         Raises:
           ValueError: if the state has other fields, or values that do not fit the source.
@@ -159,15 +157,11 @@ class Loader:
         self.next_batch = state["next_batch"]
         self._bad_records = set(state["bad_records"])
 
-    def close(self):
+    def close(self) -> None:
         """Stops threads and workers. A later `next` starts them again and continues with the same batch."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-
-    def _start(self):
-        """Starts reading ahead from `next_batch` on."""
-        return read_ahead(self._batches[self.next_batch :], self._workers)
 
     def _note_failures(self, failures):
         """Logs the records not seen before, and raises when they have become too many."""
@@ -181,12 +175,12 @@ class Loader:
             raise RuntimeError(too_many_bad(self._source, sorted(self._bad_records), self._max_bad, last_error))
 
 
-def read_ahead(batches, workers):
-    """Iterator that decodes ahead of its caller, in the order of the batches.
+def read_ahead(batches: grain.MapDataset, workers: int) -> Iterator:
+    """Returns an iterator that decodes ahead of its caller, in the order of the batches.
 
     Args:
       batches: grain.MapDataset of batches.
-      workers: processes that decode; 0 decodes in threads. Arrays from workers lie in shared memory that dies with them.
+      workers: processes that decode; 0 decodes in threads. Arrays from workers lie in shared memory that is freed with them.
 
     Returns:
       Iterator; its `close()` stops threads and workers.
@@ -194,37 +188,38 @@ def read_ahead(batches, workers):
     threads = _WORKER_THREADS if workers else _READ_THREADS
     read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     batches = batches.to_iter_dataset(read_options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
-        batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
-        return _from_workers(batches)
-    return iter(batches)
+    if not workers:
+        return iter(batches)
+    if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_WORKER_BUFFER)
+    return _from_workers(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
 
 
 def _from_workers(batches):
-    """Yields batches of workers that SIGTERM and Ctrl-C do not reach: such a signal goes to all processes of a job, and the one
-    that trains needs batches until it has saved. It closes this, or ends, and the workers with it."""
-    resource_tracker.ensure_running()  # when it starts, it lets signals through
+    """Yields batches of workers that block SIGTERM and Ctrl-C.
+
+    Such a signal goes to all processes of a job, and the one that trains needs batches until it has saved. The workers end when
+    that process closes this generator, or ends itself.
+    """
+    resource_tracker.ensure_running()  # before signals are blocked: it unblocks them when it starts
     iterator = iter(batches)
     try:
-        # What the thread that starts workers blocks is blocked in them, from their first moment on.
+        # Workers inherit the blocked signals of the thread that starts them.
         blocked = (signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         with ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=blocked) as starting:
             first = starting.submit(list, itertools.islice(iterator, 1)).result()
         while first:
-            yield first.pop()  # kept here, its shared memory would outlive the workers
+            yield first.pop()  # a reference here would keep its shared memory beyond the workers' end
         yield from iterator
     finally:
         iterator.close()
 
 
 class _ReplacingRecords:
-    """Reads a source whose undecodable records are replaced by their next decodable neighbour.
+    """Reads a source whose undecodable records are replaced by their next decodable neighbor.
 
-    Which record takes the place depends on the source alone, never on what was read before: random access, and with it
-    resuming, stays exact.
+    The replacement depends on the source alone, never on earlier reads: random access, and with it resuming, stays exact.
     """
 
     def __init__(self, source, max_bad):
@@ -232,35 +227,35 @@ class _ReplacingRecords:
         self._max_bad = max_bad
 
     def batch(self, records):
-        """Returns the fields of the records, stacked, and `[(record, error), ...]` of all those tried in vain."""
-        return _stack(at_once(self.one, records.tolist()))
+        """Returns the fields of the records, stacked, and `[(record, error), ...]` of the undecodable records."""
+        return _stack(at_once(self._read_one, records.tolist()))
 
-    def one(self, i):
-        """Returns the fields of the record, and `[(record, error), ...]` of the records tried in vain."""
+    def _read_one(self, i):
+        """Returns the fields of record `i` or its replacement, and `[(record, error), ...]` of the undecodable records."""
         failures = []
         while True:
             record = (i + len(failures)) % len(self._source)
-            fields, wrong = attempt(self._source, record)
-            if wrong is None:
+            fields, error = attempt(self._source, record)
+            if error is None:
                 return fields, failures
-            failures.append((record, wrong))
-            # One unbroken run of bad records is enough to know that there are too many, or nothing else.
+            failures.append((record, error))
+            # An unbroken run of too many bad records, or of all records, ends the search.
             if len(failures) > self._max_bad or len(failures) == len(self._source):
                 bad = [record for record, _ in failures]
                 raise RuntimeError(too_many_bad(self._source, bad, self._max_bad, failures[-1][1]))
 
 
 def _stack(records):
-    """Batches what `_ReplacingRecords.one` returns; the failures of all records become one list."""
+    """Stacks the results of `_ReplacingRecords._read_one`; the failures of all records become one list."""
     examples, failures = zip(*records)
     fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    if "label" in fields:  # may be Python's int
+    if "label" in fields:  # a source may return a Python int
         fields["label"] = fields["label"].astype(np.int32)
-    return fields, [failure for one_record in failures for failure in one_record]
+    return fields, list(itertools.chain.from_iterable(failures))
 
 
-def too_many_bad(source, bad, max_bad, last_error):
-    """The message that ends a run because of too many undecodable records."""
+def too_many_bad(source, bad: list[int], max_bad: int, last_error: str) -> str:
+    """Returns the message that ends a run because of too many undecodable records."""
     names = ", ".join(source.name(record) for record in bad[:5]) + (", ..." if len(bad) > 5 else "")
     return (
         f"{len(bad)} of {len(source)} records ({len(bad) / len(source):.2%}) cannot be decoded, {max_bad} are allowed: "
@@ -269,8 +264,11 @@ def too_many_bad(source, bad, max_bad, last_error):
 
 
 def _begin_worker(worker_index, worker_count):
-    """Runs first in every worker: one that touched an accelerator would take it from the training process, and one that
-    outlived it would keep its memory and files."""
+    """Confines a new worker to the CPU and ends it with its parent.
+
+    A worker that touched an accelerator would take it from the training process, and one that outlived it would keep its memory
+    and files.
+    """
     del worker_index, worker_count
     child_process.end_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,12 +1,14 @@
-"""Parquet shards as Hugging Face's image data sets come: a column of encoded images, and one of labels.
+"""Parquet shards of Hugging Face's image data sets: a column of encoded images, and one of labels.
 
-A file gives whole row groups, not rows: about 100 images, 11 MB in ImageNet's, are read for one. In order that costs nothing,
-as for `repae_jax.prepare_images`, `cache_latents` and evaluation. In training's shuffled order every image costs a row group,
-which a fast local disk may bear for small data; else prepare the images first.
+Files are read by row groups, about 100 images (11 MB in ImageNet's). Reading in order, as `repae_jax.prepare_images`,
+`cache_latents` and evaluation do, that costs nothing. In training's shuffled order every image costs a row group: prepare the
+images first, unless the data are small and the disk is fast.
 """
 
+import dataclasses
 import functools
 import json
+import os
 import re
 import threading
 from collections import Counter
@@ -15,131 +17,109 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from repae_jax import faults
-from repae_jax.data.decoding import decode_crop
 from repae_jax.data.listing import list_below, printable
+from repae_jax.data.source import MAX_LABEL, EncodedImages, check_image_size, check_label_range
 
 _KEPT_GROUPS = 8  # row groups in memory: one for each thread that reads in order, and some
-_MOST_GROUP_BYTES = 2**31 - 1  # of a row group's images: pyarrow's offsets
+_MAX_GROUP_BYTES = 2**31 - 1  # size of a row group's images: pyarrow's offsets have 32 bits
 
 
-class ParquetSource:
-    """Random access to the images in parquet files, centre-cropped as they are read. Worker processes open them for themselves.
+@dataclasses.dataclass(eq=False)
+class ParquetSource(EncodedImages):
+    """Random access to the images in parquet files, center-cropped as they are read. Worker processes open them for themselves.
 
     The records are in the order of the files' names, and of the rows.
 
     Attributes:
-      labels: int32 `[N]`, 0 and above.
-      num_classes: as the files' metadata name them, or the largest label plus one.
+      path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth,
+        but all of one split in one folder.
       image_size: side of the images in pixels.
+      split: 'train', 'validation' or another that the files are named by.
+      image_column: column of encoded images: bytes, or a struct with a field `bytes`.
+      label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
+
+    Raises:
+      ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in
+        several folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out
+        of range.
+      OSError: if the disk fails.
+      ImportError: without pyarrow.
     """
 
-    def __init__(self, path, image_size, split="train", image_column="image", label_column="label"):
-        """Reads the files' footers and labels; no image.
+    path: str | os.PathLike
+    image_size: int
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str = "label"
 
-        Args:
-          path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any
-            depth, but all of one split in one folder.
-          image_size: side of the images in pixels.
-          split: 'train', 'validation' or whatever the files are named.
-          image_column: column of encoded images: bytes, or a struct with a field `bytes`.
-          label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
-
-        Raises:
-          ValueError: if folder, split, columns or files of a numbered set are missing, the split is in several folders, a file
-            is damaged, has too large a row group, or names its classes unlike the first, or a label is out of range.
-          OSError: if the system fails.
-          ImportError: without pyarrow.
-        """
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
-        self._root = Path(path)
-        self._files = _list_files(self._root, split)
-        self._label_column = label_column
-        footers = [_read_footer(self._root / file) for file in self._files]
+    def __post_init__(self):
+        check_image_size(self.image_size)
+        self._root = Path(self.path)
+        self._files = _list_files(self._root, self.split)
         paths = [self._root / file for file in self._files]
+        # footers are read from files that are closed again: a data set may have more files than may be open
+        footers = [_read_whole(path, lambda opened: opened.metadata) for path in paths]
         columns = [
-            _check_columns(path, footer.schema.to_arrow_schema(), image_column, label_column)
+            _check_columns(path, footer.schema.to_arrow_schema(), self.image_column, self.label_column)
             for path, footer in zip(paths, footers)
         ]
-        for path, footer, found in zip(paths, footers, columns):
-            _check_alike(paths[0], columns[0], path, found)
-            _check_groups(path, footer, found[0])
-        self._image_column, names = columns[0]
-        groups = [  # one entry per row group: (file, its number in it, rows)
-            (place, group, footer.row_group(group).num_rows)
-            for place, footer in enumerate(footers)
-            for group in range(footer.num_row_groups)
-        ]
-        self._groups = [(place, group) for place, group, _ in groups]
-        self._ends = np.cumsum([rows for *_, rows in groups], dtype=np.int64)  # record i is in the first that ends beyond i
+        for path, footer, columns_of_file in zip(paths, footers, columns):
+            _check_alike(paths[0], columns[0], path, columns_of_file)
+            _check_groups(path, footer, columns_of_file[0])
+        self._image_leaf, class_names = columns[0]
+        self._groups = [(number, group) for number, footer in enumerate(footers) for group in range(footer.num_row_groups)]
+        rows = [footers[number].row_group(group).num_rows for number, group in self._groups]
+        self._ends = np.cumsum(rows, dtype=np.int64)  # record i is in the first group that ends beyond i
         self._file_starts = np.cumsum([0] + [footer.num_rows for footer in footers])
         count = int(self._file_starts[-1])
         if not count:
-            raise ValueError(f"the files of split {split!r} in {str(path)!r} hold no rows")
-        self.labels = self._read_labels() if label_column else np.zeros(count, np.int32)
-        self.num_classes = len(names) if names else int(self.labels.max()) + 1
-        self.image_size = image_size
-        self._start()
+            raise ValueError(f"the files of split {self.split!r} in {str(self.path)!r} hold no rows")
+        self.labels = self._read_labels() if self.label_column else np.zeros(count, np.int32)
+        self.num_classes = len(class_names) if class_names else int(self.labels.max()) + 1
 
-    def _start(self):
-        self._read = functools.lru_cache(_KEPT_GROUPS)(self._read_group)
-        self._reading = [threading.Lock() for _ in self._groups]  # else threads that want one group all read it
+    @functools.cached_property
+    def _read(self):
+        return functools.lru_cache(_KEPT_GROUPS)(self._read_group)
 
-    def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("_read", "_reading")}
+    @functools.cached_property
+    def _group_locks(self):
+        return [threading.Lock() for _ in self._groups]  # without them, threads that want one group would all read it
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._start()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          Exception: whatever Pillow or pyarrow raise for what they cannot decode; ValueError for a row without an image.
-        """
-        i = range(len(self))[i]
+    def content(self, i: int) -> bytes:
+        """Returns the encoded image; raises ValueError for an empty row."""
         number = int(np.searchsorted(self._ends, i, side="right"))
         first = int(self._ends[number - 1]) if number else 0
-        with self._reading[number]:
+        with self._group_locks[number]:
             group = self._read(number)
         content = group[i - first].as_py()
         if content is None:
-            raise ValueError(f"column {self._image_column!r} is empty")
-        return {"image": decode_crop(content, self.image_size), "label": self.labels[i]}
+            raise ValueError(f"column {self._image_leaf!r} is empty")
+        return content
 
-    def name(self, i):
-        """Names record `i`: its file, and its row there."""
-        place = int(np.searchsorted(self._file_starts, i, side="right")) - 1
-        return f"{printable(self._files[place])} row {i - int(self._file_starts[place])}"
+    def name(self, i: int) -> str:
+        """Returns the file of record `i`, and its row there."""
+        number = int(np.searchsorted(self._file_starts, i, side="right")) - 1
+        return f"{printable(self._files[number])} row {i - int(self._file_starts[number])}"
 
     def _read_group(self, number):
-        """The encoded images of a row group: a pyarrow array."""
-        place, group = self._groups[number]
-        with _open(self._root / self._files[place]) as file:
-            table = file.read_row_group(group, columns=[self._image_column])
+        """Returns the encoded images of a row group: a pyarrow array."""
+        file_number, group = self._groups[number]
+        with _open(self._root / self._files[file_number]) as file:
+            table = file.read_row_group(group, columns=[self._image_leaf])
         column = table.column(0).combine_chunks()
-        return column.field("bytes") if self._image_column.endswith(".bytes") else column
+        return column.field("bytes") if self._image_leaf.endswith(".bytes") else column
 
     def _read_labels(self):
-        """int32 [N]: reads the column of labels of all files."""
+        """Returns the labels of all files, int32 `[N]`."""
         labels = []
         for file in self._files:
-            column = _read_whole(self._root / file, lambda opened: opened.read(columns=[self._label_column]).column(0))
+            column = _read_whole(self._root / file, lambda opened: opened.read(columns=[self.label_column]).column(0))
             if column.null_count:
-                raise ValueError(f"{self._root / file} has {column.null_count} rows without {self._label_column!r}")
+                raise ValueError(f"{self._root / file} has {column.null_count} rows without {self.label_column!r}")
             labels.append(column.to_numpy())
         labels = np.concatenate(labels)
-        wrong = np.flatnonzero((labels < 0) | (labels > np.iinfo(np.int32).max))
-        if len(wrong):
-            raise ValueError(
-                f"{len(wrong)} of {len(labels)} labels are out of range, first {self.name(wrong[0])}: {labels[wrong[0]]}; "
-                f"allowed: 0..{np.iinfo(np.int32).max}. Splits for testing often come without labels; label_column='' takes "
-                "their images alone"
-            )
+        advice = ". Splits for testing often come without labels; label_column='' takes their images alone"
+        check_label_range(labels, self.name, MAX_LABEL, advice)
         return labels.astype(np.int32)
 
 
@@ -151,13 +131,8 @@ def _pyarrow():
     return pyarrow
 
 
-def _read_footer(file):
-    """pyarrow.parquet.FileMetaData; the file is closed: a data set may have more of them than may be open."""
-    return _read_whole(file, lambda opened: opened.metadata)
-
-
 def _read_whole(file, read):
-    """Returns what `read` makes of an opened file; ValueError if the file is damaged."""
+    """Returns read(opened file); raises ValueError if the file is damaged."""
     pyarrow = _pyarrow()
 
     def opened():
@@ -178,7 +153,7 @@ def _open(file):
 
 
 def _list_files(root, split):
-    """Files of a split, relative to `root`, sorted."""
+    """Returns the files of a split, relative to `root`, sorted."""
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
@@ -223,13 +198,13 @@ def _check_numbers(folder, split, names):
 
 
 def _split_of(file):
-    """'train' of data/train-00000-of-00294.parquet, train.parquet and train/0000.parquet."""
+    """Returns the split of a file: 'train' of data/train-00000-of-00294.parquet, train.parquet and train/0000.parquet."""
     word = file.stem.partition("-")[0]
     return file.parent.name if word.isdecimal() else word
 
 
 def _check_columns(path, schema, image_column, label_column):
-    """Returns (leaf column of the images, names of the classes); ValueError if a column is missing or of a wrong type."""
+    """Returns (leaf column of the images, class names or None); raises ValueError for a missing column or a wrong type."""
     pyarrow = _pyarrow()
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
@@ -248,11 +223,11 @@ def _check_columns(path, schema, image_column, label_column):
     return column, _class_names(schema, label_column)
 
 
-def _check_alike(first, expected, path, found):
+def _check_alike(first, expected, path, columns):
     """Raises ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
-    if found != expected:
+    if columns != expected:
         raise ValueError(
-            f"{path} has images in column {found[0]!r} and {_names(found[1])}, {first} in {expected[0]!r} and "
+            f"{path} has images in column {columns[0]!r} and {_names(columns[1])}, {first} in {expected[0]!r} and "
             f"{_names(expected[1])}: keep the files of one data set"
         )
 
@@ -262,20 +237,20 @@ def _names(names):
 
 
 def _check_groups(path, footer, column):
-    """Raises ValueError if a row group's images are more than pyarrow gives in one piece, or memory should hold."""
+    """Raises ValueError if a row group's images are too large for pyarrow's offsets, or for memory."""
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema == column and chunk.total_uncompressed_size > _MOST_GROUP_BYTES:
+            if chunk.path_in_schema == column and chunk.total_uncompressed_size > _MAX_GROUP_BYTES:
                 raise ValueError(
                     f"row group {number} of {path} holds {chunk.total_uncompressed_size / 2**30:.1f} GiB of images; allowed: "
-                    f"{_MOST_GROUP_BYTES / 2**30:g}, for a group is read as a whole: write the file anew with smaller ones "
+                    f"{_MAX_GROUP_BYTES / 2**30:g}, for a group is read as a whole: write the file anew with smaller ones "
                     "(row_group_size=100 in pyarrow.parquet.write_table)"
                 )
 
 
 def _class_names(schema, label_column):
-    """Names of the classes, as Hugging Face's datasets notes them in a file; None if it does not."""
+    """Returns the class names in a file's metadata, as Hugging Face's datasets writes them; None without."""
     try:
         info = json.loads(schema.metadata[b"huggingface"])
         return info["info"]["features"][label_column]["names"]

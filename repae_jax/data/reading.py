@@ -1,20 +1,26 @@
-"""Reading records of a source: a disk or network that fails for a moment says nothing of the image."""
+"""Reading records of a source: a disk or network that fails for a moment does not make an image bad."""
 
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from repae_jax import faults
 
-_AT_ONCE = 8  # by a thread of a loader; enough for 200 records a second that each take 40 ms to come
+_THREADS = 8  # enough for 200 records a second that each take 40 ms to arrive
 
 
-def read(source, i):
-    """Returns source[i]; errors as of `faults.read`: an OSError that names the record, or the source's, undecodable then."""
+def read(source, i: int) -> dict:
+    """Returns source[i], retried by `faults.read` if the system fails.
+
+    Raises:
+      OSError: if the system goes on failing, naming the record.
+      Exception: the source's, if the record cannot be decoded.
+    """
     return faults.read(source.__getitem__, i, name=lambda: source.name(i))
 
 
-def attempt(source, i):
-    """Returns (source[i], None), or (None, what is wrong) for a record that is at fault itself.
+def attempt(source, i: int) -> tuple[dict | None, str | None]:
+    """Returns (source[i], None), or (None, description of the error) for a record that cannot be decoded.
 
     Raises:
       OSError: if the system fails, naming the record.
@@ -27,8 +33,8 @@ def attempt(source, i):
         return None, describe_error(error)
 
 
-def at_once(read_one, records):
-    """Returns [read_one(record), ...]; several are read at a time, as each takes its time to come from a bucket or network.
+def at_once(read_one: Callable, records: Iterable[int]) -> list:
+    """Returns [read_one(record), ...]; reads several at a time, as each takes its time to arrive from a bucket or network.
 
     Raises:
       Exception: one of `read_one`; after it, no other record is begun.
@@ -43,10 +49,10 @@ def at_once(read_one, records):
                 failed.set()
                 raise
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(unless_failed, records))
 
 
-def describe_error(error):
-    """Returns what is told of an undecodable record."""
+def describe_error(error: Exception) -> str:
+    """Returns the text that is logged for an undecodable record."""
     return f"{type(error).__name__}: {error}"

@@ -1,11 +1,14 @@
-"""Writing folders of shards (`repae_jax.data.shards`): by several processes, the same files whatever interrupts it."""
+"""Writing folders of shards (`repae_jax.data.shards`): by several processes, with the same files after any interruption."""
 
+import abc
 import base64
 import functools
 import hashlib
 import io
 import json
 import shutil
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,56 +16,76 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain import MapDataset
+from jaxtyping import Bool
 from tqdm import tqdm
 
-from repae_jax import files
+from repae_jax import data, files
 from repae_jax.data import loader, places, reading, shards
 from repae_jax.distributed import multihost
 
 
-class Blocks:
-    """Blocks of a source's records, read in order.
+class RecordMaker(abc.ABC):
+    """Makes records of images in three stages: `read` in worker processes, then `encode` and `pack` in this process.
 
-    Item k is (contents, [(record, error), ...]) of the records `ranges[k]`, a (first, end): what `read` makes of the fields of
-    each record, and `missing` for one that cannot be decoded.
+    Attributes:
+      format: ShardFormat of the folder.
+      block_size: images in a block, the unit of `encode`.
+      record_bytes: approximate size of a record.
+      missing: replaces the result of `read` for an image that cannot be decoded.
     """
 
-    def __init__(self, source, ranges, read, missing):
-        self._source = source
-        self._ranges = ranges
-        self._read = read
-        self._missing = missing
+    format: shards.ShardFormat
+    block_size: int
+    record_bytes: int
+    missing: object
 
-    def __len__(self):
-        return len(self._ranges)
+    @abc.abstractmethod
+    def read(self, fields: dict):
+        """Returns the part of a source's record that `encode` needs. It is sent to workers, so it must survive pickling."""
 
-    def __getitem__(self, k):
-        contents, failures = zip(*reading.at_once(self._one, range(*self._ranges[k])))
-        return list(contents), [failure for failure in failures if failure]
+    def encode(self, contents: list) -> Sequence:
+        """Returns the encoded images of a block, in order; what exceeds the block's length is ignored."""
+        return contents
 
-    def _one(self, record):
-        """Returns (content, None), or of a record that cannot be decoded (missing, (record, error))."""
-        fields, wrong = reading.attempt(self._source, record)
-        return (self._missing, (record, wrong)) if wrong else (self._read(fields), None)
+    def pack(self, name: Callable, encoded: list, good: Bool[np.ndarray, " n"]) -> tuple[Iterable[bytes], dict]:
+        """Returns the records of a shard, and additional fields of its entry.
+
+        Args:
+          name: function of an image's number in the shard that returns its name.
+          encoded: results of `encode`, one for each image.
+          good: whether each image could be decoded.
+        """
+        return encoded, {}
+
+    def finish(self, entries: list[dict]) -> tuple[dict, dict[str, bytes]]:
+        """Returns additional fields of the manifest, and the content of additional files, from the entries of all shards."""
+        return {}, {}
+
+
+def read_block(source, read: Callable, missing, block: tuple[int, int]) -> tuple[list, list[tuple[int, str]]]:
+    """Reads the records first..end-1 of a source, `block` being (first, end).
+
+    Returns:
+      (contents, [(record, error), ...]): `read` of the fields of each record, or `missing` for a record that cannot be decoded.
+    """
+
+    def read_one(record):
+        fields, error = reading.attempt(source, record)
+        return (missing, (record, error)) if error else (read(fields), None)
+
+    contents, failures = zip(*reading.at_once(read_one, range(*block)))
+    return list(contents), list(filter(None, failures))
 
 
 class ShardWriter:
-    """One process' part in making a folder of shards.
+    """Makes the shards of one process in a folder of shards.
 
     Args:
-      folder: which exists.
-      source: of the images.
-      records: what is made of them, an object with
-        `kind`: shards.Kind;
-        `block_size`: images at a time;
-        `record_bytes`: of a record, about;
-        `blocks(source, ranges)`: sequence, read ahead by workers, whose item k is (content, [(record, error), ...]) of the
-          records `ranges[k]`, a (first, end);
-        `encode(content)`: in this process, a sequence of what is made of each image of a block; may be longer than the block;
-        `pack(name, made, good)`: of a shard's images, the records' bytes, and a dict for its entry; `name(j)` names image j of
-          the shard, `good`, bool [n], are those that could be decoded;
-        `finish(entries)`: of all shards' entries, a dict for the manifest, and the content of other files, name -> bytes.
-      settings: dict, the manifest without its results, with `shard_size`.
+      folder: an existing folder.
+      source: source of the images.
+      maker: RecordMaker.
+      settings: settings that identify the folder's content, besides format, source and shard size.
+      shard_size: images in a shard.
       notes: names of settings that may differ when a folder is continued.
       workers: processes that read blocks; 0 reads in threads.
       max_bad_fraction: share of undecodable images above which the work ends.
@@ -70,54 +93,64 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder, source, records, settings, *, notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1
-    ):
+        self, folder: Path, source, maker: RecordMaker, settings: dict, *,
+        shard_size: int, notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1,
+    ):  # fmt: skip
         self._folder = Path(folder)
         self._source = source
-        self._records = records
-        self._settings = settings
+        self._maker = maker
+        self._settings = {
+            "format": maker.format.version,
+            "records": len(source),
+            "records_hash": data.records_hash(source),
+            "num_classes": source.num_classes,
+            "image_size": source.image_size,
+            "shard_size": shard_size,
+            **settings,
+        }
         self._notes = notes
         self._workers = workers
         self._max_bad = int(max_bad_fraction * len(source))
         self._process_index = process_index
-        starts = range(0, len(source), settings["shard_size"])
-        self._ranges = [(start, min(start + settings["shard_size"], len(source))) for start in starts]
-        self._own_shards = range(process_index, len(starts), process_count)
+        self._ranges = _cut(0, len(source), shard_size)
+        self._shards = [self._folder / shards.shard_file(shard) for shard, _ in enumerate(self._ranges)]
+        self._entries = [file.with_suffix(".json") for file in self._shards]
+        self._own_shards = range(process_index, len(self._ranges), process_count)
         self._bad_records = []
 
-    def run(self, stopped):
-        """Makes the shards that are missing or damaged, and once those of all processes are there, the manifest.
+    def run(self, stopped: threading.Event) -> int | None:
+        """Makes the shards that are missing or damaged, and once those of all processes exist, the manifest.
 
         Args:
-          stopped: Event; once it is set, the shard being made is given up.
+          stopped: Event; once it is set, the shard in progress is given up.
 
         Returns:
-          How many shards were made here; None if stopped before the folder was finished.
+          Number of shards made here; None if stopped before the folder was finished.
 
         Raises:
-          ValueError: if the folder holds, or is to hold, what was made with other settings, or has not enough space.
-          RuntimeError: if too many images cannot be decoded; whatever `records.pack` raises.
+          ValueError: if the folder was, or is to be, made with other settings, or its disk has not enough space.
+          RuntimeError: if too many images cannot be decoded, or from the maker.
           OSError: if something cannot be written.
         """
-        if not self._agree(stopped):
+        if not self._agree_on_settings(stopped):
             return None
         todo = [shard for shard in self._own_shards if not self._is_whole(shard)]
         self._check_bad()
         self._check_space()
-        if not self._make(todo, stopped):
+        if not self._make(todo, stopped) or not multihost.wait_for_files(self._entries, stopped.is_set):
             return None
-        entries = [self._folder / _entry_file(shard) for shard in range(len(self._ranges))]
-        if not multihost.wait_for_files(entries, stopped.is_set):
-            return None
-        entries = [files.read_json(entry) for entry in entries]
+        entries = [files.read_json(file) for file in self._entries]
         self._bad_records = [record for entry in entries for record, _ in entry["bad_records"]]  # of all processes
         self._check_bad("in the log of the process that met it")
         if self._process_index == 0:
             self._finish(entries)
         return len(todo) if multihost.wait_for_files([self._folder / shards.MANIFEST], stopped.is_set) else None
 
-    def _agree(self, stopped):
-        """Process 0 writes the settings if it is the first to come; all compare theirs. Removes what a killed process left."""
+    def _agree_on_settings(self, stopped):
+        """Compares the settings with those of the folder, which process 0 writes first; returns False if stopped.
+
+        Also removes temporary files of a killed process.
+        """
         file = self._folder / shards.SETTINGS
         for shard in self._own_shards:
             self._remove(f".shard-{shard:05d}.*.tmp")
@@ -129,27 +162,26 @@ class ShardWriter:
         if not multihost.wait_for_files([file], stopped.is_set):
             return False
         stored = files.read_json(file)
-        compared = sorted((stored.keys() | self._settings.keys()) - set(self._notes))
         differing = [
             f"\n  {name}: {stored.get(name)!r} there, {self._settings.get(name)!r} here"
-            for name in compared
+            for name in sorted((stored.keys() | self._settings.keys()) - set(self._notes))
             if stored.get(name) != self._settings.get(name)
         ]
         if differing:
             raise ValueError(
-                f"{self._folder} holds a {self._records.kind.what} made with other settings; choose another --out, or use "
+                f"{self._folder} holds a {self._maker.format.title} made with other settings; choose another --out, or use "
                 "the old ones:" + "".join(differing)
             )
-        self._settings = stored  # the notes of whoever began
+        self._settings = stored  # with the notes of the process that began
         return True
 
     def _remove(self, pattern):
-        for left in self._folder.glob(pattern):
-            left.unlink(missing_ok=True)
+        for file in self._folder.glob(pattern):
+            file.unlink(missing_ok=True)
 
     def _is_whole(self, shard):
-        """Whether a shard is finished and undamaged; its undecodable records are noted."""
-        file = self._folder / _entry_file(shard)
+        """Returns whether a shard is finished and undamaged, and counts its undecodable records."""
+        file = self._entries[shard]
         if not file.exists():
             return False
         try:
@@ -158,58 +190,53 @@ class ShardWriter:
         except (ValueError, KeyError) as error:
             damage = f"{file.name}: {error}"
         if damage:
-            logging.warning("%s is damaged (%s) and made again", self._folder / shards.shard_file(shard), damage)
+            logging.warning("%s is damaged (%s) and made again", self._shards[shard], damage)
             file.unlink()
             return False
         self._bad_records += [record for record, _ in entry["bad_records"]]
         return True
 
     def _check_space(self):
-        """Refuses to begin what the disk cannot hold."""
-        missing = [shard for shard in range(len(self._ranges)) if not (self._folder / _entry_file(shard)).exists()]
-        needed = self._records.record_bytes * sum(map(self._count, missing))
+        """Raises ValueError if the disk cannot hold the shards that no process has made yet."""
+        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]
+        needed = self._maker.record_bytes * self._count(missing)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise ValueError(
-                f"the {self._records.kind.what} needs {needed / 1e9:.1f} GB more, the disk of {self._folder} has "
+                f"the {self._maker.format.title} needs {needed / 1e9:.1f} GB more, the disk of {self._folder} has "
                 f"{free / 1e9:.1f} GB free: make space, or choose another --out"
             )
 
-    def _count(self, shard):
-        """Records of a shard."""
-        first, end = self._ranges[shard]
-        return end - first
-
-    def _blocks(self, shard):
-        """The records of a shard, cut into blocks: [(first, end), ...]."""
-        first, end = self._ranges[shard]
-        size = self._records.block_size
-        return [(at, min(at + size, end)) for at in range(first, end, size)]
+    def _count(self, some_shards):
+        """Returns the number of images of shards."""
+        return sum(end - first for first, end in map(self._ranges.__getitem__, some_shards))
 
     def _make(self, todo, stopped):
-        """Makes shards; False if stopped."""
-        if not todo:
+        """Makes shards; returns False if stopped."""
+        cuts = {shard: _cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
+        ranges = [block for cut in cuts.values() for block in cut]
+        if not ranges:
             return True
-        ranges = [block for shard in todo for block in self._blocks(shard)]
-        own, missing = (sum(self._count(shard) for shard in some) for some in (self._own_shards, todo))
-        blocks = loader.read_ahead(MapDataset.source(self._records.blocks(self._source, ranges)), self._workers)
-        bar = tqdm(total=own, initial=own - missing, unit="img", desc="encoding", disable=self._process_index != 0)
+        read = functools.partial(read_block, self._source, self._maker.read, self._maker.missing)
+        blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)
+        own = self._count(self._own_shards)
+        bar = tqdm(total=own, initial=own - self._count(todo), unit="img", desc="encoding", disable=self._process_index != 0)
         pool, writing = ThreadPoolExecutor(1), None  # a shard is written while the next one is encoded
         try:
-            for shard in todo:
-                made, bad = [], []
-                for first, end in self._blocks(shard):
+            for shard, cut in cuts.items():
+                encoded, bad = [], []
+                for first, end in cut:
                     if stopped.is_set():
                         if writing:
-                            writing.result()  # raises what kept the shard before from being written
+                            writing.result()  # raises the error of the previous shard
                         return False
-                    content, failures = next(blocks)
+                    contents, failures = next(blocks)
                     bad += self._note_failures(failures)
-                    made += list(self._records.encode(content)[: end - first])
+                    encoded += list(self._maker.encode(contents)[: end - first])
                     bar.update(end - first)
                 if writing:
                     writing.result()
-                writing = pool.submit(self._write_shard, shard, made, bad)
+                writing = pool.submit(self._write_shard, shard, encoded, bad)
             writing.result()
         finally:
             pool.shutdown()
@@ -218,7 +245,7 @@ class ShardWriter:
         return True
 
     def _note_failures(self, failures):
-        """Logs undecodable records; returns them."""
+        """Logs and counts undecodable records; returns their numbers."""
         for record, error in failures:
             self._bad_records.append(record)
             logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
@@ -229,13 +256,13 @@ class ShardWriter:
         if len(self._bad_records) > self._max_bad:
             raise RuntimeError(loader.too_many_bad(self._source, self._bad_records, self._max_bad, last_error))
 
-    def _write_shard(self, shard, made, bad):
-        """Writes a shard and its entry; the entry comes last."""
+    def _write_shard(self, shard, encoded, bad):
+        """Writes a shard, and then its entry."""
         first, end = self._ranges[shard]
         good = np.isin(np.arange(first, end), bad, invert=True)
-        contents, fields = self._records.pack(lambda j: self._source.name(first + j), made, good)
+        contents, fields = self._maker.pack(lambda j: self._source.name(first + j), encoded, good)
         entry = {
-            "file": shards.shard_file(shard),
+            "file": self._shards[shard].name,
             "records": end - first,
             "bad_records": [[i, self._source.name(i)] for i in bad],
             **fields,
@@ -246,40 +273,43 @@ class ShardWriter:
             for content, is_good in zip(contents, good):
                 writer.write(content if is_good else b"")
             writer.close()
-            found = base64.b64encode(places.find(temporary).tobytes()).decode()
-            entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary), places=found)
+            encoded_places = base64.b64encode(places.find(temporary).tobytes()).decode()
+            entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary), places=encoded_places)
 
         def write_entry(temporary):
             temporary.write_text(json.dumps(entry, indent=2) + "\n")
 
-        files = {shards.shard_file(shard): write_records, _entry_file(shard): write_entry}
-        files.write_all({self._folder / name: write for name, write in files.items()}, overwrite=True)
+        files.write_all({self._shards[shard]: write_records, self._entries[shard]: write_entry}, overwrite=True)
 
     def _finish(self, entries):
-        """Writes labels, the other files and the manifest, in this order, unless they are there."""
-        fields, files = self._records.finish(entries)
+        """Writes labels, places, the maker's files and the manifest, in this order, unless they exist."""
+        fields, contents = self._maker.finish(entries)
         labels = _npy(np.asarray(self._source.labels, np.int32))
-        found = _npy(np.concatenate([self._places(entry) for entry in entries]))
+        all_places = _npy(np.concatenate([self._places(entry) for entry in entries]))
         manifest = self._settings | {
             "bad_records": [bad for entry in entries for bad in entry["bad_records"]],
             "shards": [{name: entry[name] for name in ("file", "records", "bytes", "sha256")} for entry in entries],
             "labels_sha256": hashlib.sha256(labels).hexdigest(),
-            "places_sha256": hashlib.sha256(found).hexdigest(),
+            "places_sha256": hashlib.sha256(all_places).hexdigest(),
             **fields,
         }
-        files = {shards.LABELS: labels, shards.PLACES: found, **files}
-        files[shards.MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-        paths = {self._folder / name: content for name, content in files.items()}
-        if not all(path.is_file() and path.read_bytes() == content for path, content in paths.items()):
-            writes = {path: functools.partial(Path.write_bytes, data=content) for path, content in paths.items()}
+        contents = {shards.LABELS: labels, shards.PLACES: all_places, **contents}
+        contents[shards.MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
+        contents = {self._folder / name: content for name, content in contents.items()}
+        if not all(path.is_file() and path.read_bytes() == content for path, content in contents.items()):
+            writes = {path: functools.partial(Path.write_bytes, data=content) for path, content in contents.items()}
             files.write_all(writes, overwrite=True)
 
-
     def _places(self, entry):
-        """Returns the places of a shard's records; an entry of an older version has none."""
+        """Returns the places of a shard's records; entries of older versions lack them."""
         if "places" not in entry:
             return places.find(self._folder / entry["file"])
         return np.frombuffer(base64.b64decode(entry["places"]), places.PLACE)
+
+
+def _cut(first, end, size):
+    """Returns the range first..end-1 in parts of `size`: [(first, end), ...]."""
+    return [(at, min(at + size, end)) for at in range(first, end, size)]
 
 
 def _npy(array):
@@ -287,8 +317,3 @@ def _npy(array):
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def _entry_file(shard):
-    """Name of the file that tells what a shard holds."""
-    return shards.shard_file(shard).replace(".array_record", ".json")

@@ -2,18 +2,18 @@
 
 A folder holds:
 
-  manifest.json                what there is; written last: without it, the folder is unfinished
-  shard-00000.array_record     the first records, shard-00001.array_record those that follow, ...
+  manifest.json                description of the whole; written last: without it, the folder is unfinished
+  shard-00000.array_record     the first records; shard-00001.array_record those that follow, ...
   labels.npy                   int32 [N]
-  places.npy                   `places.PLACE` [N], where in its shard each record lies
-  settings.json                what was to be made, and
-  shard-00000.json             what each shard holds: from these an interrupted folder is continued, and a damaged one repaired
+  places.npy                   `places.PLACE` [N], byte range and checksum of each record in its shard
+  settings.json                settings of the command that makes the folder, and
+  shard-00000.json             content of each shard: with these an interrupted folder is continued, and a damaged one repaired
 
-The record of an image that cannot be decoded is empty. ArrayRecord keeps a hash with each record, which finds changed bytes
-as they are read.
+The record of an image that cannot be decoded is empty. ArrayRecord keeps a hash with each record, by which changed bytes are
+found as they are read.
 
-A finished folder may be copied to a bucket and is read there, as gs://bucket/folder: with one request for each record, of just
-its bytes, which have a checksum in places.npy. Folders of older versions have no places; they are read from disks only.
+A finished folder may be copied to a bucket and is read there, as gs://bucket/folder: with one request for each record, for just
+its byte range, which has a checksum in places.npy. Folders of older versions have no places; they are read from disks only.
 """
 
 import errno
@@ -21,6 +21,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,44 +31,61 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from repae_jax.buckets import is_address
-from repae_jax.data import bucket
+from repae_jax.data import byte_ranges
 from repae_jax.data.places import without_headers
+from repae_jax.data.source import ReopenedByWorkers
 from repae_jax.faults import is_of_the_system
 
 MANIFEST, SETTINGS, LABELS, PLACES = "manifest.json", "settings.json", "labels.npy", "places.npy"
-_OPEN_SHARDS = 256  # at a time and process, far from the usual limit of 1024 files
-_ASKING = 16  # threads that ask for the size of a shard: a bucket takes its time
+_OPEN_SHARDS = 256  # open files of a process, far from the usual limit of 1024
+_CHECKING_THREADS = 16  # requests for the sizes of shards at a time: a bucket takes its time
+_REPAIR = "again with the same settings, which makes damaged parts anew"
 
 
-class Kind(NamedTuple):
-    """What a folder of shards is for."""
+class ShardFormat(NamedTuple):
+    """Purpose of a folder of shards.
 
-    what: str  # it is called in messages
-    command: str  # that makes it
-    format: int  # of its manifest
+    Attributes:
+      title: its name in messages.
+      command: the command that makes it.
+      version: format number in its manifest.
+    """
+
+    title: str
+    command: str
+    version: int
+
+    def making(self, path: str | os.PathLike) -> str:
+        """Returns the advice to make a folder at `path`."""
+        if is_address(path):
+            return f"make one on a disk with `{self.command} --out FOLDER`, and copy it there"
+        return f"make one with `{self.command} --out {path}`"
+
+    def repair(self, path: str | os.PathLike) -> str:
+        """Returns the advice to repair the folder at `path`."""
+        if is_address(path):
+            return f"copy it there once more; if the original is damaged, too, run `{self.command} --out FOLDER` {_REPAIR}"
+        return f"run `{self.command} --out {path}` {_REPAIR}"
 
 
-def shard_file(shard):
-    """Name of a shard's file."""
+def shard_file(shard: int) -> str:
+    """Returns the file name of a shard."""
     return f"shard-{shard:05d}.array_record"
 
 
-def file_hash(path):
-    """Hash of a file's content."""
+def file_hash(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file's content."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def shard_damage(folder, entry, check_content):
-    """What is wrong with a shard.
+def shard_damage(folder: str | os.PathLike, entry: dict, check_content: bool) -> str | None:
+    """Returns a description of a shard's damage, None if it is whole.
 
     Args:
-      folder: of the shards; an address only without `check_content`.
+      folder: folder of the shards; an address only without `check_content`.
       entry: {'file', 'bytes', 'sha256', ...}, its entry in the manifest.
-      check_content: read it all and compare the checksum, too.
-
-    Returns:
-      A few words, or None if nothing is wrong.
+      check_content: whether to read the whole file and compare its checksum, too.
     """
     if is_address(folder):
         return _damage_in_bucket(f"{folder}/{entry['file']}", entry["bytes"])
@@ -83,102 +101,108 @@ def shard_damage(folder, entry, check_content):
 
 
 def _damage_in_bucket(address, size):
-    """Returns what is wrong with a shard's size, by its last byte, or None; of one that is longer, the records tell."""
+    """Requests the last byte of a shard; damage of a longer one shows when its records are read."""
     try:
-        return None if bucket.read(address, size - 1, size) else "missing"
-    except bucket.BeyondTheEndError:
+        return None if byte_ranges.read(address, size - 1, size) else "missing"
+    except byte_ranges.BeyondTheEndError:
         return f"fewer than {size} bytes, or stored compressed (copy it without --gzip-local)"
 
 
-def read_manifest(path, kind):
-    """The manifest of a finished folder.
+def read_manifest(path: str | os.PathLike, shard_format: ShardFormat) -> dict:
+    """Returns the manifest of a finished folder.
 
     Args:
       path: folder, or its address.
-      kind: Kind it has to be.
+      shard_format: ShardFormat that the folder must have.
 
     Returns:
-      dict, among others: `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file',
-      'records', 'bytes', 'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images.
+      dict with `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file', 'records',
+      'bytes', 'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`;
+      `image_size`; `records_hash` and `images`, {'source', 'options'}, of the original source; and others.
 
     Raises:
       ValueError: if there is no finished folder, or the manifest is damaged or of another version.
       OSError: if the disk or bucket cannot be read.
     """
-    _check_address(path)
+    if is_address(path) and not str(path).startswith("gs://"):
+        raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
     if not is_address(path) and not Path(path).is_dir():
-        raise ValueError(f"no {kind.what} at {str(path)!r}: {_make(path, kind)}")
+        raise ValueError(f"no {shard_format.title} at {str(path)!r}: {shard_format.making(path)}")
     file = f"{str(path).rstrip('/')}/{MANIFEST}"
     content = _read_file(file)
     if content is None:
         raise ValueError(
-            f"{str(path)!r} has no {MANIFEST}: it is no {kind.what}, or an unfinished one; {_make(path, kind)}, again with "
-            "the same settings if it is unfinished, which continues where it stopped"
+            f"{str(path)!r} has no {MANIFEST}: it is no {shard_format.title}, or an unfinished one; "
+            f"{shard_format.making(path)}, again with the same settings if it is unfinished, which continues where it stopped"
         )
     try:
         manifest = json.loads(content)
         version = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}): {_repair(path, kind)}") from error
-    if version != kind.format:
+        raise ValueError(f"{file} is damaged ({error!r}): {shard_format.repair(path)}") from error
+    if version != shard_format.version:
         raise ValueError(
-            f"{file} is of format {version!r}, this code reads {kind.format!r}: make the {kind.what} again in another folder"
+            f"{file} is of format {version!r}, this code reads {shard_format.version!r}: make the {shard_format.title} again "
+            "in another folder"
         )
     return manifest
 
 
-class Shards:
+class Shards(ReopenedByWorkers):
     """Random access to the records of a finished folder. Worker processes open its files for themselves.
 
     Attributes:
+      manifest: the folder's `read_manifest`.
       labels: int32 `[N]`.
+      num_classes: number of classes of the original source.
+      image_size: side of the images in pixels.
+      records_hash: `repae_jax.data.records_hash` of the original source.
+      contents_hash: hash of all shards.
       bad_names: record -> name of each image that could not be decoded.
-      contents_hash: of all shards.
     """
 
-    def __init__(self, path, kind):
-        """Reads manifest and labels, and checks that the shards are there and whole.
+    def __init__(self, path: str | os.PathLike, shard_format: ShardFormat):
+        """Reads manifest and labels, and checks that all shards exist in full length.
 
         Args:
           path: folder, or its address.
-          kind: Kind it has to be.
+          shard_format: ShardFormat that the folder must have.
 
         Raises:
-          ValueError: if the folder is unfinished, damaged or of another kind.
+          ValueError: if the folder is unfinished, damaged or of another format.
         """
-        self._path, self._kind = str(path).rstrip("/"), kind
-        manifest = read_manifest(path, kind)
-        self.labels = self._read_array(LABELS, manifest["labels_sha256"])
-        self._places = self._read_places(manifest) if is_address(path) else None
-        self.bad_names = dict(manifest["bad_records"])
-        self.contents_hash = hashlib.sha256("".join(entry["sha256"] for entry in manifest["shards"]).encode()).hexdigest()[:16]
-        self._shard_size = manifest["shard_size"]
-        self._start()
-        check = functools.partial(shard_damage, self._path, check_content=False)
-        with ThreadPoolExecutor(_ASKING) as pool:
-            damages = {entry["file"]: damage for entry, damage in zip(manifest["shards"], pool.map(check, manifest["shards"]))}
-        found = [f"{file}: {damage}" for file, damage in damages.items() if damage]
-        if found:
+        self._path, self._format = str(path).rstrip("/"), shard_format
+        self.manifest = read_manifest(path, shard_format)
+        self.num_classes, self.image_size = self.manifest["num_classes"], self.manifest["image_size"]
+        self.records_hash = self.manifest["records_hash"]
+        self.labels = self._read_array(LABELS, self.manifest["labels_sha256"])
+        self._places = self._read_places() if is_address(path) else None
+        self.bad_names = dict(self.manifest["bad_records"])
+        entries = self.manifest["shards"]
+        self.contents_hash = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()[:16]
+        self._shard_size = self.manifest["shard_size"]
+        with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+            damages = list(pool.map(functools.partial(shard_damage, self._path, check_content=False), entries))
+        damaged = [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]
+        if damaged:
             raise ValueError(
-                f"{kind.what} {self._path!r} is damaged, {len(found)} of {len(damages)} shards, first {', '.join(found[:5])}; "
-                f"{_repair(path, kind)}"
+                f"{shard_format.title} {self._path!r} is damaged, {len(damaged)} of {len(entries)} shards, first "
+                f"{', '.join(damaged[:5])}; {self._repair}"
             )
 
-    def _start(self):
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_open_shard)
+    @property
+    def _repair(self):
+        return self._format.repair(self._path)
 
-    def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._start()
+    @functools.cached_property
+    def _open(self):
+        return functools.lru_cache(_OPEN_SHARDS)(_open_shard)
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i):
-        """Bytes of record `i`.
+    def content(self, i: int) -> bytes:
+        """Returns the content of record `i`.
 
         Raises:
           ValueError: if the image could not be decoded when the record was made, or the record is damaged.
@@ -186,14 +210,13 @@ class Shards:
         """
         i = range(len(self))[i]  # IndexError beyond the end
         if i in self.bad_names:
-            raise ValueError(f"the image could not be decoded when the {self._kind.what} {self._path!r} was made")
+            raise ValueError(f"the image could not be decoded when the {self._format.title} {self._path!r} was made")
         return self._from_disk(i) if self._places is None else self._from_bucket(i)
 
     def _from_disk(self, i):
-        shard, place = divmod(i, self._shard_size)
-        file = f"{self._path}/{shard_file(shard)}"
+        file, row = self._locate(i)
         try:
-            (content,) = self._open(file).read([place])
+            (content,) = self._open(file).read([row])
         except RuntimeError as error:
             if not is_of_the_system(error):
                 raise self.damaged(i, error) from error
@@ -202,71 +225,57 @@ class Shards:
         return content
 
     def _from_bucket(self, i):
-        address = f"{self._path}/{shard_file(i // self._shard_size)}"
+        address, _ = self._locate(i)
         first, end, checksum = self._places[i].tolist()
         try:
-            part = bucket.read(address, first, end)
-        except bucket.BeyondTheEndError as error:
+            part = byte_ranges.read(address, first, end)
+        except byte_ranges.BeyondTheEndError as error:
             raise self.damaged(i, error) from error
         if part is None:
-            raise OSError(errno.EIO, f"{address} is not there any more; {_repair(self._path, self._kind)}")
+            raise OSError(errno.EIO, f"{address} is not there any more; {self._repair}")
         content = without_headers(part, first)
         if zlib.crc32(content) != checksum:
             raise self.damaged(i, "another checksum than when it was written")
         return content
 
-    def damaged(self, i, reason):
-        """ValueError that says what is wrong with record `i`."""
-        shard, place = divmod(i, self._shard_size)
-        file = f"{self._path}/{shard_file(shard)}"
-        return ValueError(f"record {place} of {file} is damaged ({reason}); {_repair(self._path, self._kind)}")
+    def _locate(self, i):
+        """Returns (path or address of the shard, number of the record in it)."""
+        shard, row = divmod(i, self._shard_size)
+        return f"{self._path}/{shard_file(shard)}", row
 
-    def name(self, i):
-        """Names record `i`: its number, and the name of its image if that was undecodable."""
+    def damaged(self, i: int, reason: Exception | str) -> ValueError:
+        """Returns the error for the damaged record `i`."""
+        file, row = self._locate(i)
+        return ValueError(f"record {row} of {file} is damaged ({reason}); {self._repair}")
+
+    def name(self, i: int) -> str:
+        """Returns the number of record `i`, and the original image's name if that was undecodable."""
         return f"{self._path} #{i}" + (f" ({self.bad_names[i]})" if i in self.bad_names else "")
 
     def _read_array(self, name, expected_hash):
         file = f"{self._path}/{name}"
         content = _read_file(file)
         if content is None:
-            raise ValueError(f"{file} is missing; {_repair(self._path, self._kind)}")
+            raise ValueError(f"{file} is missing; {self._repair}")
         if hashlib.sha256(content).hexdigest() != expected_hash:
-            raise ValueError(f"{file} has another checksum than when it was written; {_repair(self._path, self._kind)}")
+            raise ValueError(f"{file} has another checksum than when it was written; {self._repair}")
         return np.load(io.BytesIO(content), allow_pickle=False)
 
-    def _read_places(self, manifest):
-        if "places_sha256" not in manifest:
+    def _read_places(self):
+        if "places_sha256" not in self.manifest:
             raise ValueError(
                 f"{self._path!r} was written by an older version, which can be read from a disk only: mount the bucket or copy "
-                f"the folder to each host and give that folder; or run `{self._kind.command} --out FOLDER` again on the "
+                f"the folder to each host and give that folder; or run `{self._format.command} --out FOLDER` again on the "
                 f"original, with the same settings, which adds {PLACES}, and copy that and {MANIFEST} there"
             )
-        return self._read_array(PLACES, manifest["places_sha256"])
+        return self._read_array(PLACES, self.manifest["places_sha256"])
 
 
 def _read_file(file):
     """Returns the content of a file or object; None if there is none."""
     if is_address(file):
-        return bucket.read(file)
+        return byte_ranges.read(file)
     return Path(file).read_bytes() if Path(file).is_file() else None
-
-
-def _make(path, kind):
-    if is_address(path):
-        return f"make one on a disk with `{kind.command} --out FOLDER`, and copy it there"
-    return f"make one with `{kind.command} --out {path}`"
-
-
-def _repair(path, kind):
-    again = "again with the same settings, which makes damaged parts anew"
-    if is_address(path):
-        return f"copy it there once more; if the original is damaged, too, run `{kind.command} --out FOLDER` {again}"
-    return f"run `{kind.command} --out {path}` {again}"
-
-
-def _check_address(path):
-    if is_address(path) and not str(path).startswith("gs://"):
-        raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
 
 
 def _open_shard(file):

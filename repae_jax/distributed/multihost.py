@@ -34,7 +34,7 @@ WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file
 SEEN_SECONDS = 60  # until a new file is seen by all: network file systems keep what they know for a while
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "tensorstore",
-    "grain", "array_record", "pyarrow", "pillow", "simplejpeg", "numba", "numpy", "ml_collections",
+    "grain", "array_record", "pyarrow", "pillow", "numpy", "ml_collections",
 )  # fmt: skip
 _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"

@@ -15,9 +15,8 @@ import numpy as np
 from grain import MapDataset
 
 from repae_jax import faults
-from repae_jax.data import decoding, loader, reading
+from repae_jax.data import decoding, loader, reading, records_hash
 from repae_jax.data.folder import FolderSource
-from repae_jax.data.latents import records_hash
 
 SORTED = (
     "the images come class by class: splits of consecutive ones hold few classes each, so the inception score is too low; "

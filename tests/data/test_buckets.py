@@ -1,4 +1,4 @@
-"""Data in buckets, of a real object-store server: the same batches as from a disk, and what is said of faults."""
+"""Data in buckets, of a real object-store server: the same batches as from a disk, and errors."""
 
 import itertools
 import json
@@ -13,12 +13,13 @@ from PIL import Image
 
 from repae_jax import data, evaluate_tokenizer, faults, prepare_images
 from repae_jax.analyze_latents import encoding
-from repae_jax.data import bucket, reading, shards
+from repae_jax.data import byte_ranges, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
 from repae_jax.job import training_data
 
+pytestmark = pytest.mark.integration
 COUNT, SIZE = 12, 8
 _folders = itertools.count()
 
@@ -63,14 +64,14 @@ def copied(gs, prepared):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Nothing is tried twice, nor waited for."""
-    monkeypatch.setattr(bucket, "_RETRIES", {"max_retries": 0})
-    monkeypatch.setattr(bucket, "_SECONDS", 0.3)
-    monkeypatch.setattr(bucket, "_SECONDS_WHOLE", 0.3)
+    """Shortens all pauses and waits."""
+    monkeypatch.setattr(byte_ranges, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(byte_ranges, "_SECONDS", 0.3)
+    monkeypatch.setattr(byte_ranges, "_SECONDS_WHOLE", 0.3)
     monkeypatch.setattr(faults, "_PAUSES", (0.01, 0.01))
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
     yield
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
 
 
 # ---- the same as from a disk ----------------------------------------------------------------------------------------
@@ -90,9 +91,10 @@ def test_prepared_images(copied, prepared):
 def test_an_image_is_one_request_for_its_bytes(gs, copied, prepared, workers):
     remote = PreparedImages(copied.address, SIZE)
     before = len(gs.requests())
-    with Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one, Loader(
-        PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0
-    ) as other:
+    with (
+        Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one,
+        Loader(PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0) as other,
+    ):
         np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
     asked = gs.requests()[before:]
     assert len(asked) >= COUNT and {(request.method, request.status) for request in asked if request.status} == {("GET", 206)}
@@ -190,7 +192,7 @@ def test_a_shard_that_vanishes(copied, prepared, impatient):
 def test_damaged_records(copied, change):
     remote, name = PreparedImages(copied.address, SIZE), "shard-00001.array_record"
     content = bytearray(copied.read(name))
-    first = int(remote._shards._places[7]["first"])
+    first = int(remote._places[7]["first"])
     content[first + 60] ^= 1
     copied.write(name, bytes(content if change == "a byte" else content[: first + 60]))
     reason = "another checksum than when it was written" if change == "a byte" else "it ends before byte .*"
@@ -218,14 +220,14 @@ def test_a_bucket_that_cannot_be_reached(gs, copied, prepared, impatient, rule, 
 
 
 def test_the_client_gives_up_in_time(monkeypatch):
-    """Its own patience would be a quarter of an hour."""
+    """By default it tries for a quarter of an hour."""
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:9")  # where nobody listens
     began = time.monotonic()
-    bucket._store.cache_clear()
+    byte_ranges._store.cache_clear()
     with pytest.raises(OSError, match="gs://bucket/a/manifest.json cannot be read .*onnect.*; check the address, the network"):
         PreparedImages("gs://bucket/a", SIZE)
-    bucket._store.cache_clear()
-    assert time.monotonic() - began < bucket._SECONDS
+    byte_ranges._store.cache_clear()
+    assert time.monotonic() - began < byte_ranges._SECONDS
 
 
 def test_no_bucket_has_such_a_name():

@@ -1,4 +1,4 @@
-"""Decoding against Pillow: the pixels of `images.center_crop`, bit for bit, with the fast libraries and without."""
+"""Decoding of image files: formats, colors, damage, and what is refused before memory is taken."""
 
 import io
 import struct
@@ -22,51 +22,14 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["fast", "pillow"])
-def libraries(request, monkeypatch):
-    """The extra `data`, and a machine without it."""
-    if request.param == "pillow":
-        monkeypatch.setattr(decoding, "_simplejpeg", lambda: None)
-        monkeypatch.setattr(decoding, "_compiled", lambda: None)
-    else:
-        assert decoding._simplejpeg() and decoding._compiled()
-
-
 def by_pillow(content, size):
     return center_crop(Image.open(io.BytesIO(content)), size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_of_all_kinds(kind, libraries):
+def test_files_of_all_kinds(kind):
     content = encoded(picture(0, (75, 53)), **KINDS[kind])
     np.testing.assert_array_equal(decoding.decode_crop(content, 32), by_pillow(content, 32))
-
-
-def test_jpegs_take_the_fast_way(monkeypatch):
-    content = encoded(picture(0, (75, 53)))
-    monkeypatch.setattr(decoding, "center_crop", None)
-    assert decoding.decode_crop(content, 32).shape == (32, 32, 3)
-
-
-@pytest.mark.parametrize(
-    ("missing", "named"), [(("_compiled",), "numba"), (("_simplejpeg", "_compiled"), "simplejpeg and numba")]
-)
-def test_the_slow_way_is_told_once(monkeypatch, warnings, missing, named):
-    decoding._warn_if_slow.cache_clear()
-    for library in missing:
-        monkeypatch.setattr(decoding, library, lambda: None)
-    decoding.decode_crop(encoded(picture(0), kind="png"), 8)
-    assert not warnings
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda content: decoding.decode_crop(content, 8), [encoded(picture(0))] * 8))
-    assert len(warnings) == 1 and warnings[0].startswith(f"{named} cannot be imported") and ".[data]" in warnings[0]
-    decoding._warn_if_slow.cache_clear()
-
-
-def test_with_the_fast_libraries_nothing_is_told(warnings):
-    decoding._warn_if_slow.cache_clear()
-    decoding.decode_crop(encoded(picture(0)), 8)
-    assert not warnings
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -74,17 +37,6 @@ def test_colors_of_jpegs(mode):
     buffer = io.BytesIO()
     Image.fromarray(picture(1)).convert(mode).save(buffer, "jpeg")
     np.testing.assert_array_equal(decoding.decode_crop(buffer.getvalue(), 16), by_pillow(buffer.getvalue(), 16))
-
-
-def test_crops_of_all_shapes():
-    """Smaller and larger than the crop, odd and even sides, tall and wide, noise: where roundings would show."""
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        height, width = rng.integers(5, 250, 2)
-        size = int(rng.integers(4, 80))
-        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-        expected = center_crop(Image.fromarray(pixels), size)
-        np.testing.assert_array_equal(decoding.crop_pixels(pixels, size), expected, f"{height} x {width} to {size}")
 
 
 def test_a_photograph_of_usual_size():
@@ -101,7 +53,7 @@ def test_threads():
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no image", "empty"])
-def test_what_cannot_be_decoded_is_said_by_pillow(damage, libraries):
+def test_what_cannot_be_decoded_is_said_by_pillow(damage):
     content = encoded(picture(3))
     content = {"truncated": content[: len(content) // 2], "no image": b"hello", "empty": b""}[damage]
     with pytest.raises(Exception) as expected:  # noqa: B017
@@ -138,7 +90,7 @@ def huge_tiles():
     ],
     ids=["huge tiles", "wide PNG", "high JPEG", "floats", "integers", "EPS"],
 )
-def test_what_is_refused_before_memory_is_taken(content, message, libraries, monkeypatch):
+def test_what_is_refused_before_memory_is_taken(content, message, monkeypatch):
     monkeypatch.setattr(images, "_resize", lambda *_, **__: pytest.fail("memory was taken"))
     with pytest.raises(Exception, match=message) as caught:
         decoding.decode_crop(content, 256)

@@ -1,3 +1,5 @@
+"""The digits, and building sources by name."""
+
 import pickle
 
 import numpy as np

@@ -1,4 +1,5 @@
-import inspect
+"""Folders of images: classes and labels files, and what is refused."""
+
 import json
 import pickle
 
@@ -40,7 +41,7 @@ def test_class_subfolders_become_labels(class_folders):
 @pytest.mark.parametrize(
     ("folders", "warning"),
     [
-        (["0", "1", "2", "10"], "are numbers, and labelled in the order of their names: 10 is class 2. If the numbers"),
+        (["0", "1", "2", "10"], "are numbers, and labeled in the order of their names: 10 is class 2. If the numbers"),
         (["00", "01", "02", "10"], None),
         (["0", "1", "2", "3"], None),
         (["n1", "n10", "n2", "n3"], None),
@@ -76,9 +77,8 @@ def test_no_path_at_all():
 
 
 def test_the_config_names_the_arguments_of_all_sources():
-    arguments = {name for source in data._SOURCES.values() for name in inspect.signature(source).parameters} - {"image_size"}
     options = small.from_flags().data.options
-    assert set(options) == arguments and set(options.values()) == {None}
+    assert set(options) == set(data.option_types()) and set(options.values()) == {None}
 
 
 def test_records_are_cropped_rgb(class_folders):

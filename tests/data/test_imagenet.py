@@ -21,6 +21,7 @@ from repae_jax.images import center_crop
 from repae_jax.job import training_data
 
 tfds = pytest.importorskip("tensorflow_datasets")
+pytestmark = pytest.mark.integration
 REPOSITORY = Path(__file__).parents[2]
 LABELS_FILE = "repae_jax_labels_train.npy"
 
@@ -140,7 +141,7 @@ def test_labels_on_the_disk_of_another_host(prepared, labels_file, monkeypatch):
 
 
 def test_processes_of_equal_number_may_read_the_labels_at_once(prepared, labels_file):
-    """As the first processes of containers, all number 1; here the number is that of the test."""
+    """The first processes of containers all have the process id 1; these threads share the test's."""
     with ThreadPoolExecutor(4) as pool:
         sources = list(pool.map(lambda _: ImagenetSource(16, data_dir=prepared), range(4)))
     for source in sources:

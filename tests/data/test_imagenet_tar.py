@@ -18,7 +18,7 @@ from pictures import encoded, picture
 from PIL import Image
 
 from repae_jax import data, prepare_images
-from repae_jax.data import imagenet_tar, latents
+from repae_jax.data import imagenet_tar
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.imagenet_tar import ImagenetTarSource
@@ -26,7 +26,7 @@ from repae_jax.images import center_crop
 
 tfds = pytest.importorskip("tensorflow_datasets")
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+README = (REPOSITORY / "repae_jax/data/README.md").read_text()
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TABLES = Path(tfds.__file__).parent / "datasets/imagenet2012"
 WNIDS = (TABLES / "labels.txt").read_text().split()
@@ -103,7 +103,7 @@ def test_training_images_are_those_of_the_unpacked_folder(archives, unpacked):
     names = [source.name(i) for i in range(len(source))]
     assert names == [folder.name(i) for i in range(len(folder))] and {CMYK, PNG} < set(names)
     np.testing.assert_array_equal(source.labels, folder.labels)
-    assert latents.records_hash(source) == latents.records_hash(folder)
+    assert data.records_hash(source) == data.records_hash(folder)
     for i in (0, 3, 1001, names.index(CMYK), names.index(PNG)):
         np.testing.assert_array_equal(source[i]["image"], folder[i]["image"])
         assert source[i]["label"] == folder.labels[i] == WNIDS.index(names[i].partition("/")[0])
@@ -129,8 +129,9 @@ def test_the_tables(archives):
     assert len(labels) == 50_000 and all(labels.count(wnid) == 50 for wnid in WNIDS[::100])
 
 
+@pytest.mark.integration
 def test_tfds_gives_the_same(archives, tmp_path):
-    """By the command in README, with the builder that users have."""
+    """TFDS prepares the archives by the README's command, with the builder that users have."""
     program, option, script = shlex.split(re.search(r"python -c \"\nimport tensorflow_datasets.*?\"\n", README, re.DOTALL)[0])
     assert (program, option) == ("python", "-c")
     script = script.replace("'/data/archives'", repr(str(archives))).replace("'/data/tfds'", repr(str(tmp_path)))
@@ -153,7 +154,7 @@ def test_tfds_gives_the_same(archives, tmp_path):
 
 
 def test_one_command_prepares_it(archives, tmp_path, monkeypatch):
-    """That of README, with `~`."""
+    """The command of the README, with `~` in its path."""
     monkeypatch.setenv("HOME", str(archives))
     (line,) = re.findall("prepare_images (.*imagenet_tar:.*)", README)
     text = line.replace("/data/archives", "~").replace("/data/imagenet256", str(tmp_path / "out"))
@@ -167,7 +168,7 @@ def test_one_command_prepares_it(archives, tmp_path, monkeypatch):
 
 
 def test_archives_packed_again(archives, tmp_path):
-    """By a program that notes folders, exact dates and hidden files."""
+    """Some programs also store folders, exact dates and hidden files."""
 
     def add_others(archive):
         folder = tarfile.TarInfo("./val")
@@ -180,7 +181,7 @@ def test_archives_packed_again(archives, tmp_path):
     options = {"format": tarfile.PAX_FORMAT, "pax_headers": {"comment": "packed again"}}
     (tmp_path / "again.tar").write_bytes(tar(files, add_others, **options))
     source, again = (ImagenetTarSource(path, SIZE) for path in (archives / VAL, tmp_path / "again.tar"))
-    assert latents.records_hash(source) == latents.records_hash(again)
+    assert data.records_hash(source) == data.records_hash(again)
     np.testing.assert_array_equal(source[5]["image"], again[5]["image"])
 
 
@@ -216,7 +217,7 @@ def test_an_image_of_absurd_size_is_not_read(archives):
 
 
 def test_a_file_is_open_until_it_is_read(archives):
-    """Threads that open it at the same time each put theirs in the place of the other's, which closes that."""
+    """Threads that open it at the same time replace each other's file; a file in use stays open."""
 
     class Starts(list):
         def __getitem__(self, i):  # between opening and reading

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from absl import logging
-from test_cache_latents import Pictures, encode, encode_both, make_cache
+from caches import Pictures, encode, encode_both, make_cache
 
 from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
 from repae_jax.data.loader import Loader
@@ -69,7 +69,7 @@ def test_it_survives_pickling(made):
     np.testing.assert_array_equal(joined[12]["moments"], cache[12]["moments"])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_batches_of_a_cache_are_those_of_its_images(made, workers):
     source = Pictures(20)
     options = {"batch_size": 6, "seed": 3}

@@ -1,3 +1,5 @@
+"""The loader: its stream of batches, resuming, undecodable records, and worker processes."""
+
 import errno
 import itertools
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from numbered import Numbers, Slow
 from PIL import Image
 
 from repae_jax import faults
@@ -20,28 +23,6 @@ from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Numbers:
-    """Record i is labelled i and shows i; the records in `bad` cannot be decoded."""
-
-    image_size = 4
-
-    def __init__(self, count, bad=()):
-        self.labels = np.arange(count, dtype=np.int32)
-        self.num_classes = count
-        self.bad = set(bad)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        if i in self.bad:
-            raise OSError(f"broken {i}")
-        return {"image": np.full((4, 4, 3), i % 256, np.uint8), "label": self.labels[i]}
-
-    def name(self, i):
-        return f"number-{i}"
 
 
 class PlatformSource(Numbers):
@@ -107,14 +88,14 @@ def test_seed_decides_the_order():
 
 
 def test_the_order_is_that_of_earlier_versions():
-    """Else runs that have begun would be continued in another one."""
+    """Another order would change runs that are continued by this version."""
     found = labels(Loader(Numbers(10), batch_size=10, seed=3), 2).tolist()
     assert found == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
 
 
 @pytest.mark.parametrize(("processes", "records"), [(1, 37), (2, 37), (4, 37), (8, 3)])
 def test_processes_share_the_same_global_batches(processes, records):
-    """Even if they are more than the records, and so than shards: every process may read every record."""
+    """More processes than records work, too: every process may read every record."""
     whole = take(Loader(Numbers(records), batch_size=8, seed=3), 12)
     parts = [
         take(Loader(Numbers(records), batch_size=8, seed=3, process_index=p, process_count=processes), 12)
@@ -133,7 +114,7 @@ class Measured(Numbers):
         return {"moments": np.full((2, 2), i, np.float32), "weight": np.float16(i / 2), "failures": i, "label": int(i)}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_records_may_have_any_fields(warnings, workers):
     with (
         Loader(Numbers(10, bad=[4]), batch_size=4, seed=3, max_bad_fraction=0.1) as images,
@@ -240,14 +221,6 @@ def test_no_batch_is_cut_short_at_the_end_of_an_epoch():
     assert sorted(np.concatenate([batches[4][5:], *batches[5:9], batches[9][:2]])) == list(range(37))
 
 
-class Slow(Numbers):
-    """Each record takes a while to read."""
-
-    def __getitem__(self, i):
-        time.sleep(0.02)
-        return super().__getitem__(i)
-
-
 def test_waiting_is_measured():
     with Loader(Slow(8), batch_size=8, seed=0) as loader:
         assert loader.wait_seconds == 0
@@ -262,7 +235,7 @@ def test_waiting_is_measured():
 # ----- undecodable records -----
 
 
-def test_a_bad_record_is_replaced_by_its_next_good_neighbour(warnings):
+def test_a_bad_record_is_replaced_by_its_next_good_neighbor(warnings):
     good = labels(Loader(Numbers(40), batch_size=8, seed=2), 10)
     loader = Loader(Numbers(40, bad=[6, 7, 39]), batch_size=8, seed=2, max_bad_fraction=0.1)
     expected = good.copy()
@@ -305,7 +278,7 @@ def test_too_many_bad_records_end_the_run(warnings, fraction, allowed):
 
 
 @pytest.mark.parametrize("fraction", [0, 0.5, 1])
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_nothing_but_bad_records_end_the_run(fraction, workers):
     with (
         Loader(Numbers(9, range(9)), batch_size=4, seed=2, max_bad_fraction=fraction, workers=workers) as loader,
@@ -323,7 +296,7 @@ def test_the_limit_counts_records_of_earlier_runs(warnings):
 
 
 class Flaky(Numbers):
-    """Record 7 cannot be read the first `fails` times, for a reason of the system."""
+    """Record 7 cannot be read the first `fails` times, because the system fails."""
 
     def __init__(self, count, fails, error, bad=()):
         super().__init__(count, bad)
@@ -359,6 +332,7 @@ def test_an_image_is_not_bad_because_the_disk_is(error, warnings, monkeypatch):
 # ----- worker processes -----
 
 
+@pytest.mark.integration
 def test_workers_give_the_same_batches(warnings):
     options = dict(batch_size=8, seed=3, process_index=1, process_count=2, start_batch=5, max_bad_fraction=0.1)
     source = Numbers(40, bad=[6, 7])
@@ -375,12 +349,14 @@ def test_workers_give_the_same_batches(warnings):
     assert type(batches[0]["image"]) is np.ndarray and len(warnings) == 4
 
 
+@pytest.mark.integration
 def test_workers_stay_off_accelerators(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # what a worker inherits
     with Loader(PlatformSource(8), batch_size=4, seed=0, workers=1) as loader:
         assert next(loader)["label"].tolist() == [1] * 4
 
 
+@pytest.mark.integration
 def test_workers_serve_a_script_without_an_absl_app(tmp_path):
     script = """
 from repae_jax.data.digits import DigitsSource
@@ -406,12 +382,13 @@ def is_alive(pid):
         return False
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for processes")
 def test_workers_end_when_the_process_is_killed(tmp_path):
     script = """
 import os
 import time
-from test_loader import Numbers
+from numbered import Numbers
 from repae_jax.data.loader import Loader
 
 class Workers(Numbers):
@@ -438,7 +415,7 @@ if __name__ == "__main__":
 
 ASKED = """
 import os, signal, sys, time
-from test_loader import Slow
+from numbered import Slow
 from repae_jax.distributed import multihost
 from repae_jax.data.loader import Loader
 
@@ -459,12 +436,13 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("when", "number", "end"),
     [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
 )
 def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, number, end):
-    """And end with the process, even if it does not close the loader."""
+    """They end with the process, even if it does not close the loader."""
     (tmp_path / "script.py").write_text(ASKED)
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -485,7 +463,7 @@ def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, numb
 
 
 KEPT = """
-from test_loader import Slow
+from numbered import Slow
 from repae_jax.data.loader import Loader
 
 if __name__ == "__main__":
@@ -494,8 +472,9 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 def test_the_first_batch_leaves_no_shared_memory_behind(tmp_path):
-    """As it would if its arrays, which own theirs, were kept until the workers have ended."""
+    """Arrays own their shared memory: a reference that outlives the workers would leak it."""
     (tmp_path / "script.py").write_text(KEPT)
     env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"}
     ended = subprocess.run([sys.executable, "-m", "script"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)

@@ -1,3 +1,5 @@
+"""Parquet shards as Hugging Face writes them."""
+
 import errno
 import io
 import itertools
@@ -109,7 +111,6 @@ def test_memory_holds_few_row_groups(folder, monkeypatch):
     reads = []
     read_group = source._read_group
     monkeypatch.setattr(source, "_read_group", lambda number: reads.append(number) or read_group(number))
-    source._start()
     for i in range(16):
         source[i]
     assert reads == list(range(7))  # in order, every row group is read once: of 3, 3, 1; 3, 1; 3, 2 rows
@@ -126,12 +127,11 @@ def test_threads_that_read_in_order_read_a_row_group_once(folder, monkeypatch):
         return read_group(number)
 
     monkeypatch.setattr(source, "_read_group", slow)
-    source._start()
     reading.at_once(source.__getitem__, range(16))
     assert sorted(reads) == list(range(7))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_batches(folder, workers):
     source = ParquetSource(folder, 16)
     source[0]
@@ -165,7 +165,7 @@ def test_a_damaged_file(folder):
 
 @pytest.fixture
 def few_open_files():
-    """Twenty more than there are."""
+    """Allows twenty more open files than there are."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
     yield
@@ -318,6 +318,6 @@ def test_classes_in_another_order(tmp_path, written, classes):
 
 
 def test_row_groups_that_are_too_large(folder, monkeypatch):
-    monkeypatch.setattr(parquet_source, "_MOST_GROUP_BYTES", 100)
+    monkeypatch.setattr(parquet_source, "_MAX_GROUP_BYTES", 100)
     with pytest.raises(ValueError, match="row group 0 of .*train-00000-of-00003.parquet holds .*row_group_size=100"):
         ParquetSource(folder, 16)

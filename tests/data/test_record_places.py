@@ -1,4 +1,4 @@
-"""Where records lie in an ArrayRecord: read from there, they are what ArrayRecord's reader gives."""
+"""Byte ranges of records in an ArrayRecord: read from there, they equal the records of ArrayRecord's reader."""
 
 import zlib
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repae_jax.data.latents import records_hash
+from repae_jax.data import records_hash
 from repae_jax.evaluation.image_sets import SORTED, DatasetImages, FolderImages, NpzImages
 from repae_jax.files import npz_writer
 

@@ -1,0 +1,62 @@
+"""Caches of latents of small pictures, written with a stub for the VAE."""
+
+import threading
+
+import numpy as np
+
+from repae_jax import cache_latents
+from repae_jax.data import latents, shard_writer
+
+
+class Pictures:
+    """Noise of 4 x 4 pixels; those in `bad` cannot be decoded."""
+
+    image_size = 4
+    num_classes = 10
+
+    def __init__(self, count, bad=(), label_shift=0, name="picture"):
+        self.labels = ((np.arange(count) + label_shift) % 10).astype(np.int32)
+        self.pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+        self.bad = set(bad)
+        self._name = name
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise OSError(f"broken {i}")
+        return {"image": self.pixels[i], "label": self.labels[i]}
+
+    def name(self, i):
+        return f"{self._name}-{i}"
+
+
+def encode(pixels):
+    """Stub for a VAE with 2 x 2 x 2 latents: uint8 [b, 4, 4, 3] -> float32 [b, 2, 2, 4]."""
+    patches = (pixels / np.float32(255)).reshape(-1, 2, 2, 2, 2, 3).mean((2, 4))
+    return np.concatenate([patches[..., :2] - 0.5, 0.1 + patches[..., 1:]], axis=-1).astype(np.float32)
+
+
+def encode_both(pixels):
+    """Encodes the images and their mirror images."""
+    return np.stack([encode(pixels), encode(pixels[:, :, ::-1])], axis=1)
+
+
+SETTINGS = {
+    "latent_shape": [2, 2, 2], "precision": "float32", "fingerprint": "0123456789abcdef", "vae": "vae.pt",
+    "images": {"source": "pictures", "options": {}},
+}  # fmt: skip
+
+
+def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(), **options):
+    """Makes the folder and runs a ShardWriter; returns the number of shards made."""
+    folder.mkdir(exist_ok=True)
+    encode = encode or (encode_both if flips else globals()["encode"])
+    options = {"max_bad_fraction": len(source.bad) / len(source), "notes": cache_latents.NOTES} | options
+    settings = SETTINGS | {"flips": flips} | dict(changes)
+    shard_size = settings.pop("shard_size", 8)
+    shape = latents.record_shape(settings["latent_shape"], settings["flips"])
+    maker = cache_latents.Latents(source.image_size, encode, 3, shape)
+    writer = shard_writer.ShardWriter(folder, source, maker, settings, shard_size=shard_size, **options)
+    return writer.run(stopped or threading.Event())
