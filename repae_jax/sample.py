@@ -15,6 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from repae_jax import cli, files, images
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
 from repae_jax.distributed import sharding
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
@@ -32,7 +33,7 @@ def add_arguments(parser, num_samples):
     parser.add_argument("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
     parser.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
-    parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
     parser.add_argument("--steps", type=int, help="sampling steps" + unset)
     parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
     parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
@@ -66,14 +67,14 @@ def parse_args(argv=None):
 def check_arguments(parser, args):
     """Ends the program, before a model is loaded, if no sampling goes with what `add_arguments` has added."""
     try:
-        generate.Sampling(**_given(args))
+        Sampling(**_given(args))
     except ValueError as error:
         parser.error(f"--{error}")
 
 
 def _given(args):
     """Returns the fields of Sampling that the command line sets."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(generate.Sampling)}
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -98,7 +99,7 @@ def draw_labels(kind, count, classes, seed):
 def choose_sampling(args, trained):
     """Sampling, and classes to draw labels from, as the command line says; ValueError if they do not fit the model."""
     sampling = dataclasses.replace(trained.sampling, **_given(args))
-    generate.check_sampler(sampling, trained.objective)
+    check_sampler(sampling, trained.objective)
     channels = trained.latent_shape[-1]
     if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
         raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")

@@ -303,7 +303,7 @@ def test_numbers_and_their_tables():
     cycles = 5 + 10 * 109
     assert numbers["seconds"] == cycles / 1.5e9 and numbers["hours"] == pytest.approx(numbers["seconds"])
     assert numbers["chip_hours"] == 8 * numbers["hours"] and numbers["images_per_second"] == 64 / numbers["seconds"]
-    per_chip = flops.per_image(small.config(sit__hidden_size=128)) * 8
+    per_chip = sum(flops.of_step(too_large()[0]).values()) * 8
     assert numbers["share_of_peak"] == pytest.approx(per_chip / numbers["seconds"] / 197e12)
     assert numbers["memory_bytes"]["total"] == 14.5 * GIB and json.loads(json.dumps(numbers)).keys() == numbers.keys()
     text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
@@ -318,8 +318,8 @@ def test_numbers_and_their_tables():
 def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     """Time and FLOP alike, or their ratio is no share of anything."""
     job, numbers = setting_of(file=vae, arg="eqvae,tiny", data__image_size=16)
-    assert numbers["branch_shares"] == flops.scale_shares(job.config) == [0.5, 0.5]
-    assert numbers["flop_per_image"] == flops.parts(job.config, job.encoders)
+    assert numbers["branch_shares"] == flops.branch_shares(job.config) == [0.5, 0.5]
+    assert numbers["flop_per_image"] == flops.of_step(job)
     found = plan.outcome(numbers | {"runs": 1}, STATS, BRANCHES)
     assert found["estimated_cycles"] == 0.5 * 10 + 0.5 * 30 + 10
     text = " ".join(" ".join(plan_text.lines_of(numbers | found | {"fits": True, "runs": 1})).split())
@@ -337,7 +337,7 @@ def test_the_state_is_counted_as_it_is_sharded():
 def test_sampling_is_planned_as_it_runs():
     job, numbers = setting_of(sampling=True, sampling__guidance_scale=2.0, accumulation=2)
     assert numbers["job"] == "sample" and numbers["images"] == 16 and job.encoders == ()
-    assert numbers["flop_per_image"] == flops.sampling_parts(job.config, job.sampling)
+    assert numbers["flop_per_image"] == flops.of_sampling(job)
     lowered = plan.lower_sampling(job)
     assert lowered.out_info[0].shape == (16, 8, 8, 3)
     with pytest.raises(ValueError, match="trains a tokenizer, which has no SiT"):

@@ -13,6 +13,7 @@ from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import sample
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling
 from repae_jax.job import build
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
@@ -67,7 +68,7 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
 
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in generate.SAMPLERS if name != "ancestral"],
+    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in SAMPLERS if name != "ancestral"],
 )
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     made = [
@@ -245,7 +246,7 @@ def test_guidance_outside_its_interval_changes_nothing(workdir):
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
     made = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
-        sampling = generate.Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
+        sampling = Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
         run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
         made.append(np.asarray(run(trained.params, *args)[0]))
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1

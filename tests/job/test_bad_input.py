@@ -13,9 +13,9 @@ from PIL import Image
 
 from configs import common, ldm, repae, vae
 from repae_jax import cli, train
+from repae_jax.diffusion.samplers import Sampling
 from repae_jax.distributed import sharding
 from repae_jax.job import build, validate
-from repae_jax.sampling.generate import Sampling
 from repae_jax.training import checkpoint
 
 COMPILED = []
