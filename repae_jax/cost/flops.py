@@ -57,7 +57,7 @@ def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
 
 def of_step(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
-    step = sharding.on_mesh(job.mesh, job.step)
+    step = sharding.with_mesh_context(job.mesh, job.step)
     scopes = count(step, build.abstract_state(job), *build.abstract_inputs(job), shares=branch_shares(job.config))
     return _per_image(scopes, job)
 
@@ -67,7 +67,7 @@ def of_sampling(job: build.Job) -> dict[str, float]:
     batch, frozen, key = build.abstract_inputs(job)
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
     params = generate.sampling_params(build.abstract_state(job), frozen)
-    return _per_image(count(sharding.on_mesh(job.mesh, run), params, batch["label"], batch["label"], key), job)
+    return _per_image(count(sharding.with_mesh_context(job.mesh, run), params, batch["label"], batch["label"], key), job)
 
 
 def _per_image(scopes, job):
