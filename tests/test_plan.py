@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
-from test_hlo_cost import BRANCHES, LOOP, needs_libtpu
+from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
 from repae_jax import plan

@@ -63,7 +63,8 @@ def of_step(job: build.Job) -> dict[str, float]:
 
 
 def of_sampling(job: build.Job) -> dict[str, float]:
-    """Returns the FLOP that sampling by job.sampling spends on one image, by scope."""
+    """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
+    assert job.sampling is not None
     batch, frozen, key = build.abstract_inputs(job)
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
     params = generate.sampling_params(build.abstract_state(job), frozen)
@@ -106,15 +107,16 @@ def count(function: Callable, *args: Any, shares: Sequence[float] = ()) -> dict[
     return dict(_count(jaxpr, (), tuple(shares)))
 
 
-def _count(jaxpr: core.Jaxpr, outer: tuple[str, ...], shares: tuple[float, ...]) -> collections.Counter:
-    scopes: collections.Counter = collections.Counter()
+def _count(jaxpr: core.Jaxpr, outer: tuple[str, ...], shares: tuple[float, ...]) -> dict[str, float]:
+    scopes: dict[str, float] = collections.defaultdict(float)
     for equation in jaxpr.eqns:
         path = outer + _names(str(equation.source_info.name_stack))
         flop = 0.0 if RECOMPUTED in path else _flop(equation)
         if flop:
             scopes["/".join(path[: _depth(path)])] += flop
         for times, inner in _inner_programs(equation, path, shares):
-            scopes.update({name: times * value for name, value in _count(inner, path, shares).items()})
+            for name, value in _count(inner, path, shares).items():
+                scopes[name] += times * value
     return scopes
 
 
@@ -137,11 +139,12 @@ def _flop(equation: core.JaxprEqn) -> float:
         products = _size(equation.invars[1], kernel_axes) / math.prod(params["lhs_dilation"])  # zeros between are no work
     else:
         return 0.0
-    return 2 * math.prod(equation.outvars[0].aval.shape) * products
+    return 2 * _size(equation.outvars[0]) * products
 
 
-def _size(variable: Any, axes: Sequence[int]) -> int:
-    return math.prod(variable.aval.shape[axis] for axis in axes)
+def _size(variable: Any, axes: Sequence[int] | None = None) -> int:
+    shape = variable.aval.shape
+    return math.prod(shape if axes is None else (shape[axis] for axis in axes))
 
 
 def _inner_programs(equation, path, shares) -> Iterator[tuple[float, core.Jaxpr]]:
@@ -161,4 +164,4 @@ def _inner_programs(equation, path, shares) -> Iterator[tuple[float, core.Jaxpr]
     elif len(branches) == len(shares):
         yield from zip(shares, branches)
     else:
-        yield 1, max(branches, key=lambda branch: _count(branch, path, shares).total())
+        yield 1, max(branches, key=lambda branch: sum(_count(branch, path, shares).values()))

@@ -165,9 +165,11 @@ class _Counter:
         self.unknown_loops: set[str] = set()
         self._computations, self._shares = computations, shares
 
-    def cost(self, name: str, known: Mapping[int, int]) -> tuple[float, collections.Counter]:
+    def cost(self, name: str, known: Mapping[int, int]) -> tuple[float, collections.Counter[str]]:
         """Returns the cost of a computation; `known` holds the elements of its parameter that are known integers."""
-        computation, cycles, moved, fused = self._computations[name], 0.0, collections.Counter(), {}
+        computation, cycles = self._computations[name], 0.0
+        moved: Any = collections.Counter()
+        fused: dict[str, tuple[str, Any]] = {}
         for instruction in computation.instructions.values():
             estimate = _CYCLES.search(instruction.attributes)
             own = float(estimate[1]) if estimate else 0.0

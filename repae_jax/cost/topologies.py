@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -88,7 +89,7 @@ def topology_devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
         )
     for variable, value in _COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)
-    options = {}
+    options: dict[str, Any] = {}
     if name.endswith(":1x1"):
         options["chips_per_host_bounds"] = [1, 1, 1]
     if name.startswith("v4:"):

@@ -86,11 +86,11 @@ class Sampler:
             t, t_next = times[:-1], times[1:]
             index = first + np.arange(len(t))
             intervals = jax.tree.map(jnp.asarray, Interval(t, t_next, index, self.coefficients(t, t_next)))
-            is_alone = self.last_step is not None and number == len(segments)
-            looped = jax.tree.map(lambda x: x[:-1], intervals) if is_alone else intervals
+            last_step = self.last_step if number == len(segments) else None
+            looped = intervals if last_step is None else jax.tree.map(lambda x: x[:-1], intervals)
             z, _ = jax.lax.scan(partial(_scanned, partial(self.step, **given)), z, looped)
-            if is_alone:
-                z = self.last_step(z, jax.tree.map(lambda x: x[-1], intervals), **given)
+            if last_step is not None:
+                z = last_step(z, jax.tree.map(lambda x: x[-1], intervals), **given)
             first += len(t)
         return z
 
