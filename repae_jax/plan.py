@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -98,16 +98,16 @@ def memory_of_message(message: str) -> tuple[float | None, float | None]:
 
 
 @contextlib.contextmanager
-def showing_time(title: str, every: float = 30.0) -> Iterator[None]:
-    """Prints the title, and how long the work has been going on, to stderr."""
+def showing_time(what, every=30.0):
+    """Prints `what`, and how long it has been going on, to stderr."""
     start, done = time.monotonic(), threading.Event()
 
-    def show():
+    def tell():
         while not done.wait(every):
             print(f"  … {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    print(title, file=sys.stderr, flush=True)
-    thread = threading.Thread(target=show, daemon=True)
+    print(what, file=sys.stderr, flush=True)
+    thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     try:
         yield
