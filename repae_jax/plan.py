@@ -146,16 +146,13 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
 
 
 def plan(job: build.Job, numbers: Numbers) -> Numbers:
-    """Compiles a job and returns what it costs, as the compiler sees it.
-
-    Args:
-      job: Job.
-      numbers: result of `setting`, as `prepare` returns it with the job.
+    """Compiles a prepared job.
 
     Returns:
-      numbers, with 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
+      numbers, with 'flop_per_image', 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
     """
     sampling, start = numbers["job"] == "sample", time.monotonic()
+    numbers = {**numbers, "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job)}
     try:
         compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
     except DoesNotFit as error:
@@ -175,10 +172,6 @@ def prepare_and_plan(config: Any, topology: str, images_per_chip: int | None) ->
 def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None) -> Numbers:
     """Runs `prepare_and_plan` in a child process: a failure of the compiler may take its process down.
 
-    Args:
-      config, images_per_chip: as in `prepare`.
-      numbers: result of `setting`.
-
     Returns:
       As `plan`; or, if compiling failed, numbers with 'fits', None, the message, and the exit code of the process if that died.
     """
@@ -196,14 +189,7 @@ def _use_no_accelerator():
 
 
 def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Numbers:
-    """Returns the numbers that are known before anything is compiled.
-
-    Args:
-      job: Job on the devices of a topology.
-      chip: their kind.
-      topology: their name.
-      sampling: plan sampling, with all of the batch at a time, instead of training.
-    """
+    """Returns the numbers of a job on a topology, or of sampling its batch at a time, that are known without compiling."""
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
     state = build.abstract_state(job)
     return {
@@ -220,7 +206,6 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
         "branch_shares": [] if sampling else flops.branch_shares(job.config),
         "images": images,
         "images_per_chip": images // chips,
-        "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job),
         "state_bytes": chip_bytes(generate.sampling_params(state, build.abstract_inputs(job)[1]) if sampling else state),
         "versions": multihost.versions(),
         "arguments": sys.argv[1:],
@@ -229,13 +214,7 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
 
 
 def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
-    """Returns the numbers that follow from the compiled program.
-
-    Args:
-      numbers: result of `setting`, with 'runs', how often the program will run.
-      memory_stats: the program's CompiledMemoryStats.
-      text: its HLO, scheduled.
-    """
+    """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO."""
     cost = hlo_cost.analyze(text, numbers["branch_shares"])
     seconds = cost.cycles / numbers["clock_hz"]
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
@@ -268,18 +247,14 @@ def _shard_bytes(x, placed):
 
 
 def advice(job: build.Job, numbers: Numbers) -> list[str]:
-    """Returns lines on what would make a training step, or a batch of samples, smaller.
-
-    Args:
-      job: Job that does not fit.
-      numbers: result of `setting`.
-    """
+    """Returns lines on what would make a training step, or a batch of samples, smaller."""
     config, per_chip, lines = job.config, numbers["images_per_chip"], []
     if numbers["job"] == "sample":
         fewer = [f"--images_per_chip={per_chip // 2}: the same samples in more batches"] if per_chip > 1 else []
         return [*fewer, "chips with more memory"]
-    accumulation, fsdp, sharded = config["accumulation"], *better_fsdp(job, numbers["state_bytes"])
-    if fsdp is not None:
+    accumulation = config["accumulation"]
+    fsdp, sharded = better_fsdp(job, numbers["state_bytes"])
+    if fsdp is not None and sharded is not None:
         saved = (numbers["state_bytes"] - sharded) / GIB
         lines.append(f"--config.mesh.fsdp={fsdp}: {fsdp} chips share a state, {saved:.2f} GiB less on each, more traffic")
     if per_chip > accumulation and may_accumulate(config):
@@ -305,10 +280,6 @@ def may_accumulate(config: Mapping[str, Any]) -> bool:
 
 def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[None, None]:
     """Finds the least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
-
-    Args:
-      job: Job.
-      state_bytes: size of its state on a chip.
 
     Returns:
       (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.

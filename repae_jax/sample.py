@@ -25,6 +25,7 @@ from repae_jax.sampling.load_model import LoadedModel, load_model
 from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("random", "balanced")
+Labels = Int[np.ndarray, " N"]
 
 
 def add_arguments(parser: Any, num_samples: int) -> None:
@@ -81,7 +82,7 @@ def _given(args):
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def draw_labels(kind: str, count: int, classes: Sequence[int], seed: int) -> Int[np.ndarray, " N"]:
+def draw_labels(kind: str, count: int, classes: Sequence[int], seed: int) -> Labels:
     """Draws the labels of `count` samples from some classes: 'random', or 'balanced', whose counts differ by at most one."""
     rng = np.random.default_rng(seed)
     if kind == "random":
@@ -114,12 +115,7 @@ def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace
 
 
 def sample_batches(
-    model: LoadedModel,
-    sampling: Sampling,
-    labels: Int[np.ndarray, " N"],
-    batch_size: int,
-    seed: int,
-    skip: Collection[int] = (),
+    model: LoadedModel, sampling: Sampling, labels: Labels, batch_size: int, seed: int, skip: Collection[int] = ()
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
     """Samples a model batch by batch; arguments and batches as in `generate.in_batches`."""
     run = jax.jit(generate.make_generate(model.nets, model.objective, model.latent_shape, sampling))
@@ -127,7 +123,7 @@ def sample_batches(
     yield from generate.in_batches(run, model.params, labels, batch_size, jax.random.key(seed), put, skip)
 
 
-def write_npz(path: epath.Path, parts: Sequence[epath.Path], labels: Int[np.ndarray, " N"]) -> None:
+def write_npz(path: epath.Path, parts: Sequence[epath.Path], labels: Labels) -> None:
     """Writes ADM's npz from the .npy files of batches, in order, one batch in memory at a time; atomic."""
     shape = (len(labels), *_load_part(parts[0]).shape[1:])
     files.write_all({path: files.npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})

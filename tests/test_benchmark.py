@@ -42,6 +42,7 @@ def whole(tmp_path_factory):
     return *benchmark(small.config(NO_ENCODER, ldm), with_input=True, sample_batch=8, profile=folder), folder
 
 
+@pytest.mark.integration
 def test_numbers_agree(whole):
     result, _, _ = whole
     step = result["step"]
@@ -62,6 +63,7 @@ def test_numbers_agree(whole):
     assert (sampling["sampler"], sampling["steps"], sampling["batch_size"]) == ("sde", 2, 8)
 
 
+@pytest.mark.integration
 def test_everything_is_there_to_do_it_again(whole):
     result, _, _ = whole
     assert result["config"] == json.loads(json.dumps(small.config(NO_ENCODER, ldm).to_dict()))
@@ -84,6 +86,7 @@ def check_parts(result, lines):
         assert any(line.startswith(f"  {name} ") for line in lines)
 
 
+@pytest.mark.integration
 def test_parts_make_up_the_step(whole):
     check_parts(*whole[:2])
     assert set(whole[0]["parts"]) == {"vae_encoder", "sit", "update"}
@@ -96,6 +99,7 @@ def test_parts_of_repae():
     assert {"vae_encoder", "vae_decoder", "sit", "align", "discriminator", "encoder_target"} <= set(result["parts"])
 
 
+@pytest.mark.integration
 def test_a_part_counts_as_often_as_a_step_runs_it(monkeypatch):
     monkeypatch.setattr(measure, "time_part", lambda *_: np.ones(3))
     monkeypatch.setattr(measure, "time_update", lambda *_: np.ones(3))
@@ -105,12 +109,14 @@ def test_a_part_counts_as_often_as_a_step_runs_it(monkeypatch):
     assert seconds == {"vae_encoder": 1, "sit": 2, "update": 1}, "the step encodes the whole batch at once"
 
 
+@pytest.mark.integration
 def test_a_trace_is_written(whole):
     _, lines, folder = whole
     assert list(folder.rglob("*.xplane.pb"))
     assert any(f"xprof --logdir {folder}" in line for line in lines)
 
 
+@pytest.mark.integration
 def test_input(whole):
     found = whole[0]["input"]
     assert found["images_per_second"] > 0 and found["with_step"]["images_per_second"] > 0
@@ -210,6 +216,7 @@ def test_frozen_weights_that_are_not_here_become_random(tmp_path):
     assert random == ["encoders.target.weights", "init.vae"] and config["init"]["vae"] == build.RANDOM
 
 
+@pytest.mark.integration
 def test_nothing_starts_at_zero():
     """A SiT's gates do, and its head: their products would cost less power than later ones."""
     state = measure.random_state(build.build(small.config(NO_ENCODER, ldm)))
@@ -232,6 +239,7 @@ def test_mistakes(config, options, message):
     assert cli.line_of(caught.value)
 
 
+@pytest.mark.integration
 def test_a_step_that_does_not_fit(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
@@ -252,6 +260,7 @@ def test_a_state_that_does_not_fit(monkeypatch):
         command.benchmark(small.config(NO_ENCODER, ldm), say=lambda line: None)
 
 
+@pytest.mark.integration
 def test_what_was_measured_before_a_failure_is_kept(monkeypatch, tmp_path):
     speed = {"seconds_per_step": {"median": 1.0, "p10": 1.0, "p90": 1.0}, "tflops_per_device": 1.0}
     speed |= {"images_per_second": 8.0, "images_per_second_per_device": 1.0}
@@ -273,6 +282,7 @@ def test_what_was_measured_before_a_failure_is_kept(monkeypatch, tmp_path):
         command.keeper(out)({})
 
 
+@pytest.mark.integration
 def test_parts_that_alone_do_not_fit_are_left_out(monkeypatch):
     """The update, too."""
 
@@ -285,6 +295,7 @@ def test_parts_that_alone_do_not_fit_are_left_out(monkeypatch):
     assert found == dict.fromkeys(("vae_encoder", "sit", "update"), {"failed": "out of memory"})
 
 
+@pytest.mark.integration
 def test_what_alone_does_not_fit_is_left_out(monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
@@ -331,6 +342,7 @@ def run(*arguments, compiled):
 SMALL = ["data.image_size=8", "vae.channel_multipliers=(1,1)", "vae.norm_groups=4"]
 
 
+@pytest.mark.integration
 def test_the_command(compiled, tmp_path):
     out, flags = tmp_path / "result.json", [f"--config.{change}" for change in SMALL]
     done = run("--config", "configs/ldm.py:tiny,encoder=none", *flags, "--steps=3", "--sample_batch=0", "--out", out,
@@ -363,11 +375,13 @@ def test_two_processes(compiled, tmp_path):
     assert "img/s on 2 devices" in first and not printed, "process 0 alone prints"
 
 
+@pytest.mark.integration
 def test_a_mistake_on_the_command_line(compiled):
     done = run("--config", "configs/repae.py:tiny", "--config.sit.dpeth=2", compiled=compiled)
     assert done.returncode == 1 and re.match("error: .*dpeth", done.stderr), done.stderr[-2000:]
 
 
+@pytest.mark.integration
 def test_help(compiled):
     done = run("--help", compiled=compiled)
     assert {"--config", "--steps", "--out", "--[no]input", "--profile", "--sample_batch", "--[no]distributed"} <= set(

@@ -45,6 +45,7 @@ def load(npz):
         return file["arr_0"], file["arr_1"]
 
 
+@pytest.mark.integration
 def test_exact_count_in_adm_layout(workdir, tmp_path):
     npz = sample.run(arguments(workdir, "--num_samples", "21", "--batch_size", "8", "--out", str(tmp_path / "x")))
     made, labels = load(npz)
@@ -66,6 +67,7 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     assert load_model(workdir).step == 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "sampler",
     [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in SAMPLERS if name != "ancestral"],
@@ -85,6 +87,7 @@ def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     assert len({image.tobytes() for image in made[0]}) == 16, "no two samples are alike"
 
 
+@pytest.mark.integration
 def test_interrupted_sampling_continues(workdir, tmp_path, monkeypatch):
     args = ("--num_samples", "24", "--batch_size", "8")
     whole = load(sample.run(arguments(workdir, *args, "--out", str(tmp_path / "whole"))))
@@ -132,6 +135,7 @@ def test_damaged_parts_are_found_before_any_is_made(workdir, loaded, tmp_path, m
         sample.run(arguments(workdir, "--num_samples", "16", "--batch_size", "8", "--out", str(tmp_path / "x")))
 
 
+@pytest.mark.integration
 def test_other_settings_do_not_mix(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "write_npz", lambda *_: pytest.fail("not reached"))
     monkeypatch.setattr(sample, "_save_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -204,6 +208,7 @@ def test_labels():
     np.testing.assert_array_equal(balanced, sample.draw_labels("balanced", 25, range(10), 0))
 
 
+@pytest.mark.integration
 def test_images_use_the_averages_and_no_epsilon(workdir):
     """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
     trained = load_model(workdir)
@@ -218,6 +223,7 @@ def test_images_use_the_averages_and_no_epsilon(workdir):
         np.testing.assert_array_equal(image, flat[0])
 
 
+@pytest.mark.integration
 def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
     trained = load_model(workdir)
     latent_stats = jax.tree.map(lambda x: x * np.nan, trained.params["latent_stats"])
@@ -241,6 +247,7 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
     assert sample.parse_args(["--workdir", "x"]).guidance_channels is None
 
 
+@pytest.mark.integration
 def test_guidance_outside_its_interval_changes_nothing(workdir):
     trained = load_model(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
@@ -263,6 +270,7 @@ def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
             np.testing.assert_array_equal(actual, array)
 
 
+@pytest.mark.integration
 def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     """As sit-ldm-*, whose checkpoints hold no VAE, and as REPA's, which hold no batch norm either."""
     convert(workdir, tmp_path / "whole.pt", optimizers=False)

@@ -28,14 +28,10 @@ Result = dict[str, Any]  # for JSON
 
 
 def benchmark(
-    config: Any,
-    steps: int = STEPS,
-    sample_batch: int | None = None,
-    with_input: bool = False,
-    profile: Path | str | None = None,
-    say: Callable[[str], None] = print,
+    config: Any, steps: int = STEPS, sample_batch: int | None = None, with_input: bool = False,
+    profile: Path | str | None = None, say: Callable[[str], None] = print,
     keep: Callable[[Result], None] = lambda result: None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Measures a config.
 
     Args:

@@ -30,14 +30,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def without_files(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Puts random weights in the place of frozen ones that are not given as a file or folder of this machine.
-
-    Args:
-      config: nested dict, its fields checked.
-
-    Returns:
-      (config, names of the fields that became random).
-    """
+    """Puts random weights in the place of frozen ones that are no file or folder of this machine; returns their fields, too."""
     config = copy.deepcopy(dict(config))
     fields = [(f"encoders.{name}.weights", entry, ("weights",)) for name, entry in sorted(config["encoders"].items())]
     if config["loss"].get("vae", {}).get("lpips"):
@@ -115,13 +108,7 @@ def _compile(function, *arguments):
 
 
 class Step:
-    """The compiled step with the state that it carries on.
-
-    Args:
-      compiled: result of `compile_step`.
-      state: TrainState; donated by the first call.
-      frozen, key: further arguments.
-    """
+    """The compiled step with the state that it carries on, which the first call donates."""
 
     def __init__(self, compiled: Callable, state: Any, frozen: Mapping[str, Any], key: Array):
         self.state = state
@@ -134,13 +121,7 @@ class Step:
 
 
 def speed_of(job: build.Job, seconds: float, count: int, flop: float) -> dict[str, float | None]:
-    """Computes speeds from the time that something takes for some images.
-
-    Args:
-      job: Job.
-      seconds: median time.
-      count: images, over all devices.
-      flop: per image, without recomputation.
+    """Computes speeds from the time that `count` images take over all devices, with some FLOP per image.
 
     Returns:
       images_per_second, images_per_second_per_device, tflop_per_image, tflops_per_device, and mfu, None if the device's peak is
@@ -178,14 +159,7 @@ def memory_of(compiled: Any) -> dict[str, Any]:
 def measure_parts(
     job: build.Job, state: Any, frozen: Mapping[str, Any], count: int, step_seconds: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Times every part of the step alone.
-
-    Args:
-      job: Job.
-      state: TrainState; donated.
-      frozen: result of `build.load_frozen`.
-      count: calls that are timed.
-      step_seconds: time of the whole step.
+    """Times `count` calls of every part of the step alone; the state is donated.
 
     Yields:
       (name, {'seconds_per_step': spread, 'share_of_step': …} and, of all but the update, those of `speed_of` without images per
@@ -276,13 +250,7 @@ def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batc
 
 
 def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Times the config's loader alone, and the step when it is fed by it.
-
-    Args:
-      job: Job.
-      step: the compiled step.
-      frozen: result of `build.load_frozen`.
-      count: batches that are timed, each time.
+    """Times `count` batches of the config's loader alone, and of the step when it is fed by it.
 
     Returns:
       images_per_second of the loader alone, over all processes; workers; with_step: {'images_per_second', 'input_wait'}, the

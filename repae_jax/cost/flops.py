@@ -96,7 +96,7 @@ def count(function: Callable, *args: Any, shares: Sequence[float] = ()) -> dict[
       function: traceable.
       *args: arrays or shapes.
       shares: how often each branch is taken of conditionals with as many branches; of others, the costliest counts, of those
-        between platforms the default.
+        between platforms the default. Loops whose length is computed by the program count once.
 
     Returns:
       Path of scopes -> FLOP. The names are those of jax.named_scope, which Flax gives to its modules, too, down to the

@@ -23,11 +23,10 @@ def lines_of(numbers: Mapping[str, Any]) -> list[str]:
         f"{numbers['images_per_chip']} a chip; mesh {mesh}",
         ", ".join(f"{name} {version or 'unknown'}" for name, version in numbers["versions"].items() if name in COMPILERS),
         "",
-        *_flop_table(numbers),
-        "",
     ]
     if numbers["fits"] is None:
         return [*lines, *_failed(numbers)]
+    lines += [*_flop_table(numbers), ""]
     if not numbers["fits"]:
         return [*lines, *_does_not_fit(numbers)]
     return [*lines, *_memory_table(numbers), "", *_time_table(numbers), *textwrap.wrap(note(numbers), 120)]

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from repae_jax.diffusion.interpolant import expand
+from repae_jax.diffusion.interpolant import Tensor, expand
 
 NUM_TIMESTEPS = 1000
+Timesteps = Int[Array, " B"]
 DATA = -1  # the timestep after the last step: no noise
 _BETAS = np.linspace(1e-4, 0.02, NUM_TIMESTEPS)
 _ALPHA_BAR = np.append(np.cumprod(1 - _BETAS), 1.0)  # entry DATA is 1
@@ -62,7 +63,7 @@ def _at(table, t, like):
     return jnp.take(jnp.asarray(table), expand(t, like))
 
 
-def split_output(output: Float[Array, "B ... D"], like: Float[Array, "B ... C"]) -> list[Float[Array, "B ... C"]]:
+def split_output(output: Tensor, like: Tensor) -> list[Tensor]:
     """Splits the network's output into eps and v; ValueError unless it has 2C channels."""
     expected = (*like.shape[:-1], 2 * like.shape[-1])
     if output.shape != expected:
@@ -70,28 +71,22 @@ def split_output(output: Float[Array, "B ... D"], like: Float[Array, "B ... C"])
     return jnp.split(output, 2, axis=-1)
 
 
-def sample_time(key: Array, batch_size: int) -> Int[Array, " B"]:
+def sample_time(key: Array, batch_size: int) -> Timesteps:
     """Draws training timesteps, uniform in 0..999."""
     return jax.random.randint(key, (batch_size,), 0, NUM_TIMESTEPS)
 
 
-def q_sample(z: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
-    """Returns z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise.
-
-    Args:
-      z: normalized latents.
-      noise: N(0, 1).
-      t: in 0..999; above, the result is NaN.
-    """
+def q_sample(z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
+    """Returns z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise; NaN for timesteps above 999."""
     return _at(_ALPHA, t, z) * z + _at(_SIGMA, t, z) * noise
 
 
-def predict_start(z_t: Float[Array, "B ..."], eps: Float[Array, "B ..."], t: Int[Array, " B"]) -> Float[Array, "B ..."]:
+def predict_start(z_t: Tensor, eps: Tensor, t: Timesteps) -> Tensor:
     """Returns the z that `q_sample` with noise eps takes to z_t. Rounding grows to 157 times at t = 999."""
     return (z_t - _at(_SIGMA, t, z_t) * eps) / _at(_ALPHA, t, z_t)
 
 
-def mean_squared_noise_error(output: Float[Array, "B ... D"], noise: Float[Array, "B ... C"]) -> Float[Array, " B"]:
+def mean_squared_noise_error(output: Tensor, noise: Tensor) -> Float[Array, " B"]:
     """Computes DiT's first loss of each sample, a mean over positions and channels; arguments as in `variational_bound`."""
     eps, _ = split_output(output, noise)
     return jnp.mean(jnp.square(eps - noise), axis=tuple(range(1, noise.ndim)))
@@ -111,16 +106,14 @@ def _bin_log_likelihood(z, error, inverse_std):
     return jnp.log(jnp.maximum(probability, 1e-12))
 
 
-def variational_bound(
-    output: Float[Array, "B ... D"], z: Float[Array, "B ... C"], noise: Float[Array, "B ... C"], t: Int[Array, " B"]
-) -> Float[Array, " B"]:
+def variational_bound(output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> Float[Array, " B"]:
     """Computes DiT's second loss of each sample, added to the first with weight 1. It trains v; eps gets no gradient.
 
     KL(q(z_{t-1} | z_t, z) || p(z_{t-1} | z_t)), and at t = 0 -log p(z | z_0) on a grid of 256 values in [-1, 1]; in bits.
 
     Args:
-      output: the network's at q_sample(z, noise, t), with D = 2C.
-      z: normalized latents.
+      output: the network's at q_sample(z, noise, t), with 2C channels.
+      z: normalized latents, with C channels.
       noise: N(0, 1).
       t: in 0..999.
 
@@ -159,15 +152,15 @@ class NoiseObjective:
 
     predicts: ClassVar[str] = "DiT's noise"
 
-    def sample_time(self, key: Array, batch_size: int) -> Int[Array, " B"]:
+    def sample_time(self, key: Array, batch_size: int) -> Timesteps:
         """Draws timesteps, see the function of this name."""
         return sample_time(key, batch_size)
 
-    def add_noise(self, z: Array, noise: Array, t: Int[Array, " B"]) -> Float[Array, "B ..."]:
+    def add_noise(self, z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
         """Returns z_t, see `q_sample`."""
         return q_sample(z, noise, t)
 
-    def losses(self, output: Array, z: Array, noise: Array, t: Int[Array, " B"]) -> dict[str, Float[Array, ""]]:
+    def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> dict[str, Float[Array, ""]]:
         """Returns means over the batch, 'noise' and 'bound'; arguments as in `variational_bound`."""
         return {
             "noise": jnp.mean(mean_squared_noise_error(output, noise)),

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+Tensor = Float[Array, "B ..."]
+Times = Float[Array, " B"]
+
 
 class Coefficients(NamedTuple):
     """alpha_t, sigma_t and their time derivatives, each with t's shape."""
@@ -47,9 +50,7 @@ def expand(t: Array, like: Array) -> Array:
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
 
 
-def interpolate(
-    path: str, z: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, " B"]
-) -> Float[Array, "B ..."]:
+def interpolate(path: str, z: Tensor, noise: Tensor, t: Times) -> Tensor:
     """Returns z_t = alpha_t z + sigma_t noise.
 
     Args:
@@ -62,37 +63,24 @@ def interpolate(
     return c.alpha * z + c.sigma * noise
 
 
-def velocity_target(
-    path: str, z: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, " B"]
-) -> Float[Array, "B ..."]:
+def velocity_target(path: str, z: Tensor, noise: Tensor, t: Times) -> Tensor:
     """Returns d z_t / dt = alpha'_t z + sigma'_t noise; arguments as in `interpolate`."""
     c = coefficients(path, expand(t, z))
     return c.d_alpha * z + c.d_sigma * noise
 
 
-def score(
-    path: str, velocity: Float[Array, "B ..."], z_t: Float[Array, "B ..."], t: Float[Array, " B"] | Float[Array, ""] | float
-) -> Float[Array, "B ..."]:
-    """Computes grad log p_t(z_t) from the velocity (SiT equation 9).
-
-    Args:
-      path: 'linear' or 'cosine'.
-      velocity: d z_t / dt.
-      z_t: noised latents.
-      t: in (0, 1]; at t = 0 the score is undefined.
-    """
+def score(path: str, velocity: Tensor, z_t: Tensor, t: Times | Float[Array, ""] | float) -> Tensor:
+    """Computes grad log p_t(z_t) from the velocity d z_t / dt (SiT equation 9); t in (0, 1], as it is undefined at 0."""
     c = coefficients(path, expand(jnp.asarray(t, z_t.dtype), z_t))
     ratio = c.alpha / c.d_alpha
     variance = jnp.square(c.sigma) - ratio * c.d_sigma * c.sigma
     return (ratio * velocity - z_t) / variance
 
 
-def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Float[Array, " B"]:
+def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Times:
     """Draws training times.
 
     Args:
-      key: random key.
-      batch_size: B.
       path: 'linear' or 'cosine'; fixes how a lognormal sigma maps to t.
       distribution: 'uniform' on [0, 1), or 'lognormal': sigma = exp(N(0, 1)), t = sigma / (1 + sigma) on the linear path,
         2 / pi * arctan(sigma) on the cosine path.
@@ -110,9 +98,7 @@ def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Fl
     raise ValueError(f"time distribution {distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
 
 
-def mean_squared_velocity_error(
-    path: str, velocity: Float[Array, "B ..."], z: Float[Array, "B ..."], noise: Float[Array, "B ..."], t: Float[Array, " B"]
-) -> Float[Array, " B"]:
+def mean_squared_velocity_error(path: str, velocity: Tensor, z: Tensor, noise: Tensor, t: Times) -> Float[Array, " B"]:
     """Computes SiT's loss of each sample, a mean over positions and channels."""
     error = velocity - velocity_target(path, z, noise, t)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
@@ -132,14 +118,14 @@ class VelocityObjective:
     time_distribution: str = "uniform"
     predicts: ClassVar[str] = "a velocity"
 
-    def sample_time(self, key: Array, batch_size: int) -> Float[Array, " B"]:
+    def sample_time(self, key: Array, batch_size: int) -> Times:
         """Draws times, see the function of this name."""
         return sample_time(key, batch_size, self.path, self.time_distribution)
 
-    def add_noise(self, z: Array, noise: Array, t: Float[Array, " B"]) -> Float[Array, "B ..."]:
+    def add_noise(self, z: Tensor, noise: Tensor, t: Times) -> Tensor:
         """Returns z_t, see `interpolate`."""
         return interpolate(self.path, z, noise, t)
 
-    def losses(self, output: Array, z: Array, noise: Array, t: Float[Array, " B"]) -> dict[str, Float[Array, ""]]:
+    def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Times) -> dict[str, Float[Array, ""]]:
         """Returns 'velocity', a mean over batch, positions and channels; arguments as in `velocity_target`."""
         return {"velocity": jnp.mean(mean_squared_velocity_error(self.path, output, z, noise, t))}

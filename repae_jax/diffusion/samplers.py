@@ -15,32 +15,25 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 
 from repae_jax.diffusion import ddpm, interpolant
 from repae_jax.diffusion.ddpm import NoiseObjective
-from repae_jax.diffusion.interpolant import VelocityObjective
+from repae_jax.diffusion.interpolant import Tensor, VelocityObjective
 from repae_jax.ranges import OrNone, check, real, whole
 
-OutputFn = Callable[[Float[Array, "B ..."], Shaped[Array, " B"]], Float[Array, "B ..."]]  # (z, t) -> the network's output
-NoiseFn = Callable[[Any], Float[Array, "B ..."]]  # step index -> N(0, 1) noise of z's shape
+OutputFn = Callable[[Tensor, Shaped[Array, " B"]], Tensor]  # (z, t) -> the network's output
+NoiseFn = Callable[[Any], Tensor]  # step index -> N(0, 1) noise of z's shape
 Segments = Sequence[tuple[np.ndarray, OutputFn]]  # (times [k + 1], output function that holds for their k steps), in order
 
 
 class Interval(NamedTuple):
-    """One step of a sampler, from t to t_next.
+    """One step of a sampler."""
 
-    Attributes:
-      t: scalar where the step starts; float32, or int32 for DiT's timesteps.
-      t_next: scalar where it ends, nearer to data.
-      index: number of the step, from 0; names its noise.
-      coefficients: entry of `Sampler.coefficients` for this step.
-    """
-
-    t: Any
-    t_next: Any
-    index: Any
-    coefficients: Any
+    t: Any  # where it starts, a scalar: float32, or int32 for DiT's timesteps
+    t_next: Any  # where it ends, nearer to data
+    index: Any  # number of the step, from 0; names its noise
+    coefficients: Any  # entry of `Sampler.coefficients`
 
 
 @dataclass(frozen=True)
@@ -64,21 +57,14 @@ class Sampler:
         del t, t_next
         return ()
 
-    def step(self, z: Array, interval: Interval, output_fn: OutputFn, noise_fn: NoiseFn, objective: Any) -> Array:
+    def step(self, z: Tensor, interval: Interval, output_fn: OutputFn, noise_fn: NoiseFn, objective: Any) -> Tensor:
         """Returns z at interval.t_next."""
         raise NotImplementedError
 
-    def integrate(self, segments: Segments, z: Array, noise_fn: NoiseFn | None = None, objective: Any = None) -> Array:
-        """Takes all steps, those of a segment in one loop.
+    def integrate(self, segments: Segments, z: Tensor, noise_fn: NoiseFn | None = None, objective: Any = None) -> Tensor:
+        """Takes all steps from z, N(0, 1) at the first time, to the last; the segments' times are `self.times(steps)`.
 
-        Args:
-          segments: see `Segments`; together their times are `self.times(steps)`.
-          z: normalized latents at the first time, N(0, 1).
-          noise_fn: needed by samplers that draw noise at a step.
-          objective: of the network; needed by samplers that use its path.
-
-        Returns:
-          z at the last time.
+        ODE samplers need neither noise_fn nor objective, whose path the SDE's score depends on.
         """
         first = 0
         for number, (times, output_fn) in enumerate(segments, 1):
@@ -88,24 +74,23 @@ class Sampler:
             intervals = jax.tree.map(jnp.asarray, Interval(t, t_next, index, self.coefficients(t, t_next)))
             last_step = self.last_step if number == len(segments) else None
             looped = intervals if last_step is None else jax.tree.map(lambda x: x[:-1], intervals)
-            z, _ = jax.lax.scan(partial(_scanned, partial(self.step, **given)), z, looped)
+
+            def body(z, interval, step=partial(self.step, **given)):
+                return step(z, interval), None
+
+            z, _ = jax.lax.scan(body, z, looped)
             if last_step is not None:
                 z = last_step(z, jax.tree.map(lambda x: x[-1], intervals), **given)
             first += len(t)
         return z
 
 
-def _scanned(step, z, interval):
-    return step(z, interval), None
-
-
-def _output(output_fn, z, t):
-    """The network's output for a whole batch at one time."""
+def _at_time(output_fn, z, t):
     return output_fn(z, jnp.full((z.shape[0],), t))
 
 
 def _velocity(output_fn, z, t):
-    return _output(output_fn, z, t)[..., : z.shape[-1]]  # a learned sigma, if there is one, is unused
+    return _at_time(output_fn, z, t)[..., : z.shape[-1]]  # a learned sigma, if there is one, is unused
 
 
 @dataclass(frozen=True)
@@ -170,7 +155,7 @@ class Ancestral(Sampler):
 
     def step(self, z, interval, output_fn, noise_fn, objective):
         c = interval.coefficients
-        eps, v = ddpm.split_output(_output(output_fn, z, interval.t), z)
+        eps, v = ddpm.split_output(_at_time(output_fn, z, interval.t), z)
         std = jnp.exp(0.5 * (c.log_low + c.excess(v)))
         mean = c.z_scale * z - c.eps_scale * eps
         return mean + jnp.where(interval.t_next == ddpm.DATA, 0.0, std * noise_fn(interval.index))

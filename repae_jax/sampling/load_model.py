@@ -30,29 +30,17 @@ from repae_jax.training.state import Ema
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A SiT and its VAE, to sample from.
-
-    Attributes:
-      nets: Nets, without discriminator and LPIPS.
-      params: first argument of what `generate.make_generate` returns.
-      latent_shape: (h, w, C).
-      objective: of the SiT's training.
-      num_classes: labels are 0..num_classes - 1.
-      sampling: the default settings.
-      mesh: device mesh.
-      ema_decay: decay of the averages in `params`; 0 means the weights themselves, None that it is unknown.
-      step: training steps taken, None if unknown.
-    """
+    """A SiT and its VAE, to sample from."""
 
     nets: Nets
-    params: Mapping[str, Any]
-    latent_shape: tuple[int, int, int]
-    objective: Any
-    num_classes: int
-    sampling: Sampling
+    params: Mapping[str, Any]  # first argument of the function that `generate.make_generate` returns
+    latent_shape: tuple[int, int, int]  # (h, w, C)
+    objective: Any  # VelocityObjective or NoiseObjective
+    num_classes: int  # labels are 0..num_classes - 1
+    sampling: Sampling  # the default settings
     mesh: jax.sharding.Mesh
-    ema_decay: float | None
-    step: int | None
+    ema_decay: float | None  # decay of the averages in `params`; 0 means the weights themselves, None that it is unknown
+    step: int | None  # training steps taken, None if unknown
 
 
 def load_model(
@@ -191,20 +179,12 @@ def _published_vae(weights, vae_path):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedTokenizer:
-    """A VAE alone.
+    """A VAE alone; numbers that are unknown are None."""
 
-    Attributes:
-      module: the network, which computes in float32.
-      params: its parameters.
-      latent_stats: statistics of its latents, None if unknown.
-      config: of the run it is from, None if it is from elsewhere.
-      step: training steps taken, None if unknown.
-    """
-
-    module: AutoencoderKL
+    module: AutoencoderKL  # computes in float32
     params: Mapping[str, Any]
     latent_stats: ChannelStats | None
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None  # the run's; None for a VAE from elsewhere
     step: int | None = None
 
 

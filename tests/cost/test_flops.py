@@ -139,6 +139,7 @@ def image(size, channels=3):
     return jax.ShapeDtypeStruct((BATCH, size, size, channels), jnp.float32)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["f8d4", "f16d32"])
 def test_vae(name):
     module, key = make_job(vae, f"vae={name}").nets.vae, jax.random.key(0)
@@ -214,6 +215,7 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     assert always > half > never and half == pytest.approx((always + never) / 2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [

@@ -150,6 +150,7 @@ def compiled_text(function, *shapes, spec, slices=1):
     return jitted.lower(*args).compile().as_text()
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_a_scanned_product_costs_as_often_as_it_turns():
     side, turns = 2048, 12
@@ -169,12 +170,14 @@ def mean_gradient(w, x):
     return jax.grad(lambda w: jnp.mean(jnp.square((x @ w).astype(jnp.float32))))(w)
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_the_bytes_of_a_sum_over_the_chips():
     cost = hlo_cost.analyze(compiled_text(mean_gradient, (512, 256), (4096, 512), spec=[P(), P("data")]))
     assert cost.collectives["all-reduce"] == pytest.approx(512 * 256 * 2, abs=64)
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_the_bytes_of_a_sum_over_two_slices():
     """Scattered over the four chips of a slice, a quarter each, before it leaves that."""

@@ -56,6 +56,7 @@ def test_noising_is_diffusers(scheduler, record_property):
     reference.check(actual, reference.nhwc(expected.numpy()), reference.NETWORK_RTOL, "q_sample", record_property)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_steps", [2, 10, 250, 1000])
 def test_sampling_is_diffusers(scheduler, num_steps, monkeypatch, record_property):
     """Whole chains, and some steps alone from the same state, with learned variances and respaced timesteps."""
@@ -230,6 +231,7 @@ def test_a_perfect_network_ends_at_its_data(num_steps):
     assert reference.relative_error(end, z) < 1e-4
 
 
+@pytest.mark.integration
 def test_samples_have_the_datas_variance():
     """Data N(0, 0.25): the best network is linear in z_t, and 250 steps reproduce the spread, posterior variances or betas."""
     shape = (512, 2, 2, 4)
