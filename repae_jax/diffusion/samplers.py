@@ -74,15 +74,15 @@ class Sampler:
             intervals = jax.tree.map(jnp.asarray, Interval(t, t_next, index, self.coefficients(t, t_next)))
             last_step = self.last_step if number == len(segments) else None
             looped = intervals if last_step is None else jax.tree.map(lambda x: x[:-1], intervals)
-
-            def body(z, interval, step=partial(self.step, **given)):
-                return step(z, interval), None
-
-            z, _ = jax.lax.scan(body, z, looped)
+            z, _ = jax.lax.scan(partial(_step_in_scan, partial(self.step, **given)), z, looped)
             if last_step is not None:
                 z = last_step(z, jax.tree.map(lambda x: x[-1], intervals), **given)
             first += len(t)
         return z
+
+
+def _step_in_scan(step, z, interval):
+    return step(z, interval), None
 
 
 def _at_time(output_fn, z, t):
