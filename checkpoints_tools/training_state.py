@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from checkpoints_tools.discriminator import discriminator_table
@@ -131,20 +132,28 @@ def from_run(
       TrainingCheckpoint.
     """
     made = tables(networks, updates=steps)
-    converted = {}
+    converted, shapes = {}, {}
     for name in NETWORKS:
         if name in made:
-            converted[name] = to_torch(made[name], {leaf: read(path) for leaf, path in PLACES[name].items()})
+            trees = {leaf: read(path) for leaf, path in PLACES[name].items()}
+            converted[name], shapes[name] = to_torch(made[name], trees), jax.tree.map(np.shape, trees["params"])
     adams = {}
     for optimizer, name in OPTIMIZERS.items():
         if name in made and optimizer in groups:
             adam, table = find_adam(read(OPT_STATES[optimizer])), _moments(made[name])
-            moments = [to_torch(table, adam.pop(which)) for which in ("mu", "nu")]
+            moments = [to_torch(table, _with_fixed(adam.pop(which), shapes[name])) for which in ("mu", "nu")]
             if name == "model" and not networks.sit.learned_positions:
                 for arrays in moments:
                     del arrays[POSITIONS]
             adams[optimizer] = Adam(int(adam["count"]), *moments, groups[optimizer])
     return TrainingCheckpoint(source, args, steps, converted, adams)
+
+
+def _with_fixed(moments, shapes):
+    """Returns moments with zeros for the parts that are not trained, which have none."""
+    fixed = {name: tree for name, tree in shapes.items() if not moments.get(name)}
+    zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), fixed, is_leaf=lambda node: isinstance(node, tuple))
+    return {**moments, **zeros}
 
 
 def find_adam(tree):

@@ -1,8 +1,12 @@
-"""Tables and helpers that the configs share, and the small presets."""
+"""Tables of networks, the arguments after the colon, and the small presets, which all configs share."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# alignment tap after block 4 for S and B, 8 for L and XL, as published
+# alignment after block 4 for S and B, 8 for L and XL, as published
 SIT_SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 4},
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "encoder_depth": 4},
@@ -11,7 +15,7 @@ SIT_SIZES = {
 }
 PATCH_SIZES = (1, 2, 4, 8)
 SMALL = ("digits", "tiny")  # presets of every file
-SIZES = ("sit", "model", "vae", "resolution")  # arguments that these presets leave nothing of
+SIZES = ("sit", "model", "vae", "resolution")  # arguments that these presets override
 
 VAES = {
     # SD-VAE: 256 px -> 32 x 32 x 4
@@ -23,7 +27,7 @@ VAES = {
 }
 
 _DINOV2_SIZES = ("small", "base", "large", "giant")
-# architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
+# architecture -> its weights: a name on the hub, or for MoCo v3 the file that RCG's authors publish
 ENCODERS = {
     **{f"dinov2-{size}": f"facebook/dinov2-{size}" for size in _DINOV2_SIZES},
     **{f"dinov2-{size}-with-registers": f"facebook/dinov2-with-registers-{size}" for size in _DINOV2_SIZES},
@@ -40,71 +44,16 @@ ENCODERS = {
 }
 
 
-def adamw(learning_rate):
-    """AdamW as REPA-E uses it: constant rate, no decay, the network's gradient clipped to norm 1."""
-    return {
-        "learning_rate": learning_rate,
-        "warmup_steps": 0,
-        "schedule": "constant",  # 'linear' or 'cosine': falls until decay_steps
-        "decay_steps": placeholder(int),
-        "final_learning_rate": 0.0,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
-        "fixed": (),  # parts of the network that stay as they are, such as ("encoder", "quant_conv") of a VAE
-    }
-
-
-def gan_options():
-    """Options of the adversarial loss in `config.loss`, as REPA-E has them."""
-    return {"gan_start": 0, "gan_factor": 1.0, "lecam": 0.0}
-
-
-def tokenizer_options():
-    """Options of `config.loss` where a tokenizer is trained alone."""
-    return {
-        **gan_options(),
-        "pixel_reduction": "mean",  # of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
-        # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
-        "adaptive": {"gan": 0.0, "vf": 0.0},
-        "vf_margins": (0.0, 0.0),  # of cosines and of distances
-        "se_factors": (2, 4),
-        "eq_scales": (),  # of EQ-VAE's transform: (1.0, 0.25, 0.5, 0.75)
-        "eq_prior": 0.5,  # its share of untransformed steps
-    }
-
-
-def align_schedule():
-    """Of `config.loss` where a SiT is trained: the alignment's weights times 1 until `align_end`, or decaying towards it."""
-    return {"align_shape": "constant", "align_end": placeholder(int)}
-
-
-def source_options():
-    """`config.data.options`: the arguments of all sources, see repae_jax/data; those that stay None are not given to them."""
-    return {
-        "path": placeholder(str),  # of all but digits and imagenet
-        "split": placeholder(str),  # of digits, imagenet and parquet
-        "labels_file": placeholder(str),  # of folder and imagenet
-        "labelled": placeholder(bool),  # of folder
-        "data_dir": placeholder(str),  # of imagenet, with the next one
-        "dataset": placeholder(str),
-        "image_column": placeholder(str),  # of parquet, with the next one
-        "label_column": placeholder(str),
-    }
-
-
-def parse_arg(arg, *words, **defaults):
-    """Reads what follows the colon in `--config file.py:ARG`.
+def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:
+    """Parses the text after the colon in `--config file.py:ARG`.
 
     Args:
       arg: comma-separated; `key=value` sets an argument, converted to its default's type; the rest are bare words.
-      *words: collections of bare words, of each of which at most one may be given.
+      *words: collections of bare words; at most one word of each may be given.
       **defaults: allowed keys and their defaults.
 
     Returns:
-      (the word given of each collection or '', …, dict of arguments).
+      The word of each collection, '' if none was given, and the dict of arguments.
 
     Raises:
       ValueError: for an unknown word or key, a second word of a collection, a key given twice, a value of the wrong type, or a
@@ -138,55 +87,32 @@ def parse_arg(arg, *words, **defaults):
     return *chosen, values
 
 
-def choose(what, name, table):
-    """table[name], or a ValueError that lists the allowed names."""
+def choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    """Returns table[name]; raises ValueError that lists the allowed names for an unknown one."""
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; allowed: {', '.join(map(str, table))}")
     return table[name]
 
 
-def sit_fields(name):
-    """Fields of a SiT by its published name, such as 'XL/2'."""
+def sit_fields(name: str) -> dict[str, int]:
+    """Returns the sizes of a SiT by its published name, such as 'XL/2'."""
     size, _, patch = name.partition("/")
     if not patch.isdigit() or int(patch) not in PATCH_SIZES:
         raise ValueError(f"SiT {name!r}: expected SIZE/PATCH with SIZE in {list(SIT_SIZES)} and PATCH in {list(PATCH_SIZES)}")
     return {**choose("SiT size", size, SIT_SIZES), "patch_size": int(patch)}
 
 
-def encoder_fields(names):
-    """`config.encoders` of architectures joined by '+', as 'target', 'target_2', …; 'none' is no encoder."""
-    encoders = {}
-    for index, name in enumerate(() if names == "none" else names.split("+"), start=1):
-        encoders["target" if index == 1 else f"target_{index}"] = {
-            "architecture": name,
-            "weights": choose("encoder", name, ENCODERS),
-            "image_size": placeholder(int),
-            "spatial_gamma": placeholder(float),  # iREPA's normalisation over positions; published: 0.6
-        }
-    return encoders
-
-
-def vae_files(stem, *fields):
-    """Changes that start from the files of a VAE of REPA-E's, such as 'REPA-E/sdvae/sdvae-f8d4'; fields of `config.init`."""
+def vae_files(stem: str, *fields: str) -> dict[str, str]:
+    """Returns changes of `config.init` that start from REPA-E's files of a VAE, such as 'REPA-E/sdvae/sdvae-f8d4'."""
     endings = {"vae": ".pt", "latent_stats": "-latents-stats.pt", "disc": "-discriminator-ckpt.pt"}
     return {f"init.{field}": stem + endings[field] for field in fields}
-
-
-def change(config, changes):
-    """Sets fields of a locked config; changes are dotted names -> values."""
-    for name, value in changes.items():
-        section = config
-        *above, field = name.split(".")
-        for part in above:
-            section = section[part]
-        section[field] = value
 
 
 # ---- small presets of any config: the recipe stays, networks and data change ----------------------------------------
 
 
-def shrink(config, preset):
-    """Applies '', 'digits' or 'tiny' to an unlocked config of any job."""
+def shrink(config: ConfigDict, preset: str) -> None:
+    """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
     if preset:
         _digits(config)
     if preset == "tiny":
@@ -248,4 +174,4 @@ def _tiny(config):
         config.disc.channels = 8
         config.hooks.reconstructions_every = 2
     if config.job == "ldm" or not any(config.loss.vae.values()):
-        config.init.vae = "random"  # it is frozen
+        config.init.vae = "random"  # a frozen VAE

@@ -22,32 +22,35 @@ or a preset:
 The published runs that differ from this one in more than these arguments are names of configs/paper.py.
 """
 
-from configs import common, repae
+from ml_collections import ConfigDict
+
+from configs import common, sections
 
 OBJECTIVES = {"SiT": False, "DiT": True}  # whether the network learns the noise's variance
 
 
-def get_config(arg=""):
-    """Config of a run on a frozen VAE; see the module's docstring for `arg`."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of a run on a frozen VAE; see the module's docstring for `arg`."""
     preset, args = common.parse_arg(arg, common.SMALL, model="SiT-XL/1", vae="f16d32", encoder="dinov2-base", resolution=256)
     objective, _, size = args["model"].partition("-")
-    shared = ",".join(f"{name}={args[name]}" for name in ("vae", "encoder", "resolution"))
-    config = repae.get_config(f"sit={size},{shared}").unlock()
-    config.job = "ldm"
-    for section in ("disc", "lpips"):
-        del config[section]
-    del config.precision.lpips, config.hooks.reconstructions_every
-    config.loss = {"sit": config.loss.sit, **common.align_schedule()}
-    config.optim = {"sit": config.optim.sit}
-    config.init = {"checkpoint": "", "vae": "", "latent_stats": "", "stats_images": config.init.stats_images}
-    config.sit.learned_positions = False
-    config.sit.learned_sigma = common.choose("objective", objective, OBJECTIVES)
-    del config.diffusion.norm_momentum  # the latents' statistics are fixed
-    if config.sit.learned_sigma:
-        config.diffusion.path = "ddpm"
-        config.loss.sit.update(velocity=0.0, noise=1.0, bound=1.0)
-        config.sampling.sampler = "ancestral"
-    if not config.encoders:
-        config.loss.sit.align = 0.0
+    sit = sections.sit(size, learned_positions=False)
+    sit["learned_sigma"] = is_dit = common.choose("objective", objective, OBJECTIVES)
+    encoders = sections.encoders(args["encoder"])
+    config = ConfigDict(
+        {
+            **sections.run("ldm"),
+            "data": sections.data(args["resolution"]),
+            "vae": sections.vae(args["vae"]),
+            "sit": sit,
+            "encoders": encoders,
+            "loss": sections.sit_loss(align=0.5 if encoders else 0.0, ddpm=is_dit),
+            "diffusion": sections.diffusion("ddpm" if is_dit else "linear"),
+            "optim": {"sit": sections.adamw()},
+            "init": sections.sit_init(),
+            "precision": {"compute": "bfloat16"},
+            "hooks": sections.sit_hooks(),
+            "sampling": sections.sampling("ancestral" if is_dit else "sde"),
+        }
+    )
     common.shrink(config, preset)
     return config.lock()

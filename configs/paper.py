@@ -1,4 +1,4 @@
-"""The runs of REPA-E's tables and of its neighbours, by name: `--config configs/paper.py:NAME`.
+"""The runs of REPA-E's tables and of its neighbors, by name: `--config configs/paper.py:NAME`.
 
     python -m repae_jax.train --config configs/paper.py:repae-l --workdir runs/repae-l \
         --config.data.options.path=/data/imagenet/train \
@@ -24,6 +24,7 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from configs import common, ldm, repae
 from repae_jax import cli
@@ -34,14 +35,14 @@ FILES = {"repae": repae, "ldm": ldm}
 
 
 class Row(NamedTuple):
-    """One run.
+    """A published run.
 
     Attributes:
-      table: of the paper, or where else it is published.
-      file: of the config that it is a preset of, in FILES.
-      arg: what that file gets after its colon.
-      changes: dotted fields that differ -> values.
-      published: its numbers.
+      table: number of the paper's table, or another source.
+      file: name in FILES of the config that it changes.
+      arg: argument of that config, after the colon.
+      changes: dotted fields -> values that differ.
+      published: the published numbers.
     """
 
     table: str
@@ -156,26 +157,26 @@ ROWS = {
 }  # fmt: skip
 
 
-def get_config(arg=""):
-    """Config of a row; see the module's docstring for `arg`."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of a row; see the module's docstring for `arg`."""
     name, preset, _ = common.parse_arg(arg, tuple(ROWS), common.SMALL)
     if not name:
         raise ValueError(f"{arg!r} names no run: --config configs/paper.py:NAME with NAME one of {list(ROWS)}")
     row = ROWS[name]
     config = FILES[row.file].get_config(row.arg)
-    common.change(config, row.changes)
+    config.update_from_flattened_dict(row.changes)
     common.shrink(config.unlock(), preset)
     return config.lock()
 
 
-def table():
-    """Lines of text, a row each."""
+def table() -> list[str]:
+    """Returns the table of all runs as lines of text."""
     lines = [f"{'name':<22}{'table':<20}{'steps':>9}  published"]
     return lines + [f"{name:<22}{row.table:<20}{get_config(name).steps:>9,}  {row.published}" for name, row in ROWS.items()]
 
 
-def describe(name):
-    """Lines of text on one row: its command, cost, and what differs from the file that it is a preset of."""
+def describe(name: str) -> list[str]:
+    """Returns a row's command, its differences from the config that it changes, and its cost, as lines of text."""
     row = common.choose("name", name, ROWS)
     job = build.build(get_config(name), jax.devices()[:1])
     flop_per_image = sum(flops.of_step(job).values())
@@ -192,7 +193,7 @@ def describe(name):
 @cli.ending()
 def main():
     """Entry point of `python -m configs.paper`."""
-    parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbours.")
+    parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbors.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="print the command of these; default: the table of all")
     names = parser.parse_args().names
     print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))

@@ -26,98 +26,33 @@ The paper's text says MSE where its code trains with L1; this config follows the
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from configs import common
+from configs import common, sections
 
 
-def get_config(arg=""):
-    """Config of a REPA-E run; see the module's docstring for `arg`."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of a REPA-E run; see the module's docstring for `arg`."""
     preset, args = common.parse_arg(arg, common.SMALL, sit="XL/2", vae="f8d4", encoder="dinov2-base", resolution=256)
-    config = ConfigDict()
-    config.job = "repae"
-    config.seed = 0
-    config.steps = 400_000
-    config.accumulation = 1  # micro-batches per step
-    config.ema_decay = 0.9999
-    config.max_skipped_in_a_row = 20  # stop after so many updates that were not finite
-
-    config.data = {
-        "source": "folder",  # see repae_jax/data
-        "options": common.source_options(),
-        "image_size": args["resolution"],
-        "num_classes": 1000,
-        "batch_size": 256,  # global
-        "workers": 8,  # processes that decode images
-        "max_bad_fraction": 0.001,  # share of undecodable images above which the run fails
-        "cache": "",  # of a frozen VAE's latents: for configs/ldm.py
-        "flip_probability": 0.0,  # of mirrored images; REPA and REPA-E mirror none
-    }
-    config.vae = {
-        **common.choose("VAE", args["vae"], common.VAES),
-        "channels": 128,
-        "num_res_blocks": 2,
-        "norm_groups": 32,
-        "remat": False,
-    }
-    config.sit = {
-        **common.sit_fields(args["sit"]),
-        "projector": "mlp",  # or 'conv', iREPA's 3x3 convolution
-        "projector_dim": 2048,
-        "mlp_ratio": 4.0,
-        "qk_norm": False,
-        "learned_sigma": False,  # True with diffusion.path='ddpm'
-        "learned_positions": True,  # as in the published loop; its frozen-VAE training and REPA's keep them fixed
-        "remat": "dots",  # 'none', 'dots' (recompute all but matmuls) or 'full'
-        "unroll": 1,  # blocks per iteration of the scanned stacks; all of them: faster on TPUs, twice the compilation
-    }
-    config.disc = {"channels": 64, "num_layers": 3}
-    # weights: a Hugging Face name or folder, MoCo v3's file, or 'random' to measure speed without any
-    config.encoders = common.encoder_fields(args["encoder"])
-    # vgg16: torchvision's weights; linear: those of LPIPS v0.1. 'random' for both to measure speed without any
-    config.lpips = {"vgg16": "", "linear": "", "input_range": (-1.0, 1.0)}  # (0., 1.): as the released weights were trained
-
-    config.loss = {
-        # diffusion: the ablation without stop-gradient
-        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5, "diffusion": 0.0},
-        "sit": {"velocity": 1.0, "noise": 0.0, "bound": 0.0, "align": 0.5},
-        **common.gan_options(),
-        **common.align_schedule(),
-    }
-    config.diffusion = {
-        "path": "linear",  # 'cosine', or 'ddpm': DiT's noise and bound in the place of velocity
-        "time_distribution": "uniform",  # or 'lognormal'
-        "label_dropout": 0.1,
-        "norm_momentum": 0.1,  # of the latent batch norm; 0: none, the initial statistics for good
-    }
-    config.optim = {name: common.adamw(1e-4) for name in ("vae", "disc", "sit")}
-    config.init = {
-        # PyTorch files to start from, local, on the hub or gs://; '' is from scratch, with latent statistics measured on the
-        # first images
-        "checkpoint": "",  # a published training checkpoint, with its optimizers and steps: its run is continued
-        "vae": "",
-        "latent_stats": "",
-        "disc": "",
-        "stats_images": 4096,
-    }
-    config.precision = {"compute": "bfloat16", "lpips": "float32"}
-    # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, among which none is shared
-    config.mesh = {"fsdp": 1, "slices": 1}
-    config.compiler_options = ""  # of XLA, for the step: "name=value,name=value"; on CPUs beside build.py's own
-    config.checkpoint = {"every": 10_000, "keep_last": 2, "keep_every": 50_000}
-    config.log = {"every": 100}
-    config.hooks = {
-        "samples_every": 10_000, "reconstructions_every": 10_000, "images": 64,
-        # FID of a few samples against a reference (repae_jax/evaluation/reference_stats.py), with Inception's weights
-        "fid_every": 0, "fid_samples": 5000, "fid_reference": "", "fid_inception": "",
-    }  # fmt: skip
-    config.sampling = {  # of the pictures during training, and the defaults of repae_jax.sample
-        "sampler": "sde",  # 'euler', 'heun' or 'sde'; 'ancestral' with diffusion.path='ddpm'
-        "steps": 250,
-        "guidance_scale": 1.0,
-        "guidance_low": 0.0,
-        "guidance_high": 1.0,
-        "guidance_channels": placeholder(int),  # guide the first ones only, for parity with published DiT samples; default all
-    }
+    config = ConfigDict(
+        {
+            **sections.run("repae"),
+            "data": sections.data(args["resolution"]),
+            "vae": sections.vae(args["vae"]),
+            # the published loop trains the position table; REPA and training on a frozen VAE keep it fixed
+            "sit": sections.sit(args["sit"], learned_positions=True),
+            "disc": sections.disc(),
+            "encoders": sections.encoders(args["encoder"]),
+            "lpips": sections.lpips(),
+            # diffusion: the ablation without stop-gradient
+            "loss": {**sections.vae_loss(align=1.5, diffusion=0.0), **sections.sit_loss()},
+            # norm_momentum: of the latents' batch norm; 0: none, the initial statistics throughout
+            "diffusion": {**sections.diffusion(), "norm_momentum": 0.1},
+            "optim": {name: sections.adamw() for name in ("vae", "disc", "sit")},
+            "init": {**sections.sit_init(), "disc": ""},
+            "precision": {"compute": "bfloat16", "lpips": "float32"},
+            "hooks": {**sections.sit_hooks(), "reconstructions_every": 10_000},
+            "sampling": sections.sampling(),
+        }
+    )
     common.shrink(config, preset)
     return config.lock()

@@ -55,16 +55,18 @@ The discriminator's VAE: `--config configs/vae.py:discriminator --config.init.va
 
 from typing import Any, NamedTuple
 
-from configs import common, repae
+from ml_collections import ConfigDict
+
+from configs import common, sections
 
 
 class Recipe(NamedTuple):
     """A published way to train a tokenizer.
 
     Attributes:
-      vae: its architecture, in common.VAES.
-      changes: dotted fields that differ from REPA-E's VAE loss -> values.
-      encoder: for VF, in common.ENCODERS.
+      vae: name of the architecture in common.VAES.
+      changes: dotted fields -> values that differ from REPA-E's.
+      encoder: name in common.ENCODERS of VF's encoder.
     """
 
     vae: str
@@ -73,7 +75,7 @@ class Recipe(NamedTuple):
 
 
 def _adam(learning_rate):
-    """Adam of latent diffusion for both networks: no clipping."""
+    """Returns changes to latent diffusion's Adam, without clipping, for both networks."""
     fields = {"learning_rate": learning_rate, "b1": 0.5, "b2": 0.9, "clip_norm": 1e9}
     return {f"optim.{name}.{field}": value for name in ("vae", "disc") for field, value in fields.items()}
 
@@ -84,7 +86,7 @@ _VAVAE = {**_LDM, **_adam(1e-4), "loss.adaptive.vf": 1e8}
 
 
 def _stage(before):
-    """Changes that go on from the files of the stage before."""
+    """Returns changes that start from the files of the previous stage."""
     return {**_VAVAE, **common.vae_files(before, "vae", "disc"), "steps": 75_075, "loss.gan_start": 1, "loss.vae.vf": 0.1}
 
 
@@ -120,24 +122,27 @@ RECIPES = {
 }  # fmt: skip
 
 
-def get_config(arg=""):
-    """Config of a tokenizer's run; see the module's docstring for `arg`."""
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the config of a tokenizer's run; see the module's docstring for `arg`."""
     name, preset, args = common.parse_arg(arg, tuple(RECIPES), common.SMALL, vae="", encoder="", resolution=256)
     recipe = RECIPES.get(name, Recipe(args["vae"] or "f8d4", {}))
     if args["vae"] not in ("", recipe.vae):
         raise ValueError(f"preset {name!r} is for vae={recipe.vae}, not vae={args['vae']}: leave one of them out")
-    encoder = args["encoder"] or recipe.encoder
-    config = repae.get_config(f"vae={recipe.vae},encoder={encoder},resolution={args['resolution']}").unlock()
-    config.job = "vae"
-    config.ema_decay = 0.0  # none: the VAE itself
-    for section in ("sit", "diffusion", "sampling"):
-        del config[section]
-    config.hooks = {name: config.hooks[name] for name in ("reconstructions_every", "images")}
-    weights = {name: config.loss.vae[name] for name in ("l1", "l2", "lpips", "kl", "gan")}
-    config.loss = {"vae": {**weights, "vf": 0.0, "se": 0.0}, **common.tokenizer_options()}
-    config.optim = {name: config.optim[name] for name in ("vae", "disc")}
-    config.init = {"vae": "", "disc": ""}
-    config.lock()
-    common.change(config, recipe.changes)
+    config = ConfigDict(
+        {
+            **sections.run("vae", ema_decay=0.0),  # no average: the VAE itself
+            "data": sections.data(args["resolution"]),
+            "vae": sections.vae(recipe.vae),
+            "disc": sections.disc(),
+            "encoders": sections.encoders(args["encoder"] or recipe.encoder),
+            "lpips": sections.lpips(),
+            "loss": sections.tokenizer_loss(),
+            "optim": {name: sections.adamw() for name in ("vae", "disc")},
+            "init": {"vae": "", "disc": ""},
+            "precision": {"compute": "bfloat16", "lpips": "float32"},
+            "hooks": {"images": 64, "reconstructions_every": 10_000},
+        }
+    )
+    config.lock().update_from_flattened_dict(recipe.changes)  # refuses unknown fields
     common.shrink(config.unlock(), preset)
     return config.lock()

@@ -69,13 +69,13 @@ def config_of(size, batch_size):
     Raises:
       ValueError: for a size that does not exist.
     """
-    from configs import common, repae
+    from configs import repae
 
     changes = {**SMALL, **SIZES[size]} if size in SIZES else {"data.batch_size": 32}
     if batch_size is not None:
         changes = {**changes, "data.batch_size": batch_size}
     config = repae.get_config("" if size in SIZES else size).to_dict()
-    common.change(config, {**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
+    config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
     return config
 
 
@@ -414,11 +414,11 @@ def make_ours(config, options, folder):
     import jax
 
     from repae_jax.benchmark import measure
-    from repae_jax.job import build
+    from repae_jax.job import build, frozen_weights
 
     config, _ = measure.without_files(config)
     job = build.build(config, devices=jax.devices()[:1])
-    frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
+    frozen, key = frozen_weights.load_frozen(job), jax.random.key(config["seed"])
     state, batch = measure.random_state(job), measure.random_batch(job)
     nets = {name: getattr(state, name).params for name in ("vae", "sit", "disc")}
     nets |= {"lpips": frozen["lpips"], "encoder": frozen["encoders"]}

@@ -95,12 +95,12 @@ def left_by(job, steps, workdir):
 
     An older checkpoint is left where a kill met its removal after the last save: no save comes after it that would remove it.
     """
-    from repae_jax.job import build
+    from repae_jax.job import build, initial_state
     from repae_jax.training import checkpoint, metric_log
 
     built = build.build(config(job, steps))
     with checkpoint.Checkpointer(workdir, keep_last=KEPT) as checkpointer:
-        state, position, step = checkpointer.restore(build.abstract_state(built), built.config)
+        state, position, step = checkpointer.restore(initial_state.abstract_state(built), built.config)
         kept = checkpointer.steps()[-KEPT:]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     clock = {"time", *metric_log.SPEED_NAMES}

@@ -22,7 +22,7 @@ from checkpoints_tools import vae as vae_files
 from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer
 from repae_jax.distributed import multihost, sharding
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights, training_data
 from repae_jax.training.checkpoint import fingerprint, prepare_workdir
 
 SHARD_SIZE = 4096  # records; 134 MB of SD-VAE's at 256 pixels
@@ -181,10 +181,10 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
             raise ValueError(
                 f"config.job={config['job']!r} trains its VAE, whose latents change: only those of a frozen VAE can be cached"
             )
-        source = build.make_images(config)
+        source = training_data.make_images(config)
         folder = Path(prepare_workdir(out))
         multihost.check_shared(folder)
-        params = build.load_frozen(job)["vae"]
+        params = frozen_weights.load_frozen(job)["vae"]
         shape = latents.record_shape(job.latent_shape, flips)
         writer = shard_writer.ShardWriter(
             folder,

@@ -35,7 +35,7 @@ from repae_jax.evaluation.reference_stats import (
     read_reference,
     write_reference,
 )
-from repae_jax.job import build
+from repae_jax.job.frozen_weights import RANDOM
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.metrics.inception_score import SPLIT_SIZE, RunningInceptionScore
 from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
@@ -59,7 +59,7 @@ def parse_args(argv=None):
         "digits:split=train, cropped to the samples' size",
     )
     parser.add_argument(
-        "--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {build.RANDOM!r}: for tests only"
+        "--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {RANDOM!r}: for tests only"
     )
     parser.add_argument("--out", type=cli.path, help="path of the result, ending in .json")
     parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")
@@ -284,7 +284,7 @@ def run(args):
         multihost.wait_for_files([out])
         return out, None
     metrics, warnings = measure(parts.read(), reference)
-    if args.inception == build.RANDOM:
+    if args.inception == RANDOM:
         warnings.insert(0, "RANDOM Inception weights: the scores mean nothing")
     result = {
         "kind": "generation",

@@ -30,7 +30,7 @@ from repae_jax.data import loader, reading
 from repae_jax.distributed import sharding
 from repae_jax.evaluation import inception_features
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
-from repae_jax.job.build import RANDOM
+from repae_jax.job.frozen_weights import RANDOM
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.models.inception import pytorch_fid_input

@@ -25,7 +25,7 @@ from repae_jax.cost.plan_text import GIB, lines_of
 from repae_jax.cost.topologies import Chip, check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
-from repae_jax.job import build, recipe
+from repae_jax.job import build, compilation, initial_state, recipe
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import for_sampling
 
@@ -50,14 +50,14 @@ class DoesNotFit(Exception):
 
 def lower_step(job: build.Job) -> jax.stages.Lowered:
     """Lowers the jitted training step as `train` runs it, on shapes alone."""
-    state = build.abstract_state(job)
-    return build.jit_step(job, state).lower(state, *build.abstract_inputs(job))
+    state = initial_state.abstract_state(job)
+    return compilation.jit_step(job, state).lower(state, *compilation.abstract_inputs(job))
 
 
 def lower_sampling(job: build.Job) -> jax.stages.Lowered:
     """Lowers sampling of config.data.batch_size images as `sample` runs it, on shapes alone."""
-    batch, frozen, key = build.abstract_inputs(job)
-    params = generate.sampling_params(build.abstract_state(job), frozen)
+    batch, frozen, key = compilation.abstract_inputs(job)
+    params = generate.sampling_params(initial_state.abstract_state(job), frozen)
     run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
     return run.lower(params, batch["label"], batch["label"], key)
 
@@ -141,7 +141,7 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
     if images_per_chip:
         config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
-    build.check_compiler_options(job)
+    compilation.check_compiler_options(job)
     return job, setting(job, chip, topology, bool(images_per_chip))
 
 
@@ -191,7 +191,7 @@ def _use_no_accelerator():
 def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Numbers:
     """Returns the numbers of a job on a topology, or of sampling its batch at a time, that are known without compiling."""
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
-    state = build.abstract_state(job)
+    state = initial_state.abstract_state(job)
     return {
         "topology": topology,
         "slices": job.config["mesh"]["slices"],
@@ -206,7 +206,7 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
         "branch_shares": [] if sampling else flops.branch_shares(job.config),
         "images": images,
         "images_per_chip": images // chips,
-        "state_bytes": chip_bytes(generate.sampling_params(state, build.abstract_inputs(job)[1]) if sampling else state),
+        "state_bytes": chip_bytes(generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state),
         "versions": multihost.versions(),
         "arguments": sys.argv[1:],
         "config": job.config,
@@ -285,7 +285,7 @@ def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[Non
       (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.
     """
     devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
-    state, in_slice, sizes = build.abstract_state(job), len(devices) // slices, {}
+    state, in_slice, sizes = initial_state.abstract_state(job), len(devices) // slices, {}
     for fsdp in range(1, in_slice + 1):
         if in_slice % fsdp == 0 and fsdp != job.mesh.shape[sharding.FSDP]:
             shardings = sharding.tree_sharding(sharding.make_mesh(fsdp, devices, slices), state)

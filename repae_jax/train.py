@@ -22,7 +22,7 @@ from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import too_many_bad
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation.hooks import load_fid, make_hooks, pending_hooks
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.training import ownership
 from repae_jax.training.checkpoint import Checkpointer, check_name, fingerprint, prepare_workdir
 from repae_jax.training.metric_log import Progress, open_writer
@@ -115,10 +115,11 @@ def train(config, workdir):
     # ---- everything that can be wrong is found here -----------------------------------------------------------------
     multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
-    build.check_compiler_options(job)
+    compilation.check_compiler_options(job)
     workdir = prepare_workdir(workdir)
     multihost.check_shared(workdir)
-    images_source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
+    # a wrong path is found before anything is loaded
+    images_source = None if config.data.cache else training_data.make_images(config)
     steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(multihost.stop_requests())
@@ -128,12 +129,12 @@ def train(config, workdir):
             Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
         )
         with buckets.reached(workdir):
-            restored = checkpointer.restore(build.abstract_state(job), job.config)  # refuses another run's workdir
+            restored = checkpointer.restore(initial_state.abstract_state(job), job.config)  # refuses another run's workdir
         if is_to_end("restoring"):
             return None, False
-        frozen = build.load_frozen(job)
+        frozen = frozen_weights.load_frozen(job)
         frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
-        source = images_source or build.make_cached_source(job, frozen_vae)
+        source = images_source or training_data.make_cached_source(job, frozen_vae)
         inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
         # what hosts must agree on, but may be made anew before a run is continued
         multihost.assert_same(data=inputs, files=getattr(source, "contents_hash", None))
@@ -141,11 +142,11 @@ def train(config, workdir):
         if is_to_end("loading weights"):
             return None, False
         # ---- state and data ---------------------------------------------------------------------------------------------
-        loader = stack.enter_context(build.make_loader(job, source))
+        loader = stack.enter_context(training_data.make_loader(job, source))
         put = functools.partial(sharding.put_batch, job.mesh)
         if restored is None:
-            with build.make_loader(job, source) as first_batches:
-                state = build.create_initial_state(job, frozen, lambda: map(put, first_batches))
+            with training_data.make_loader(job, source) as first_batches:
+                state = initial_state.create_initial_state(job, frozen, lambda: map(put, first_batches))
             start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
             loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
         else:
@@ -169,7 +170,7 @@ def train(config, workdir):
         for step in range(start + 1, steps + 1):
             batch = put(next(loader))
             if step_fn is None:
-                step_fn = build.jit_step(job, state).lower(state, batch, frozen, key).compile()
+                step_fn = compilation.jit_step(job, state).lower(state, batch, frozen, key).compile()
                 if is_to_end("compiling"):
                     return None, False
             state, metrics = step_fn(state, batch, frozen, key)
@@ -256,7 +257,7 @@ def main(_):
     with multihost.abort_all_on_error(), cli.ending():
         cli.start_processes()
         check_name(options.workdir)
-        multihost.use_compilation_cache(options.workdir)  # creates a folder there
+        compilation.use_compilation_cache(options.workdir)  # creates a folder there
         _, finished = train(options.config, options.workdir)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)

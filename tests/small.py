@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 from configs import repae
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import initial_state
 
 ROOT = Path(__file__).parents[1]
 # changes of configs/ldm.py that make the run that is the quickest to compile: a SiT alone on a frozen VAE
@@ -62,7 +62,7 @@ def _random_leaf(path, leaf, rng):
 
 def random_state(job, seed=0):
     """A TrainState on the job's mesh without a zero initialisation anywhere, made without compiling; the EMA is a copy."""
-    abstract = build.abstract_state(job)
+    abstract = initial_state.abstract_state(job)
     rng = np.random.default_rng(seed)
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: _random_leaf(path, leaf, rng), abstract)
     if state.ema is not None:

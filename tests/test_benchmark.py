@@ -18,7 +18,7 @@ from repae_jax import cli
 from repae_jax.benchmark import __main__ as command
 from repae_jax.benchmark import measure, timing
 from repae_jax.cost import flops
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state
 
 ROOT = Path(__file__).parents[1]
 QUIET = {"hooks.samples_every": 0, "hooks.reconstructions_every": 0}
@@ -104,7 +104,7 @@ def test_a_part_counts_as_often_as_a_step_runs_it(monkeypatch):
     monkeypatch.setattr(measure, "time_part", lambda *_: np.ones(3))
     monkeypatch.setattr(measure, "time_update", lambda *_: np.ones(3))
     job = build.build(small.config({**NO_ENCODER, "init.vae": "random", "accumulation": 2, "data.batch_size": 16}, ldm))
-    found = measure.measure_parts(job, small.random_state(job), build.load_frozen(job), 3, 1.0)
+    found = measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 3, 1.0)
     seconds = {name: part["seconds_per_step"]["median"] for name, part in found}
     assert seconds == {"vae_encoder": 1, "sit": 2, "update": 1}, "the step encodes the whole batch at once"
 
@@ -152,7 +152,7 @@ def test_the_parts_of_every_job_cost_what_the_step_does(config):
     """With the gradients' shapes and places: outputs of a part are as its shardings say."""
     config, _ = measure.without_files(config().to_dict())
     job = build.build(config)
-    state, (_, frozen, _) = build.abstract_state(job), build.abstract_inputs(job)
+    state, (_, frozen, _) = initial_state.abstract_state(job), compilation.abstract_inputs(job)
     whole, micro = config["data"]["batch_size"], config["data"]["batch_size"] // config["accumulation"]
 
     def batch_of(count):
@@ -206,14 +206,14 @@ def test_frozen_weights_that_are_not_here_become_random(tmp_path):
     changes = {"loss.vae.lpips": 1.0, "encoders.target.weights": "facebook/dinov2-base", "lpips.vgg16": "vgg16.pth"}
     made = small.config(changes).to_dict()
     config, random = measure.without_files(made)
-    assert random == ["encoders.target.weights", "lpips"] and config["lpips"]["linear"] == build.RANDOM
-    assert config["encoders"]["target"]["weights"] == build.RANDOM
+    assert random == ["encoders.target.weights", "lpips"] and config["lpips"]["linear"] == frozen_weights.RANDOM
+    assert config["encoders"]["target"]["weights"] == frozen_weights.RANDOM
     assert made["encoders"]["target"]["weights"] == "facebook/dinov2-base"  # untouched
     made["encoders"]["target"]["weights"] = str(tmp_path / "encoder")
     made["lpips"]["vgg16"] = "gs://bucket/vgg16.pth"
     assert measure.without_files(made) == (made, [])
     config, random = measure.without_files(small.config({"init.vae": ""}, ldm).to_dict())
-    assert random == ["encoders.target.weights", "init.vae"] and config["init"]["vae"] == build.RANDOM
+    assert random == ["encoders.target.weights", "init.vae"] and config["init"]["vae"] == frozen_weights.RANDOM
 
 
 @pytest.mark.integration
@@ -291,7 +291,7 @@ def test_parts_that_alone_do_not_fit_are_left_out(monkeypatch):
 
     monkeypatch.setattr(measure, "_compile", fail)
     job = build.build(small.config(NO_ENCODER, ldm))
-    found = dict(measure.measure_parts(job, small.random_state(job), build.load_frozen(job), 1, 1.0))
+    found = dict(measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 1, 1.0))
     assert found == dict.fromkeys(("vae_encoder", "sit", "update"), {"failed": "out of memory"})
 
 
@@ -302,7 +302,7 @@ def test_what_alone_does_not_fit_is_left_out(monkeypatch):
 
     monkeypatch.setattr(measure, "_compile", fail)
     job = build.build(small.config(NO_ENCODER, ldm))
-    state, frozen = build.abstract_state(job), build.abstract_inputs(job)[1]
+    state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
     found = measure.measure_sampling(job, state, frozen, 8)
     assert found == {"batch_size": 8, "sampler": "sde", "steps": 2, "guidance_scale": 1.5, "failed": "out of memory"}
     assert command.sampling_line(found) == "sampling out of memory: lower --sample_batch=8"

@@ -27,7 +27,7 @@ from configs import ldm
 from repae_jax import cache_latents, cli, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights, training_data
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -394,8 +394,8 @@ def test_moments_are_those_of_the_vae(tmp_path, flips):
     config = frozen_config()
     made = cache_latents.cache_latents(config, tmp_path / "a", flips, shard_size=200)
     assert made == 2
-    job, source = build.build(config), build.make_images(config)
-    params = build.load_frozen(job)["vae"]
+    job, source = build.build(config), training_data.make_images(config)
+    params = frozen_weights.load_frozen(job)["vae"]
     cache = latents.CachedLatents(tmp_path / "a")
     latents.check_cache(cache, cache_latents.fingerprint(params), job.latent_shape, 8)
     joined = latents.WithMoments(source, cache)

@@ -22,7 +22,7 @@ from checkpoints_tools.convert import convert
 from repae_jax import evaluate, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.inception_score import RunningInceptionScore
 from repae_jax.metrics.precision_recall import precision_recall
@@ -419,7 +419,7 @@ def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeyp
 
 def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--data", "digits:split=test", "--image_size", "8", "--inception", build.RANDOM
+    options = "--data", "digits:split=test", "--image_size", "8", "--inception", frozen_weights.RANDOM
     with pytest.raises(ValueError, match="gs://bucket/a.npz: statistics of real images are kept on a disk"):
         evaluate.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
     assert not [*tmp_path.iterdir()]

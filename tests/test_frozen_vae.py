@@ -1,4 +1,4 @@
-"""Whole runs of the jobs beside REPA-E: from images and from a cache, resumed, and refused where the VAE is another one."""
+"""Whole runs on a frozen VAE and of a tokenizer: from images and from a cache, continued, and refused with another VAE."""
 
 import json
 import shutil
@@ -11,15 +11,17 @@ import small
 from checkpoints_tools import vae as vae_files
 from configs import ldm, vae
 from repae_jax import cache_latents, train
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights
 from repae_jax.training import metric_log
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Two VAEs on disk, and a cache of the first one's latents."""
     folder, job = tmp_path_factory.mktemp("files"), build.build(small.config(file=ldm), jax.devices()[:1])
-    shapes = jax.eval_shape(lambda key: build.initial_vae(job, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: frozen_weights.initial_vae(job, key), jax.random.key(0))
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         params = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
@@ -35,7 +37,7 @@ def config(files, steps=2, **more):
 
 
 def metrics_of(workdir):
-    """Losses of every step; what tells time is left out."""
+    """Returns the losses of every step, without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timing = ("time", *metric_log.SPEED_NAMES)
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]

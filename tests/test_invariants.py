@@ -22,7 +22,7 @@ from repae_jax import train_step
 from repae_jax.diffusion import interpolant
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state
 from repae_jax.models.channel_stats import batch_stats, update_running
 from repae_jax.training import inputs
 from repae_jax.training.accumulation import accumulate
@@ -312,8 +312,8 @@ def test_no_activations_are_gathered_in_the_step_of_training(monkeypatch):
     """The program that `train`, `benchmark` and `plan` compile."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     job = build.build(small.config(file=ldm, data__batch_size=BATCH, mesh__fsdp=8))
-    state = build.abstract_state(job)
-    check_gathers(build.jit_step(job, state).lower(state, *build.abstract_inputs(job)).compile().as_text(), 8)
+    state = initial_state.abstract_state(job)
+    check_gathers(compilation.jit_step(job, state).lower(state, *compilation.abstract_inputs(job)).compile().as_text(), 8)
 
 
 # ---- accumulation ---------------------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_without_gan_on_the_cosine_path_with_lognormal_times():
     job = make_job(loss__vae__gan=0.0, diffusion__path="cosine", diffusion__time_distribution="lognormal")
     state = small.random_state(job)
     assert job.nets.disc is None and state.disc is None and state.lecam is None
-    new, metrics = jax.jit(job.step)(state, batch_of(job), build.load_frozen(job), KEY)
+    new, metrics = jax.jit(job.step)(state, batch_of(job), frozen_weights.load_frozen(job), KEY)
     assert new.disc is None and new.lecam is None and new.skipped == 0
     assert not [name for name in metrics if "disc" in name or "gan" in name]
     assert all(np.isfinite(value) for value in metrics.values())
@@ -432,8 +432,8 @@ def test_plain_vae_and_sit_in_bfloat16_with_donation():
     assert not [name for name in small.leaves(state) if "projector" in name]
     before = jax.tree.map(np.copy, small.leaves(state))  # a view would keep the buffer
     buffers = jax.tree.leaves(state)
-    step = build.jit_step(job, state)
-    new, metrics = step(state, batch_of(job), build.load_frozen(job), KEY)
+    step = compilation.jit_step(job, state)
+    new, metrics = step(state, batch_of(job), frozen_weights.load_frozen(job), KEY)
     assert all(np.isfinite(value) for value in metrics.values())
     assert not [name for name in metrics if "align" in name]
     assert metrics["disc/hinge"] == 0
@@ -441,12 +441,12 @@ def test_plain_vae_and_sit_in_bfloat16_with_donation():
     assert all(buffer.is_deleted() for buffer in buffers)
     after = small.leaves(new)
     assert any(not np.array_equal(after[name], before[name]) for name in after if name.startswith("vae.params"))
-    newer, metrics = step(new, batch_of(job), build.load_frozen(job), KEY)
+    newer, metrics = step(new, batch_of(job), frozen_weights.load_frozen(job), KEY)
     assert metrics["disc/hinge"] != 0 and newer.step == 2
 
 
 def test_inputs_are_the_batch_its_targets_and_the_noise_of_the_step(base):
-    job, batch, frozen = base.job, batch_of(base.job), build.load_frozen(base.job)
+    job, batch, frozen = base.job, batch_of(base.job), frozen_weights.load_frozen(base.job)
     options = {"nets": bind(job.nets), "encoders": job.encoders, "recipe": job.recipe}
     x = inputs.prepare(batch, base.state.step, frozen, KEY, **options)
     np.testing.assert_array_equal(x.images, to_float(batch["image"]))

@@ -19,7 +19,7 @@ from repae_jax import train_step
 from repae_jax.diffusion import ddpm, interpolant, latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
-from repae_jax.job import build, validate
+from repae_jax.job import build, frozen_weights
 from repae_jax.losses import adversarial, alignment, reconstruction, regularizers
 from repae_jax.models import encoders as features
 from repae_jax.models.channel_stats import batch_stats
@@ -46,7 +46,7 @@ def batch_of(job, seed=0):
 def one_step(job, batch=None, state=None):
     """(state before, frozen, state after, metrics)."""
     state = small.random_state(job) if state is None else state
-    frozen = build.load_frozen(job)
+    frozen = frozen_weights.load_frozen(job)
     new, metrics = jax.jit(job.step)(state, batch_of(job) if batch is None else batch, frozen, KEY)
     assert new.skipped == 0 and all(np.isfinite(value) for value in metrics.values())
     return state, frozen, new, {name: float(value) for name, value in metrics.items()}
@@ -94,7 +94,7 @@ def test_ldm_is_the_second_half_of_repae(sit_run):
     joint = joint.replace(
         sit=state.sit, vae=joint.vae.replace(params=frozen["vae"]), latent_stats=state.latent_stats, ema=state.ema
     )
-    _, same = jax.jit(job.step)(joint, batch_of(job), build.load_frozen(job), KEY)
+    _, same = jax.jit(job.step)(joint, batch_of(job), frozen_weights.load_frozen(job), KEY)
     for name in ("sit/loss", "sit/velocity", "sit/align", "grad_norm/sit"):
         np.testing.assert_allclose(same[name], metrics[name], rtol=EXACT)
 
@@ -130,7 +130,7 @@ def test_ldm_without_encoders_needs_no_images(sit_run):
     job = make(ldm, "tiny,encoder=none")
     assert job.encoders == () and not [name for name in small.leaves(small.random_state(job)) if "projector" in name]
     batch = batch_of(job)
-    cached = jnp.asarray(moments_of(job, build.load_frozen(job), batch["image"]))
+    cached = jnp.asarray(moments_of(job, frozen_weights.load_frozen(job), batch["image"]))
     _, _, with_images, _ = one_step(job, batch)
     _, _, without, _ = one_step(job, {"label": batch["label"], "moments": cached})
     close(without, with_images)
@@ -318,7 +318,7 @@ def test_without_stop_gradient_the_diffusion_loss_reaches_the_vae():
     """The term is SiT's own loss, through the statistics of the batch; its gradient is the one of the loss written by hand."""
     job = make_job(changes={"loss.vae": {"diffusion": 1.0}})
     state = small.random_state(job)
-    new, metrics = jax.jit(job.step)(state, batch_of(job), build.load_frozen(job), KEY)
+    new, metrics = jax.jit(job.step)(state, batch_of(job), frozen_weights.load_frozen(job), KEY)
     images, draws, labels = to_float(batch_of(job)["image"]), draws_of(job), batch_of(job)["label"]
 
     def loss(params):
@@ -358,7 +358,7 @@ def test_the_alignment_ends_in_both_phases():
     job = make_job(loss__align_end=2)
     state = small.random_state(job)
     at = lambda step: state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))  # noqa: E731
-    run, frozen, batch = jax.jit(job.step), build.load_frozen(job), batch_of(job)
+    run, frozen, batch = jax.jit(job.step), frozen_weights.load_frozen(job), batch_of(job)
     _, before = run(at(1), batch, frozen, KEY)
     _, after = run(at(2), batch, frozen, KEY)
     for name, terms in (("vae", ("l1", "kl", "gan")), ("sit", ("velocity",))):
@@ -393,25 +393,6 @@ def test_several_encoders_share_the_loss():
     targets = targets_of(job, frozen, batch_of(job)["image"])
     assert abs(float(jnp.mean(jnp.std(targets[1], axis=1, ddof=1))) - 1) < 1e-3  # normalised over the positions
     assert -1 <= metrics["sit/align"] <= 1
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_learning_rates(schedule):
-    """Rates read off the size of Adam's first steps with a constant gradient."""
-    tx = validate.optimizer(
-        learning_rate=0.1, warmup_steps=4, schedule=schedule, decay_steps=None if schedule == "constant" else 8,
-        final_learning_rate=0.02, b1=0.9, b2=0.999, eps=1e-12, weight_decay=0.0, clip_norm=1e9, fixed=(),
-    )  # fmt: skip
-    params, state, rates = {"w": jnp.zeros(1)}, tx.init({"w": jnp.zeros(1)}), []
-    for _ in range(10):
-        updates, state = tx.update({"w": jnp.ones(1)}, state, params)
-        rates.append(-float(updates["w"][0]))
-    expected = {
-        "constant": [0.1] * 6,
-        "linear": [0.1, 0.08, 0.06, 0.04, 0.02, 0.02],
-        "cosine": [0.02 + 0.08 * 0.5 * (1 + np.cos(np.pi * i / 4)) for i in (0, 1, 2, 3, 4, 4)],
-    }[schedule]
-    np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, *expected], atol=1e-5)
 
 
 def test_fixed_parts_stay():

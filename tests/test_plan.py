@@ -20,7 +20,7 @@ from repae_jax import plan
 from repae_jax.cost import flops, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 
 GIB = 2**30
 
@@ -193,7 +193,7 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
         return jax.tree.map(put, shapes, sharding.tree_sharding(mesh, shapes))
 
     job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
-    monkeypatch.setattr(build, "abstract_state", lambda job: state_on(job.mesh))
+    monkeypatch.setattr(initial_state, "abstract_state", lambda job: state_on(job.mesh))
     found = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
     assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
@@ -354,7 +354,7 @@ def test_sampling_is_planned_as_it_runs():
 def test_a_step_is_lowered_without_weights_or_data(changes):
     """On latents from a cache; tests of configs trace the others."""
     job = build.build(small.config(file=ldm, data__cache="latents", **changes))
-    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), build.abstract_state(job))
+    before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), initial_state.abstract_state(job))
     state, metrics = plan.lower_step(job).out_info
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before and "skipped" in metrics
 
@@ -363,11 +363,11 @@ def test_a_step_is_lowered_without_weights_or_data(changes):
 def test_the_plan_and_training_take_the_same():
     """Shapes, dtypes and shardings of what `train` passes to the step, against those that the plan compiles."""
     job = build.build(small.config())
-    batch, frozen, key = build.abstract_inputs(job)
-    loaded = build.load_frozen(job)
+    batch, frozen, key = compilation.abstract_inputs(job)
+    loaded = frozen_weights.load_frozen(job)
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree) for tree in (loaded, frozen)]
     assert kinds[0] == kinds[1]
-    with build.make_loader(job, build.make_images(job.config), workers=0) as loader:
+    with training_data.make_loader(job, training_data.make_images(job.config), workers=0) as loader:
         put = sharding.put_batch(job.mesh, next(loader))
     assert {n: (x.shape, x.dtype, x.sharding) for n, x in put.items()} == {
         n: (x.shape, x.dtype, x.sharding) for n, x in batch.items()

@@ -26,7 +26,7 @@ from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
 from repae_jax.distributed import multihost
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 REPOSITORY = Path(__file__).parents[1]
 COUNT, SIZE = 20, 8
@@ -114,7 +114,7 @@ def test_training_takes_the_flags_that_are_printed(made):
     text = prepare_images.summary(made)
     assert "20 images of 8 pixels in 4 classes (1 undecodable, their records are empty, first class1/06.png), 3 shards" in text
     config = small.from_flags(*[word for word in text.split() if word.startswith("--config.")])
-    source = build.make_images(config)
+    source = training_data.make_images(config)
     assert isinstance(source, PreparedImages) and len(source) == COUNT
     assert (config.data.image_size, config.data.num_classes) == (SIZE, 4)
 

@@ -24,8 +24,7 @@ from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, file
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
-from repae_jax.distributed import multihost
-from repae_jax.job import build
+from repae_jax.job import build, compilation, initial_state
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
 
@@ -185,7 +184,7 @@ def test_a_damaged_checkpoint(job, gs, capfd):
     gs.answer(("GET .*checkpoints/2/state/.*/d/.*[0-7]([?]|$)", 0.5))  # the others fail before
     capfd.readouterr()
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        state, position, step = checkpointer.restore(build.abstract_state(job), job.config)
+        state, position, step = checkpointer.restore(initial_state.abstract_state(job), job.config)
     assert step == position["loader"]["next_batch"] == 1 and not small.differing(state, first)
     assert [path.name for path in (workdir / "checkpoints_damaged").iterdir()] == ["2-0"]
     time.sleep(1)
@@ -212,7 +211,7 @@ def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
     gs.answer((f"GET .*out-of-reach/checkpoints/{path}/", answer))
     began = time.monotonic()
     with checkpoint.Checkpointer(workdir) as checkpointer, pytest.raises(OSError) as caught:
-        checkpointer.restore(build.abstract_state(job), job.config)
+        checkpointer.restore(initial_state.abstract_state(job), job.config)
     assert re.match(f"(.Errno 13. )?Checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
     assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - began < 20
     assert not (workdir / "checkpoints_damaged").exists()
@@ -223,7 +222,7 @@ def test_a_run_copied_to_the_bucket(job, gs, tmp_path):
     first = save(job, tmp_path / "run", 1)
     upload(tmp_path / "run", "gs://bucket/copied")
     with checkpoint.Checkpointer("gs://bucket/copied") as checkpointer:
-        state, _, step = checkpointer.restore(build.abstract_state(job), job.config)
+        state, _, step = checkpointer.restore(initial_state.abstract_state(job), job.config)
     assert step == 1 and not small.differing(state, first)
 
 
@@ -283,7 +282,7 @@ def test_a_bucket_that_is_not_there_is_no_place_for_compiled_programs(gs):
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         with pytest.raises(OSError, match="bucket other does not exist"):
-            multihost.use_compilation_cache("gs://other/run")
+            compilation.use_compilation_cache("gs://other/run")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

@@ -30,7 +30,7 @@ from repae_jax import cli, prepare_images, train
 from repae_jax.cost import flops
 from repae_jax.evaluation import hooks
 from repae_jax.evaluation.reference_stats import read_reference
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.sample import sample_batches
 from repae_jax.sampling.load_model import load_model
@@ -186,7 +186,7 @@ def test_a_converted_run_continues_bit_for_bit(whole, half, tmp_path):
 
 def test_a_finished_run_ends_at_once(whole, tmp_path, monkeypatch):
     workdir = copy_of(whole.workdir, tmp_path)
-    monkeypatch.setattr(build, "create_initial_state", None)
+    monkeypatch.setattr(initial_state, "create_initial_state", None)
     state, finished = train.train(config(4), workdir)
     assert finished
     assert_same_run(state, workdir, whole)
@@ -219,8 +219,8 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("owner", "function", "what"),
-    [(build, "abstract_state", "restoring"), (build, "load_frozen", "loading weights"), (train, "make_hooks", "preparing"),
-     (build, "jit_step", "compiling")],
+    [(initial_state, "abstract_state", "restoring"), (frozen_weights, "load_frozen", "loading weights"),
+     (train, "make_hooks", "preparing"), (compilation, "jit_step", "compiling")],
 )  # fmt: skip
 def test_a_signal_before_the_first_step(half, tmp_path, monkeypatch, warnings, owner, function, what):
     """It ends the run as soon as it can, says that nothing was trained, and leaves the workdir to the next start."""
@@ -267,13 +267,13 @@ def test_a_truncated_checkpoint_is_put_aside_and_made_again(whole, tmp_path):
 
 def test_bad_updates_in_a_row_stop_the_run(half, tmp_path, monkeypatch):
     workdir = copy_of(half, tmp_path)
-    load_frozen = build.load_frozen
+    load_frozen = frozen_weights.load_frozen
 
     def broken(job):
         frozen = load_frozen(job)
         return {**frozen, "encoders": jax.tree.map(lambda x: x * np.nan, frozen["encoders"])}
 
-    monkeypatch.setattr(build, "load_frozen", broken)
+    monkeypatch.setattr(frozen_weights, "load_frozen", broken)
     with pytest.raises(train.TrainingStopped) as caught:
         train.train(config(8), workdir)
     message = str(caught.value)
@@ -284,7 +284,7 @@ def test_bad_updates_in_a_row_stop_the_run(half, tmp_path, monkeypatch):
     monkeypatch.undo()
     with checkpoint.Checkpointer(workdir) as checkpointer:
         job = build.build(config(4))
-        state, _, step = checkpointer.restore(build.abstract_state(job), job.config)
+        state, _, step = checkpointer.restore(initial_state.abstract_state(job), job.config)
     assert step == 2 and int(state.skipped) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
 
@@ -302,7 +302,7 @@ def test_a_folder_with_a_corrupt_image(tmp_path):
     assert metrics_of(tmp_path / "run")[-1]["bad_records"] == 1
 
     job = build.build(config(2, **source, **{"data.max_bad_fraction": 0.0}))
-    with build.make_loader(job, build.make_images(job.config)) as loader, pytest.raises(RuntimeError) as caught:
+    with training_data.make_loader(job, training_data.make_images(job.config)) as loader, pytest.raises(RuntimeError) as caught:
         for _ in range(4):
             next(loader)
     assert re.search("1 of 16 records .* class1/15.png.*max_bad_fraction", str(caught.value))
@@ -391,7 +391,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(monkeypatch, tmp_path):
 def test_a_workdir_of_a_refused_name_is_not_created(monkeypatch, tmp_path):
     replace_training(monkeypatch, lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(train.flags.FLAGS, "workdir", str(tmp_path / "[lr=1e-4]"))
-    monkeypatch.setattr(train.multihost, "use_compilation_cache", lambda folder: Path(folder).mkdir())
+    monkeypatch.setattr(train.compilation, "use_compilation_cache", lambda folder: Path(folder).mkdir())
     with pytest.raises(SystemExit, match="pattern"):
         train.main([])
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,8 @@
 """The miniature paper: REPA-E's comparisons on scikit-learn's digits, small enough for two CPU cores.
 
-Every table is a list of settings, every setting a run for each of some seeds, and runs are shared between tables. Two run at a
-time, one on each core. Finished runs are kept and interrupted ones continue, so the same command may be given again and again;
-a run whose config has changed since is another run, in a folder of its own. At the end, or when interrupted, RESULTS.md is
-written from whatever is finished.
+A table is a list of settings, a setting is one run per seed, and tables share runs. Two runs at a time use one core each.
+Finished runs are kept and interrupted ones continued, so the same command can be repeated; a run whose config has changed is
+another run, in a folder of its own. At the end, or when interrupted, RESULTS.md is written from the finished runs.
 """
 
 import argparse
@@ -20,9 +19,9 @@ from launch.miniature import tables
 from launch.quickstart import digits_models
 from repae_jax import cli, files
 
-CACHE = "compiled"  # folder of JAX's compilation cache, shared by all runs
+CACHE = "compiled"  # JAX's compilation cache, shared by all runs
 POLL_SECONDS = 0.5
-LOG_LINES = 15  # of a failed task, shown
+LOG_LINES = 15  # lines shown of a failed task's log
 ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "OMP_NUM_THREADS": "1",
@@ -33,7 +32,7 @@ ONE_THREAD = {
 
 
 def parse_args(argv=None):
-    """Command line of this program."""
+    """Parses the command line."""
     parser = cli.Parser(
         description=__doc__,
         epilog="tables:\n" + "\n".join(f"  {name:12} {table.title}" for name, table in tables.TABLES.items()),
@@ -45,11 +44,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--jobs", type=cli.whole(1, 4096), default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)"
     )
-    parser.add_argument(
-        "--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it"
-    )
-    parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
-    parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # a task's folder: how the program calls itself
+    parser.add_argument("--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it")
+    parser.add_argument("--report", action="store_true", help="run nothing: write the results of the finished runs")
+    parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # folder of a task: for subprocesses
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.workdir, args.results = Path(args.workdir), Path(args.results)
@@ -58,14 +55,14 @@ def parse_args(argv=None):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Something to be done once.
+    """A run, or the training of an encoder or the classifier.
 
     Attributes:
-      name: for people.
+      name: name in messages.
       kind: 'encoder', 'classifier', or a run's job.
-      folder: where it happens; holds result.json when it is done.
-      content: of task.json; 'description' in it is what the result depends on.
-      needs: names of the tasks before it.
+      folder: working folder; holds result.json when the task is done.
+      content: content of task.json; its 'description' is all that the result depends on.
+      needs: names of tasks that must be done before.
     """
 
     name: str
@@ -75,10 +72,10 @@ class Task:
     needs: tuple[str, ...] = ()
 
     def result(self):
-        """Content of result.json, None if there is none.
+        """Returns the content of result.json, None if there is none.
 
         Raises:
-          ValueError: if it is of something else than this task.
+          ValueError: if it is another task's result.
         """
         path = self.folder / "result.json"
         if not path.exists():
@@ -90,12 +87,12 @@ class Task:
 
 
 def run_name(run):
-    """Name of a run's task."""
+    """Returns the name of a run's task."""
     return f"{run.setting} seed {run.seed}"
 
 
 def make_tasks(runs, workdir):
-    """Tasks of the runs, and before them, of the encoders and the classifier that they need.
+    """Returns the tasks of the runs and of the encoders and the classifier that they need.
 
     Args:
       runs: list of Run.
@@ -104,13 +101,13 @@ def make_tasks(runs, workdir):
     Returns:
       Name -> Task, in order.
     """
-    tasks, judged = {}, any(tables.SETTINGS[run.setting].network for run in runs)
+    tasks, needs_classifier = {}, any(tables.SETTINGS[run.setting].network for run in runs)
     for run in runs:
         setting = tables.SETTINGS[run.setting]
         config = tables.config_of(run, workdir)
         needs = [run_name(run.source)] if run.source else []
         image_size = config.data.image_size
-        if judged and "classifier" not in tasks:
+        if needs_classifier and "classifier" not in tasks:
             described = {"steps": digits_models.CLASSIFIER_STEPS, "image_size": image_size}
             content = {"kind": "classifier", **described, "description": described}
             tasks["classifier"] = Task("classifier", "classifier", workdir / "classifier", content)
@@ -135,7 +132,7 @@ def make_tasks(runs, workdir):
 
 
 def unused_results(workdir, tasks):
-    """Folders of finished runs with the name and the seed of one of the tasks, but another description."""
+    """Returns folders of finished runs with the name and seed of one of the tasks, but another description."""
     used = {task.folder.name for task in tasks.values()}
     known = {task.folder.name.rpartition("-")[0] for task in tasks.values() if task.kind in tables.PRESETS}
     finished = sorted(path.parent for path in workdir.glob("*/result.json"))
@@ -143,7 +140,7 @@ def unused_results(workdir, tasks):
 
 
 def start_task(task, core):
-    """Process that does the task on one core, its output in the task's folder."""
+    """Starts a process that does the task on one core; its output goes to log.txt in the task's folder."""
     task.folder.mkdir(parents=True, exist_ok=True)
     files.write_json(task.folder / "task.json", task.content, overwrite=True)
     environment = {**os.environ, **ONE_THREAD, "JAX_COMPILATION_CACHE_DIR": str(task.folder.parent / CACHE)}
@@ -153,21 +150,20 @@ def start_task(task, core):
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 
-def perform_all(tasks, jobs, start=start_task, clock=time.monotonic, report=print):
-    """Does all tasks that have no result yet, `jobs` at a time; one that fails does not keep others from being done.
+def perform_all(tasks, jobs, start=start_task, report=print):
+    """Does all tasks without a result, `jobs` at a time; a task that fails does not stop the others.
 
     Args:
       tasks: name -> Task.
       jobs: processes at a time.
-      start: function of (Task, number of the process) that returns a process, started.
-      clock: of seconds.
-      report: takes lines of progress.
+      start: (Task, core) -> the started process.
+      report: called with lines of progress.
 
     Returns:
       Name -> why a task has no result: 'failed', or 'needs X'. Empty if all is done.
 
     Raises:
-      KeyboardInterrupt: after all processes have been told to save and have ended.
+      KeyboardInterrupt: after all processes were asked to save and have ended.
     """
     results = {name: task.result() for name, task in tasks.items()}
     seconds = {}  # kind -> of the tasks done
@@ -192,7 +188,7 @@ def perform_all(tasks, jobs, start=start_task, clock=time.monotonic, report=prin
                 count = sum(map(bool, results.values()))
                 report(f"[{count}/{len(tasks)}] {task.name}: {outcome(result, undone.get(task.name))}{left}")
             for name, task in list(waiting.items()):
-                missing = next((need for need in task.needs if need in undone or unusable(results[need])), None)
+                missing = next((need for need in task.needs if need in undone or has_diverged(results[need])), None)
                 if missing:
                     del waiting[name]
                     undone[name] = f"needs {missing}"
@@ -213,13 +209,13 @@ def perform_all(tasks, jobs, start=start_task, clock=time.monotonic, report=prin
     return undone
 
 
-def unusable(result):
-    """Whether a result is one that nothing can be started from."""
+def has_diverged(result):
+    """Returns True for the result of a run that diverged, from which no other can start."""
     return bool(result) and result["status"] != "done"
 
 
 def outcome(result, failure):
-    """A few words on a task that has ended."""
+    """Describes how a task has ended."""
     if not result:
         return failure
     fid = result["numbers"].get("fid")
@@ -228,7 +224,7 @@ def outcome(result, failure):
 
 
 def remaining(waiting, running, seconds, jobs):
-    """', about N min left': a running task counts half, a kind that was not seen yet as the longest of those that were."""
+    """Estimates the time left, as text: running tasks count half; a kind without a finished task counts as the longest kind."""
     if not seconds:
         return ""
     means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
@@ -238,18 +234,18 @@ def remaining(waiting, running, seconds, jobs):
 
 
 def perform(folder, core):
-    """A task, in this process; returns the exit status."""
+    """Does a task in this process; returns the exit status."""
     if core is not None and hasattr(os, "sched_setaffinity"):  # not on macOS
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[core % len(cores)]})
-    from launch.miniature import run  # imports JAX, after the core was chosen
+    from launch.miniature import run  # imports JAX, whose threads inherit the core
 
     return 0 if run.perform(folder) else 1
 
 
 @cli.ending()
 def main(argv=None):
-    """Runs what is not done yet, then writes the results; returns the exit status."""
+    """Does the tasks without a result, then writes RESULTS.md; returns the exit status."""
     args = parse_args(argv)
     if args.perform:
         return perform(args.perform, args.core)
@@ -264,7 +260,7 @@ def main(argv=None):
     try:
         tasks, every = (make_tasks(some, workdir) for some in (runs, tables.runs_of(tables.TABLES, args.seeds)))
         for folder in unused_results(workdir, every):
-            print(f"not used, because its run is described otherwise now: {folder}")
+            print(f"not used, because the config of its run has changed: {folder}")
         if not args.report:
             undone = perform_all(tasks, args.jobs, report=lambda line: print(line, flush=True))
     except KeyboardInterrupt:

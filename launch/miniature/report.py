@@ -1,4 +1,4 @@
-"""RESULTS.md of the miniature paper: every table with the published numbers beside ours, and pictures. All is computed."""
+"""RESULTS.md of the miniature paper: every table with the published numbers beside ours, and pictures."""
 
 import importlib.metadata
 import math
@@ -14,17 +14,17 @@ from repae_jax.evaluation import plots
 from repae_jax.images import grid
 
 AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN = "agrees", "within noise", "disagrees", "both diverged", "not run"
-ALIKE = 0.1  # relative difference up to which two settings hardly differ
+ALIKE = 0.1  # relative difference up to which two settings are about equal
 _SAMPLE_SCALE = 2
 
 
 def write(path, tasks, seeds=None):
-    """Writes the results of all tables that have any, and their pictures into the folder `results` beside the file.
+    """Writes the tables that have results, and their pictures into the folder `results` beside the file.
 
     Args:
-      path: of the Markdown file.
-      tasks: name -> miniature.Task of every run; those without a result count as not run.
-      seeds: of every setting; default each table's own number.
+      path: path of the Markdown file.
+      tasks: name -> miniature.Task of every run; without a result it counts as not run.
+      seeds: runs of each setting; default the tables' own numbers.
     """
     path = Path(path)
     folder = path.parent / "results"
@@ -33,26 +33,26 @@ def write(path, tasks, seeds=None):
     sections, claims, missing = [], [], []
     for name, table in tables.TABLES.items():
         counts = {setting: tables.runs_per_setting(table, setting, seeds) for setting in table.rows}
-        found = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
-        if not any(found.values()):
+        runs_of = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
+        if not any(runs_of.values()):
             missing.append(f"`{name}`")
             continue
-        verdicts = [(claim, *judge(claim, found)) for claim in table.claims]
+        verdicts = [(claim, *judge(claim, runs_of)) for claim in table.claims]
         claims += [(name, table, *verdict) for verdict in verdicts]
-        pictures = draw(name, table, found, folder)
-        sections.append(section(name, table, found, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
+        pictures = draw(name, table, runs_of, folder)
+        sections.append(section(name, table, runs_of, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
     content = [introduction(results, tasks), summary(claims, missing), *sections]
     path.write_text("\n\n".join(content) + "\n")
 
 
 def _runs(setting, seeds, tasks, results):
-    """[(folder, result)] of a setting's finished runs, by seed."""
+    """Returns [(folder, result)] of a setting's finished runs, by seed."""
     runs = [f"{setting} seed {seed}" for seed in range(seeds)]
     return [(tasks[name].folder, results[name]) for name in runs if results.get(name)]
 
 
 def numbers_of(runs, measure):
-    """A measure of each run: infinite if it diverged, nan if the run has no such measure."""
+    """Returns a measure of each run: infinite if the run diverged, nan if it has no such measure."""
     return [math.inf if result["status"] == "diverged" else _number(result["numbers"].get(measure)) for _, result in runs]
 
 
@@ -62,18 +62,18 @@ def _number(value):
     return float(value) if math.isfinite(float(value)) else math.inf
 
 
-def judge(claim, found):
-    """Whether our runs are in the published order.
+def judge(claim, runs_of):
+    """Compares the order of our runs with the published one.
 
     Args:
       claim: tables.Claim.
-      found: setting -> list of (folder, result).
+      runs_of: setting -> [(folder, result)].
 
     Returns:
-      (verdict, what it is derived from).
+      (verdict, our numbers as text).
     """
     measure = tables.MEASURES[claim.measure]
-    first, second = (np.array(numbers_of(found.get(name, []), claim.measure)) for name in (claim.first, claim.second))
+    first, second = (np.array(numbers_of(runs_of.get(name, []), claim.measure)) for name in (claim.first, claim.second))
     if not len(first) or not len(second) or np.isnan([*first, *second]).any():
         return NOT_RUN, ""
     ours = f"{cell(first, measure)} against {cell(second, measure)}"
@@ -96,7 +96,7 @@ def _std(values):
 
 
 def cell(values, measure):
-    """'mean ± std' of the runs, and how many of them diverged."""
+    """Returns 'mean ± std' of the runs, and the number of those that diverged."""
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     finite = values[np.isfinite(values)]
@@ -110,19 +110,19 @@ def cell(values, measure):
     return text if len(finite) == len(values) else f"{text} ({len(values) - len(finite)} of {len(values)} diverged)"
 
 
-def section(name, table, found, verdicts, pictures, results):
-    """Markdown of one table."""
+def section(name, table, runs_of, verdicts, pictures, results):
+    """Returns one table as Markdown."""
     measures = {key: tables.MEASURES[key] for key in table.measures}
     header = ["setting", "runs", *(measure.title for measure in measures.values()), "published"]
     rows = [
         [tables.SETTINGS[setting].label, str(len(runs))]
         + [cell(numbers_of(runs, key), measure) for key, measure in measures.items()]
         + [table.rows[setting] or "–"]
-        for setting, runs in found.items()
+        for setting, runs in runs_of.items()
     ]
-    lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(found, results), "", *_table(header, rows), ""]
+    lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(runs_of, results), "", *_table(header, rows), ""]
     lines += [f"* {sentence(claim)}: **{verdict}**{f', {ours}' if ours else ''}." for claim, verdict, ours in verdicts]
-    messages = [result["message"] for runs in found.values() for _, result in runs if result["message"]]
+    messages = [result["message"] for runs in runs_of.values() for _, result in runs if result["message"]]
     lines += [f"* Diverged: {message.split('. ')[0]}." for message in messages]
     lines += ["", f"`bash launch/miniature.sh --table {name}`"]
     lines += ["", *(f"![{table.title}]({picture})" for picture in pictures)]
@@ -130,22 +130,22 @@ def section(name, table, found, verdicts, pictures, results):
 
 
 def sentence(claim):
-    """A claim in words."""
+    """Returns a claim in words."""
     first, second = (tables.SETTINGS[name].label for name in (claim.first, claim.second))
     measure = tables.MEASURES[claim.measure]
     relation = "about the same" if claim.alike else "larger" if measure.more_is_better else "smaller"
-    how = "as with" if claim.alike else "than with"
-    return f"Published: {measure.title} {relation} with “{first}” {how} “{second}” ({claim.published})"
+    conjunction = "as with" if claim.alike else "than with"
+    return f"Published: {measure.title} {relation} with “{first}” {conjunction} “{second}” ({claim.published})"
 
 
-def _qualities(found, results):
-    """A line on the encoders, where a table compares some."""
-    names = {tables.SETTINGS[setting].encoder for setting in found}
+def _qualities(runs_of, results):
+    """Returns a line on the encoders' accuracies, if a table compares encoders."""
+    names = {tables.SETTINGS[setting].encoder for setting in runs_of}
     trained = {name: results.get(f"{name} encoder") for name in tables.ENCODERS if name in names}
-    told = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained.items() if result]
-    if len(names) < 2 or not told:
+    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained.items() if result]
+    if len(names) < 2 or not accuracies:
         return []
-    return ["", f"Held-out accuracy of the encoders, with the linear layer that they were trained with: {', '.join(told)}."]
+    return ["", f"Held-out accuracy of the encoders, with the linear layer of their training: {', '.join(accuracies)}."]
 
 
 def _table(header, rows):
@@ -153,15 +153,15 @@ def _table(header, rows):
 
 
 def summary(claims, missing):
-    """Markdown of all comparisons."""
+    """Returns all comparisons as Markdown."""
     verdicts = [verdict for *_, verdict, _ in claims]
     counts = {verdict: verdicts.count(verdict) for verdict in (AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN)}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     rows = [
         [table.title, sentence(claim).removeprefix("Published: "), ours or "–", verdict]
         for _, table, claim, verdict, ours in claims
     ]
-    lines = ["## Summary", "", f"Of {len(claims)} published comparisons: {told or 'none run yet'}.", ""]
+    lines = ["## Summary", "", f"Of {len(claims)} published comparisons: {total or 'none run yet'}.", ""]
     lines += _table(["experiment", "published", "here", "order"], rows)
     if missing:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
@@ -169,7 +169,7 @@ def summary(claims, missing):
 
 
 def introduction(results, tasks):
-    """Markdown of what was run, and where."""
+    """Returns sizes, measures and machine as Markdown."""
     done = [name for name, result in results.items() if result]
     runs = [name for name in done if tasks[name].kind in tables.PRESETS]
     minutes = sum(results[name]["cpu_seconds"] for name in done) / 60
@@ -205,7 +205,7 @@ def introduction(results, tasks):
 
 
 def _wrapped(text):
-    """A paragraph, or an item of a list, in lines."""
+    """Wraps a paragraph or an item of a list."""
     indent = "  " if text.startswith("* ") else ""
     return textwrap.fill(text, 128, subsequent_indent=indent, break_on_hyphens=False)
 
@@ -223,31 +223,31 @@ def _processor():
         return platform.machine()
 
 
-def draw(name, table, found, folder):
-    """Pictures of one table; returns the files' names."""
-    labels = {setting: tables.SETTINGS[setting].label for setting, runs in found.items() if runs}
+def draw(name, table, runs_of, folder):
+    """Draws the pictures of one table; returns the files' names."""
+    labels = {setting: tables.SETTINGS[setting].label for setting, runs in runs_of.items() if runs}
     measure = table.measures[0]
-    values = {labels[setting]: numbers_of(found[setting], measure) for setting in labels}
+    values = {labels[setting]: numbers_of(runs_of[setting], measure) for setting in labels}
     curves = {}
     for setting, label in labels.items():
-        source, result = found[setting][0]
+        source, result = runs_of[setting][0]
         if table.curve and (source / "metrics.jsonl").exists():
             read = plots.read_curves(source / "metrics.jsonl")
             if table.curve in read:
                 curves[label] = read[table.curve]
         elif not table.curve and "fid_steps" in result["numbers"]:
-            heights = [np.mean(numbers_of(found[setting], key)) for key in ("fid_halfway", "fid")]
+            heights = [np.mean(numbers_of(runs_of[setting], key)) for key in ("fid_halfway", "fid")]
             curves[label] = np.array(result["numbers"]["fid_steps"]), np.array(heights)
     title = table.curve or tables.MEASURES["fid"].title
     files = [f"{name}.png"]
     plots.plot_settings(folder / files[0], values, tables.MEASURES[measure].title, curves, title, log_scale=bool(table.curve))
-    samples = {labels[setting]: _samples(found[setting][0][0]) for setting in labels}
+    samples = {labels[setting]: _samples(runs_of[setting][0][0]) for setting in labels}
     samples = {label: picture for label, picture in samples.items() if picture is not None}
     if samples:
         files.append(f"{name}-samples.png")
         plots.show_pictures(folder / files[-1], samples)
     if table.curve:
-        latents = {labels[setting]: found[setting][0][0] / "latents.npy" for setting in labels}
+        latents = {labels[setting]: runs_of[setting][0][0] / "latents.npy" for setting in labels}
         pictures = {
             f"{label}: latents": grid(plots.pca_colors(np.load(file)), columns=5, padding=1, scale=8)
             for label, file in latents.items()
@@ -260,9 +260,9 @@ def draw(name, table, found, folder):
 
 
 def _samples(folder):
-    """One column per class, or None."""
+    """Returns samples with one column per class; None if there are none."""
     file = folder / "samples.npy"
     if not file.exists():
         return None
-    made = np.load(file)  # [classes, SHOWN, H, W, 3]
-    return grid(made.swapaxes(0, 1).reshape(-1, *made.shape[2:]), columns=len(made), scale=_SAMPLE_SCALE)
+    samples = np.load(file)  # [classes, SHOWN, H, W, 3]
+    return grid(samples.swapaxes(0, 1).reshape(-1, *samples.shape[2:]), columns=len(samples), scale=_SAMPLE_SCALE)

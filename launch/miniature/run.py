@@ -1,6 +1,6 @@
 """One task of the miniature paper, in a process of its own: a run with its evaluation, or an encoder or the classifier.
 
-The task's folder says what to do, in task.json, and has result.json when it is done. Training continues where it stopped.
+The task is described by task.json in its folder, and its result is result.json. Interrupted training is continued.
 """
 
 import time
@@ -27,20 +27,13 @@ from repae_jax.train import TrainingStopped, train
 
 DONE, DIVERGED = "done", "diverged"
 CLASSES = DigitsSource.num_classes
-SHOWN = 4  # of each class, kept for pictures
-_BATCH_SIZE = 250  # of sampling
-_LAST_SHARE = 0.25  # of a run's steps, over which its losses are averaged
+SHOWN = 4  # samples of each class that are kept for pictures
+_BATCH_SIZE = 250  # samples at a time
+_LAST_SHARE = 0.25  # losses are averages over this last share of the steps
 
 
 def perform(folder):
-    """Does what the folder's task.json says.
-
-    Args:
-      folder: Path of the task.
-
-    Returns:
-      Whether it was finished; False if a signal ended the training, which was saved.
-    """
+    """Does the task of a folder; returns False if a signal ended the training, which was saved."""
     task, start = files.read_json(folder / "task.json"), time.monotonic()
     if task["kind"] == "encoder":
         result = _result(DONE, digits_models.train_encoder(folder, image_size=task["image_size"], steps=task["steps"]))
@@ -80,7 +73,7 @@ def _perform_run(folder, task):
 
 
 def classifier_numbers(path, image_size):
-    """Trains the classifier: its accuracy, and the Frechet distance of held-out real digits, to compare with."""
+    """Trains the classifier; returns its accuracy and the Frechet distance of held-out digits, for comparison."""
     accuracy = digits_models.train_classifier(path, image_size=image_size)
     classify = digits_models.load_classifier(path)
     splits = [digits_models.all_records(DigitsSource(image_size, split))[0] for split in ("test", "train")]
@@ -89,19 +82,19 @@ def classifier_numbers(path, image_size):
 
 
 def sample_numbers(folder, sampling, classify, image_size, seed):
-    """Frechet distances at the run's checkpoints and the label accuracy at the last; some digits go to samples.npy."""
+    """Computes Frechet distances of the run's checkpoints and the label accuracy of the last; writes samples.npy."""
     real, _ = digits_models.all_records(DigitsSource(image_size, "train"))
     real_stats = gaussian_stats(classify(real)[0])
     labels = np.repeat(np.arange(CLASSES, dtype=np.int32), tables.SAMPLES // CLASSES)
     fid = {}
     for step in quickstart.checkpoint_steps(folder):
-        trained = load_model(folder, step, jax.devices()[:1])
-        made = np.concatenate([batch for _, batch in sample.sample_batches(trained, sampling, labels, _BATCH_SIZE, seed)])
-        found, logits = classify(made)
-        fid[step] = frechet_distance(*gaussian_stats(found), *real_stats)
+        model = load_model(folder, step, jax.devices()[:1])
+        samples = np.concatenate([batch for _, batch in sample.sample_batches(model, sampling, labels, _BATCH_SIZE, seed)])
+        features, logits = classify(samples)
+        fid[step] = frechet_distance(*gaussian_stats(features), *real_stats)
         print(f"step {step}: Frechet distance {fid[step]:.2f}", flush=True)
-    recon = jax.jit(generate.make_reconstruct(trained.nets))(trained.params["vae"], to_float(real))
-    np.save(folder / "samples.npy", made.reshape(CLASSES, -1, *made.shape[1:])[:, :SHOWN])
+    recon = jax.jit(generate.make_reconstruct(model.nets))(model.params["vae"], to_float(real))
+    np.save(folder / "samples.npy", samples.reshape(CLASSES, -1, *samples.shape[1:])[:, :SHOWN])
     return {
         "fid": fid[max(fid)],
         "fid_halfway": fid[min(fid)],
@@ -112,7 +105,7 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
 
 
 def vae_numbers(folder, image_size):
-    """Reconstruction and smoothness on the held-out digits; latents of one of each class go to latents.npy."""
+    """Measures reconstruction and smoothness on the held-out digits; writes latents of one digit per class to latents.npy."""
     loaded = load_vae(folder)
     module, params = loaded.module, loaded.params
     pixels, labels = digits_models.all_records(DigitsSource(image_size, "test"))
@@ -137,10 +130,10 @@ def vae_numbers(folder, image_size):
 
 
 def last_losses(metrics_jsonl):
-    """Means of SiT's losses over the last part of the training; DiT's noise error counts as its velocity loss."""
+    """Returns means of SiT's losses over the last steps; DiT's noise error counts as its velocity loss."""
     curves = plots.read_curves(metrics_jsonl)
-    found = {}
+    means = {}
     for name, metrics in (("velocity", ("sit/velocity", "sit/noise")), ("alignment", ("sit/align",))):
         for steps, values in (curves[metric] for metric in metrics if metric in curves):
-            found[name] = float(values[steps > (1 - _LAST_SHARE) * steps[-1]].mean())
-    return found
+            means[name] = float(values[steps > (1 - _LAST_SHARE) * steps[-1]].mean())
+    return means

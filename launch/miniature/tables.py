@@ -1,6 +1,6 @@
-"""What the miniature paper compares: settings, the tables they are rows of, and the published results beside them.
+"""The comparisons of the miniature paper: settings, tables with settings as rows, and the published results.
 
-Nothing runs here. `config_of` is the only place that knows names of config fields.
+Nothing runs here.
 """
 
 import copy
@@ -14,10 +14,11 @@ from pathlib import Path
 from checkpoints_tools.vae import DISCRIMINATOR
 from configs import ldm, repae, vae
 from launch.quickstart import digits_models
-from repae_jax.job.build import RANDOM, plain_config
+from repae_jax.job.build import plain_config
+from repae_jax.job.frozen_weights import RANDOM
 
-STEPS = 800  # of every SiT, alone or together with a VAE
-VAE_STEPS = 1200  # of the VAE that the others start from
+STEPS = 800  # training steps of every SiT, alone or together with a VAE
+VAE_STEPS = 1200  # training steps of the VAE that the others start from
 PRESETS = {"repae": repae, "ldm": ldm, "vae": vae}
 SIZE = {  # smaller than configs/repae.py:digits, so that some sixty runs take an hour on two cores
     "data.batch_size": 32,
@@ -31,10 +32,10 @@ SIZE = {  # smaller than configs/repae.py:digits, so that some sixty runs take a
     "disc.channels": 16,
 }
 ENCODERS = {RANDOM: None, "weak": 40, "trained": digits_models.ENCODER_STEPS}  # steps of training; None: none
-SAMPLES = 1000  # for every Frechet distance
+SAMPLES = 1000  # samples of a Frechet distance
 SAMPLERS = {"sit": {"sampler": "heun", "steps": 10}, "dit": {"sampler": "ancestral", "steps": 25}}
 
-# what makes a setting another one: field -> value
+# changes of settings: field -> value
 NO_REPA = {"encoders": {}, "loss.sit.align": 0.0}
 DIT = {
     "sit.learned_sigma": True,
@@ -46,7 +47,7 @@ DIT = {
 }
 NO_BATCH_NORM = {"diffusion.norm_momentum": 0.0}
 DIFFUSION_INTO_VAE = {"loss.vae.diffusion": 1.0}
-NO_REGULARISATION = {f"loss.vae.{term}": 0.0 for term in ("l1", "l2", "lpips", "kl", "gan")}
+NO_REGULARIZATION = {f"loss.vae.{term}": 0.0 for term in ("l1", "l2", "lpips", "kl", "gan")}
 KL_AS_STRONG = 1e-6 * (32 * 32 * 4) / (4 * 4 * 8)  # KL is a sum over the latents of an image
 
 
@@ -55,10 +56,10 @@ class Setting:
     """One row: a run for every seed.
 
     Attributes:
-      label: for people.
+      label: name in RESULTS.md.
       job: 'repae', 'ldm' or 'vae'.
       changes: dotted config fields -> values, on top of the preset and SIZE.
-      vae: setting whose VAE it starts from, of seed 0; '' is from scratch.
+      vae: setting whose VAE of seed 0 it starts from; '' is from scratch.
       encoder: one of ENCODERS.
     """
 
@@ -70,7 +71,7 @@ class Setting:
 
     @property
     def network(self):
-        """'sit', 'dit', or '' if it trains a VAE alone."""
+        """'sit', 'dit', or '' for a VAE alone."""
         if self.job == "vae":
             return ""
         return "dit" if self.changes.get("diffusion.path") == "ddpm" else "sit"
@@ -87,7 +88,7 @@ SETTINGS = {
     "no-stop-gradient": Setting("without stop-gradient", changes=DIFFUSION_INTO_VAE),
     "no-batch-norm": Setting("without batch norm", changes=NO_BATCH_NORM),
     "no-gan": Setting("without GAN", changes={"loss.vae.gan": 0.0}),
-    "no-regularisation": Setting("without L_REG", changes=NO_REGULARISATION),
+    "no-regularisation": Setting("without L_REG", changes=NO_REGULARIZATION),
     "repa-e-kl": Setting("REPA-E, KL as strong as published", changes={"loss.vae.kl": KL_AS_STRONG}),
     "no-vae-align": Setting("control: VAE without alignment", changes={"loss.vae.align": 0.0}),
     "depth-1": Setting("REPA-E, aligned after block 1", changes={"sit.encoder_depth": 1}),
@@ -108,7 +109,7 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One column: its title, digits after the point, and whether more is better."""
+    """One column: title, digits after the decimal point, and whether more is better."""
 
     title: str
     digits: int
@@ -135,10 +136,10 @@ class Claim:
     """A published comparison of two settings.
 
     Attributes:
-      first, second: settings; the first is the better one, or both are alike.
-      published: the numbers that say so.
+      first, second: settings; the first is the better one, or both are about equal.
+      published: the published numbers.
       measure: one of MEASURES.
-      alike: whether the claim is that the two hardly differ.
+      alike: True if the claim is that they are about equal.
     """
 
     first: str
@@ -153,12 +154,12 @@ class Table:
     """One experiment.
 
     Attributes:
-      title: of the section.
-      question: what it asks, and where the published numbers are from.
-      rows: settings -> what was published for it, '' if nothing was.
-      claims: the comparisons to be checked.
+      title: title of the section.
+      question: the comparison, and the source of the published numbers.
+      rows: setting -> published number, '' if there is none.
+      claims: the published comparisons.
       measures: columns.
-      seeds: runs of each row; of the VAE alone there is one.
+      seeds: runs of each row, but one of the VAE alone.
       curve: metric of metrics.jsonl drawn over the steps, '' for none.
     """
 
@@ -181,7 +182,7 @@ TABLES = {
     ),
     "collapse": Table(
         "Naive end-to-end training collapses the latents",
-        "Latents of held-out digits, not normalised. Naive: the diffusion loss reaches the VAE, there is no batch norm, and "
+        "Latents of held-out digits, not normalized. Naive: the diffusion loss reaches the VAE, there is no batch norm, and "
         "REPA trains SiT alone. Published: spatial variance and total variation of SD-VAE's latents (appendix A).",
         {"vae": "17.06 / 6627", "naive": "0.02 / 89.8", "repa-e": "18.02 / 5516"},
         (
@@ -283,25 +284,25 @@ class Run:
 
     @property
     def source(self):
-        """The run whose VAE it starts from, None if from scratch."""
+        """The run whose VAE it starts from; None for a VAE from scratch."""
         name = SETTINGS[self.setting].vae
         return Run(name) if name else None
 
 
 def runs_per_setting(table, setting, seeds=None):
-    """How many runs a row has: the table's own number unless told otherwise; of a VAE by itself one, from which all start."""
+    """Returns the number of runs of a row: `seeds`, by default the table's; one for the VAE that all others start from."""
     return 1 if SETTINGS[setting].job == "vae" else seeds or table.seeds
 
 
 def runs_of(names, seeds=None):
-    """The runs of some tables, every run after the one that it needs.
+    """Returns the runs of some tables, every run after the one that it needs.
 
     Args:
-      names: of tables.
-      seeds: of every row; default each table's own number.
+      names: names of tables.
+      seeds: runs of each row; default the tables' own numbers.
 
     Returns:
-      list of Run, each once: all first seeds, then all second ones, so that an interrupted program has something of everything.
+      list of Run without duplicates: all first seeds, then all second ones, so that an interrupted program has all settings.
     """
     needed = set()
     for name in names:
@@ -317,15 +318,7 @@ def runs_of(names, seeds=None):
 
 
 def config_of(run, workdir=Path()):
-    """The config of a run.
-
-    Args:
-      run: Run.
-      workdir: Path of the folder with all runs and encoders.
-
-    Returns:
-      ConfigDict.
-    """
+    """Returns the config of a run; `workdir` is the folder with all runs and encoders."""
     setting = SETTINGS[run.setting]
     config = PRESETS[setting.job].get_config("digits").unlock()
     steps = VAE_STEPS if setting.job == "vae" else STEPS
@@ -354,12 +347,12 @@ def config_of(run, workdir=Path()):
 
 
 def vae_files(folder):
-    """Where a run's VAE, with its latent statistics, and its discriminator are kept for others."""
+    """Returns paths of a run's VAE, with its latent statistics, and of its discriminator, for runs that start from them."""
     return {"vae": folder / "vae", "disc": folder / "vae" / DISCRIMINATOR}
 
 
 def description(run):
-    """All that a run's result depends on, plain values, wherever the work folder is."""
+    """Returns all that a run's result depends on as plain values, independent of the work folder."""
     return {
         "setting": run.setting,
         "config": plain(config_of(run)),
@@ -368,22 +361,22 @@ def description(run):
 
 
 def plain(config):
-    """A config as JSON has it."""
+    """Returns a config as JSON reads it."""
     return json.loads(json.dumps(plain_config(config)))
 
 
 def encoder_folder(name):
-    """Name of an encoder's folder."""
+    """Returns the name of an encoder's folder."""
     return f"encoder-{ENCODERS[name]}-steps"
 
 
 def is_source(run):
-    """Whether others start from this run's VAE."""
+    """Returns True if other runs start from this run's VAE."""
     return not run.seed and any(setting.vae == run.setting for setting in SETTINGS.values())
 
 
 @functools.cache
 def folder_name(run):
-    """Name of a run's folder. It ends in a hash of the description: a run that was described otherwise is another run."""
+    """Returns the name of a run's folder, which ends in a hash of the description: another config is another run."""
     content = json.dumps(description(run), sort_keys=True)
     return f"{run.setting}-seed{run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"

@@ -1,7 +1,7 @@
-"""Two small networks for runs on scikit-learn's digits, trained in seconds: an alignment target, and a judge.
+"""Two small networks for runs on scikit-learn's digits, trained in seconds: an encoder to align with, and a classifier.
 
-The encoder has DINOv2's architecture and layout on disk, so training treats it as it would the published one. The
-classifier is of another architecture and seed, so that its features and labels are no copy of what training aimed at.
+The encoder has DINOv2's architecture and layout on disk, so training treats it like the published one. The classifier, whose
+features and labels evaluate the samples, has another architecture and seed: it does not share the encoder's features.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from checkpoints_tools import weights
 from checkpoints_tools.vit import save_encoder
 from repae_jax import cli, files, images
 from repae_jax.data.digits import DigitsSource
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders
 from repae_jax.models.vit import VisionTransformer
 
 NUM_CLASSES = DigitsSource.num_classes
-NUM_FEATURES = 64  # of the classifier
+NUM_FEATURES = 64  # width of the classifier's features
 ENCODER = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
 ENCODER_STEPS = 600
 CLASSIFIER_STEPS = 600
 _BATCH_SIZE = 32
 _LEARNING_RATE = 4e-3
-_MAX_SHIFT = 0.08  # of the image's height
+_MAX_SHIFT = 0.08  # share of the image's height
 _MAX_ANGLE = 0.15  # radians
 _MAX_SCALING = 0.1
 _EVALUATION_BATCH_SIZE = 256
@@ -40,7 +40,7 @@ _REPORTS = 4  # lines of progress per training
 
 
 class PatchMeanClassifier(nn.Module):
-    """A linear layer on the mean of the patch tokens, so that these, not the cls token, carry the meaning."""
+    """A linear layer on the mean of the patch tokens, so that these and not the class token are trained."""
 
     encoder: VisionTransformer
 
@@ -52,7 +52,7 @@ class PatchMeanClassifier(nn.Module):
 
 
 class ConvClassifier(nn.Module):
-    """Three convolutions and two dense layers; what enters the last is the feature vector."""
+    """Three convolutions and two dense layers; the input of the last one is the feature vector."""
 
     @nn.compact
     def __call__(self, x):
@@ -65,15 +65,15 @@ class ConvClassifier(nn.Module):
 
 
 def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
-    """Trains a small vision transformer to tell digits and saves it, without its head, in Hugging Face's layout.
+    """Trains a small vision transformer to classify digits and saves it, without its head, in Hugging Face's layout.
 
-    An encoder that the folder holds already, trained with the same settings, is kept.
+    An encoder that exists in the folder, trained with the same settings, is kept.
 
     Args:
       folder: created if absent; read it with `checkpoints_tools.vit.load_encoder`.
       image_size: height and width of the digits, a multiple of 4.
       steps: updates.
-      seed: of parameters, batches and augmentation.
+      seed: seed of parameters, batches and augmentation.
 
     Returns:
       dict with 'accuracy' on the held-out digits, 'seconds', 'image_size', 'steps', 'seed'.
@@ -85,11 +85,11 @@ def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
     settings = {"image_size": image_size, "steps": steps, "seed": seed}
     record = _read_record(folder / "training.json", folder / "config.json", settings)
     if record is None:
-        encoder = features.make_encoder(ENCODER, resolution=image_size, image_size=image_size)
+        encoder = encoders.make_encoder(ENCODER, resolution=image_size, image_size=image_size)
         model = PatchMeanClassifier(encoder.module)
 
         def logits_fn(params, pixels):
-            return model.apply({"params": params}, features.preprocess(encoder, pixels))
+            return model.apply({"params": params}, encoders.preprocess(encoder, pixels))
 
         params, record = _train(logits_fn, model, "encoder", settings)
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,15 +100,15 @@ def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
 
 
 def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
-    """Trains a small convolutional network to tell digits and saves it.
+    """Trains a small convolutional network to classify digits and saves it.
 
-    A classifier that the file holds already, trained with the same settings, is kept.
+    A file that exists, of a classifier trained with the same settings, is kept.
 
     Args:
       path: the .safetensors file, its folder created if absent; the settings go beside it as .json.
       image_size: height and width of the digits, a multiple of 4.
       steps: updates.
-      seed: of parameters, batches and augmentation.
+      seed: seed of parameters, batches and augmentation.
 
     Returns:
       Accuracy on the held-out digits, in [0, 1].
@@ -135,7 +135,7 @@ def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
 
 
 def load_classifier(path):
-    """The classifier that `train_classifier` saved, as a function.
+    """Returns the classifier that `train_classifier` saved, as a function.
 
     Args:
       path: the .safetensors file.
@@ -145,7 +145,7 @@ def load_classifier(path):
 
     Raises:
       FileNotFoundError: if the file does not exist.
-      ValueError: if it is damaged or holds another network; from the function, if the images do not fit.
+      ValueError: if it is damaged or holds another network; from the function, for images of another size or dtype.
     """
     params = flax.traverse_util.unflatten_dict(weights.read_state_dict(path), sep=".")
     image_size = _image_size(params, path)
@@ -164,7 +164,7 @@ def load_classifier(path):
 
 
 def _image_size(params, path):
-    """Height of the images that a classifier's parameters are for."""
+    """Returns the image height of a classifier's parameters."""
     try:
         inputs = params["features"]["kernel"].shape[0]  # the last map, which has a quarter of the image's height
     except (KeyError, IndexError):
@@ -186,14 +186,14 @@ def _image_size(params, path):
 
 
 def _read_record(record_path, weights_path, settings):
-    """What an earlier training noted down, None if it did not come to its end."""
+    """Returns the record of an earlier training; None if it was not completed."""
     if not weights_path.exists():
         return None
     record = json.loads(record_path.read_text()) if record_path.exists() else {}
-    found = {name: record.get(name) for name in settings}
-    if found != settings:
+    recorded = {name: record.get(name) for name in settings}
+    if recorded != settings:
         raise ValueError(
-            f"{weights_path} exists, trained with {found}; asked for {settings}. Ask for the same, choose another path, "
+            f"{weights_path} exists, trained with {recorded}; asked for {settings}. Ask for the same, choose another path, "
             f"or remove {weights_path}"
         )
     print(f"{weights_path} exists (held-out accuracy {record['accuracy']:.3f}), training skipped", flush=True)
@@ -201,7 +201,7 @@ def _read_record(record_path, weights_path, settings):
 
 
 def _train(logits_fn, model, name, settings):
-    """Supervised training on the digits. logits_fn(params, uint8 [B, H, H, 3]) -> [B, 10].
+    """Trains a classifier of the digits; logits_fn(params, uint8 [B, H, H, 3]) -> [B, 10].
 
     Returns:
       (parameters, the settings with 'accuracy' on the held-out digits and 'seconds').
@@ -240,12 +240,12 @@ def _train(logits_fn, model, name, settings):
 
 
 def all_records(source):
-    """All of a DigitsSource: images uint8 [N, H, H, 3] and labels int32 [N]."""
+    """Returns all images of a DigitsSource, uint8 [N, H, H, 3], and their labels, int32 [N]."""
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
 
 
 def augment(key, pixels):
-    """Shifts, rotates and scales every image a little, with black beyond the edges.
+    """Shifts, rotates and scales every image slightly, with black beyond the edges.
 
     Args:
       key: random key.
@@ -259,21 +259,21 @@ def augment(key, pixels):
     shift = jax.random.uniform(shift_key, (batch, 2), minval=-_MAX_SHIFT * size, maxval=_MAX_SHIFT * size)
     angle = jax.random.uniform(angle_key, (batch,), minval=-_MAX_ANGLE, maxval=_MAX_ANGLE)
     scale = jax.random.uniform(scale_key, (batch,), minval=1 - _MAX_SCALING, maxval=1 + _MAX_SCALING)
-    centre = (size - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size) - centre] * 2, indexing="ij"))  # [2, H, H]
+    center = (size - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(size) - center] * 2, indexing="ij"))  # [2, H, H]
 
     def warp(image, shift, angle, scale):
         rotation = scale * jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-        source = jnp.tensordot(rotation, grid, axes=1) + (centre + shift)[:, None, None]
+        source = jnp.tensordot(rotation, grid, axes=1) + (center + shift)[:, None, None]
         sample = functools.partial(jax.scipy.ndimage.map_coordinates, coordinates=list(source), order=1)
         return jax.vmap(sample, in_axes=-1, out_axes=-1)(image.astype(jnp.float32))
 
-    # whole grey levels again: the networks see training images as they will see all others
+    # rounded to gray levels: training images have the same precision as all others
     return jnp.round(jax.vmap(warp)(pixels, shift, angle, scale)).clip(0, 255).astype(jnp.uint8)
 
 
 def _in_batches(fn, pixels):
-    """fn on all images, in batches of one shape so that it is compiled once; NumPy results of the same structure."""
+    """Applies fn to all images in batches of one shape, so that it is compiled once; returns NumPy arrays."""
     padded = np.pad(pixels, [(0, -len(pixels) % _EVALUATION_BATCH_SIZE), (0, 0), (0, 0), (0, 0)])
     batches = np.split(padded, len(padded) // _EVALUATION_BATCH_SIZE)
     results = [jax.device_get(fn(batch)) for batch in batches]
@@ -284,8 +284,8 @@ def _in_batches(fn, pixels):
 def main(arguments=None):
     """Trains the networks that the command line names."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the alignment target and save it here")
-    parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the judge, save it here (.safetensors)")
+    parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the encoder and save it here")
+    parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the classifier, save it here (.safetensors)")
     parser.add_argument(
         "--image-size", type=cli.whole(1, 4096), default=16, help="height and width in pixels (default: %(default)s)"
     )

@@ -1,9 +1,9 @@
-"""REPA-E from scratch on scikit-learn's handwritten digits, on a CPU, with everything it needs made here.
+"""REPA-E from scratch on scikit-learn's handwritten digits, on a CPU, without downloads.
 
-1. An alignment target: a small encoder of DINOv2's architecture learns the digits and is saved in Hugging Face layout.
-2. A judge: a separate small classifier, whose features give the Frechet distance and whose labels give the label accuracy.
+1. Encoder: a small network of DINOv2's architecture learns the digits and is saved in Hugging Face layout.
+2. Classifier: a separate small network, whose features give the Frechet distance and whose labels the label accuracy.
 3. REPA-E: `configs/repae.py:digits` trains VAE and SiT together, the encoder loaded as facebook/dinov2-base would be.
-4. Pictures, summary.json, the tokenizer's scores and its latents, and report.html, which shows all of it.
+4. Evaluation: pictures, summary.json, the tokenizer's scores and latents, and report.html, which shows all of it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PER_CLASS = 50  # generated digits of each class, for every number
 
 
 def parse_args(argv=None):
-    """Command line of this program."""
+    """Parses the command line."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=cli.path, default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--steps", type=cli.whole(1), help="training steps; default: the config's")
@@ -50,21 +50,21 @@ def parse_args(argv=None):
 
 
 def generated(workdir, step, guidance_scale):
-    """PER_CLASS digits of each class from one checkpoint: (uint8 [N, H, W, 3], labels [N], in order of class)."""
-    trained = load_model(workdir, step, jax.devices()[:1])
+    """Samples PER_CLASS digits of each class from one checkpoint; returns (uint8 [N, H, W, 3], labels [N], in class order)."""
+    model = load_model(workdir, step, jax.devices()[:1])
     labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
     sampling = Sampling(**SAMPLER, guidance_scale=guidance_scale)
-    batches = sample.sample_batches(trained, sampling, labels, batch_size=100, seed=0)
-    return np.concatenate([made for _, made in batches]), labels
+    batches = sample.sample_batches(model, sampling, labels, batch_size=100, seed=0)
+    return np.concatenate([images for _, images in batches]), labels
 
 
 def checkpoint_steps(workdir):
-    """Steps of the checkpoints kept in a run's folder, in order."""
+    """Returns the steps of a run's checkpoints in ascending order."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def evaluate(workdir, classify):
-    """Frechet distance at every kept checkpoint, and the share of digits that the classifier reads as asked for.
+    """Computes the Frechet distance of every checkpoint, and the share of samples that the classifier assigns to their label.
 
     Args:
       workdir: the run's folder.
@@ -78,34 +78,34 @@ def evaluate(workdir, classify):
     fid = {}
     (workdir / "evaluations").mkdir(exist_ok=True)
     for step in checkpoint_steps(workdir):
-        made, _ = generated(workdir, step, guidance_scale=1.0)
-        fid[step] = frechet_distance(*gaussian_stats(classify(made)[0]), *real["train"])
+        samples, _ = generated(workdir, step, guidance_scale=1.0)
+        fid[step] = frechet_distance(*gaussian_stats(classify(samples)[0]), *real["train"])
         print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
         result = {
             "kind": "generation",
             "step": step,
             "metrics": {"fid": fid[step]},
             "protocol": {
-                **SAMPLER, "guidance_scale": 1.0, "labels": "balanced", "seed": 0, "num_samples": len(made),
+                **SAMPLER, "guidance_scale": 1.0, "labels": "balanced", "seed": 0, "num_samples": len(samples),
                 "features": "the classifier's", "reference": "training digits",
             },
             "warnings": ["not Inception's features: comparable among these runs only"],
         }  # fmt: skip
         files.write_json(workdir / "evaluations" / f"{step:07d}.json", result, overwrite=True)
-    made, labels = generated(workdir, max(fid), GUIDANCE)
-    rows = made.reshape(10, PER_CLASS, *made.shape[1:])[:, :16].reshape(-1, *made.shape[1:])
+    samples, labels = generated(workdir, max(fid), GUIDANCE)
+    rows = samples.reshape(10, PER_CLASS, *samples.shape[1:])[:, :16].reshape(-1, *samples.shape[1:])
     save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
     return {
         "fid": fid,
         "fid_of_held_out_digits": frechet_distance(*real["test"], *real["train"]),
-        "label_accuracy": float(np.mean(np.argmax(classify(made)[1], axis=-1) == labels)),
+        "label_accuracy": float(np.mean(np.argmax(classify(samples)[1], axis=-1) == labels)),
         "guidance_scale": GUIDANCE,
         "generated_digits": len(labels),
     }
 
 
-def look_at_latents(workdir):
-    """Scores of the tokenizer and the analysis of its latents, on held-out digits, unless they are there."""
+def score_tokenizer(workdir):
+    """Evaluates the tokenizer and analyzes its latents on held-out digits, unless the results exist."""
     data = ["--data", "digits:split=test"]
     if not list((workdir / "evaluations").glob(f"tokenizer-{max(checkpoint_steps(workdir)):07d}-*.json")):
         evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), *data]))
@@ -114,7 +114,7 @@ def look_at_latents(workdir):
 
 
 def training_numbers(workdir):
-    """Numbers of the run from its metrics.jsonl; seconds count training alone, without compilation and pictures."""
+    """Summarizes the run's metrics.jsonl; seconds are those of training steps, without compilation and pictures."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_bytes().splitlines()]
     timed = [line for line in lines if "seconds_per_step" in line]
     return {
@@ -129,15 +129,15 @@ def training_numbers(workdir):
 
 @cli.ending("interrupted; run the same command to continue")
 def main():
-    """Runs the four parts; every one is skipped or continued if it was done before."""
+    """Runs the four parts, each of which is skipped or continued if it was done before."""
     args = parse_args()
     start, workdir = time.monotonic(), Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(logging.WARNING)
 
-    print("1/4 alignment target: a small encoder of DINOv2's architecture", flush=True)
+    print("1/4 encoder: a small network of DINOv2's architecture", flush=True)
     encoder = digits_models.train_encoder(workdir / "encoder", image_size=16)
-    print("2/4 judge: a separate classifier", flush=True)
+    print("2/4 classifier: a separate small network", flush=True)
     classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
 
     config = repae.get_config("digits")
@@ -164,7 +164,7 @@ def main():
     }
     files.write_json(workdir / "summary.json", summary, overwrite=True)
     print(json.dumps(summary, indent=2))
-    look_at_latents(workdir)
+    score_tokenizer(workdir)
     page = report.run(report.parse_args([str(workdir)]))
     for path in [*(workdir / name for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json")), page]:
         print(path)

@@ -10,7 +10,7 @@ from etils import epath
 
 from checkpoints_tools import identify
 from repae_jax import data
-from repae_jax.job import build
+from repae_jax.job import frozen_weights
 from repae_jax.training import checkpoint
 
 RESULT = "analysis.json"
@@ -126,7 +126,7 @@ def choose_encoders(given, configs):
     if not given:
         for config in filter(None, configs):
             for fields in config["encoders"].values():
-                if fields["weights"] and fields["weights"] != build.RANDOM:
+                if fields["weights"] and fields["weights"] != frozen_weights.RANDOM:
                     found[Path(fields["weights"]).name] = (fields["weights"], fields["image_size"])
     if not found:
         raise ValueError("no SOURCE is a run with a trained encoder: name one, --cknna ENCODER")

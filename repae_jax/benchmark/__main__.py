@@ -20,7 +20,7 @@ from repae_jax import cli, files
 from repae_jax.benchmark import measure
 from repae_jax.distributed import multihost
 from repae_jax.evaluation.hooks import fid_batch
-from repae_jax.job import build, validate
+from repae_jax.job import build, compilation, frozen_weights
 
 STEPS = 50
 ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # prefixes of variables that change speed
@@ -51,17 +51,16 @@ def benchmark(
     """
     config = build.plain_config(config)
     multihost.assert_same_config(config)
-    validate.check_fields(config)
     config, random = measure.without_files(config)
     job = build.build(config)
-    build.check_compiler_options(job)
+    compilation.check_compiler_options(job)
     sample_batch = _check_sample_batch(job, sample_batch)
     say(f"random weights: {', '.join(random) or 'none but of what is trained'}")
     result = {**_circumstances(job), "random_weights": random}
 
     say("compiling the step …")
     with _room(job):
-        frozen, key = build.load_frozen(job), jax.random.key(config["seed"])
+        frozen, key = frozen_weights.load_frozen(job), jax.random.key(config["seed"])
         state, batch = measure.random_state(job), measure.random_batch(job)
         compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
         step = measure.Step(compiled, state, frozen, key)
@@ -135,7 +134,7 @@ def _circumstances(job):
         "versions": {**multihost.versions(), "platform": device.client.platform_version},
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)},
         "compilation_cache": jax.config.jax_compilation_cache_dir,
-        "compiler_options": build.compiler_options(job), "arguments": sys.argv[1:], "config": job.config,
+        "compiler_options": compilation.compiler_options(job), "arguments": sys.argv[1:], "config": job.config,
     }  # fmt: skip
 
 

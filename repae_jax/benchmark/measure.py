@@ -16,7 +16,7 @@ from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.distributed import multihost, sharding
-from repae_jax.job import build
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.sampling import generate
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.metric_log import arithmetic_speed
@@ -42,7 +42,7 @@ def without_files(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         path = section[keys[0]]
         if not path or not ("://" in path or Path(path).expanduser().exists()):  # a name on the hub is no file
             random.append(name)
-            section.update(dict.fromkeys(keys, build.RANDOM))
+            section.update(dict.fromkeys(keys, frozen_weights.RANDOM))
     return config, random
 
 
@@ -54,7 +54,7 @@ def random_state(job: build.Job) -> Any:
     """
 
     def make(key):
-        state = build.initial_state(job, key)
+        state = initial_state.initial_state(job, key)
         for index, (name, params) in enumerate(_params(state).items()):
             noisy = _with_noise(params, jax.random.fold_in(key, index))
             state = state.replace(**{name: getattr(state, name).replace(params=noisy)})
@@ -63,7 +63,7 @@ def random_state(job: build.Job) -> Any:
             state = state.replace(ema=state.ema.replace(params=jax.tree.map(jnp.copy, averaged.params)))
         return state
 
-    shardings = jax.tree.map(lambda x: x.sharding, build.abstract_state(job))
+    shardings = jax.tree.map(lambda x: x.sharding, initial_state.abstract_state(job))
     return jax.jit(make, out_shardings=shardings)(jax.random.key(job.config["seed"]))
 
 
@@ -85,7 +85,7 @@ def random_batch(job: build.Job) -> dict[str, Array]:
         shape = (array.shape[0] // jax.process_count(), *array.shape[1:])
         return rng.integers(0, highs[name], shape, array.dtype) if name in highs else rng.standard_normal(shape, array.dtype)
 
-    abstract, _, _ = build.abstract_inputs(job)
+    abstract, _, _ = compilation.abstract_inputs(job)
     return sharding.put_batch(job.mesh, {name: draw(name, array) for name, array in abstract.items()})
 
 
@@ -98,7 +98,7 @@ def random_pixels(job: build.Job, count: int) -> UInt8[Array, "B H W 3"]:
 
 def compile_step(job: build.Job, state: Any, batch: Mapping[str, Array], frozen: Mapping[str, Any], key: Array) -> tuple:
     """Returns the step as training compiles it, and the seconds that this took."""
-    return _compile(build.jit_step(job, state), state, batch, frozen, key)
+    return _compile(compilation.jit_step(job, state), state, batch, frozen, key)
 
 
 def _compile(function, *arguments):
@@ -192,7 +192,7 @@ def _time_or_failure(time_it, step_seconds):
 
 def time_part(job: build.Job, part: parts.Part, count: int) -> np.ndarray:
     """Returns seconds per call of a Part, see `time_calls`."""
-    options = build.compiler_options(job)
+    options = compilation.compiler_options(job)
     function = sharding.with_mesh_context(job.mesh, part.function)
     run = jax.jit(function, out_shardings=part.out_shardings, compiler_options=options)
     compiled, _ = _compile(run, *part.arguments)
@@ -206,7 +206,7 @@ def time_update(job: build.Job, state: Any, count: int) -> np.ndarray:
     grads = jax.jit(functools.partial(jax.tree.map, lambda x: NOISE * x), out_shardings=shardings[1])(nets)
     function = functools.partial(parts.update, tx=job.tx, recipe=job.recipe)
     outs = (shardings[0], sharding.replicated(job.mesh))
-    options = build.compiler_options(job)
+    options = compilation.compiler_options(job)
     compiled, _ = _compile(jax.jit(function, donate_argnums=0, out_shardings=outs, compiler_options=options), state, grads)
     holder = [state]
 
@@ -265,7 +265,7 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
     if problems:
         return {"skipped": problems[0]}
     section = job.config["data"]
-    with build.make_loader(job, source) as loader:
+    with training_data.make_loader(job, source) as loader:
         for _ in range(max(8, 4 * section["workers"])):  # read-ahead batches must not count
             next(loader)
         began = time.perf_counter()
@@ -282,8 +282,8 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
 
 def _source(job, frozen):
     if not job.config["data"]["cache"]:
-        return build.make_images(job.config)
-    return build.make_cached_source(job, fingerprint(frozen["vae"]))
+        return training_data.make_images(job.config)
+    return training_data.make_cached_source(job, fingerprint(frozen["vae"]))
 
 
 def write_profile(step: Step, batch: Mapping[str, Array], folder: Path | str) -> None:

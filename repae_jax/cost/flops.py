@@ -16,7 +16,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import build, compilation, initial_state
 from repae_jax.sampling import generate
 
 # dense FLOP/s of one device in bfloat16, by the beginning of its `device_kind`; the first that fits counts
@@ -58,16 +58,16 @@ def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
 def of_step(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
     step = sharding.with_mesh_context(job.mesh, job.step)
-    scopes = count(step, build.abstract_state(job), *build.abstract_inputs(job), shares=branch_shares(job.config))
+    scopes = count(step, initial_state.abstract_state(job), *compilation.abstract_inputs(job), shares=branch_shares(job.config))
     return _per_image(scopes, job)
 
 
 def of_sampling(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
     assert job.sampling is not None
-    batch, frozen, key = build.abstract_inputs(job)
+    batch, frozen, key = compilation.abstract_inputs(job)
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
-    params = generate.sampling_params(build.abstract_state(job), frozen)
+    params = generate.sampling_params(initial_state.abstract_state(job), frozen)
     return _per_image(count(sharding.with_mesh_context(job.mesh, run), params, batch["label"], batch["label"], key), job)
 
 

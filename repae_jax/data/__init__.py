@@ -33,6 +33,14 @@ def given(options):
     return {name: value for name, value in options.items() if value is not None}
 
 
+def option_types():
+    """Returns {option: type} of the options of all sources: bool where the default is one, otherwise str."""
+    parameters = [parameter for source in _SOURCES.values() for parameter in inspect.signature(source).parameters.values()]
+    types = {parameter.name: bool if isinstance(parameter.default, bool) else str for parameter in parameters}
+    del types["image_size"]
+    return types
+
+
 def make_source(source, image_size, **fields):
     """Builds a source by name.
 

@@ -25,10 +25,8 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax._src import compilation_cache, distributed  # neither has all of this under a public name
+from jax._src import distributed  # neither has all of this under a public name
 from jax.experimental import multihost_utils
-
-from repae_jax import buckets
 
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
 START_SECONDS = 600  # in which all processes must have come, unless the environment's START_SECONDS says otherwise
@@ -238,40 +236,6 @@ def _end_alone(seconds):
 def is_multiprocess():
     """Whether this process is one of several that `start` has connected."""
     return distributed.global_state.num_processes > 1
-
-
-def use_compilation_cache(workdir):
-    """Keeps compiled programs in WORKDIR/compiled, from where later starts take them, unless the user has named a place.
-
-    Args:
-      workdir: a local path, or an address such as gs://bucket/run.
-
-    Raises:
-      OSError: if the bucket is not there, or may not be used.
-    """
-    if jax.config.jax_compilation_cache_dir:
-        return
-    if buckets.is_address(workdir):  # XLA's own caches know paths only
-        buckets.check(workdir)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-        folder = f"{workdir}/compiled"
-    else:
-        folder = str(Path(workdir).expanduser().absolute() / "compiled")
-        if distributed.global_state.process_id == 0:
-            _remove_torn(Path(folder))
-    jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def _remove_torn(folder):
-    """Removes compiled programs whose writing was interrupted: JAX would neither read nor replace them."""
-    for path in folder.glob("*-cache"):
-        try:
-            compilation_cache.decompress_executable(path.read_bytes())
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # each compression has an error of its own
-            logging.warning("%s is incomplete (%s) and removed", path, error)
-            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

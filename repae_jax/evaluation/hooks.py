@@ -14,7 +14,7 @@ from tqdm import tqdm
 from repae_jax import buckets, files, images
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.job import build
+from repae_jax.job import training_data
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.sampling import generate
 from repae_jax.training.metric_log import step_of
@@ -66,7 +66,7 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
     Args:
       job: Job.
-      frozen: what `build.load_frozen` returns.
+      frozen: what `frozen_weights.load_frozen` returns.
       source: of the images.
       workdir: of the run.
       writer: of its metrics.
@@ -108,7 +108,7 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
     def make_reconstructions():
         run = jax.jit(sharding.with_mesh_context(job.mesh, generate.make_reconstruct(job.nets)), out_shardings=everywhere)
-        with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
+        with training_data.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
             originals = multihost_utils.process_allgather(next(first_batches)["image"], tiled=True)[:count]
 
         def reconstructions(step, state):

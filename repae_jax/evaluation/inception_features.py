@@ -16,7 +16,7 @@ from checkpoints_tools.inception import load_inception
 from repae_jax import files
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation import image_sets
-from repae_jax.job import build
+from repae_jax.job import frozen_weights
 from repae_jax.models.inception import SPATIAL_CHANNELS, InceptionFeatures, InceptionV3, graph_input
 from repae_jax.training.checkpoint import fingerprint
 
@@ -103,7 +103,7 @@ def load_network(path, batch_size=64, devices=None, prepare=graph_input):
     Raises:
       FileNotFoundError, ValueError: as `load_inception` and InceptionNetwork.
     """
-    if path == build.RANDOM:
+    if path == frozen_weights.RANDOM:
         logging.warning("Inception has RANDOM weights: for tests and benchmarks only; its scores mean nothing")
         params = jax.jit(InceptionV3().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
         return InceptionNetwork(jax.tree.map(np.asarray, params), batch_size, devices, prepare)

@@ -20,7 +20,7 @@ from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.diffusion.samplers import SAMPLERS, Sampling
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.training import checkpoint
@@ -89,7 +89,7 @@ def _load_run(workdir, step, devices, vae_path):
             raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
         config["init"]["vae"] = str(vae_path)
     job = build.build(for_sampling(config, len(devices)), devices, encoders=())  # without encoders, no projectors are read
-    state = build.abstract_state(job)
+    state = initial_state.abstract_state(job)
     subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}
     if not job.frozen_vae:
         subset["vae"] = {"params": state.vae.params}
@@ -113,7 +113,7 @@ def _load_frozen_vae(job, workdir, step):
     """Loads the frozen VAE; ValueError if it is not the one that the run was trained on."""
     path = job.config["init"]["vae"]
     try:
-        params = build.load_frozen_vae(job)
+        params = frozen_weights.load_frozen_vae(job)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})"

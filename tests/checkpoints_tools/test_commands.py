@@ -32,7 +32,7 @@ from checkpoints_tools import (
 from checkpoints_tools.mapping import to_torch
 from configs import common, repae
 from repae_jax import files
-from repae_jax.job import build
+from repae_jax.job import build, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
 from repae_jax.sampling.load_model import load_model
@@ -123,7 +123,7 @@ def test_a_run_becomes_a_published_one_and_comes_back_bit_for_bit(job, state, pu
 
     files = {"checkpoint": str(published_run), "vae": "", "disc": "", "latent_stats": ""}
     config = {**job.config, "init": {**job.config["init"], **files}, "steps": 8}
-    continued = build.create_initial_state(build.build(config, jax.devices()[:1]), {"vae": None}, None)
+    continued = initial_state.create_initial_state(build.build(config, jax.devices()[:1]), {"vae": None}, None)
     assert small.differing(continued, state) == []
 
 

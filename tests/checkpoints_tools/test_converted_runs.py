@@ -16,9 +16,11 @@ from checkpoints_tools import published, vae, weights
 from configs import ldm
 from configs import vae as vae_config
 from repae_jax import sample
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights, initial_state
+from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.sampling.load_model import load_model
 from repae_jax.training import checkpoint
+from repae_jax.training.optimizer import without_fixed
 
 torch = pytest.importorskip("torch")
 STEP = 7
@@ -53,18 +55,17 @@ def make_run(folder, config):
     """(job, state, workdir) of a run with one checkpoint, of random weights and moments, its averages others."""
     job = build.build(config, jax.devices()[:1])
     rng = np.random.default_rng(0)
-    abstract = build.abstract_state(job)
+    abstract = initial_state.abstract_state(job)
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: small._random_leaf(path, leaf, rng), abstract)
     for name in ("sit", "vae", "disc"):
         if (net := getattr(state, name)) is not None:
             mu, nu = (jax.tree.map(lambda x: rng.random(x.shape, np.float32), net.params) for _ in range(2))
-            if name == "sit":  # positions that are fixed have none
-                mu, nu = ({**tree, "pos_embed": jax.tree.map(np.zeros_like, tree["pos_embed"])} for tree in (mu, nu))
+            mu, nu = (without_fixed(net.opt_state, tree) for tree in (mu, nu))
             opt_state = optax.tree.set(net.opt_state, mu=mu, nu=nu, count=np.int32(STEP))
             state = state.replace(**{name: net.replace(opt_state=opt_state)})
     state = state.replace(step=np.int32(STEP))
     loader_state = {"next_batch": STEP, "bad_records": [], "records": 10}
-    fingerprint = checkpoint.fingerprint(build.load_frozen_vae(job)) if job.frozen_vae else None
+    fingerprint = checkpoint.fingerprint(frozen_weights.load_frozen_vae(job)) if job.frozen_vae else None
     data_state = {"loader": loader_state, "inputs": {"frozen_vae": fingerprint, "records": ""}}
     with checkpoint.Checkpointer(folder) as checkpointer:
         assert checkpointer.save(STEP, state, data_state, job.config)
@@ -73,7 +74,7 @@ def make_run(folder, config):
 
 def make_vae(folder, seed=0):
     module = make_config(vae_config).vae.to_dict()
-    module = build.AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in module.items()})
+    module = AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in module.items()})
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), vae.abstract_params(module))
     stats = {"mean": np.float32([0.1, -0.2, 0.3, 0.4]), "var": np.float32([0.5, 1.0, 2.0, 4.0])}
@@ -146,7 +147,7 @@ def continued(run, path, **init):
     job = run[0]
     files = {**job.config["init"], "checkpoint": str(path), **init}
     config = {**job.config, "init": files, "steps": STEP + 1}
-    return build.create_initial_state(build.build(config, jax.devices()[:1]), {"vae": None}, None)
+    return initial_state.create_initial_state(build.build(config, jax.devices()[:1]), {"vae": None}, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_the_discriminator_alone(vae_run, disc_run, tmp_path):
         path = tmp_path / f"{name}-discriminator-ckpt.pt"
         call("convert", workdir, path)
         config = {**job.config, "init": {"vae": job.config["init"]["vae"], "disc": str(path)}}
-        places, _, _ = build._read_init(build.build(config, jax.devices()[:1]), build.abstract_state(job))
+        places, _, _ = initial_state._read_init(build.build(config, jax.devices()[:1]), initial_state.abstract_state(job))
         assert small.differing(places["disc.params"], state.disc.params) == []
         assert small.differing(places["disc.batch_stats"], state.disc.batch_stats) == []
     extracted = (tmp_path / name for name in ("a-discriminator-ckpt.pt", "e2e-discriminator-ckpt.pt"))

@@ -17,6 +17,7 @@ from checkpoints_tools import identify, published, training_state, weights
 from checkpoints_tools.training_state import PLACES, Networks
 from repae_jax import files
 from repae_jax.job import build
+from repae_jax.models.sit import SiT
 from repae_jax.training.state import apply_update
 
 torch = pytest.importorskip("torch")
@@ -125,7 +126,7 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
     """The golden file lists every entry of the published modules, in registration order."""
     case = json.loads((reference.GOLDEN / "train_repae.json").read_text())
     hyper = case["meta"]["config"]
-    sit = build.SiT(
+    sit = SiT(
         num_classes=hyper["num_classes"], latent_channels=hyper["in_channels"], patch_size=hyper["patch_size"],
         hidden_size=hyper["hidden_size"], depth=hyper["depth"], num_heads=hyper["num_heads"],
         encoder_depth=hyper["encoder_depth"], feature_dims=tuple(hyper["z_dims"]), projector_dim=hyper["projector_dim"],

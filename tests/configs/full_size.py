@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from repae_jax.job import build
+from repae_jax.job import compilation, initial_state
 
 
 def millions(tree):
@@ -12,8 +12,8 @@ def millions(tree):
 
 def check_step(job):
     """Traces a step: what comes out has the shapes and dtypes of what went in. Returns the shapes of its metrics."""
-    state = build.abstract_state(job)
-    new, metrics = jax.eval_shape(job.step, state, *build.abstract_inputs(job))
+    state = initial_state.abstract_state(job)
+    new, metrics = jax.eval_shape(job.step, state, *compilation.abstract_inputs(job))
     kinds = [jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree) for tree in (state, new)]
     assert kinds[0] == kinds[1]
     assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype("float32"), np.dtype("int32")}

@@ -9,8 +9,8 @@ import pytest
 from full_size import check_step, millions
 
 from configs import common, repae
-from repae_jax.job import build
-from repae_jax.models import encoders as features
+from repae_jax.job import build, frozen_weights, initial_state
+from repae_jax.models import encoders
 
 ENCODERS = sorted(common.ENCODERS)
 
@@ -19,8 +19,8 @@ def described(arg="", **loss):
     """A config whose weights are all random, so that nothing is looked up."""
     config = repae.get_config(arg)
     for encoder in config.encoders.values():
-        encoder.weights = build.RANDOM
-    config.lpips.vgg16 = config.lpips.linear = build.RANDOM
+        encoder.weights = frozen_weights.RANDOM
+    config.lpips.vgg16 = config.lpips.linear = frozen_weights.RANDOM
     config.loss.vae.update(loss)
     return config
 
@@ -31,7 +31,7 @@ def make(arg="", **loss):
 
 @functools.cache
 def shapes(arg):
-    return build.abstract_state(make(arg))
+    return initial_state.abstract_state(make(arg))
 
 
 @pytest.mark.parametrize("size", common.SIT_SIZES)
@@ -48,14 +48,15 @@ def test_every_sit_with_either_vae(size, patch, vae, grid):
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder(encoder):
     job = make(f"sit=S/2,encoder={encoder}")
-    assert job.nets.sit.feature_dims == (features.ARCHITECTURES[encoder]["hidden_size"],)
+    assert job.nets.sit.feature_dims == (encoders.ARCHITECTURES[encoder]["hidden_size"],)
     assert job.encoders[0].grid == 16 and job.encoders[0].image_size in (224, 256)
 
 
 def test_every_architecture_has_weights():
-    assert set(common.ENCODERS) == set(features.ARCHITECTURES)
+    assert set(common.ENCODERS) == set(encoders.ARCHITECTURES)
 
 
+@pytest.mark.integration
 def test_512_pixels():
     job = make("resolution=512,sit=B/1,vae=f16d32")
     assert job.latent_shape == (32, 32, 32) and job.encoders[0].image_size == 448
@@ -75,10 +76,11 @@ def digits():
     return config
 
 
+@pytest.mark.integration
 def test_building_is_cheap():
     began = time.monotonic()
     job = make("sit=XL/2,encoder=dinov2-giant")
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(build.abstract_state(job)))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(initial_state.abstract_state(job)))
     seconds = time.monotonic() - began
     print(f"XL/2 with DINOv2-g: {seconds:.1f} s")
     assert seconds < 30
@@ -112,8 +114,8 @@ def test_size_of_the_discriminator():
 
 @pytest.mark.parametrize(("name", "published"), [("small", 22.06), ("base", 86.58), ("large", 304.37), ("giant", 1136.5)])
 def test_sizes_of_the_encoders(name, published):
-    encoder = features.make_encoder(f"dinov2-{name}", 256)
-    params = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
+    encoder = encoders.make_encoder(f"dinov2-{name}", 256)
+    params = jax.eval_shape(functools.partial(encoders.init_params, encoder), jax.random.key(0))
     del params["pos_embed"]  # published for another grid: 37 x 37
     width = encoder.module.hidden_size
     size = millions(params) + (1 + 37**2) * width / 1e6
@@ -124,6 +126,7 @@ def test_sizes_of_the_encoders(name, published):
 # ---- the main run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_step_of_the_main_run():
     metrics = check_step(make())
     terms = {f"vae/{name}" for name in ("loss", "l1", "lpips", "kl", "gan", "align")}

@@ -19,9 +19,11 @@ from checkpoints_tools.artefacts import ARTEFACTS
 from configs import common, ldm, paper, repae, vae
 from repae_jax import train
 from repae_jax.cost import flops
-from repae_jax.job import build
-from repae_jax.models import encoders as features
+from repae_jax.job import build, compilation, frozen_weights, initial_state
+from repae_jax.models import encoders
 from repae_jax.training.recipe import Optimizers
+
+pytestmark = pytest.mark.integration
 
 FILES = {"paper": paper, "vae": vae, "ldm": ldm, "repae": repae}
 ARGUMENTS = {"repae": [""], "ldm": [""], "paper": list(paper.ROWS), "vae": [*vae.RECIPES, ""]}
@@ -39,8 +41,6 @@ def built(file, name):
 
 def label(case):
     return f"{case[0]}:{case[1]}"
-
-
 
 
 # ---- full size ------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_a_step_fits_together(case):
 def test_sizes():
     """Table 2: 130, 458 and 675 million parameters."""
     for name, published in (("repae-b", 130), ("repae-l", 458), ("repae-xl", 675), ("repa", 675), ("dit", 675)):
-        params = dict(build.abstract_state(built("paper", name)).sit.params)
+        params = dict(initial_state.abstract_state(built("paper", name)).sit.params)
         params = {key: tree for key, tree in params.items() if not key.startswith("projectors")}
         assert millions(params) == pytest.approx(published, rel=0.01), name
 
@@ -103,7 +103,7 @@ def test_vaes():
 
 
 def test_depths():
-    """Table 5; 4 for B and 8 for L and XL where nothing is said."""
+    """Table 5; by default 4 for B and 8 for L and XL."""
     depths = {"depth-6": 6, "l": 8, "depth-10": 10, "b": 4}
     for name, depth in depths.items():
         assert {built("paper", f"{method}-{name}").nets.sit.encoder_depth for method in ("repae", "repa")} == {depth}
@@ -126,7 +126,7 @@ def whole_net(name):
     return built("paper", name).nets.sit
 
 
-def test_initialisation():
+def test_initialization():
     """Table 7, and the final recipe: 80 joint epochs give the VAE of 800."""
     scratch, init = described("paper", "from-scratch"), described("paper", "repae-xl")
     assert not any(scratch.init[name] for name in ("vae", "latent_stats", "disc")) and scratch.steps == 400_000
@@ -157,7 +157,7 @@ def test_512_pixels():
         assert job.latent_shape == (64, 64, 4) and job.encoders[0].image_size == 448 and job.nets.sit.hidden_size == 1024
 
 
-def test_neighbours():
+def test_neighbors():
     """iREPA: one 3x3 convolution, gamma 0.6, weight 1. SiT and DiT: 7M steps, mirrored images, no clipping."""
     job = built("paper", "irepa")
     assert job.nets.sit.projector == "conv" and job.encoders[0].spatial_gamma == 0.6 and job.recipe.sit_weights["align"] == 1.0
@@ -236,7 +236,7 @@ def test_recipes(name):
     assert config["precision"]["compute"] == ("float32" if clip else "bfloat16")
     if vf:  # as many tokens as latent pixels: DINOv2-L at 224 pixels
         assert job.encoders[0].image_size == 224 and job.encoders[0].grid == job.latent_shape[0] == 16
-        assert job.nets.vae.feature_dim == features.ARCHITECTURES["dinov2-large"]["hidden_size"]
+        assert job.nets.vae.feature_dim == encoders.ARCHITECTURES["dinov2-large"]["hidden_size"]
 
 
 def test_architectures_and_durations_of_tokenizers():
@@ -261,7 +261,7 @@ def test_discriminator_alone():
     job = built("vae", "discriminator")
     assert job.frozen_vae and job.nets.disc is not None and job.nets.lpips is None and not job.recipe.vae_weights
     with pytest.raises(ValueError, match="config.init.vae is empty"):
-        build.load_frozen(job)
+        frozen_weights.load_frozen(job)
 
 
 # ---- tiny variants --------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_the_tiny_variant_can_be_built(case):
     job, full = built_tiny(json.dumps(tiny(case).to_dict())), built(*case)
     assert job.latent_shape == (4, 4, 4) and len(job.encoders) == len(full.encoders)
     assert job.recipe.vae_weights.keys() == full.recipe.vae_weights.keys() - {"lpips"}
-    assert job.recipe.sit_weights == full.recipe.sit_weights and millions(build.abstract_state(job)) < 0.5
+    assert job.recipe.sit_weights == full.recipe.sit_weights and millions(initial_state.abstract_state(job)) < 0.5
 
 
 def plain_descent(tx):
@@ -325,13 +325,13 @@ def test_a_step_of_the_tiny_variant(case):
     """Those that are not here differ from one that is in numbers alone."""
     job = build.build(smaller(tiny(case)), jax.devices()[:1])
     job = dataclasses.replace(job, tx=plain_descent(job.tx))
-    frozen = random_tree(build.abstract_inputs(job)[1], 1)
+    frozen = random_tree(compilation.abstract_inputs(job)[1], 1)
     rng, data = np.random.default_rng(2), job.config["data"]
     batch = {
         "image": rng.integers(0, 256, (data["batch_size"], data["image_size"], data["image_size"], 3), np.uint8),
         "label": rng.integers(0, data["num_classes"], data["batch_size"], np.int32),
     }
-    state = random_tree(build.abstract_state(job), 3)
+    state = random_tree(initial_state.abstract_state(job), 3)
     new, metrics = jax.jit(job.step)(state, batch, frozen, jax.random.key(0))
     terms = [f"{net}/{term}" for net in ("vae", "sit") for term in getattr(job.recipe, f"{net}_weights")]
     assert set(terms) <= set(metrics)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common, ldm, repae, vae
+from configs import ldm, repae, vae
 from repae_jax.cost import flops
 from repae_jax.diffusion.samplers import Sampling
-from repae_jax.job import build
+from repae_jax.job import build, frozen_weights
 from repae_jax.models import encoders
 
 BATCH = 2
@@ -19,7 +19,7 @@ BATCH = 2
 def make_job(file, arg, **changes):
     """A job on one device with random weights."""
     config = file.get_config(arg)
-    common.change(config, {name.replace("__", "."): value for name, value in changes.items()})
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     config.data.batch_size = BATCH
     for encoder in config.encoders.values():
         encoder.weights = "random"
@@ -234,7 +234,7 @@ def test_sampling(changes, calls):
     args = latents, jnp.zeros((BATCH,)), jnp.zeros((BATCH,), jnp.int32)
     params = jax.eval_shape(sit.init, jax.random.key(0), *args)
     once = total(lambda *args: sit.apply(*args)[0], params, *args) / BATCH
-    vae_params = jax.eval_shape(functools.partial(build.initial_vae, job), jax.random.key(0))
+    vae_params = jax.eval_shape(functools.partial(frozen_weights.initial_vae, job), jax.random.key(0))
     decoding = total(lambda p, z: job.nets.vae.apply({"params": p}, z, method="decode"), vae_params, latents) / BATCH
     job = dataclasses.replace(job, sampling=Sampling(**{"steps": 7, **changes}))
     assert flops.of_sampling(job) == pytest.approx({"SiT": calls * once, "AutoencoderKL.decode": decoding})

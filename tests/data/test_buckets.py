@@ -17,7 +17,7 @@ from repae_jax.data import bucket, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 COUNT, SIZE = 12, 8
 _folders = itertools.count()
@@ -78,7 +78,7 @@ def impatient(monkeypatch):
 
 def test_prepared_images(copied, prepared):
     flags = {"source": "array_record", "options.path": f"{copied.address}/", "image_size": SIZE, "num_classes": 3}
-    remote = build.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
+    remote = training_data.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
     local = PreparedImages(prepared, SIZE)
     assert remote.labels.tolist() == local.labels.tolist() and remote.records_hash == local.records_hash
     assert remote.contents_hash == local.contents_hash and remote.name(3) == f"{copied.address} #3"

@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from repae_jax import data
 from repae_jax.data.folder import FolderSource
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 
 def write_image(path, value=0, size=(20, 14)):
@@ -60,19 +60,19 @@ def test_numbered_classes(tmp_path, warnings, folders, warning):
 def test_training_takes_it_from_flags(class_folders, file):
     flags = {"source": "folder", "options.path": class_folders, "image_size": 8, "num_classes": 3}
     given = [f"--config.data.{name}={value}" for name, value in flags.items()]
-    assert build.make_images(small.from_flags(*given, file=file)).labels.tolist() == [0, 0, 1, 1, 2]
+    assert training_data.make_images(small.from_flags(*given, file=file)).labels.tolist() == [0, 0, 1, 1, 2]
     (class_folders / "labels.csv").write_text("a/0.jpeg,1\n")
     labels_file = "--config.data.options.labels_file=labels.csv"
-    assert build.make_images(small.from_flags(*given, labels_file, file=file)).labels.tolist() == [1]
+    assert training_data.make_images(small.from_flags(*given, labels_file, file=file)).labels.tolist() == [1]
     unlabelled = "--config.data.options.labelled=false"
-    assert build.make_images(small.from_flags(*given, unlabelled, file=file)).labels.tolist() == [0] * 5
+    assert training_data.make_images(small.from_flags(*given, unlabelled, file=file)).labels.tolist() == [0] * 5
 
 
 def test_no_path_at_all():
     with pytest.raises(
         ValueError, match="'folder' needs the argument path: set config.data.options.path, or .* folder:path=VALUE"
     ):
-        build.make_images(small.from_flags())
+        training_data.make_images(small.from_flags())
 
 
 def test_the_config_names_the_arguments_of_all_sources():

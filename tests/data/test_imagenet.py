@@ -18,7 +18,7 @@ from repae_jax.data import imagenet, make_source
 from repae_jax.data.imagenet import ImagenetSource
 from repae_jax.data.loader import Loader
 from repae_jax.images import center_crop
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_training_takes_it_from_flags(prepared, tmp_path):
         "source": "imagenet", "options.data_dir": prepared, "options.split": "train[:50%]", "image_size": 16,
         "options.dataset": "imagenet2012:5.1.0", "options.labels_file": tmp_path / "labels.npy",
     }  # fmt: skip
-    source = build.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
+    source = training_data.make_images(small.from_flags(*[f"--config.data.{name}={value}" for name, value in flags.items()]))
     assert isinstance(source, ImagenetSource) and len(source) == 10 and (tmp_path / "labels.npy").exists()
 
 

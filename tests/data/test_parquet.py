@@ -19,7 +19,7 @@ from repae_jax.data import parquet as parquet_source
 from repae_jax.data.loader import Loader
 from repae_jax.data.parquet import ParquetSource
 from repae_jax.images import center_crop
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -76,10 +76,10 @@ def test_training_takes_it_from_flags(folder):
     write(folder / "other/test.parquet", [encoded(picture(1))] * 2, [0, 999])
     flags = {"source": "parquet", "options.path": folder / "other", "options.split": "test", "image_size": 16}
     given = [f"--config.data.{name}={value}" for name, value in flags.items()]
-    source = build.make_images(small.from_flags(*given))
+    source = training_data.make_images(small.from_flags(*given))
     assert isinstance(source, ParquetSource) and source.labels.tolist() == [0, 999]
     columns = "--config.data.options.image_column=image", "--config.data.options.label_column="  # empty is a choice
-    assert build.make_images(small.from_flags(*given, *columns)).labels.tolist() == [0, 0]
+    assert training_data.make_images(small.from_flags(*given, *columns)).labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("layout", ["validation.parquet", "validation/0000.parquet", "x/validation-00000-of-00001-ab.parquet"])

@@ -25,7 +25,7 @@ from jax._src.lib import _jax
 from configs import ldm, repae
 from repae_jax import cli, train
 from repae_jax.distributed import multihost
-from repae_jax.job import build
+from repae_jax.job import build, initial_state
 from repae_jax.training import checkpoint, metric_log
 
 ROOT = Path(__file__).parents[2]
@@ -214,7 +214,7 @@ def metrics_of(workdir):
 def state_of(workdir, file="ldm"):
     job = build.build(config(file))
     with checkpoint.Checkpointer(workdir) as checkpointer:
-        state, data_state, step = checkpointer.restore(build.abstract_state(job), job.config)
+        state, data_state, step = checkpointer.restore(initial_state.abstract_state(job), job.config)
     return jax.device_get(state), data_state, step
 
 
@@ -444,33 +444,6 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
     assert position == {"next_batch": 7, "bad_records": [4, 8], "records": 100} and waited == [0.5, 2.0]
     with pytest.raises(multihost.CollectiveError, match=r"2 of 100 records .*, 1 are allowed: image-4, image-8"):
         train.input_so_far(loader, source, 0.01)
-
-
-@pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])
-def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
-    updates = {}
-    monkeypatch.setattr(multihost.buckets, "check", lambda address: None)
-    config = SimpleNamespace(jax_compilation_cache_dir="elsewhere", update=updates.__setitem__)
-    monkeypatch.setattr(multihost, "jax", SimpleNamespace(config=config))
-    multihost.use_compilation_cache(given)
-    assert updates == {}
-    config.jax_compilation_cache_dir = None
-    multihost.use_compilation_cache(given)
-    local = str(Path.cwd() / "runs/a/compiled")
-    assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
-
-
-def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):
-    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *_: None)
-    monkeypatch.setattr(multihost, "jax", SimpleNamespace(config=config))
-    folder, whole = tmp_path / "compiled", multihost.compilation_cache.compress_executable(bytes(range(256)) * 99)
-    folder.mkdir()
-    for name, content in {"whole": whole, "torn": whole[:-1], "empty": b""}.items():
-        (folder / f"jit_{name}-cache").write_bytes(content)
-    (folder / "other").touch()
-    multihost.use_compilation_cache(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["jit_whole-cache", "other"]
-    assert len(warnings) == 2
 
 
 # ---- stopping and failing, without training ---------------------------------------------------------------------------

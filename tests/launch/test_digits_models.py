@@ -6,7 +6,9 @@ import pytest
 from checkpoints_tools import vit, weights
 from launch.quickstart import digits_models
 from repae_jax.data.digits import DigitsSource
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +45,18 @@ def test_loaded_encoder_gives_the_trained_tokens(trained, pixels):
     encoder, loaded = vit.load_encoder(folder, resolution=16, image_size=16)
     assert encoder.module == module and encoder.grid == 4
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    tokens = features.encode(encoder, loaded, jnp.asarray(pixels))
+    tokens = encoders.encode(encoder, loaded, jnp.asarray(pixels))
     assert tokens.shape == (20, 16, 64)
-    _, expected = module.apply({"params": params}, features.preprocess(encoder, jnp.asarray(pixels)))
+    _, expected = module.apply({"params": params}, encoders.preprocess(encoder, jnp.asarray(pixels)))
     np.testing.assert_array_equal(tokens, expected)
 
 
 def test_loaded_classifier(classifier_path, pixels):
     classify = digits_models.load_classifier(classifier_path)
-    found, logits = classify(pixels)
-    assert found.shape == (20, 64) and logits.shape == (20, 10) and found.dtype == logits.dtype == np.float32
+    features, logits = classify(pixels)
+    assert features.shape == (20, 64) and logits.shape == (20, 10) and features.dtype == logits.dtype == np.float32
     params = weights.read_state_dict(classifier_path)
-    np.testing.assert_allclose(logits, found @ params["head.kernel"] + params["head.bias"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, features @ params["head.kernel"] + params["head.bias"], rtol=1e-4, atol=1e-4)
     many = classify(np.repeat(pixels, 30, axis=0))  # three batches, the last one padded
     np.testing.assert_allclose(many[1], np.repeat(logits, 30, axis=0), rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""The miniature paper's declaration, its scheduling and its report, with runs that only pretend to train."""
+"""Tables, scheduling and report of the miniature paper, without training."""
 
 import dataclasses
 import functools
@@ -224,7 +224,7 @@ def test_last_losses(tmp_path):
 # ---- the report ---------------------------------------------------------------------------------------------------------
 
 
-def found(**values):
+def runs_of(**values):
     """setting -> runs with these Frechet distances; None is a run that diverged."""
 
     def run(fid):
@@ -250,14 +250,14 @@ def found(**values):
 )
 def test_verdicts(first, second, alike, expected):
     claim = tables.Claim("repa-e", "repa", "4.07 against 7.90", alike=alike)
-    verdict, ours = report.judge(claim, found(**{"repa-e": first, "repa": second}))
+    verdict, ours = report.judge(claim, runs_of(**{"repa-e": first, "repa": second}))
     assert verdict == expected
     assert ("one run each" in ours) == (len(first) == len(second) == 1 and None not in first)
 
 
 def test_more_is_better():
     claim = tables.Claim("repa-e", "repa", "", "label_accuracy")
-    runs = found(**{"repa-e": [0], "repa": [0]})
+    runs = runs_of(**{"repa-e": [0], "repa": [0]})
     runs["repa-e"][0][1]["numbers"]["label_accuracy"], runs["repa"][0][1]["numbers"]["label_accuracy"] = 0.9, 0.5
     assert report.judge(claim, runs)[0] == report.AGREES
 

@@ -11,6 +11,8 @@ from configs import repae
 from launch.quickstart import quickstart as quickstart_command
 from repae_jax.analyze_latents import encoding
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def quickstart(monkeypatch):

@@ -1,5 +1,6 @@
-"""What the step is compiled with."""
+"""The compiler options of the step, and the cache of compiled programs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from repae_jax.distributed import sharding
-from repae_jax.job import build
+from repae_jax.job import compilation
 
 NAME, KIND = "xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_"
 
@@ -20,7 +21,7 @@ def test_the_step_is_compiled_with_the_options(tmp_path):
     mesh = sharding.make_mesh(1)
     state = jax.device_put(np.zeros(()), sharding.replicated(mesh))
     job = SimpleNamespace(mesh=mesh, step=same, config={"compiler_options": f"xla_dump_to={tmp_path}"})
-    build.jit_step(job, state).lower(state).compile()
+    compilation.jit_step(job, state).lower(state).compile()
     assert list(tmp_path.glob("*jit_same*"))
 
 
@@ -45,14 +46,14 @@ def test_what_ynnpack_computes_on_cpus(given, flags, expected, monkeypatch):
 
     def is_of_ynnpack(function):
         job = SimpleNamespace(mesh=mesh, step=lambda x: (function(x), {}), config={"compiler_options": given})
-        return "__ynn_fusion" in build.jit_step(job, x).lower(x).compile().as_text()
+        return "__ynn_fusion" in compilation.jit_step(job, x).lower(x).compile().as_text()
 
     assert [name for name, function in functions.items() if is_of_ynnpack(function)] == expected
 
 
 @pytest.mark.parametrize("settings", ["users", "tests"])
 def test_sums_on_cpus_are_right(settings, request):
-    """Those of the step, and those of sampling and evaluation, which have no options; wrong in jax 0.10.2 (its issue 39103)."""
+    """Sums of the step, and of sampling and evaluation, which have no options; wrong in jax 0.10.2 (its issue 39103)."""
     if settings == "users":
         request.getfixturevalue("optimized")
     x = np.zeros((32_769, 3), np.float32)
@@ -64,7 +65,7 @@ def test_sums_on_cpus_are_right(settings, request):
 
     job = SimpleNamespace(mesh=mesh, step=lambda x: (squared_norms(x), {}), config={"compiler_options": ""})
     placed = jax.device_put(x, sharding.replicated(mesh))
-    for function in (squared_norms, jax.jit(squared_norms), lambda x: build.jit_step(job, x)(x)[0]):
+    for function in (squared_norms, jax.jit(squared_norms), lambda x: compilation.jit_step(job, x)(x)[0]):
         np.testing.assert_array_equal(function(placed), x[:, 0] ** 2)
 
 
@@ -72,4 +73,31 @@ def test_other_platforms_have_no_options_of_their_own():
     for platform in ("tpu", "gpu", "cuda"):
         mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
         for given, expected in (("", None), ("xla_a=1,xla_b=X,Y,", {"xla_a": "1", "xla_b": "X,Y"})):
-            assert build.compiler_options(SimpleNamespace(mesh=mesh, config={"compiler_options": given})) == expected
+            assert compilation.compiler_options(SimpleNamespace(mesh=mesh, config={"compiler_options": given})) == expected
+
+
+@pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])
+def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
+    updates = {}
+    monkeypatch.setattr(compilation.buckets, "check", lambda address: None)
+    config = SimpleNamespace(jax_compilation_cache_dir="elsewhere", update=updates.__setitem__)
+    monkeypatch.setattr(compilation, "jax", SimpleNamespace(config=config))
+    compilation.use_compilation_cache(given)
+    assert updates == {}
+    config.jax_compilation_cache_dir = None
+    compilation.use_compilation_cache(given)
+    local = str(Path.cwd() / "runs/a/compiled")
+    assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
+
+
+def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):
+    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *_: None)
+    monkeypatch.setattr(compilation, "jax", SimpleNamespace(config=config))
+    folder, whole = tmp_path / "compiled", compilation.compilation_cache.compress_executable(bytes(range(256)) * 99)
+    folder.mkdir()
+    for name, content in {"whole": whole, "torn": whole[:-1], "empty": b""}.items():
+        (folder / f"jit_{name}-cache").write_bytes(content)
+    (folder / "other").touch()
+    compilation.use_compilation_cache(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["jit_whole-cache", "other"]
+    assert len(warnings) == 2

@@ -1,0 +1,189 @@
+"""The sections of the configs with REPA-E's published values; `repae.py`, `ldm.py` and `vae.py` say which of them a job has.
+
+Names, types and ranges are in `repae_jax/job/sections.py`.
+"""
+
+from typing import Any
+
+from ml_collections.config_dict import placeholder
+
+from configs import common
+from repae_jax.data import option_types
+
+
+def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
+    """Returns the fields that are in no section, and the sections that are the same in every job."""
+    return {
+        "job": job,
+        "seed": 0,
+        "steps": 400_000,
+        "accumulation": 1,  # micro-batches per step
+        "ema_decay": ema_decay,
+        "max_skipped_in_a_row": 20,  # consecutive updates with non-finite gradients before the run stops
+        # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, that share none
+        "mesh": {"fsdp": 1, "slices": 1},
+        "compiler_options": "",  # XLA's, for the step: "name=value,name=value"; added to the defaults of job/compilation.py
+        "checkpoint": {"every": 10_000, "keep_last": 2, "keep_every": 50_000},
+        "log": {"every": 100},
+    }
+
+
+def data(resolution: int) -> dict[str, Any]:
+    """Returns `config.data`."""
+    return {
+        "source": "folder",  # see repae_jax/data
+        # the options of every source; the chosen one takes those that are set, and refuses others
+        "options": {name: placeholder(kind) for name, kind in option_types().items()},
+        "image_size": resolution,
+        "num_classes": 1000,
+        "batch_size": 256,  # global
+        "workers": 8,  # processes that decode images
+        "max_bad_fraction": 0.001,  # share of undecodable images above which the run fails
+        "cache": "",  # latents of a frozen VAE, for configs/ldm.py
+        "flip_probability": 0.0,  # share of mirrored images; REPA and REPA-E mirror none
+    }
+
+
+def vae(name: str) -> dict[str, Any]:
+    """Returns `config.vae` of a name in common.VAES."""
+    architecture = common.choose("VAE", name, common.VAES)
+    return {**architecture, "channels": 128, "num_res_blocks": 2, "norm_groups": 32, "remat": False}
+
+
+def sit(name: str, *, learned_sigma: bool = False, learned_positions: bool) -> dict[str, Any]:
+    """Returns `config.sit` of a published name, such as 'XL/2'."""
+    return {
+        **common.sit_fields(name),
+        "projector": "mlp",  # or 'conv', iREPA's 3x3 convolution
+        "projector_dim": 2048,
+        "mlp_ratio": 4.0,
+        "qk_norm": False,
+        "learned_sigma": learned_sigma,  # True with diffusion.path='ddpm'
+        "learned_positions": learned_positions,
+        "remat": "dots",  # 'none', 'dots' (recompute all but matrix products) or 'full'
+        "unroll": 1,  # blocks per iteration of the scanned stacks; all of them: faster on TPUs, twice the compilation
+    }
+
+
+def disc() -> dict[str, Any]:
+    """Returns `config.disc`."""
+    return {"channels": 64, "num_layers": 3}
+
+
+def encoders(names: str) -> dict[str, Any]:
+    """Returns `config.encoders` of architectures joined by '+': 'target', 'target_2', …; empty for 'none'."""
+    entries = {}
+    for index, name in enumerate(() if names == "none" else names.split("+"), start=1):
+        entries["target" if index == 1 else f"target_{index}"] = {
+            "architecture": name,
+            # a Hugging Face name or folder, MoCo v3's file, or 'random' to measure speed
+            "weights": common.choose("encoder", name, common.ENCODERS),
+            "image_size": placeholder(int),
+            "spatial_gamma": placeholder(float),  # iREPA's normalization over positions; published: 0.6
+        }
+    return entries
+
+
+def lpips() -> dict[str, Any]:
+    """Returns `config.lpips`."""
+    return {
+        "vgg16": "",  # torchvision's weights; 'random' for both files to measure speed
+        "linear": "",  # weights of LPIPS v0.1
+        "input_range": (-1.0, 1.0),  # (0., 1.): as the released weights were trained
+    }
+
+
+def vae_loss(**weights: float) -> dict[str, Any]:
+    """Returns `config.loss` where a VAE is trained; `weights` are further terms. A term with weight 0 is not computed."""
+    return {
+        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, **weights},
+        "gan_start": 0,  # first step with the adversarial losses
+        "gan_factor": 1.0,
+        "lecam": 0.0,  # weight of LeCam's regularizer of the discriminator
+    }
+
+
+def tokenizer_loss() -> dict[str, Any]:
+    """Returns `config.loss` where a tokenizer is trained alone."""
+    return {
+        **vae_loss(vf=0.0, se=0.0),
+        "pixel_reduction": "mean",  # reduction of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
+        # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
+        "adaptive": {"gan": 0.0, "vf": 0.0},
+        "vf_margins": (0.0, 0.0),  # margins of cosines and of distances
+        "se_factors": (2, 4),
+        "eq_scales": (),  # EQ-VAE's transform: (1.0, 0.25, 0.5, 0.75)
+        "eq_prior": 0.5,  # EQ-VAE's share of steps without a transform
+    }
+
+
+def sit_loss(*, align: float = 0.5, ddpm: bool = False) -> dict[str, Any]:
+    """Returns `config.loss` where a SiT or DiT is trained."""
+    objective = {"velocity": 0.0, "noise": 1.0, "bound": 1.0} if ddpm else {"velocity": 1.0, "noise": 0.0, "bound": 0.0}
+    return {
+        "sit": {**objective, "align": align},
+        # the alignment's weights are multiplied by 1 until `align_end`, or decay to 0 until then ('linear', 'cosine')
+        "align_shape": "constant",
+        "align_end": placeholder(int),
+    }
+
+
+def diffusion(path: str = "linear") -> dict[str, Any]:
+    """Returns `config.diffusion` on a frozen VAE."""
+    return {
+        "path": path,  # 'linear', 'cosine', or 'ddpm': DiT's noise and bound in place of the velocity
+        "time_distribution": "uniform",  # or 'lognormal'
+        "label_dropout": 0.1,
+    }
+
+
+def adamw() -> dict[str, Any]:
+    """Returns an entry of `config.optim` as in REPA-E: constant rate, no decay, gradient norm clipped to 1."""
+    return {
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "schedule": "constant",  # 'linear' or 'cosine': falls until decay_steps
+        "decay_steps": placeholder(int),
+        "final_learning_rate": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "fixed": (),  # parts of the network that are not trained, such as ("encoder", "quant_conv") of a VAE
+    }
+
+
+def sit_init() -> dict[str, Any]:
+    """Returns `config.init` where a SiT is trained: files of PyTorch, local, on the hub or gs://; '' is from scratch."""
+    return {
+        "checkpoint": "",  # a published training checkpoint with optimizers and steps, whose run is continued
+        "vae": "",
+        "latent_stats": "",  # without a file they are measured on the first `stats_images` images
+        "stats_images": 4096,
+    }
+
+
+def sit_hooks() -> dict[str, Any]:
+    """Returns `config.hooks` where a SiT is trained; 0 is never."""
+    return {
+        "images": 64,
+        "samples_every": 10_000,
+        # FID of a few samples against a reference (repae_jax/evaluation/reference_stats.py), with Inception's weights
+        "fid_every": 0,
+        "fid_samples": 5000,
+        "fid_reference": "",
+        "fid_inception": "",
+    }
+
+
+def sampling(sampler: str = "sde") -> dict[str, Any]:
+    """Returns `config.sampling`: of pictures during training, and the defaults of repae_jax.sample."""
+    return {
+        "sampler": sampler,  # 'euler', 'heun' or 'sde'; 'ancestral' with diffusion.path='ddpm'
+        "steps": 250,
+        "guidance_scale": 1.0,
+        "guidance_low": 0.0,
+        "guidance_high": 1.0,
+        "guidance_channels": placeholder(int),  # guide only the first ones, as published DiT samples do; default all
+    }

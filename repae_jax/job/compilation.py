@@ -1,0 +1,114 @@
+"""The compiled step: its abstract inputs, XLA's options, and the cache of compiled programs."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax._src import compilation_cache, distributed
+
+from repae_jax import buckets
+from repae_jax.distributed import sharding
+from repae_jax.job.config import parse_compiler_options
+from repae_jax.job.frozen_weights import frozen_shapes
+from repae_jax.job.initial_state import abstract_arrays
+
+# XLA's options for the step, by platform. On CPUs YNNPACK computes matrix products and reductions; XLA's own convolutions are
+# faster than its.
+_YNNPACK = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": _YNNPACK}}
+
+
+def jit_step(job, state):
+    """Returns the step as training, benchmark and plan compile it: the state is donated, the metrics are replicated.
+
+    Args:
+      job: Job.
+      state: TrainState, or its shapes, on the job's mesh; the new state has the same shardings.
+
+    Returns:
+      Jitted function of (state, batch, frozen, key).
+    """
+    outs = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(job.mesh)
+    step = sharding.with_mesh_context(job.mesh, job.step)
+    return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(job))
+
+
+def abstract_inputs(job):
+    """Returns shapes, dtypes and shardings of a step's inputs besides the state; reads and computes nothing.
+
+    Args:
+      job: Job.
+
+    Returns:
+      (batch, frozen, key), as the steps of `train_step` take them.
+    """
+    section, key = job.config["data"], jax.random.key(0)
+    size, rows = section["image_size"], sharding.batch_sharding(job.mesh)
+    batch = {"label": ((), jnp.int32)}
+    if job.encoders or not section["cache"]:
+        batch["image"] = ((size, size, 3), jnp.uint8)
+    if section["cache"]:
+        *grid, channels = job.latent_shape
+        batch["moments"] = ((2,) * bool(section["flip_probability"]) + (*grid, 2 * channels), jnp.float32)
+    batch = {
+        name: jax.ShapeDtypeStruct((section["batch_size"], *shape), dtype, sharding=rows)
+        for name, (shape, dtype) in batch.items()
+    }
+    frozen = abstract_arrays(job, frozen_shapes(job))
+    return batch, frozen, jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(job.mesh))
+
+
+def compiler_options(job) -> dict[str, str] | None:
+    """Returns XLA's options for the step: the platform's own, unless XLA_FLAGS names them, overridden by the config's."""
+    defaults = _COMPILER_OPTIONS.get(job.mesh.devices.flat[0].platform, {})
+    flags = os.environ.get("XLA_FLAGS", "")
+    defaults = {name: value for name, value in defaults.items() if name not in flags}
+    return {**defaults, **parse_compiler_options(job.config["compiler_options"])} or None
+
+
+def check_compiler_options(job) -> None:
+    """Raises ValueError if the compiler of the mesh's devices does not know `compiler_options`."""
+    options = compiler_options(job)
+    if options is None:
+        return
+    try:
+        jax.jit(lambda: 0, out_shardings=sharding.replicated(job.mesh), compiler_options=options).lower().compile()
+    except (RuntimeError, TypeError) as error:  # XLA's, JAX's
+        reason, given = str(error).splitlines()[0], job.config["compiler_options"]
+        raise ValueError(f"config.compiler_options={given!r}, which makes the compiler's {options}: {reason}") from error
+
+
+def use_compilation_cache(workdir: str) -> None:
+    """Keeps compiled programs in WORKDIR/compiled, from where later starts take them, unless the user has named a folder.
+
+    Args:
+      workdir: a local path, or an address such as gs://bucket/run.
+
+    Raises:
+      OSError: if the bucket does not exist, or may not be used.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    if buckets.is_address(workdir):  # XLA's own caches know paths only
+        buckets.check(workdir)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+        folder = f"{workdir}/compiled"
+    else:
+        folder = str(Path(workdir).expanduser().absolute() / "compiled")
+        if distributed.global_state.process_id == 0:  # jax.process_index() would start the devices
+            _remove_torn(Path(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _remove_torn(folder):
+    """Removes compiled programs whose writing was interrupted: JAX would neither read nor replace them."""
+    for path in folder.glob("*-cache"):
+        try:
+            compilation_cache.decompress_executable(path.read_bytes())
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # each compression has an error of its own
+            logging.warning("%s is incomplete (%s) and removed", path, error)
+            path.unlink()

@@ -1,0 +1,128 @@
+"""The config of each job, one frozen dataclass made of sections, and the table of jobs."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from repae_jax import tokenizer_step, train_step
+from repae_jax.diffusion.samplers import Sampling
+from repae_jax.job import sections
+from repae_jax.job.sections import section
+from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, real
+
+
+@section
+class Config(Section):
+    """The fields and sections of every job."""
+
+    job: str
+    seed: Annotated[int, SEED]
+    steps: Positive
+    accumulation: Positive
+    ema_decay: Annotated[float, real(0, below=1)]
+    max_skipped_in_a_row: Positive
+    compiler_options: str
+    data: sections.Data
+    vae: sections.Vae
+    encoders: Mapping[str, sections.Encoder]
+    mesh: sections.Mesh
+    checkpoint: sections.Checkpoint
+    log: sections.Log
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_compiler_options(self.compiler_options)
+
+
+@section
+class VaeConfig(Config):
+    """A tokenizer."""
+
+    disc: sections.Disc
+    lpips: sections.Lpips
+    loss: sections.TokenizerLoss
+    optim: sections.VaeOptim
+    init: sections.VaeInit
+    precision: sections.PrecisionWithLpips
+    hooks: sections.VaeHooks
+
+
+@section
+class LdmConfig(Config):
+    """A SiT or DiT on a frozen VAE."""
+
+    sit: sections.Sit
+    loss: sections.SitLoss
+    diffusion: sections.Diffusion
+    optim: sections.SitOptim
+    init: sections.SitInit
+    precision: sections.Precision
+    hooks: sections.SitHooks
+    sampling: Sampling
+
+
+@section
+class RepaeConfig(VaeConfig, LdmConfig):
+    """Joint training."""
+
+    loss: sections.Loss
+    diffusion: sections.JointDiffusion
+    optim: sections.Optim
+    init: sections.Init
+    precision: sections.PrecisionWithLpips
+    hooks: sections.Hooks
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSpec:
+    """One of the three jobs.
+
+    Attributes:
+      step: the training step.
+      trains: names of the networks.
+      config: dataclass of its config.
+    """
+
+    step: Callable
+    trains: tuple[str, ...]
+    config: type[Config]
+
+
+JOBS = {
+    "repae": JobSpec(train_step.repae_step, ("vae", "disc", "sit"), RepaeConfig),
+    "ldm": JobSpec(train_step.ldm_step, ("sit",), LdmConfig),
+    "vae": JobSpec(tokenizer_step.vae_step, ("vae", "disc"), VaeConfig),
+}
+
+
+def read_config(config: Any) -> Any:
+    """Builds the dataclass of a ConfigDict or nested mapping of plain values.
+
+    Args:
+      config: see configs/.
+
+    Returns:
+      RepaeConfig, LdmConfig or VaeConfig.
+
+    Raises:
+      ValueError: for unknown or missing fields, and for values that a section does not allow, naming field and value.
+    """
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if config.get("job") not in JOBS:
+        raise ValueError(f"config.job={config.get('job')!r} is unknown; allowed: {list(JOBS)}")
+    return construct("config", JOBS[config["job"]].config, config)
+
+
+def parse_compiler_options(text: str) -> dict[str, str]:
+    """Returns options of XLA as name -> value, which may be empty or have commas; FieldError if they are not name=value."""
+    options: dict[str, str] = {}
+    for part in filter(None, re.split(r",(?=[^,]*=)", text)):
+        name, equals, value = (word.strip(" ,") for word in part.partition("="))
+        if not (name and equals) or name in options:
+            raise FieldError(
+                f"compiler_options={text!r}: {part!r} is not understood, or twice there; expected name=value,name=value, e.g. "
+                "'xla_tpu_scoped_vmem_limit_kib=32768'"
+            )
+        options[name] = value
+    return options
