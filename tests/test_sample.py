@@ -83,7 +83,7 @@ def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
         )[0]
         for size in ("8", "16")
     ]
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a grey level's edge
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a gray level's edge
     assert len({image.tobytes() for image in made[0]}) == 16, "no two samples are alike"
 
 
@@ -210,7 +210,7 @@ def test_labels():
 
 @pytest.mark.integration
 def test_images_use_the_averages_and_no_epsilon(workdir):
-    """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
+    """Pixels follow from the averaged weights: swapping in others changes them, and de-normalizing adds no epsilon."""
     trained = load_model(workdir)
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)

@@ -61,14 +61,7 @@ def benchmark(
     say("compiling the step …")
     with _room(job):
         frozen, key = frozen_weights.load_frozen(job), jax.random.key(config["seed"])
-        state, batch = measure.random_state(job), measure.random_batch(job)
-        compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
-        step = measure.Step(compiled, state, frozen, key)
-        del state  # donated
-        say(f"compiled in {compile_seconds:.0f} s")
-        bar = "steps" if jax.process_index() == 0 else None
-        result["step"] = {**measure.measure_step(job, step, batch, steps, bar), "compile_seconds": compile_seconds}
-    result["step"]["memory"] = measure.memory_of(compiled)
+        step, batch, result["step"] = _measure_step(job, frozen, key, steps, say)
     say(step_line(result))
     keep(result)
     if profile is not None:
@@ -93,6 +86,17 @@ def benchmark(
         say(part_line(name, part))
         keep(result)
     return result
+
+
+def _measure_step(job, frozen, key, steps, say):
+    """Compiles and times the step; returns it with the state it carries on, its batch, and the numbers."""
+    state, batch = measure.random_state(job), measure.random_batch(job)
+    compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
+    step = measure.Step(compiled, state, frozen, key)
+    del state  # donated
+    say(f"compiled in {compile_seconds:.0f} s")
+    speed = measure.measure_step(job, step, batch, steps, "steps" if jax.process_index() == 0 else None)
+    return step, batch, {**speed, "compile_seconds": compile_seconds, "memory": measure.memory_of(compiled)}
 
 
 def _check_sample_batch(job, sample_batch):

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all parts are made of: the job, its state and frozen weights, a batch and a micro-batch, and a batch's sharding."""
+    """Inputs of all parts: the job, its state and frozen weights, a batch and a micro-batch, and the sharding of a batch."""
 
     job: build.Job
     state: Any

@@ -23,7 +23,7 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
 
     Args:
       nets: Nets.
-      objective: of the SiT, interpolant.VelocityObjective or ddpm.NoiseObjective.
+      objective: the objective that the SiT was trained with.
       latent_shape: (h, w, C).
       sampling: settings of the sampler.
 

@@ -441,6 +441,7 @@ def forward(module, *shapes, method=None):
 IMAGE = (1, 256, 256, 3)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "expected"), [("repae-xl", (0.273, 0.622)), ("repae-xl-vavae", (0.138, 0.252))])
 def test_published_costs_of_vaes(name, expected):
     """TFLOP of published modules, counted by a profiler of the reference: one forward pass, one image of 256 pixels."""
@@ -450,6 +451,7 @@ def test_published_costs_of_vaes(name, expected):
     assert forward(job.nets.sit.clone(feature_dims=()), (1, *job.latent_shape), (1,), ()) == pytest.approx(0.237, rel=5e-3)
 
 
+@pytest.mark.integration
 def test_published_costs_of_other_networks():
     """As above."""
     job = built("paper", "repae-xl")
