@@ -66,7 +66,7 @@ def test_numbers_agree(whole):
 @pytest.mark.integration
 def test_everything_is_there_to_do_it_again(whole):
     result, _, _ = whole
-    assert result["config"] == json.loads(json.dumps(small.config(NO_ENCODER, ldm).to_dict()))
+    assert result["config"] == json.loads(json.dumps(build.plain_config(small.config(NO_ENCODER, ldm))))
     assert result["random_weights"] == ["init.vae"]
     assert {"jax", "jaxlib", "python", "platform"} <= set(result["versions"])
     assert result["environment"]["XLA_FLAGS"] == os.environ["XLA_FLAGS"]
