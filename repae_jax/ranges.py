@@ -1,7 +1,7 @@
 """Ranges of config fields and command-line options, and the base class of config sections.
 
 A section is a frozen dataclass whose annotations are its rules: `Annotated[int, whole(1)]` is a number with bounds, and `bool`,
-`str`, `X | None`, `tuple[X, ...]` and `Mapping[str, X]` of such types mean what they say.
+`str`, `int`, `float`, `X | None`, `tuple[X, ...]` and `Mapping[str, X]` of such types mean what they say.
 """
 
 import ctypes
@@ -86,6 +86,7 @@ def real(
     return Range(False, least, most, above, below)
 
 
+_NUMBERS = {int: whole(-LARGEST), float: real()}  # numbers without bounds of their own
 SEED = whole(0, 2**32 - 1)  # seeds of every command and config: numpy's, JAX's and grain's generators all take them
 
 
@@ -140,12 +141,12 @@ class Named:
 
 
 def problem(rule: Any, value: Any) -> str | None:
-    """Returns what is wrong with a value by a rule, PATH, or the type bool or str, as Range.problem; None if nothing is."""
+    """Returns what is wrong with a value by a rule, PATH, or the type bool, str, int or float, as Range.problem."""
     if rule is bool:
         return None if isinstance(value, bool) else "must be True or False"
     if rule in (str, PATH):
         return None if isinstance(value, str) else "must be a text"
-    return rule.problem(value)
+    return _NUMBERS.get(rule, rule).problem(value)
 
 
 def check(name: str, rule: Any, value: Any) -> None:
@@ -211,7 +212,7 @@ def _rule(hint):
         return Several(_rule(arguments[0]), count=None if arguments[1] is Ellipsis else len(arguments))
     if origin is Mapping:
         return Named(_rule(arguments[1]))
-    return hint if hint in (bool, str) else None
+    return hint if hint in (bool, str, int, float) else None
 
 
 def construct(where: str, section: type, values: Any) -> Any:

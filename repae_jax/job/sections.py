@@ -95,7 +95,7 @@ class Lpips(Section):
 
     vgg16: str
     linear: str
-    input_range: tuple[Annotated[float, real()], Annotated[float, real()]]
+    input_range: tuple[float, float]
 
     def __post_init__(self):
         super().__post_init__()

@@ -27,6 +27,8 @@ class Outer(Section):
     inner: Inner
     entries: Mapping[str, Inner]
     flag: bool | None = None
+    shift: float = 0.0
+    offset: int = 0
 
 
 GOOD = {"pair": [1, 2], "weights": {"a": 0}, "inner": {"size": 3}, "entries": {"x": {"size": 4}}}
@@ -45,6 +47,8 @@ def test_types_are_rules():
         ({"weights": 3}, "config.weights=3 must be a section"),
         ({"inner": {"size": 0}}, "config.inner.size=0 must be at least 1"),
         ({"entries": {"x": {"sise": 1}}}, "config.entries.x: unknown fields ['sise'], missing fields ['size']"),
+        ({"shift": float("inf")}, "config.shift=inf must be finite"),
+        ({"offset": 1.5}, "config.offset=1.5 must be a whole number"),
         ({"flag": 1}, "config.flag=1 must be True or False, or None"),
     ],
 )
