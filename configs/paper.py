@@ -10,10 +10,10 @@ same recipe at toy size with random weights, a full step in seconds; NAME,digits
 
     python -m configs.paper [NAME …]
 
-prints the command of these, or every name with its table, published numbers, TFLOP an image and hours of an H100 at 30 % of its
-peak (repae_jax/cost/flops.py says what is counted). Tables are those of arXiv 2504.10483v3; numbers are gFID of 50,000 images,
-no guidance, SDE-250, random labels, unless they say otherwise. A guidance '2.2 in [0, 0.65]' is
-`python -m repae_jax.sample --guidance_scale 2.2 --guidance_high 0.65`.
+prints of these the command, TFLOP an image and hours of an H100 at 30 % of its peak, for which a step is traced in seconds
+(repae_jax/cost/flops.py says what is counted); or every name with its table and published numbers. Tables are those of arXiv
+2504.10483v3; numbers are gFID of 50,000 images, no guidance, SDE-250, random labels, unless they say otherwise. A guidance
+'2.2 in [0, 0.65]' is `python -m repae_jax.sample --guidance_scale 2.2 --guidance_high 0.65`.
 
 Not here: the baselines of other code bases (MaskDiT, FasterDiT, LightningDiT, tables 1 and 9), LSGM's objective (table 11) and
 text-to-image (table 13). The tokenizers are names of configs/vae.py. Learning-rate schedules, weight decay, EMA decay and flips
@@ -23,11 +23,13 @@ are values of every config: `--config.optim.sit.schedule=cosine --config.optim.s
 
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from configs import common, ldm, repae
 from repae_jax import cli
 from repae_jax.cost import flops
+from repae_jax.job import build
 
 FILES = {"repae": repae, "ldm": ldm}
 
@@ -169,21 +171,20 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def table() -> list[str]:
     """Returns the table of all runs as lines of text."""
-    lines = [f"{'name':<22}{'table':<20}{'steps':>9}{'TFLOP/image':>13}{'H100 hours':>12}  published"]
-    for name, row in ROWS.items():
-        config = get_config(name)
-        numbers = f"{config.steps:>9,}{flops.per_image(config) / 1e12:>13.2f}{flops.h100_hours(config):>12,.0f}"
-        lines.append(f"{name:<22}{row.table:<20}{numbers}  {row.published}")
-    return lines
+    lines = [f"{'name':<22}{'table':<20}{'steps':>9}  published"]
+    return lines + [f"{name:<22}{row.table:<20}{get_config(name).steps:>9,}  {row.published}" for name, row in ROWS.items()]
 
 
 def describe(name: str) -> list[str]:
-    """Returns a row's command and its differences from the config that it changes, as lines of text."""
+    """Returns a row's command, its differences from the config that it changes, and its cost, as lines of text."""
     row = common.choose("name", name, ROWS)
+    job = build.build(get_config(name), jax.devices()[:1])
+    flop_per_image = sum(flops.of_step(job).values())
     weights = "" if row.file == "ldm" else " --config.lpips.vgg16=vgg16-397923af.pth --config.lpips.linear=vgg.pth"
     return [
         f"{name}: table {row.table}; published {row.published}",
         f"  configs/{row.file}.py:{row.arg} with {row.changes}",
+        f"  {flop_per_image / 1e12:.2f} TFLOP an image, {flops.h100_hours(flop_per_image, job.config):,.0f} hours of an H100",
         f"  python -m repae_jax.train --config configs/paper.py:{name} --workdir runs/{name} "
         f"--config.data.options.path=/data/imagenet/train{weights}",
     ]

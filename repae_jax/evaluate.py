@@ -96,7 +96,7 @@ class SampledImages:
     """What a model draws, as a set of images of `repae_jax.evaluation.image_sets`.
 
     Args:
-      trained: Trained, on devices of this process.
+      trained: LoadedModel, on devices of this process.
       sampling: Sampling.
       labels: int32 [N], one per image.
       batch_size: images at a time: the size of all blocks but the last.

@@ -201,7 +201,7 @@ def compare_all(vae, source, records, *, mesh, batch_size, latents, seed, lpips=
     """Compares images with their reconstructions, one batch in memory at a time, over all devices of the mesh.
 
     Args:
-      vae: trained.TrainedVae.
+      vae: LoadedTokenizer.
       source: of the images, see `repae_jax.data`.
       records: int [N], which of its records.
       mesh: device mesh.

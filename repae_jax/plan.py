@@ -1,6 +1,6 @@
 """A plan before you rent: `python -m repae_jax.plan --config configs/repae.py --topology v5e:4x4 --topology v6e:4x4`.
 
-Compiles the training step of any config for TPUs that are not there, and tells of each topology whether it fits: memory of a
+Compiles the training step of any config for TPUs that are not there, and reports for each topology whether it fits: memory of a
 chip, FLOP, the compiler's estimate of the time, bytes of collectives, images per second, hours and chip-hours of the run. With
 --sample, the same of sampling. It needs no accelerator, no weights and no data, but libtpu, which the extra `tpu` brings.
 
@@ -13,6 +13,8 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import flags
@@ -20,21 +22,23 @@ from absl import flags
 from repae_jax import cli, files
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.cost.plan_text import GIB, lines_of
-from repae_jax.cost.topologies import check_topology, topology_devices
+from repae_jax.cost.topologies import Chip, check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
 from repae_jax.job import build, compilation, initial_state, recipe
 from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import for_sampling
 
-SAMPLES = 50_000  # images that the published scores are of
+SAMPLES = 50_000  # images of a published score
 IMAGES_PER_CHIP = 16
-SAME_SIZE = 1.05  # states that differ by less are as large
+SAME_SIZE = 1.05  # states whose sizes differ by less count as equally large
+Numbers = dict[str, Any]  # the plan of one topology, for JSON
 
 
 class DoesNotFit(Exception):
-    """The compiler found no way to fit a program into the memory: bytes that it needs, and that there are, or None."""
+    """The compiler found no way to fit a program into the memory: bytes needed, and bytes available, or None."""
 
-    def __init__(self, message, needed, available):
+    def __init__(self, message: str, needed: float | None, available: float | None):
         super().__init__(message)
         self.needed, self.available = needed, available
 
@@ -44,31 +48,31 @@ class DoesNotFit(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lower_step(job):
-    """The jitted training step as `train` runs it, lowered on shapes alone."""
+def lower_step(job: build.Job) -> jax.stages.Lowered:
+    """Lowers the jitted training step as `train` runs it, on shapes alone."""
     state = initial_state.abstract_state(job)
     return compilation.jit_step(job, state).lower(state, *compilation.abstract_inputs(job))
 
 
-def lower_sampling(job):
-    """Sampling of config.data.batch_size images as `sample` runs it, lowered on shapes alone."""
+def lower_sampling(job: build.Job) -> jax.stages.Lowered:
+    """Lowers sampling of config.data.batch_size images as `sample` runs it, on shapes alone."""
     batch, frozen, key = compilation.abstract_inputs(job)
     params = generate.sampling_params(initial_state.abstract_state(job), frozen)
     run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
     return run.lower(params, batch["label"], batch["label"], key)
 
 
-def sampling_config(config, count):
-    """The config of `count` samples at a time, as `trained.load_model` changes it: no sharding, no accumulation."""
+def sampling_config(config: Any, count: int) -> dict[str, Any]:
+    """Returns the config of `count` samples at a time, as `load_model` changes it: no sharding, no accumulation."""
     config = build.plain_config(config)
     if config["job"] == "vae":
         raise ValueError("--sample: config.job='vae' trains a tokenizer, which has no SiT to sample from; leave --sample out")
-    data = {**config["data"], "batch_size": count, "cache": ""}
-    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
+    config = for_sampling(config, count)
+    return {**config, "data": {**config["data"], "cache": ""}}
 
 
-def compile_program(lowered):
-    """lowered.compile(), or DoesNotFit; other memory than a chip's HBM that runs out is an error like any other."""
+def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles, or raises DoesNotFit; running out of other memory than a chip's HBM is an error like any other."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -77,18 +81,18 @@ def compile_program(lowered):
         raise DoesNotFit(str(error).splitlines()[0], *memory_of_message(str(error))) from error
 
 
-def memory_of_message(message):
-    """Returns (bytes needed, bytes available) by the compiler's message; None for what it does not tell."""
+def memory_of_message(message: str) -> tuple[float | None, float | None]:
+    """Returns (bytes needed, bytes available) from the compiler's message; None for a number that is not in it."""
     size = r"([\d.]+)([KMGT]?)i?B?"
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     for pattern in (
         rf"Used {size} of {size} hbm",
         rf"required[^(]*\({size}\) exceeds available HBM \({size}\)",
-        rf"Allocation \(size={size}\) would exceed memory",  # of the whole chip, part of which is not to be had
+        rf"Allocation \(size={size}\) would exceed memory",  # the whole chip's, part of which is reserved
     ):
-        found = re.search(pattern, message)
-        if found:
-            sizes = [float(number) * units[unit] for number, unit in zip(found.groups()[::2], found.groups()[1::2])]
+        match = re.search(pattern, message)
+        if match:
+            sizes = [float(number) * units[unit] for number, unit in zip(match.groups()[::2], match.groups()[1::2])]
             return sizes[0], sizes[1] if len(sizes) == 2 else None
     return None, None
 
@@ -118,8 +122,8 @@ def showing_time(what, every=30.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(config, topology, images_per_chip=None):
-    """Everything about a config on a topology that can be wrong, and nothing that takes long.
+def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> tuple[build.Job, Numbers]:
+    """Builds a config for a topology, which finds every mistake in the two before anything takes long.
 
     Args:
       config: ConfigDict or nested dict, see configs/.
@@ -141,17 +145,14 @@ def prepare(config, topology, images_per_chip=None):
     return job, setting(job, chip, topology, bool(images_per_chip))
 
 
-def plan(job, numbers):
-    """What a job costs, as the compiler sees it.
-
-    Args:
-      job: Job.
-      numbers: of `setting`, as `prepare` returns them with the job.
+def plan(job: build.Job, numbers: Numbers) -> Numbers:
+    """Compiles a prepared job.
 
     Returns:
-      numbers, with 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
+      numbers, with 'flop_per_image', 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
     """
     sampling, start = numbers["job"] == "sample", time.monotonic()
+    numbers = {**numbers, "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job)}
     try:
         compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
     except DoesNotFit as error:
@@ -162,51 +163,35 @@ def plan(job, numbers):
     return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
 
 
-def prepare_and_plan(config, topology, images_per_chip):
-    """`plan` of what `prepare` makes, as a process of its own does it."""
+def prepare_and_plan(config: Any, topology: str, images_per_chip: int | None) -> Numbers:
+    """Prepares and plans in a child process."""
     _use_no_accelerator()
     return plan(*prepare(config, topology, images_per_chip))
 
 
-def plan_apart(config, numbers, images_per_chip=None):
-    """`prepare_and_plan` in a process of its own: where the compiler fails, it may take that down.
-
-    Args:
-      config, images_per_chip: as in `prepare`.
-      numbers: of `setting`, as that returns them.
+def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None) -> Numbers:
+    """Runs `prepare_and_plan` in a child process: a failure of the compiler may take its process down.
 
     Returns:
-      What `plan` returns; or, if it is not known because compiling failed, numbers with 'fits', None, the exit code of the
-      process if that died, and the message.
+      As `plan`; or, if compiling failed, numbers with 'fits', None, the message, and the exit code of the process if that died.
     """
-    what = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
-    with showing_time(what):
+    title = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
+    with showing_time(title):
         try:
             return run_in_subprocess(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
-        except Crashed as error:
-            return {**numbers, "fits": None, "exitcode": error.exitcode, "message": str(error)}
-        except jax.errors.JaxRuntimeError as error:
-            return {**numbers, "fits": None, "exitcode": None, "message": str(error)}
+        except (Crashed, jax.errors.JaxRuntimeError) as error:
+            return {**numbers, "fits": None, "exitcode": getattr(error, "exitcode", None), "message": str(error)}
 
 
 def _use_no_accelerator():
-    """One of this machine has nothing to do with the plan."""
+    """Keeps the process off an accelerator of this machine, which has nothing to do with the plan."""
     jax.config.update("jax_platforms", "cpu")
 
 
-def setting(job, chip, topology, sampling):
-    """What is known before anything is compiled.
-
-    Args:
-      job: Job on the devices of a topology.
-      chip: topologies.Chip of them.
-      topology: its name.
-      sampling: whether it is about sampling, with all of the batch at a time, or about training.
-    """
+def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Numbers:
+    """Returns the numbers of a job on a topology, or of sampling its batch at a time, that are known without compiling."""
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
-    parts = flops.sampling_parts(job.config, job.sampling) if sampling else flops.parts(job.config, job.encoders)
     state = initial_state.abstract_state(job)
-    kept = generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state
     return {
         "topology": topology,
         "slices": job.config["mesh"]["slices"],
@@ -218,25 +203,18 @@ def setting(job, chip, topology, sampling):
         "matmul_share": chip.matmul,
         "job": "sample" if sampling else job.config["job"],
         "mesh": dict(job.mesh.shape),
-        "branch_shares": [] if sampling else flops.scale_shares(job.config),
+        "branch_shares": [] if sampling else flops.branch_shares(job.config),
         "images": images,
         "images_per_chip": images // chips,
-        "flop_per_image": parts,
-        "state_bytes": chip_bytes(kept),
+        "state_bytes": chip_bytes(generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state),
         "versions": multihost.versions(),
         "arguments": sys.argv[1:],
         "config": job.config,
     }
 
 
-def outcome(numbers, memory_stats, text):
-    """What the compiled program tells.
-
-    Args:
-      numbers: of `setting`, with 'runs', how often the program will run.
-      memory_stats: the program's CompiledMemoryStats.
-      text: its HLO, scheduled.
-    """
+def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
+    """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO."""
     cost = hlo_cost.analyze(text, numbers["branch_shares"])
     seconds = cost.cycles / numbers["clock_hz"]
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
@@ -254,8 +232,8 @@ def outcome(numbers, memory_stats, text):
     }
 
 
-def chip_bytes(tree):
-    """Bytes on each chip of a tree of shapes with shardings."""
+def chip_bytes(tree: Any) -> int:
+    """Returns the bytes on each chip of a tree of shapes with shardings."""
     return sum(_shard_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
 
 
@@ -268,19 +246,15 @@ def _shard_bytes(x, placed):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def advice(job, numbers):
-    """Lines on what would make a training step, or a batch of samples, smaller.
-
-    Args:
-      job: Job that does not fit.
-      numbers: of `setting`.
-    """
+def advice(job: build.Job, numbers: Numbers) -> list[str]:
+    """Returns lines on what would make a training step, or a batch of samples, smaller."""
     config, per_chip, lines = job.config, numbers["images_per_chip"], []
     if numbers["job"] == "sample":
         fewer = [f"--images_per_chip={per_chip // 2}: the same samples in more batches"] if per_chip > 1 else []
         return [*fewer, "chips with more memory"]
-    accumulation, fsdp, sharded = config["accumulation"], *better_fsdp(job, numbers["state_bytes"])
-    if fsdp is not None:
+    accumulation = config["accumulation"]
+    fsdp, sharded = better_fsdp(job, numbers["state_bytes"])
+    if fsdp is not None and sharded is not None:
         saved = (numbers["state_bytes"] - sharded) / GIB
         lines.append(f"--config.mesh.fsdp={fsdp}: {fsdp} chips share a state, {saved:.2f} GiB less on each, more traffic")
     if per_chip > accumulation and may_accumulate(config):
@@ -295,8 +269,8 @@ def advice(job, numbers):
     return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
 
 
-def may_accumulate(config):
-    """Whether the rules allow a config more micro-batches: not all losses can be had of a part of the batch."""
+def may_accumulate(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config may have more micro-batches: some losses are defined on a whole batch only."""
     try:
         recipe.make_recipe({**config, "accumulation": config["accumulation"] + 1})
     except ValueError:
@@ -304,12 +278,8 @@ def may_accumulate(config):
     return True
 
 
-def better_fsdp(job, state_bytes):
-    """The least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
-
-    Args:
-      job: Job.
-      state_bytes: of a chip, as the job is.
+def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[None, None]:
+    """Finds the least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
 
     Returns:
       (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.
@@ -318,14 +288,10 @@ def better_fsdp(job, state_bytes):
     state, in_slice, sizes = initial_state.abstract_state(job), len(devices) // slices, {}
     for fsdp in range(1, in_slice + 1):
         if in_slice % fsdp == 0 and fsdp != job.mesh.shape[sharding.FSDP]:
-            sizes[fsdp] = _sharded_bytes(state, sharding.make_mesh(fsdp, devices, slices))
+            shardings = sharding.tree_sharding(sharding.make_mesh(fsdp, devices, slices), state)
+            sizes[fsdp] = sum(jax.tree.leaves(jax.tree.map(_shard_bytes, state, shardings)))
     near = SAME_SIZE * min(sizes.values(), default=math.inf)
     return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))
-
-
-def _sharded_bytes(state, mesh):
-    shardings = sharding.tree_sharding(mesh, state)
-    return sum(jax.tree.leaves(jax.tree.map(_shard_bytes, state, shardings)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,23 +8,28 @@ import argparse
 import dataclasses
 import functools
 import io
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from repae_jax import cli, files, images
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
 from repae_jax.distributed import sharding
 from repae_jax.sampling import generate
-from repae_jax.sampling.load_model import load_model
+from repae_jax.sampling.load_model import LoadedModel, load_model
 from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("random", "balanced")
+Labels = Int[np.ndarray, " N"]
 
 
-def add_arguments(parser, num_samples):
-    """What to sample and how, for a parser or a group of arguments; `num_samples` is a default."""
+def add_arguments(parser: Any, num_samples: int) -> None:
+    """Adds the settings of sampling to a parser or a group of arguments; `num_samples` is a default."""
     parser.add_argument("--num_samples", type=cli.whole(1), default=num_samples, help="exactly so many images")
     parser.add_argument(
         "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
@@ -32,7 +37,7 @@ def add_arguments(parser, num_samples):
     parser.add_argument("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
     parser.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
-    parser.add_argument("--sampler", choices=generate.SAMPLERS, help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
     parser.add_argument("--steps", type=int, help="sampling steps" + unset)
     parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
     parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
@@ -63,77 +68,63 @@ def parse_args(argv=None):
     return args
 
 
-def check_arguments(parser, args):
-    """Ends the program, before a model is loaded, if no sampling goes with what `add_arguments` has added."""
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program, before a model is loaded, if no model could be sampled with the settings of `add_arguments`."""
     try:
-        generate.Sampling(**_given(args))
+        Sampling(**_given(args))
     except ValueError as error:
         parser.error(f"--{error}")
 
 
 def _given(args):
     """Returns the fields of Sampling that the command line sets."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(generate.Sampling)}
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def draw_labels(kind, count, classes, seed):
-    """Labels of all samples.
-
-    Args:
-      kind: 'random', or 'balanced': counts differ by at most one.
-      count: number of samples.
-      classes: sequence of class labels to use.
-      seed: of the draw or the shuffle.
-
-    Returns:
-      int32 numpy [count].
-    """
+def draw_labels(kind: str, count: int, classes: Sequence[int], seed: int) -> Labels:
+    """Draws the labels of `count` samples from some classes: 'random', or 'balanced', whose counts differ by at most one."""
     rng = np.random.default_rng(seed)
     if kind == "random":
         return rng.choice(np.asarray(classes, np.int32), count)
     return rng.permutation(np.resize(np.asarray(classes, np.int32), count))
 
 
-def choose_sampling(args, trained):
-    """Sampling, and classes to draw labels from, as the command line says; ValueError if they do not fit the model."""
-    sampling = dataclasses.replace(trained.sampling, **_given(args))
-    generate.check_sampler(sampling, trained.objective)
-    channels = trained.latent_shape[-1]
+def choose_sampling(args: argparse.Namespace, model: LoadedModel) -> tuple[Sampling, list[int]]:
+    """Returns the settings of the command line and the classes to sample; ValueError if they do not fit the model."""
+    sampling = dataclasses.replace(model.sampling, **_given(args))
+    check_sampler(sampling, model.objective)
+    channels = model.latent_shape[-1]
     if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
         raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
-    classes = args.classes or list(range(trained.num_classes))
-    if max(classes) >= trained.num_classes:
-        raise ValueError(f"--classes {classes}: allowed are 0..{trained.num_classes - 1}")
+    classes = args.classes or list(range(model.num_classes))
+    if max(classes) >= model.num_classes:
+        raise ValueError(f"--classes {classes}: allowed are 0..{model.num_classes - 1}")
     return sampling, classes
 
 
-def settings_name(step, sampling, args):
-    """Name of what is made from a checkpoint with these settings."""
-    how = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
+def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace) -> str:
+    """Returns the name of samples from a checkpoint with these settings."""
+    method = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
     if sampling.guidance_scale > 1:
-        how += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
-        how += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
-    which = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
-    at = "unknown-step" if step is None else f"{step:07d}"
-    return f"{at}-{how}-{which}-{args.num_samples}-seed{args.seed}"
+        method += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
+        method += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
+    labels = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
+    checkpoint = "unknown-step" if step is None else f"{step:07d}"
+    return f"{checkpoint}-{method}-{labels}-{args.num_samples}-seed{args.seed}"
 
 
-def sample_batches(trained, sampling, labels, batch_size, seed, skip=()):
-    """Samples of a trained model; Args, Yields as `generate.in_batches`."""
-    run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
-    put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
-    yield from generate.in_batches(run, trained.params, labels, batch_size, jax.random.key(seed), put, skip)
+def sample_batches(
+    model: LoadedModel, sampling: Sampling, labels: Labels, batch_size: int, seed: int, skip: Collection[int] = ()
+) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
+    """Samples a model batch by batch; arguments and batches as in `generate.in_batches`."""
+    run = jax.jit(generate.make_generate(model.nets, model.objective, model.latent_shape, sampling))
+    put = functools.partial(jax.device_put, device=sharding.batch_sharding(model.mesh))
+    yield from generate.in_batches(run, model.params, labels, batch_size, jax.random.key(seed), put, skip)
 
 
-def write_npz(path, parts, labels):
-    """ADM's npz from per-batch files, one batch in memory at a time; atomic.
-
-    Args:
-      path: of the npz.
-      parts: epath.Path of .npy files in order, uint8 [b, H, W, 3].
-      labels: int32 [N].
-    """
+def write_npz(path: epath.Path, parts: Sequence[epath.Path], labels: Labels) -> None:
+    """Writes ADM's npz from the .npy files of batches, in order, one batch in memory at a time; atomic."""
     shape = (len(labels), *_load_part(parts[0]).shape[1:])
     files.write_all({path: files.npz_writer({"arr_1": labels}, {"arr_0": (shape, map(_load_part, parts))})})
 
@@ -155,55 +146,68 @@ def _save_part(path, array):
 
 
 def _open_parts(folder, settings):
-    """Folder of finished batches, made by these settings or not at all."""
+    """Returns the folder of finished batches; ValueError if it holds some of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "settings.json"
-    if manifest.exists():
-        before = files.read_json(manifest)
-        differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
-        if differing:
-            raise ValueError(
-                f"{folder} holds batches made with other settings (there, here): {differing}; "
-                f"choose another --out, or the old settings"
-            )
-    else:
+    if not manifest.exists():
         files.write_json(manifest, settings)
+    before = files.read_json(manifest)
+    differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
+    if differing:
+        raise ValueError(
+            f"{folder} holds batches made with other settings (there, here): {differing}; choose another --out, or the old "
+            "settings"
+        )
     return folder
 
 
-def run(args):
-    """Sample as the command line says; returns the path of the npz."""
+def run(args: argparse.Namespace) -> epath.Path:
+    """Samples as the command line says; returns the path of the npz."""
     if jax.process_count() > 1:
         raise ValueError("sampling runs in one process; start it on one host")
     if args.batch_size % jax.device_count():
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
-    trained = load_model(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
-    step = trained.step
-    sampling, classes = choose_sampling(args, trained)
+    model = load_model(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
+    sampling, classes = choose_sampling(args, model)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
-    name = settings_name(step, sampling, args)
+    out = _choose_out(args, settings_name(model.step, sampling, args))
+    settings = {
+        "step": model.step, "weights": fingerprint(model.params), "num_samples": args.num_samples,
+        "batch_size": args.batch_size, "labels": args.labels, "classes": classes, "seed": args.seed,
+        **dataclasses.asdict(sampling),
+    }  # fmt: skip
+    folder = _open_parts(out.with_name(out.name + ".parts"), settings)
+    parts = [folder / f"{index:06d}.npy" for index in range(-(-args.num_samples // args.batch_size))]
+    _sample_parts(parts, model, sampling, labels, args)
+    return _join_parts(parts, out, labels, args)
+
+
+def _choose_out(args, name):
+    """Returns the path of the result without its ending; ValueError if it exists."""
     if not args.out and not epath.Path(args.workdir).is_dir():
         raise ValueError(f"{args.workdir} is no folder to keep samples in: give --out")
     out = epath.Path(args.out or f"{args.workdir}/generated/{name}")
     npz = out.with_name(out.name + ".npz")
     if npz.exists():
         raise ValueError(f"{npz} exists; choose another --out, or move it away")
-    settings = {
-        "step": step, "weights": fingerprint(trained.params), "num_samples": args.num_samples, "batch_size": args.batch_size,
-        "labels": args.labels, "classes": classes, "seed": args.seed, **dataclasses.asdict(sampling),
-    }  # fmt: skip
-    folder = _open_parts(out.with_name(out.name + ".parts"), settings)
-    count = -(-args.num_samples // args.batch_size)
-    paths = [folder / f"{index:06d}.npy" for index in range(count)]
-    done = {index for index, path in enumerate(paths) if path.exists() and len(_load_part(path))}
-    with tqdm(
-        total=args.num_samples, initial=min(len(done) * args.batch_size, args.num_samples), unit="img", desc=f"step {step}"
-    ) as bar:
-        for index, made in sample_batches(trained, sampling, labels, args.batch_size, args.seed, skip=done):
-            _save_part(paths[index], made)
-            bar.update(len(made))
-    write_npz(npz, paths, labels)
-    shown = np.concatenate([_load_part(path) for path in paths[: -(-args.grid // args.batch_size)]])[: args.grid]
+    return out
+
+
+def _sample_parts(parts, model, sampling, labels, args):
+    """Samples the batches that are not finished yet."""
+    done = {index for index, path in enumerate(parts) if path.exists() and len(_load_part(path))}
+    initial = min(len(done) * args.batch_size, args.num_samples)
+    with tqdm(total=args.num_samples, initial=initial, unit="img", desc=f"step {model.step}") as bar:
+        for index, batch in sample_batches(model, sampling, labels, args.batch_size, args.seed, skip=done):
+            _save_part(parts[index], batch)
+            bar.update(len(batch))
+
+
+def _join_parts(parts, out, labels, args):
+    """Writes npz, picture and settings from finished batches, and removes these; returns the path of the npz."""
+    npz, folder = out.with_name(out.name + ".npz"), parts[0].parent
+    write_npz(npz, parts, labels)
+    shown = np.concatenate([_load_part(path) for path in parts[: -(-args.grid // args.batch_size)]])[: args.grid]
     picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
     files.save_png(out.with_name(out.name + ".png"), picture)
     (folder / "settings.json").copy(out.with_name(out.name + ".json"), overwrite=True)

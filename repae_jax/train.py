@@ -154,7 +154,7 @@ def train(config, workdir):
             loader.restore(data_state["loader"])
             check_inputs(data_state["inputs"], inputs, workdir)
             logging.info("continuing from step %d", start)
-        flop_per_image = flops.per_image(job.config, job.encoders)
+        flop_per_image = sum(flops.of_step(job).values())
         peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
         logging.info("%s", summary(job, state, source, flop_per_image, peak))
         writer = stack.enter_context(open_writer(workdir, start))

@@ -19,7 +19,7 @@ from repae_jax.job import build
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.models.autoencoder import AutoencoderKL
-from repae_jax.sampling.load_model import TrainedVae, load_vae
+from repae_jax.sampling.load_model import LoadedTokenizer, load_vae
 from repae_jax.training import checkpoint
 
 SIDE = 12
@@ -84,7 +84,7 @@ def vae():
         spread = np.sqrt(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 2
         return (rng.standard_normal(leaf.shape) / spread + (len(leaf.shape) == 1)).astype(np.float32)
 
-    return TrainedVae(module, jax.tree.map(draw, shapes), None)
+    return LoadedTokenizer(module, jax.tree.map(draw, shapes), None)
 
 
 def compare(vae, source, records=None, *, devices=8, **options):
@@ -165,7 +165,7 @@ def test_undecodable_images_do_not_count(vae, compared):
 
 
 def test_images_that_are_not_finite_are_refused(vae):
-    broken = TrainedVae(vae.module, jax.tree.map(lambda leaf: leaf * np.nan, vae.params), None)
+    broken = LoadedTokenizer(vae.module, jax.tree.map(lambda leaf: leaf * np.nan, vae.params), None)
     with pytest.raises(ValueError, match="reconstructions of 8 of 8 images hold nan or infinity, first picture-0, picture-1"):
         compare(broken, Pictures())
 

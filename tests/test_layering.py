@@ -25,7 +25,6 @@ ORDER = GROUND + [
     "repae_jax.metrics",
     "repae_jax.analysis",
     # plumbing
-    "repae_jax.cost",
     "repae_jax.training",
     "repae_jax.data",
     "checkpoints_tools",
@@ -34,6 +33,7 @@ ORDER = GROUND + [
     "repae_jax.tokenizer_step",
     "repae_jax.job",
     "repae_jax.sampling",
+    "repae_jax.cost",
     "repae_jax.evaluation",
     # commands
     "repae_jax.train",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import small
-from test_hlo_cost import BRANCHES, LOOP, needs_libtpu
+from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
 from repae_jax import plan
@@ -157,8 +157,9 @@ def setting_of(sampling=False, **changes):
 
 @functools.cache
 def too_large():
-    """A Job with everything that can be advised against, and its plan.setting."""
-    return setting_of(data__batch_size=64, sit__remat="dots", sit__hidden_size=128)
+    """A Job with everything that can be advised against, and the numbers of its plan before it is compiled."""
+    job, numbers = setting_of(data__batch_size=64, sit__remat="dots", sit__hidden_size=128)
+    return job, numbers | {"flop_per_image": flops.of_step(job)}
 
 
 def test_advice():
@@ -197,6 +198,7 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
     assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
     [
@@ -303,7 +305,7 @@ def test_numbers_and_their_tables():
     cycles = 5 + 10 * 109
     assert numbers["seconds"] == cycles / 1.5e9 and numbers["hours"] == pytest.approx(numbers["seconds"])
     assert numbers["chip_hours"] == 8 * numbers["hours"] and numbers["images_per_second"] == 64 / numbers["seconds"]
-    per_chip = flops.per_image(small.config(sit__hidden_size=128)) * 8
+    per_chip = sum(numbers["flop_per_image"].values()) * 8
     assert numbers["share_of_peak"] == pytest.approx(per_chip / numbers["seconds"] / 197e12)
     assert numbers["memory_bytes"]["total"] == 14.5 * GIB and json.loads(json.dumps(numbers)).keys() == numbers.keys()
     text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
@@ -318,9 +320,9 @@ def test_numbers_and_their_tables():
 def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     """Time and FLOP alike, or their ratio is no share of anything."""
     job, numbers = setting_of(file=vae, arg="eqvae,tiny", data__image_size=16)
-    assert numbers["branch_shares"] == flops.scale_shares(job.config) == [0.5, 0.5]
-    assert numbers["flop_per_image"] == flops.parts(job.config, job.encoders)
-    found = plan.outcome(numbers | {"runs": 1}, STATS, BRANCHES)
+    assert numbers["branch_shares"] == flops.branch_shares(job.config) == [0.5, 0.5]
+    numbers |= {"flop_per_image": {"vae": 1e9}, "runs": 1}
+    found = plan.outcome(numbers, STATS, BRANCHES)
     assert found["estimated_cycles"] == 0.5 * 10 + 0.5 * 30 + 10
     text = " ".join(" ".join(plan_text.lines_of(numbers | found | {"fits": True, "runs": 1})).split())
     assert "Of the 2 scales of which a step draws one, FLOP, cycles and collectives are the mean." in text
@@ -334,10 +336,10 @@ def test_the_state_is_counted_as_it_is_sharded():
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_sampling_is_planned_as_it_runs():
     job, numbers = setting_of(sampling=True, sampling__guidance_scale=2.0, accumulation=2)
     assert numbers["job"] == "sample" and numbers["images"] == 16 and job.encoders == ()
-    assert numbers["flop_per_image"] == flops.sampling_parts(job.config, job.sampling)
     lowered = plan.lower_sampling(job)
     assert lowered.out_info[0].shape == (16, 8, 8, 3)
     with pytest.raises(ValueError, match="trains a tokenizer, which has no SiT"):
@@ -347,6 +349,7 @@ def test_sampling_is_planned_as_it_runs():
 # ---- programs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("changes", [{}, {"data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}])
 def test_a_step_is_lowered_without_weights_or_data(changes):
     """On latents from a cache; tests of configs trace the others."""
@@ -356,6 +359,7 @@ def test_a_step_is_lowered_without_weights_or_data(changes):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before and "skipped" in metrics
 
 
+@pytest.mark.integration
 def test_the_plan_and_training_take_the_same():
     """Shapes, dtypes and shardings of what `train` passes to the step, against those that the plan compiles."""
     job = build.build(small.config())
@@ -402,6 +406,7 @@ def test_a_plan_in_a_process_of_its_own(capsys):
     assert "compiling for 4 chips" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_a_program_that_does_not_fit():
     mesh = sharding.make_mesh(1, topology_devices("v5e:2x2"))
@@ -411,6 +416,7 @@ def test_a_program_that_does_not_fit():
     assert caught.value.needed >= 64 * GIB and caught.value.available in (topologies.CHIPS["v5e"].hbm, None)
 
 
+@pytest.mark.integration
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "fsdp"), [("v6e:8x8", 16), ("v5p:4x4x4", 2), ("v4:2x2x4", 8), ("v5e:8x8", 4)])
 def test_every_number_of_chips_that_divides_them_can_share_the_state(topology, fsdp):
@@ -418,6 +424,7 @@ def test_every_number_of_chips_that_divides_them_can_share_the_state(topology, f
     assert dict(sharding.make_mesh(fsdp, devices).shape) == {"data": len(devices) // fsdp, "fsdp": fsdp}
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_a_mesh_and_a_batch_that_do_not_divide():
     with pytest.raises(ValueError, match=r"mesh.fsdp=3 does not divide the 4 devices; allowed: \[1, 2, 4\]"):

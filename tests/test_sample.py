@@ -13,6 +13,7 @@ from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import sample
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling
 from repae_jax.job import build
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
@@ -44,6 +45,7 @@ def load(npz):
         return file["arr_0"], file["arr_1"]
 
 
+@pytest.mark.integration
 def test_exact_count_in_adm_layout(workdir, tmp_path):
     npz = sample.run(arguments(workdir, "--num_samples", "21", "--batch_size", "8", "--out", str(tmp_path / "x")))
     made, labels = load(npz)
@@ -65,9 +67,10 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     assert load_model(workdir).step == 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in generate.SAMPLERS if name != "ancestral"],
+    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in SAMPLERS if name != "ancestral"],
 )
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     made = [
@@ -80,10 +83,11 @@ def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
         )[0]
         for size in ("8", "16")
     ]
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a grey level's edge
+    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a gray level's edge
     assert len({image.tobytes() for image in made[0]}) == 16, "no two samples are alike"
 
 
+@pytest.mark.integration
 def test_interrupted_sampling_continues(workdir, tmp_path, monkeypatch):
     args = ("--num_samples", "24", "--batch_size", "8")
     whole = load(sample.run(arguments(workdir, *args, "--out", str(tmp_path / "whole"))))
@@ -131,6 +135,7 @@ def test_damaged_parts_are_found_before_any_is_made(workdir, loaded, tmp_path, m
         sample.run(arguments(workdir, "--num_samples", "16", "--batch_size", "8", "--out", str(tmp_path / "x")))
 
 
+@pytest.mark.integration
 def test_other_settings_do_not_mix(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "write_npz", lambda *_: pytest.fail("not reached"))
     monkeypatch.setattr(sample, "_save_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -203,8 +208,9 @@ def test_labels():
     np.testing.assert_array_equal(balanced, sample.draw_labels("balanced", 25, range(10), 0))
 
 
+@pytest.mark.integration
 def test_images_use_the_averages_and_no_epsilon(workdir):
-    """Pixels follow from the averaged weights: swapping in others changes them, and de-normalising adds no epsilon."""
+    """Pixels follow from the averaged weights: swapping in others changes them, and de-normalizing adds no epsilon."""
     trained = load_model(workdir)
     run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, trained.sampling))
     args = np.zeros(8, np.int32), np.arange(8), jax.random.key(0)
@@ -217,6 +223,7 @@ def test_images_use_the_averages_and_no_epsilon(workdir):
         np.testing.assert_array_equal(image, flat[0])
 
 
+@pytest.mark.integration
 def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
     trained = load_model(workdir)
     latent_stats = jax.tree.map(lambda x: x * np.nan, trained.params["latent_stats"])
@@ -240,12 +247,13 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
     assert sample.parse_args(["--workdir", "x"]).guidance_channels is None
 
 
+@pytest.mark.integration
 def test_guidance_outside_its_interval_changes_nothing(workdir):
     trained = load_model(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
     made = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
-        sampling = generate.Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
+        sampling = Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
         run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
         made.append(np.asarray(run(trained.params, *args)[0]))
     assert np.abs(made[0].astype(int) - made[1]).max() <= 1
@@ -262,6 +270,7 @@ def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
             np.testing.assert_array_equal(actual, array)
 
 
+@pytest.mark.integration
 def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     """As sit-ldm-*, whose checkpoints hold no VAE, and as REPA's, which hold no batch norm either."""
     convert(workdir, tmp_path / "whole.pt", optimizers=False)

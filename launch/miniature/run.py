@@ -17,6 +17,7 @@ from launch.quickstart import digits_models, quickstart
 from repae_jax import files, sample
 from repae_jax.analysis.smoothness import spatial_variance, total_variation
 from repae_jax.data.digits import DigitsSource
+from repae_jax.diffusion.samplers import Sampling
 from repae_jax.evaluation import plots
 from repae_jax.images import to_float
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
@@ -65,7 +66,7 @@ def _perform_run(folder, task):
     numbers = vae_numbers(folder, image_size) | last_losses(folder / "metrics.jsonl")
     if sampler:
         classify = digits_models.load_classifier(task["classifier"])
-        numbers |= sample_numbers(folder, generate.Sampling(**sampler), classify, image_size, task["config"]["seed"])
+        numbers |= sample_numbers(folder, Sampling(**sampler), classify, image_size, task["config"]["seed"])
     if task["export"]:
         convert.extract_vae(folder, tables.vae_files(folder)["vae"], overwrite=True)  # for others to start from
     return _result(DONE, numbers)

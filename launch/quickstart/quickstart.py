@@ -22,11 +22,11 @@ from launch.quickstart import digits_models
 from repae_jax import cli, evaluate_tokenizer, files, sample
 from repae_jax.analyze_latents import __main__ as analyze_latents
 from repae_jax.data.digits import DigitsSource
+from repae_jax.diffusion.samplers import Sampling
 from repae_jax.evaluation import plots
 from repae_jax.files import save_png
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.report import __main__ as report
-from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
 from repae_jax.train import train
 
@@ -53,7 +53,7 @@ def generated(workdir, step, guidance_scale):
     """Samples PER_CLASS digits of each class from one checkpoint; returns (uint8 [N, H, W, 3], labels [N], in class order)."""
     model = load_model(workdir, step, jax.devices()[:1])
     labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
-    sampling = generate.Sampling(**SAMPLER, guidance_scale=guidance_scale)
+    sampling = Sampling(**SAMPLER, guidance_scale=guidance_scale)
     batches = sample.sample_batches(model, sampling, labels, batch_size=100, seed=0)
     return np.concatenate([images for _, images in batches]), labels
 

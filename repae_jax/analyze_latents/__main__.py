@@ -33,7 +33,7 @@ from repae_jax.analyze_latents.sources import (
 )
 from repae_jax.data import reading
 from repae_jax.distributed import sharding
-from repae_jax.sampling.load_model import TrainedVae, load_model, load_vae
+from repae_jax.sampling.load_model import LoadedTokenizer, load_model, load_vae
 from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("null", "own")
@@ -90,7 +90,7 @@ def _load(source, vae_path):
         return load_vae(source.path, source.step)
     whole = load_model(source.path, source.step, jax.devices()[:1], vae_path)
     module = whole.nets.vae.clone(dtype=jnp.float32)
-    return TrainedVae(module, whole.params["vae"], whole.params["latent_stats"], step=whole.step)
+    return LoadedTokenizer(module, whole.params["vae"], whole.params["latent_stats"], step=whole.step)
 
 
 def run(args):

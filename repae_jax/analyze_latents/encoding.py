@@ -15,7 +15,7 @@ from repae_jax.analyze_latents.sources import Source
 from repae_jax.data import reading
 from repae_jax.distributed import sharding
 from repae_jax.losses.regularizers import downscale
-from repae_jax.sampling.load_model import TrainedVae
+from repae_jax.sampling.load_model import LoadedTokenizer
 
 SCALES = (0.75, 0.5, 0.25)
 MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while
@@ -27,13 +27,13 @@ class Model:
 
     Attributes:
       source: Source.
-      vae: TrainedVae.
+      vae: LoadedTokenizer.
       latents: float32 numpy [N, h, w, C], posterior means, un-normalised.
       equivariance: [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first.
     """
 
     source: Source
-    vae: TrainedVae
+    vae: LoadedTokenizer
     latents: np.ndarray
     equivariance: list[dict[str, Any]]
 
@@ -145,7 +145,7 @@ def encode_images(source, vae, images_source, records, batch_size, mesh):
 
     Args:
       source: Source, for messages.
-      vae: TrainedVae.
+      vae: LoadedTokenizer.
       images_source: see `repae_jax.data`.
       records: positions in it.
       batch_size: images at a time, a multiple of the devices.

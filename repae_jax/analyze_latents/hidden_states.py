@@ -51,7 +51,7 @@ def encoder_features(name, path, pixels, source, records, batch_size, mesh):
 
 
 def make_hidden_states(trained):
-    """Compiled function of (params as Trained's, z [B, h, w, C], ids [B], t in [0, 1], labels [B], key).
+    """Compiled function of (params as of a LoadedModel, z [B, h, w, C], ids [B], t in [0, 1], labels [B], key).
 
     Its result is float32 [depth, B, D]: the SiT's hidden states after every block, averaged over the tokens, of z noised to t
     along the path it was trained on (for a DiT, to the nearest of its timesteps). Image i's noise depends on key and ids[i].
@@ -97,7 +97,7 @@ def measure_cknna(args, source, trained, images_source, records, encoders):
     Args:
       args: the command line.
       source: Source.
-      trained: Trained.
+      trained: LoadedModel.
       images_source: see `repae_jax.data`.
       records: positions in it.
       encoders: label -> (features float32 [N, F] of length 1, their Neighbors).

@@ -9,7 +9,9 @@ import contextlib
 import itertools
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -21,20 +23,25 @@ from repae_jax.evaluation.hooks import fid_batch
 from repae_jax.job import build, compilation, frozen_weights
 
 STEPS = 50
-ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # variables that change speed begin so
+ENVIRONMENT = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")  # prefixes of variables that change speed
+Result = dict[str, Any]  # for JSON
 
 
-def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=None, say=print, keep=lambda result: None):
+def benchmark(
+    config: Any, steps: int = STEPS, sample_batch: int | None = None, with_input: bool = False,
+    profile: Path | str | None = None, say: Callable[[str], None] = print,
+    keep: Callable[[Result], None] = lambda result: None,
+) -> Result:  # fmt: skip
     """Measures a config.
 
     Args:
       config: ConfigDict or nested dict, see configs/.
-      steps: that are timed, and calls of each part, and batches of the input.
-      sample_batch: images that are sampled at a time, over all devices; 0 is no sampling, None as many as a FID takes.
-      with_input: whether to measure the config's data, too.
+      steps: timed steps, calls of each part, and batches of the input.
+      sample_batch: images sampled at a time, over all devices; 0 is no sampling, None as many as a FID takes.
+      with_input: measure the config's data, too.
       profile: folder for a trace of a few steps; None is none.
       say: called with lines of progress.
-      keep: called with what is measured so far, whenever that is more: what comes later may fail.
+      keep: called with all results so far after each measurement: later ones may fail.
 
     Returns:
       dict that JSON can hold, as README.md describes it.
@@ -54,14 +61,7 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
     say("compiling the step …")
     with _room(job):
         frozen, key = frozen_weights.load_frozen(job), jax.random.key(config["seed"])
-        state, batch = measure.random_state(job), measure.random_batch(job)
-        compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
-        step = measure.Step(compiled, state, frozen, key)
-        del state  # donated
-        say(f"compiled in {compile_seconds:.0f} s")
-        bar = "steps" if jax.process_index() == 0 else None
-        result["step"] = {**measure.measure_step(job, step, batch, steps, bar), "compile_seconds": compile_seconds}
-    result["step"]["memory"] = measure.memory_of(compiled)
+        step, batch, result["step"] = _measure_step(job, frozen, key, steps, say)
     say(step_line(result))
     keep(result)
     if profile is not None:
@@ -86,6 +86,17 @@ def benchmark(config, steps=STEPS, sample_batch=None, with_input=False, profile=
         say(part_line(name, part))
         keep(result)
     return result
+
+
+def _measure_step(job, frozen, key, steps, say):
+    """Compiles and times the step; returns it with the state it carries on, its batch, and the numbers."""
+    state, batch = measure.random_state(job), measure.random_batch(job)
+    compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
+    step = measure.Step(compiled, state, frozen, key)
+    del state  # donated
+    say(f"compiled in {compile_seconds:.0f} s")
+    speed = measure.measure_step(job, step, batch, steps, "steps" if jax.process_index() == 0 else None)
+    return step, batch, {**speed, "compile_seconds": compile_seconds, "memory": measure.memory_of(compiled)}
 
 
 def _check_sample_batch(job, sample_batch):
@@ -114,7 +125,7 @@ def _room(job):
 
 
 def _circumstances(job):
-    """What the numbers depend on."""
+    """Returns the circumstances that the numbers depend on."""
     device, batch_size = job.mesh.devices.flat[0], job.config["data"]["batch_size"]
     peak = measure.peak_of(job)
     return {
@@ -145,30 +156,30 @@ def _arithmetic(speed):
     return f"{speed['tflops_per_device']:.3g} TFLOP/s per device{mfu}"
 
 
-def step_line(result):
-    """The step's speed and memory."""
+def step_line(result: Result) -> str:
+    """Returns a line on the step's speed and memory."""
     step, devices = result["step"], result["devices"]
     peak = "" if devices["peak_tflops"] else f" (the peak of {devices['kind']!r} is not known: no MFU)"
     memory = step["memory"]
     used = memory["peak_bytes_in_use"] or (memory["compiled"] or {}).get("total")
-    told = "" if used is None else f"; memory {used / 2**30:.2f} GiB per device"
+    in_use = "" if used is None else f"; memory {used / 2**30:.2f} GiB per device"
     planned = "" if memory["peak_bytes_in_use"] or used is None else " as compiled"
     return (
         f"step {_milliseconds(step['seconds_per_step'])}: {step['images_per_second']:.4g} img/s on {devices['count']} "
-        f"devices, {step['images_per_second_per_device']:.4g} on each; {_arithmetic(step)}{peak}{told}{planned}"
+        f"devices, {step['images_per_second_per_device']:.4g} on each; {_arithmetic(step)}{peak}{in_use}{planned}"
     )
 
 
-def part_line(name, part):
-    """The speed of a part."""
+def part_line(name: str, part: Mapping[str, Any]) -> str:
+    """Returns a line on the speed of a part."""
     if "failed" in part:
         return f"  {name:20} {part['failed']}"
     speed = f"  {_arithmetic(part)}" if "tflops_per_device" in part else ""
     return f"  {name:20} {_milliseconds(part['seconds_per_step'])}  {100 * part['share_of_step']:.0f} % of the step{speed}"
 
 
-def sampling_line(sampling):
-    """The speed of sampling."""
+def sampling_line(sampling: Mapping[str, Any]) -> str:
+    """Returns a line on the speed of sampling."""
     if "failed" in sampling:
         return f"sampling {sampling['failed']}: lower --sample_batch={sampling['batch_size']}"
     return (
@@ -177,13 +188,13 @@ def sampling_line(sampling):
     )
 
 
-def input_line(found):
-    """The speed of the input."""
-    if "skipped" in found:
-        return f"input skipped: {found['skipped']}"
-    fed = found["with_step"]
+def input_line(speed: Mapping[str, Any]) -> str:
+    """Returns a line on the speed of the input."""
+    if "skipped" in speed:
+        return f"input skipped: {speed['skipped']}"
+    fed = speed["with_step"]
     return (
-        f"input {found['images_per_second']:.4g} img/s alone, with {found['workers']} workers in each of {found['processes']} "
+        f"input {speed['images_per_second']:.4g} img/s alone, with {speed['workers']} workers in each of {speed['processes']} "
         f"processes; the step fed by it {fed['images_per_second']:.4g} img/s, waiting {100 * fed['input_wait']:.0f} % of the "
         "time"
     )
@@ -207,20 +218,20 @@ def _define_flags():
     cli.define_processes()
 
 
-def check_places(out, profile):
-    """Path of the result, or None; makes the folder of the trace. ValueError, before anything is measured, for a wrong path."""
+def check_places(out: str | None, profile: Path | str | None) -> Any:
+    """Returns the path of the result, or None, and makes the folder of the trace; ValueError for a wrong path."""
     if profile is not None:
         Path(profile).mkdir(parents=True, exist_ok=True)
     return None if out is None else files.check_new("--out", out)
 
 
-def keeper(path):
-    """Function of results that writes the latest to a file, which is not there before the first; of no file, for None."""
-    kept = itertools.count()
+def keeper(path: Any) -> Callable[[Result], None]:
+    """Returns a function that writes the latest results to a file, new at the first call; for None, one that does nothing."""
+    count = itertools.count()
 
     def keep(result):
         if path is not None:
-            files.write_json(path, result, overwrite=next(kept) > 0)
+            files.write_json(path, result, overwrite=next(count) > 0)
 
     return keep
 

@@ -1,19 +1,22 @@
-"""What is measured of a built config, on random batches unless it is the input's speed."""
+"""Measures a job: the step, its parts and sampling on random batches, and the input on the config's data."""
 
 import copy
 import functools
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt8
 
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.distributed import multihost, sharding
-from repae_jax.job import compilation, frozen_weights, initial_state, training_data
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.sampling import generate
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.metric_log import arithmetic_speed
@@ -21,48 +24,40 @@ from repae_jax.training.metric_log import arithmetic_speed
 AHEAD = 2  # steps that training dispatches before it waits for one
 SAMPLED = 3  # batches that are sampled and timed
 PROFILED = 3  # steps in a trace
-NOISE = 0.02  # on initial parameters
+NOISE = 0.02  # standard deviation of the noise on initial parameters
+NETWORKS = ("vae", "disc", "sit")  # fields of a TrainState
 OUT_OF_MEMORY = "out of memory"
 
 
-def without_files(config):
-    """The config with random weights in the place of frozen ones that are not given as a file or folder that is here.
-
-    Args:
-      config: nested dict, its fields checked.
-
-    Returns:
-      (config, names of the fields that became random).
-    """
-    config = copy.deepcopy(config)
+def without_files(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Puts random weights in the place of frozen ones that are no file or folder of this machine; returns their fields, too."""
+    config = copy.deepcopy(dict(config))
     fields = [(f"encoders.{name}.weights", entry, ("weights",)) for name, entry in sorted(config["encoders"].items())]
     if config["loss"].get("vae", {}).get("lpips"):
         fields.append(("lpips", config["lpips"], ("vgg16", "linear")))
     if not any(config["loss"].get("vae", {}).values()):
         fields.append(("init.vae", config["init"], ("vae",)))
     random = []
-    for name, section, where in fields:
-        path = section[where[0]]
+    for name, section, keys in fields:
+        path = section[keys[0]]
         if not path or not ("://" in path or Path(path).expanduser().exists()):  # a name on the hub is no file
             random.append(name)
-            section.update(dict.fromkeys(where, frozen_weights.RANDOM))
+            section.update(dict.fromkeys(keys, frozen_weights.RANDOM))
     return config, random
 
 
-def random_state(job):
-    """TrainState on the job's mesh, initial but for some noise on all parameters: multiplying by the zeros that a SiT begins
-    with takes a device less power, and so less time, than what training soon multiplies by."""
+def random_state(job: build.Job) -> Any:
+    """Returns a TrainState on the job's mesh: the initial one with some noise on all parameters.
 
-    def noisy(params, key):
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(key, len(leaves))
-        return tree.unflatten([x + NOISE * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)])
+    Multiplying by the zeros that a SiT begins with takes a device less power, and so less time, than what training soon
+    multiplies by.
+    """
 
     def make(key):
         state = initial_state.initial_state(job, key)
-        for index, name in enumerate(("vae", "disc", "sit")):
-            if (net := getattr(state, name)) is not None:
-                state = state.replace(**{name: net.replace(params=noisy(net.params, jax.random.fold_in(key, index)))})
+        for index, (name, params) in enumerate(_params(state).items()):
+            noisy = _with_noise(params, jax.random.fold_in(key, index))
+            state = state.replace(**{name: getattr(state, name).replace(params=noisy)})
         if state.ema is not None:
             averaged = state.vae if state.sit is None else state.sit
             state = state.replace(ema=state.ema.replace(params=jax.tree.map(jnp.copy, averaged.params)))
@@ -72,8 +67,18 @@ def random_state(job):
     return jax.jit(make, out_shardings=shardings)(jax.random.key(job.config["seed"]))
 
 
-def random_batch(job):
-    """A batch as the config's loader would give it, on the mesh."""
+def _params(state):
+    return {name: net.params for name in NETWORKS if (net := getattr(state, name)) is not None}
+
+
+def _with_noise(params, key):
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([x + NOISE * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)])
+
+
+def random_batch(job: build.Job) -> dict[str, Array]:
+    """Draws a batch as the config's loader would give it, on the mesh."""
     highs, rng = {"image": 256, "label": job.config["data"]["num_classes"]}, np.random.default_rng(jax.process_index())
 
     def draw(name, array):
@@ -84,15 +89,15 @@ def random_batch(job):
     return sharding.put_batch(job.mesh, {name: draw(name, array) for name, array in abstract.items()})
 
 
-def random_pixels(job, count):
-    """uint8 [count, H, W, 3] on the mesh, `count` over all processes."""
+def random_pixels(job: build.Job, count: int) -> UInt8[Array, "B H W 3"]:
+    """Draws `count` images over all processes, on the mesh."""
     size = job.config["data"]["image_size"]
     rng = np.random.default_rng(jax.process_index())
     return sharding.put_batch(job.mesh, rng.integers(0, 256, (count // jax.process_count(), size, size, 3), np.uint8))
 
 
-def compile_step(job, state, batch, frozen, key):
-    """(the step as training compiles it, seconds that this took)."""
+def compile_step(job: build.Job, state: Any, batch: Mapping[str, Array], frozen: Mapping[str, Any], key: Array) -> tuple:
+    """Returns the step as training compiles it, and the seconds that this took."""
     return _compile(compilation.jit_step(job, state), state, batch, frozen, key)
 
 
@@ -103,111 +108,90 @@ def _compile(function, *arguments):
 
 
 class Step:
-    """The compiled step with the state that it carries on.
+    """The compiled step with the state that it carries on, which the first call donates."""
 
-    Args:
-      compiled: what `compile_step` returns.
-      state: TrainState; donated by the first call.
-      frozen, key: further arguments.
-    """
-
-    def __init__(self, compiled, state, frozen, key):
+    def __init__(self, compiled: Callable, state: Any, frozen: Mapping[str, Any], key: Array):
         self.state = state
         self._compiled, self._frozen, self._key = compiled, frozen, key
 
-    def __call__(self, batch):
+    def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Dispatches one step; returns its metrics."""
         self.state, metrics = self._compiled(self.state, batch, self._frozen, self._key)
         return metrics
 
 
-def speed_of(job, seconds, count, flop):
-    """What follows from the time that something takes for some images.
-
-    Args:
-      job: Job.
-      seconds: of the median.
-      count: images, over all devices.
-      flop: per image, without recomputation; None if unknown.
+def speed_of(job: build.Job, seconds: float, count: int, flop: float) -> dict[str, float | None]:
+    """Computes speeds from the time that `count` images take over all devices, with some FLOP per image.
 
     Returns:
-      dict: images_per_second, images_per_second_per_device; if `flop` is known, tflop_per_image, tflops_per_device; and mfu,
-      None if the device's peak is not known.
+      images_per_second, images_per_second_per_device, tflop_per_image, tflops_per_device, and mfu, None if the device's peak is
+      not known.
     """
     devices, per_second = job.mesh.size, count / seconds
     speed = {"images_per_second": per_second, "images_per_second_per_device": per_second / devices}
-    if flop is None:
-        return speed
     arithmetic = arithmetic_speed(per_second, flop, devices, peak_of(job))
     return {**speed, "tflop_per_image": flop / 1e12, "mfu": None, **arithmetic}
 
 
-def peak_of(job):
-    """FLOP/s of one device in the config's precision; None if unknown."""
+def peak_of(job: build.Job) -> float | None:
+    """Returns the FLOP/s of one device in the config's precision; None if unknown."""
     return flops.peak(job.mesh.devices.flat[0].device_kind, job.config["precision"]["compute"])
 
 
-def measure_step(job, step, batch, count, what):
-    """Speed of the step: seconds_per_step, a spread, and what `speed_of` says of its median."""
-    seconds = spread(time_calls(lambda: step(batch), count, ahead=AHEAD, what=what))
-    flop = flops.per_image(job.config, job.encoders)
+def measure_step(job: build.Job, step: Step, batch: Mapping[str, Array], count: int, title: str | None) -> dict[str, Any]:
+    """Times the step: its seconds_per_step, a spread, and `speed_of` the median; `title` is that of a progress bar."""
+    seconds = spread(time_calls(lambda: step(batch), count, ahead=AHEAD, title=title))
+    flop = sum(flops.of_step(job).values())
     return {"seconds_per_step": seconds, **speed_of(job, seconds["median"], job.config["data"]["batch_size"], flop)}
 
 
-def memory_of(compiled):
-    """Bytes of one device: the most that was in use so far, if the device tells, and what the compiler planned."""
-    told = [device.memory_stats() or {} for device in jax.local_devices()]
+def memory_of(compiled: Any) -> dict[str, Any]:
+    """Returns bytes of one device: the most in use so far, if the device counts them, and what the compiler planned."""
+    counted = [device.memory_stats() or {} for device in jax.local_devices()]
     stats = compiled.memory_analysis()
     return {
-        "peak_bytes_in_use": max((stats.get("peak_bytes_in_use", 0) for stats in told), default=0) or None,
-        "bytes_limit": told[0].get("bytes_limit"),
+        "peak_bytes_in_use": max((stats.get("peak_bytes_in_use", 0) for stats in counted), default=0) or None,
+        "bytes_limit": counted[0].get("bytes_limit"),
         "compiled": None if stats is None else hlo_cost.memory(stats),
     }
 
 
-def measure_parts(job, state, frozen, count, step_seconds):
-    """Seconds per step of every part, alone.
-
-    Args:
-      job: Job.
-      state: TrainState; donated.
-      frozen: what `frozen_weights.load_frozen` returns.
-      count: calls that are timed.
-      step_seconds: of the whole step.
+def measure_parts(
+    job: build.Job, state: Any, frozen: Mapping[str, Any], count: int, step_seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Times `count` calls of every part of the step alone; the state is donated.
 
     Yields:
-      (name, {'seconds_per_step': spread, 'share_of_step': …} and, of the networks, what `speed_of` says but images per second;
-      or {'failed': …} if the part alone does not fit), as soon as each is measured.
+      (name, {'seconds_per_step': spread, 'share_of_step': …} and, of all but the update, those of `speed_of` without images per
+      second; or {'failed': …} if the part alone does not fit), as soon as each is measured.
     """
-    config, accumulation = job.config, job.recipe.accumulation
-    batch_size = config["data"]["batch_size"]
+    accumulation, batch_size = job.recipe.accumulation, job.config["data"]["batch_size"]
     make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=sharding.batch_sharding(job.mesh))
-    sizes, key = (batch_size, batch_size // accumulation), jax.random.key(config["seed"])
+    sizes, key = (batch_size, batch_size // accumulation), jax.random.key(job.config["seed"])
     batches = [make(random_pixels(job, size), key) for size in sizes]
-    costs = flops.parts(config, job.encoders)
-    if job.recipe.eq_scales:
-        costs = {}  # are means over scales, of which only the first is measured here
-
-    def result(name, repeated, time_it):
-        try:
-            seconds = spread(repeated * time_it())
-        except jax.errors.JaxRuntimeError as error:
-            if not only_this_failed(error):
-                raise
-            return {"failed": OUT_OF_MEMORY}
-        found = {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
-        if name in costs:
-            speed = speed_of(job, seconds["median"], batch_size, costs[name])
-            found |= {field: value for field, value in speed.items() if not field.startswith("images")}
-        return found
-
     for name, part in parts.make_parts(job, state, frozen, *batches).items():
-        yield name, result(name, 1 if part.of_whole else accumulation, functools.partial(time_part, job, part, count))
-    yield "update", result("update", 1, functools.partial(time_update, job, state, count))
+        repeated = 1 if part.of_whole else accumulation
+        result = _time_or_failure(lambda part=part, repeated=repeated: repeated * time_part(job, part, count), step_seconds)
+        if "failed" not in result:
+            flop = repeated * sum(flops.count(part.function, *part.arguments).values()) / batch_size
+            speed = speed_of(job, result["seconds_per_step"]["median"], batch_size, flop)
+            result |= {field: value for field, value in speed.items() if not field.startswith("images")}
+        yield name, result
+    yield "update", _time_or_failure(lambda: time_update(job, state, count), step_seconds)
 
 
-def time_part(job, part, count):
-    """Seconds per call of a Part, as `time_calls` returns them."""
+def _time_or_failure(time_it, step_seconds):
+    try:
+        seconds = spread(time_it())
+    except jax.errors.JaxRuntimeError as error:
+        if not only_this_failed(error):
+            raise
+        return {"failed": OUT_OF_MEMORY}
+    return {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
+
+
+def time_part(job: build.Job, part: parts.Part, count: int) -> np.ndarray:
+    """Returns seconds per call of a Part, see `time_calls`."""
     options = compilation.compiler_options(job)
     function = sharding.with_mesh_context(job.mesh, part.function)
     run = jax.jit(function, out_shardings=part.out_shardings, compiler_options=options)
@@ -215,9 +199,9 @@ def time_part(job, part, count):
     return time_calls(lambda: compiled(*part.arguments), count, ahead=1)
 
 
-def time_update(job, state, count):
-    """Seconds per call of optimizers and averages, which change the state: it is donated."""
-    nets = {name: net.params for name in ("vae", "disc", "sit") if (net := getattr(state, name)) is not None}
+def time_update(job: build.Job, state: Any, count: int) -> np.ndarray:
+    """Returns seconds per call of optimizers and averages, which change the state: it is donated."""
+    nets = _params(state)
     shardings = jax.tree.map(lambda x: x.sharding, (state, nets))
     grads = jax.jit(functools.partial(jax.tree.map, lambda x: NOISE * x), out_shardings=shardings[1])(nets)
     function = functools.partial(parts.update, tx=job.tx, recipe=job.recipe)
@@ -233,18 +217,18 @@ def time_update(job, state, count):
     return time_calls(call, count, ahead=1)
 
 
-def is_out_of_memory(error):
-    """Whether a JaxRuntimeError says that a program did not fit."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether a JaxRuntimeError says that a program did not fit."""
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
-def only_this_failed(error):
-    """Whether to go on with what needs less memory; other processes may not have run out of it, and would wait."""
+def only_this_failed(error: Exception) -> bool:
+    """Returns whether to go on with what needs less memory; other processes may not have run out of it, and would wait."""
     return jax.process_count() == 1 and is_out_of_memory(error)
 
 
-def measure_sampling(job, state, frozen, batch_size):
-    """Speed of the config's sampler: its settings, seconds_per_batch, a spread, and what `speed_of` says; or 'failed'."""
+def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Times the config's sampler: its settings, seconds_per_batch, a spread, and `speed_of` the median; or 'failed'."""
     sampling, rows = job.sampling, sharding.batch_sharding(job.mesh)
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling)
     run = jax.jit(sharding.with_mesh_context(job.mesh, run), out_shardings=rows)
@@ -260,24 +244,17 @@ def measure_sampling(job, state, frozen, batch_size):
         if not only_this_failed(error):
             raise
         return {**settings, "failed": OUT_OF_MEMORY}
-    flop = sum(flops.sampling_parts(job.config, sampling).values())
-    speed = speed_of(job, seconds["median"], batch_size, flop)
-    del speed["mfu"]  # in float32, whatever the config's precision: its peak is another one
+    speed = speed_of(job, seconds["median"], batch_size, sum(flops.of_sampling(job).values()))
+    del speed["mfu"]  # sampling is in float32, whatever the config's precision: its peak is another one
     return {**settings, "seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds}
 
 
-def measure_input(job, step, frozen, count):
-    """Speed of the config's loader alone, and of the step when it is fed by it.
-
-    Args:
-      job: Job.
-      step: Step.
-      frozen: what `frozen_weights.load_frozen` returns.
-      count: batches that are timed, each time.
+def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Times `count` batches of the config's loader alone, and of the step when it is fed by it.
 
     Returns:
-      dict: images_per_second of the loader alone, over all processes; workers; with_step: {'images_per_second', 'input_wait'},
-      the share of the time in which there was no batch. Or {'skipped': why}, if the data is not there.
+      images_per_second of the loader alone, over all processes; workers; with_step: {'images_per_second', 'input_wait'}, the
+      share of the time in which there was no batch. Or {'skipped': why}, if the data is not there.
     """
     source, problem = None, None
     try:
@@ -289,7 +266,7 @@ def measure_input(job, step, frozen, count):
         return {"skipped": problems[0]}
     section = job.config["data"]
     with training_data.make_loader(job, source) as loader:
-        for _ in range(max(8, 4 * section["workers"])):  # what is read ahead when timing begins
+        for _ in range(max(8, 4 * section["workers"])):  # read-ahead batches must not count
             next(loader)
         began = time.perf_counter()
         for _ in range(count):
@@ -309,7 +286,7 @@ def _source(job, frozen):
     return training_data.make_cached_source(job, fingerprint(frozen["vae"]))
 
 
-def write_profile(step, batch, folder):
+def write_profile(step: Step, batch: Mapping[str, Array], folder: Path | str) -> None:
     """Writes a trace of a few steps for TensorBoard, XProf or Perfetto."""
     with jax.profiler.trace(str(folder)):
         for _ in range(PROFILED):

@@ -1,32 +1,37 @@
-"""The parts of a training step as programs of their own."""
+"""The parts of a training step as programs of their own: forward pass and the gradients that the step takes."""
 
-import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, UInt8
 
-from repae_jax import train_losses, train_step
-from repae_jax.diffusion import latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
-from repae_jax.losses import adversarial
-from repae_jax.models import encoders as features
+from repae_jax.job import build
+from repae_jax.losses.adversarial import generator_loss
+from repae_jax.models import encoders
+from repae_jax.tokenizer_step import LATENT_TERMS
+from repae_jax.train_step import VAE_TERMS, VaePass, disc_loss, sit_loss
+from repae_jax.training.inputs import Inputs, sample_noise
+from repae_jax.training.networks import bind
 from repae_jax.training.rng import named_keys
+from repae_jax.training.state import finish_step
 
-REGULARIZERS = {"align": "align_pass", "diffusion": "diffusion_pass", "se": "scale_equivariance", "vf": "vf"}
-OF_PARAMETERS = ("se", "vf")  # regularisers that give the VAE's parameters a gradient, too
+UNTIMED_TERMS = ("l1", "l2", "kl", "gan")  # no products in them, or timed with the discriminator
 
 
 class Part(NamedTuple):
     """A program.
 
     Attributes:
-      function: of the arguments.
+      function: pure function of the arguments.
       arguments: trees of arrays.
-      out_shardings: of what it returns, as jax.jit takes them.
-      of_whole: whether a step runs it on the whole batch, once, and not on every micro-batch.
+      out_shardings: argument of jax.jit.
+      of_whole: the step runs it on the whole batch, once, and not on every micro-batch.
     """
 
     function: Callable
@@ -35,135 +40,139 @@ class Part(NamedTuple):
     of_whole: bool = False
 
 
-def make_batch(job, pixels, key):
-    """What the losses of a step take, and what stands for the results of one part in another, all random.
+class Batch(NamedTuple):
+    """Random images, and the inputs of a step from them; its latents and recon are random, too."""
 
-    Args:
-      job: Job.
-      pixels: uint8 [B, H, W, 3].
-      key: random key.
+    pixels: UInt8[Array, "B H W 3"]
+    x: Inputs
 
-    Returns:
-      dict of arrays with a leading axis B: 'pixels', 'images', 'labels', 'targets', 'draws', 'latents', 'recon'.
-    """
+
+class Context(NamedTuple):
+    """Inputs of all parts: the job, its state and frozen weights, a batch and a micro-batch, and the sharding of a batch."""
+
+    job: build.Job
+    state: Any
+    frozen: Mapping[str, Any]
+    whole: Batch
+    micro: Batch
+    rows: Any
+
+
+def make_batch(job: build.Job, pixels: UInt8[Array, "B H W 3"], key: Array) -> Batch:
+    """Returns random inputs for the losses of a step on images."""
     count, keys = len(pixels), named_keys(key, 0, "labels", "targets", "latents", "recon")
-    latents = (count, *job.latent_shape)
-
-    def normal(name, shape):
-        return jax.random.normal(keys[name], shape)
-
-    return {
-        "pixels": pixels,
-        "images": to_float(pixels),
-        "labels": jax.random.randint(keys["labels"], (count,), 0, job.config["data"]["num_classes"]),
-        "targets": tuple(normal("targets", (count, e.grid**2, e.module.hidden_size)) for e in job.encoders),
-        "draws": train_step.draw(key, 0, latents, job.recipe),
-        "latents": normal("latents", latents),
-        "recon": jnp.tanh(normal("recon", pixels.shape)),
-    }
+    shape = (count, *job.latent_shape)
+    inputs = Inputs(
+        images=to_float(pixels),
+        labels=jax.random.randint(keys["labels"], (count,), 0, job.config["data"]["num_classes"]),
+        targets=tuple(jax.random.normal(keys["targets"], (count, e.grid**2, e.module.hidden_size)) for e in job.encoders),
+        latents=jax.random.normal(keys["latents"], shape),
+        recon=jnp.tanh(jax.random.normal(keys["recon"], pixels.shape)),
+        **sample_noise(key, 0, shape, job.recipe),
+    )
+    return Batch(pixels, inputs)
 
 
-def make_parts(job, state, frozen, whole_batch, batch):
-    """The networks' shares of a step: forward pass and the gradients that the step takes, one after the other.
+def make_parts(job: build.Job, state: Any, frozen: Mapping[str, Any], whole: Batch, micro: Batch) -> dict[str, Part]:
+    """Returns the parts of a job's step by name, but for `update`; `whole` and `micro` are results of `make_batch`.
 
     They need not add up to the step, whose compiler fuses, shares and reorders across them, and which has more to do.
-
-    Args:
-      job: Job.
-      state: TrainState.
-      frozen: what `frozen_weights.load_frozen` returns.
-      whole_batch: what `make_batch` returns.
-      batch: the same, of a micro-batch.
-
-    Returns:
-      dict, name as in `flops.parts` -> Part.
     """
-    nets, recipe = job.nets, job.recipe
-    how, rows, parts = {"nets": nets, "recipe": recipe}, sharding.batch_sharding(job.mesh), {}
-    terms = recipe.vae_weights
+    c = Context(job, state, frozen, whole, micro, sharding.batch_sharding(job.mesh))
+    makers = (_encoders, _vae, _vae_terms, _discriminator, _sit)
+    return dict(itertools.chain.from_iterable(make(c, bind(job.nets)) for make in makers))
 
-    def shardings(net):
-        return jax.tree.map(lambda x: x.sharding, net.params)
 
-    for name, encoder, params in zip(sorted(job.config["encoders"]), job.encoders, frozen["encoders"]):
-        encode_images = functools.partial(features.encode, encoder)
-        parts[f"encoder_{name}"] = Part(encode_images, (params, whole_batch["pixels"]), rows, of_whole=True)
+def _shardings(net):
+    return jax.tree.map(lambda x: x.sharding, net.params)
 
-    # ---- the VAE's networks ----------------------------------------------------------------------------------------------
-    def encode(params, batch):
-        posterior = nets.vae.apply({"params": sharding.unsharded(params)}, batch["images"], method="encode")
-        return posterior.sample(batch["draws"].posterior_noise)
 
-    def encode_back(params, batch):
-        latents, back = jax.vjp(lambda params: encode(params, batch), params)
-        return latents, *back(batch["latents"])
+def _encoders(c, nets):
+    for name, encoder, params in zip(sorted(c.job.config["encoders"]), c.job.encoders, c.frozen["encoders"]):
+        yield f"encoder_{name}", Part(partial(encoders.encode, encoder), (params, c.whole.pixels), c.rows, of_whole=True)
 
-    def decode(params, batch):
-        return nets.vae.apply({"params": sharding.unsharded(params)}, batch["latents"], method="decode")
 
-    def decode_back(params, batch):
-        recon, back = jax.vjp(lambda params, x: decode(params, {"latents": x}), params, batch["latents"])
-        compared = (back(batch["images"])[1],) if compares else ()
-        return recon, back(batch["recon"]), *compared
+def _vae(c, nets):
+    """Encoder and decoder, with gradients where they are trained."""
+    recipe = c.job.recipe
+    compares = "vf" in getattr(recipe, "adaptive", ()) and "gan" in recipe.vae_weights  # pixels' own gradient of the latents
 
-    if terms:
-        whole = shardings(state.vae)
+    def encode(params, x):
+        return nets.vae.encode(params, x.images).sample(x.posterior_noise)
+
+    def encode_and_back(params, x):
+        latents, vjp = jax.vjp(partial(encode, x=x), params)
+        return latents, *vjp(x.latents)
+
+    def decode(params, x):
+        return nets.vae.decode(params, x.latents)
+
+    def decode_and_back(params, x):
+        recon, vjp = jax.vjp(nets.vae.decode, params, x.latents)
+        return recon, vjp(x.recon), *((vjp(x.images)[1],) if compares else ())
+
+    if c.state.vae is not None:
+        arguments, params = (c.state.vae.params, c.micro.x), _shardings(c.state.vae)
         is_fixed = "encoder" in recipe.fixed["vae"]
-        compares = "vf" in recipe.adaptive and "gan" in terms  # the pixels' own gradient at the latents with VF's
-        arguments = (state.vae.params, batch)
-        parts["vae_encoder"] = Part(encode, arguments, rows) if is_fixed else Part(encode_back, arguments, (rows, whole))
-        parts["vae_decoder"] = Part(decode_back, arguments, (rows, (whole, rows), *((rows,) if compares else ())))
-    elif not job.config["data"]["cache"]:
-        of_whole = state.disc is None
-        parts["vae_encoder"] = Part(encode, (frozen["vae"], whole_batch if of_whole else batch), rows, of_whole)
-        if state.disc is not None:
-            parts["vae_decoder"] = Part(decode, (frozen["vae"], batch), rows)
-
-    # ---- the losses at the reconstruction --------------------------------------------------------------------------------
-    def lpips(frozen, batch):
-        def loss(recon):
-            return train_losses.pixel_terms({"lpips": 1.0}, batch["images"], recon, frozen, **how)["lpips"]
-
-        return jax.grad(loss)(batch["recon"])
-
-    def discriminator(net, lecam, batch):
-        def generator_loss(recon):
-            return adversarial.generator_loss(train_losses.discriminate(nets.disc, net.params, net.batch_stats, recon)[0])
-
-        grads, _ = jax.grad(train_losses.disc_loss, has_aux=True)(
-            net.params, batch["images"], batch["recon"], net.batch_stats, lecam, step=recipe.gan_start, **how
-        )
-        return jax.grad(generator_loss)(batch["recon"]) if "gan" in terms else None, grads
-
-    if "lpips" in terms:
-        parts["lpips"] = Part(lpips, (frozen, batch), rows)
-    if state.disc is not None:
-        shards = (rows if "gan" in terms else None, shardings(state.disc))
-        parts["discriminator"] = Part(discriminator, (state.disc, state.lecam, batch), shards)
-
-    # ---- what the latents are held to, and the SiT ------------------------------------------------------------------------
-    def regularizer(term, state, frozen, batch):
-        function = train_losses.vae_regularizers(state, batch, frozen, **how)[term]
-        return jax.grad(function, (0, 1) if term in OF_PARAMETERS else 1)(state.vae.params, batch["latents"])
-
-    for term in (term for term in REGULARIZERS if term in terms):
-        shards = (whole, rows) if term in OF_PARAMETERS else rows
-        parts[REGULARIZERS[term]] = Part(functools.partial(regularizer, term), (state, frozen, batch), shards)
-
-    def sit(net, stats, batch):
-        z, draws = latent_norm.normalize(batch["latents"], stats), batch["draws"]
-        labels = train_losses.dropped_labels(batch, nets)
-        return jax.value_and_grad(train_losses.sit_loss, has_aux=True)(
-            net.params, z, draws.t, draws.noise, labels, batch["targets"], recipe.sit_weights, **how
-        )
-
-    if state.sit is not None:
-        everywhere = sharding.replicated(job.mesh)
-        parts["sit"] = Part(sit, (state.sit, state.latent_stats, batch), (everywhere, shardings(state.sit)))
-    return parts
+        yield "vae_encoder", Part(encode, arguments, c.rows) if is_fixed else Part(encode_and_back, arguments, (c.rows, params))
+        yield "vae_decoder", Part(decode_and_back, arguments, (c.rows, (params, c.rows), *((c.rows,) if compares else ())))
+        return
+    of_whole = c.state.disc is None
+    if not c.job.config["data"]["cache"]:
+        yield "vae_encoder", Part(encode, (c.frozen["vae"], c.whole.x if of_whole else c.micro.x), c.rows, of_whole)
+    if not of_whole:
+        yield "vae_decoder", Part(decode, (c.frozen["vae"], c.micro.x), c.rows)
 
 
-def update(state, grads, *, tx, recipe):
-    """The last part: optimizers and averages; `grads` is name of a network -> tree like its parameters."""
-    disc_state = None if state.disc is None else (state.disc.batch_stats, state.lecam)
-    return train_step.update(state, grads, {}, state.latent_stats, disc_state, tx=tx, recipe=recipe)
+def _vae_terms(c, nets):
+    """Gradients of the VAE's loss terms: of latents and reconstruction, or of parameters and latents."""
+    recipe = c.job.recipe
+
+    def grads_of_pass(term, state, frozen, x):
+        def loss(latents, recon):
+            return VAE_TERMS[term](VaePass(x, None, latents, recon, None, state, frozen, nets, recipe))
+
+        return jax.grad(loss, (0, 1))(x.latents, x.recon)
+
+    def grads_of_latents(term, params, frozen, x):
+        loss = partial(LATENT_TERMS[term], x=x, nets=nets, frozen=frozen, recipe=recipe)
+        return jax.grad(loss, (0, 1))(params, x.latents)
+
+    for term in recipe.vae_weights:
+        if term in LATENT_TERMS:
+            arguments = c.state.vae.params, c.frozen, c.micro.x
+            yield term, Part(partial(grads_of_latents, term), arguments, (_shardings(c.state.vae), c.rows))
+        elif term not in UNTIMED_TERMS:
+            yield term, Part(partial(grads_of_pass, term), (c.state, c.frozen, c.micro.x), (c.rows, c.rows))
+
+
+def _discriminator(c, nets):
+    """The discriminator's loss together with the generator's pass through it."""
+    has_generator = "gan" in c.job.recipe.vae_weights
+
+    def grads(net, lecam, x):
+        def gan_loss(recon):
+            return generator_loss(nets.disc(net.params, net.batch_stats, recon)[0])
+
+        loss = partial(disc_loss, gan_factor=1.0, nets=nets, recipe=c.job.recipe)
+        of_params, _ = jax.grad(loss, has_aux=True)(net.params, x, (net.batch_stats, lecam))
+        return jax.grad(gan_loss)(x.recon) if has_generator else None, of_params
+
+    if c.state.disc is not None:
+        outs = c.rows if has_generator else None, _shardings(c.state.disc)
+        yield "discriminator", Part(grads, (c.state.disc, c.state.lecam, c.micro.x), outs)
+
+
+def _sit(c, nets):
+    def grads(params, stats, x):
+        loss = partial(sit_loss, stats=stats, weights=c.job.recipe.sit_weights, nets=nets, recipe=c.job.recipe)
+        return jax.grad(loss, has_aux=True)(params, x, None)[0]
+
+    if c.state.sit is not None:
+        yield "sit", Part(grads, (c.state.sit.params, c.state.latent_stats, c.micro.x), _shardings(c.state.sit))
+
+
+def update(state: Any, grads: Mapping[str, Any], *, tx: Any, recipe: Any) -> tuple[Any, dict[str, Array]]:
+    """Runs the last part of a step, optimizers and averages; `grads` is name of a network -> tree like its parameters."""
+    disc_carry = None if state.disc is None else (state.disc.batch_stats, state.lecam)
+    return finish_step(state, grads, {}, tx=tx, recipe=recipe, latent_stats=state.latent_stats, disc_carry=disc_carry)

@@ -2,15 +2,20 @@
 
 import collections
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
-WINDOWS = 10  # that are timed, if there are so many calls
+WINDOWS = 10  # timed windows, if there are so many calls
 
 
-def time_calls(call, count, *, ahead, warm_up=3, what=None):
+def time_calls(
+    call: Callable[[], Any], count: int, *, ahead: int, warm_up: int = 3, title: str | None = None
+) -> Float[np.ndarray, " N"]:
     """Times a program in windows of several calls.
 
     Each call is dispatched while up to `ahead` earlier ones are unfinished, so that the device need not wait for the host. The
@@ -21,13 +26,13 @@ def time_calls(call, count, *, ahead, warm_up=3, what=None):
       count: calls that are timed.
       ahead: unfinished calls at most when the next one is dispatched; their results are in memory together.
       warm_up: calls before, which are not timed.
-      what: name of a progress bar; None shows none.
+      title: name of a progress bar; None shows none.
 
     Returns:
-      float64 numpy [windows], seconds per call; the windows have count // WINDOWS calls, at least one.
+      Seconds per call in N windows of count // WINDOWS calls, at least one.
     """
     size, pending, finished, ends = max(count // WINDOWS, 1), collections.deque(), 0, []
-    with tqdm(total=warm_up + count, desc=what, unit="call", leave=False, disable=what is None) as bar:
+    with tqdm(total=warm_up + count, desc=title, unit="call", leave=False, disable=title is None) as bar:
         for index in range(warm_up + count + ahead):
             if index < warm_up + count:
                 pending.append(call())
@@ -41,7 +46,7 @@ def time_calls(call, count, *, ahead, warm_up=3, what=None):
     return np.diff(ends) / size
 
 
-def spread(seconds):
-    """Median and spread of windows, as JSON holds them."""
+def spread(seconds: Float[np.ndarray, " N"]) -> dict[str, float]:
+    """Returns median and spread of windows, as JSON holds them."""
     low, median, high = np.percentile(seconds, (10, 50, 90)).tolist()
     return {"median": median, "p10": low, "p90": high, "windows": len(seconds)}

@@ -1,282 +1,82 @@
-"""What a config costs in arithmetic: FLOP per image by part, from the sizes of its networks, before anything is built.
+"""FLOP of a training step and of sampling, counted in their traced programs, and the peaks of devices.
 
-Counted are the products of convolutions, matrices and attention, a multiplication with its addition as 2 FLOP, forward and
-backward as the step does them. Not counted: norms, activations, optimizers, resizing, recomputation (`remat`), data, pictures.
-`tests/test_flops.py` holds their sum against the operations of the traced step, and each against those of what the benchmark
-times.
+Counted are matrix products and convolutions, a multiplication with its addition as 2 FLOP, forward and backward as the program
+does them; padding counts, zeros between pixels do not. Not counted: elementwise operations, optimizers, and what the backward
+pass recomputes (`remat`).
 """
 
-import dataclasses
+import collections
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from repae_jax.diffusion import ddpm, guidance, samplers
-from repae_jax.models import encoders as features
-from repae_jax.models.lpips import VGG16_STAGES
-from repae_jax.models.vit import SWIGLU
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
 
-# dense FLOP/s of one device in bfloat16, by what its `device_kind` begins with; the first that fits counts
+from repae_jax.distributed import sharding
+from repae_jax.job import build, compilation, initial_state
+from repae_jax.sampling import generate
+
+# dense FLOP/s of one device in bfloat16, by the beginning of its `device_kind`; the first that fits counts
 PEAKS = {
     "TPU7x": 2307e12 / 2, "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
-    "TPU v3": 123e12 / 2,  # of a v3 and a 7x, half a chip is a device
+    "TPU v3": 123e12 / 2,  # a v3 and a 7x have two devices on a chip
     "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12, "NVIDIA GH200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
 }  # fmt: skip
 H100 = "NVIDIA H100 80GB HBM3"
-UTILISATION = 0.3
+UTILIZATION = 0.3
+RECOMPUTED = "rematted_computation"  # scope that JAX gives to what a backward pass computes again
 
 
-def peak(device_kind, precision="bfloat16"):
-    """Dense peak of one device.
+def peak(device_kind: str, precision: str = "bfloat16") -> float | None:
+    """Returns the dense peak of one device in FLOP/s; None for a device that is not in PEAKS, such as a CPU.
 
     Args:
       device_kind: as JAX names it, such as 'TPU v5 lite' or 'NVIDIA H200'.
       precision: 'bfloat16' or 'float32', with which JAX multiplies on TPUs in bfloat16, too, and on GPUs in TF32, which is
         half as fast.
-
-    Returns:
-      FLOP/s; None for a device that is not in PEAKS, such as a CPU.
     """
-    found = next((value for name, value in PEAKS.items() if device_kind.startswith(name)), None)
-    return found / 2 if found and precision == "float32" and not device_kind.startswith("TPU") else found
+    dense = next((value for name, value in PEAKS.items() if device_kind.startswith(name)), None)
+    return dense / 2 if dense and precision == "float32" and not device_kind.startswith("TPU") else dense
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOP of a network's forward pass on one image.
-
-    Attributes:
-      weights: in products of activations with parameters.
-      products: in products of activations with each other, those of attention.
-    """
-
-    weights: float
-    products: float = 0.0
-
-    def __add__(self, other):
-        return Cost(self.weights + other.weights, self.products + other.products)
-
-    def __mul__(self, times):
-        return Cost(times * self.weights, times * self.products)
-
-    @property
-    def forward(self):
-        """FLOP of the forward pass."""
-        return self.weights + self.products
-
-    @property
-    def training(self):
-        """FLOP of the forward pass and of the gradients of inputs and parameters."""
-        return 3 * self.forward
-
-    @property
-    def to_inputs(self):
-        """FLOP of the gradient of the inputs alone."""
-        return self.weights + 2 * self.products
-
-
-NOTHING = Cost(0.0)
+def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
+    """Returns the hours of one H100 at UTILIZATION of its peak for all steps of a config."""
+    flop_per_second = UTILIZATION * (peak(H100, config["precision"]["compute"]) or math.nan)
+    return flop_per_image * config["data"]["batch_size"] * config["steps"] / flop_per_second / 3600
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks: the forward pass on one image.
+# Programs of a job.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _conv(inputs, outputs, kernel, side):
-    return Cost(2 * kernel**2 * inputs * outputs * side**2)
+def of_step(job: build.Job) -> dict[str, float]:
+    """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
+    step = sharding.with_mesh_context(job.mesh, job.step)
+    scopes = count(step, initial_state.abstract_state(job), *compilation.abstract_inputs(job), shares=branch_shares(job.config))
+    return _per_image(scopes, job)
 
 
-def _block(inputs, outputs, side):
-    shortcut = _conv(inputs, outputs, 1, side) if inputs != outputs else NOTHING
-    return _conv(inputs, outputs, 3, side) + _conv(outputs, outputs, 3, side) + shortcut
+def of_sampling(job: build.Job) -> dict[str, float]:
+    """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
+    assert job.sampling is not None
+    batch, frozen, key = compilation.abstract_inputs(job)
+    run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
+    params = generate.sampling_params(initial_state.abstract_state(job), frozen)
+    return _per_image(count(sharding.with_mesh_context(job.mesh, run), params, batch["label"], batch["label"], key), job)
 
 
-def _attention(width, side):
-    return _conv(width, width, 1, side) * 4 + Cost(0.0, 4 * side**4 * width)
+def _per_image(scopes, job):
+    return {name: flop / job.config["data"]["batch_size"] for name, flop in scopes.items()}
 
 
-def vae(config, scale=1.0):
-    """(encoder, decoder) of the VAE: Cost, of images whose sides are `scale` times the config's."""
-    fields, size = config["vae"], round(config["data"]["image_size"] * scale)
-    widths = [fields["channels"] * multiplier for multiplier in fields["channel_multipliers"]]
-    sides = [size / 2**level for level in range(len(widths))]
-    middle = _block(widths[-1], widths[-1], sides[-1]) * 2 + _attention(widths[-1], sides[-1])
-
-    def levels(order, blocks, width):
-        total = NOTHING
-        for place, level in enumerate(order):
-            for _ in range(blocks):
-                total += _block(width, widths[level], sides[level])
-                width = widths[level]
-                total += _attention(width, sides[level]) if level in fields["attention_levels"] else NOTHING
-            if place + 1 < len(widths):  # a convolution at the side of the next level
-                total += _conv(width, width, 3, sides[order[place + 1]])
-        return total
-
-    down, up = list(range(len(widths))), list(reversed(range(len(widths))))
-    c, blocks, deepest = fields["latent_channels"], fields["num_res_blocks"], sides[-1]
-    quant = (_conv(2 * c, 2 * c, 1, deepest), _conv(c, c, 1, deepest)) if fields["quant_convs"] else (NOTHING, NOTHING)
-    encoder = _conv(3, widths[0] // fields["channel_multipliers"][0], 3, size) + levels(down, blocks, fields["channels"])
-    encoder += middle + _conv(widths[-1], 2 * c, 3, deepest) + quant[0]
-    decoder = quant[1] + _conv(c, widths[-1], 3, deepest) + middle
-    return encoder, decoder + levels(up, blocks + 1, widths[-1]) + _conv(widths[0], 3, 3, size)
-
-
-def transformer(width, depth, tokens, mlp_dim, mlp_matrices=2):
-    """Blocks of a transformer."""
-    return Cost((8 * width**2 + 2 * mlp_matrices * mlp_dim * width) * tokens, 4 * tokens**2 * width) * depth
-
-
-def token_grid(config):
-    """Tokens of the SiT per side."""
-    return config["data"]["image_size"] // 2 ** (len(config["vae"]["channel_multipliers"]) - 1) // config["sit"]["patch_size"]
-
-
-def sit(config, depth):
-    """The first `depth` blocks of the SiT with embeddings and modulations; the head too if these are all blocks."""
-    fields = config["sit"]
-    width, tokens, pixels = fields["hidden_size"], token_grid(config) ** 2, fields["patch_size"] ** 2
-    channels = config["vae"]["latent_channels"]
-    embedding = Cost(2 * pixels * channels * width * tokens + 2 * (256 * width + width**2))
-    blocks = transformer(width, depth, tokens, int(width * fields["mlp_ratio"])) + Cost(12 * width**2 * depth)
-    if depth < fields["depth"]:
-        return embedding + blocks
-    outputs = pixels * channels * (2 if fields["learned_sigma"] else 1)
-    return embedding + blocks + Cost(4 * width**2 + 2 * width * outputs * tokens)
-
-
-def projectors(config, encoders):
-    """The SiT's projectors to the features of all encoders."""
-    fields, tokens = config["sit"], token_grid(config) ** 2
-    width, hidden = fields["hidden_size"], fields["projector_dim"]
-    dims = [encoder.module.hidden_size for encoder in encoders]
-    if fields["projector"] == "conv":
-        return Cost(sum(2 * 9 * width * dim * tokens for dim in dims))
-    return Cost(sum(2 * (width * hidden + hidden**2 + hidden * dim) * tokens for dim in dims))
-
-
-def vision_transformer(module):
-    """A frozen encoder, a VisionTransformer."""
-    patches, width = module.grid[0] * module.grid[1], module.hidden_size
-    tokens = patches + module.num_class_tokens + module.num_registers
-    matrices = 3 if module.activation == SWIGLU else 2
-    embedding = Cost(2 * 3 * module.patch_size**2 * width * patches)
-    return embedding + transformer(width, module.depth, tokens, module.mlp_dim, matrices)
-
-
-def discriminator(config, scale=1.0):
-    """The discriminator on images whose sides are `scale` times the config's."""
-    size, width = round(config["data"]["image_size"] * scale), config["disc"]["channels"]
-    total, inputs, layers = NOTHING, 3, config["disc"]["num_layers"]
-    for layer in range(layers + 1):
-        outputs = width * min(2**layer, 8)
-        size = size // 2 if layer < layers else size - 1
-        total, inputs = total + _conv(inputs, outputs, 4, size), outputs
-    return total + _conv(inputs, 1, 4, size - 1)
-
-
-def perceptual(config, scale=1.0):
-    """LPIPS' network on one image of a pair, its sides `scale` times the config's."""
-    total, inputs, size = NOTHING, 3, round(config["data"]["image_size"] * scale)
-    for stage, widths in enumerate(VGG16_STAGES):
-        for width in widths:
-            total, inputs = total + _conv(inputs, width, 3, size // 2**stage), width
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps and samples: what they do with the networks.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parts(config, encoders=None):
-    """FLOP that a training step spends on one image, by part; where it draws what it does, as EQ-VAE's scales, the mean.
-
-    Args:
-      config: ConfigDict or nested dict, see configs/.
-      encoders: tuple of features.Encoder, as `build.Job` has them; default those that the config describes.
-
-    Returns:
-      dict, part -> FLOP: those there are of 'vae_encoder', 'vae_decoder', 'sit', 'align_pass' and 'diffusion_pass' (the SiT for
-      the VAE's loss), 'lpips', 'discriminator', 'scale_equivariance', 'vf', and 'encoder_NAME' for each of config.encoders.
-
-    Raises:
-      ValueError: for an encoder whose architecture is in its weights alone, if `encoders` is not given.
-    """
-    config = _plain(config)
-    encoders = described_encoders(config) if encoders is None else encoders
-    named = {f"encoder_{name}": vision_transformer(e.module).forward for name, e in zip(sorted(config["encoders"]), encoders)}
-    return {**named, **(_sit_parts(config, encoders) if "sit" in config else {}), **_vae_parts(config, encoders)}
-
-
-def per_image(config, encoders=None):
-    """FLOP that a training step spends on one image, recomputation not counted; arguments as in `parts`."""
-    return sum(parts(config, encoders).values())
-
-
-def described_encoders(config):
-    """Tuple of features.Encoder as the config alone describes them; ValueError if it does not."""
-    found = []
-    for name, entry in sorted(config["encoders"].items()):
-        if not entry["architecture"]:
-            raise ValueError(
-                f"config.encoders.{name}.architecture is not set: what this encoder costs is in its weights alone; give the "
-                f"architecture, one of {list(features.ARCHITECTURES)}, or the encoders of the built job"
-            )
-        size = config["data"]["image_size"]
-        found.append(features.make_encoder(entry["architecture"], size, image_size=entry["image_size"]))
-    return tuple(found)
-
-
-def _plain(config):
-    return config.to_dict() if hasattr(config, "to_dict") else config
-
-
-def _sit_parts(config, encoders):
-    weights, whole = config["loss"]["sit"], sit(config, config["sit"]["depth"])
-    return {"sit": (whole + (projectors(config, encoders) if weights["align"] else NOTHING)).training}
-
-
-def _vae_parts(config, encoders):
-    if config["job"] == "ldm":
-        return {} if config["data"]["cache"] else {"vae_encoder": vae(config)[0].forward}
-    weights, loss, fixed = config["loss"]["vae"], config["loss"], config["optim"]["vae"]["fixed"]
-    scales = _scales(config)
-    encoder = vae(config)[0]
-    if not any(weights.values()):  # the discriminator of a frozen VAE: real images and reconstructions
-        decoder = vae(config)[1]
-        made = {"vae_encoder": encoder.forward, "vae_decoder": decoder.forward}
-        return made | {"discriminator": 2 * discriminator(config).training}
-    decoder = sum((vae(config, scale)[1] * share for scale, share in scales), NOTHING)
-    made = {"vae_encoder": encoder.forward if "encoder" in fixed else encoder.training, "vae_decoder": decoder.training}
-    if weights["vf"] and loss["adaptive"]["vf"] and weights["gan"]:  # the pixels' own gradient at the latents, to compare
-        made["vae_decoder"] += decoder.to_inputs
-    if weights["lpips"]:
-        image = sum((perceptual(config, scale) * share for scale, share in scales), NOTHING)
-        made["lpips"] = 2 * image.forward + image.to_inputs
-    if weights["gan"]:
-        image = sum((discriminator(config, scale) * share for scale, share in scales), NOTHING)
-        made["discriminator"] = image.forward + image.to_inputs + 2 * image.training
-    if weights["se"]:
-        made["scale_equivariance"] = 0.0
-        for scale in (1 / factor for factor in loss["se_factors"]):
-            small = perceptual(config, scale) if weights["lpips"] else NOTHING
-            made["scale_equivariance"] += vae(config, scale)[1].training + 2 * small.forward + small.to_inputs
-    if weights["vf"]:
-        tokens, width = encoders[0].grid ** 2, encoders[0].module.hidden_size
-        projection, gram = Cost(2 * config["vae"]["latent_channels"] * width * tokens), 2 * tokens**2 * width
-        made["vf"] = projection.training + gram + Cost(0.0, gram).training  # the encoder's tokens need no gradient
-    if weights.get("align"):
-        seen = sit(config, config["sit"]["encoder_depth"]) + projectors(config, encoders)
-        made["align_pass"] = seen.forward + seen.to_inputs
-    if weights.get("diffusion"):
-        whole = sit(config, config["sit"]["depth"])
-        made["diffusion_pass"] = whole.forward + whole.to_inputs
-    return made
-
-
-def scale_shares(config):
-    """Shares of the steps that draw each of config.loss.eq_scales, in order; [] where none is drawn."""
+def branch_shares(config: Mapping[str, Any]) -> list[float]:
+    """Returns the shares of the steps that draw each of config.loss.eq_scales, in order; [] where none is drawn."""
     loss = config["loss"]
     if not loss.get("eq_scales"):
         return []
@@ -284,40 +84,84 @@ def scale_shares(config):
     return [loss["eq_prior"], *((1 - loss["eq_prior"]) / len(others) for _ in others)]
 
 
-def _scales(config):
-    """[(scale of the reconstruction, share of the steps)]."""
-    shares = scale_shares(config)
-    return list(zip(config["loss"]["eq_scales"], shares)) if shares else [(1.0, 1.0)]
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting in a traced program.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def sampling_parts(config, sampling):
-    """FLOP that sampling spends on one image, by part.
+def count(function: Callable, *args: Any, shares: Sequence[float] = ()) -> dict[str, float]:
+    """Counts the FLOP of function(*args) by scope, without those that no output needs.
 
     Args:
-      config: ConfigDict or nested dict, see configs/.
-      sampling: generate.Sampling.
+      function: traceable.
+      *args: arrays or shapes.
+      shares: how often each branch is taken of conditionals with as many branches; of others, the costliest counts, of those
+        between platforms the default. Loops whose length is computed by the program count once.
 
     Returns:
-      {'sit': …, 'vae_decoder': …}: steps in the guidance interval count twice, Heun's steps twice, all but the last.
+      Path of scopes -> FLOP. The names are those of jax.named_scope, which Flax gives to its modules, too, down to the
+      outermost module, whose name is that of its class: 'vae/SiT.align'.
     """
-    config = _plain(config)
-    return {
-        "sit": sit_calls(sampling) * sit(config, config["sit"]["depth"]).forward,
-        "vae_decoder": vae(config)[1].forward,
-    }
+    closed = jax.make_jaxpr(function)(*args)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return dict(_count(jaxpr, (), tuple(shares)))
 
 
-def sit_calls(sampling):
-    """How often an image passes through the SiT while it is sampled, the null label's passes included."""
-    make_times = {"sde": samplers.sde_times, "ancestral": ddpm.timesteps}.get(sampling.sampler, samplers.ode_times)
-    times, last = make_times(sampling.steps), ddpm.NUM_TIMESTEPS - 1 if sampling.sampler == "ancestral" else 1
-    interval = (sampling.guidance_low * last, sampling.guidance_high * last)
-    stretches = guidance.segments(times, interval, 2 if sampling.guidance_scale > 1 else 1, 1)
-    calls = sum(images * (len(stretch) - 1) for stretch, images in stretches)
-    return 2 * calls - stretches[-1][1] if sampling.sampler == "heun" else calls
+def _count(jaxpr: core.Jaxpr, outer: tuple[str, ...], shares: tuple[float, ...]) -> dict[str, float]:
+    scopes: dict[str, float] = collections.defaultdict(float)
+    for equation in jaxpr.eqns:
+        path = outer + _names(str(equation.source_info.name_stack))
+        flop = 0.0 if RECOMPUTED in path else _flop(equation)
+        if flop:
+            scopes["/".join(path[: _depth(path)])] += flop
+        for times, inner in _inner_programs(equation, path, shares):
+            for name, value in _count(inner, path, shares).items():
+                scopes[name] += times * value
+    return scopes
 
 
-def h100_hours(config):
-    """Hours of one H100 at UTILISATION of its peak, for all steps."""
-    flop = per_image(config) * config["data"]["batch_size"] * config["steps"]
-    return flop / (peak(H100, config["precision"]["compute"]) * UTILISATION) / 3600
+def _depth(path: tuple[str, ...]) -> int:
+    return next((depth for depth, name in enumerate(path, 1) if name[0].isupper()), len(path))
+
+
+def _names(name_stack: str) -> tuple[str, ...]:
+    """Splits a name stack such as 'vae/transpose(jvp(SiT))/ij,jk->ik' into names, without transformations and einsums."""
+    return tuple(name for name in re.sub(r"\w+\(|\)", "", name_stack).split("/") if re.fullmatch(r"[\w.\-]+", name))
+
+
+def _flop(equation: core.JaxprEqn) -> float:
+    params = equation.params
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        products = _size(equation.invars[0], contracted)
+    elif equation.primitive.name == "conv_general_dilated":
+        kernel_axes = params["dimension_numbers"].rhs_spec[1:]
+        products = _size(equation.invars[1], kernel_axes) / math.prod(params["lhs_dilation"])  # zeros between are no work
+    else:
+        return 0.0
+    return 2 * _size(equation.outvars[0]) * products
+
+
+def _size(variable: Any, axes: Sequence[int] | None = None) -> int:
+    shape = variable.aval.shape
+    return math.prod(shape if axes is None else (shape[axis] for axis in axes))
+
+
+def _inner_programs(equation, path, shares) -> Iterator[tuple[float, core.Jaxpr]]:
+    """Yields (how often it runs, jaxpr) of the programs that an equation calls."""
+    params = equation.params
+    if equation.primitive.name != "cond":
+        times = params["length"] if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)):
+            if isinstance(value, core.Jaxpr):
+                yield times, value
+            elif isinstance(value, core.ClosedJaxpr):
+                yield times, value.jaxpr
+        return
+    branches = [branch.jaxpr for branch in params["branches"]]
+    if params.get("branches_platforms"):
+        yield 1, branches[-1]  # for a platform without a branch of its own
+    elif len(branches) == len(shares):
+        yield from zip(shares, branches)
+    else:
+        yield 1, max(branches, key=lambda branch: sum(_count(branch, path, shares).values()))

@@ -1,4 +1,4 @@
-"""What a compiled program tells of its cost: bytes by kind; of a TPU's text, cycles and collectives, loops multiplied.
+"""Cost of a compiled program: memory by kind; from a TPU program's text, cycles and collectives, loops multiplied.
 
 The compiler writes the cycles that it expects of an instruction into the instruction's backend config. XLA's own summary of a
 program, `cost_analysis`, counts the body of a loop once. The length of a loop is not in the text: it follows from the loop's
@@ -9,10 +9,12 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 TO_OTHER_SLICES = "to other slices"
-_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'  # of the hosts' network, which connects slices
+_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'  # marks transfers over the network that connects slices
 _BYTES = {
     "pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -28,12 +30,12 @@ _SAME_VALUE = ("copy", "copy-done", "bitcast", "convert", "optimization-barrier"
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """What one device spends on one run of a program.
+    """Cost of one execution of a program on one device.
 
     Attributes:
       cycles: sum of the compiler's estimates; of a conditional, its longest branch, or the mean where `analyze` knows shares.
-      collectives: kind -> bytes of the arrays before they are scattered, or after they are unsharded. Those over several slices
-        are split by the compiler into some within a slice and what is sent between, TO_OTHER_SLICES.
+      collectives: kind -> bytes of the arrays before they are scattered, or after they are gathered. Those over several slices
+        are split by the compiler into some within a slice and what is sent between slices, TO_OTHER_SLICES.
       unknown_loops: loops whose length is not known; their bodies are counted once.
     """
 
@@ -50,13 +52,14 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    literal: str  # what stands in the parentheses
+    literal: str  # the text in the parentheses
     attributes: str
 
-    def called(self, attribute):
-        """Names of the computations that an attribute names."""
-        found = re.search(rf"\b{attribute}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.attributes)
-        return re.findall(r"[\w.\-]+", found[1] or found[2]) if found else []
+    def called(self, *attributes: str) -> list[str]:
+        """Returns the names of the computations that some attributes name."""
+        pattern = rf"\b(?:{'|'.join(attributes)})=(?:\{{([^}}]*)\}}|%?([\w.\-]+))"
+        matches = re.findall(pattern, self.attributes)
+        return [name for braced, single in matches for name in re.findall(r"[\w.\-]+", braced or single)]
 
 
 @dataclasses.dataclass
@@ -67,15 +70,15 @@ class Computation:
     root: Instruction | None = None
 
 
-def memory(stats):
-    """Bytes that a compiled program takes on one device, by kind.
+def memory(stats: Any) -> dict[str, int]:
+    """Returns the bytes that a compiled program takes on one device, by kind.
 
     Args:
       stats: its CompiledMemoryStats.
 
     Returns:
-      dict: arguments; outputs, but those in place of arguments; temporaries; code; their total; peak, which the compiler
-      reports itself; and aliased, the outputs in place of arguments.
+      arguments; outputs, but those in place of arguments; temporaries; code; their total; peak, which the compiler reports
+      itself; and aliased, the outputs in place of arguments.
     """
     kinds = {
         "arguments": stats.argument_size_in_bytes,
@@ -87,11 +90,8 @@ def memory(stats):
     return {**kinds, "total": total, "peak": stats.peak_memory_in_bytes, "aliased": stats.alias_size_in_bytes}
 
 
-def parse(text):
-    """Computations of an HLO module.
-
-    Args:
-      text: as `compiled.as_text()` gives it.
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Parses an HLO module, the text of `compiled.as_text()`.
 
     Returns:
       (name -> Computation, name of the entry).
@@ -99,18 +99,19 @@ def parse(text):
     Raises:
       ValueError: if there is no entry computation.
     """
-    computations, entry, current = {}, None, None
+    computations: dict[str, Computation] = {}
+    entry = current = None
     for line in text.splitlines():
         header = _COMPUTATION.match(line) if line.endswith("{") else None
         if header:
             current = computations[header[2]] = Computation({})
             entry = header[2] if header[1] else entry
             continue
-        found = _INSTRUCTION.match(line) if current is not None else None
-        if found:
-            instruction = _read_instruction(found[2], line[found.end() :])
+        match = _INSTRUCTION.match(line)
+        if match and current is not None:
+            instruction = _read_instruction(match[2], line[match.end() :])
             current.instructions[instruction.name] = instruction
-            current.root = instruction if found[1] else current.root
+            current.root = instruction if match[1] else current.root
     if entry is None:
         raise ValueError("the text of the compiled program has no ENTRY computation: the format of this XLA is not known here")
     return computations, entry
@@ -135,8 +136,8 @@ def _closing(text, opening):
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
-def array_bytes(shape):
-    """Bytes of all arrays of a shape, such as '(f32[8,128]{1,0}, u32[])'; layouts and their padding do not count."""
+def array_bytes(shape: str) -> float:
+    """Returns the bytes of all arrays of a shape, such as '(f32[8,128]{1,0}, u32[])', without the padding of layouts."""
     total = 0.0
     for kind, sides in _ARRAY.findall(shape):
         size = 1 if kind.startswith("f8") or kind == "f" else _BYTES.get(kind, 0)
@@ -144,104 +145,106 @@ def array_bytes(shape):
     return total
 
 
-def analyze(text, shares=()):
-    """Cost of a compiled program.
+def analyze(text: str, shares: Sequence[float] = ()) -> ProgramCost:
+    """Computes the cost of a compiled program.
 
     Args:
-      text: of its HLO, scheduled, as `compiled.as_text()` gives it.
+      text: its HLO, scheduled, from `compiled.as_text()`.
       shares: how often each branch is taken of conditionals with as many branches, adding up to 1.
-
-    Returns:
-      ProgramCost.
     """
     computations, entry = parse(text)
-    unknown = set()
-    cycles, moved = _cost(computations, entry, {}, unknown, shares)
-    return ProgramCost(cycles, dict(moved), len(unknown))
+    counter = _Counter(computations, shares)
+    cycles, moved = counter.cost(entry, {})
+    return ProgramCost(cycles, dict(moved), len(counter.unknown_loops))
 
 
-def _cost(computations, name, known, unknown, shares):
-    """(cycles, Counter of collectives' bytes) of a computation.
+class _Counter:
+    """Adds up the cost of computations and of those that they call, as (cycles, Counter of collectives' bytes)."""
 
-    Args:
-      computations: name -> Computation.
-      name: of the computation.
-      known: index of an element of its parameter -> integer, of those that are known.
-      unknown: set that gets the names of loops of unknown length.
-      shares: as `analyze` takes them.
-    """
-    computation, cycles, moved, beside = computations[name], 0.0, collections.Counter(), {}
-    for instruction in computation.instructions.values():
-        found = _CYCLES.search(instruction.attributes)
-        own = float(found[1]) if found else 0.0
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            moved[kind] += _moved_bytes(computation, instruction)
-        elif instruction.opcode == "send" and _SLICES in instruction.attributes:
-            moved[TO_OTHER_SLICES] += array_bytes(computation.instructions[instruction.operands[0]].shape)
-        elif instruction.opcode == "while":
-            inner, trips = _loop(computations, computation, instruction, known)
+    def __init__(self, computations: Mapping[str, Computation], shares: Sequence[float]):
+        self.unknown_loops: set[str] = set()
+        self._computations, self._shares = computations, shares
+
+    def cost(self, name: str, known: Mapping[int, int]) -> tuple[float, collections.Counter[str]]:
+        """Returns the cost of a computation; `known` holds the elements of its parameter that are known integers."""
+        computation, cycles = self._computations[name], 0.0
+        moved: Any = collections.Counter()
+        fused: dict[str, tuple[str, Any]] = {}
+        for instruction in computation.instructions.values():
+            estimate = _CYCLES.search(instruction.attributes)
+            own = float(estimate[1]) if estimate else 0.0
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                moved[kind] += _moved_bytes(computation, instruction)
+            elif instruction.opcode == "send" and _SLICES in instruction.attributes:
+                moved[TO_OTHER_SLICES] += array_bytes(computation.instructions[instruction.operands[0]].shape)
+            elif instruction.opcode in _CALLS:
+                for called in instruction.called("calls", "to_apply"):
+                    inner, inner_moved = self.cost(called, {})
+                    own = own or inner  # a fusion's estimate covers all in it
+                    if instruction.opcode == "call":
+                        moved.update(inner_moved)
+                    else:
+                        fused |= _collectives(self._computations, called)
+            else:
+                for times, (inner, inner_moved) in self._branches(computation, instruction, known):
+                    own += times * inner
+                    moved.update({kind: times * size for kind, size in inner_moved.items()})
+            cycles += own
+        for kind, size in fused.values():
+            moved[kind] += size
+        return cycles, moved
+
+    def _branches(self, computation, instruction, known):
+        """Returns [(how often it runs, cost)] of the computations of a loop or a conditional."""
+        if instruction.opcode == "while":
+            constant, trips = _loop(self._computations, computation, instruction, known)
             if trips is None:
-                unknown.add(instruction.name)
+                self.unknown_loops.add(instruction.name)
                 trips = 1
-            parts = [_cost(computations, instruction.called(part)[0], inner, unknown, shares) for part in ("body", "condition")]
-            own += trips * sum(part[0] for part in parts)
-            for part in parts:
-                moved.update({kind: trips * size for kind, size in part[1].items()})
-        elif instruction.opcode == "conditional":
-            names = [n for a in ("branch_computations", "false_computation", "true_computation") for n in instruction.called(a)]
-            branches = [_cost(computations, branch, {}, unknown, shares) for branch in names]
-            longest = max(branches, key=lambda branch: (branch[0], sum(branch[1].values())))
-            for share, branch in zip(shares, branches) if len(shares) == len(branches) else [(1, longest)]:
-                own += share * branch[0]
-                moved.update({kind: share * size for kind, size in branch[1].items()})
-        elif instruction.opcode in _CALLS:
-            for called in instruction.called("calls") + instruction.called("to_apply"):
-                inside = _cost(computations, called, {}, unknown, shares)
-                own = own or inside[0]  # the estimate of a fusion is that of all in it
-                if instruction.opcode == "call":
-                    moved.update(inside[1])
-                else:
-                    beside |= _collectives(computations, called)
-        cycles += own
-    for kind, size in beside.values():
-        moved[kind] += size
-    return cycles, moved
+            return [(trips, self.cost(name, constant)) for name in instruction.called("body", "condition")]
+        if instruction.opcode == "conditional":
+            attributes = ("branch_computations", "false_computation", "true_computation")  # in the order of their index
+            branches = [self.cost(name, {}) for attribute in attributes for name in instruction.called(attribute)]
+            if len(branches) == len(self._shares):
+                return list(zip(self._shares, branches))
+            return [(1, max(branches, key=lambda branch: (branch[0], sum(branch[1].values()))))]
+        return []
 
 
 def _collectives(computations, name):
-    """Channel -> (kind, bytes) of the collectives in a computation that a fusion calls, and in those that it calls.
+    """Finds the collectives in a computation that a fusion calls, and in those that it calls: channel -> (kind, bytes).
 
-    A collective that goes on beside other work stands in all fusions that it goes on in, with one channel.
+    A collective that overlaps with other work stands in every fusion that it overlaps with, under one channel.
     """
-    found = {}
+    collectives = {}
     for instruction in computations[name].instructions.values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
             size = _moved_bytes(computations[name], instruction)
-            found[channel[1] if channel else instruction.name] = kind, size
+            collectives[channel[1] if channel else instruction.name] = kind, size
         elif instruction.opcode in _CALLS:
-            for called in instruction.called("calls") + instruction.called("to_apply"):
-                found |= _collectives(computations, called)
-    return found
+            for called in instruction.called("calls", "to_apply"):
+                collectives |= _collectives(computations, called)
+    return collectives
 
 
 def _moved_bytes(computation, instruction):
-    given = sum(array_bytes(computation.instructions[name].shape) for name in instruction.operands)
-    made = array_bytes(instruction.shape)
+    operands = sum(array_bytes(computation.instructions[name].shape) for name in instruction.operands)
+    result = array_bytes(instruction.shape)
     if instruction.opcode == "all-gather-start":
-        return made - given  # its shape lists the operands, too
-    return given if instruction.opcode.endswith("-start") else max(given, made)
+        return result - operands  # its shape lists the operands, too
+    return operands if instruction.opcode.endswith("-start") else max(operands, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How often a loop runs.
+# Trip counts of loops.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _loop(computations, computation, loop, known):
-    """(elements of the loop's state that are known integers and stay what they are, number of turns or None)."""
+    """Returns the elements of the loop's state that are known integers and do not change, and the trip count or None."""
     body, condition = (computations[loop.called(part)[0]] for part in ("body", "condition"))
     initial = computation.instructions.get(loop.operands[0])
     if initial is None or initial.opcode != "tuple" or body.root is None or body.root.opcode != "tuple":
@@ -262,22 +265,22 @@ def _loop(computations, computation, loop, known):
 
 
 def _known_trips(loop):
-    found = _KNOWN_TRIPS.search(loop.attributes)
-    return int(found[1]) if found else None
+    match = _KNOWN_TRIPS.search(loop.attributes)
+    return int(match[1]) if match else None
 
 
 def _follow(computation, instruction):
-    """The instruction whose value this one has."""
+    """Returns the instruction whose value this one copies, or the instruction itself."""
     while instruction is not None and instruction.opcode in _SAME_VALUE:
         source = computation.instructions.get(instruction.operands[0])
-        if source is not None and instruction.opcode == "copy-done":  # of copy-start
+        if source is not None and instruction.opcode == "copy-done":  # its operand is the copy-start
             source = computation.instructions.get(source.operands[0])
         instruction = source
     return instruction
 
 
 def _element_of(computation, name):
-    """Index of the element of the parameter that the instruction `name` is; None if it is something else."""
+    """Returns which element of the parameter the instruction `name` is; None if it is something else."""
     instruction = _follow(computation, computation.instructions.get(name))
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
@@ -287,7 +290,7 @@ def _element_of(computation, name):
 
 
 def _integer(computation, name, known):
-    """Value of an instruction, if it is a known integer."""
+    """Returns the value of an instruction if it is a known integer, else None."""
     instruction = _follow(computation, computation.instructions.get(name))
     if instruction is not None and instruction.opcode == "constant":
         return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
@@ -295,7 +298,7 @@ def _integer(computation, name, known):
 
 
 def _step(body, index, known):
-    """What a turn adds to element `index` of the loop's state; None if unknown."""
+    """Returns the increment of element `index` of the loop's state per iteration; None if unknown."""
     instruction = _follow(body, body.instructions.get(body.root.operands[index]))
     if instruction is None or instruction.opcode != "add":
         return None

@@ -1,16 +1,18 @@
-"""What `repae_jax.plan` prints: tables of its numbers."""
+"""The text that `repae_jax.plan` prints: tables of its numbers."""
 
 import signal
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
 GIB = 2**30
-TIGHT = 0.1  # of the memory free, or less
+TIGHT = 0.1  # largest free share of the memory that is called tight
 COMPILERS = ("jax", "jaxlib", "libtpu")
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
-def lines_of(numbers):
-    """Lines of text on the numbers of `plan.plan`."""
+def lines_of(numbers: Mapping[str, Any]) -> list[str]:
+    """Returns the text on the numbers of `plan.plan`."""
     sampling = numbers["job"] == "sample"
     mesh = " x ".join(f"{name} {size}" for name, size in numbers["mesh"].items())
     slices = f" in each of {numbers['slices']} slices" if numbers["slices"] > 1 else ""
@@ -21,11 +23,10 @@ def lines_of(numbers):
         f"{numbers['images_per_chip']} a chip; mesh {mesh}",
         ", ".join(f"{name} {version or 'unknown'}" for name, version in numbers["versions"].items() if name in COMPILERS),
         "",
-        *_flop_table(numbers),
-        "",
     ]
     if numbers["fits"] is None:
         return [*lines, *_failed(numbers)]
+    lines += [*_flop_table(numbers), ""]
     if not numbers["fits"]:
         return [*lines, *_does_not_fit(numbers)]
     return [*lines, *_memory_table(numbers), "", *_time_table(numbers), *textwrap.wrap(note(numbers), 120)]
@@ -43,17 +44,17 @@ def _does_not_fit(numbers):
 
 
 def _failed(numbers):
-    why, helps = "it could not be compiled", "another topology, another --config.mesh.fsdp, another version of libtpu"
+    reason, remedy = "it could not be compiled", "another topology, another --config.mesh.fsdp, another version of libtpu"
     if numbers["exitcode"] == -signal.SIGKILL:
-        why, helps = "the process that compiled it was killed", "a machine with more memory, or with less else at work"
+        reason, remedy = "the process that compiled it was killed", "a machine with more memory, or with less else at work"
     elif numbers["exitcode"] is not None:
-        why = "the compiler failed, by a mistake of its own"
-    said = textwrap.wrap(f"The message: {numbers['message']}", 120)
-    return [f"NOT KNOWN whether it fits: {why}", *said, f"What may help: {helps}"]
+        reason = "the compiler failed, by a mistake of its own"
+    message = textwrap.wrap(f"The message: {numbers['message']}", 120)
+    return [f"NOT KNOWN whether it fits: {reason}", *message, f"What may help: {remedy}"]
 
 
-def note(numbers):
-    """What is known of the estimate's reliability."""
+def note(numbers: Mapping[str, Any]) -> str:
+    """Returns the caveats of the estimate."""
     unknown = numbers["unknown_loops"]
     short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
     drawn = len(numbers["branch_shares"])
@@ -71,7 +72,7 @@ def _state_of(numbers):
 
 
 def _row(name, value, unit, rest=""):
-    return f"  {name:<24}{value:>12} {unit:<7}{rest}".rstrip()
+    return f"  {name:<32}{value:>12} {unit:<7}{rest}".rstrip()
 
 
 def _flop(value):
@@ -84,19 +85,19 @@ def _flop_table(numbers):
     total = sum(parts.values())
     rows = [_row(name, *_flop(value), f"{value / total:6.1%}") for name, value in parts.items()]
     every = _row(f"of all {numbers['images']} images", *_flop(total * numbers["images"]))
-    return ["FLOP of an image, analytic, without recomputation", *rows, _row("total", *_flop(total)), every]
+    return ["FLOP of an image, as traced, without recomputation", *rows, _row("total", *_flop(total)), every]
 
 
 def _memory_table(numbers):
-    found, hbm = numbers["memory_bytes"], numbers["hbm_bytes"]
-    free = 1 - found["total"] / hbm
+    kinds, hbm = numbers["memory_bytes"], numbers["hbm_bytes"]
+    free = 1 - kinds["total"] / hbm
     notes = {
         "arguments": f"{numbers['state_bytes'] / GIB:.2f} of it {_state_of(numbers)}",
-        "outputs": f"and {found['aliased'] / GIB:.2f} in place of arguments",
+        "outputs": f"and {kinds['aliased'] / GIB:.2f} in place of arguments",
         "total": f"of {hbm / GIB:.2f}: fits, {free:.0%} free" + (", which is tight" if free < TIGHT else ""),
     }
     names = ("arguments", "outputs", "temporaries", "code", "total")
-    return ["memory of a chip", *(_row(name, f"{found[name] / GIB:.2f}", "GiB", notes.get(name, "")) for name in names)]
+    return ["memory of a chip", *(_row(name, f"{kinds[name] / GIB:.2f}", "GiB", notes.get(name, "")) for name in names)]
 
 
 def _time_table(numbers):

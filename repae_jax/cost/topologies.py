@@ -1,10 +1,12 @@
-"""TPUs that need not be there: their sizes and memory, and devices to compile for ahead of time."""
+"""TPU topologies to compile for ahead of time, without a TPU: sizes, memory, devices."""
 
 import dataclasses
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -17,11 +19,11 @@ class Chip:
     """A kind of TPU.
 
     Attributes:
-      kind: as JAX names its devices, for `flops.peak`.
-      hbm: bytes of its memory that the compiler uses.
+      kind: JAX's name of its devices, for `flops.peak`.
+      hbm: bytes of memory that the compiler uses.
       clock: Hz of the cycles that the compiler counts.
       matmul: share of the peak that the compiler expects, at this clock, of a product of bfloat16 matrices of side 8192 (libtpu
-        0.0.42). Real chips come close to the peak there: it tells how far estimates of large products can be trusted.
+        0.0.42). Real chips come close to the peak there: it shows how far estimates of large products can be trusted.
       grids: allowed numbers of chips per side; examples where there are three sides.
     """
 
@@ -32,15 +34,15 @@ class Chip:
     grids: tuple[str, ...]
 
     @property
-    def sides(self):
-        """Dimensions of its torus."""
+    def sides(self) -> int:
+        """Returns the number of dimensions of its torus."""
         return self.grids[0].count("x") + 1
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-# Memory is what the compiler says is available. The clocks of v4, v5e and v5p give their peaks with their matrix units; v6e's
-# is the one that gives its peak with four of them, which is not published.
+# Memory is as reported by the compiler. With their matrix units, the clocks of v4, v5e and v5p give their peaks; v6e's clock is
+# not published, and follows from its peak with four of them.
 CHIPS = {
     "v4": Chip("TPU v4", 30.75 * GIB, 1.05e9, 0.93, _CUBES),
     "v5e": Chip("TPU v5 lite", 15.75 * GIB, 1.5e9, 0.88, _FLAT),
@@ -54,12 +56,8 @@ _COMPILE_ONLY = {
 }  # fmt: skip
 
 
-def check_topology(name):
-    """The Chip of a topology such as 'v5e:4x4'.
-
-    Raises:
-      ValueError: for an unknown chip or a grid that there is not, with what is allowed.
-    """
+def check_topology(name: str) -> Chip:
+    """Returns the Chip of a topology such as 'v5e:4x4'; ValueError for an unknown chip or grid, with the allowed ones."""
     chip_name, _, grid = name.partition(":")
     if chip_name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", grid):
         raise ValueError(
@@ -76,29 +74,22 @@ def check_topology(name):
     return chip
 
 
-def topology_devices(name, slices=1):
-    """Devices of a topology, to compile for; they run nothing.
-
-    Args:
-      name: such as 'v5e:4x4'.
-      slices: how many of them.
-
-    Returns:
-      List of devices of a kind.
+def topology_devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
+    """Returns the devices of a number of slices of a topology such as 'v5e:4x4', to compile for; they run nothing.
 
     Raises:
-      ValueError: for a topology that there is not, or if libtpu is not installed.
+      ValueError: for an unknown topology, or if libtpu is not installed.
     """
     check_topology(name)
-    found = importlib.util.find_spec("libtpu")
-    if found is None or found.loader is None:  # a folder of that name is no package
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or spec.loader is None:  # a folder of that name is no package
         raise ValueError(
             "compiling for TPUs needs libtpu, which is not installed (no TPU is needed): pip install -e '.[tpu]', the extra "
             "`tpu` of this package"
         )
     for variable, value in _COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)
-    options = {}
+    options: dict[str, Any] = {}
     if name.endswith(":1x1"):
         options["chips_per_host_bounds"] = [1, 1, 1]
     if name.startswith("v4:"):

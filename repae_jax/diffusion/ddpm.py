@@ -1,4 +1,4 @@
-"""DiT's objective and sampler: 1000 discrete noise levels, t = 0 nearest to data and t = 999 nearest to noise.
+"""DiT's objective and the steps of its sampler: 1000 discrete noise levels, t = 0 nearest to data and t = 999 to noise.
 
 The network's output [B, h, w, 2C] is (eps, v): the noise it predicts, and where the log variance of a step back lies between
 that of the posterior (v = -1) and of beta (v = 1); v is not clipped, as published. Schedules are float64, all else float32.
@@ -12,23 +12,27 @@ Reference: DDPM (arXiv 2006.11239) equation 11, improved DDPM (2102.09672) secti
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+from repae_jax.diffusion.interpolant import Tensor, expand
 
 NUM_TIMESTEPS = 1000
+Timesteps = Int[Array, " B"]
 DATA = -1  # the timestep after the last step: no noise
 _BETAS = np.linspace(1e-4, 0.02, NUM_TIMESTEPS)
 _ALPHA_BAR = np.append(np.cumprod(1 - _BETAS), 1.0)  # entry DATA is 1
 _ALPHA = np.sqrt(_ALPHA_BAR[:-1]).astype(np.float32)
 _SIGMA = np.sqrt(1 - _ALPHA_BAR[:-1]).astype(np.float32)
-_SMALLEST_VARIANCE = _BETAS[1] * (1 - _ALPHA_BAR[0]) / (1 - _ALPHA_BAR[1])  # of the posterior at t = 1; at t = 0 it is 0
-_HALF_BIN = 1 / 255  # of 256 grey levels in [-1, 1]: the published likelihood at t = 0 is that of images, for latents too
+_SMALLEST_VARIANCE = _BETAS[1] * (1 - _ALPHA_BAR[0]) / (1 - _ALPHA_BAR[1])  # posterior at t = 1; it vanishes at t = 0
+_HALF_BIN = 1 / 255  # 256 gray levels in [-1, 1]: the published likelihood at t = 0 is that of images, for latents too
 
 
-class _Step(NamedTuple):
+class StepCoefficients(NamedTuple):
     """Steps z_t -> z_t_next: mean z_scale z_t - eps_scale eps, log variance from log_low to log_low + log_range. float32."""
 
     z_scale: np.ndarray
@@ -36,111 +40,101 @@ class _Step(NamedTuple):
     log_low: np.ndarray
     log_range: np.ndarray
 
-    def excess(self, v):
-        """The network's log variance minus log_low; v of the broadcast shape."""
+    def excess(self, v: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the network's log variance minus log_low."""
         return (v + 1) / 2 * self.log_range
 
 
-def _steps(t, t_next):
-    """_Step of numpy arrays of timesteps t > t_next >= DATA; skipped ones have their betas merged."""
+def step_coefficients(t: Int[np.ndarray, " k"], t_next: Int[np.ndarray, " k"]) -> StepCoefficients:
+    """Coefficients [k] of the steps from t to t_next, t > t_next >= DATA; skipped timesteps have their betas merged."""
     alpha_bar, alpha_bar_next = _ALPHA_BAR[t], _ALPHA_BAR[t_next]
     alpha = alpha_bar / alpha_bar_next
     beta = 1 - alpha
     posterior = np.where(t_next == DATA, _SMALLEST_VARIANCE, beta * (1 - alpha_bar_next) / (1 - alpha_bar))
-    step = _Step(1 / np.sqrt(alpha), beta / np.sqrt(alpha * (1 - alpha_bar)), np.log(posterior), np.log(beta / posterior))
-    return _Step(*(array.astype(np.float32) for array in step))
+    scales = 1 / np.sqrt(alpha), beta / np.sqrt(alpha * (1 - alpha_bar))
+    return StepCoefficients(*(x.astype(np.float32) for x in (*scales, np.log(posterior), np.log(beta / posterior))))
 
 
-_EVERY_STEP = _steps(np.arange(NUM_TIMESTEPS), np.arange(NUM_TIMESTEPS) - 1)
-
-
-def _expand(t, like):
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+_EVERY_STEP = step_coefficients(np.arange(NUM_TIMESTEPS), np.arange(NUM_TIMESTEPS) - 1)
 
 
 def _at(table, t, like):
     """table[t], of shape [B, 1, ...] to go with `like`; NaN where t is above the table."""
-    return jnp.take(jnp.asarray(table), _expand(t, like))
+    return jnp.take(jnp.asarray(table), expand(t, like))
 
 
-def _split(output, like):
-    """Output [B, ..., 2C] -> eps and v [B, ..., C]; ValueError for another shape."""
+def split_output(output: Tensor, like: Tensor) -> list[Tensor]:
+    """Splits the network's output into eps and v; ValueError unless it has 2C channels."""
     expected = (*like.shape[:-1], 2 * like.shape[-1])
     if output.shape != expected:
         raise ValueError(f"the network's output is {output.shape}; allowed: {expected}, epsilon and variance of {like.shape}")
     return jnp.split(output, 2, axis=-1)
 
 
-def sample_time(key, batch_size):
-    """Training timesteps: int32 [B], uniform in 0..999."""
+def sample_time(key: Array, batch_size: int) -> Timesteps:
+    """Draws training timesteps, uniform in 0..999."""
     return jax.random.randint(key, (batch_size,), 0, NUM_TIMESTEPS)
 
 
-def q_sample(z, noise, t):
-    """z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise.
-
-    Args:
-      z: [B, ...] normalised latents.
-      noise: the same shape, N(0, 1).
-      t: int [B] in 0..999; above, the result is NaN.
-    """
+def q_sample(z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
+    """Returns z_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) noise; NaN for timesteps above 999."""
     return _at(_ALPHA, t, z) * z + _at(_SIGMA, t, z) * noise
 
 
-def predict_start(z_t, eps, t):
-    """The z of which z_t is the noising with noise eps; arguments as in `q_sample`. Rounding grows to 157 times at t = 999."""
+def predict_start(z_t: Tensor, eps: Tensor, t: Timesteps) -> Tensor:
+    """Returns the z that `q_sample` with noise eps takes to z_t. Rounding grows to 157 times at t = 999."""
     return (z_t - _at(_SIGMA, t, z_t) * eps) / _at(_ALPHA, t, z_t)
 
 
-def mean_squared_noise_error(output, noise):
-    """DiT's first loss of each sample: [B], mean over positions and channels; arguments as in `variational_bound`."""
-    eps, _ = _split(output, noise)
+def mean_squared_noise_error(output: Tensor, noise: Tensor) -> Float[Array, " B"]:
+    """Computes DiT's first loss of each sample, a mean over positions and channels; arguments as in `variational_bound`."""
+    eps, _ = split_output(output, noise)
     return jnp.mean(jnp.square(eps - noise), axis=tuple(range(1, noise.ndim)))
 
 
 def _gaussian_cdf(x):
-    """The published tanh approximation, written as a sigmoid, which keeps its precision for x << 0."""
+    """Approximates the cumulative normal distribution by the published tanh, as a sigmoid to stay precise for x << 0."""
     return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def _bin_log_likelihood(z, error, inverse_std):
-    """log P(bin of z), error = z - mean. Bins at -1 and 1 are open, so latents beyond have them too (published)."""
-    inner = -jnp.abs(error)  # the probability of an inner bin is even in the error: take the tail that float32 resolves
+    """Returns log P(bin of z), error = z - mean. Bins at -1 and 1 are open, so latents beyond have them too (published)."""
+    inner = -jnp.abs(error)  # an inner bin's probability is even in the error: take the tail that float32 resolves
     probability = _gaussian_cdf((inner + _HALF_BIN) * inverse_std) - _gaussian_cdf((inner - _HALF_BIN) * inverse_std)
     probability = jnp.where(z < -0.999, _gaussian_cdf((error + _HALF_BIN) * inverse_std), probability)
     probability = jnp.where(z > 0.999, _gaussian_cdf((_HALF_BIN - error) * inverse_std), probability)
     return jnp.log(jnp.maximum(probability, 1e-12))
 
 
-def variational_bound(output, z, noise, t):
-    """DiT's second loss of each sample, added to the first with weight 1. It trains v; eps gets no gradient.
+def variational_bound(output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> Float[Array, " B"]:
+    """Computes DiT's second loss of each sample, added to the first with weight 1. It trains v; eps gets no gradient.
 
     KL(q(z_{t-1} | z_t, z) || p(z_{t-1} | z_t)), and at t = 0 -log p(z | z_0) on a grid of 256 values in [-1, 1]; in bits.
 
     Args:
-      output: [B, ..., 2C], the network's at q_sample(z, noise, t).
-      z: [B, ..., C] normalised latents.
-      noise: the same shape.
-      t: int [B] in 0..999.
+      output: the network's at q_sample(z, noise, t), with 2C channels.
+      z: normalized latents, with C channels.
+      noise: N(0, 1).
+      t: in 0..999.
 
     Returns:
-      [B], mean over positions and channels; of one random step, not summed over the steps.
+      Mean over positions and channels; of one random step, not summed over the steps.
 
     Raises:
       ValueError: if output is not of z's shape with twice the channels.
     """
-    eps, v = _split(output, z)
-    step = _Step(*(_at(table, t, z) for table in _EVERY_STEP))
+    eps, v = split_output(output, z)
+    step = StepCoefficients(*(_at(table, t, z) for table in _EVERY_STEP))
     error = step.eps_scale * (jax.lax.stop_gradient(eps) - noise)  # the posterior's mean minus the network's; at t = 0, of z
     excess = step.excess(v)
     kl = 0.5 * (excess + jnp.expm1(-excess) + jnp.square(error) * jnp.exp(-excess - step.log_low))
     nll = -_bin_log_likelihood(z, error, jnp.exp(-0.5 * (excess + step.log_low)))
-    bits = jnp.where(_expand(t, z) == 0, nll, kl) / math.log(2)
+    bits = jnp.where(expand(t, z) == 0, nll, kl) / math.log(2)
     return jnp.mean(bits, axis=tuple(range(1, z.ndim)))
 
 
-def timesteps(num_steps):
-    """The published respacing: num_steps of 999..0, evenly spaced with both ends, then DATA; numpy int [num_steps + 1].
+def timesteps(num_steps: int) -> Int[np.ndarray, " N"]:
+    """Returns the published respacing, N = num_steps + 1: num_steps of 999..0, evenly spaced with both ends, then DATA.
 
     Raises:
       ValueError: for less than 2 steps, which have no even spacing, or more than 1000.
@@ -152,51 +146,22 @@ def timesteps(num_steps):
     return np.append(kept[::-1], DATA)
 
 
-def ancestral(segments, z, noise_fn):
-    """DDPM sampling: each step draws from the network's Gaussian, the one that ends at DATA takes its mean.
-
-    Args:
-      segments: list of (timesteps [k + 1], output_fn(z [B, ...], t int32 [B]) -> (eps, v) [B, ..., 2C]), in order; see
-        `timesteps`. Guidance is output_fn's business: the published one guides eps and keeps the conditional v.
-      z: [B, ..., C] float32 N(0, 1).
-      noise_fn: step index (int32 scalar) -> N(0, 1) noise of z's shape.
-
-    Returns:
-      Normalised latents, float32 [B, ..., C].
-
-    Raises:
-      ValueError: if an output does not have 2C channels.
-    """
-    first = 0
-    for times, output_fn in segments:
-
-        def step(z, xs, output_fn=output_fn):
-            t, t_next, index, coefficients = xs
-            eps, v = _split(output_fn(z, jnp.full((z.shape[0],), t)), z)
-            std = jnp.exp(0.5 * (coefficients.log_low + coefficients.excess(v)))
-            mean = coefficients.z_scale * z - coefficients.eps_scale * eps
-            return mean + jnp.where(t_next == DATA, 0.0, std * noise_fn(index)), None
-
-        t, t_next = np.int32(times[:-1]), np.int32(times[1:])
-        z = jax.lax.scan(step, z, (t, t_next, first + jnp.arange(len(t)), _steps(t, t_next)))[0]
-        first += len(t)
-    return z
-
-
 @dataclass(frozen=True)
 class NoiseObjective:
-    """DiT's objective: the squared error of the noise and the variational bound."""
+    """DiT's objective: the squared error of the noise and the variational bound. Methods as in `VelocityObjective`."""
 
-    def sample_time(self, key, batch_size):
-        """Timesteps [B], see the function of this name."""
+    predicts: ClassVar[str] = "DiT's noise"
+
+    def sample_time(self, key: Array, batch_size: int) -> Timesteps:
+        """Draws timesteps, see the function of this name."""
         return sample_time(key, batch_size)
 
-    def add_noise(self, z, noise, t):
-        """z_t, see `q_sample`."""
+    def add_noise(self, z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
+        """Returns z_t, see `q_sample`."""
         return q_sample(z, noise, t)
 
-    def losses(self, output, z, noise, t):
-        """{'noise', 'bound'}: float32 scalars, means over the batch; arguments as in `variational_bound`."""
+    def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> dict[str, Float[Array, ""]]:
+        """Returns means over the batch, 'noise' and 'bound'; arguments as in `variational_bound`."""
         return {
             "noise": jnp.mean(mean_squared_noise_error(output, noise)),
             "bound": jnp.mean(variational_bound(output, z, noise, t)),

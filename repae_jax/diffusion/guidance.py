@@ -1,47 +1,48 @@
-"""Classifier-free guidance of a velocity, and the time segments in which it applies."""
+"""Classifier-free guidance of a network's output, and the segments of time in which it applies."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 
-def guide(velocity_fn, labels, null_label, scale, channels):
-    """Guided velocity v_null + scale * (v_label - v_null), on the first channels; v_label on the others.
+def guide(output_fn: Callable, labels: Int[Array, " B"], null_label: int, scale: float, channels: int) -> Callable:
+    """Returns an output function (z_t, t) with guidance, at the price of a doubled batch in each network call.
 
-    Exact for the SDE sampler too: its drift is affine in the velocity and the two weights sum to one. DiT's noise is guided
-    alike, its variance not.
+    It gives v_null + scale * (v_label - v_null) in the first channels, v_label in the others. This is exact for the SDE sampler
+    too: its drift is affine in the velocity and the two weights sum to one. DiT's noise is guided alike, its variance not.
 
     Args:
-      velocity_fn: (z_t [B, ...], t [B], labels [B]) -> velocity [B, ..., >= channels].
-      labels: int [B].
+      output_fn: (z_t [B, ...], t [B], labels [B]) -> output [B, ..., >= channels].
+      labels: the classes to guide toward.
       null_label: label of "no class".
       scale: guidance scale; 1 is no guidance.
-      channels: how many are guided.
-
-    Returns:
-      (z_t, t) -> velocity; one network call on the doubled batch.
+      channels: number of guided channels.
     """
     doubled = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
     def guided(z_t, t):
-        v = velocity_fn(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), doubled)
-        conditional, unconditional = jnp.split(v, 2)
+        output = output_fn(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), doubled)
+        conditional, unconditional = jnp.split(output, 2)
         difference = (conditional - unconditional)[..., :channels]
         return jnp.concatenate([unconditional[..., :channels] + scale * difference, conditional[..., channels:]], axis=-1)
 
     return guided
 
 
-def segments(times, interval, guided, plain):
-    """Split a time grid into stretches with and without guidance, decided by each step's starting time.
+def segments(times: np.ndarray, interval: tuple[float, float], guided: Any, plain: Any) -> list[tuple[np.ndarray, Any]]:
+    """Splits a time grid into segments with and without guidance, decided by each step's starting time.
 
     Args:
-      times: decreasing numpy [n + 1].
+      times: decreasing [n + 1].
       interval: (low, high), both included; guidance applies to steps starting at low <= t <= high.
-      guided: velocity function inside the interval.
-      plain: velocity function outside it.
+      guided: output function inside the interval.
+      plain: output function outside it.
 
     Returns:
-      list of (times of the stretch, velocity function); a stretch of k steps has k + 1 times.
+      list of (times of the segment, output function); a segment of k steps has k + 1 times.
     """
     low, high = interval
     inside = [low <= t <= high for t in times[:-1]]

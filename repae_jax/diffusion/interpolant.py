@@ -5,19 +5,23 @@ Reference: SiT (arXiv 2401.08740) section 3; REPA-E's `models/sit.py` and `sampl
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Tensor = Float[Array, "B ..."]
+Times = Float[Array, " B"]
 
 
 class Coefficients(NamedTuple):
     """alpha_t, sigma_t and their time derivatives, each with t's shape."""
 
-    alpha: jax.Array
-    sigma: jax.Array
-    d_alpha: jax.Array
-    d_sigma: jax.Array
+    alpha: Array
+    sigma: Array
+    d_alpha: Array
+    d_sigma: Array
 
 
 def _linear(t):
@@ -34,70 +38,52 @@ PATHS = {"linear": _linear, "cosine": _cosine}
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 
 
-def coefficients(path, t):
-    """Coefficients of the path named 'linear' or 'cosine' at t; ValueError for another name."""
+def coefficients(path: str, t: Array) -> Coefficients:
+    """Returns the coefficients of the path 'linear' or 'cosine' at t; ValueError for another name."""
     if path not in PATHS:
         raise ValueError(f"interpolant {path!r} is unknown; allowed: {sorted(PATHS)}")
     return PATHS[path](t)
 
 
-def _expand(t, like):
-    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+def expand(t: Array, like: Array) -> Array:
+    """Appends axes of size 1 to t, [B] or scalar, to broadcast against `like` [B, ...]."""
+    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)) if t.ndim else t
 
 
-def interpolate(path, z, noise, t):
-    """z_t = alpha_t z + sigma_t noise.
+def interpolate(path: str, z: Tensor, noise: Tensor, t: Times) -> Tensor:
+    """Returns z_t = alpha_t z + sigma_t noise.
 
     Args:
       path: 'linear' or 'cosine'.
-      z: [B, ...] normalised latents.
-      noise: the same shape, N(0, 1).
-      t: [B] in [0, 1].
-
-    Returns:
-      z_t of z's shape.
+      z: normalized latents.
+      noise: N(0, 1).
+      t: in [0, 1].
     """
-    c = coefficients(path, _expand(t, z))
+    c = coefficients(path, expand(t, z))
     return c.alpha * z + c.sigma * noise
 
 
-def velocity_target(path, z, noise, t):
-    """d z_t / dt = alpha'_t z + sigma'_t noise; arguments as in `interpolate`."""
-    c = coefficients(path, _expand(t, z))
+def velocity_target(path: str, z: Tensor, noise: Tensor, t: Times) -> Tensor:
+    """Returns d z_t / dt = alpha'_t z + sigma'_t noise; arguments as in `interpolate`."""
+    c = coefficients(path, expand(t, z))
     return c.d_alpha * z + c.d_sigma * noise
 
 
-def score(path, velocity, z_t, t):
-    """grad log p_t(z_t) from the velocity (SiT equation 9).
-
-    Args:
-      path: 'linear' or 'cosine'.
-      velocity: [B, ...].
-      z_t: [B, ...].
-      t: scalar or [B], in (0, 1]: at t = 0 the score is undefined.
-
-    Returns:
-      Score of z_t's shape.
-    """
-    t = jnp.asarray(t, z_t.dtype)
-    c = coefficients(path, _expand(t, z_t) if t.ndim else t)
+def score(path: str, velocity: Tensor, z_t: Tensor, t: Times | Float[Array, ""] | float) -> Tensor:
+    """Computes grad log p_t(z_t) from the velocity d z_t / dt (SiT equation 9); t in (0, 1], as it is undefined at 0."""
+    c = coefficients(path, expand(jnp.asarray(t, z_t.dtype), z_t))
     ratio = c.alpha / c.d_alpha
     variance = jnp.square(c.sigma) - ratio * c.d_sigma * c.sigma
     return (ratio * velocity - z_t) / variance
 
 
-def sample_time(key, batch_size, path, distribution):
-    """Training times.
+def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Times:
+    """Draws training times.
 
     Args:
-      key: PRNG key.
-      batch_size: B.
       path: 'linear' or 'cosine'; fixes how a lognormal sigma maps to t.
       distribution: 'uniform' on [0, 1), or 'lognormal': sigma = exp(N(0, 1)), t = sigma / (1 + sigma) on the linear path,
         2 / pi * arctan(sigma) on the cosine path.
-
-    Returns:
-      float32 [B].
 
     Raises:
       ValueError: for an unknown distribution or path.
@@ -112,8 +98,8 @@ def sample_time(key, batch_size, path, distribution):
     raise ValueError(f"time distribution {distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
 
 
-def mean_squared_velocity_error(path, velocity, z, noise, t):
-    """SiT's loss of each sample: [B], mean over positions and channels, float32."""
+def mean_squared_velocity_error(path: str, velocity: Tensor, z: Tensor, noise: Tensor, t: Times) -> Float[Array, " B"]:
+    """Computes SiT's loss of each sample, a mean over positions and channels."""
     error = velocity - velocity_target(path, z, noise, t)
     return jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
 
@@ -125,19 +111,21 @@ class VelocityObjective:
     Attributes:
       path: 'linear' or 'cosine'.
       time_distribution: 'uniform' or 'lognormal'.
+      predicts: what the network learns to predict, in words.
     """
 
     path: str = "linear"
     time_distribution: str = "uniform"
+    predicts: ClassVar[str] = "a velocity"
 
-    def sample_time(self, key, batch_size):
-        """Times [B], see the function of this name."""
+    def sample_time(self, key: Array, batch_size: int) -> Times:
+        """Draws times, see the function of this name."""
         return sample_time(key, batch_size, self.path, self.time_distribution)
 
-    def add_noise(self, z, noise, t):
-        """z_t, see `interpolate`."""
+    def add_noise(self, z: Tensor, noise: Tensor, t: Times) -> Tensor:
+        """Returns z_t, see `interpolate`."""
         return interpolate(self.path, z, noise, t)
 
-    def losses(self, output, z, noise, t):
-        """{'velocity': float32 scalar, mean over the batch, positions and channels}; arguments as in `velocity_target`."""
+    def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Times) -> dict[str, Float[Array, ""]]:
+        """Returns 'velocity', a mean over batch, positions and channels; arguments as in `velocity_target`."""
         return {"velocity": jnp.mean(mean_squared_velocity_error(self.path, output, z, noise, t))}

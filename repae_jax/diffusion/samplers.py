@@ -1,28 +1,176 @@
-"""Samplers over [(times, velocity function)] segments. They know no labels and no guidance.
+"""Samplers, from noise to data: a table of methods, and the settings of a run of one.
 
-State and times are float32; the published code keeps the state in float64 between float32 network calls, a difference below
-2e-5 of the largest entry in the parity tests. Reference: REPA-E's `samplers.py`.
+A sampler integrates an output function over segments of time; it knows no labels and no guidance. State and times are float32.
+The published code keeps the state in float64 between float32 network calls, a difference below 2e-5 of the largest entry in the
+parity tests. Reference: REPA-E's `samplers.py`; for DiT's, `ddpm.py`.
+
+To add a sampler, write a subclass of `Sampler` with a `step` and put it into `SAMPLERS`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Shaped
 
 from repae_jax.diffusion import ddpm, interpolant
+from repae_jax.diffusion.ddpm import NoiseObjective
+from repae_jax.diffusion.interpolant import Tensor, VelocityObjective
 from repae_jax.ranges import OrNone, check, real, whole
 
-SAMPLERS = ("euler", "heun", "sde", "ancestral")
+OutputFn = Callable[[Tensor, Shaped[Array, " B"]], Tensor]  # (z, t) -> the network's output
+NoiseFn = Callable[[Any], Tensor]  # step index -> N(0, 1) noise of z's shape
+Segments = Sequence[tuple[np.ndarray, OutputFn]]  # (times [k + 1], output function that holds for their k steps), in order
+
+
+class Interval(NamedTuple):
+    """One step of a sampler."""
+
+    t: Any  # where it starts, a scalar: float32, or int32 for DiT's timesteps
+    t_next: Any  # where it ends, nearer to data
+    index: Any  # number of the step, from 0; names its noise
+    coefficients: Any  # entry of `Sampler.coefficients`
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampling method; subclasses define `step`, and whatever else differs from these defaults.
+
+    Attributes:
+      objective: class of objectives whose networks it samples from.
+      last_step: a method like `step` for the very last one; None if that is no exception.
+    """
+
+    objective: ClassVar[type] = VelocityObjective
+    last_step: ClassVar[Callable | None] = None
+
+    def times(self, steps: int) -> np.ndarray:
+        """Decreasing times [steps + 1], float64; here equal steps from 1 to 0."""
+        return np.linspace(1.0, 0.0, steps + 1)
+
+    def coefficients(self, t: np.ndarray, t_next: np.ndarray) -> Any:
+        """Tree of arrays [k]: what all steps t -> t_next [k] need and float32 is too coarse to compute; here nothing."""
+        del t, t_next
+        return ()
+
+    def step(self, z: Tensor, interval: Interval, output_fn: OutputFn, noise_fn: NoiseFn, objective: Any) -> Tensor:
+        """Returns z at interval.t_next."""
+        raise NotImplementedError
+
+    def integrate(self, segments: Segments, z: Tensor, noise_fn: NoiseFn | None = None, objective: Any = None) -> Tensor:
+        """Takes all steps from z, N(0, 1) at the first time, to the last; the segments' times are `self.times(steps)`.
+
+        ODE samplers need neither noise_fn nor objective, whose path the SDE's score depends on.
+        """
+        first = 0
+        for number, (times, output_fn) in enumerate(segments, 1):
+            given = {"output_fn": output_fn, "noise_fn": noise_fn, "objective": objective}
+            t, t_next = times[:-1], times[1:]
+            index = first + np.arange(len(t))
+            intervals = jax.tree.map(jnp.asarray, Interval(t, t_next, index, self.coefficients(t, t_next)))
+            last_step = self.last_step if number == len(segments) else None
+            looped = intervals if last_step is None else jax.tree.map(lambda x: x[:-1], intervals)
+            z, _ = jax.lax.scan(partial(_step_in_scan, partial(self.step, **given)), z, looped)
+            if last_step is not None:
+                z = last_step(z, jax.tree.map(lambda x: x[-1], intervals), **given)
+            first += len(t)
+        return z
+
+
+def _step_in_scan(step, z, interval):
+    return step(z, interval), None
+
+
+def _at_time(output_fn, z, t):
+    return output_fn(z, jnp.full((z.shape[0],), t))
+
+
+def _velocity(output_fn, z, t):
+    return _at_time(output_fn, z, t)[..., : z.shape[-1]]  # a learned sigma, if there is one, is unused
+
+
+@dataclass(frozen=True)
+class Euler(Sampler):
+    """Euler's method on dz/dt = v(z, t)."""
+
+    def step(self, z, interval, output_fn, noise_fn, objective):
+        return z + (interval.t_next - interval.t) * _velocity(output_fn, z, interval.t)
+
+
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Heun's method, two network calls a step; the last step is Euler's. A step's guidance holds for both its calls."""
+
+    last_step: ClassVar[Callable] = Euler.step
+
+    def step(self, z, interval, output_fn, noise_fn, objective):
+        dt = interval.t_next - interval.t
+        v = _velocity(output_fn, z, interval.t)
+        corrected = _velocity(output_fn, z + dt * v, interval.t_next)
+        return z + dt * 0.5 * (v + corrected)
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(Sampler):
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2t; the last step is deterministic.
+
+    Attributes:
+      last_time: start of the last step; all others are equal steps from 1 to there.
+    """
+
+    last_time: float = 0.04
+
+    def times(self, steps):
+        return np.append(np.linspace(1.0, self.last_time, steps), 0.0)
+
+    def step(self, z, interval, output_fn, noise_fn, objective):
+        variance = 2 * interval.t * jnp.abs(interval.t_next - interval.t)
+        drifted = self.last_step(z, interval, output_fn, noise_fn, objective)
+        return drifted + jnp.sqrt(variance) * noise_fn(interval.index)
+
+    def last_step(self, z, interval, output_fn, noise_fn, objective):
+        v = _velocity(output_fn, z, interval.t)
+        drift = v - 0.5 * (2 * interval.t) * interpolant.score(objective.path, v, z, interval.t)
+        return z + (interval.t_next - interval.t) * drift
+
+
+@dataclass(frozen=True)
+class Ancestral(Sampler):
+    """DDPM sampling: each step draws from the network's Gaussian, the one that ends at ddpm.DATA takes its mean.
+
+    The output is (eps, v) [B, ..., 2C]; the published guidance is that of eps and keeps the conditional v.
+    """
+
+    objective: ClassVar[type] = NoiseObjective
+
+    def times(self, steps):
+        return ddpm.timesteps(steps)
+
+    def coefficients(self, t, t_next):
+        return ddpm.step_coefficients(t, t_next)
+
+    def step(self, z, interval, output_fn, noise_fn, objective):
+        c = interval.coefficients
+        eps, v = ddpm.split_output(_at_time(output_fn, z, interval.t), z)
+        std = jnp.exp(0.5 * (c.log_low + c.excess(v)))
+        mean = c.z_scale * z - c.eps_scale * eps
+        return mean + jnp.where(interval.t_next == ddpm.DATA, 0.0, std * noise_fn(interval.index))
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "sde": EulerMaruyama(), "ancestral": Ancestral()}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample.
+    """Settings of sampling.
 
     Attributes:
-      sampler: 'euler' or 'heun' (ODE), or 'sde' (Euler-Maruyama, last step from t = 0.04), the paper's; 'ancestral' for DiT.
-      steps: steps from noise to data; of Heun, two network calls each but the last.
+      sampler: name in SAMPLERS: 'euler' or 'heun' (ODE), 'sde' (the paper's), 'ancestral' (DiT's).
+      steps: from noise to data.
       guidance_scale: 1 is no guidance.
       guidance_low: guidance applies to steps that start at guidance_low <= t <= guidance_high (t = 1 is noise).
       guidance_high: see above. DiT's timesteps count as t / 999.
@@ -51,101 +199,12 @@ class Sampling:
             raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
 
 
-def check_sampler(sampling, objective):
-    """ValueError unless the sampler is one for what the network has learned."""
-    is_ancestral = sampling.sampler == "ancestral"
-    if isinstance(objective, ddpm.NoiseObjective) != is_ancestral:
-        what, allowed = ("a velocity", SAMPLERS[:3]) if is_ancestral else ("DiT's noise", SAMPLERS[3:])
-        raise ValueError(f"sampler {sampling.sampler!r}: the network predicts {what}; allowed: {', '.join(allowed)}")
-    if is_ancestral:
-        ddpm.timesteps(sampling.steps)
-
-SDE_LAST_TIME = 0.04  # the SDE's diffusion ends here; one deterministic step remains
-
-
-def ode_times(num_steps):
-    """num_steps + 1 equal steps from 1 to 0, float64 numpy."""
-    return np.linspace(1.0, 0.0, num_steps + 1)
-
-
-def sde_times(num_steps):
-    """num_steps network calls: equal steps from 1 to 0.04, then 0; float64 numpy [num_steps + 1]."""
-    return np.append(np.linspace(1.0, SDE_LAST_TIME, num_steps), 0.0)
-
-
-def _at(t, z):
-    return jnp.full((z.shape[0],), t, jnp.float32)
-
-
-def _scan_steps(step, z, times, first):
-    """Apply step(z, t, t_next, index) over one segment."""
-    pairs = (jnp.asarray(times[:-1], jnp.float32), jnp.asarray(times[1:], jnp.float32), first + jnp.arange(len(times) - 1))
-    return jax.lax.scan(lambda z, pair: (step(z, *pair), None), z, pairs)[0]
-
-
-def euler(segments, z):
-    """Euler's method on dz/dt = v(z, t).
-
-    Args:
-      segments: list of (times [k + 1], velocity_fn(z, t [B]) -> velocity), in order.
-      z: [B, ...] at the first time.
-
-    Returns:
-      z at the last time.
-    """
-    for times, velocity_fn in segments:
-
-        def step(z, t, t_next, index, velocity_fn=velocity_fn):
-            return z + (t_next - t) * velocity_fn(z, _at(t, z))
-
-        z = _scan_steps(step, z, times, 0)
-    return z
-
-
-def heun(segments, z):
-    """Heun's method; the very last step is Euler's. A step's guidance holds for both its evaluations. As `euler`."""
-    for i, (times, velocity_fn) in enumerate(segments):
-
-        def step(z, t, t_next, index, velocity_fn=velocity_fn):
-            v = velocity_fn(z, _at(t, z))
-            corrected = velocity_fn(z + (t_next - t) * v, _at(t_next, z))
-            return z + (t_next - t) * 0.5 * (v + corrected)
-
-        is_last = i == len(segments) - 1
-        z = _scan_steps(step, z, times[:-1] if is_last else times, 0)
-        if is_last:
-            z = euler([(times[-2:], velocity_fn)], z)
-    return z
-
-
-def euler_maruyama(segments, z, path, noise_fn):
-    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2t; the last step is deterministic.
-
-    Args:
-      segments: list of (times [k + 1], velocity_fn(z, t [B]) -> velocity), in order; see `sde_times`.
-      z: [B, ...] at the first time.
-      path: the interpolant's name, for the score.
-      noise_fn: step index (int32 scalar) -> N(0, 1) noise of z's shape.
-
-    Returns:
-      z at the last time.
-    """
-
-    def drift(z, t, velocity_fn):
-        v = velocity_fn(z, _at(t, z))
-        return v - 0.5 * (2 * t) * interpolant.score(path, v, z, t)
-
-    first = 0
-    for i, (times, velocity_fn) in enumerate(segments):
-
-        def step(z, t, t_next, index, velocity_fn=velocity_fn):
-            dt = t_next - t
-            return z + dt * drift(z, t, velocity_fn) + jnp.sqrt(2 * t * jnp.abs(dt)) * noise_fn(index)
-
-        is_last = i == len(segments) - 1
-        z = _scan_steps(step, z, times[:-1] if is_last else times, first)
-        first += len(times) - 1
-        if is_last:
-            t, t_next = (jnp.float32(time) for time in times[-2:])
-            z = z + (t_next - t) * drift(z, t, velocity_fn)
-    return z
+def check_sampler(sampling: Sampling, objective: Any) -> None:
+    """ValueError unless the sampler is for networks of this objective, and can take so many steps."""
+    sampler = SAMPLERS[sampling.sampler]
+    if not isinstance(objective, sampler.objective):
+        allowed = [name for name, other in SAMPLERS.items() if isinstance(objective, other.objective)]
+        raise ValueError(
+            f"sampler {sampling.sampler!r}: the network predicts {objective.predicts}; allowed: {', '.join(allowed)}"
+        )
+    sampler.times(sampling.steps)

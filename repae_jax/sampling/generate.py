@@ -1,29 +1,31 @@
 """Noise -> latents -> images, with the averaged SiT; shared by the training pictures and `repae_jax.sample`."""
 
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from repae_jax.diffusion import ddpm, guidance, latent_norm, samplers
-from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler  # noqa: F401
+from repae_jax.diffusion import guidance, latent_norm
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
 from repae_jax.distributed.sharding import unsharded
 from repae_jax.images import to_uint8
 
 
 class SamplesNotFinite(ValueError):
-    """Something in a sample was not finite, which as a pixel would look like a color."""
+    """A sample was not finite, which as a pixel would look like a color."""
 
 
-def make_generate(nets, objective, latent_shape, sampling):
-    """Sampling function, to be jitted.
-
-    Everything runs in float32, as published, whatever the compute dtype of training.
+def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int], sampling: Sampling) -> Callable:
+    """Returns the sampling function, to be jitted. It runs in float32, as published, whatever the compute dtype of training.
 
     Args:
       nets: Nets.
-      objective: what SiT has learned, interpolant.VelocityObjective or ddpm.NoiseObjective.
+      objective: the objective that the SiT was trained with.
       latent_shape: (h, w, C).
-      sampling: Sampling.
+      sampling: settings of the sampler.
 
     Returns:
       (params, labels int [B], ids int [B], key) -> (uint8 images [B, H, W, 3], bool [B]: which had only finite values before
@@ -34,93 +36,92 @@ def make_generate(nets, objective, latent_shape, sampling):
       ValueError: if the sampler does not fit the objective.
     """
     check_sampler(sampling, objective)
-    sit, vae = nets.sit.clone(dtype=jnp.float32), nets.vae.clone(dtype=jnp.float32)
+    sit, vae, sampler = nets.sit.clone(dtype=jnp.float32), nets.vae.clone(dtype=jnp.float32), SAMPLERS[sampling.sampler]
 
-    def generate(params, labels, ids, key):
-        is_ancestral = sampling.sampler == "ancestral"
-
-        def velocity_fn(z_t, t, y):
-            output = sit.apply({"params": unsharded(params["sit"])}, z_t, t, y)[0]
-            return output if is_ancestral else output[..., : latent_shape[-1]]  # a SiT's sigma, if it has one, is unused
+    def sample_latents(params: Mapping[str, Any], labels: Int[Array, " B"], noise_fn: Callable) -> Float[Array, "B h w C"]:
+        def conditional(z_t, t, y):
+            return sit.apply({"params": unsharded(params["sit"])}, z_t, t, y)[0]
 
         def plain(z_t, t):
-            return velocity_fn(z_t, t, labels)
+            return conditional(z_t, t, labels)
 
+        times = sampler.times(sampling.steps)
+        segments = [(times, plain)]
+        if sampling.guidance_scale > 1:
+            channels = sampling.guidance_channels or latent_shape[-1]
+            guided = guidance.guide(conditional, labels, sit.null_label, sampling.guidance_scale, channels)
+            interval = sampling.guidance_low * times[0], sampling.guidance_high * times[0]
+            segments = guidance.segments(times, interval, guided, plain)
+        initial = noise_fn(sampling.steps)  # an index that no step uses
+        return latent_norm.denormalize(sampler.integrate(segments, initial, noise_fn, objective), params["latent_stats"])
+
+    # float32 means float32 on every platform: at least three bfloat16 passes on TPUs, TF32 on GPUs as published
+    @jax.default_matmul_precision("high")
+    def generate(
+        params: Mapping[str, Any], labels: Int[Array, " B"], ids: Int[Array, " B"], key: Array
+    ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
         def noise_fn(index):
             return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), latent_shape))(keys)
 
-        make_times = {"sde": samplers.sde_times, "ancestral": ddpm.timesteps}.get(sampling.sampler, samplers.ode_times)
-        times = make_times(sampling.steps)
-        segments = [(times, plain)]
-        if sampling.guidance_scale > 1:
-            channels = sampling.guidance_channels or latent_shape[-1]
-            guided = guidance.guide(velocity_fn, labels, sit.null_label, sampling.guidance_scale, channels)
-            last = ddpm.NUM_TIMESTEPS - 1 if is_ancestral else 1
-            interval = sampling.guidance_low * last, sampling.guidance_high * last
-            segments = guidance.segments(times, interval, guided, plain)
-        z = noise_fn(sampling.steps)  # an index that no step uses
-        if is_ancestral:
-            z = ddpm.ancestral(segments, z, noise_fn)
-        elif sampling.sampler == "sde":
-            z = samplers.euler_maruyama(segments, z, objective.path, noise_fn)
-        else:
-            z = (samplers.heun if sampling.sampler == "heun" else samplers.euler)(segments, z)
-        latents = latent_norm.denormalize(z, params["latent_stats"])
+        latents = sample_latents(params, labels, noise_fn)
         decoded = vae.apply({"params": unsharded(params["vae"])}, latents, method="decode")
         return to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
-    def precise(*args):
-        # float32 means float32 on every platform: at least three bfloat16 passes on TPUs, TF32 on GPUs as published
-        with jax.default_matmul_precision("high"):
-            return generate(*args)
-
-    return precise
+    return generate
 
 
-def in_batches(run, params, labels, batch_size, key, put, skip=()):
-    """Any number of samples, batch by batch.
+def in_batches(
+    run: Callable,
+    params: Mapping[str, Any],
+    labels: Int[np.ndarray, " N"],
+    batch_size: int,
+    key: Array,
+    put: Callable,
+    skip: Collection[int] = (),
+) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
+    """Samples any number of images, batch by batch.
 
     Args:
-      run: what `make_generate` returns, jitted.
+      run: result of `make_generate`, jitted.
       params: its first argument.
-      labels: int32 numpy [N]; the ids are 0..N - 1.
+      labels: the ids are 0..N - 1.
       batch_size: images at a time; a multiple of the devices.
-      key: of the noise.
+      key: random key of the noise.
       put: places an array with one entry per image on the devices.
-      skip: indices of batches not to make.
+      skip: indices of batches to leave out.
 
     Yields:
-      (index of the batch, uint8 numpy [b, H, W, 3]); the last batch is shorter if batch_size does not divide N.
+      (index of the batch, its images); the last batch is shorter if batch_size does not divide N.
 
     Raises:
-      SamplesNotFinite: if one is not.
+      SamplesNotFinite: for a sample that is not finite.
     """
     for index, first in enumerate(range(0, len(labels), batch_size)):
         if index in skip:
             continue
         ids = np.arange(first, first + batch_size)  # the last batch is filled up, so that one program serves all
-        made, finite = run(params, put(labels[np.minimum(ids, len(labels) - 1)]), put(ids), key)
+        images, finite = run(params, put(labels[np.minimum(ids, len(labels) - 1)]), put(ids), key)
         broken = ids[~np.asarray(finite)]
         if len(broken):
             raise SamplesNotFinite(
                 f"{len(broken)} of {batch_size} samples are not finite, first number {broken[0]}: the weights are damaged, or "
                 "their training has diverged; take an earlier step"
             )
-        yield index, np.asarray(made)[: len(labels) - first]
+        yield index, np.asarray(images)[: len(labels) - first]
 
 
-def sampling_params(state, frozen):
-    """What `make_generate` needs of a TrainState, with the frozen VAE if it has none."""
+def sampling_params(state: Any, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters for `make_generate` from a TrainState, with the frozen VAE if it has none."""
     vae = frozen["vae"] if state.vae is None else state.vae.params
     return {"sit": state.ema.params, "vae": vae, "latent_stats": state.ema.latent_stats}
 
 
-def make_reconstruct(nets):
-    """(VAE parameters, float images [B, H, W, 3] in [-1, 1]) -> uint8 reconstructions through the posterior's mean."""
+def make_reconstruct(nets: Any) -> Callable:
+    """Returns (VAE parameters, float images in [-1, 1]) -> uint8 reconstructions through the posterior's mean."""
 
-    def reconstruct(vae_params, images):
+    def reconstruct(vae_params: Any, images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
         variables = {"params": unsharded(vae_params)}
         posterior = nets.vae.apply(variables, images, method="encode")
         return to_uint8(nets.vae.apply(variables, posterior.mode(), method="decode"))

@@ -1,7 +1,12 @@
-"""Networks that were trained, here or with the published code, ready to be used: a whole model to sample from, or a VAE."""
+"""Trained networks, from here or from the published code, ready to be used: a whole model to sample from, or a VAE.
+
+    model = load_model("runs/repae")
+    run = jax.jit(make_generate(model.nets, model.objective, model.latent_shape, model.sampling))
+"""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import jax
@@ -13,67 +18,69 @@ from checkpoints_tools import vae as vae_files
 from checkpoints_tools.sit import check_time, from_state_dict
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
+from repae_jax.diffusion.samplers import SAMPLERS, Sampling
 from repae_jax.distributed import sharding
 from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
-from repae_jax.sampling import generate
 from repae_jax.training import checkpoint
 from repae_jax.training.networks import Nets
 from repae_jax.training.state import Ema
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What sampling needs of a trained model.
-
-    Attributes:
-      nets: Nets, without discriminator and LPIPS.
-      params: for `generate.make_generate`.
-      latent_shape: (h, w, C).
-      objective: what the SiT has learned.
-      num_classes: labels are 0..num_classes - 1.
-      sampling: Sampling, the default.
-      mesh: device mesh.
-      ema_decay: of the averages in `params`; 0 means the weights themselves, None that it is unknown.
-      step: training steps taken, None if unknown.
-    """
+class LoadedModel:
+    """A SiT and its VAE, to sample from."""
 
     nets: Nets
-    params: Mapping[str, Any]
-    latent_shape: tuple[int, int, int]
-    objective: Any
-    num_classes: int
-    sampling: generate.Sampling
+    params: Mapping[str, Any]  # first argument of the function that `generate.make_generate` returns
+    latent_shape: tuple[int, int, int]  # (h, w, C)
+    objective: Any  # VelocityObjective or NoiseObjective
+    num_classes: int  # labels are 0..num_classes - 1
+    sampling: Sampling  # the default settings
     mesh: jax.sharding.Mesh
-    ema_decay: float | None
-    step: int | None
+    ema_decay: float | None  # decay of the averages in `params`; 0 means the weights themselves, None that it is unknown
+    step: int | None  # training steps taken, None if unknown
 
 
-def load_model(workdir, step=None, devices=None, vae_path=None, sampler=None):
-    """What sampling needs of a training run, of ours or of the published code.
+def load_model(
+    path: str | PathLike,
+    step: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    vae_path: str | PathLike | None = None,
+    sampler: str | None = None,
+) -> LoadedModel:
+    """Loads a training run, of ours or of the published code, to sample from.
 
     Args:
-      workdir: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
+      path: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
       step: checkpoint; default the newest.
       devices: default all.
       vae_path: VAE of a run on a frozen VAE: of a published one, whose checkpoints hold none; of one of ours, where
         config.init.vae is not the place of it any more.
-      sampler: that will be used, if known: 'ancestral' says that published weights are a DiT's, not a plain SiT's.
-
-    Returns:
-      Trained.
+      sampler: name of the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain
+        SiT's.
 
     Raises:
       FileNotFoundError, ValueError: if there is no such checkpoint, it is damaged, or there is no SiT in it; or its VAE is not
         there or is another.
     """
     devices = jax.devices() if devices is None else devices
-    is_file = str(workdir).endswith((".pt", ".safetensors"))
-    if not epath.Path(workdir).exists():
-        workdir = locate.resolve(workdir)  # a name on the hub
-    if is_file or (epath.Path(workdir) / "args.json").exists():
-        return _load_published(workdir, step, devices, vae_path, sampler)
+    is_file = str(path).endswith((".pt", ".safetensors"))
+    if not epath.Path(path).exists():
+        path = locate.resolve(path)  # a name on the hub
+    if is_file or (epath.Path(path) / "args.json").exists():
+        return _load_published(path, step, devices, vae_path, sampler)
+    return _load_run(path, step, devices, vae_path)
+
+
+def for_sampling(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Returns the config without what only the training step needs: sharding, accumulation, options of its compiler."""
+    data = {**config["data"], "batch_size": batch_size}
+    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
+
+
+def _load_run(workdir, step, devices, vae_path):
     config = checkpoint.read_config(workdir, step)
     if config["job"] == "vae":
         raise ValueError(f"{workdir} is a run of a tokenizer: it has no SiT to sample from")
@@ -81,61 +88,58 @@ def load_model(workdir, step=None, devices=None, vae_path=None, sampler=None):
         if config["job"] != "ldm":
             raise ValueError(f"{workdir} is a run with a VAE of its own: leave {vae_path} out")
         config["init"]["vae"] = str(vae_path)
-    # the training batch does not matter here, nor do encoders and projectors, nor how the step was compiled
-    data = {**config["data"], "batch_size": len(devices)}
-    config = {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
-    job = build.build(config, devices, encoders=())
+    job = build.build(for_sampling(config, len(devices)), devices, encoders=())  # without encoders, no projectors are read
     state = initial_state.abstract_state(job)
     subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}
-    if job.frozen_vae:
-        try:
-            vae_params = frozen_weights.load_frozen_vae(job)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"the run in {workdir} has a frozen VAE, {config['init']['vae']}, which is not there: give --vae ({error})"
-            ) from error
-        before, now = checkpoint.read_data_state(workdir, step)["inputs"]["frozen_vae"], checkpoint.fingerprint(vae_params)
-        if before != now:
-            raise ValueError(
-                f"the run in {workdir} was trained on the frozen VAE {before}, not on {config['init']['vae']}, which is {now} "
-                "(fingerprints of the weights): give the right one as --vae"
-            )
-    else:
-        subset["vae"] = {"params": state.vae.params}
-    loaded, step = checkpoint.restore_subset(workdir, subset, step)
     if not job.frozen_vae:
-        vae_params = loaded["vae"]["params"]
-    params = {"sit": loaded["ema"].params, "vae": vae_params, "latent_stats": loaded["ema"].latent_stats}
-    return Trained(
-        nets=job.nets, params=params, latent_shape=job.latent_shape, objective=job.recipe.objective,
-        num_classes=config["data"]["num_classes"], sampling=job.sampling, mesh=job.mesh,
-        ema_decay=config["ema_decay"], step=step,
-    )  # fmt: skip
+        subset["vae"] = {"params": state.vae.params}
+    frozen_vae = _load_frozen_vae(job, workdir, step) if job.frozen_vae else None  # first: its mistakes are found sooner
+    restored, step = checkpoint.restore_subset(workdir, subset, step)
+    vae_params = frozen_vae if job.frozen_vae else restored["vae"]["params"]
+    return LoadedModel(
+        nets=job.nets,
+        params={"sit": restored["ema"].params, "vae": vae_params, "latent_stats": restored["ema"].latent_stats},
+        latent_shape=job.latent_shape,
+        objective=job.recipe.objective,
+        num_classes=config["data"]["num_classes"],
+        sampling=job.sampling,
+        mesh=job.mesh,
+        ema_decay=config["ema_decay"],
+        step=step,
+    )
+
+
+def _load_frozen_vae(job, workdir, step):
+    """Loads the frozen VAE; ValueError if it is not the one that the run was trained on."""
+    path = job.config["init"]["vae"]
+    try:
+        params = frozen_weights.load_frozen_vae(job)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})"
+        ) from error
+    before, now = checkpoint.read_data_state(workdir, step)["inputs"]["frozen_vae"], checkpoint.fingerprint(params)
+    if before != now:
+        raise ValueError(
+            f"the run in {workdir} was trained on the frozen VAE {before}, not on {path}, which is {now} (fingerprints of the "
+            "weights): give the right one as --vae"
+        )
+    return params
 
 
 def _load_published(path, step, devices, vae_path, sampler):
-    taken = published.read(path, step)
-    args, networks, source = taken.args, taken.networks, taken.source
+    weights = published.read(path, step)
+    args, networks, source = weights.args, weights.networks, weights.source
     if "ema" not in networks:
         raise ValueError(f"{source} holds {', '.join(networks)}, but no ema, the averaged weights that samples are made with")
-    sit = from_state_dict(networks["ema"], f"{source}: ema", taken.encoder_depth, taken.num_heads)
+    sit = from_state_dict(networks["ema"], f"{source}: ema", weights.encoder_depth, weights.num_heads)
     # nothing in the published DiTs' and plain SiTs' files tells them apart
-    is_dit = args.get("path_type") == "ddpm" or (
-        sit.layout == "sit-or-dit" and sit.module.learned_sigma and sampler == "ancestral"
-    )
+    for_dit = sampler is not None and SAMPLERS[sampler].objective is NoiseObjective
+    is_dit = args.get("path_type") == "ddpm" or (sit.layout == "sit-or-dit" and sit.module.learned_sigma and for_dit)
     if not is_dit:
         check_time(sit.layout, source)
-    latent_stats = sit.variables.get("latent_stats")
-    if "vae" in networks and vae_path:
-        raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
-    if "vae" in networks:
-        vae, vae_params = vae_files.from_state_dict(networks["vae"], f"{source}: vae", taken.norm_groups)
-    else:
-        if not vae_path:
-            raise ValueError(f"{source} holds no VAE: give --vae, the one that it was trained on ({args.get('vae_ckpt')})")
-        loaded = vae_files.load_vae(vae_path)
-        vae, vae_params = loaded.module, loaded.params
-        latent_stats = latent_stats or loaded.latent_stats
+    vae, vae_params, vae_stats = _published_vae(weights, vae_path)
+    latent_stats = sit.variables.get("latent_stats") or vae_stats
     if latent_stats is None:
         raise ValueError(
             f"{source} has no latent batch norm, as REPA and DiT have none: give --vae as diffusers' folder, whose config.json "
@@ -144,51 +148,52 @@ def _load_published(path, step, devices, vae_path, sampler):
     if vae.latent_channels != sit.module.latent_channels:
         raise ValueError(f"the VAE has {vae.latent_channels} latent channels, the SiT of {source} {sit.module.latent_channels}")
     mesh = sharding.make_mesh(1, devices)
-    stats = ChannelStats(**latent_stats)
+    params = {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": ChannelStats(**latent_stats)}
     side = sit.grid * sit.module.patch_size
-    return Trained(
+    return LoadedModel(
         nets=Nets(vae=vae, sit=sit.module, disc=None, lpips=None),
-        params=jax.device_put(
-            {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": stats}, sharding.replicated(mesh)
-        ),
+        params=jax.device_put(params, sharding.replicated(mesh)),
         latent_shape=(side, side, vae.latent_channels),
         objective=NoiseObjective() if is_dit else VelocityObjective(args.get("path_type", "linear")),
         num_classes=sit.module.num_classes,
-        sampling=generate.Sampling(sampler="ancestral") if is_dit else generate.Sampling(),
+        sampling=Sampling(sampler="ancestral") if is_dit else Sampling(),
         mesh=mesh,
         ema_decay=None,
-        step=taken.steps,
+        step=weights.steps,
     )
 
 
+def _published_vae(weights, vae_path):
+    """(module, parameters, latent statistics or None) of the VAE in a published checkpoint or, if it holds none, of a file."""
+    source = weights.source
+    if "vae" in weights.networks:
+        if vae_path:
+            raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
+        return *vae_files.from_state_dict(weights.networks["vae"], f"{source}: vae", weights.norm_groups), None
+    if not vae_path:
+        trained_on = weights.args.get("vae_ckpt")
+        raise ValueError(f"{source} holds no VAE: give --vae, the one that it was trained on ({trained_on})")
+    loaded = vae_files.load_vae(vae_path)
+    return loaded.module, loaded.params, loaded.latent_stats
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainedVae:
-    """A VAE to be looked at.
+class LoadedTokenizer:
+    """A VAE alone; numbers that are unknown are None."""
 
-    Attributes:
-      module: AutoencoderKL, which computes in float32.
-      params: its parameters.
-      latent_stats: ChannelStats of its latents, None if nothing there tells them.
-      config: of the run it is from, None if it is from elsewhere.
-      step: training steps taken, None if unknown.
-    """
-
-    module: AutoencoderKL
+    module: AutoencoderKL  # computes in float32
     params: Mapping[str, Any]
     latent_stats: ChannelStats | None
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None  # the run's; None for a VAE from elsewhere
     step: int | None = None
 
 
-def load_vae(source, step=None):
-    """The VAE of a run, trained there or frozen, of a published training checkpoint, or in a file or folder of its own.
+def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer:
+    """Loads the VAE of a run, trained or frozen, of a published training checkpoint, or from a file or folder of its own.
 
     Args:
-      source: workdir, or what `checkpoints_tools.vae.load_vae` or `checkpoints_tools.convert.find_vae` take.
+      source: folder of a run, or as in `checkpoints_tools.vae.load_vae` or `checkpoints_tools.convert.find_vae`.
       step: checkpoint of a run; default the newest.
-
-    Returns:
-      TrainedVae.
 
     Raises:
       FileNotFoundError, ValueError: if there is no such thing, it is damaged, or there is no VAE in it.
@@ -196,12 +201,11 @@ def load_vae(source, step=None):
     artefact = identify.identify(source, step)
     if artefact.kind == "vae":
         loaded = vae_files.load_vae(artefact.path)
-        stats = loaded.latent_stats and ChannelStats(**loaded.latent_stats)
-        return TrainedVae(loaded.module, loaded.params, stats)
+        return LoadedTokenizer(loaded.module, loaded.params, loaded.latent_stats and ChannelStats(**loaded.latent_stats))
     config = checkpoint.read_config(source, step) if artefact.kind == "run" else None
     if config and config["job"] == "ldm":
-        whole = load_model(source, step, jax.devices()[:1])
-        module = whole.nets.vae.clone(dtype=jnp.float32)
-        return TrainedVae(module, whole.params["vae"], whole.params["latent_stats"], config, whole.step)
-    found = convert.find_vae(source, step)
-    return TrainedVae(found.module, found.params, ChannelStats(**found.latent_stats), config, found.steps)
+        model = load_model(source, step, jax.devices()[:1])
+        module = model.nets.vae.clone(dtype=jnp.float32)
+        return LoadedTokenizer(module, model.params["vae"], model.params["latent_stats"], config, model.step)
+    vae = convert.find_vae(source, step)
+    return LoadedTokenizer(vae.module, vae.params, ChannelStats(**vae.latent_stats), config, vae.steps)

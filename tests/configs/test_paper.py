@@ -391,15 +391,29 @@ def test_arguments_are_described():
         assert {"vae", "encoder", "resolution", *common.SMALL} <= described_there, module.__name__
 
 
+@functools.cache
+def flop_per_image(file, name):
+    return sum(flops.of_step(built(file, name)).values())
+
+
+TOKENIZERS = re.findall(r"^    (\S+) {2,}(\S.*\S) {2,}(\S.*\S|-) {2,}(\d+)$", vae.__doc__, re.MULTILINE)
+
+
 def test_the_table_of_tokenizers():
-    """Costs and names in the docstring are those of the configs; its reductions, too."""
-    lines = re.findall(r"^    (\S+) {2,}(\S.*\S) {2,}(\S.*\S|-) {2,}(\d+)$", vae.__doc__, re.MULTILINE)
-    assert [name for name, *_ in lines] == ["(none)", *vae.RECIPES]
-    for name, what, _, hours in lines:
-        config = described("vae", name if name in vae.RECIPES else "")
-        assert round(flops.h100_hours(config)) == int(hours), name
+    """Names and reductions in the docstring are those of the configs."""
+    assert [name for name, *_ in TOKENIZERS] == ["(none)", *vae.RECIPES]
+    for name, words, *_ in TOKENIZERS:
         if name != "discriminator":
-            assert what.split("; ")[-1].strip() == config.loss.pixel_reduction, name
+            config = described("vae", name if name in vae.RECIPES else "")
+            assert words.split("; ")[-1].strip() == config.loss.pixel_reduction, name
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("name", "hours"), [(name, hours) for name, _, _, hours in TOKENIZERS])
+def test_the_costs_of_tokenizers(name, hours):
+    """Hours of an H100 in the docstring, to 1 %."""
+    name = name if name in vae.RECIPES else ""
+    assert flops.h100_hours(flop_per_image("vae", name), described("vae", name)) == pytest.approx(int(hours), rel=0.01, abs=0.6)
 
 
 def test_the_table_of_the_paper():
@@ -409,20 +423,51 @@ def test_the_table_of_the_paper():
         assert line.startswith(f"{name} ") and line.endswith(f"  {row.published}")
 
 
-def test_costs():
+@pytest.mark.integration
+def test_a_row_of_the_paper():
+    command, preset, cost, *_ = paper.describe("sit-repa-e2e-vavae")
+    assert command.endswith("guided 1.67 (IS 266.3)") and "configs/ldm.py:model=SiT-XL/1" in preset
+    assert re.fullmatch(r"  0\.91 TFLOP an image, \d+ hours of an H100", cost)
+
+
+def forward(module, *shapes, method=None):
+    """TFLOP of a forward pass; an empty shape is that of an integer."""
+    arguments = [jax.ShapeDtypeStruct(shape or (1,), np.float32 if shape else np.int32) for shape in shapes]
+    variables = jax.eval_shape(functools.partial(module.init, method=method), jax.random.key(0), *arguments)
+    apply = functools.partial(module.apply, method=method, mutable=["batch_stats"])
+    return sum(flops.count(lambda *args: jax.tree.leaves(apply(*args)), variables, *arguments).values()) / 1e12
+
+
+IMAGE = (1, 256, 256, 3)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("name", "expected"), [("repae-xl", (0.273, 0.622)), ("repae-xl-vavae", (0.138, 0.252))])
+def test_published_costs_of_vaes(name, expected):
     """TFLOP of published modules, counted by a profiler of the reference: one forward pass, one image of 256 pixels."""
-    f8d4, f16d32 = (described("paper", name) for name in ("repae-xl", "repae-xl-vavae"))
-    halves = [x.forward / 1e12 for x in (*flops.vae(f8d4), *flops.vae(f16d32))]
-    assert halves == pytest.approx([0.273, 0.622, 0.138, 0.252], rel=5e-3)
-    assert [flops.sit(config, 28).forward / 1e12 for config in (f8d4, f16d32)] == pytest.approx([0.237, 0.237], rel=5e-3)
-    assert flops.parts(f8d4)["encoder_target"] / 1e12 == pytest.approx(0.046, rel=0.01)
-    assert flops.discriminator(f8d4).forward / 1e12 == pytest.approx(0.0063, rel=0.01)
-    assert flops.perceptual(f8d4).forward / 1e12 == pytest.approx(0.040, rel=0.01)
-    assert [flops.per_image(config) / 1e12 for config in (f8d4, f16d32)] == pytest.approx([3.77, 2.26], rel=5e-3)
-    for module, config, numbers in ((repae, f8d4, "3.77"), (ldm, described("paper", "sit-repa-e2e-vavae"), "0.91")):
-        words = " ".join(module.__doc__.split())
-        assert f"{numbers} TFLOP" in words and f"{flops.per_image(config) / 1e12:.2f}" == numbers
-        assert f"{flops.h100_hours(config):.0f} hours" in words
+    job = built("paper", name)
+    both = forward(job.nets.vae, IMAGE, method="encode"), forward(job.nets.vae, (1, *job.latent_shape), method="decode")
+    assert both == pytest.approx(expected, rel=5e-3)
+    assert forward(job.nets.sit.clone(feature_dims=()), (1, *job.latent_shape), (1,), ()) == pytest.approx(0.237, rel=5e-3)
+
+
+@pytest.mark.integration
+def test_published_costs_of_other_networks():
+    """As above."""
+    job = built("paper", "repae-xl")
+    (encoder,) = job.encoders
+    size = encoder.image_size
+    assert forward(encoder.module, (1, size, size, 3)) == pytest.approx(0.046, rel=0.01)
+    assert forward(job.nets.disc, IMAGE) == pytest.approx(0.0063, rel=0.01)
+    assert forward(job.nets.lpips, IMAGE, IMAGE) / 2 == pytest.approx(0.040, rel=0.01)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("module", "name", "expected"), [(repae, "repae-xl", "3.77"), (ldm, "sit-repa-e2e-vavae", "0.91")])
+def test_costs_in_docstrings(module, name, expected):
+    words, cost = " ".join(module.__doc__.split()), flop_per_image("paper", name)
+    assert f"{expected} TFLOP" in words and f"{cost / 1e12:.2f}" == expected
+    assert f"{flops.h100_hours(cost, described('paper', name)):.0f} hours" in words
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

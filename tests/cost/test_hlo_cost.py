@@ -1,67 +1,15 @@
 """Cycles and collectives from the text of compiled programs: fragments by hand and, where libtpu is installed, real ones."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo_programs import BRANCHES, LOOP, needs_libtpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from repae_jax.cost import hlo_cost
 from repae_jax.cost.topologies import topology_devices
-
-
-def has_libtpu():
-    found = importlib.util.find_spec("libtpu")
-    return found is not None and found.loader is not None
-
-
-needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install -e '.[tpu]'")
-
-
-def costing(cycles):
-    return f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}","iteration_bounds":["4"]}}}}'
-
-
-# as libtpu 0.0.42 writes them: layouts, memory spaces, a step of 1 that is carried along, no length of the loop
-LOOP = f"""HloModule jit_f, is_scheduled=true
-
-%fused (p.0: bf16[8,8], p.1: bf16[8,8]) -> bf16[8,8] {{
-  %p.0 = bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}} parameter(0)
-  %p.1 = bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}} parameter(1)
-  ROOT %convolution = bf16[8,8]{{1,0:T(8,128)(2,1)}} convolution(%p.0, %p.1), dim_labels=bf_io->bf
-}}
-
-%body (state: (s32[], bf16[8,8], s32[])) -> (s32[], bf16[8,8], s32[]) {{
-  %state = (s32[]{{:T(128)}}, bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}}, s32[]{{:T(128)}}) parameter(0)
-  %index = s32[]{{:T(128)}} get-tuple-element(%state), index=0
-  %one = s32[]{{:T(128)}} get-tuple-element(%state), index=2
-  %add = s32[]{{:T(128)}} add(%index, %one), {costing(2)}
-  %x = bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}} get-tuple-element(%state), index=1
-  %fusion = bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}} fusion(%x, %x), kind=kOutput, calls=%fused, {costing(100)}
-  %sum = bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}} all-reduce(%fusion), channel_id=1, to_apply=%plus, {costing(7)}
-  ROOT %tuple = (s32[]{{:T(128)}}, bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}}, s32[]{{:T(128)}}) tuple(%add, %sum, %one)
-}}
-
-%condition (state.1: (s32[], bf16[8,8], s32[])) -> pred[] {{
-  %limit = s32[]{{:T(128)}} constant(LIMIT)
-  %state.1 = (s32[]{{:T(128)}}, bf16[8,8]{{1,0:T(8,128)(2,1)S(1)}}, s32[]{{:T(128)}}) parameter(0)
-  %index.1 = s32[]{{:T(128)}} get-tuple-element(%state.1), index=0
-  ROOT %less = pred[]{{:T(512)}} compare(%index.1, %limit), direction=LT
-}}
-
-ENTRY %main (x.1: bf16[8,8]) -> bf16[8,8] {{
-  %zero = s32[]{{:T(128)}} constant(START)
-  %one.1 = s32[]{{:T(128)}} constant(STEP)
-  %x.1 = bf16[8,8]{{1,0:T(8,128)(2,1)}} parameter(0)
-  %copy = s32[]{{:T(128)}} copy(%zero), {costing(5)}
-  %tuple.1 = (s32[]{{:T(128)}}, bf16[8,8]{{1,0:T(8,128)(2,1)}}, s32[]{{:T(128)}}) tuple(%copy, %x.1, %one.1)
-  %while = (s32[]{{:T(128)}}, bf16[8,8]{{1,0}}, s32[]{{:T(128)}}) while(%tuple.1), condition=%condition, body=%bodyKNOWN
-  ROOT %result = bf16[8,8]{{1,0}} get-tuple-element(%while), index=1
-}}
-"""
 
 
 def loop(limit=12, start=0, step=1, known=""):
@@ -113,27 +61,6 @@ def test_a_loop_inside_a_loop_knows_what_the_outer_one_carries():
     text = outer.replace(at, nested + at).replace("HloModule jit_f, is_scheduled=true\n", f"HloModule jit_f\n\n{inner}", 1)
     cost = hlo_cost.analyze(text)
     assert cost.unknown_loops == 0 and cost.cycles == 5 + 3 * (109 + 12 * 109)
-
-
-BRANCHES = f"""HloModule jit_f
-
-%short (p.0: f32[4]) -> f32[4] {{
-  %p.0 = f32[4]{{0}} parameter(0)
-  ROOT %copy = f32[4]{{0}} copy(%p.0), {costing(10)}
-}}
-
-%long (p.1: f32[4]) -> f32[4] {{
-  %p.1 = f32[4]{{0}} parameter(0)
-  ROOT %copy.1 = f32[4]{{0}} copy(%p.1), {costing(30)}
-}}
-
-ENTRY %main (i: s32[], x: f32[4]) -> f32[4] {{
-  %i = s32[] parameter(0)
-  %x = f32[4]{{0}} parameter(1)
-  %conditional = f32[4]{{0}} conditional(%i, %x, %x), branch_computations={{%short, %long}}
-  ROOT %call = f32[4]{{0}} call(%conditional), to_apply=%short
-}}
-"""
 
 
 def test_the_longest_branch_counts():
@@ -223,6 +150,7 @@ def compiled_text(function, *shapes, spec, slices=1):
     return jitted.lower(*args).compile().as_text()
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_a_scanned_product_costs_as_often_as_it_turns():
     side, turns = 2048, 12
@@ -242,12 +170,14 @@ def mean_gradient(w, x):
     return jax.grad(lambda w: jnp.mean(jnp.square((x @ w).astype(jnp.float32))))(w)
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_the_bytes_of_a_sum_over_the_chips():
     cost = hlo_cost.analyze(compiled_text(mean_gradient, (512, 256), (4096, 512), spec=[P(), P("data")]))
     assert cost.collectives["all-reduce"] == pytest.approx(512 * 256 * 2, abs=64)
 
 
+@pytest.mark.integration
 @needs_libtpu
 def test_the_bytes_of_a_sum_over_two_slices():
     """Scattered over the four chips of a slice, a quarter each, before it leaves that."""

@@ -5,10 +5,12 @@ import pytest
 import reference
 
 from repae_jax.diffusion import ddpm, guidance
+from repae_jax.diffusion.samplers import SAMPLERS
 
 SHAPE = (4, 4, 3)
 BETAS = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.cumprod(1 - BETAS)
+ancestral = SAMPLERS["ancestral"].integrate
 
 
 def normals(seed, *shape):
@@ -54,6 +56,7 @@ def test_noising_is_diffusers(scheduler, record_property):
     reference.check(actual, reference.nhwc(expected.numpy()), reference.NETWORK_RTOL, "q_sample", record_property)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_steps", [2, 10, 250, 1000])
 def test_sampling_is_diffusers(scheduler, num_steps, monkeypatch, record_property):
     """Whole chains, and some steps alone from the same state, with learned variances and respaced timesteps."""
@@ -71,11 +74,11 @@ def test_sampling_is_diffusers(scheduler, num_steps, monkeypatch, record_propert
         output = nchw(network(z, jnp.full((2,), t)))
         state = scheduler.step(output, t, state).prev_sample  # in float64
         if i % (num_steps // 10 + 1) == 0 or i == num_steps - 1:
-            step = ddpm.ancestral([(times[i : i + 2], network)], z, lambda _, i=i: noises[i])
+            step = ancestral([(times[i : i + 2], network)], z, lambda _, i=i: noises[i])
             worst = max(worst, reference.relative_error(step, reference.nhwc(state.numpy())))
     record_property(f"step{num_steps}", worst)
     assert worst <= reference.NETWORK_RTOL
-    actual = jax.jit(lambda z: ddpm.ancestral([(times, network)], z, lambda i: noises[i]))(start)
+    actual = jax.jit(lambda z: ancestral([(times, network)], z, lambda i: noises[i]))(start)
     reference.check(actual, reference.nhwc(state.numpy()), reference.NETWORK_RTOL, f"chain{num_steps}", record_property)
 
 
@@ -97,7 +100,7 @@ def test_respaced_betas_are_those_between_kept_steps():
     betas = 1 - kept / np.append(1.0, kept[:-1])
     alpha_bar = np.cumprod(1 - betas)
     posterior = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
-    steps = ddpm._steps(times[:-1], times[1:])
+    steps = ddpm.step_coefficients(times[:-1], times[1:])
     np.testing.assert_allclose(steps.z_scale[::-1], 1 / np.sqrt(1 - betas), rtol=1e-6)
     np.testing.assert_allclose(steps.eps_scale[::-1], betas / np.sqrt((1 - betas) * (1 - alpha_bar)), rtol=1e-6)
     np.testing.assert_allclose(steps.log_low[-2::-1], np.log(posterior), rtol=1e-6)
@@ -220,7 +223,7 @@ def test_a_perfect_network_ends_at_its_data(num_steps):
         return jnp.concatenate([(z_t - jnp.sqrt(bar) * z) / jnp.sqrt(1 - bar), jnp.zeros_like(z)], axis=-1)
 
     key = jax.random.key(0)
-    end = ddpm.ancestral(
+    end = ancestral(
         [(ddpm.timesteps(num_steps), perfect)],
         jnp.asarray(normals(23, 2, *SHAPE)),
         lambda i: jax.random.normal(jax.random.fold_in(key, i), z.shape),
@@ -228,6 +231,7 @@ def test_a_perfect_network_ends_at_its_data(num_steps):
     assert reference.relative_error(end, z) < 1e-4
 
 
+@pytest.mark.integration
 def test_samples_have_the_datas_variance():
     """Data N(0, 0.25): the best network is linear in z_t, and 250 steps reproduce the spread, posterior variances or betas."""
     shape = (512, 2, 2, 4)
@@ -242,17 +246,17 @@ def test_samples_have_the_datas_variance():
         def noise_fn(i):
             return jax.random.normal(jax.random.fold_in(key, i), shape)
 
-        end = ddpm.ancestral([(ddpm.timesteps(250), best)], noise_fn(1000), noise_fn)
+        end = ancestral([(ddpm.timesteps(250), best)], noise_fn(1000), noise_fn)
         assert abs(np.std(end) - 0.5) < 0.02 and abs(np.mean(end)) < 0.02
 
 
 def test_only_the_last_step_is_deterministic():
     z = jnp.asarray(normals(24, 2, *SHAPE))
     for times, is_random in ((np.array([4, 0]), True), (np.array([0, ddpm.DATA]), False), (np.array([9, ddpm.DATA]), False)):
-        ends = [ddpm.ancestral([(times, network)], z, lambda i, s=scale: jnp.full_like(z, s)) for scale in (0.0, 100.0)]
+        ends = [ancestral([(times, network)], z, lambda i, s=scale: jnp.full_like(z, s)) for scale in (0.0, 100.0)]
         assert np.any(ends[0] != ends[1]) == is_random
     start = ddpm.predict_start(z, network(z, jnp.zeros(2, int))[..., :3], jnp.zeros(2, int))
-    end = ddpm.ancestral([(np.array([0, ddpm.DATA]), network)], z, jnp.zeros_like)
+    end = ancestral([(np.array([0, ddpm.DATA]), network)], z, jnp.zeros_like)
     assert reference.relative_error(end, start) < 1e-6
 
 
@@ -265,7 +269,7 @@ def test_one_program_for_all_steps_and_original_timesteps():
         return network(z, t)
 
     z = jnp.asarray(normals(25, 2, *SHAPE))
-    jax.block_until_ready(jax.jit(lambda z: ddpm.ancestral([(ddpm.timesteps(7), counted)], z, lambda i: 0 * z))(z))
+    jax.block_until_ready(jax.jit(lambda z: ancestral([(ddpm.timesteps(7), counted)], z, lambda i: 0 * z))(z))
     jax.effects_barrier()
     assert traced == [((2,), jnp.int32)]
     assert seen == [[t, t] for t in ddpm.timesteps(7)[:-1]]
@@ -277,8 +281,8 @@ def test_segments_join_to_the_whole_chain():
     times = ddpm.timesteps(20)
     parts = guidance.segments(times, (300, 700), network, network)
     assert len(parts) == 3
-    whole = ddpm.ancestral([(times, network)], z, lambda i: noises[i])
-    np.testing.assert_allclose(ddpm.ancestral(parts, z, lambda i: noises[i]), whole, rtol=1e-5, atol=1e-6)
+    whole = ancestral([(times, network)], z, lambda i: noises[i])
+    np.testing.assert_allclose(ancestral(parts, z, lambda i: noises[i]), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -288,7 +292,7 @@ def test_a_sample_does_not_depend_on_its_batch():
         def noise_fn(i):
             return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), SHAPE))(keys)
 
-        return ddpm.ancestral([(ddpm.timesteps(10), network)], noise_fn(10), noise_fn)
+        return ancestral([(ddpm.timesteps(10), network)], noise_fn(10), noise_fn)
 
     np.testing.assert_allclose(run(keys)[1:2], run(keys[1:2]), rtol=1e-6, atol=1e-6)
 
@@ -319,7 +323,7 @@ def test_refused_outputs(shape):
     for call in (
         lambda: ddpm.mean_squared_noise_error(output, z),
         lambda: ddpm.variational_bound(output, z, z, t),
-        lambda: ddpm.ancestral([(ddpm.timesteps(2), lambda z, t: output)], z, lambda i: z),
+        lambda: ancestral([(ddpm.timesteps(2), lambda z, t: output)], z, lambda i: z),
     ):
         with pytest.raises(ValueError) as caught:
             call()

@@ -8,6 +8,7 @@ from checkpoints_tools import mapping
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.sit_reference import torch_sit
 from repae_jax.diffusion import interpolant, latent_norm
+from repae_jax.diffusion.samplers import Sampling
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
@@ -322,7 +323,7 @@ def test_samples_do_not_see_the_learned_sigma():
     sit = SiT(**TINY, learned_sigma=True)
     vae = AutoencoderKL(latent_channels=4, channel_multipliers=(1,), channels=8, num_res_blocks=1, norm_groups=4)
     decoder = draw(jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8, 8, 4)))["params"])
-    sampling = generate.Sampling(sampler="euler", steps=2, guidance_scale=2.0)
+    sampling = Sampling(sampler="euler", steps=2, guidance_scale=2.0)
     nets, objective = Nets(vae, sit, None, None), interpolant.VelocityObjective("linear")
     make = jax.jit(generate.make_generate(nets, objective, (8, 8, 4), sampling))
     params = draw(abstract_tree(sit, 8)["params"])
