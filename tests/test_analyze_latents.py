@@ -305,7 +305,7 @@ def test_a_broken_image_is_named(workdir, loaded, tmp_path, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="bad.png.* cannot be decoded .*repair or remove it"):
+    with pytest.raises(ValueError, match="bad.png.* cannot be read .*repair or remove it"):
         analyze(workdir, "--data", folder, "--out", tmp_path / "out")
 
 

@@ -19,7 +19,7 @@ from test_image_sets import save_images
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
-from repae_jax import evaluate, sample
+from repae_jax import evaluate, files, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, reference_stats
 from repae_jax.job import build
@@ -419,7 +419,7 @@ def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeyp
 
 def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--data", "digits:split=test", "--image_size", "8", "--inception", build.RANDOM
+    options = "--data", "digits:split=test", "--image_size", "8", "--inception", files.RANDOM
     with pytest.raises(ValueError, match="gs://bucket/a.npz: statistics of real images are kept on a disk"):
         evaluate.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
     assert not [*tmp_path.iterdir()]
@@ -464,9 +464,9 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path):
 COST = """
 import resource, time
 import numpy as np
-from repae_jax.evaluate import measure
 from repae_jax.metrics.frechet import RunningGaussian
 from repae_jax.models.inception import InceptionFeatures
+from repae_jax.evaluation.generation import score
 from repae_jax.evaluation.reference_stats import Reference
 
 rng = np.random.default_rng(0)
@@ -483,7 +483,7 @@ for part in draw(10_000):
     kept.append(part.pool)
 reference = Reference(pool.stats(), spatial.stats(), np.concatenate(kept), None, None, {})
 start = time.monotonic()
-metrics, _ = measure(draw(50_000), reference)
+metrics, _ = score(draw(50_000), reference)
 assert len(metrics) == 6, metrics
 print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """

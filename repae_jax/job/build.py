@@ -28,6 +28,7 @@ from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
 from repae_jax.data.loader import Loader
 from repae_jax.diffusion.samplers import Sampling, check_sampler
 from repae_jax.distributed import multihost, sharding
+from repae_jax.files import RANDOM
 from repae_jax.images import to_float
 from repae_jax.job import validate as rules
 from repae_jax.models import encoders as features
@@ -38,7 +39,6 @@ from repae_jax.models.lpips import LPIPS
 from repae_jax.models.sit import SiT
 from repae_jax.training.state import create_net, create_state
 
-RANDOM = "random"  # instead of a weight file: to measure speed, or for tests
 ENCODER_FIELDS = {"architecture", "weights", "image_size", "spatial_gamma"}
 # of the step, by platform: on CPUs XLA takes YNNPACK's matrix products, sums and convolutions; its own convolutions are faster
 _YNNPACK = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"

@@ -109,10 +109,10 @@ def test_images_class_by_class(tmp_path):
         assert NpzImages(tmp_path / "made.npz").warnings == warnings
 
 
-def test_grey_images(tmp_path):
-    tmp_path.joinpath("grey").mkdir()
-    Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "grey" / "0.png")
-    made = next(FolderImages(tmp_path / "grey").blocks([(0, 1)]))
+def test_gray_images(tmp_path):
+    tmp_path.joinpath("gray").mkdir()
+    Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "gray" / "0.png")
+    made = next(FolderImages(tmp_path / "gray").blocks([(0, 1)]))
     np.testing.assert_array_equal(made[0], np.repeat(PIXELS[0, :, :, :1], 3, axis=-1))
 
 
@@ -120,7 +120,7 @@ def test_grey_images(tmp_path):
     ("name", "image", "message"),
     [
         ("7.png", Image.new("RGB", (5, 6)), r"7.png has 6 x 5 pixels, 000.png 6 x 4; all must have one size"),
-        ("7.png", Image.new("RGBA", (4, 6)), "7.png has PIL's mode RGBA; allowed: 8-bit grey or RGB"),
+        ("7.png", Image.new("RGBA", (4, 6)), "7.png has PIL's mode RGBA; allowed: 8-bit gray or RGB"),
         ("7.png", Image.new("I;16", (4, 6)), "7.png has PIL's mode I;16"),
         ("7.png", None, "7.png cannot be read .*make it again"),
     ],

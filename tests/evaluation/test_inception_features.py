@@ -1,5 +1,7 @@
 """Inception's features: golden values through the whole path, and parts that are the same however they are made."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -123,12 +125,15 @@ def test_interrupted_work_continues(tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_processes_take_turns(tmp_path):
+def test_processes_take_turns(tmp_path, monkeypatch):
     make_parts(tmp_path / "one")
-    networks = [StubNetwork() for _ in range(3)]
+    networks, thread = [StubNetwork() for _ in range(3)], threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: thread.process)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
 
     def work(process):
-        make_parts(tmp_path / "three", networks[process], process_index=process, process_count=3)
+        thread.process = process
+        make_parts(tmp_path / "three", networks[process])
 
     in_threads(work)
     assert [network.images for network in networks] == [32, 22, 16]
@@ -152,11 +157,12 @@ def test_other_settings_do_not_mix(tmp_path, change, message):
     assert contents(tmp_path) == before
 
 
-def test_a_process_that_comes_too_late(tmp_path):
+def test_a_process_that_comes_too_late(tmp_path, monkeypatch):
     """Process 0 has finished and removed everything: there is nothing to wait for."""
     images = DatasetImages(Noise(COUNT), {"data": "noise"})
-    late = FeatureParts(tmp_path / "gone", images, StubNetwork(), process_index=1, process_count=2)
-    assert late.make("test", is_done=lambda: True) is False
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert FeatureParts(tmp_path / "gone", images, StubNetwork(), is_done=lambda: True).make("test") is False
 
 
 def test_a_full_disk_leaves_no_part(tmp_path, monkeypatch):
