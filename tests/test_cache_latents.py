@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from processes import in_threads, script_env
 
 from checkpoints_tools import vae as vae_files
 from configs import ldm
@@ -191,20 +192,6 @@ def test_killed_at_random_times_the_files_are_the_same(tmp_path):
 def run_script(script):
     """A finished Python process that may import the tests."""
     return subprocess.run([sys.executable, "-c", script], env=script_env(), capture_output=True, text=True, timeout=120)
-
-
-def in_threads(work):
-    """Three processes' worth of work(process index), the first process coming last."""
-    threads = [threading.Thread(target=work, args=(process,)) for process in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join(30)
-
-
-def script_env(**env):
-    return {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", **env}
 
 
 def test_asked_to_stop_it_keeps_finished_shards(tmp_path):

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import pytest
 import small
-from feature_stub import Noise, StubNetwork
-from test_cache_latents import script_env
-from test_image_sets import save_images
+from feature_stub import Noise, StubNetwork, save_images
+from processes import script_env
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
@@ -173,6 +172,7 @@ def test_too_few_samples(real, tmp_path):
 MODEL = ("--num_samples", "40", "--steps", "3")
 
 
+@pytest.mark.integration
 def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
     kept = tmp_path / "kept.npz"
     result = result_of(workdir, real, *MODEL, "--keep_samples", kept, "--guidance_scale", "2")
@@ -192,6 +192,7 @@ def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
     assert len(protocol["model_checksum"]) == 16
 
 
+@pytest.mark.integration
 def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monkeypatch):
     convert(workdir, tmp_path / "weights.safetensors", optimizers=False)
     given = (*MODEL, "--guidance_scale", "1.5")
@@ -212,6 +213,7 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
             evaluate.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
 
 
+@pytest.mark.integration
 def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -234,6 +236,7 @@ def interrupt_after(monkeypatch, count):
     monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: Interrupted(batch_size))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["npz", "run"])
 def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp_path, monkeypatch, stub):
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -250,6 +253,7 @@ def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp
     assert continued == whole
 
 
+@pytest.mark.integration
 def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     out = tmp_path / "x.json"
@@ -360,6 +364,7 @@ def test_an_existing_result_is_kept(npz, real, tmp_path):
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
+@pytest.mark.integration
 def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
     """Not even when the evaluation was interrupted before."""
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -386,6 +391,7 @@ def test_unfinished_samples(real, tmp_path):
         evaluate.run(arguments(tmp_path / "generated", real))
 
 
+@pytest.mark.integration
 def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     np.savez(tmp_path / "made.npz", Noise(9, 4).pixels)
     write_adm(tmp_path / "small.npz", Noise(9, 4).pixels)
@@ -396,6 +402,7 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
             evaluate.run(arguments(source, reference, *extra, "--out", tmp_path / "x.json"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

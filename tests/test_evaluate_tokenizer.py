@@ -58,6 +58,7 @@ def run(*arguments):
     return evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.mark.integration
 def test_a_file_and_a_folder_of_images(vae_folder, picture_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_tokenizer.inception_features, "load_network", lambda path, batch_size, prepare: Network())
     for module in (evaluate_tokenizer, tokenizer):
@@ -86,6 +87,7 @@ def test_a_file_and_a_folder_of_images(vae_folder, picture_folder, tmp_path, mon
         run(*arguments)
 
 
+@pytest.mark.integration
 def test_a_run_has_defaults(workdir):
     path, result = run(workdir, "--num_images", "16", "--batch_size", "16", "--latents", "mode")
     assert path == workdir / "evaluations" / "tokenizer-0000007-digits-16px-16-mode.json" and path.exists()
@@ -114,6 +116,7 @@ def test_records_are_spread():
     np.testing.assert_array_equal(evaluate_tokenizer._choose_records(3, 3), [0, 1, 2])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -134,6 +137,7 @@ def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
     assert not list(workdir.glob("evaluations/*1442*"))
 
 
+@pytest.mark.integration
 def test_what_a_vae_file_needs(vae_folder, picture_folder, tmp_path):
     data, size, out = ("--data", picture_folder), ("--image_size", "16"), ("--out", tmp_path / "x")
     for arguments, message in (
@@ -161,6 +165,7 @@ def test_no_vae_there(tmp_path):
         run(tmp_path / "sit.npz", "--data", "digits:split=test")
 
 
+@pytest.mark.integration
 def test_mistakes_end_in_one_line(workdir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate_tokenizer", str(workdir), "--step", "3"])
     with pytest.raises(SystemExit) as caught:

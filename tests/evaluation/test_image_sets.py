@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from feature_stub import save_images
 from PIL import Image
 
 from repae_jax.data.latents import records_hash
@@ -13,13 +14,6 @@ from repae_jax.files import npz_writer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
 RANGES = [(0, 3), (4, 5), (5, 11)]
-
-
-def save_images(folder, pixels=PIXELS):
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-    return folder
 
 
 def check_blocks(images, pixels=PIXELS):
@@ -86,7 +80,7 @@ def test_npz_that_ends_early(tmp_path):
 
 
 def test_folder(tmp_path):
-    images = FolderImages(save_images(tmp_path / "made"))
+    images = FolderImages(save_images(tmp_path / "made", PIXELS))
     check_blocks(images)
     assert images.warnings == []
     assert images.description == FolderImages(tmp_path / "made").description
@@ -99,9 +93,9 @@ def test_folder(tmp_path):
 def test_images_class_by_class(tmp_path):
     """Splits of the inception score are consecutive images."""
     (tmp_path / "made").mkdir()
-    save_images(tmp_path / "made" / "a")
+    save_images(tmp_path / "made" / "a", PIXELS)
     assert FolderImages(tmp_path / "made").warnings == []
-    save_images(tmp_path / "made" / "b")
+    save_images(tmp_path / "made" / "b", PIXELS)
     assert FolderImages(tmp_path / "made").warnings == [SORTED]
     names = np.array(list("aaaabbbbccc"))
     for labels, warnings in ((np.arange(11) // 4, [SORTED]), (np.arange(11) % 4, []), (np.zeros(11, int), []), (names, [])):
@@ -126,7 +120,7 @@ def test_gray_images(tmp_path):
     ],
 )
 def test_images_that_do_not_belong(tmp_path, name, image, message):
-    folder = save_images(tmp_path / "made")
+    folder = save_images(tmp_path / "made", PIXELS)
     image.save(folder / name) if image else (folder / name).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=message):
         list(FolderImages(folder).blocks([(0, 12)]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 from feature_stub import Noise, StubNetwork
-from test_cache_latents import in_threads
+from processes import in_threads
 
 from checkpoints_tools import mapping
 from checkpoints_tools.inception import inception_table
@@ -43,6 +43,7 @@ def features(golden, params):
     return InceptionNetwork(params, 8)(golden.arrays["images_64"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "key"), [("pool", "pool_3"), ("spatial", "spatial"), ("logits", "logits_without_bias")])
 def test_golden(golden, features, name, key, record_property):
     """Three images on eight devices: the batch is filled up."""
@@ -59,6 +60,7 @@ def test_devices_and_batches_change_nothing(golden, params, features):
         reference.check(getattr(made, name), getattr(features, name), 1e-5, name)
 
 
+@pytest.mark.integration
 def test_wrong_images(params):
     network = InceptionNetwork(params, 8)
     with pytest.raises(ValueError, match=r"images are float32 \[2, 8, 8, 3\]; needed: uint8"):

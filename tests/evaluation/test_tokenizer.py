@@ -31,6 +31,7 @@ def compared(vae):
     return compare(vae, Pictures())
 
 
+@pytest.mark.integration
 def test_values_of_the_mean_by_hand(vae):
     source = Pictures(8)
     made = compare(vae, source, latents="mode")
@@ -59,6 +60,7 @@ def test_pixels_are_rounded_not_truncated():
     np.testing.assert_array_equal(images.to_uint8(images.to_float(levels) + np.float32(1 / 255)), levels)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("batch_size, devices", [(16, 8), (3, 1)])
 def test_batches_and_devices_change_nothing(vae, compared, batch_size, devices):
     made = compare(vae, Pictures(), batch_size=batch_size, devices=devices)
@@ -70,6 +72,7 @@ def test_batches_and_devices_change_nothing(vae, compared, batch_size, devices):
     assert len(made.pairs) == 2 * tokenizer.SHOWN
 
 
+@pytest.mark.integration
 def test_noise_depends_on_seed_and_record_alone(vae, compared):
     some = [3, 7, 8, 19]
     made = compare(vae, Pictures(), some, features_fn=None)
@@ -85,6 +88,7 @@ def test_noise_depends_on_seed_and_record_alone(vae, compared):
     assert np.ptp(compare(vae, same, latents="mode").values["psnr"]) < 1e-4
 
 
+@pytest.mark.integration
 def test_undecodable_images_do_not_count(vae, compared):
     made = compare(vae, Pictures(bad=(0, 9, 16, 17, 18, 19)))  # the last block holds none
     good = [i for i in range(20) if i not in (0, 9, 16, 17, 18, 19)]
@@ -96,12 +100,14 @@ def test_undecodable_images_do_not_count(vae, compared):
         compare(vae, Pictures(3, bad=range(3)))
 
 
+@pytest.mark.integration
 def test_images_that_are_not_finite_are_refused(vae):
     broken = TrainedVae(vae.module, jax.tree.map(lambda leaf: leaf * np.nan, vae.params), None)
     with pytest.raises(ValueError, match="reconstructions of 8 of 8 images hold nan or infinity, first picture-0, picture-1"):
         compare(broken, Pictures())
 
 
+@pytest.mark.integration
 def test_lpips_gets_images_from_minus_one_to_one(vae, monkeypatch):
     """Not those of [-3, 1] of the code that trained the published weights."""
     monkeypatch.setattr(tokenizer, "LPIPS", Extent)
