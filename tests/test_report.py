@@ -299,7 +299,7 @@ def test_texts_of_a_run_cannot_become_html(tmp_path):
     assert "&lt;script&gt;alert(1)" in re.search("<title>(.*)</title>", text)[1]
 
 
-@pytest.mark.parametrize("size", [200, 400])
+@pytest.mark.parametrize("size", [200, pytest.param(400, marks=pytest.mark.integration)])
 def test_the_page_stays_small(tmp_path, size, monkeypatch):
     monkeypatch.setattr(page, "PAGE_BYTES", 2_000_000)
     folder = write_run(tmp_path / "run", steps=range(1, 17), size=size)

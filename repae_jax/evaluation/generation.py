@@ -1,7 +1,7 @@
 """Scores of generated images against real ones: FID, sFID, inception score, precision and recall."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from repae_jax import data
 from repae_jax.evaluation.image_sets import DatasetImages, ImageSet, NpzImages
-from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork
+from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
 from repae_jax.evaluation.reference_stats import (
     KEPT_IMAGES,
     Reference,
@@ -36,19 +36,19 @@ def open_real_images(text: str, image_size: int) -> NpzImages | DatasetImages:
 
 
 def open_reference(
-    text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: Callable[[], bool]
+    text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone
 ) -> Reference | None:
-    """Returns the reference for a set of images, with features where the real images are at hand.
+    """Returns the reference to compare images with, of their size, with features where the real images are at hand.
 
     Args:
       text: npz of statistics; or real images, see `open_real_images`.
-      images: the images to compare, whose size it must have.
-      network: InceptionNetwork.
+      images: the images to compare.
+      network: the feature network.
       folder: holds unfinished work.
       is_done: tells whether process 0 has removed the folder.
 
     Returns:
-      None in processes other than the first where features had to be made; these are made then.
+      None in processes other than the first if features had to be made.
     """
     if not text.endswith(".npz"):
         if images.shape[0] != images.shape[1]:

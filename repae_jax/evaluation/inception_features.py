@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
@@ -28,25 +27,34 @@ SETTINGS = "settings.json"
 IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # features of an image in a part
 FEATURES = ("pool", "spatial", "logits")
 
+Devices = list[jax.Device] | None
+Kept = Bool[np.ndarray, " N"]
+IsDone = Callable[[], bool]
+
+
+def never() -> bool:
+    """Returns False."""
+    return False
+
 
 class InceptionNetwork:
     """InceptionV3 with weights: pixels in, features out, in float32 without reduced-precision products.
 
-    Attributes:
+    Args:
+      params: parameters of InceptionV3.
       batch_size: images at a time, over all devices; a multiple of these.
+      devices: default all of this process.
+      prepare: preprocessing of the images, see InceptionV3.
+
+    Attributes:
       checksum: content hash of the weights.
       pool_features, spatial_features: number of features, 2048 and 2023.
-
-    Raises:
-      ValueError: if the batch cannot be shared by the devices.
     """
 
     pool_features = 2048
     spatial_features = 17 * 17 * SPATIAL_CHANNELS
 
-    def __init__(
-        self, params: Any, batch_size: int = 64, devices: list[jax.Device] | None = None, prepare: Callable = graph_input
-    ):
+    def __init__(self, params: Any, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input):
         mesh = sharding.make_mesh(1, jax.local_devices() if devices is None else devices)
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
@@ -83,24 +91,14 @@ class InceptionNetwork:
 
 
 def load_network(
-    path: str, batch_size: int = 64, devices: list[jax.Device] | None = None, prepare: Callable = graph_input
+    path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input
 ) -> InceptionNetwork:
-    """Loads an InceptionNetwork from a file, see `checkpoints_tools.inception.load_inception`.
-
-    Args:
-      path: the weights; or 'random', for tests and to measure speed.
-      batch_size: images at a time, over all devices.
-      devices: default all of this process.
-      prepare: preprocessing of the images, see InceptionV3.
-
-    Raises:
-      FileNotFoundError, ValueError: as `load_inception` and InceptionNetwork.
-    """
-    if path == files.RANDOM:
-        logging.warning("Inception has RANDOM weights: for tests and benchmarks only; its scores mean nothing")
-        params = jax.jit(InceptionV3().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-        return InceptionNetwork(jax.tree.map(np.asarray, params), batch_size, devices, prepare)
-    return InceptionNetwork(load_inception(path), batch_size, devices, prepare)
+    """Loads an InceptionNetwork from a file as `load_inception`; its path may be 'random', for tests and to measure speed."""
+    if path != files.RANDOM:
+        return InceptionNetwork(load_inception(path), batch_size, devices, prepare)
+    logging.warning("Inception has RANDOM weights: for tests and benchmarks only; its scores mean nothing")
+    params = jax.jit(InceptionV3().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return InceptionNetwork(jax.tree.map(np.asarray, params), batch_size, devices, prepare)
 
 
 class FeatureParts:
@@ -118,12 +116,7 @@ class FeatureParts:
     """
 
     def __init__(
-        self,
-        folder: epath.PathLike,
-        images: ImageSet,
-        network: InceptionNetwork,
-        kept: Bool[np.ndarray, " N"] | None = None,
-        is_done: Callable[[], bool] = lambda: False,
+        self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Kept | None = None, is_done: IsDone = never
     ):
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
         self._kept = np.zeros(images.count, bool) if kept is None else kept

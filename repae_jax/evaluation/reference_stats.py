@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from jaxtyping import Float
 
 from repae_jax import buckets, files
 from repae_jax.evaluation.image_sets import ImageSet, NpzImages, naming_damage
-from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork
-from repae_jax.metrics.frechet import RunningGaussian
+from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone, never
+from repae_jax.metrics.frechet import RunningGaussian, Stats
 
 PUBLISHED_COUNT = 50_000  # samples behind published scores
 KEPT_IMAGES = 10_000  # as in ADM's files, for precision and recall
 _FORMAT = 1
-
-Stats = tuple[Float[np.ndarray, " F"], Float[np.ndarray, "F F"]]  # mean, covariance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,26 +121,19 @@ def _checksum(*arrays: np.ndarray | None) -> str:
 
 
 def measure_reference(
-    images: ImageSet,
-    network: InceptionNetwork,
-    folder: epath.PathLike,
-    keep_images: bool = False,
-    is_done: Callable[[], bool] = lambda: False,
+    images: ImageSet, network: InceptionNetwork, folder: Path, keep_images: bool = False, is_done: IsDone = never
 ) -> tuple[Reference, FeatureParts] | None:
-    """Measures the statistics of all images of a set.
+    """Measures the statistics of all images of a set; ValueError if images cannot be read, or there are fewer than two.
 
     Args:
       images: the real images.
-      network: InceptionNetwork.
+      network: the feature network.
       folder: holds unfinished work; continued if it exists.
       keep_images: keeps the images that `write_reference` needs.
       is_done: tells whether process 0 has removed the folder.
 
     Returns:
       The reference and its parts; None in processes other than the first.
-
-    Raises:
-      ValueError: for images that cannot be read, or fewer than two.
     """
     chosen = np.zeros(images.count, bool)
     chosen[np.random.default_rng(0).permutation(images.count)[:KEPT_IMAGES]] = True

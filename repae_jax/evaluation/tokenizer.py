@@ -109,7 +109,7 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
     Args:
       vae: the network.
       latents: 'sampled' or 'mode'.
-      side: side of the images in pixels; small ones have no SSIM or LPIPS.
+      side: side of the images in pixels; images smaller than the window have no SSIM.
 
     Returns:
       Function of ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key),

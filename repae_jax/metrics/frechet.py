@@ -3,6 +3,10 @@
 import numpy as np
 from jaxtyping import Float
 
+Mean = Float[np.ndarray, " F"]
+Cov = Float[np.ndarray, "F F"]
+Stats = tuple[Mean, Cov]
+
 
 class RunningGaussian:
     """Mean and covariance of features that come in batches, in float64; they need not fit in memory together.
@@ -18,9 +22,7 @@ class RunningGaussian:
     Reference: Chan, Golub and LeVeque, 1983, Algorithms for computing the sample variance, eq. 1.3.
     """
 
-    def __init__(
-        self, count: int = 0, mean: Float[np.ndarray, " F"] | None = None, scatter: Float[np.ndarray, "F F"] | None = None
-    ):
+    def __init__(self, count: int = 0, mean: Mean | None = None, scatter: Cov | None = None):
         self.count, self.mean, self.scatter = count, mean, scatter
 
     def update(self, features: Float[np.ndarray, "N F"]) -> None:
@@ -60,26 +62,21 @@ class RunningGaussian:
         self.mean = self.mean + difference * (other.count / count)
         self.count = count
 
-    def stats(self) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, "F F"]]:
+    def stats(self) -> Stats:
         """Returns the mean and the unbiased covariance (divided by N - 1); raises ValueError for fewer than two features."""
         if self.count < 2 or self.mean is None or self.scatter is None:
             raise ValueError(f"there are features of {self.count} images; a covariance needs 2 or more")
         return self.mean, self.scatter / (self.count - 1)
 
 
-def gaussian_stats(features: Float[np.ndarray, "N F"]) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, "F F"]]:
+def gaussian_stats(features: Float[np.ndarray, "N F"]) -> Stats:
     """Returns the mean and the unbiased covariance of a set of features, in float64; errors as of RunningGaussian."""
     running = RunningGaussian()
     running.update(features)
     return running.stats()
 
 
-def frechet_distance(
-    mean1: Float[np.ndarray, " F"],
-    cov1: Float[np.ndarray, "F F"],
-    mean2: Float[np.ndarray, " F"],
-    cov2: Float[np.ndarray, "F F"],
-) -> float:
+def frechet_distance(mean1: Mean, cov1: Cov, mean2: Mean, cov2: Cov) -> float:
     """Computes the squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features.
@@ -107,7 +104,7 @@ def frechet_distance(
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
 
 
-def _sqrt(cov: Float[np.ndarray, "F F"]) -> Float[np.ndarray, "F F"]:
+def _sqrt(cov: Cov) -> Cov:
     """Returns the symmetric root of a covariance; eigenvalues that rounding made negative count as zero."""
     eigenvalues, vectors = np.linalg.eigh(cov)
     return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
