@@ -134,10 +134,10 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
             values["lpips"] = LPIPS().apply({"params": params["lpips"]}, originals, recon)
         return rounded, values
 
-    def compare_precisely(*args):
+    def compare_precisely(params, pixels, records, key):
         # at least three bfloat16 passes on TPUs, TF32 on GPUs as published
         with jax.default_matmul_precision("high"):
-            return compare(*args)
+            return compare(params, pixels, records, key)
 
     return compare_precisely
 
@@ -172,22 +172,19 @@ def compare_all(
     Raises:
       ValueError: if no image can be decoded, or a reconstruction is not finite.
     """
-    put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     params = jax.device_put({"vae": vae.params, "lpips": lpips}, sharding.replicated(mesh))
-    compare, key = jax.jit(make_compare(vae.module, latents, source.image_size)), jax.random.key(seed)
+    compare = jax.jit(make_compare(vae.module, latents, source.image_size))
+    compare = functools.partial(compare, params, key=jax.random.key(seed))
     of_originals, of_recons = RunningGaussian(), RunningGaussian()
     compared, parts, failures, pairs = [], [], [], []
     blocks = loader.read_ahead(MapDataset.source(Blocks(source, records, batch_size)), workers)
     with contextlib.closing(blocks), tqdm(total=len(records), unit="img", desc="reconstructing") as bar:
         for pixels, good, failed in blocks:
+            bar.update(len(good) + len(failed))
             failures += failed
-            bar.update(len(failed))
-            count = len(good)
-            if not count:
+            if not len(good):
                 continue
-            missing = batch_size - count  # padded, so that one program serves all batches
-            padded, ids = put(np.pad(pixels, [(0, missing)] + [(0, 0)] * 3)), put(np.pad(good, (0, missing)))
-            recon, values = jax.tree.map(lambda x, n=count: np.asarray(x)[:n], compare(params, padded, ids, key))
+            recon, values = _run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
             _check_finite(values.pop("finite"), good, source)
             if features_fn is not None:
                 of_originals.update(features_fn(pixels))
@@ -196,7 +193,6 @@ def compare_all(
                 pairs.append(np.stack([pixels, recon], axis=1))
             compared.append(np.array(good))
             parts.append(values)
-            bar.update(count)
     if not compared:
         raise ValueError(
             f"none of the {len(records)} images can be decoded, first {source.name(failures[0][0])}: {failures[0][1]}"
@@ -208,6 +204,13 @@ def compare_all(
         bad_records=failures,
         pairs=np.concatenate(pairs)[:SHOWN].reshape(-1, *pairs[0].shape[2:]),
     )
+
+
+def _run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
+    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
+    count = len(arrays[0])
+    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
 
 
 def _check_finite(finite, records, source) -> None:
