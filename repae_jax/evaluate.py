@@ -2,7 +2,7 @@
 --inception pt_inception-2015-12-05-6726825d.pth`.
 
 FID, sFID, inception score, precision and recall, as ADM's evaluator computes them, of a run, a published checkpoint, ADM's npz
-or a folder of images. Models draw --num_samples images, which are measured as they are made and kept nowhere. Writes
+or a folder of images. Models draw --num_samples images, which are measured as they are drawn and kept nowhere. Writes
 WORKDIR/evaluations/NAME.json, or SOURCE.evaluation.json: the scores with everything they depend on.
 
 The same command continues where it stopped: features of finished parts are kept beside the result, in NAME.parts/, until it is
@@ -73,8 +73,8 @@ def parse_args(argv=None):
     needed = ("data", "image_size") if args.make_reference else ("source", "reference")
     for name in needed:
         if getattr(args, name) is None:
-            what = "--make_reference" if args.make_reference else "an evaluation"
-            parser.error(f"{what} needs {'' if name == 'source' else '--'}{name}")
+            command = "--make_reference" if args.make_reference else "an evaluation"
+            parser.error(f"{command} needs {'' if name == 'source' else '--'}{name}")
     return args
 
 

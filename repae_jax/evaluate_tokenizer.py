@@ -27,7 +27,7 @@ from repae_jax.models.lpips import LPIPS
 from repae_jax.sampling.load_model import load_vae
 from repae_jax.training.checkpoint import fingerprint
 
-COLUMNS = 8  # of the picture
+COLUMNS = 8  # images in a row of the picture
 LPIPS_SIDE = 16  # least pixels for its poolings
 PREPROCESSING = {
     "folder": (
@@ -161,8 +161,8 @@ def _check_size(vae, source):
 def _measure(args, vae, source, records, lpips, inception, warn):
     """Returns the comparison and its metrics."""
     comparison = compare_all(
-        vae, source, records, mesh=sharding.make_mesh(1), batch_size=args.batch_size, latents=args.latents, seed=args.seed,
-        lpips=lpips, features_fn=inception and (lambda pixels: inception(pixels).pool), workers=args.workers,
+        vae.module, vae.params, source, records, mesh=sharding.make_mesh(1), batch_size=args.batch_size, latents=args.latents,
+        seed=args.seed, lpips=lpips, features_fn=inception and (lambda pixels: inception(pixels).pool), workers=args.workers,
     )  # fmt: skip
     bad = comparison.bad_records
     if bad:

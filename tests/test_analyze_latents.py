@@ -1,4 +1,4 @@
-"""Latents of a tiny run, its older checkpoint and its exported VAE, side by side."""
+"""Analysis of a tiny run, its older checkpoint and its exported VAE, side by side."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from repae_jax.analyze_latents import __main__ as command
 from repae_jax.analyze_latents import encoding, hidden_states, numbers, sources
 from repae_jax.distributed import sharding
 from repae_jax.job import build
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders as vision_encoders
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling.load_model import load_model, load_vae
 from repae_jax.training import checkpoint
@@ -38,8 +38,8 @@ def few_transforms():
 def encoder(tmp_path_factory):
     """Folder of a vision encoder."""
     folder = tmp_path_factory.mktemp("encoders") / "tiny-vit"
-    made = features.make_encoder(VIT, 8, image_size=8)
-    save_encoder(folder, made.module, jax.device_get(features.init_params(made, jax.random.key(0))))
+    tiny = vision_encoders.make_encoder(VIT, 8, image_size=8)
+    save_encoder(folder, tiny.module, jax.device_get(vision_encoders.init_params(tiny, jax.random.key(0))))
     return folder
 
 
@@ -153,7 +153,7 @@ def test_cknna_of_every_block(with_cknna, workdir):
 
 @pytest.mark.integration
 def test_hidden_states_are_the_networks(trained):
-    """Of the averaged SiT at normalised latents; noise belongs to an image, not to its place in the batch."""
+    """They are the averaged SiT's at normalized latents; noise belongs to an image, not to its place in the batch."""
     z = np.random.default_rng(0).normal(size=(8, *trained.latent_shape)).astype(np.float32)
     run, labels, key = hidden_states.make_hidden_states(trained), np.arange(8, dtype=np.int32), jax.random.key(0)
     clean = run(trained.params, z, np.arange(8), 0.0, labels, key)
@@ -183,7 +183,7 @@ def broken(vae, change):
 
 
 @pytest.mark.integration
-def test_collapsed_latents_are_labelled(workdir, loaded, tmp_path, monkeypatch):
+def test_collapsed_latents_are_labeled(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_vae", lambda *_: broken(loaded, np.zeros_like))
     analyze(workdir, "--num_images", "16", "--out", tmp_path)
     about = numbers_of(tmp_path)["repae"]

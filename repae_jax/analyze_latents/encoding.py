@@ -20,7 +20,7 @@ from repae_jax.losses.regularizers import downscale
 from repae_jax.sampling.load_model import TrainedVae
 
 SCALES = (0.75, 0.5, 0.25)
-MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while
+MAX_BYTES = 2**30  # most bytes of latents; some numbers take four times as much for a while
 # transforms of images and of latents
 TRANSFORMS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,

@@ -22,7 +22,7 @@ from repae_jax.models import encoders as vision_encoders
 from repae_jax.sampling.load_model import Trained
 from repae_jax.training.checkpoint import fingerprint
 
-MAX_BYTES = 2**33  # of one timestep's hidden states: SiT-XL's of 10,000 images, as published, take 1.2 GiB
+MAX_BYTES = 2**33  # most bytes of one timestep's hidden states; SiT-XL's of 10,000 images, as published, take 1.2 GiB
 
 Encoded = tuple[Float[np.ndarray, "N F"], representation.Neighbors]  # features of length 1, and their neighbors
 

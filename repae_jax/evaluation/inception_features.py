@@ -198,7 +198,7 @@ class FeatureParts:
             )
 
     def _write(self, part: int, features: InceptionFeatures, images: UInt8[np.ndarray, "n H W 3"]) -> None:
-        for leftover in self._folder.glob(f".{self._paths[part].name}.*.tmp"):  # of a killed process
+        for leftover in self._folder.glob(f".{self._paths[part].name}.*.tmp"):  # a killed process left it
             leftover.unlink(missing_ok=True)
         arrays = {name: getattr(features, name) for name in FEATURES}
         files.write_all({self._paths[part]: files.npz_writer({**arrays, "images": images})}, overwrite=True)

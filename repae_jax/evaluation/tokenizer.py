@@ -26,7 +26,6 @@ from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.lpips import LPIPS
-from repae_jax.sampling.load_model import TrainedVae
 
 LATENTS = ("sampled", "mode")
 SHOWN = 16  # images in the picture, and in the list of the worst
@@ -143,7 +142,8 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
 
 
 def compare_all(
-    vae: TrainedVae,
+    vae: AutoencoderKL,
+    params: Any,
     source: Any,
     records: Int[np.ndarray, " N"],
     *,
@@ -158,7 +158,8 @@ def compare_all(
     """Compares images with their reconstructions, one batch in memory at a time, over all devices of the mesh.
 
     Args:
-      vae: the tokenizer.
+      vae: the network.
+      params: its parameters.
       source: images, see `repae_jax.data`.
       records: the records of the source to compare.
       mesh: device mesh.
@@ -172,9 +173,9 @@ def compare_all(
     Raises:
       ValueError: if no image can be decoded, or a reconstruction is not finite.
     """
-    params = jax.device_put({"vae": vae.params, "lpips": lpips}, sharding.replicated(mesh))
-    compare = jax.jit(make_compare(vae.module, latents, source.image_size))
-    compare = functools.partial(compare, params, key=jax.random.key(seed))
+    placed = jax.device_put({"vae": params, "lpips": lpips}, sharding.replicated(mesh))
+    compare = jax.jit(make_compare(vae, latents, source.image_size))
+    compare = functools.partial(compare, placed, key=jax.random.key(seed))
     of_originals, of_recons = RunningGaussian(), RunningGaussian()
     compared, parts, failures, pairs = [], [], [], []
     blocks = loader.read_ahead(MapDataset.source(Blocks(source, records, batch_size)), workers)

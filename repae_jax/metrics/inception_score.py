@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 SPLIT_SIZE = 5000  # as in published scores: ten splits of 50,000 samples
 
@@ -35,8 +36,7 @@ class RunningInceptionScore:
             raise ValueError("some logits are not finite; look for nan in the images, or use float32 in the network")
         while len(logits):
             in_split, logits = np.split(logits, [self._split_size - self._count])
-            shifted = in_split - in_split.max(axis=1, keepdims=True)
-            log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+            log_p = special.log_softmax(in_split, axis=1)
             p = np.exp(log_p)
             self._count += len(in_split)
             self._sum = self._sum + p.sum(axis=0)

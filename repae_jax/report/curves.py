@@ -10,7 +10,7 @@ import numpy as np
 from repae_jax.evaluation.metrics_file import Curve
 
 CURVE_POINTS = 2000
-CURVES_BYTES = 2_800_000  # of all curves of a page, as JSON
+CURVES_BYTES = 2_800_000  # most bytes of all curves of a page, as JSON
 
 
 def thin_curve(steps, values, limit: int = CURVE_POINTS) -> Curve:

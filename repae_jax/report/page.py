@@ -13,7 +13,7 @@ from repae_jax.report.pictures import embed_pictures
 from repae_jax.report.run_folder import KINDS, SERIES
 
 MARKER = '<meta name="generator" content="repae_jax.report">'  # identifies our pages, which may be replaced
-PAGE_BYTES = 9_800_000  # of the page, with everything in it
+PAGE_BYTES = 9_800_000  # most bytes of the whole page
 
 
 def make_page(runs: list[dict[str, Any]], now: float) -> str:
@@ -34,7 +34,7 @@ def make_page(runs: list[dict[str, Any]], now: float) -> str:
     text = len(_fill(title, json.dumps(data, default=lambda picture: picture.alt)))
     if text > PAGE_BYTES - 1_000_000:
         raise ValueError(f"the texts and numbers of these runs take {text / 1e6:.1f} MB; report fewer runs on one page")
-    data["notes"] += embed_pictures(runs, PAGE_BYTES - text - 300_000)  # of which notes and problems with pictures take some
+    data["notes"] += embed_pictures(runs, PAGE_BYTES - text - 300_000)  # the rest is for notes and problems
     return _fill(title, json.dumps(data, allow_nan=False, separators=(",", ":")))
 
 

@@ -23,7 +23,7 @@ def compare(vae, source, records=None, *, devices=8, **options):
     options = {"batch_size": 8, "latents": "sampled", "seed": 0, "features_fn": features_of, **options}
     records = np.arange(len(source)) if records is None else np.asarray(records)
     mesh = sharding.make_mesh(1, jax.devices()[:devices])
-    return tokenizer.compare_all(vae, source, records, mesh=mesh, **options)
+    return tokenizer.compare_all(vae.module, vae.params, source, records, mesh=mesh, **options)
 
 
 @pytest.fixture(scope="module")
