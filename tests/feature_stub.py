@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from repae_jax.metrics.frechet import gaussian_stats
 from repae_jax.models.inception import InceptionFeatures
 
 
@@ -29,6 +30,14 @@ def save_images(folder, pixels):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
     return folder
+
+
+def write_adm(path, pixels, *left_out):
+    """Writes a reference as ADM's, without the keys left out."""
+    features = StubNetwork(len(pixels))(pixels)
+    (mu, sigma), (mu_s, sigma_s) = gaussian_stats(features.pool), gaussian_stats(features.spatial)
+    arrays = {"arr_0": pixels, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    np.savez(path, **{name: array for name, array in arrays.items() if name not in left_out})
 
 
 class Noise:

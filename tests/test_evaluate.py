@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import small
-from feature_stub import Noise, StubNetwork, save_images
+from feature_stub import Noise, StubNetwork, save_images, write_adm
 from processes import script_env
 
 from checkpoints_tools import published
@@ -62,13 +62,6 @@ def real(tmp_path_factory):
     path = tmp_path_factory.mktemp("real") / "adm.npz"
     write_adm(path, Noise(90, 8, seed=1).pixels)
     return path
-
-
-def write_adm(path, pixels, *left_out):
-    features = StubNetwork(len(pixels))(pixels)
-    (mu, sigma), (mu_s, sigma_s) = gaussian_stats(features.pool), gaussian_stats(features.spatial)
-    arrays = {"arr_0": pixels, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    np.savez(path, **{name: array for name, array in arrays.items() if name not in left_out})
 
 
 def arguments(source, reference, *extra, size=8):
