@@ -16,6 +16,7 @@ from PIL import Image
 
 from repae_jax import faults
 
+RANDOM = "random"  # in place of a weight file: for tests, and to measure speed
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 

@@ -1,20 +1,16 @@
 """Images: the only place that knows how pixels 0..255 map to the networks' range [-1, 1]."""
 
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes no more
 
 
-def to_float(images):
-    """Maps uint8 pixels to the range of the VAE.
-
-    Args:
-      images: uint8 `[..., H, W, C]`, 0..255; a NumPy or a JAX array, traced or not.
-
-    Returns:
-      float32 `[..., H, W, C]` in [-1, 1], of the same kind of array.
+def to_float(images: UInt8[Any, "*B H W C"]) -> Float[Any, "*B H W C"]:
+    """Maps pixels 0..255 of a NumPy or JAX array to float32 in [-1, 1], the range of the VAE.
 
     Raises:
       ValueError: if the images are not uint8 (a second conversion would silently give values near -1).
@@ -24,17 +20,11 @@ def to_float(images):
     return images.astype(np.float32) / 127.5 - 1
 
 
-def to_uint8(images):
-    """Maps network outputs to uint8 pixels by the rule behind the published samples: scale, clip, TRUNCATE.
+def to_uint8(images: Float[Any, "*B H W C"]) -> UInt8[Any, "*B H W C"]:
+    """Maps outputs of networks, nominally in [-1, 1], to pixels by the rule behind published samples: scale, clip, TRUNCATE.
 
-    REPA and REPA-E truncate where DiT and SiT round to nearest. So these pixels are half a grey level darker on
+    REPA and REPA-E truncate where DiT and SiT round to nearest. So these pixels are half a gray level darker on
     average, and `to_uint8(to_float(x))` is `x - 1` where float32 falls just below an integer (63 of the 256 levels).
-
-    Args:
-      images: float `[..., H, W, C]`, nominally in [-1, 1] and clipped to it; a NumPy or a JAX array.
-
-    Returns:
-      uint8 `[..., H, W, C]`, 0..255, of the same kind of array.
 
     Raises:
       ValueError: if the images are integers, that is, already pixels.
@@ -44,17 +34,16 @@ def to_uint8(images):
     return (255 * (images.astype(np.float32) + 1) / 2).clip(0, 255).astype(np.uint8)
 
 
-def grid(images, columns, padding=2, scale=1):
+def grid(
+    images: UInt8[np.ndarray, "N H W 3"], columns: int, padding: int = 2, scale: int = 1
+) -> UInt8[np.ndarray, "height width 3"]:
     """Lays images out row by row on a white sheet.
 
     Args:
-      images: NumPy uint8 `[N, H, W, 3]`.
+      images: at least one.
       columns: images per row; fewer when N is smaller.
       padding: white pixels around and between the images.
-      scale: whole number by which every image is enlarged (nearest neighbour).
-
-    Returns:
-      uint8 `[rows * (H * scale + padding) + padding, columns * (W * scale + padding) + padding, 3]`.
+      scale: whole number by which every image is enlarged (nearest neighbor).
 
     Raises:
       ValueError: if the images are not a non-empty uint8 `[N, H, W, 3]`, or a layout number is out of range.
@@ -75,25 +64,19 @@ def grid(images, columns, padding=2, scale=1):
     return sheet
 
 
-def viewing_scale(size):
-    """Whole factor by which images of `size` pixels are enlarged in pictures for people: small ones to about 64 pixels."""
+def viewing_scale(size: int) -> int:
+    """Returns the factor by which images of `size` pixels are enlarged for people to see: small ones to about 64 pixels."""
     return max(1, 64 // size)
 
 
-
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Resizes the shorter side to `size` and cuts out the central square, exactly as ADM prepares ImageNet.
 
-    Args:
-      image: PIL image of any mode and size; converted to RGB. An alpha channel is dropped, as the published code does.
-      size: side of the square in pixels.
-
-    Returns:
-      uint8 `[size, size, 3]`.
+    Images of any mode are converted to RGB. An alpha channel is dropped, as the published code does.
 
     Raises:
-      ValueError: if the size is not positive, or as of `check_enlarged`. Whatever PIL raises when a file opened lazily turns
-        out undecodable.
+      ValueError: if the size is not positive, or as of `check_enlarged`.
+      Exception: anything that PIL raises when a file opened lazily turns out undecodable.
 
     Reference: ADM `guided_diffusion/image_datasets.py` `center_crop_arr`.
     """
@@ -113,13 +96,13 @@ def center_crop(image, size):
     return pixels[top : top + size, left : left + size]
 
 
-def check_enlarged(width, height, size):
+def check_enlarged(width: int, height: int, size: int) -> None:
     """Raises ValueError if an image, with its shorter side of `size` pixels, would have more than MOST_PIXELS."""
     short, long = sorted((width, height))
     if long / short * size**2 > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, too narrow an image to be enlarged to {size} on its shorter side")
 
 
-def _resize(image, size, resample):
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """Resizes along the rows, rounds to 8 bits, then along the columns, whichever order this version of Pillow would choose."""
     return image.resize((size[0], image.height), resample=resample).resize(size, resample=resample)

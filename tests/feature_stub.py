@@ -1,7 +1,9 @@
 """A quick stand-in for Inception: a few numbers per image that depend on all of its pixels."""
 
 import numpy as np
+from PIL import Image
 
+from repae_jax.metrics.frechet import gaussian_stats
 from repae_jax.models.inception import InceptionFeatures
 
 
@@ -18,8 +20,24 @@ class StubNetwork:
         self.images += len(images)
         pixels = images.reshape(len(images), -1) / 255 - 0.5
         weights = np.random.default_rng(0).normal(size=(pixels.shape[1], 21)) / np.sqrt(pixels.shape[1])
-        made = np.stack([row @ weights for row in pixels]).astype(np.float32)  # one by one: batches change nothing
-        return InceptionFeatures(pool=np.abs(made[:, :6]), spatial=made[:, 6:11], logits=20 * made[:, 11:])
+        features = np.stack([row @ weights for row in pixels]).astype(np.float32)  # one by one: batches change nothing
+        return InceptionFeatures(pool=np.abs(features[:, :6]), spatial=features[:, 6:11], logits=20 * features[:, 11:])
+
+
+def save_images(folder, pixels):
+    """Saves images [N, H, W, 3] as PNG files, named by their number; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def write_adm(path, pixels, *left_out):
+    """Writes a reference as ADM's, without the keys left out."""
+    features = StubNetwork(len(pixels))(pixels)
+    (mu, sigma), (mu_s, sigma_s) = gaussian_stats(features.pool), gaussian_stats(features.spatial)
+    arrays = {"arr_0": pixels, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
+    np.savez(path, **{name: array for name, array in arrays.items() if name not in left_out})
 
 
 class Noise:

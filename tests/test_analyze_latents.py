@@ -1,4 +1,4 @@
-"""Latents of a tiny run, its older checkpoint and its exported VAE, side by side."""
+"""Analysis of a tiny run, its older checkpoint and its exported VAE, side by side."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from repae_jax.analyze_latents import __main__ as command
 from repae_jax.analyze_latents import encoding, hidden_states, numbers, sources
 from repae_jax.distributed import sharding
 from repae_jax.job import build
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders as vision_encoders
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling.load_model import load_model, load_vae
 from repae_jax.training import checkpoint
@@ -38,8 +38,8 @@ def few_transforms():
 def encoder(tmp_path_factory):
     """Folder of a vision encoder."""
     folder = tmp_path_factory.mktemp("encoders") / "tiny-vit"
-    made = features.make_encoder(VIT, 8, image_size=8)
-    save_encoder(folder, made.module, jax.device_get(features.init_params(made, jax.random.key(0))))
+    tiny = vision_encoders.make_encoder(VIT, 8, image_size=8)
+    save_encoder(folder, tiny.module, jax.device_get(vision_encoders.init_params(tiny, jax.random.key(0))))
     return folder
 
 
@@ -94,6 +94,7 @@ def numbers_of(folder):
     return {about["name"]: about for about in json.loads((folder / "analysis.json").read_text())["models"]}
 
 
+@pytest.mark.integration
 def test_what_is_written(made):
     content = json.loads((made / "analysis.json").read_text())
     assert content["kind"] == "analysis" and len(content["rgb_spectrum"]) == 16
@@ -119,6 +120,7 @@ def test_what_is_written(made):
         assert pixels.shape[1] > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, picture.name
 
 
+@pytest.mark.integration
 def test_an_exported_vae_has_the_numbers_of_its_run_and_an_older_checkpoint_has_others(made):
     by_name = numbers_of(made)
     for name, value in by_name["repae"]["numbers"].items():
@@ -126,6 +128,7 @@ def test_an_exported_vae_has_the_numbers_of_its_run_and_an_older_checkpoint_has_
     assert by_name["early"]["numbers"]["spatial_variance"] != by_name["repae"]["numbers"]["spatial_variance"]
 
 
+@pytest.mark.integration
 def test_numbers_do_not_depend_on_the_batch_size(made, vae, tmp_path):
     same = ("--data", "digits:split=train", "--image_size", "8", "--num_images", "40")
     analyze(vae, *same, "--batch_size", "16", "--out", tmp_path)
@@ -133,6 +136,7 @@ def test_numbers_do_not_depend_on_the_batch_size(made, vae, tmp_path):
         assert numbers_of(made)["vae"]["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.integration
 def test_cknna_of_every_block(with_cknna, workdir):
     rows = with_cknna["models"][0]["cknna"]
     measures = ("cknna_paper", "cknna_platonic_code", "mutual_knn", "cka")
@@ -147,8 +151,9 @@ def test_cknna_of_every_block(with_cknna, workdir):
     assert (workdir / "analysis" / "cknna.png").exists(), "the default place"
 
 
+@pytest.mark.integration
 def test_hidden_states_are_the_networks(trained):
-    """Of the averaged SiT at normalised latents; noise belongs to an image, not to its place in the batch."""
+    """They are the averaged SiT's at normalized latents; noise belongs to an image, not to its place in the batch."""
     z = np.random.default_rng(0).normal(size=(8, *trained.latent_shape)).astype(np.float32)
     run, labels, key = hidden_states.make_hidden_states(trained), np.arange(8, dtype=np.int32), jax.random.key(0)
     clean = run(trained.params, z, np.arange(8), 0.0, labels, key)
@@ -160,6 +165,7 @@ def test_hidden_states_are_the_networks(trained):
     assert np.abs(noisy - clean).max() > 1e-3
 
 
+@pytest.mark.integration
 def test_normalized_latents_are_what_training_sees(trained, loaded):
     stats = ChannelStats(mean=np.full(4, 2.0, np.float32), var=np.full(4, 4.0, np.float32))
     trained = dataclasses.replace(trained, params={**trained.params, "latent_stats": stats})
@@ -176,7 +182,8 @@ def broken(vae, change):
     return dataclasses.replace(vae, params=params)
 
 
-def test_collapsed_latents_are_labelled(workdir, loaded, tmp_path, monkeypatch):
+@pytest.mark.integration
+def test_collapsed_latents_are_labeled(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_vae", lambda *_: broken(loaded, np.zeros_like))
     analyze(workdir, "--num_images", "16", "--out", tmp_path)
     about = numbers_of(tmp_path)["repae"]
@@ -186,6 +193,7 @@ def test_collapsed_latents_are_labelled(workdir, loaded, tmp_path, monkeypatch):
     assert "-" in command.summary(tmp_path / "analysis.json")
 
 
+@pytest.mark.integration
 def test_latents_that_are_not_finite_are_named(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_vae", lambda *_: broken(loaded, lambda x: np.full_like(x, np.nan)))
     with pytest.raises(ValueError, match="repae: latents of 16 of 16 images are not finite, first of digits train #"):
@@ -230,6 +238,7 @@ def test_encoders_of_the_runs():
         sources.choose_encoders([], [config])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "extra, message",
     [
@@ -248,6 +257,7 @@ def test_bad_arguments(workdir, loaded, tmp_path, monkeypatch, extra, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_a_vae_alone(vae, made, tmp_path):
     whole = ("--data", "digits", "--image_size", "8")
     with pytest.raises(ValueError, match="no SOURCE is a run of ours.*give --data and --image_size"):
@@ -262,6 +272,7 @@ def test_a_vae_alone(vae, made, tmp_path):
         analyze(vae, *whole, "--out", made)
 
 
+@pytest.mark.integration
 def test_too_much_for_the_memory(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_vae", lambda *_: loaded)
     monkeypatch.setattr(encoding, "MAX_BYTES", 2**10)
@@ -276,6 +287,7 @@ def test_the_published_number_of_images_fits_with_the_largest_sit():
         encoding.check_bytes(10 * size, "hidden states", hidden_states.MAX_BYTES)
 
 
+@pytest.mark.integration
 def test_labels_of_a_folder_without_classes(workdir, tmp_path):
     """They are asked for, and never taken for class 0."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -283,6 +295,7 @@ def test_labels_of_a_folder_without_classes(workdir, tmp_path):
         analyze(workdir, "--data", tmp_path, "--labels", "own", "--cknna", "--out", tmp_path / "out")
 
 
+@pytest.mark.integration
 def test_pictures_that_exist_are_kept(workdir, tmp_path):
     (tmp_path / "pca.png").write_text("mine")
     with pytest.raises(ValueError, match="holds pca.png: give another --out"):
@@ -290,6 +303,7 @@ def test_pictures_that_exist_are_kept(workdir, tmp_path):
     assert (tmp_path / "pca.png").read_text() == "mine"
 
 
+@pytest.mark.integration
 def test_errors_are_means_over_what_all_models_were_measured_under(workdir, loaded):
     source = data.make_source("digits", 8)
     model = encoding.encode_images(sources.Source("x", "x", None), loaded, source, np.arange(4), 32, sharding.make_mesh(1))
@@ -300,12 +314,13 @@ def test_errors_are_means_over_what_all_models_were_measured_under(workdir, load
     assert np.isnan(numbers.describe(model, 2, {"none", "turn 90°"})["numbers"]["scale_error"])
 
 
+@pytest.mark.integration
 def test_a_broken_image_is_named(workdir, loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load_vae", lambda *_: loaded)
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="bad.png.* cannot be decoded .*repair or remove it"):
+    with pytest.raises(ValueError, match="bad.png.* cannot be read .*repair or remove it"):
         analyze(workdir, "--data", folder, "--out", tmp_path / "out")
 
 

@@ -13,16 +13,15 @@ import jax
 import numpy as np
 import pytest
 import small
-from feature_stub import Noise, StubNetwork
-from test_cache_latents import script_env
-from test_image_sets import save_images
+from feature_stub import Noise, StubNetwork, save_images, write_adm
+from processes import script_env
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
-from repae_jax import evaluate, sample
+from repae_jax import evaluate, files, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.job import build, frozen_weights
+from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.inception_score import RunningInceptionScore
 from repae_jax.metrics.precision_recall import precision_recall
@@ -63,13 +62,6 @@ def real(tmp_path_factory):
     path = tmp_path_factory.mktemp("real") / "adm.npz"
     write_adm(path, Noise(90, 8, seed=1).pixels)
     return path
-
-
-def write_adm(path, pixels, *left_out):
-    features = StubNetwork(len(pixels))(pixels)
-    (mu, sigma), (mu_s, sigma_s) = gaussian_stats(features.pool), gaussian_stats(features.spatial)
-    arrays = {"arr_0": pixels, "mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s}
-    np.savez(path, **{name: array for name, array in arrays.items() if name not in left_out})
 
 
 def arguments(source, reference, *extra, size=8):
@@ -173,6 +165,7 @@ def test_too_few_samples(real, tmp_path):
 MODEL = ("--num_samples", "40", "--steps", "3")
 
 
+@pytest.mark.integration
 def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
     kept = tmp_path / "kept.npz"
     result = result_of(workdir, real, *MODEL, "--keep_samples", kept, "--guidance_scale", "2")
@@ -192,6 +185,7 @@ def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
     assert len(protocol["model_checksum"]) == 16
 
 
+@pytest.mark.integration
 def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monkeypatch):
     convert(workdir, tmp_path / "weights.safetensors", optimizers=False)
     given = (*MODEL, "--guidance_scale", "1.5")
@@ -212,6 +206,7 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
             evaluate.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
 
 
+@pytest.mark.integration
 def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -234,6 +229,7 @@ def interrupt_after(monkeypatch, count):
     monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: Interrupted(batch_size))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["npz", "run"])
 def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp_path, monkeypatch, stub):
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -250,6 +246,7 @@ def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp
     assert continued == whole
 
 
+@pytest.mark.integration
 def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     out = tmp_path / "x.json"
@@ -360,6 +357,7 @@ def test_an_existing_result_is_kept(npz, real, tmp_path):
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
+@pytest.mark.integration
 def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
     """Not even when the evaluation was interrupted before."""
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
@@ -386,6 +384,7 @@ def test_unfinished_samples(real, tmp_path):
         evaluate.run(arguments(tmp_path / "generated", real))
 
 
+@pytest.mark.integration
 def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     np.savez(tmp_path / "made.npz", Noise(9, 4).pixels)
     write_adm(tmp_path / "small.npz", Noise(9, 4).pixels)
@@ -396,6 +395,7 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
             evaluate.run(arguments(source, reference, *extra, "--out", tmp_path / "x.json"))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -419,7 +419,7 @@ def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeyp
 
 def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--data", "digits:split=test", "--image_size", "8", "--inception", frozen_weights.RANDOM
+    options = "--data", "digits:split=test", "--image_size", "8", "--inception", files.RANDOM
     with pytest.raises(ValueError, match="gs://bucket/a.npz: statistics of real images are kept on a disk"):
         evaluate.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
     assert not [*tmp_path.iterdir()]
@@ -464,9 +464,9 @@ def test_mistakes_end_in_one_line(monkeypatch, tmp_path):
 COST = """
 import resource, time
 import numpy as np
-from repae_jax.evaluate import measure
 from repae_jax.metrics.frechet import RunningGaussian
 from repae_jax.models.inception import InceptionFeatures
+from repae_jax.evaluation.generation import score
 from repae_jax.evaluation.reference_stats import Reference
 
 rng = np.random.default_rng(0)
@@ -483,7 +483,7 @@ for part in draw(10_000):
     kept.append(part.pool)
 reference = Reference(pool.stats(), spatial.stats(), np.concatenate(kept), None, None, {})
 start = time.monotonic()
-metrics, _ = measure(draw(50_000), reference)
+metrics, _ = score(draw(50_000), reference)
 assert len(metrics) == 6, metrics
 print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """

@@ -150,6 +150,13 @@ def test_only_build_reads_weight_files():
             assert place(name) >= place("repae_jax.job"), name
 
 
+def test_evaluation_needs_no_job():
+    """Images, features and statistics are measured without a config; only hooks of training know the job."""
+    for name in MODULES:
+        if name.startswith("repae_jax.evaluation.") and name != "repae_jax.evaluation.hooks":
+            assert not any(imported.startswith(("repae_jax.job", "repae_jax.sampling")) for imported in ours(name)), name
+
+
 @pytest.mark.parametrize("library", HEAVY)
 def test_heavy_libraries_are_imported_by_one_owner_inside_functions(library):
     for name in MODULES:

@@ -299,7 +299,7 @@ def test_texts_of_a_run_cannot_become_html(tmp_path):
     assert "&lt;script&gt;alert(1)" in re.search("<title>(.*)</title>", text)[1]
 
 
-@pytest.mark.parametrize("size", [200, 400])
+@pytest.mark.parametrize("size", [200, pytest.param(400, marks=pytest.mark.integration)])
 def test_the_page_stays_small(tmp_path, size, monkeypatch):
     monkeypatch.setattr(page, "PAGE_BYTES", 2_000_000)
     folder = write_run(tmp_path / "run", steps=range(1, 17), size=size)
@@ -358,6 +358,7 @@ def test_mistakes(tmp_path, monkeypatch):
     assert "does not exist" in error_of(monkeypatch, folder, "--out", tmp_path / "no" / "x.html")
 
 
+@pytest.mark.integration
 def test_no_accelerator_is_touched(tmp_path):
     folder = write_run(tmp_path / "run")
     code = (
@@ -496,6 +497,7 @@ def opened(browser, tmp_path_factory):
     assert browser.complaints() == []
 
 
+@pytest.mark.integration
 def test_browser_renders_everything(opened):
     titles = opened.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert titles == [
@@ -515,6 +517,7 @@ def test_browser_renders_everything(opened):
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.integration
 def test_browser_slider_changes_the_picture(opened):
     shown = "[...document.querySelectorAll('#samples img')].map(e => e.alt)"
     assert opened.evaluate(shown) == ["Samples at step 300", "Samples at step 250"]
@@ -532,6 +535,7 @@ def test_browser_slider_changes_the_picture(opened):
     assert opened.evaluate("document.querySelector('#samples img').src") == before
 
 
+@pytest.mark.integration
 def test_browser_enlarges_a_picture(opened):
     left, top, width, height = opened.box("#samples img")
     for kind in ("mousePressed", "mouseReleased"):
@@ -541,6 +545,7 @@ def test_browser_enlarges_a_picture(opened):
     assert opened.evaluate("document.querySelector('dialog[open]')") is None
 
 
+@pytest.mark.integration
 def test_browser_zooms_charts(opened):
     axis = "[...document.querySelectorAll('[data-metric=\"vae/l1\"] .step')].map(e => e.textContent)"
     whole = opened.evaluate(axis)
@@ -573,6 +578,7 @@ def test_browser_zooms_charts(opened):
     assert opened.evaluate(axis) == whole
 
 
+@pytest.mark.integration
 def test_browser_log_scale_smoothing_and_runs(opened):
     heights = "document.querySelector('[data-metric=\"vae/l1\"] .line').getAttribute('d')"
     before = opened.evaluate(heights)
@@ -594,6 +600,7 @@ def test_browser_log_scale_smoothing_and_runs(opened):
     assert opened.evaluate("document.querySelectorAll('[data-metric=\"vae/l1\"] .line').length") == 1
 
 
+@pytest.mark.integration
 def test_browser_screenshots(opened, tmp_path):
     """Desktop, dark and narrow: nothing sticks out, and the schemes differ. REPAE_SCREENSHOTS=FOLDER keeps them."""
     folder = Path(os.environ.get("REPAE_SCREENSHOTS", tmp_path))

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import small
 import test_cache_latents
-import test_evaluate
 from command_line import call
 from etils import epath
-from feature_stub import Noise, StubNetwork
+from feature_stub import Noise, StubNetwork, write_adm
 from PIL import Image
 
 from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
@@ -247,9 +246,10 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
     save(job, workdir, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
-    test_evaluate.write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    given = "--reference", str(tmp_path / "real.npz"), "--inception=weights.pth", "--batch_size=8"
     sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
-    path, result = evaluate.run(test_evaluate.arguments(workdir, tmp_path / "real.npz", *sampling))
+    path, result = evaluate.run(evaluate.parse_args([str(workdir), *given, *sampling]))
     assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
     assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
     path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))

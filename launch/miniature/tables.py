@@ -14,8 +14,8 @@ from pathlib import Path
 from checkpoints_tools.vae import DISCRIMINATOR
 from configs import ldm, repae, vae
 from launch.quickstart import digits_models
+from repae_jax.files import RANDOM
 from repae_jax.job.build import plain_config
-from repae_jax.job.frozen_weights import RANDOM
 
 STEPS = 800  # training steps of every SiT, alone or together with a VAE
 VAE_STEPS = 1200  # training steps of the VAE that the others start from

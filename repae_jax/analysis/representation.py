@@ -1,19 +1,20 @@
-"""What representations have in common, and what they look like: CKNNA, mutual nearest neighbours, CKA, principal components.
+"""Similarity of representations (CKNNA, mutual nearest neighbors, CKA) and their principal components.
 
 All similarities are inner products of features [N, F], one row per image; `unit_rows` makes them cosines, as published
-measurements do. No N x N matrix is ever whole: of a kernel only the nearest neighbours are kept.
+measurements do. No N x N matrix is ever whole: only the nearest neighbors of a kernel are kept.
 """
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Int
 
 FORMULAS = ("paper", "platonic_code")
 EPSILON = 1e-6  # in the released code's denominators
 
 
-def unit_rows(features):
-    """Features [N, F] with rows of length 1; rows of zeros stay."""
+def unit_rows(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
+    """Returns float32 features with rows of length 1; rows of zeros stay."""
     features = np.asarray(features, np.float32)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
@@ -23,31 +24,23 @@ class Neighbors:
     """The nearest images of each image by one representation.
 
     Attributes:
-      indices: int64 [N, k], the most similar images, not the image itself, in no order.
-      similarities: float64 [N, k], inner products with them.
-      row_means: float64 [N], mean inner product with all N images, itself included.
+      indices: the most similar images, not the image itself, in no order.
+      similarities: inner products with them, in float64.
+      row_means: mean inner product with all N images, itself included, in float64.
     """
 
-    indices: np.ndarray
-    similarities: np.ndarray
-    row_means: np.ndarray
+    indices: Int[np.ndarray, "N k"]
+    similarities: Float[np.ndarray, "N k"]
+    row_means: Float[np.ndarray, " N"]
 
     @property
-    def size(self):
-        """N, the number of images."""
+    def size(self) -> int:
+        """The number of images N."""
         return len(self.indices)
 
 
-def nearest(features, k=10, rows=1024):
-    """Nearest neighbours by inner product.
-
-    Args:
-      features: float [N, F]; multiplied in float32.
-      k: how many.
-      rows: of the kernel in memory at a time.
-
-    Returns:
-      Neighbors.
+def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -> Neighbors:
+    """Finds the k nearest neighbors by inner product, in float32, with `rows` rows of the kernel in memory at a time.
 
     Raises:
       ValueError: if there are too few images for k, features are not finite, or k is below 1.
@@ -74,44 +67,44 @@ def nearest(features, k=10, rows=1024):
     return Neighbors(np.concatenate(indices), np.concatenate(similarities), row_means)
 
 
-def _mutual(a, b):
-    """Pairs (i, j) with j among i's neighbors by both: rows, columns, similarities by a and by b, row-major."""
-    pairs = [(np.arange(x.size)[:, None] * x.size + x.indices).ravel() for x in (a, b)]
-    common, in_a, in_b = np.intersect1d(*pairs, assume_unique=True, return_indices=True)
+def _mutual(a: Neighbors, b: Neighbors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the pairs (i, j) with j among i's neighbors by both: rows, columns, similarities by a and by b, row-major."""
+    of_a, of_b = ((np.arange(x.size)[:, None] * x.size + x.indices).ravel() for x in (a, b))
+    common, in_a, in_b = np.intersect1d(of_a, of_b, assume_unique=True, return_indices=True)
     rows, columns = np.divmod(common, a.size)
     return rows, columns, a.similarities.ravel()[in_a], b.similarities.ravel()[in_b]
 
 
-def _centered_alignment(a, b):
+def _centered_alignment(a: Neighbors, b: Neighbors) -> float:
     rows, _, by_a, by_b = _mutual(a, b)
     return ((by_a - a.row_means[rows]) * (by_b - b.row_means[rows])).sum()
 
 
-def _unbiased_alignment(a, b):
-    """Song et al.'s unbiased HSIC of the two kernels, each 0 but at mutual neighbors (and so not symmetric)."""
+def _unbiased_alignment(a: Neighbors, b: Neighbors) -> float:
+    """Computes Song et al.'s unbiased HSIC of the two kernels, each 0 but at mutual neighbors (and so not symmetric)."""
     rows, columns, by_a, by_b = _mutual(a, b)
     size = a.size
     codes, mirrored = rows * size + columns, columns * size + rows
     at = np.searchsorted(codes, mirrored).clip(max=max(len(codes) - 1, 0))
-    both = codes[at] == mirrored
-    trace = (by_a[both] * by_b[at[both]]).sum()
+    is_pair = codes[at] == mirrored
+    trace = (by_a[is_pair] * by_b[at[is_pair]]).sum()
     product = (np.bincount(columns, by_a, size) * np.bincount(rows, by_b, size)).sum()
     sums = by_a.sum() * by_b.sum() / ((size - 1) * (size - 2))
     return (trace + sums - 2 * product / (size - 2)) / (size * (size - 3))
 
 
-def neighbor_alignment(a, b, formula="paper"):
-    """CKNNA of two representations whose neighbors are known.
+def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> float:
+    """Computes CKNNA of two representations from their neighbors.
 
     Args:
-      a: Neighbors.
-      b: Neighbors of the same images, as many.
+      a: of the first representation.
+      b: of the second, for the same images and k.
       formula: 'paper', kernels centered by the mean of each row over all images, then summed over mutual neighbors; or
         'platonic_code', the released code's: kernels set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and
         the second is not quite symmetric in a and b.
 
     Returns:
-      float, 1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
+      1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
       representation is the same for all images.
 
     Raises:
@@ -130,49 +123,39 @@ def neighbor_alignment(a, b, formula="paper"):
     return float(align(a, b) / (np.sqrt(product) + (0 if formula == "paper" else EPSILON)))
 
 
-def neighbor_overlap(a, b):
-    """Mean share of an image's k neighbors that both representations have: float in [0, 1]. Arguments as above."""
+def neighbor_overlap(a: Neighbors, b: Neighbors) -> float:
+    """Computes the mean share of an image's k neighbors that both representations have, in [0, 1]."""
     _check_alike(a, b)
     return len(_mutual(a, b)[0]) / a.indices.size
 
 
-def _check_alike(a, b):
+def _check_alike(a: Neighbors, b: Neighbors) -> None:
     if a.indices.shape != b.indices.shape:
         raise ValueError(
             f"neighbors are {list(a.indices.shape)} and {list(b.indices.shape)}; allowed: the same images and k for both"
         )
 
 
-def cknna(a, b, k=10, formula="paper"):
-    """Centered kernel nearest-neighbor alignment.
-
-    Args:
-      a: float [N, F], one row per image; see `unit_rows`.
-      b: float [N, G] of the same images.
-      k: neighbors.
-      formula: see `neighbor_alignment`, as for all else.
-
-    Returns:
-      float.
-    """
+def cknna(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int = 10, formula: str = "paper") -> float:
+    """Computes the centered kernel nearest-neighbor alignment of features of the same images; see `neighbor_alignment`."""
     return neighbor_alignment(nearest(a, k), nearest(b, k), formula)
 
 
-def mutual_knn(a, b, k=10):
-    """Mean share of an image's k nearest neighbors that both representations [N, F] and [N, G] have: float in [0, 1]."""
+def mutual_knn(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int = 10) -> float:
+    """Computes the mean share of an image's k nearest neighbors that both representations have, in [0, 1]."""
     return neighbor_overlap(nearest(a, k), nearest(b, k))
 
 
-def cka(a, b, unbiased=False):
-    """Linear centered kernel alignment, through feature covariances: no kernel is made.
+def cka(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], unbiased: bool = False) -> float:
+    """Computes the linear centered kernel alignment in float64, through feature covariances: no kernel is made.
 
     Args:
-      a: float [N, F], one row per image; computed in float64.
-      b: float [N, G] of the same images.
-      unbiased: by Song et al.'s unbiased HSIC, for few images of many features; may be below 0.
+      a: one row per image.
+      b: features of the same images.
+      unbiased: uses Song et al.'s unbiased HSIC, for few images of many features; may be below 0.
 
     Returns:
-      float, 1 for equal representations, but for the released code's 1e-6 in its denominator; nan if a representation is the
+      1 for equal representations, but for the released code's 1e-6 in its denominator; nan if a representation is the
       same for all images.
 
     Raises:
@@ -190,8 +173,8 @@ def cka(a, b, unbiased=False):
     return float(hsic(a, b) / (np.sqrt(product) + EPSILON)) if product > 0 else np.nan
 
 
-def _unbiased_hsic(a, b):
-    """Of the kernels' matrices without their diagonals, from the features alone."""
+def _unbiased_hsic(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"]) -> float:
+    """Computes the HSIC of the kernels' matrices without their diagonals, from the features alone."""
     size = len(a)
     lengths_a, lengths_b = np.square(a).sum(axis=1), np.square(b).sum(axis=1)
     rows_a, rows_b = (x @ x.sum(axis=0) - lengths for x, lengths in ((a, lengths_a), (b, lengths_b)))
@@ -200,15 +183,11 @@ def _unbiased_hsic(a, b):
     return (trace + sums - 2 * (rows_a * rows_b).sum() / (size - 2)) / (size * (size - 3))
 
 
-def principal_components(latents, count=3):
-    """The first principal components of latents, fitted to all positions of all images together.
-
-    Args:
-      latents: float [B, h, w, C], C >= count; computed in float64.
-      count: how many.
+def principal_components(latents: Float[np.ndarray, "B h w C"], count: int = 3) -> Float[np.ndarray, "B h w count"]:
+    """Returns the first principal components of latents, fitted in float64 to all positions of all images together.
 
     Returns:
-      float64 [B, h, w, count], the one that varies most first, mean 0. The sign is the one with which the longer tail is
+      The component that varies most first, mean 0. The sign is the one with which the longer tail is
       positive, so neither the order of the channels nor any rotation of them changes the result.
 
     Raises:

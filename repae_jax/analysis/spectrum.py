@@ -1,4 +1,4 @@
-"""How fast frequencies fall off, in latents as in images: amplitudes of the blockwise 2D DCT in zig-zag order.
+"""Spectrum of latents or images: amplitudes of the blockwise 2D DCT in zig-zag order, which show how fast frequencies fall off.
 
 Reference: Skorokhodov et al., "Improving the diffusability of autoencoders" (arXiv 2502.14831): A_uv = |D_uv / D_00|, averaged.
 Latents have no offset as images have, so D_00 of a block can be about 0, and the average of such ratios is ruled by a few
@@ -6,25 +6,26 @@ blocks (for a Gaussian D_00 it does not exist). `relative_spectrum` therefore di
 """
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import fft
 
 
-def zigzag(block):
-    """Order of a block's frequencies (u, v), lowest first, as in JPEG: int [block ** 2, 2]."""
+def zigzag(block: int) -> Int[np.ndarray, "block**2 2"]:
+    """Returns the frequencies (u, v) of a block in JPEG's order, lowest first."""
     pairs = [(u, v) for u in range(block) for v in range(block)]
-    # diagonals of equal u + v, walked through in turns from either end
+    # Diagonals of equal u + v are walked through in turns from either end.
     return np.array(sorted(pairs, key=lambda uv: (sum(uv), uv[0] if sum(uv) % 2 else uv[1])))
 
 
-def mean_amplitudes(x, block):
-    """|D_uv|, averaged over blocks and images.
+def mean_amplitudes(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray, "block**2 C"]:
+    """Computes |D_uv| of the orthonormal DCT-II, averaged over blocks and images, in float64.
 
     Args:
-      x: float [B, h, w, C], latents or images; rows and columns beyond the last whole block are left out.
+      x: latents or images; rows and columns beyond the last whole block are left out.
       block: side of the blocks, at most h and w.
 
     Returns:
-      float64 [block ** 2, C] in the order of `zigzag`, of the orthonormal DCT-II.
+      Amplitudes in the order of `zigzag`.
 
     Raises:
       ValueError: if no block fits.
@@ -32,11 +33,11 @@ def mean_amplitudes(x, block):
     return np.abs(_blocks(x, block)).mean(axis=0)
 
 
-def mean_ratios(x, block):
-    """|D_uv / D_00|, averaged over blocks and images; arguments as `mean_amplitudes`.
+def mean_ratios(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray, "block**2 C"]:
+    """Computes |D_uv / D_00|, averaged over blocks and images; Args, Raises as `mean_amplitudes`.
 
     Returns:
-      float64 [block ** 2, C]; blocks whose D_00 is exactly 0 are left out, nan if none is left.
+      float64; blocks whose D_00 is exactly 0 are left out, nan if none is left.
     """
     amplitudes = np.abs(_blocks(x, block))
     usable = amplitudes[:, :1] > 0
@@ -45,8 +46,8 @@ def mean_ratios(x, block):
     return np.where(count > 0, ratios.sum(axis=0) / np.maximum(count, 1), np.nan)
 
 
-def relative_spectrum(amplitudes):
-    """`mean_amplitudes` [K, C] over their first row, averaged over the channels: float64 [K], 1 first.
+def relative_spectrum(amplitudes: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
+    """Divides `mean_amplitudes` by their first row, averaged over the channels: 1 first.
 
     Channels that are 0 everywhere do not count; nan if all are.
     """
@@ -56,14 +57,14 @@ def relative_spectrum(amplitudes):
     return (amplitudes[:, usable] / amplitudes[0, usable]).mean(axis=1)
 
 
-def high_frequency_share(amplitudes):
-    """Of the amplitudes [K, C] but the first, summed over channels, the part in the upper half of the order; in [0, 1]."""
+def high_frequency_share(amplitudes: Float[np.ndarray, "K C"]) -> float:
+    """Computes the share of the upper half of the order in the amplitudes without the first, summed over channels."""
     total = amplitudes[1:].sum()
     return float(amplitudes[len(amplitudes) // 2 :].sum() / total) if total > 0 else np.nan
 
 
-def _blocks(x, block):
-    """DCT coefficients: float64 [number of blocks, block ** 2, C]."""
+def _blocks(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray, "N block**2 C"]:
+    """Returns the DCT coefficients of all blocks, in float64."""
     x = np.asarray(x, np.float64)
     if x.ndim != 4 or not x.size or not 1 <= block <= min(x.shape[1:3]):
         raise ValueError(
@@ -72,7 +73,7 @@ def _blocks(x, block):
         )
     b, h, w, c = x.shape
     rows, columns = h // block, w // block
-    cut = x[:, : rows * block, : columns * block].reshape(b, rows, block, columns, block, c)
-    coefficients = fft.dctn(cut, axes=(2, 4), norm="ortho").transpose(0, 1, 3, 2, 4, 5).reshape(-1, block, block, c)
+    whole = x[:, : rows * block, : columns * block].reshape(b, rows, block, columns, block, c)
+    coefficients = fft.dctn(whole, axes=(2, 4), norm="ortho").transpose(0, 1, 3, 2, 4, 5).reshape(-1, block, block, c)
     u, v = zigzag(block).T
     return coefficients[:, u, v]

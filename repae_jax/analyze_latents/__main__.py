@@ -1,4 +1,4 @@
-"""Latents of VAEs side by side: `python -m repae_jax.analyze_latents runs/repae REPA-E/e2e-sdvae-hf --data /data/val`.
+"""Analyzes latents of VAEs side by side: `python -m repae_jax.analyze_latents runs/repae REPA-E/e2e-sdvae-hf --data /data/val`.
 
 Every SOURCE is a run of ours, a published training checkpoint, or a VAE's file, folder or hub name. Written are analysis.json,
 with all numbers, and pca.png (latents in colors), spectrum.png (frequencies against the images'), channels.png (histograms) and
@@ -88,13 +88,42 @@ def parse_args(argv=None):
 def _load(source, vae_path):
     if not vae_path:
         return load_vae(source.path, source.step)
-    whole = load_model(source.path, source.step, jax.devices()[:1], vae_path)
-    module = whole.nets.vae.clone(dtype=jnp.float32)
-    return LoadedTokenizer(module, whole.params["vae"], whole.params["latent_stats"], step=whole.step)
+    trained = load_model(source.path, source.step, jax.devices()[:1], vae_path)
+    module = trained.nets.vae.clone(dtype=jnp.float32)
+    return LoadedTokenizer(module, trained.params["vae"], trained.params["latent_stats"], step=trained.step)
+
+
+def _encode_by_encoders(args, configs, images_source, records, mesh):
+    """Returns features and neighbors of the images by each encoder for CKNNA, and the protocol of the encoders."""
+    encoders, protocol = {}, {}
+    for label, (path, image_size) in choose_encoders(args.cknna, configs).items():
+        features, checksum = encoder_features(label, path, image_size, images_source, records, args.batch_size, mesh)
+        encoders[label] = features, representation.nearest(features, NEIGHBORS)
+        protocol[label] = {"weights": path, "image_size": image_size, "fingerprint": checksum}
+    return encoders, protocol
+
+
+def _encode_by_vaes(args, sources, images_source, records, mesh):
+    """Returns a Model for each source."""
+    models = []
+    for source in sources:
+        vae = _load(source, args.vae)
+        grid = images_source.image_size // vae.module.factor
+        count = sum(model.latents.nbytes for model in models) + 4 * len(records) * grid**2 * vae.module.latent_channels
+        check_bytes(count, f"the latents of {len(records)} images by {len(models) + 1} VAEs")
+        models.append(encode_images(source, vae, images_source, records, args.batch_size, mesh))
+    return models
+
+
+def _add_cknna(args, sources, descriptions, images_source, records, encoders):
+    for source, description in zip(sources, descriptions):
+        trained = load_model(source.path, source.step, vae_path=args.vae)
+        description["sit_fingerprint"] = fingerprint(trained.params["sit"])
+        description["cknna"] = measure_cknna(args, source, trained, images_source, records, encoders)
 
 
 def run(args):
-    """Analyze as the command line says; returns the path of analysis.json."""
+    """Analyzes as the command line says; returns the path of analysis.json."""
     if jax.process_count() > 1:
         raise ValueError("the analysis runs in one process; start it on one host")
     mesh = sharding.make_mesh(1)
@@ -105,84 +134,68 @@ def run(args):
         raise ValueError("--vae is for one SOURCE; give a SiT's VAE as a SOURCE of its own")
     configs = [run_config(source) for source in sources]
     folder = out_folder(args, sources, configs)
-    images_source, described_data = open_images(args, configs)
+    images_source, data_description = open_images(args, configs)
     records = draw_records(images_source, args.num_images, args.seed)
-    encoders = {}
+    cknna_records, encoders = None, {}
     if args.cknna is not None:
         cknna_records = draw_records(images_source, args.cknna_images, args.seed)
         check_cknna(args, sources, configs, len(cknna_records))
-        chosen = choose_encoders(args.cknna, configs)
-        used = {}
-        for label, (path, pixels) in chosen.items():
-            found, checksum = encoder_features(label, path, pixels, images_source, cknna_records, args.batch_size, mesh)
-            encoders[label] = found, representation.nearest(found, NEIGHBORS)
-            used[label] = {"weights": path, "image_size": pixels, "fingerprint": checksum}
-
-    models = []
-    for source in sources:
-        vae = _load(source, args.vae)
-        grid = images_source.image_size // vae.module.factor
-        count = sum(model.latents.nbytes for model in models) + 4 * len(records) * grid**2 * vae.module.latent_channels
-        check_bytes(count, f"the latents of {len(records)} images by {len(models) + 1} VAEs")
-        models.append(encode_images(source, vae, images_source, records, args.batch_size, mesh))
+        encoders, encoder_protocol = _encode_by_encoders(args, configs, images_source, cknna_records, mesh)
+    models = _encode_by_vaes(args, sources, images_source, records, mesh)
     block = min([BLOCK] + [model.latents.shape[1] for model in models])
     rgb_spectrum, rgb_ratios = spectrum_of_images(images_source, records, args.batch_size, block)
     compared = set.intersection(*({row["transform"] for row in model.equivariance} for model in models))
-    described = [describe(model, block, compared) for model in models]
-    if encoders:
-        for source, about in zip(sources, described):
-            trained = load_model(source.path, source.step, vae_path=args.vae)
-            about["sit_fingerprint"] = fingerprint(trained.params["sit"])
-            about["cknna"] = measure_cknna(args, source, trained, images_source, cknna_records, encoders)
-
+    descriptions = [describe(model, block, compared) for model in models]
     protocol = {
-        "data": described_data, "image_size": images_source.image_size, "num_images": len(records), "seed": args.seed,
+        "data": data_description, "image_size": images_source.image_size, "num_images": len(records), "seed": args.seed,
         "latents": "posterior mean, not normalized", "precision": "float32", "dct_block": block, "pixels": "in [-1, 1]",
         "resampling": "bilinear, not antialiased", "mean_errors_over": sorted(compared - {"none"}),
     }  # fmt: skip
     if encoders:
+        _add_cknna(args, sources, descriptions, images_source, cknna_records, encoders)
         protocol["cknna"] = {
             "num_images": len(cknna_records), "k": NEIGHBORS, "labels": args.labels, "timesteps": list(args.timesteps),
-            "encoders": used,
+            "encoders": encoder_protocol,
             "features": "tokens averaged per image, rows of length 1, outliers not clipped; latents normalized, then noised",
         }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     originals = np.stack([reading.read(images_source, i)["image"] for i in records[:SHOWN]])
-    draw(folder, models, described, originals, rgb_spectrum)
+    draw(folder, models, descriptions, originals, rgb_spectrum)
     content = {
-        "kind": "analysis", "models": described, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,
-        "protocol": protocol, "warnings": _warnings(args, len(cknna_records) if encoders else None),
+        "kind": "analysis", "models": descriptions, "rgb_spectrum": rgb_spectrum, "rgb_spectrum_of_ratios": rgb_ratios,
+        "protocol": protocol, "warnings": _warnings(args, cknna_records),
     }  # fmt: skip
-    files.write_json(folder / RESULT, plain(content))  # last: where it is, the pictures are whole
+    files.write_json(folder / RESULT, plain(content))  # last: its presence means that the pictures are whole
     return folder / RESULT
 
 
-def _warnings(args, cknna_count):
-    """What is wrong with the numbers."""
-    found = []
+def _warnings(args, cknna_records):
+    """Returns reasons not to trust the numbers."""
+    warnings = []
     if not args.data:
-        found.append("no --data: these are the images that the first run trained on")
-    if cknna_count is not None and cknna_count < PUBLISHED_COUNT:
-        found.append(
-            f"CKNNA of {cknna_count} images: it is the higher the fewer they are, published values are of {PUBLISHED_COUNT}; "
-            f"mutual_knn is {NEIGHBORS / (cknna_count - 1):.2g} by chance"
+        warnings.append("no --data: these are the images that the first run trained on")
+    if cknna_records is not None and len(cknna_records) < PUBLISHED_COUNT:
+        count = len(cknna_records)
+        warnings.append(
+            f"CKNNA of {count} images: it is the higher the fewer they are, published values are of {PUBLISHED_COUNT}; "
+            f"mutual_knn is {NEIGHBORS / (count - 1):.2g} by chance"
         )
-    return found
+    return warnings
 
 
 def summary(path):
-    """The main numbers of an analysis.json as a table for people, and its warnings."""
+    """Formats the main numbers of an analysis.json as a table for people, and its warnings."""
     content = json.loads(path.read_text())
     models = content["models"]
     names = [
         "spatial_variance", "total_variation", "effective_rank", "collapsed_channels", "high_frequency_share", "scale_error",
         "rotation_error", "psnr",
     ]  # fmt: skip
-    width = max(len(about["name"]) for about in models)
+    width = max(len(model["name"]) for model in models)
     lines = [" " * width + "  " + "  ".join(names)]
-    for about in models:
-        values = ("-" if about["numbers"][name] is None else f"{about['numbers'][name]:.4g}" for name in names)
-        lines.append(f"{about['name']:<{width}}  " + "  ".join(f"{value:>{len(name)}}" for name, value in zip(names, values)))
+    for model in models:
+        values = ("-" if model["numbers"][name] is None else f"{model['numbers'][name]:.4g}" for name in names)
+        lines.append(f"{model['name']:<{width}}  " + "  ".join(f"{value:>{len(name)}}" for name, value in zip(names, values)))
     return "\n".join(lines + [f"warning: {text}" for text in content["warnings"]])
 
 

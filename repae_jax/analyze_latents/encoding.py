@@ -1,45 +1,53 @@
-"""From images to latents, and how latents and pixels answer to transforms of the images."""
+"""From images to latents, and the equivariance of latents and pixels under transforms of the images."""
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from repae_jax import images
 from repae_jax.analysis import equivariance
 from repae_jax.analyze_latents.sources import Source
-from repae_jax.data import reading
 from repae_jax.distributed import sharding
+from repae_jax.evaluation.image_sets import source_blocks
 from repae_jax.losses.regularizers import downscale
 from repae_jax.sampling.load_model import LoadedTokenizer
 
 SCALES = (0.75, 0.5, 0.25)
-MAX_BYTES = 2**30  # of latents; some numbers take four times as much for a while
+MAX_BYTES = 2**30  # most bytes of latents; some numbers take four times as much for a while
+# transforms of images and of latents
+TRANSFORMS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    **{f"scale {scale:g}": functools.partial(downscale, scale=scale) for scale in SCALES},
+    **{f"turn {90 * k}°": functools.partial(jnp.rot90, k=k, axes=(1, 2)) for k in (1, 2, 3)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One VAE and what it makes of the images.
+    """A VAE and its latents of the images.
 
     Attributes:
-      source: Source.
-      vae: LoadedTokenizer.
-      latents: float32 numpy [N, h, w, C], posterior means, un-normalised.
+      source: where it is from.
+      vae: the VAE.
+      latents: posterior means, not normalized.
       equivariance: [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first.
     """
 
     source: Source
     vae: LoadedTokenizer
-    latents: np.ndarray
+    latents: Float[np.ndarray, "N h w C"]
     equivariance: list[dict[str, Any]]
 
 
-def in_float32(function):
-    """float32 means float32 on every platform."""
+def jit_in_float32(function: Callable) -> Callable:
+    """Compiles a function so that float32 means float32 on every platform."""
 
     @functools.wraps(function)
     def precise(*args):
@@ -49,66 +57,50 @@ def in_float32(function):
     return jax.jit(precise)
 
 
-def check_bytes(count, what, allowed=None):
-    """ValueError if `what` is more than fits in memory, MAX_BYTES if not told otherwise."""
+def check_bytes(count: int, arrays: str, allowed: int | None = None) -> None:
+    """Raises ValueError if arrays take more bytes than allowed, MAX_BYTES by default."""
     allowed = allowed or MAX_BYTES
     if count > allowed:
-        raise ValueError(f"{what} take {count / 2**30:.1f} GiB of memory; allowed: {allowed / 2**30:g}; use fewer images")
+        raise ValueError(f"{arrays} take {count / 2**30:.1f} GiB of memory; allowed: {allowed / 2**30:g}; use fewer images")
 
 
-def read_batches(source, records, batch_size):
-    """Images, decoded in threads.
-
-    Args:
-      source: see `repae_jax.data`.
-      records: positions in it.
-      batch_size: images at a time.
-
-    Yields:
-      uint8 numpy [batch_size, H, W, 3], and how many of them count: the last batch is filled up, for one program to serve all.
+def read_batches(source: Any, records, batch_size: int) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], int]]:
+    """Yields images of a source, and how many of them count: the last batch is padded, for one program to serve all.
 
     Raises:
       ValueError: for an image that cannot be decoded, by its name.
-      OSError: if the disk, or what else holds the images, cannot be read.
+      OSError: if the system fails.
     """
-
-    def read(record):
-        fields, wrong = reading.attempt(source, record)
-        if wrong:
-            raise ValueError(f"{source.name(record)} cannot be decoded ({wrong}): repair or remove it")
-        return fields["image"]
-
-    for first in range(0, len(records), batch_size):
-        part = records[first : first + batch_size]
-        pixels = np.stack(reading.at_once(read, part))
-        yield pixels[np.minimum(np.arange(batch_size), len(part) - 1)], len(part)
+    batches = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
+    for pixels in source_blocks(source, batches):
+        yield pixels[np.minimum(np.arange(batch_size), len(pixels) - 1)], len(pixels)
 
 
-# what equivariance is measured under: name -> function of images and of latents
-TRANSFORMS = {
-    "none": lambda x: x,
-    **{f"scale {scale:g}": functools.partial(downscale, scale=scale) for scale in SCALES},
-    **{f"turn {90 * k}°": functools.partial(jnp.rot90, k=k, axes=(1, 2)) for k in (1, 2, 3)},
-}
+def map_images(
+    function: Callable[[Array], Array], source: Any, records, batch_size: int, mesh: jax.sharding.Mesh, description: str
+) -> Iterator[np.ndarray]:
+    """Yields a function's results for batches of images on the devices of a mesh, under a progress bar."""
+    with tqdm(total=len(records), unit="img", desc=description) as bar:
+        for pixels, count in read_batches(source, records, batch_size):
+            yield np.asarray(function(jax.device_put(pixels, sharding.batch_sharding(mesh))))[:count]
+            bar.update(count)
 
 
-def transforms(grid):
-    """Names of the TRANSFORMS that leave latents of grid x grid a whole size."""
+def transforms(grid: int) -> list[str]:
+    """Returns the names of the TRANSFORMS that leave latents of grid x grid a whole size."""
     odd = [f"scale {scale:g}" for scale in SCALES if not (scale * grid).is_integer()]
     return [name for name in TRANSFORMS if name not in odd]
 
 
-def _check_sizes(vae, name, size):
-    if size % vae.factor or size < vae.factor:
-        below = size // vae.factor * vae.factor
-        allowed = " or ".join(str(n) for n in (below, below + vae.factor) if n)
-        raise ValueError(
-            f"{name}: image size {size} is not a multiple of the VAE's factor {vae.factor}; allowed: e.g. {allowed}"
-        )
+def _check_size(factor: int, name: str, size: int) -> None:
+    if size % factor or size < factor:
+        below = size // factor * factor
+        allowed = " or ".join(str(n) for n in (below, below + factor) if n)
+        raise ValueError(f"{name}: image size {size} is not a multiple of the VAE's factor {factor}; allowed: e.g. {allowed}")
 
 
-def check_finite(latents, name, source, records):
-    """ValueError that names the first of the images whose latents [N, h, w, C] are not finite."""
+def check_finite(latents: Float[np.ndarray, "N h w C"], name: str, source: Any, records) -> None:
+    """Raises ValueError, naming the first of the images, if latents are not finite."""
     bad = np.flatnonzero(~np.isfinite(latents).all(axis=(1, 2, 3)))
     if len(bad):
         raise ValueError(
@@ -117,68 +109,77 @@ def check_finite(latents, name, source, records):
         )
 
 
-@functools.cache  # the checkpoints of a run share programs
-def make_encode(module):
-    """(VAE parameters, uint8 [B, H, W, 3]) -> posterior means [B, h, w, C], compiled."""
-    return in_float32(lambda params, pixels: posterior_mean(module, params, images.to_float(pixels)))
-
-
-def posterior_mean(module, params, x):
-    """Latents [B, h, w, C] of images float [B, H, W, 3] in [-1, 1]."""
+def posterior_mean(module: Any, params: Any, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+    """Returns the latents of images in [-1, 1]."""
     return module.apply({"params": params}, x, method="encode").mode()
 
 
+@functools.cache  # the checkpoints of a run share programs
+def make_encode(module: Any) -> Callable:
+    """Makes the compiled function of (VAE parameters, uint8 images) that returns posterior means."""
+    return jit_in_float32(lambda params, pixels: posterior_mean(module, params, images.to_float(pixels)))
+
+
 @functools.cache
-def make_compare(module, transform):
-    """`equivariance.compare` under one of TRANSFORMS: compiled function of (VAE parameters, uint8 images, their latents)."""
+def make_compare(module: Any, transform: str) -> Callable:
+    """Makes the compiled `equivariance.compare` of one transform, of (VAE parameters, uint8 images, their latents)."""
 
     def compare(params, pixels, latents):
         decode = functools.partial(module.apply, {"params": params}, method="decode")
         encode = functools.partial(posterior_mean, module, params)
         return equivariance.compare(encode, decode, TRANSFORMS[transform], images.to_float(pixels), latents)
 
-    return in_float32(compare)
+    return jit_in_float32(compare)
 
 
-def encode_images(source, vae, images_source, records, batch_size, mesh):
-    """What one VAE makes of the images.
+class _Equivariance:
+    """Running equivariance errors of one transform."""
+
+    def __init__(self, module, transform):
+        self._compare, self._transform = make_compare(module, transform), transform
+        self._sums, self._pixel_errors = 0, []
+
+    def update(self, params, pixels, latents, count):
+        """Adds the first `count` images of a batch."""
+        encoded, transformed, psnr, l1 = (np.asarray(x)[:count] for x in self._compare(params, pixels, latents))
+        self._sums = self._sums + equivariance.difference_sums(encoded, transformed)
+        self._pixel_errors.append((psnr, l1))
+
+    def result(self):
+        psnr, l1 = (float(np.concatenate(values).mean()) for values in zip(*self._pixel_errors))
+        return {"transform": self._transform, "latent_error": equivariance.relative_error(self._sums), "psnr": psnr, "l1": l1}
+
+
+def encode_images(
+    source: Source, vae: LoadedTokenizer, images_source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
+) -> Model:
+    """Encodes images with a VAE, and measures its equivariance.
 
     Args:
-      source: Source, for messages.
-      vae: LoadedTokenizer.
-      images_source: see `repae_jax.data`.
-      records: positions in it.
+      source: the VAE's source; messages name it.
+      vae: the VAE.
+      images_source: images, see `repae_jax.data`.
+      records: records of it.
       batch_size: images at a time, a multiple of the devices.
       mesh: device mesh.
-
-    Returns:
-      Model.
 
     Raises:
       ValueError: for an image size that the VAE cannot take, or latents that are not finite.
     """
     size, factor = images_source.image_size, vae.module.factor
-    _check_sizes(vae.module, source.name, size)
-    made = np.empty((len(records), size // factor, size // factor, vae.module.latent_channels), np.float32)
+    _check_size(factor, source.name, size)
     encode = make_encode(vae.module)
-    compare = {name: make_compare(vae.module, name) for name in transforms(size // factor)}
-    sums, pixel_errors = dict.fromkeys(compare, 0), {name: [] for name in compare}
+    errors = [_Equivariance(vae.module, name) for name in transforms(size // factor)]
     params = jax.device_put(vae.params, sharding.replicated(mesh))
-    first = 0
+    batches, first = [], 0
     with tqdm(total=len(records), unit="img", desc=source.name) as bar:
         for pixels, count in read_batches(images_source, records, batch_size):
             pixels = jax.device_put(pixels, sharding.batch_sharding(mesh))
             latents = encode(params, pixels)
-            made[first : first + count] = np.asarray(latents)[:count]
-            check_finite(made[first : first + count], source.name, images_source, records[first:])
-            for name, function in compare.items():
-                encoded, transformed, psnr, l1 = (np.asarray(x)[:count] for x in function(params, pixels, latents))
-                sums[name] = sums[name] + equivariance.difference_sums(encoded, transformed)
-                pixel_errors[name].append((psnr, l1))
+            batches.append(np.asarray(latents)[:count])
+            check_finite(batches[-1], source.name, images_source, records[first:])
+            for error in errors:
+                error.update(params, pixels, latents, count)
             first += count
             bar.update(count)
-    rows = []
-    for name in compare:
-        psnr, l1 = (float(np.concatenate(values).mean()) for values in zip(*pixel_errors[name]))
-        rows.append({"transform": name, "latent_error": equivariance.relative_error(sums[name]), "psnr": psnr, "l1": l1})
-    return Model(source, vae, made, rows)
+    return Model(source, vae, np.concatenate(batches), [error.result() for error in errors])

@@ -1,31 +1,31 @@
-"""The numbers of an analysis."""
+"""Numbers of an analysis."""
+
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from repae_jax import images
 from repae_jax.analysis import channels, smoothness, spectrum
-from repae_jax.analyze_latents.encoding import read_batches
+from repae_jax.analyze_latents.encoding import Model, read_batches
 from repae_jax.training.checkpoint import fingerprint
 
 
-def describe(model, block, compared):
-    """All that analysis.json says of a model, but CKNNA.
+def describe(model: Model, block: int, compared: set[str]) -> dict[str, Any]:
+    """Computes the entry of a model in analysis.json, without CKNNA; numbers that collapsed latents do not define are nan.
 
     Args:
-      model: Model.
+      model: the VAE and its latents.
       block: side of the DCT's blocks.
-      compared: names of the transforms that all models were measured under, which equivariance errors are means over.
-
-    Returns:
-      dict; what is not defined for collapsed latents is nan.
+      compared: transforms that all models were measured under; mean equivariance errors are over these.
     """
     latents = model.latents
     stats, collapsed, shares = channels.channel_stats(latents), channels.collapsed(latents), channels.variance_shares(latents)
     amplitudes = spectrum.mean_amplitudes(latents, block)
     alive = latents[..., ~collapsed] / stats["std"][~collapsed]
-    as_is, *changed = model.equivariance
-    changed = [row for row in changed if row["transform"] in compared]
-    errors = {kind: [row["latent_error"] for row in changed if row["transform"].startswith(kind)] for kind in ("scale", "turn")}
+    identity, *rows = model.equivariance
+    rows = [row for row in rows if row["transform"] in compared]
+    errors = {kind: [row["latent_error"] for row in rows if row["transform"].startswith(kind)] for kind in ("scale", "turn")}
     numbers = {
         "spatial_variance": smoothness.spatial_variance(latents),
         "total_variation": smoothness.total_variation(latents),
@@ -39,8 +39,8 @@ def describe(model, block, compared):
         "high_frequency_share": spectrum.high_frequency_share(amplitudes),
         "scale_error": np.mean(errors["scale"]) if errors["scale"] else np.nan,
         "rotation_error": np.mean(errors["turn"]),
-        "psnr": as_is["psnr"],
-        "l1": as_is["l1"],
+        "psnr": identity["psnr"],
+        "l1": identity["l1"],
     }
     return {
         "name": model.source.name,
@@ -58,8 +58,8 @@ def describe(model, block, compared):
     }
 
 
-def plain(value):
-    """For JSON: arrays as lists, what is not finite as null."""
+def plain(value: Any) -> Any:
+    """Converts nested values for JSON: arrays to lists, numbers that are not finite to None."""
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,8 +69,10 @@ def plain(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def spectrum_of_images(source, records, batch_size, block):
-    """Of the images themselves: `relative_spectrum`, and the mean ratios."""
+def spectrum_of_images(
+    source: Any, records, batch_size: int, block: int
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Computes the `relative_spectrum` and the mean ratios of the images themselves."""
     sums = np.zeros((2, block**2, 3))
     for pixels, count in read_batches(source, records, batch_size):
         x = images.to_float(pixels[:count])

@@ -1,16 +1,21 @@
-"""What the command line of the latent analysis means: sources, images, encoders, and where results go."""
+"""Interpretation of the command line of the latent analysis: sources, images, encoders, folder of the results."""
 
+import argparse
 import dataclasses
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from checkpoints_tools import identify
 from repae_jax import data
-from repae_jax.job import frozen_weights
+from repae_jax.evaluation.short_names import short_names
+from repae_jax.files import RANDOM
 from repae_jax.training import checkpoint
 
 RESULT = "analysis.json"
@@ -18,14 +23,15 @@ PICTURES = ("pca.png", "spectrum.png", "channels.png", "equivariance.png", "cknn
 PUBLISHED_COUNT = 10_000  # images behind published CKNNA
 NEIGHBORS = 10
 
+Configs = Sequence[Mapping[str, Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one SOURCE of the command line says.
+    """A SOURCE of the command line.
 
     Attributes:
-      name: for people.
-      path: of the run, checkpoint or VAE.
+      name: name for people.
+      path: run, checkpoint or VAE.
       step: checkpoint of a run, None for the newest.
     """
 
@@ -34,107 +40,100 @@ class Source:
     step: int | None
 
 
-def _exists(path):
-    return epath.Path(path).exists()
-
-
-def _split_number(text):
-    """('path', number) of 'path@number', or (text, None)."""
+def _split_number(text: str) -> tuple[str, int | None]:
+    """Splits 'path@number' into its parts; returns (text, None) if it is no such text."""
     path, _, number = text.rpartition("@")
-    return (path, int(number)) if path and number.isdigit() and not _exists(text) else (text, None)
+    return (path, int(number)) if path and number.isdigit() and not epath.Path(text).exists() else (text, None)
 
 
-def parse_sources(texts, step=None):
-    """Sources as the command line gives them.
+def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source, ...]:
+    """Parses sources 'PATH' or 'PATH@STEP', each perhaps after 'NAME='.
 
     Args:
-      texts: 'PATH', 'PATH@STEP', each perhaps after 'NAME='.
-      step: of those without one.
+      texts: the sources.
+      step: checkpoint of those without one.
 
     Returns:
-      tuple of Source with different names: the given ones, or the last parts of the paths that tell them apart.
+      Sources of different names: the given ones, or the last parts of the paths that tell them apart.
 
     Raises:
       ValueError: if two have the same name.
     """
-    found = []
+    parsed = []
     for text in texts:
         name, equals, rest = text.partition("=")
-        named = equals and name and not re.search(r"[/\\:]", name) and not _exists(text)
-        path, own_step = _split_number(os.path.expanduser(rest if named else text))
-        found.append((name if named else None, path, step if own_step is None else own_step))
-    paths = {path: Path(path).parts for _, path, _ in found}
-    depth = 1
-    while len({parts[-depth:] for parts in paths.values()}) < len(paths) and depth < max(map(len, paths.values())):
-        depth += 1
-    several = len({(path, at) for _, path, at in found}) > len(paths)  # checkpoints of one run
-    sources = [
-        Source(name or "/".join(paths[path][-depth:]) + (f"@{at}" if several and at is not None else ""), path, at)
-        for name, path, at in found
-    ]
+        is_named = equals and name and not re.search(r"[/\\:]", name) and not epath.Path(text).exists()
+        path, own_step = _split_number(os.path.expanduser(rest if is_named else text))
+        parsed.append((name if is_named else None, path, step if own_step is None else own_step))
+    short = short_names([path for _, path, _ in parsed])
+    show_steps = len({(path, at) for _, path, at in parsed}) > len(short)  # several checkpoints of a run
+    sources = tuple(
+        Source(name or short[path] + (f"@{at}" if show_steps and at is not None else ""), path, at)
+        for name, path, at in parsed
+    )
     names = [source.name for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"sources have the same name: {', '.join(twice)}; tell them apart with NAME=SOURCE")
-    return tuple(sources)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"sources have the same name: {', '.join(repeated)}; tell them apart with NAME=SOURCE")
+    return sources
 
 
-def run_config(source):
-    """Config of a run of ours, None for anything else."""
+def run_config(source: Source) -> Mapping[str, Any] | None:
+    """Returns the config of a run of ours, None for anything else."""
     is_run = (epath.Path(source.path) / "checkpoints").is_dir() and not (epath.Path(source.path) / "args.json").exists()
     return checkpoint.read_config(source.path, source.step) if is_run else None
 
 
-def open_images(args, configs):
-    """(source of images, what it is in words)."""
+def open_images(args: argparse.Namespace, configs: Configs) -> tuple[Any, str]:
+    """Opens the source of images of --data, by default that of the first run; returns it with its description."""
     own = next((config["data"] for config in configs if config), None)
     if own is None and not (args.data and args.image_size):
         raise ValueError("no SOURCE is a run of ours, whose images would be the default: give --data and --image_size")
     labelled = args.labels == "own"
     name, fields = data.parse_source(args.data, labelled) if args.data else (own["source"], data.given(own["options"]))
     size = args.image_size or own["image_size"]
-    described = ",".join(f"{field}={value}" for field, value in dict(fields).items())
-    return data.make_source(name, size, **fields), f"{name}:{described}" if described else name
+    description = ",".join(f"{field}={value}" for field, value in dict(fields).items())
+    return data.make_source(name, size, **fields), f"{name}:{description}" if description else name
 
 
-def draw_records(source, count, seed):
-    """Positions of images drawn without repetition, in ascending order; all if there are not more: int64 [min(count, N)]."""
+def draw_records(source: Any, count: int, seed: int) -> Int[np.ndarray, " n"]:
+    """Draws records without repetition, in ascending order; returns all if there are not more than `count`."""
     if count >= len(source):
         return np.arange(len(source))
     return np.sort(np.random.default_rng(seed).choice(len(source), count, replace=False))
 
 
-def out_folder(args, sources, configs):
-    """Path of the folder for the results, which holds none yet."""
+def out_folder(args: argparse.Namespace, sources: Sequence[Source], configs: Configs) -> epath.Path:
+    """Returns the folder for the results; raises ValueError if it holds some, or has no default."""
     out = args.out
     if not out and len({source.path for source in sources}) == 1 and configs[0]:
         out = f"{sources[0].path}/analysis"
     if not out:
         raise ValueError("give --out, the folder of the results; only those of one run have a default")
-    taken = [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]
-    if taken:
-        raise ValueError(f"{out} holds {', '.join(taken)}: give another --out, or move it away")
+    existing = [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]
+    if existing:
+        raise ValueError(f"{out} holds {', '.join(existing)}: give another --out, or move it away")
     return epath.Path(out)
 
 
-def choose_encoders(given, configs):
-    """label -> (path, image size or None) of the encoders for CKNNA."""
-    found = {}
+def choose_encoders(given: Sequence[str], configs: Configs) -> dict[str, tuple[str, int | None]]:
+    """Returns path and image size of the encoders for CKNNA by label: the given ones, or those of the runs."""
+    encoders = {}
     for text in given:
-        path, pixels = _split_number(text)
-        found[Path(path).name if Path(path).name not in found else path] = (path, pixels)
+        path, image_size = _split_number(text)
+        encoders[Path(path).name if Path(path).name not in encoders else path] = (path, image_size)
     if not given:
         for config in filter(None, configs):
             for fields in config["encoders"].values():
-                if fields["weights"] and fields["weights"] != frozen_weights.RANDOM:
-                    found[Path(fields["weights"]).name] = (fields["weights"], fields["image_size"])
-    if not found:
+                if fields["weights"] and fields["weights"] != RANDOM:
+                    encoders[Path(fields["weights"]).name] = (fields["weights"], fields["image_size"])
+    if not encoders:
         raise ValueError("no SOURCE is a run with a trained encoder: name one, --cknna ENCODER")
-    return found
+    return encoders
 
 
-def check_cknna(args, sources, configs, count):
-    """What can be known to be wrong before anything is computed."""
+def check_cknna(args: argparse.Namespace, sources: Sequence[Source], configs: Configs, count: int) -> None:
+    """Raises ValueError for mistakes that can be found before anything is computed."""
     if count < NEIGHBORS + 2:
         raise ValueError(
             f"{count} images are too few for CKNNA with k={NEIGHBORS} neighbors: allowed are at least {NEIGHBORS + 2}"
@@ -142,8 +141,8 @@ def check_cknna(args, sources, configs, count):
     for source, config in zip(sources, configs):
         kind = identify.identify(source.path, source.step).kind if config is None else "run"
         if kind not in ("run", "training") or (config and config["job"] == "vae"):
-            what = identify.KINDS[kind] if config is None else "run of a tokenizer"
-            raise ValueError(f"{source.name} is a {what}: it has no SiT for --cknna to look into; leave it out, or --cknna")
+            name = identify.KINDS[kind] if config is None else "run of a tokenizer"
+            raise ValueError(f"{source.name} is a {name}: it has no SiT for --cknna to look into; leave it out, or --cknna")
         if args.labels == "null" and config and not config["diffusion"]["label_dropout"]:
             raise ValueError(
                 f"{source.name} was trained with label_dropout 0 and does not know the null label: give --labels own"

@@ -16,7 +16,7 @@ from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.distributed import multihost, sharding
-from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
+from repae_jax.job import build, compilation, initial_state, training_data
 from repae_jax.sampling import generate
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.metric_log import arithmetic_speed
@@ -42,7 +42,7 @@ def without_files(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         path = section[keys[0]]
         if not path or not ("://" in path or Path(path).expanduser().exists()):  # a name on the hub is no file
             random.append(name)
-            section.update(dict.fromkeys(keys, frozen_weights.RANDOM))
+            section.update(dict.fromkeys(keys, files.RANDOM))
     return config, random
 
 

@@ -1,7 +1,6 @@
-"""Images to be measured, however many: in ADM's npz, in a folder, from a dataset. They are read in blocks, never all at once.
+"""Sets of images to measure, however many: in ADM's npz, in a folder, from a dataset, drawn by a model.
 
-A set of images is any object with `count`, `shape` (H, W), `description` (plain values that tell it from others), `warnings`
-(list of str) and `blocks(ranges)`, which yields uint8 [end - first, H, W, 3] for each (first, end) of `ranges`; those ascend.
+They are read in blocks, never all at once.
 """
 
 import contextlib
@@ -9,10 +8,14 @@ import functools
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 from grain import MapDataset
+from jaxtyping import UInt8
 
 from repae_jax import faults
 from repae_jax.data import decoding, loader, reading, records_hash
@@ -25,51 +28,61 @@ SORTED = (
 _LOSSY = (".jpg", ".jpeg", ".webp")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
+Range = tuple[int, int]  # first, end
+Images = UInt8[np.ndarray, "N H W 3"]
 
-@contextlib.contextmanager
-def naming_damage(path, advice="make it or download it again"):
-    """Whatever reading a damaged npz raises becomes a ValueError that names the file."""
-    try:
-        yield
-    except _ZIP_ERRORS as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        raise ValueError(
-            f"{path} is no npz, or it is damaged or incomplete ({type(error).__name__}: {error}); {advice}"
-        ) from error
+
+class ImageSet(Protocol):
+    """A set of images.
+
+    Attributes:
+      count: number of images.
+      shape: [H, W].
+      description: plain values that identify the set.
+      warnings: reasons why its scores could mislead.
+    """
+
+    count: int
+    shape: list[int]
+    description: dict[str, Any]
+    warnings: Sequence[str]
+
+    def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
+        """Yields the images first..end - 1 for each of the ranges, which ascend."""
 
 
 class NpzImages:
     """ADM's npz, key arr_0; read from the archive in order, whether compressed or not.
-
-    Args:
-      path: of the npz.
 
     Raises:
       FileNotFoundError: if it does not exist.
       ValueError: if it is damaged, or arr_0 is not there or not uint8 [N, H, W, 3].
     """
 
-    def __init__(self, path):
+    def __init__(self, path: epath.PathLike):
         self._path = Path(path)
         if not self._path.is_file():
             raise FileNotFoundError(f"{path} does not exist; check the path")
-        with self._opened() as (_, shape):
+        with self._open_arr_0() as (_, shape):
             self.count, *self.shape = shape[:3]
-        self.warnings = []
-        with naming_damage(path), zipfile.ZipFile(path) as archive:
-            if "arr_1.npy" in archive.namelist():
-                with archive.open("arr_1.npy") as file:
-                    labels = np.lib.format.read_array(file, allow_pickle=False)
-                whole = labels.ndim == 1 and labels.dtype.kind in "iu"  # not names, say
-                if whole and len(set(labels.tolist())) > 1 and (np.diff(labels) >= 0).all():
-                    self.warnings = [SORTED]
+        self.warnings = [SORTED] * self._is_sorted()
         stat = self._path.stat()
         self.description = {"npz": self._path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
+    def _is_sorted(self) -> bool:
+        """Tells whether there are integer labels (arr_1) of several classes, in order."""
+        with naming_damage(self._path), zipfile.ZipFile(self._path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return False
+            with archive.open("arr_1.npy") as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            return False
+        return len(set(labels.tolist())) > 1 and bool((np.diff(labels) >= 0).all())
+
     @contextlib.contextmanager
-    def _opened(self):
-        """(file at the first pixel, shape of arr_0)."""
+    def _open_arr_0(self):
+        """Opens the archive; yields the file at the first pixel, and the shape of arr_0."""
         with naming_damage(self._path), zipfile.ZipFile(self._path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 names = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
@@ -85,9 +98,9 @@ class NpzImages:
                     )
                 yield file, shape
 
-    def blocks(self, ranges):
-        """See above."""
-        with self._opened() as (file, (_, *image)):
+    def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
+        """See `ImageSet`."""
+        with self._open_arr_0() as (file, (_, *image)):
             begin, size = file.tell(), int(np.prod(image))
             for first, end in ranges:
                 file.seek(begin + first * size)
@@ -97,38 +110,14 @@ class NpzImages:
                 yield np.frombuffer(content, np.uint8).reshape(-1, *image)
 
 
-class _Decoded:
-    """Item k holds the images of the k-th range: for `loader.read_ahead`."""
-
-    def __init__(self, read, ranges):
-        self._read, self._ranges = read, ranges
-
-    def __len__(self):
-        return len(self._ranges)
-
-    def __getitem__(self, k):
-        return np.stack(reading.at_once(self._read, range(*self._ranges[k])))
-
-
-def _decoded(read, ranges):
-    blocks = loader.read_ahead(MapDataset.source(_Decoded(read, ranges)), workers=0)
-    try:
-        yield from blocks
-    finally:
-        blocks.close()
-
-
 class FolderImages:
-    """All images below a folder, in the order of their paths, as they are: never cropped or resized, all of one size.
-
-    Args:
-      path: of the folder.
+    """All images below a folder, in the order of their paths, unchanged: never cropped or resized, all of one size.
 
     Raises:
-      ValueError: if there is no image; when they are read, if one cannot be, has another size, or is not 8-bit grey or RGB.
+      ValueError: if there is no image; when they are read, if one cannot be, has another size, or is not 8-bit gray or RGB.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: epath.PathLike):
         self._root = Path(path)
         self._names = FolderSource(path, image_size=1, labelled=False).paths
         self.count = len(self._names)
@@ -142,8 +131,8 @@ class FolderImages:
         if len({Path(name).parent for name in self._names}) > 1:
             self.warnings.append(SORTED)
 
-    def _decode(self, i):
-        """Returns (PIL's mode, uint8 [H, W, 3])."""
+    def _decode(self, i: int) -> tuple[str, UInt8[np.ndarray, "H W 3"]]:
+        """Returns PIL's mode and the pixels of an image."""
         path = self._root / self._names[i]
         try:
             with decoding.open_image(faults.read(decoding.read_file, path, name=lambda: str(path))) as image:
@@ -153,11 +142,11 @@ class FolderImages:
                 raise
             raise ValueError(f"{path} cannot be read ({reading.describe_error(error)}); make it again") from error
 
-    def _read(self, i):
+    def _read(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
         path = self._root / self._names[i]
         mode, pixels = self._decode(i)
         if mode not in ("RGB", "L", "P", "1"):
-            raise ValueError(f"{path} has PIL's mode {mode}; allowed: 8-bit grey or RGB, without transparency")
+            raise ValueError(f"{path} has PIL's mode {mode}; allowed: 8-bit gray or RGB, without transparency")
         if list(pixels.shape[:2]) != self.shape:
             raise ValueError(
                 f"{path} has {pixels.shape[0]} x {pixels.shape[1]} pixels, {self._names[0]} {self.shape[0]} x {self.shape[1]}; "
@@ -165,35 +154,132 @@ class FolderImages:
             )
         return pixels
 
-    def blocks(self, ranges):
-        """See above."""
-        return _decoded(self._read, ranges)
+    def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
+        """See `ImageSet`."""
+        return read_blocks(self._read, [range(*limits) for limits in ranges])
 
 
 class DatasetImages:
-    """A source of `repae_jax.data`, in its order, cropped as for training.
-
-    Args:
-      source: the source.
-      description: plain values that tell it from others.
-    """
+    """A source of `repae_jax.data`, in its order, cropped as for training; `description` are values that identify it."""
 
     warnings = ()
 
-    def __init__(self, source, description):
+    def __init__(self, source, description: dict[str, Any]):
         self._source = source
         self.count = len(source)
         self.shape = [source.image_size] * 2
         records = records_hash(source)
         self.description = {**description, "images": self.count, "image_size": source.image_size, "records": records}
 
-    def _read(self, i):
-        fields, wrong = reading.attempt(self._source, i)
-        if wrong:
-            raise ValueError(f"{self._source.name(i)} cannot be read ({wrong}); repair or remove it")
-        return fields["image"]
+    def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
+        """See `ImageSet`."""
+        return source_blocks(self._source, [range(*limits) for limits in ranges])
 
-    def blocks(self, ranges):
-        """See above."""
-        return _decoded(self._read, ranges)
 
+class SampledImages:
+    """Images that a model draws as they are measured.
+
+    Args:
+      draw: function that yields (batch number, images) of the batches that its argument `skip` does not hold.
+      count: number of images.
+      shape: [H, W].
+      batch_size: size of all batches but the last.
+      description: plain values that identify model and settings.
+    """
+
+    warnings = ()
+
+    def __init__(
+        self, draw: Callable[..., Iterable], count: int, shape: list[int], batch_size: int, description: dict[str, Any]
+    ):
+        self._draw, self._batch_size = draw, batch_size
+        self.count, self.shape, self.description = count, shape, description
+
+    def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
+        """See `ImageSet`; the ranges are whole batches."""
+        wanted = {first // self._batch_size for first, _ in ranges}
+        skip = set(range(-(-self.count // self._batch_size))) - wanted
+        for _, images in self._draw(skip=skip):
+            yield images
+
+
+def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
+    """Returns the images in an npz or a folder; None for anything else, such as a workdir or weights of a model.
+
+    Raises:
+      ValueError: for samples that are not finished, and as the sets of images.
+    """
+    if _is_model(path):
+        return None
+    unfinished = [path] if path.suffix == ".parts" else sorted(path.glob("*.parts")) if path.is_dir() else []
+    if path.suffix == ".npz" and not path.exists() and path.with_suffix(".parts").is_dir():
+        unfinished = [path.with_suffix(".parts")]
+    if unfinished:
+        raise ValueError(
+            f"{unfinished[0]} holds unfinished samples: finish them with the same `python -m repae_jax.sample` command, and "
+            "evaluate the npz it writes"
+        )
+    if path.suffix == ".npz":
+        return NpzImages(path)
+    if not path.is_dir():
+        return None
+    archives = sorted(path.glob("*.npz"))
+    if archives:
+        raise ValueError(f"{path} holds {archives[0].name}, not only images: give the npz, or a folder of nothing but samples")
+    return FolderImages(path)
+
+
+def _is_model(path: epath.Path) -> bool:
+    """Tells whether a folder is a workdir of ours or a published one."""
+    return (path / "checkpoints").is_dir() or (path / "args.json").exists()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_image(source, record: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns an image of a source of `repae_jax.data`; raises ValueError, with its name, if it cannot be decoded."""
+    fields, error = reading.attempt(source, record)
+    if error:
+        raise ValueError(f"{source.name(record)} cannot be read ({error}); repair or remove it")
+    return fields["image"]
+
+
+def source_blocks(source, blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
+    """Yields the images of each block of records of a source, decoded ahead in threads; errors as of `read_image`."""
+    return read_blocks(functools.partial(read_image, source), blocks)
+
+
+def read_blocks(read: Callable[[int], UInt8[np.ndarray, "H W 3"]], blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
+    """Yields the stacked results of `read` for each block of records, read ahead in threads."""
+    images = loader.read_ahead(MapDataset.source(_Blocks(read, blocks)), workers=0)
+    try:
+        yield from images
+    finally:
+        images.close()
+
+
+class _Blocks:
+    """Item k holds the images of block k: for `loader.read_ahead`."""
+
+    def __init__(self, read, blocks):
+        self._read, self._blocks = read, blocks
+
+    def __len__(self):
+        return len(self._blocks)
+
+    def __getitem__(self, k):
+        return np.stack(reading.at_once(self._read, self._blocks[k]))
+
+
+@contextlib.contextmanager
+def naming_damage(path: epath.PathLike, advice: str = "make it or download it again"):
+    """Turns any error of reading a damaged npz into a ValueError that names the file."""
+    try:
+        yield
+    except _ZIP_ERRORS as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(
+            f"{path} is no npz, or it is damaged or incomplete ({type(error).__name__}: {error}); {advice}"
+        ) from error

@@ -13,9 +13,8 @@ from checkpoints_tools.lpips import load_lpips
 from checkpoints_tools.vae import read_vae_params
 from checkpoints_tools.vit import load_encoder
 from repae_jax.distributed import multihost, sharding
+from repae_jax.files import RANDOM
 from repae_jax.models import encoders
-
-RANDOM = "random"  # in place of a weight file, for benchmarks and tests
 
 
 def describe_encoders(config: Mapping[str, Any]) -> tuple[encoders.Encoder, ...]:

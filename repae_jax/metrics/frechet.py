@@ -1,30 +1,32 @@
-"""Frechet distance between the Gaussians fitted to two sets of features: FID, sFID and rFID, whatever the features."""
+"""Frechet distance between Gaussians fitted to two sets of features: FID, sFID and rFID, whatever the features are."""
 
 import numpy as np
+from jaxtyping import Float
+
+Mean = Float[np.ndarray, " F"]
+Cov = Float[np.ndarray, "F F"]
+Stats = tuple[Mean, Cov]
 
 
 class RunningGaussian:
     """Mean and covariance of features that come in batches, in float64; they need not fit in memory together.
 
-    Nothing cancels when the mean is large against the spread: deviations from each batch's own mean are summed, and joined
-    with Chan's formula.
+    Nothing cancels when the mean is large against the spread: deviations from each batch's own mean are summed, and merged
+    by Chan's formula.
 
     Attributes:
       count: number of features so far.
-      mean: float64 [F]; None before the first batch.
-      scatter: float64 [F, F], sum of the outer products of the deviations from the mean; None before the first batch.
+      mean: None before the first batch.
+      scatter: sum of the outer products of the deviations from the mean; None before the first batch.
 
     Reference: Chan, Golub and LeVeque, 1983, Algorithms for computing the sample variance, eq. 1.3.
     """
 
-    def __init__(self, count=0, mean=None, scatter=None):
+    def __init__(self, count: int = 0, mean: Mean | None = None, scatter: Cov | None = None):
         self.count, self.mean, self.scatter = count, mean, scatter
 
-    def update(self, features):
-        """Adds a batch.
-
-        Args:
-          features: [N, F], any dtype, N >= 0.
+    def update(self, features: Float[np.ndarray, "N F"]) -> None:
+        """Adds a batch of any dtype, which may be empty.
 
         Raises:
           ValueError: if the features are no matrix, not all finite, or of another size than those before.
@@ -42,11 +44,11 @@ class RunningGaussian:
             deviations = features - mean
             self.merge(RunningGaussian(len(features), mean, deviations.T @ deviations))
 
-    def merge(self, other):
-        """Adds what another RunningGaussian has seen; ValueError if its features have another size."""
-        if not other.count:
+    def merge(self, other: "RunningGaussian") -> None:
+        """Adds the features of another RunningGaussian; raises ValueError if they have another size."""
+        if other.mean is None or other.scatter is None:
             return
-        if not self.count:
+        if self.mean is None or self.scatter is None:
             self.count, self.mean, self.scatter = other.count, other.mean.copy(), other.scatter.copy()
             return
         if self.mean.shape != other.mean.shape:
@@ -60,48 +62,27 @@ class RunningGaussian:
         self.mean = self.mean + difference * (other.count / count)
         self.count = count
 
-    def stats(self):
-        """Mean and covariance.
-
-        Returns:
-          mean float64 [F], covariance float64 [F, F] (unbiased: divided by N - 1).
-
-        Raises:
-          ValueError: if there were fewer than two features.
-        """
-        if self.count < 2:
+    def stats(self) -> Stats:
+        """Returns the mean and the unbiased covariance (divided by N - 1); raises ValueError for fewer than two features."""
+        if self.count < 2 or self.mean is None or self.scatter is None:
             raise ValueError(f"there are features of {self.count} images; a covariance needs 2 or more")
         return self.mean, self.scatter / (self.count - 1)
 
 
-def gaussian_stats(features):
-    """Mean and covariance of a set of features.
-
-    Args:
-      features: float [N, F], N >= 2; any dtype, computed in float64.
-
-    Returns:
-      mean float64 [F], covariance float64 [F, F] (unbiased: divided by N - 1).
-
-    Raises:
-      ValueError: if the features are not a matrix of at least two rows, or not all finite.
-    """
+def gaussian_stats(features: Float[np.ndarray, "N F"]) -> Stats:
+    """Returns the mean and the unbiased covariance of a set of features, in float64; errors as of RunningGaussian."""
     running = RunningGaussian()
     running.update(features)
     return running.stats()
 
 
-def frechet_distance(mean1, cov1, mean2, cov2):
-    """Squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+def frechet_distance(mean1: Mean, cov1: Cov, mean2: Mean, cov2: Cov) -> float:
+    """Computes the squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    Args:
-      mean1: [F].
-      cov1: [F, F], symmetric and positive semi-definite; rank-deficient when there were fewer images than features.
-      mean2: [F].
-      cov2: [F, F], likewise.
+    The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features.
 
     Returns:
-      float >= 0, up to rounding; summed over features.
+      The distance, summed over the features; >= 0 up to rounding.
 
     Raises:
       ValueError: if the sizes do not fit.
@@ -116,14 +97,14 @@ def frechet_distance(mean1, cov1, mean2, cov2):
             f"means have shapes {list(mean1.shape)} and {list(mean2.shape)}, covariances {list(cov1.shape)} and "
             f"{list(cov2.shape)}; allowed: [F] and [F, F] with one F; take both from the same feature network"
         )
-    # S1 S2 and the symmetric S1^(1/2) S2 S1^(1/2) have the same eigenvalues
+    # S1 S2 and the symmetric S1^(1/2) S2 S1^(1/2) have the same eigenvalues.
     root1 = _sqrt(cov1)
     eigenvalues = np.linalg.eigvalsh(root1 @ cov2 @ root1)
     trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
 
 
-def _sqrt(cov):
-    """Symmetric root [F, F] of a covariance; eigenvalues that rounding made negative count as zero."""
+def _sqrt(cov: Cov) -> Cov:
+    """Returns the symmetric root of a covariance; eigenvalues that rounding made negative count as zero."""
     eigenvalues, vectors = np.linalg.eigh(cov)
     return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T

@@ -1,7 +1,8 @@
-"""How like its original a reconstruction is, pixel by pixel (PSNR) and window by window (SSIM)."""
+"""Similarity of an image and its reconstruction, pixel by pixel (PSNR) and window by window (SSIM)."""
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 # Wang et al.'s window: a Gaussian of 1.5 pixels, cut to 11 x 11
 SIGMA = 1.5
@@ -9,15 +10,11 @@ RADIUS = 5
 WINDOW = 2 * RADIUS + 1
 
 
-def psnr(images, others):
-    """Peak signal-to-noise ratio of each pair: 10 log10(255^2 / mean squared error).
-
-    Args:
-      images: uint8 [B, H, W, C].
-      others: uint8, the same shape.
+def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
+    """Computes the peak signal-to-noise ratio of each pair: 10 log10(255^2 / mean squared error).
 
     Returns:
-      float32 [B] in dB, from the mean over pixels and channels; infinite for equal images.
+      float32, in dB, from the mean over pixels and channels; infinite for equal images.
 
     Raises:
       ValueError: for another dtype or shape, or if the shapes differ.
@@ -26,29 +23,29 @@ def psnr(images, others):
     for array in (images, others):
         if array.dtype != np.uint8:
             raise ValueError(f"images have dtype {array.dtype}; allowed: uint8 with values 0..255, as saved to disk")
-    # rows in whole numbers: a float32 sum over all pixels would lose digits
+    # Rows are summed as integers: a float32 sum over all pixels would lose digits.
     squares = jnp.square(jnp.asarray(images, jnp.int32) - jnp.asarray(others, jnp.int32))
     rows = squares.sum(axis=(2, 3)).astype(jnp.float32)
     mean = rows.mean(axis=1) / (images.shape[2] * images.shape[3])
     return 20 * jnp.log10(jnp.float32(255)) - 10 * jnp.log10(mean)
 
 
-def ssim(images, others, data_range):
-    """Structural similarity of each pair, over a Gaussian window, each channel by itself.
+def ssim(images: Float[Array, "B H W C"], others: Float[Array, "B H W C"], data_range: float) -> Float[Array, " B"]:
+    """Computes the structural similarity of each pair, over a Gaussian window, each channel by itself.
 
     Only windows that lie inside the image count, as in the published definition and in scikit-image's
     `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. So did torchmetrics' up to its pull
     request 2721 of September 2024; since then it counts windows over the border, too, where the image is mirrored.
 
     Args:
-      images: float [B, H, W, C], H and W at least WINDOW; a value of any dtype but float64 is computed in float32.
-      others: the same shape.
+      images: H and W at least WINDOW; any dtype but float64 is computed in float32.
+      others: the images to compare them with.
       data_range: largest minus smallest value that images can have: 2 for [-1, 1], 255 for pixels. Values are not clipped.
         Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray, and the result
         is another number.
 
     Returns:
-      [B], at most 1: mean over positions and channels.
+      The mean over positions and channels, at most 1.
 
     Raises:
       ValueError: if the images are integers, of which products overflow, smaller than the window, or differ in shape; or if the
@@ -68,7 +65,7 @@ def ssim(images, others, data_range):
     dtype = jnp.promote_types(jnp.promote_types(images.dtype, others.dtype), jnp.float32)
     x, y = (jnp.asarray(array, dtype) for array in (images, others))
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    # a shift changes no variance, but small numbers lose fewer digits in E[x^2] - E[x]^2
+    # A shift changes no variance, but small numbers lose fewer digits in E[x^2] - E[x]^2.
     shift = jnp.mean(x, axis=(1, 2), keepdims=True)
     a, b = x - shift, y - shift
     blurred = _blur(jnp.concatenate([a, b, a * a + b * b, a * b], axis=-1))
@@ -80,19 +77,20 @@ def ssim(images, others, data_range):
     return jnp.mean(luminance * (2 * covariance + c2) / (variances + c2), axis=(1, 2, 3))
 
 
-def _blur(x):
-    """Gaussian means over the windows inside the image: [B, H, W, C] -> [B, H - 10, W - 10, C].
+def _blur(x: Float[Array, "B H W C"]) -> Float[Array, "B H-10 W-10 C"]:
+    """Computes Gaussian means over the windows inside the image.
 
     Sums of shifted images, because convolutions on accelerators round to fewer digits than float32 has.
     """
     weights = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
     weights /= weights.sum()
     height, width = x.shape[1] - 2 * RADIUS, x.shape[2] - 2 * RADIUS
-    x = sum(float(weight) * x[:, i : i + height] for i, weight in enumerate(weights))
-    return sum(float(weight) * x[:, :, i : i + width] for i, weight in enumerate(weights))
+    zero = jnp.zeros((), x.dtype)
+    x = sum((float(weight) * x[:, i : i + height] for i, weight in enumerate(weights)), zero)
+    return sum((float(weight) * x[:, :, i : i + width] for i, weight in enumerate(weights)), zero)
 
 
-def _check_shapes(images, others):
+def _check_shapes(images: Array, others: Array) -> None:
     if images.shape != others.shape or images.ndim != 4 or 0 in images.shape:
         raise ValueError(
             f"images have shapes {list(images.shape)} and {list(others.shape)}; allowed: one shape [B, H, W, C], without zeros"

@@ -1,59 +1,57 @@
 """Inception score from a classifier's logits, in splits of consecutive samples."""
 
 import numpy as np
+from jaxtyping import Float
+from scipy import special
 
-SPLIT_SIZE = 5000  # of the published scores: ten splits of 50,000 samples
+SPLIT_SIZE = 5000  # as in published scores: ten splits of 50,000 samples
 
 
 class RunningInceptionScore:
     """Inception score of logits that come in batches; keeps a few sums per split, all in float64.
 
     Args:
-      split_size: consecutive samples that make a split; the last split may be shorter.
+      split_size: consecutive samples in a split; the last split may be shorter.
 
     Reference: Salimans et al., arXiv 1606.03498, sec. 4; ADM `evaluations/evaluator.py` `compute_inception_score`, whose
       splits are of 5000 samples, and whose logits lack the bias of the last layer.
     """
 
-    def __init__(self, split_size=SPLIT_SIZE):
+    def __init__(self, split_size: int = SPLIT_SIZE):
         if split_size < 1:
             raise ValueError(f"split_size is {split_size}; allowed: 1 and above")
         self._split_size = split_size
-        self._scores = []
+        self._scores: list[float] = []
         self._start_split()
 
-    def _start_split(self):
-        self._count, self._sum, self._sum_of_p_log_p = 0, 0.0, 0.0
+    def _start_split(self) -> None:
+        self._count, self._sum, self._sum_of_p_log_p = 0, np.float64(0), 0.0
 
-    def update(self, logits):
-        """Adds logits [N, K] of the next samples; ValueError if they are no matrix or not all finite."""
+    def update(self, logits: Float[np.ndarray, "N K"]) -> None:
+        """Adds the logits of the next samples; raises ValueError if they are no matrix or not all finite."""
         logits = np.asarray(logits, np.float64)
         if logits.ndim != 2:
             raise ValueError(f"logits have shape {list(logits.shape)}; allowed: [N, K], one row per image")
         if not np.isfinite(logits).all():
             raise ValueError("some logits are not finite; look for nan in the images, or use float32 in the network")
         while len(logits):
-            now, logits = np.split(logits, [self._split_size - self._count])
-            shifted = now - now.max(axis=1, keepdims=True)
-            log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+            in_split, logits = np.split(logits, [self._split_size - self._count])
+            log_p = special.log_softmax(in_split, axis=1)
             p = np.exp(log_p)
-            self._count += len(now)
+            self._count += len(in_split)
             self._sum = self._sum + p.sum(axis=0)
             self._sum_of_p_log_p += (p * log_p).sum()
             if self._count == self._split_size:
                 self._scores.append(self._split_score())
                 self._start_split()
 
-    def _split_score(self):
-        """exp of the mean KL divergence of p from its mean over the split."""
+    def _split_score(self) -> float:
+        """Computes exp of the mean KL divergence of p from its mean over the split."""
         mean = self._sum / self._count
         return np.exp(self._sum_of_p_log_p / self._count - (mean * np.log(mean.clip(min=np.finfo(np.float64).tiny))).sum())
 
-    def result(self):
-        """Score.
-
-        Returns:
-          (mean over splits, standard deviation over splits), floats; the mean is between 1 and the number of classes.
+    def result(self) -> tuple[float, float]:
+        """Returns the mean (between 1 and the number of classes) and the standard deviation over the splits.
 
         Raises:
           ValueError: if there were no logits.

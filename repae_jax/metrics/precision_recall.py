@@ -1,30 +1,38 @@
-"""Precision and recall of generated images: overlap of two sets of features, whose shapes nearest neighbours trace."""
+"""Precision and recall of generated images: the overlap of two sets of features, whose shapes nearest neighbors trace."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 NEIGHBORS = 3
 BLOCK_SIZE = 5000  # a block of distances takes 100 MB
 
+Block = tuple[Float[Array, "b F"], Float[Array, " b"]]  # features and their squared norms
 
-def precision_recall(reference, samples, neighbors=NEIGHBORS, block_size=BLOCK_SIZE):
-    """Share of samples near the reference, and of the reference near samples.
+
+def precision_recall(
+    reference: Float[np.ndarray, "M F"],
+    samples: Float[np.ndarray, "N F"],
+    neighbors: int = NEIGHBORS,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[float, float]:
+    """Computes the share of samples near the reference (precision), and of the reference near samples (recall).
 
     A feature is near a set if it lies in the ball around any of the set's features, whose radius is the distance to that
-    feature's `neighbors`-th nearest neighbour in the set, itself left out. Distances are computed block by block in float32;
+    feature's `neighbors`-th nearest neighbor in the set, itself left out. Distances are computed block by block in float32;
     the published code computes them in float16, and in float32 where those overflow.
 
     Args:
-      reference: [M, F], finite, M > neighbors.
-      samples: [N, F], finite, N > neighbors.
+      reference: finite, M > neighbors.
+      samples: finite, N > neighbors.
       neighbors: see above.
       block_size: features whose distances are in memory at a time.
 
     Returns:
-      (precision, recall), floats in [0, 1]: fractions of the samples and of the reference.
+      (precision, recall), in [0, 1].
 
     Raises:
       ValueError: if the shapes do not fit, or something is not finite.
@@ -39,94 +47,82 @@ def precision_recall(reference, samples, neighbors=NEIGHBORS, block_size=BLOCK_S
         )
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbors:
-            raise ValueError(f"{name}: {len(features)} features; needed: more than the {neighbors} neighbours of each")
+            raise ValueError(f"{name}: {len(features)} features; needed: more than the {neighbors} neighbors of each")
+    # Subtracting one center from all features leaves their distances, and keeps float32 from losing them in large norms.
     center = reference.mean(axis=0, dtype=np.float64)
-    reference, samples = (_Blocks(features, center, block_size) for features in (reference, samples))
-    reference_radii, sample_radii = _radii(reference, neighbors), _radii(samples, neighbors)
-    is_sample_near = [np.zeros(len(norms), bool) for _, norms in samples]
-    is_reference_near = [np.zeros(len(norms), bool) for _, norms in reference]
-    for i, a in enumerate(reference):
-        for j, b in enumerate(samples):
+    reference_blocks, sample_blocks = (_blocks(features, center, block_size) for features in (reference, samples))
+    reference_radii, sample_radii = _radii(reference_blocks, neighbors), _radii(sample_blocks, neighbors)
+    sample_is_near = [np.zeros(len(norms), bool) for _, norms in sample_blocks]
+    reference_is_near = [np.zeros(len(norms), bool) for _, norms in reference_blocks]
+    for i, a in enumerate(reference_blocks):
+        for j, b in enumerate(sample_blocks):
             a_near, b_near = _near(a, b, reference_radii[i], sample_radii[j])
-            is_reference_near[i] |= np.asarray(a_near)
-            is_sample_near[j] |= np.asarray(b_near)
-    return samples.mean(is_sample_near), reference.mean(is_reference_near)
+            reference_is_near[i] |= np.asarray(a_near)
+            sample_is_near[j] |= np.asarray(b_near)
+    precision = np.concatenate(sample_is_near)[: len(samples)].mean()
+    return float(precision), float(np.concatenate(reference_is_near)[: len(reference)].mean())
 
 
-class _Blocks:
-    """Features cut into blocks of one size: (float32 [b, F], squared norms [b]); the last is filled up, with infinite norms.
-
-    Subtracting one centre from all features leaves their distances, and keeps float32 from losing them in large norms.
-    """
-
-    def __init__(self, features, center, block_size):
-        self._count = len(features)
-        size = min(block_size, self._count)
-        self._blocks = []
-        for first in range(0, self._count, size):
-            block = (features[first : first + size] - center).astype(np.float32)
-            if not np.isfinite(block).all():
-                raise ValueError("some features are not finite; look for nan in the images, or use float32 in the network")
-            missing = size - len(block)
-            norms = np.einsum("nf,nf->n", block, block, dtype=np.float64).astype(np.float32)
-            block, norms = np.pad(block, ((0, missing), (0, 0))), np.pad(norms, (0, missing), constant_values=np.inf)
-            self._blocks.append((jax.device_put(block), jax.device_put(norms)))
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def __getitem__(self, i):
-        return self._blocks[i]
-
-    def mean(self, per_block):
-        """Mean of values [b] per block over the features that are there."""
-        return float(np.concatenate(per_block)[: self._count].mean())
+def _blocks(features: Float[np.ndarray, "N F"], center: Float[np.ndarray, " F"], block_size: int) -> list[Block]:
+    """Returns the centered features in float32, in blocks of one size; the last is padded, with infinite norms."""
+    size, blocks = min(block_size, len(features)), []
+    for first in range(0, len(features), size):
+        block = (features[first : first + size] - center).astype(np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError("some features are not finite; look for nan in the images, or use float32 in the network")
+        missing = size - len(block)
+        norms = np.einsum("nf,nf->n", block, block, dtype=np.float64).astype(np.float32)
+        block, norms = np.pad(block, ((0, missing), (0, 0))), np.pad(norms, (0, missing), constant_values=np.inf)
+        blocks.append((jax.device_put(block), jax.device_put(norms)))
+    return blocks
 
 
-def _distances(a, b):
-    """Squared distances [n, m] of two blocks."""
-    (a, a_norms), (b, b_norms) = a, b
-    product = jnp.dot(a, b.T, precision=jax.lax.Precision.HIGHEST)
+def _distances(a: Block, b: Block) -> Float[Array, "n m"]:
+    """Computes the squared distances between the features of two blocks."""
+    (a_features, a_norms), (b_features, b_norms) = a, b
+    product = jnp.dot(a_features, b_features.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(a_norms[:, None] + b_norms[None] - 2 * product, 0)
 
 
 @functools.partial(jax.jit, static_argnames="neighbors")
-def _nearest(a, b, neighbors):
-    """Distances [n, k] and [m, k] to the nearest ones in the other block, nearest first."""
+def _nearest(a: Block, b: Block, neighbors: int) -> tuple[Float[Array, "n k"], Float[Array, "m k"]]:
+    """Returns the distances to the nearest features of the other block, nearest first."""
     distances = _distances(a, b)
     return _smallest(distances, neighbors), _smallest(distances.T, neighbors)
 
 
 @functools.partial(jax.jit, static_argnames="neighbors")
-def _nearest_others(a, neighbors):
-    """Distances [n, k] to the nearest ones in the same block, without the feature itself."""
+def _nearest_others(a: Block, neighbors: int) -> Float[Array, "n k"]:
+    """Returns the distances to the nearest features of the same block, without the feature itself."""
     distances = _distances(a, a)
     return _smallest(jnp.where(jnp.eye(len(distances), dtype=bool), jnp.inf, distances), neighbors)
 
 
-def _smallest(distances, neighbors):
+def _smallest(distances: Float[Array, "n m"], neighbors: int) -> Float[Array, "n k"]:
     missing = max(0, neighbors - distances.shape[1])
     return -jax.lax.top_k(-jnp.pad(distances, ((0, 0), (0, missing)), constant_values=jnp.inf), neighbors)[0]
 
 
 @jax.jit
-def _merge(one, other):
-    """The k smallest of two sets [n, k]."""
-    return _smallest(jnp.concatenate([one, other], axis=1), one.shape[1])
+def _merge(a: Float[Array, "n k"], b: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """Returns the k smallest entries of both in each row."""
+    return _smallest(jnp.concatenate([a, b], axis=1), a.shape[1])
 
 
 @jax.jit
-def _near(a, b, a_radii, b_radii):
-    """Which of a [n] lie in a ball of b, which of b [m] in one of a."""
+def _near(
+    a: Block, b: Block, a_radii: Float[Array, " n"], b_radii: Float[Array, " m"]
+) -> tuple[Bool[Array, " n"], Bool[Array, " m"]]:
+    """Tells which features of a lie in a ball of b, and which of b in a ball of a."""
     distances = _distances(a, b)
     return (distances <= b_radii[None]).any(axis=1), (distances <= a_radii[:, None]).any(axis=0)
 
 
-def _radii(blocks, neighbors):
-    """Squared distances to the k-th nearest neighbours, [b] per block; -1 for what fills up the last block."""
+def _radii(blocks: list[Block], neighbors: int) -> list[Float[Array, " b"]]:
+    """Returns the squared distances to the k-th nearest neighbors per block; -1 for the padding of the last block."""
     nearest = [_nearest_others(block, neighbors) for block in blocks]
     for i in range(len(blocks)):
         for j in range(i):  # distances are symmetric: each block of them serves rows and columns
             of_i, of_j = _nearest(blocks[i], blocks[j], neighbors)
             nearest[i], nearest[j] = _merge(nearest[i], of_i), _merge(nearest[j], of_j)
-    return [jnp.where(jnp.isfinite(norms), found[:, -1], -1) for found, (_, norms) in zip(nearest, blocks)]
+    return [jnp.where(jnp.isfinite(norms), distances[:, -1], -1) for distances, (_, norms) in zip(nearest, blocks)]

@@ -1,8 +1,8 @@
-"""A page about runs: `python -m repae_jax.report runs/repae [runs/other …]`.
+"""Writes a page about runs: `python -m repae_jax.report runs/repae [runs/other …]`.
 
 Writes one HTML file that opens from disk, without network, of less than 10 MB: curves, samples and reconstructions over
-training time, evaluations, latent analysis, configs and their differences, cost. Whatever a run does not have yet is left out,
-and what cannot be read is named, so it works while the run goes on, and on a machine that has no accelerator.
+training time, evaluations, latent analysis, configs and their differences, cost. Parts that a run does not have yet are left
+out, and files that cannot be read are named, so it works while the run goes on, and on a machine that has no accelerator.
 """
 
 import time
@@ -10,6 +10,7 @@ import time
 from etils import epath
 
 from repae_jax import cli
+from repae_jax.evaluation.short_names import short_names
 from repae_jax.files import write_all
 from repae_jax.report.page import MARKER, make_page
 from repae_jax.report.run_folder import read_run
@@ -27,18 +28,17 @@ def parse_args(argv=None):
 
 
 def names_of(workdirs):
-    """Short names: the last folder, with as many of those above as it takes to tell them apart."""
-    parts = [epath.Path(workdir).expanduser().absolute().parts for workdir in workdirs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-depth:]) for one in parts]
-        if len(set(names)) == len(names):
-            return names
-    twice = sorted({str(workdir) for workdir, one in zip(workdirs, parts) if parts.count(one) > 1})
-    raise ValueError(f"{', '.join(twice)} is given more than once; give every run once")
+    """Returns short names of the runs that tell them apart."""
+    paths = [str(epath.Path(workdir).expanduser().absolute()) for workdir in workdirs]
+    repeated = sorted({str(workdir) for workdir, path in zip(workdirs, paths) if paths.count(path) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is given more than once; give every run once")
+    names = short_names(paths)
+    return [names[path] for path in paths]
 
 
 def check_out(out):
-    """ValueError if the page would replace a file that is not a report; FileNotFoundError if it has no folder to go to."""
+    """Raises ValueError if the page would replace a file that is not a report, FileNotFoundError if it has no folder."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent} does not exist; make the folder first, or give another --out")
     if out.is_dir():

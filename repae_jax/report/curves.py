@@ -1,24 +1,22 @@
-"""Curves of runs, made so short that a page can hold them."""
+"""Curves of runs, thinned so that a page can hold them."""
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from repae_jax.evaluation.metrics_file import Curve
+
 CURVE_POINTS = 2000
-CURVES_BYTES = 2_800_000  # of all curves of a page, as JSON
+CURVES_BYTES = 2_800_000  # most bytes of all curves of a page, as JSON
 
 
-def thin_curve(steps, values, limit=CURVE_POINTS):
-    """Fewer points of a curve, among them the lowest and highest of every stretch of it.
+def thin_curve(steps, values, limit: int = CURVE_POINTS) -> Curve:
+    """Returns at most `limit` >= 8 points of a curve: its ends, and the lowest and highest point of every stretch of it.
 
-    Args:
-      steps: int [N].
-      values: float [N]; what is not finite counts as a gap, of which every stretch keeps one point.
-      limit: points to keep, at least 8.
-
-    Returns:
-      (steps, values) of at most `limit` points, in order, the first and the last among them.
+    Values that are not finite count as a gap, of which every stretch keeps one point.
     """
     if len(steps) <= limit:
         return steps, values
@@ -29,12 +27,12 @@ def thin_curve(steps, values, limit=CURVE_POINTS):
         if len(good):
             kept |= {good[np.argmin(values[good])], good[np.argmax(values[good])]}
         kept |= set(bad[:1])
-    kept = np.array(sorted(kept))
-    return steps[kept], values[kept]
+    order = np.array(sorted(kept))
+    return steps[order], values[order]
 
 
-def plain_curves(curves, limit):
-    """Curves as lists for JSON: name -> {s: steps, v: values or null, n: points before thinning}."""
+def plain_curves(curves: Mapping[str, Curve], limit: int) -> dict[str, dict[str, Any]]:
+    """Returns thinned curves as lists for JSON: {s: steps, v: values or null, n: points before, bad: not finite} by name."""
     plain = {}
     for name, (steps, values) in curves.items():
         thin_steps, thin_values = thin_curve(steps, values, limit)
@@ -44,17 +42,17 @@ def plain_curves(curves, limit):
     return plain
 
 
-def fit_curves(runs):
-    """Replaces the curves, in place, by lists that leave room for everything else; returns notes."""
-    everything, limit = [run["curves"] for run in runs], CURVE_POINTS
-    longest = max((len(steps) for curves in everything for steps, _ in curves.values()), default=0)
+def fit_curves(runs: list[dict[str, Any]]) -> list[str]:
+    """Replaces the curves of runs, in place, by lists that leave room for everything else; returns notes."""
+    curves, limit = [run["curves"] for run in runs], CURVE_POINTS
+    longest = max((len(steps) for of_run in curves for steps, _ in of_run.values()), default=0)
     while True:
-        plain = [plain_curves(curves, limit) for curves in everything]
+        plain = [plain_curves(of_run, limit) for of_run in curves]
         if limit <= 16 or len(json.dumps(plain)) <= CURVES_BYTES:
             break
         limit //= 2
-    for run, curves in zip(runs, plain):
-        run["curves"] = curves
+    for run, of_run in zip(runs, plain):
+        run["curves"] = of_run
     if longest <= limit:
         return []
     return [f"Curves of more than {limit} points are thinned out; the lowest and highest of every stretch are kept."]

@@ -285,7 +285,7 @@ class Chart {
     const clip = `clip${charts.indexOf(this)}`;
     const group = svg("g", { "clip-path": `url(#${clip})` });
     for (const curve of this.shown) {
-      const visible = curve.s.map((step, i) => i).filter((i) => // neighbours outside let the line reach the border
+      const visible = curve.s.map((step, i) => i).filter((i) => // neighbors outside let the line reach the border
         (curve.s[Math.min(i + 1, curve.s.length - 1)] >= low && curve.s[Math.max(i - 1, 0)] <= high));
       const color = colorOf(curve.run), dash = curve.run >= COLORS ? "5 3" : null;
       const path = (values, kind) => {

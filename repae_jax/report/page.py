@@ -6,24 +6,20 @@ import html
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 from repae_jax.report.curves import fit_curves
 from repae_jax.report.pictures import embed_pictures
 from repae_jax.report.run_folder import KINDS, SERIES
 
-MARKER = '<meta name="generator" content="repae_jax.report">'  # tells our pages from files that must not be replaced
-PAGE_BYTES = 9_800_000  # of the page, with all that is in it
+MARKER = '<meta name="generator" content="repae_jax.report">'  # identifies our pages, which may be replaced
+PAGE_BYTES = 9_800_000  # most bytes of the whole page
 
 
-def make_page(runs, now):
-    """The page as text.
+def make_page(runs: list[dict[str, Any]], now: float) -> str:
+    """Returns the page of runs, see `read_run`, in less than PAGE_BYTES bytes; `now` is in seconds since 1970.
 
-    Args:
-      runs: of `read_run`; used up.
-      now: seconds since 1970.
-
-    Returns:
-      str of less than PAGE_BYTES bytes.
+    The runs' curves and pictures are replaced in place.
 
     Raises:
       ValueError: if the runs' texts alone are longer than that.
@@ -38,20 +34,20 @@ def make_page(runs, now):
     text = len(_fill(title, json.dumps(data, default=lambda picture: picture.alt)))
     if text > PAGE_BYTES - 1_000_000:
         raise ValueError(f"the texts and numbers of these runs take {text / 1e6:.1f} MB; report fewer runs on one page")
-    data["notes"] += embed_pictures(runs, PAGE_BYTES - text - 300_000)  # of which notes and problems with pictures take some
+    data["notes"] += embed_pictures(runs, PAGE_BYTES - text - 300_000)  # the rest is for notes and problems
     return _fill(title, json.dumps(data, allow_nan=False, separators=(",", ":")))
 
 
-def config_differences(configs):
-    """Dotted names of the fields in which configs differ, in order; a config that is None takes no part."""
+def config_differences(configs: list[dict[str, Any] | None]) -> list[str]:
+    """Returns the dotted names of the fields in which configs differ, in order; a config that is None takes no part."""
     known = [config for config in configs if config is not None]
     names = sorted({name for config in known for name in config})
     absent = object()
     return [name for name in names if any(config.get(name, absent) != known[0].get(name, absent) for config in known)]
 
 
-def _fill(title, data):
-    """The template with title, style, script and data; a policy lets these alone act, and nothing be fetched."""
+def _fill(title: str, data: str) -> str:
+    """Fills the template with title, style, script and data; a policy lets these alone act, and nothing be fetched."""
     folder = Path(__file__).parent
     style, script = ((folder / f"page.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
     policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'"
@@ -61,5 +57,5 @@ def _fill(title, data):
     )  # fmt: skip
 
 
-def _digest(text):
+def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,8 +1,9 @@
-"""Pictures of runs, made so small that a page can hold them."""
+"""Pictures of runs, thinned out and compressed so that a page can hold them."""
 
 import base64
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -11,35 +12,26 @@ from tqdm import tqdm
 
 from repae_jax.report.files import place_of, size_of, unreadable
 
-PICTURE_BYTES = (90_000, 800_000)  # of one picture as base64: what it may count on, and what it never exceeds
-SERIES_POINTS = 40  # pictures of one series over training time
+PICTURE_BYTES = (90_000, 800_000)  # (guaranteed, maximum) base64 bytes per picture
+SERIES_POINTS = 40  # most pictures of one series over training time
 # longest side in pixels, WebP quality
 _LADDER = ((1600, 85), (1200, 80), (900, 75), (700, 65), (500, 50), (350, 40), (200, 30))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that has still to be read.
-
-    Attributes:
-      path: its file.
-      alt: what it shows, in words.
-    """
+    """A picture that has still to be read, and a description of it in words."""
 
     path: epath.Path
     alt: str
 
 
-def encode_picture(path, limit):
-    """A picture as a data address, as it is if it is small, else scaled down and compressed until it fits.
-
-    Args:
-      path: any file that PIL reads.
-      limit: length of the address.
+def encode_picture(path: epath.Path, limit: int) -> dict[str, Any] | None:
+    """Returns a picture as a data address of at most `limit` characters, scaled down and compressed only if it must be.
 
     Returns:
-      dict: src; width, height as they were; reduced: longest side in pixels that was kept, 0 for the file as it is, -1 for the
-      same pixels compressed. None if it does not fit.
+      'src'; 'width', 'height' of the file; 'reduced': longest side in pixels that was kept, 0 for the unchanged file, -1 for
+      the same pixels compressed. None if it does not fit.
 
     Raises:
       OSError, ValueError, SyntaxError, Image.DecompressionBombError: if the file is no picture, or not a whole one.
@@ -47,17 +39,17 @@ def encode_picture(path, limit):
     raw = path.read_bytes()
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            kind = image.format
+            file_format = image.format
             pixels = image.convert("RGB")
-    except UnidentifiedImageError:  # whose message speaks of the buffer
+    except UnidentifiedImageError:  # its message speaks of the buffer
         raise OSError("it does not begin as a picture does") from None
     size = {"width": pixels.width, "height": pixels.height}
-    if kind == "PNG" and len(raw) * 4 / 3 + 30 <= limit:
+    if file_format == "PNG" and len(raw) * 4 / 3 + 30 <= limit:
         return {"src": _address("png", raw), **size, "reduced": 0}
     for side, quality in _LADDER:
         scale = min(1, side / max(pixels.size))
         if pixels.width * pixels.height * scale**2 > 10 * limit and (side, quality) != _LADDER[-1]:
-            continue  # photographs take more than a tenth of a byte per pixel, so it would be in vain
+            continue  # photographs take more than a tenth of a byte per pixel: it would not fit
         if scale < 1:
             pixels = pixels.resize(tuple(max(1, round(n * scale)) for n in pixels.size), Image.Resampling.LANCZOS)
         file = io.BytesIO()
@@ -68,19 +60,15 @@ def encode_picture(path, limit):
     return None
 
 
-def _address(kind, raw):
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+def _address(file_format: str, raw: bytes) -> str:
+    return f"data:image/{file_format};base64,{base64.b64encode(raw).decode()}"
 
 
-def thin_series(runs, budget):
-    """Drops time points, in place and evenly, until every picture left can count on PICTURE_BYTES[0] of the budget.
-
-    Args:
-      runs: of `read_run`.
-      budget: characters for all pictures.
+def thin_series(runs: list[dict[str, Any]], budget: int) -> list[str]:
+    """Drops time points, in place and evenly, until each picture has PICTURE_BYTES[0] of the budget of characters.
 
     Returns:
-      list of notes on what was dropped.
+      Notes on the pictures dropped.
     """
     notes = []
     singles = [holder for run in runs for holder in _single_pictures(run)]
@@ -88,8 +76,8 @@ def thin_series(runs, budget):
     need = {id(holder): _need(holder["picture"]) for run in runs for holder in _all_pictures(run)}
 
     def total(limit):
-        chosen = [one for run, kind in series for one in _evenly(run["series"][kind], limit)]
-        return sum(need[id(one)] for one in [*singles, *chosen])
+        chosen = [point for run, kind in series for point in _evenly(run["series"][kind], limit)]
+        return sum(need[id(holder)] for holder in [*singles, *chosen])
 
     limit = next((limit for limit in range(SERIES_POINTS, 2, -1) if total(limit) <= budget), 2)
     while singles and total(limit) > budget:
@@ -104,25 +92,21 @@ def thin_series(runs, budget):
     return notes
 
 
-def _evenly(items, limit):
-    """At most `limit` >= 2 of the items, the first and the last among them."""
+def _evenly(items: list, limit: int) -> list:
+    """Returns at most `limit` >= 2 of the items, the first and the last among them."""
     if len(items) <= limit:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
 
 
-def embed_pictures(runs, budget):
-    """Replaces every Picture, in place, by a dict with its data, all of them together within the budget.
+def embed_pictures(runs: list[dict[str, Any]], budget: int) -> list[str]:
+    """Replaces every Picture, in place, by a dict with its data, all of them together within the budget of characters.
 
-    Small files are kept as they are; what they leave of their share goes to the larger ones. A picture that cannot be read
-    becomes None and a problem of its run.
-
-    Args:
-      runs: of `read_run`.
-      budget: characters.
+    Small files are kept unchanged; the rest of their share goes to the larger ones. A picture that cannot be read is dropped
+    and becomes a problem of its run.
 
     Returns:
-      list of notes on what was thinned out and compressed.
+      Notes on the pictures thinned out and compressed.
     """
     notes = thin_series(runs, budget)
     places = [(run, holder) for run in runs for holder in _all_pictures(run)]
@@ -144,27 +128,30 @@ def embed_pictures(runs, budget):
         reduced += [side] if side else []
         holder["picture"] = {**encoded, "alt": picture.alt}
     for run in runs:
-        run["series"] = {kind: [one for one in series if one["picture"]] for kind, series in run["series"].items()}
-        run["generated"] = [one for one in run["generated"] if one["picture"]]
-        run["analysis"]["pictures"] = [one for one in run["analysis"]["pictures"] if one["picture"]]
+        run["series"] = {kind: _with_picture(series) for kind, series in run["series"].items()}
+        run["generated"] = _with_picture(run["generated"])
+        run["analysis"]["pictures"] = _with_picture(run["analysis"]["pictures"])
     if reduced:
         smallest = min((side for side in reduced if side > 0), default=None)
-        how = "compressed" if smallest is None else f"compressed, some scaled down to {smallest} pixels"
-        notes.append(f"{len(reduced)} of {len(places)} pictures are {how}; the files in the run's folder are untouched.")
+        change = "compressed" if smallest is None else f"compressed, some scaled down to {smallest} pixels"
+        notes.append(f"{len(reduced)} of {len(places)} pictures are {change}; the files in the run's folder are untouched.")
     return notes
 
 
-def _single_pictures(run):
-    """Dicts whose 'picture' stands alone, the most telling first."""
-    holders = [*run["analysis"]["pictures"], *run["evaluations"], *reversed(run["generated"])]
+def _with_picture(holders: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [holder for holder in holders if holder["picture"]]
 
 
-def _all_pictures(run):
-    """All dicts with a Picture."""
-    return [*(one for series in run["series"].values() for one in series), *_single_pictures(run)]
+def _single_pictures(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the dicts whose 'picture' belongs to no series, the most telling first."""
+    return _with_picture([*run["analysis"]["pictures"], *run["evaluations"], *reversed(run["generated"])])
 
 
-def _need(picture):
-    """Characters that a picture can do with."""
+def _all_pictures(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns all dicts with a Picture."""
+    return [*(point for series in run["series"].values() for point in series), *_single_pictures(run)]
+
+
+def _need(picture: Picture) -> int:
+    """Returns the characters that a picture needs at most, up to the guaranteed ones."""
     return min(PICTURE_BYTES[0], size_of(picture.path) * 4 // 3 + 30)

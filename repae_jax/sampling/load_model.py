@@ -1,4 +1,4 @@
-"""Trained networks, from here or from the published code, ready to be used: a whole model to sample from, or a VAE.
+"""LoadedModel networks, from here or from the published code, ready to be used: a whole model to sample from, or a VAE.
 
     model = load_model("runs/repae")
     run = jax.jit(make_generate(model.nets, model.objective, model.latent_shape, model.sampling))

@@ -11,12 +11,13 @@ import small
 import tensorstore
 from PIL import Image
 
-from repae_jax import data, evaluate_tokenizer, faults, prepare_images
+from repae_jax import data, faults, prepare_images
 from repae_jax.analyze_latents import encoding
 from repae_jax.data import byte_ranges, reading, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
 from repae_jax.data.loader import Loader
+from repae_jax.evaluation import tokenizer
 from repae_jax.job import training_data
 
 pytestmark = pytest.mark.integration
@@ -125,7 +126,7 @@ def read_by_a_loader(source):
 
 READERS = {
     "training": read_by_a_loader,
-    "evaluate_tokenizer": lambda source: evaluate_tokenizer._Blocks(source, np.arange(8), 8)[0][0],
+    "evaluate_tokenizer": lambda source: tokenizer.Blocks(source, np.arange(8), 8)[0][0],
     "analyze_latents": lambda source: next(encoding.read_batches(source, np.arange(8), 8))[0],
 }
 

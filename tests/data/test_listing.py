@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repae_jax import evaluate_tokenizer, faults
+from repae_jax import faults
 from repae_jax.analyze_latents.encoding import read_batches
 from repae_jax.data import records_hash
 from repae_jax.data.folder import FolderSource
@@ -17,6 +17,7 @@ from repae_jax.data.listing import list_below
 from repae_jax.data.loader import Loader
 from repae_jax.data.reading import attempt
 from repae_jax.data.shard_writer import read_block
+from repae_jax.evaluation import tokenizer
 from repae_jax.evaluation.image_sets import DatasetImages, FolderImages
 
 PIXEL = base64.b64decode(
@@ -164,7 +165,7 @@ READERS = {
     "attempt": lambda source: attempt(source, 1),
     "loader": lambda source: next(Loader(source, batch_size=2, seed=0, max_bad_fraction=1)),
     "prepare_images, cache_latents": lambda source: read_block(source, lambda fields: fields, None, (0, 2)),
-    "evaluate_tokenizer": lambda source: evaluate_tokenizer._Blocks(source, np.arange(2), 2)[0],
+    "evaluate_tokenizer": lambda source: tokenizer.Blocks(source, np.arange(2), 2)[0],
     "analyze_latents": lambda source: list(read_batches(source, np.arange(2), 2)),
     "evaluate, a source": lambda source: list(DatasetImages(source, {}).blocks([(0, 2)])),
     "evaluate, a folder": lambda source: list(FolderImages(source._root).blocks([(0, 2)])),

@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from feature_stub import save_images
 from PIL import Image
 
 from repae_jax.data import records_hash
@@ -13,13 +14,6 @@ from repae_jax.files import npz_writer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
 RANGES = [(0, 3), (4, 5), (5, 11)]
-
-
-def save_images(folder, pixels=PIXELS):
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-    return folder
 
 
 def check_blocks(images, pixels=PIXELS):
@@ -86,7 +80,7 @@ def test_npz_that_ends_early(tmp_path):
 
 
 def test_folder(tmp_path):
-    images = FolderImages(save_images(tmp_path / "made"))
+    images = FolderImages(save_images(tmp_path / "made", PIXELS))
     check_blocks(images)
     assert images.warnings == []
     assert images.description == FolderImages(tmp_path / "made").description
@@ -99,9 +93,9 @@ def test_folder(tmp_path):
 def test_images_class_by_class(tmp_path):
     """Splits of the inception score are consecutive images."""
     (tmp_path / "made").mkdir()
-    save_images(tmp_path / "made" / "a")
+    save_images(tmp_path / "made" / "a", PIXELS)
     assert FolderImages(tmp_path / "made").warnings == []
-    save_images(tmp_path / "made" / "b")
+    save_images(tmp_path / "made" / "b", PIXELS)
     assert FolderImages(tmp_path / "made").warnings == [SORTED]
     names = np.array(list("aaaabbbbccc"))
     for labels, warnings in ((np.arange(11) // 4, [SORTED]), (np.arange(11) % 4, []), (np.zeros(11, int), []), (names, [])):
@@ -109,10 +103,10 @@ def test_images_class_by_class(tmp_path):
         assert NpzImages(tmp_path / "made.npz").warnings == warnings
 
 
-def test_grey_images(tmp_path):
-    tmp_path.joinpath("grey").mkdir()
-    Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "grey" / "0.png")
-    made = next(FolderImages(tmp_path / "grey").blocks([(0, 1)]))
+def test_gray_images(tmp_path):
+    tmp_path.joinpath("gray").mkdir()
+    Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "gray" / "0.png")
+    made = next(FolderImages(tmp_path / "gray").blocks([(0, 1)]))
     np.testing.assert_array_equal(made[0], np.repeat(PIXELS[0, :, :, :1], 3, axis=-1))
 
 
@@ -120,13 +114,13 @@ def test_grey_images(tmp_path):
     ("name", "image", "message"),
     [
         ("7.png", Image.new("RGB", (5, 6)), r"7.png has 6 x 5 pixels, 000.png 6 x 4; all must have one size"),
-        ("7.png", Image.new("RGBA", (4, 6)), "7.png has PIL's mode RGBA; allowed: 8-bit grey or RGB"),
+        ("7.png", Image.new("RGBA", (4, 6)), "7.png has PIL's mode RGBA; allowed: 8-bit gray or RGB"),
         ("7.png", Image.new("I;16", (4, 6)), "7.png has PIL's mode I;16"),
         ("7.png", None, "7.png cannot be read .*make it again"),
     ],
 )
 def test_images_that_do_not_belong(tmp_path, name, image, message):
-    folder = save_images(tmp_path / "made")
+    folder = save_images(tmp_path / "made", PIXELS)
     image.save(folder / name) if image else (folder / name).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=message):
         list(FolderImages(folder).blocks([(0, 12)]))

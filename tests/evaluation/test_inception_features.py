@@ -1,11 +1,13 @@
 """Inception's features: golden values through the whole path, and parts that are the same however they are made."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
 import reference
 from feature_stub import Noise, StubNetwork
-from test_cache_latents import in_threads
+from processes import in_threads
 
 from checkpoints_tools import mapping
 from checkpoints_tools.inception import inception_table
@@ -41,6 +43,7 @@ def features(golden, params):
     return InceptionNetwork(params, 8)(golden.arrays["images_64"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "key"), [("pool", "pool_3"), ("spatial", "spatial"), ("logits", "logits_without_bias")])
 def test_golden(golden, features, name, key, record_property):
     """Three images on eight devices: the batch is filled up."""
@@ -57,6 +60,7 @@ def test_devices_and_batches_change_nothing(golden, params, features):
         reference.check(getattr(made, name), getattr(features, name), 1e-5, name)
 
 
+@pytest.mark.integration
 def test_wrong_images(params):
     network = InceptionNetwork(params, 8)
     with pytest.raises(ValueError, match=r"images are float32 \[2, 8, 8, 3\]; needed: uint8"):
@@ -123,12 +127,15 @@ def test_interrupted_work_continues(tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_processes_take_turns(tmp_path):
+def test_processes_take_turns(tmp_path, monkeypatch):
     make_parts(tmp_path / "one")
-    networks = [StubNetwork() for _ in range(3)]
+    networks, thread = [StubNetwork() for _ in range(3)], threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: thread.process)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
 
     def work(process):
-        make_parts(tmp_path / "three", networks[process], process_index=process, process_count=3)
+        thread.process = process
+        make_parts(tmp_path / "three", networks[process])
 
     in_threads(work)
     assert [network.images for network in networks] == [32, 22, 16]
@@ -152,11 +159,12 @@ def test_other_settings_do_not_mix(tmp_path, change, message):
     assert contents(tmp_path) == before
 
 
-def test_a_process_that_comes_too_late(tmp_path):
+def test_a_process_that_comes_too_late(tmp_path, monkeypatch):
     """Process 0 has finished and removed everything: there is nothing to wait for."""
     images = DatasetImages(Noise(COUNT), {"data": "noise"})
-    late = FeatureParts(tmp_path / "gone", images, StubNetwork(), process_index=1, process_count=2)
-    assert late.make("test", is_done=lambda: True) is False
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert FeatureParts(tmp_path / "gone", images, StubNetwork(), is_done=lambda: True).make("test") is False
 
 
 def test_a_full_disk_leaves_no_part(tmp_path, monkeypatch):

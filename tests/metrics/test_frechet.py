@@ -22,9 +22,9 @@ def test_golden(golden, name, count, record_property):
 def test_gaussian_stats():
     features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     mean, cov = gaussian_stats(features)
-    centred = features - features.astype(np.float64).mean(axis=0)
+    centered = features - features.astype(np.float64).mean(axis=0)
     np.testing.assert_allclose(mean, features.astype(np.float64).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(cov, centred.T @ centred / 4, rtol=1e-12)
+    np.testing.assert_allclose(cov, centered.T @ centered / 4, rtol=1e-12)
     assert mean.dtype == cov.dtype == np.float64
 
 

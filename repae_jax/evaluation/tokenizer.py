@@ -1,0 +1,253 @@
+"""Scores of a tokenizer: images compared with their reconstructions by rFID, PSNR, SSIM and LPIPS.
+
+Pixels are rounded to the nearest of 0..255 and latents sampled, as in LightningDiT's evaluate_tokenizer.py, which the numbers
+in its paper and in REPA-E's come from. There SSIM is computed on images in [-1, 1]. That is another number than that of pixels
+0..255, which has black at zero as the definition has; both are given.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from grain import MapDataset
+from jaxtyping import Float, Int, UInt8
+from tqdm import tqdm
+
+from repae_jax import images
+from repae_jax.data import loader, reading
+from repae_jax.distributed import sharding
+from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
+from repae_jax.metrics import image_quality
+from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
+from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.lpips import LPIPS
+
+LATENTS = ("sampled", "mode")
+SHOWN = 16  # images in the picture, and in the list of the worst
+
+
+class Metric(NamedTuple):
+    """A score for people: its name, its unit or range, and how it is computed."""
+
+    name: str
+    unit: str
+    computed: str
+
+
+METRICS = {
+    "rfid": Metric(
+        "rFID", "",
+        "Frechet distance of Inception's pool features of originals and reconstructions; uint8, prepared as by pytorch-fid",
+    ),
+    "psnr": Metric("PSNR", "dB", "mean over images of 20 log10(255 / root mean squared error), both uint8"),
+    "ssim": Metric(
+        "SSIM", "of images in [-1, 1], as published",
+        "mean over images; both in [-1, 1], reconstructions clipped; 11 x 11 Gaussian of 1.5 pixels, inside the image",
+    ),
+    "ssim_pixels": Metric("SSIM", "of pixels 0..255", "the same, of both as uint8, data range 255"),
+    "lpips": Metric(
+        "LPIPS", "", "mean over images; VGG16, version 0.1; both in [-1, 1], reconstructions as decoded, not clipped"
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Images compared with their reconstructions.
+
+    Attributes:
+      records: the records of the source that were compared.
+      values: scores of each of them, float64, by name.
+      rfid: None if no feature function was given.
+      bad_records: (record, error) of those that could not be decoded.
+      pairs: the first originals, each followed by its reconstruction.
+    """
+
+    records: Int[np.ndarray, " N"]
+    values: Mapping[str, Float[np.ndarray, " N"]]
+    rfid: float | None
+    bad_records: list[tuple[int, str]]
+    pairs: UInt8[np.ndarray, "2n H W 3"]
+
+
+class Blocks:
+    """Blocks of a source's images, without those that cannot be decoded: for `loader.read_ahead`.
+
+    Item k is (uint8 [n, H, W, 3], int32 [n] records, [(record, error), ...]), n <= block_size.
+    """
+
+    def __init__(self, source: Any, records: Int[np.ndarray, " N"], block_size: int):
+        self._source = source
+        self._blocks = [records[first : first + block_size] for first in range(0, len(records), block_size)]
+
+    def __len__(self):
+        return len(self._blocks)
+
+    def __getitem__(self, k):
+        side, records = self._source.image_size, self._blocks[k].tolist()
+        decoded, good, failures = np.zeros((len(records), side, side, 3), np.uint8), [], []
+        for record, (fields, error) in zip(records, reading.at_once(functools.partial(reading.attempt, self._source), records)):
+            if error:
+                failures.append((record, error))
+            else:
+                decoded[len(good)] = fields["image"]
+                good.append(record)
+        return decoded[: len(good)], np.asarray(good, np.int32), failures
+
+
+def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
+    """Makes the function that reconstructs and compares, in float32, to be jitted.
+
+    Image i depends on (key, records[i]) alone, not on the batch it is in.
+
+    Args:
+      vae: the network.
+      latents: 'sampled' or 'mode'.
+      side: side of the images in pixels; images smaller than the window have no SSIM.
+
+    Returns:
+      Function of ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key),
+      which returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}.
+    """
+    vae = vae.clone(dtype=jnp.float32)
+
+    def compare(params, pixels, records, key):
+        originals = images.to_float(pixels)
+        posterior = vae.apply({"params": params["vae"]}, originals, method="encode")
+        z = posterior.mode()
+        if latents == "sampled":
+            keys = jax.vmap(lambda record: jax.random.fold_in(key, record))(records)
+            z = posterior.sample(jax.vmap(lambda k: jax.random.normal(k, z.shape[1:]))(keys))
+        recon = vae.apply({"params": params["vae"]}, z, method="decode")
+        rounded = images.to_uint8(recon + 1 / 255)  # half a gray level up, where truncating is rounding
+        values = {"finite": jnp.isfinite(recon).all(axis=(1, 2, 3)), "psnr": image_quality.psnr(pixels, rounded)}
+        if side >= image_quality.WINDOW:
+            values["ssim"] = image_quality.ssim(originals, recon.clip(-1, 1), 2)
+            values["ssim_pixels"] = image_quality.ssim(pixels.astype(jnp.float32), rounded.astype(jnp.float32), 255)
+        if params["lpips"] is not None:
+            values["lpips"] = LPIPS().apply({"params": params["lpips"]}, originals, recon)
+        return rounded, values
+
+    def compare_precisely(params, pixels, records, key):
+        # at least three bfloat16 passes on TPUs, TF32 on GPUs as published
+        with jax.default_matmul_precision("high"):
+            return compare(params, pixels, records, key)
+
+    return compare_precisely
+
+
+def compare_all(
+    vae: AutoencoderKL,
+    params: Any,
+    source: Any,
+    records: Int[np.ndarray, " N"],
+    *,
+    mesh: jax.sharding.Mesh,
+    batch_size: int,
+    latents: str,
+    seed: int,
+    lpips: Any = None,
+    features_fn: Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b F"]] | None = None,
+    workers: int = 0,
+) -> Comparison:
+    """Compares images with their reconstructions, one batch in memory at a time, over all devices of the mesh.
+
+    Args:
+      vae: the network.
+      params: its parameters.
+      source: images, see `repae_jax.data`.
+      records: the records of the source to compare.
+      mesh: device mesh.
+      batch_size: images at a time; a multiple of the devices.
+      latents: 'sampled' or 'mode'.
+      seed: seed of the samples.
+      lpips: parameters of LPIPS; None leaves it out.
+      features_fn: computes features of pixels, for rFID; None leaves it out.
+      workers: processes that decode.
+
+    Raises:
+      ValueError: if no image can be decoded, or a reconstruction is not finite.
+    """
+    placed = jax.device_put({"vae": params, "lpips": lpips}, sharding.replicated(mesh))
+    compare = jax.jit(make_compare(vae, latents, source.image_size))
+    compare = functools.partial(compare, placed, key=jax.random.key(seed))
+    of_originals, of_recons = RunningGaussian(), RunningGaussian()
+    compared, parts, failures, pairs = [], [], [], []
+    blocks = loader.read_ahead(MapDataset.source(Blocks(source, records, batch_size)), workers)
+    with contextlib.closing(blocks), tqdm(total=len(records), unit="img", desc="reconstructing") as bar:
+        for pixels, good, failed in blocks:
+            bar.update(len(good) + len(failed))
+            failures += failed
+            if not len(good):
+                continue
+            recon, values = _run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
+            _check_finite(values.pop("finite"), good, source)
+            if features_fn is not None:
+                of_originals.update(features_fn(pixels))
+                of_recons.update(features_fn(recon))
+            if sum(map(len, pairs)) < SHOWN:
+                pairs.append(np.stack([pixels, recon], axis=1))
+            compared.append(np.array(good))
+            parts.append(values)
+    if not compared:
+        raise ValueError(
+            f"none of the {len(records)} images can be decoded, first {source.name(failures[0][0])}: {failures[0][1]}"
+        )
+    return Comparison(
+        records=np.concatenate(compared),
+        values={name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]},
+        rfid=None if features_fn is None else frechet_distance(*of_originals.stats(), *of_recons.stats()),
+        bad_records=failures,
+        pairs=np.concatenate(pairs)[:SHOWN].reshape(-1, *pairs[0].shape[2:]),
+    )
+
+
+def _run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
+    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
+    count = len(arrays[0])
+    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
+
+
+def _check_finite(finite, records, source) -> None:
+    if not finite.all():
+        first = ", ".join(source.name(int(record)) for record in records[~finite][:5])
+        raise ValueError(
+            f"the reconstructions of {int((~finite).sum())} of {len(finite)} images hold nan or infinity, first {first}; the "
+            "VAE's weights are damaged, or its training has diverged: take an earlier --step"
+        )
+
+
+def mean_values(values: Mapping[str, Float[np.ndarray, " N"]], warn: Callable[[str], None]) -> dict[str, float | None]:
+    """Computes means over images; of PSNR without images that came out exactly, whose PSNR is infinite (None if all did)."""
+    means: dict[str, float | None] = {name: float(column.mean()) for name, column in values.items()}
+    exact = np.isinf(values["psnr"])
+    if exact.any():
+        warn(f"{exact.sum()} of {len(exact)} images came out exactly: their PSNR is infinite, and left out of the mean")
+        means["psnr"] = None if exact.all() else float(values["psnr"][~exact].mean())
+    return means
+
+
+def check_count(count: int, features: int, warn: Callable[[str], None]) -> None:
+    """Warns of an rFID from fewer images than published ones, or than there are features."""
+    if count <= features:
+        warn(
+            f"rFID from {count} images: the covariance of {features} features has rank {count - 1} at most, so the number "
+            "says more about the number of images than about the tokenizer, and is too high; compare it with rFIDs of the same "
+            f"images alone. Published ones are from {PUBLISHED_COUNT:,} images"
+        )
+    elif count < PUBLISHED_COUNT:
+        warn(f"rFID from {count} images is higher than from {PUBLISHED_COUNT:,}, of which published ones are")
+
+
+def worst_images(comparison: Comparison, source: Any) -> list[dict[str, Any]]:
+    """Returns the images of lowest PSNR, worst first."""
+    decibels = comparison.values["psnr"]
+    order = [i for i in np.argsort(decibels, kind="stable")[:SHOWN] if np.isfinite(decibels[i])]
+    records: Sequence[int] = [int(comparison.records[i]) for i in order]
+    return [{"image": source.name(r), "record": r, "psnr": float(decibels[i])} for r, i in zip(records, order)]
