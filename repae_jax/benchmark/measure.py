@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
+from repae_jax import files
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
