@@ -36,6 +36,10 @@ _SYSTEM_NAMES = {
     # of a device, not of a file
     "JaxRuntimeError", "XlaRuntimeError",
 }  # fmt: skip
+_CLIENTS = (  # modules of clients of object stores, their credentials and their networks
+    "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx.",
+    "requests.", "urllib3.", "huggingface_hub.",
+)  # fmt: skip
 _STATUS_TO_RETRY = {401, 408, 425, 429}  # of HTTP, besides 500 and above; 401 is of credentials, whatever the file
 # tensorstore's messages begin so, and Pillow's
 _CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|out of memory)\b")
@@ -49,6 +53,13 @@ def is_of_the_system(error):
 def is_refusal(error):
     """Returns whether an error says that this user may not read something."""
     return any(_is_refusal(one) for one in _causes(error))
+
+
+def is_of_a_client(error):
+    """Returns whether an error has a type of a library that reaches buckets or the network, or is TensorStore's."""
+    if any(kind.__module__.startswith(_CLIENTS) for kind in type(error).__mro__):
+        return True
+    return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
 
 
 def errnos(error):

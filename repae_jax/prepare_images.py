@@ -162,10 +162,9 @@ def summary(folder):
     )
 
 
-@cli.ending()
-def main():
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    args = parse_args()
     made = run(args)
     if made is None:
         print("asked to stop: what is finished is kept; run the same command to continue")

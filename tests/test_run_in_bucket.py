@@ -24,7 +24,7 @@ from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, file
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
-from repae_jax.distributed import multihost
+from repae_jax.distributed.compilation_cache import use_compilation_cache
 from repae_jax.job import build
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
@@ -213,7 +213,7 @@ def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
     began = time.monotonic()
     with checkpoint.Checkpointer(workdir) as checkpointer, pytest.raises(OSError) as caught:
         checkpointer.restore(build.abstract_state(job), job.config)
-    assert re.match(f"(.Errno 13. )?Checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
+    assert re.match(f"(.Errno 13. )?checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
     assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - began < 20
     assert not (workdir / "checkpoints_damaged").exists()
 
@@ -283,13 +283,13 @@ def test_a_bucket_that_is_not_there_is_no_place_for_compiled_programs(gs):
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         with pytest.raises(OSError, match="bucket other does not exist"):
-            multihost.use_compilation_cache("gs://other/run")
+            use_compilation_cache("gs://other/run")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_bucket_that_does_not_answer_is_told(gs, monkeypatch, warnings):
-    monkeypatch.setattr(buckets, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(buckets, "WARN_SECONDS", 0.2)
     gs.answer((".", "wait"))
     timer = threading.Timer(1, gs.answer)
     timer.start()

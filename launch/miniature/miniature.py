@@ -247,10 +247,9 @@ def perform(folder, core):
     return 0 if run.perform(folder) else 1
 
 
-@cli.ending()
-def main(argv=None):
+@cli.command(parse_args)
+def main(args):
     """Runs what is not done yet, then writes the results; returns the exit status."""
-    args = parse_args(argv)
     if args.perform:
         return perform(args.perform, args.core)
     from launch.miniature import report

@@ -53,11 +53,11 @@ def owned(workdir):
     if jax.process_index() == 0:
         owner = _Owner(workdir / FILE)
         refusal = owner.acquire()
-    if refusal := multihost.from_first(refusal):
+    if refusal := multihost.broadcast_from_process_0(refusal):
         raise ValueError(f"workdir {str(workdir)!r} is in use by {refusal}. Let it end, stop it, or use another workdir")
 
     def check():
-        if other := multihost.from_first(owner and owner.other()):
+        if other := multihost.broadcast_from_process_0(owner and owner.other()):
             raise WorkdirLost(f"workdir {str(workdir)!r} now belongs to {other}: this run ends, and saves nothing more")
 
     with contextlib.ExitStack() as stack:
