@@ -21,7 +21,7 @@ import safetensors.numpy
 from checkpoints_tools import vae as vae_files
 from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer
-from repae_jax.distributed import multihost, sharding
+from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.job import build
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.workdir import prepare_workdir
@@ -175,7 +175,7 @@ def cache_latents(config, out, flips=False, shard_size=SHARD_SIZE):
     if buckets.is_address(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
     multihost.assert_same_config({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
-    with multihost.stop_signal() as stopped:
+    with stopping.stop_signal() as stopped:
         config = _local(config)
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:

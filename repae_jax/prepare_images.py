@@ -128,7 +128,7 @@ def run(args):
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: as `ShardWriter.run`.
     """
-    from repae_jax.distributed.multihost import stop_signal  # here: every worker imports this module, and would import JAX
+    from repae_jax.distributed.stopping import stop_signal  # here: every worker imports this module, and would import JAX
 
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")

@@ -23,7 +23,7 @@ from repae_jax import buckets, cli
 from repae_jax.cost import flops
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import Loader, too_many_bad
-from repae_jax.distributed import multihost, sharding
+from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.distributed.compilation_cache import use_compilation_cache
 from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
 from repae_jax.job import build
@@ -106,7 +106,7 @@ class Run:
       inputs: hashes of the frozen VAE and of the images, see `check_inputs`.
       arithmetic: function of images per second, see `metric_log.arithmetic_speed`.
       check_owner: raises WorkdirLost if the workdir has become another run's.
-      stopped: returns whether to stop, see `multihost.stop_requests`.
+      stopped: returns whether to stop, see `stopping.stop_requests`.
       end_if_stopped: ends this start, which is busy with the activity named, if it was asked to stop.
     """
 
@@ -164,7 +164,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     workdir = prepare_workdir(workdir)
     multihost.check_shared(workdir)
     source = None if config.data.cache else build.make_images(config)  # a wrong path is found before anything is loaded
-    stopped = stack.enter_context(multihost.stop_requests())
+    stopped = stack.enter_context(stopping.stop_requests())
     end_if_stopped = functools.partial(_end_if_stopped, stopped, began)
     check_owner = stack.enter_context(ownership.owned(workdir))
     fid = load_fid(job)

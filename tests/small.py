@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from configs import repae
+from configs import ldm, repae
 from repae_jax.distributed import sharding
 from repae_jax.job import build
 
@@ -36,6 +36,12 @@ def config(changes=None, file=repae, arg="tiny", **more):
             section = section[part]
         section[field] = value
     return made
+
+
+def tiny_run():
+    """The config of the fixture `tiny_run`: the quickest to compile, four steps with checkpoints of the second and the last."""
+    changes = {"steps": 4, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
+    return config({**changes, **SIT_ALONE}, ldm)
 
 
 def from_flags(*arguments, file="configs/repae.py"):

@@ -57,7 +57,7 @@ def make_hooks(job: build.Job, frozen, source, workdir: epath.Path, writer, fid,
       workdir: the run's folder.
       writer: the run's metric writer.
       fid: result of `load_fid`.
-      stopped: `multihost.stop_requests` yields it; scores are given up once it returns True.
+      stopped: `stopping.stop_requests` yields it; scores are given up once it returns True.
     """
     section, hooks = job.config["hooks"], []
     if section.get("fid_every"):

@@ -64,7 +64,7 @@ def _single_process_handlers() -> dict[str, ocp.CheckpointHandler]:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, but only `multihost.stop_requests` asks whether to stop: JAX takes every question for a step."""
+    """Orbax's manager, but only `stopping.stop_requests` asks whether to stop: JAX takes every question for a step."""
 
     def reached_preemption(self, step: int) -> bool:
         return False

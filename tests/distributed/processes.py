@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import small
 
-from configs import ldm, repae
+from configs import repae
 from repae_jax import train
-from repae_jax.distributed import multihost
+from repae_jax.distributed import multihost, stopping
 from repae_jax.job import build
 from repae_jax.training import checkpoint, metric_log
 
@@ -26,9 +26,9 @@ STEPS = 4
 
 def config(file="ldm"):
     """Of the runs here: the quickest to compile, SiT alone on a frozen VAE; or REPA-E."""
-    changes = {"steps": STEPS, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
     if file == "ldm":
-        return small.config({**changes, **small.SIT_ALONE}, ldm)
+        return small.tiny_run()
+    changes = {"steps": STEPS, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
     return small.config({**changes, "hooks.reconstructions_every": 0, "optim.sit.learning_rate": 2e-4}, repae)
 
 
@@ -128,7 +128,7 @@ def wait_for_each_other(coordinator, process, what):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)  # JAX looks every second
         multihost.all_gather(None)
-        with multihost.stop_requests() as stopped:
+        with stopping.stop_requests() as stopped:
             for step in range(600):
                 if stopped():
                     sys.exit(75 + step)

@@ -39,14 +39,6 @@ def assert_close(workdir, other):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """Workdir of a whole run in this process, on eight devices."""
-    workdir = tmp_path_factory.mktemp("one") / "run"
-    assert train.train(processes.config(), workdir)[1]
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def two(tmp_path_factory, compiled):
     """Workdir of a whole run in two processes, and how these ended."""
     workdir = tmp_path_factory.mktemp("two") / "run"
@@ -226,10 +218,10 @@ def test_a_collective_that_fails_waits_for_jax_to_name_who_has_gone(error, waits
 
 
 @pytest.mark.integration
-def test_two_processes_equal_one(one, two):
+def test_two_processes_equal_one(tiny_run, two):
     """Written by two, read by one."""
-    assert_close(two.workdir, one)
-    (state, data_state, step), (expected, position, _) = processes.state_of(two.workdir), processes.state_of(one)
+    assert_close(two.workdir, tiny_run)
+    (state, data_state, step), (expected, position, _) = processes.state_of(two.workdir), processes.state_of(tiny_run)
     assert step == processes.STEPS and data_state == position
     assert small.largest_error(state, expected) < 5e-3  # Adam's first steps are signs of gradients
 
@@ -316,15 +308,15 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(killed, two, tmp_p
 
 
 @pytest.mark.slow
-def test_four_processes(one, two, tmp_path, compiled):
+def test_four_processes(tiny_run, two, tmp_path, compiled):
     """From scratch as one; from what two have saved, and one from what four have."""
     processes.finish(tmp_path / "whole", compiled, count=4)
-    assert_close(tmp_path / "whole", one)
+    assert_close(tmp_path / "whole", tiny_run)
     for source, count in ((two.workdir, 4), (tmp_path / "whole", 1)):
         workdir = copy_of(source, tmp_path / str(count))
         shutil.rmtree(workdir / "checkpoints" / "4")
         processes.finish(workdir, compiled, count=count, devices=4 // count)
-        assert_close(workdir, one)
+        assert_close(workdir, tiny_run)
 
 
 @pytest.mark.slow
