@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import secrets
@@ -190,18 +191,12 @@ def save_png(path, image: UInt8[np.ndarray, "H W 3"]) -> None:
 
     Raises:
       ValueError: if the image is not uint8 `[H, W, 3]`.
+      OSError: as `write_all`.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
-    path = epath.Path(path)  # gs:// too
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_all({path: functools.partial(Image.fromarray(image).save, format="PNG")}, overwrite=True)
 
 
 def check_file(path) -> None:

@@ -187,9 +187,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     # ---- state and position in the data -----------------------------------------------------------------------------
     loader = stack.enter_context(build.make_loader(job, source))
     if restored is None:
-        put = functools.partial(sharding.put_batch, job.mesh)
-        with build.make_loader(job, source) as first_batches:
-            state = build.create_initial_state(job, frozen, lambda: map(put, first_batches))
+        state = _create_state(job, frozen, source)
         start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
         loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
     else:
@@ -199,19 +197,27 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
         logging.info("continuing from step %d", start)
 
     # ---- reports ----------------------------------------------------------------------------------------------------
-    flop_per_image = flops.per_image(job.config, job.encoders)
-    peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
-    arithmetic = functools.partial(arithmetic_speed, flop_per_image=flop_per_image, devices=job.mesh.size, peak=peak)
-    logging.info("%s", summary(job, state, source, flop_per_image, peak))
+    cost = {
+        "flop_per_image": flops.per_image(job.config, job.encoders),
+        "peak": flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute),
+    }
+    logging.info("%s", summary(job, state, source, **cost))
     writer = stack.enter_context(open_writer(workdir, start))
     hooks = make_hooks(job, frozen, source, workdir, writer, fid, stopped)
     end_if_stopped("preparing")
     for hook in pending_hooks(hooks, start, config.steps) if restored else ():  # the last start was stopped, or killed
         hook.run(start, state)
     return Run(
-        job, state, start, frozen, source, loader, inputs, writer, hooks, checkpointer, arithmetic, check_owner, stopped,
-        end_if_stopped,
+        job, state, start, frozen, source, loader, inputs, writer, hooks, checkpointer,
+        functools.partial(arithmetic_speed, devices=job.mesh.size, **cost), check_owner, stopped, end_if_stopped,
     )  # fmt: skip
+
+
+def _create_state(job, frozen, source):
+    """Returns the state of a new run."""
+    put = functools.partial(sharding.put_batch, job.mesh)
+    with build.make_loader(job, source) as first_batches:
+        return build.create_initial_state(job, frozen, lambda: map(put, first_batches))
 
 
 def _end_if_stopped(stopped, began, activity):

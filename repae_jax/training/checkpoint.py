@@ -14,6 +14,7 @@ saved worth keeping (only states that are finite are saved), and can it be read 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -281,10 +282,8 @@ def _end_waiting_threads() -> None:
 
 
 def _free_name(directory: epath.Path, step: int) -> epath.Path:
-    number = 0
-    while (directory / f"{step}-{number}").exists():
-        number += 1
-    return directory / f"{step}-{number}"
+    names = (directory / f"{step}-{number}" for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _drop_orbax_progress(record) -> bool:
