@@ -203,7 +203,7 @@ def line_of(error: BaseException) -> str | None:
         return f"{type(error).__name__}: {message}"
     if isinstance(error, ExceptionGroup):
         return line_of(error.exceptions[0])
-    return error.__cause__ and line_of(error.__cause__)
+    return line_of(error.__cause__) if error.__cause__ else None
 
 
 def _line_of_jax(message: str) -> str | None:

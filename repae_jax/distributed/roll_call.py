@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from typing import Any
 
 _POLL_SECONDS = 0.25
 _ANSWER_SECONDS = 5
@@ -20,7 +21,7 @@ class RollCallError(ValueError):
     """The processes that came are not those of one run."""
 
 
-def check_options(options: dict[str, str | int | None], automatic: bool) -> None:
+def check_options(options: dict[str, Any], automatic: bool) -> None:
     """Raises ValueError if a process cannot be started with such options.
 
     Args:

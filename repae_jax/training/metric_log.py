@@ -253,7 +253,7 @@ class Progress:
 def _drop_lines_after(path: epath.Path, last_step: int) -> None:
     """Removes the lines of later steps, and broken lines, from a file."""
     lines = path.read_bytes().splitlines()  # a broken one may be no text
-    kept = [line for line in lines if step_of(line) is not None and step_of(line) <= last_step]
+    kept = [line for line in lines if (step := step_of(line)) is not None and step <= last_step]
     broken = sum(step_of(line) is None for line in lines)
     if broken:
         logging.warning("%s: %d unfinished or broken line(s) removed", path, broken)
