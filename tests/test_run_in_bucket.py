@@ -29,6 +29,7 @@ from repae_jax.job import build
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
 
+pytestmark = pytest.mark.integration
 JOB, STEPS = "ldm", 8  # and checkpoints every four
 RUN, DIGITS = "gs://bucket/run", "gs://bucket/digits"
 SAVING_8 = "(POST|PUT) .*run/checkpoints/8"

@@ -94,6 +94,7 @@ def test_last_line_without_newline_is_kept_whole(tmp_path):
 # -- the writer -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_writer_writes_both(tmp_path):
     from clu import metric_writers
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -122,6 +123,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_import_is_free_of_tensorflow():
     code = "import sys, repae_jax.training.metric_log; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

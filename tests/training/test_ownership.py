@@ -93,6 +93,7 @@ def test_jobs_are_named(workdir, monkeypatch):
         own(workdir)
 
 
+@pytest.mark.integration
 def test_on_one_machine_the_living_are_told_from_the_dead_at_once(workdir, another):
     with pytest.raises(ValueError, match=f"in use by the run of process {another.pid} "):
         own(workdir)
@@ -205,6 +206,7 @@ def test_of_many_that_start_at_once_one_owns(left, workdir, quick):
     assert len(owners) == 1 and len(refused) == 7
 
 
+@pytest.mark.integration
 def test_a_process_that_ends_suddenly_is_no_owner(workdir):
     """As when another process of the run has failed."""
     code = OWN.replace("time.sleep(600)", "from repae_jax.distributed import multihost; multihost._exit()")
@@ -213,6 +215,7 @@ def test_a_process_that_ends_suddenly_is_no_owner(workdir):
     assert multihost._last_acts == []
 
 
+@pytest.mark.integration
 def test_in_a_bucket(request, monkeypatch):
     """Where nothing can be created exclusively, and signs of life are new objects."""
     pytest.importorskip("bucket")
