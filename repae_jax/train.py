@@ -133,13 +133,13 @@ class Run:
         if jax.process_index() == 0:
             print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
 
-    def save(self, step: int, position: dict[str, Any], stopping: bool) -> None:
+    def save(self, step: int, position: dict[str, Any], is_stopping: bool) -> None:
         """Saves a checkpoint; the first one is read back, unless that would take the time left before a kill."""
         self.check_owner()  # first: in a bucket, another run's metrics would be replaced
         self.writer.flush()
         data_state = {"loader": position, "inputs": self.inputs}
         saved = self.checkpointer.save(step, self.state, data_state, self.job.config)
-        if saved and not self._is_read_back and not stopping:
+        if saved and not self._is_read_back and not is_stopping:
             self.checkpointer.read_back(step, self.state)
             self._is_read_back = True
 
@@ -277,11 +277,11 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
 
         # ---- what follows it ----------------------------------------------------------------------------------------
         is_first = step == run.start + 1
-        stopping, asked = run.stopped(), time.monotonic()  # asked once: a signal that comes later ends the next step
-        is_last = step == steps or stopping
+        is_stopping, asked = run.stopped(), time.monotonic()  # asked once: a signal that comes later ends the next step
+        is_last = step == steps or is_stopping
         saves = is_last or step % config["checkpoint"]["every"] == 0
         logs = is_last or step % config["log"]["every"] == 0 or step == 1
-        due = [hook for hook in run.hooks if hook.is_due(step, steps) and (not stopping or step == steps)]
+        due = [hook for hook in run.hooks if hook.is_due(step, steps) and (not is_stopping or step == steps)]
 
         # ---- metrics ------------------------------------------------------------------------------------------------
         while unchecked and (saves or unchecked[0][0] <= step - 2):
@@ -300,10 +300,10 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
             jax.block_until_ready(metrics)  # otherwise the pause would include the time of steps in flight
         with progress.paused():
             if saves:  # before the pictures: they may take long, or fail
-                run.save(step, position, stopping)
+                run.save(step, position, is_stopping)
             for hook in due:
                 hook.run(step, run.state)
-        if stopping and step < steps:
+        if is_stopping and step < steps:
             run.checkpointer.wait()
             logging.warning(
                 "asked to stop: saved step %d; run the same command to continue. Ending the step and saving took %.1f s, "
