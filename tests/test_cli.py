@@ -1,4 +1,4 @@
-"""How commands begin and end: what they do not understand is refused, and what is not their fault is told in one line."""
+"""How commands begin and end: unknown words are refused, and errors from outside the program are one line."""
 
 import contextlib
 import importlib
@@ -29,7 +29,7 @@ HEAVY = {"torch", "tensorflow", "transformers", "diffusers", "tensorflow_dataset
 
 
 def run(*words, **options):
-    """A command as its users call it, `python -m` left out; what it prints is text."""
+    """Runs Python on such words, from the root of the repository."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=300, **options)
 
 
@@ -37,7 +37,7 @@ def run(*words, **options):
 
 
 def raised(error):
-    """An error that was raised, as a main function sees it."""
+    """Raises an error, and returns it as a main function catches it."""
     try:
         raise error
     except type(error) as caught:
@@ -50,19 +50,19 @@ def chained(error, cause):
 
 
 class ResourceExhaustedError(Exception):
-    """As TensorFlow's, which takes seconds to import."""
+    """Stands for TensorFlow's, which takes seconds to import."""
 
     __module__ = "tensorflow.python.framework.errors_impl"
 
 
 class DefaultCredentialsError(Exception):
-    """As google.auth's."""
+    """Stands for google.auth's."""
 
     __module__ = "google.auth.exceptions"
 
 
 class ClientError(Exception):
-    """As botocore's."""
+    """Stands for botocore's."""
 
     __module__ = "botocore.exceptions"
 
@@ -97,13 +97,13 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 b
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
-    """Wherever it was raised, in a library or here."""
+def test_errors_from_outside_the_program_end_in_one_line(error, line):
+    """Wherever they were raised, in a library or here."""
     with pytest.raises(SystemExit) as caught, cli.ending():
         raise error
-    said = caught.value.code
-    assert said.startswith("error: ") and line in said and "\n" not in said, said
-    assert caught.value.__context__ is error  # what other processes are told, see `multihost.abort_all_on_error`
+    message = caught.value.code
+    assert message.startswith("error: ") and line in message and "\n" not in message, message
+    assert caught.value.__context__ is error  # other processes get its text, see `multihost.abort_all_on_error`
 
 
 @pytest.mark.parametrize(
@@ -116,18 +116,18 @@ def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_mistakes_of_the_program_keep_their_traceback(error):
+def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, cli.ending():
         raise error
     assert "please report it" in caught.value.__notes__[-1]
 
 
-def test_an_error_of_the_libraries_for_arrays_says_how_to_find_its_place():
+def test_errors_of_array_libraries_say_how_to_find_their_place():
     with pytest.raises(SystemExit, match=r"error: Incompatible .* \(said by jax; python -X dev shows where\)$"), cli.ending():
         jax.numpy.broadcast_to(jax.numpy.zeros((2, 3)), (4, 4))
 
 
-def test_it_is_a_decorator_and_returns_what_the_command_returns():
+def test_ending_is_a_decorator_and_passes_results_on():
     @cli.ending("interrupted: nothing was written")
     def main(error=None):
         if error:
@@ -151,7 +151,7 @@ PRINTING = "from repae_jax import cli\nwith cli.ending():\n    for i in range(CO
 @pytest.mark.integration
 @pytest.mark.parametrize("count", [1, 9999])  # the first is written at the very end
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_is_gone_is_no_error(count, unbuffered):
+def test_a_closed_output_is_no_error(count, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     code = PRINTING.replace("COUNT", str(count))
@@ -197,7 +197,7 @@ with cli.ending(), Checkpointer(sys.argv[1]) as checkpointer:
 
 
 @pytest.mark.integration
-def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
+def test_a_checkpoint_on_a_full_disk_ends_in_one_line(full_disk):
     done = run("-c", SAVING, full_disk / "run")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1].startswith("error: ") and "No space left on device" in done.stderr.splitlines()[-1]
@@ -205,7 +205,7 @@ def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
 
 @pytest.mark.integration
 def test_terminals_of_ascii_alone():
-    """As in containers without a locale, where printing anything else is an error."""
+    """In containers without a locale, printing anything else would be an error."""
     code = "from repae_jax import cli\nwith cli.ending():\n    print('1 … 2')"
     done = run("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 ? 2\n", "")
@@ -228,12 +228,12 @@ def test_developers_see_every_traceback():
 
 @pytest.fixture
 def parser():
-    made = cli.Parser(prog="it")
-    made.add_argument("--count", type=cli.whole(1))
-    made.add_argument("--share", type=cli.number(ranges.real(0, 1)))
-    made.add_argument("--seed", type=cli.seed)
-    made.add_argument("--out", type=cli.path)
-    return made
+    parser = cli.Parser(prog="it")
+    parser.add_argument("--count", type=cli.whole(1))
+    parser.add_argument("--share", type=cli.number(ranges.real(0, 1)))
+    parser.add_argument("--seed", type=cli.seed)
+    parser.add_argument("--out", type=cli.path)
+    return parser
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_rules(rule, allowed, refused):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_refuses_what_it_does_not_understand(name, capsys):
+def test_every_command_refuses_unknown_words(name, capsys):
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as caught:
         module.parse_args(["--help"])
@@ -415,7 +415,7 @@ def here(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "message"), LINES, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_training_does_not_understand_is_refused_in_one_line(words, message, here, monkeypatch, capsys):
+def test_mistakes_in_words_of_training_end_in_one_line(words, message, here, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as caught, cli.ending():
         build.build(train.parse_args([word.replace("HERE", str(here)) for word in words]).config)

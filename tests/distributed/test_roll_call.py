@@ -23,14 +23,14 @@ def test_a_port_that_is_in_use():
 
 
 def roll_of(*numbers, count=3):
-    """What `call_roll` says to processes that come one after the other."""
-    address, found = free_address(), {}
+    """Answers of `call_roll` to processes that come one after the other; None for success."""
+    address, answers = free_address(), {}
 
     def come(key, index, of):
         try:
-            found[key] = roll_call.call_roll(address, of, index)
+            answers[key] = roll_call.call_roll(address, of, index)
         except ValueError as error:
-            found[key] = str(error).replace(address, "ADDRESS")
+            answers[key] = str(error).replace(address, "ADDRESS")
 
     threads = []
     for key, number in enumerate(numbers):
@@ -40,17 +40,17 @@ def roll_of(*numbers, count=3):
         time.sleep(0.3)
     for thread in threads:
         thread.join(10)
-    return [found.get(key, "still waiting") for key in range(len(numbers))]
+    return [answers.get(key, "still waiting") for key in range(len(numbers))]
 
 
-def test_two_first_processes_are_told_at_once():
+def test_two_first_processes_fail_at_once():
     """Both: the port is in use for the second, and the first need not wait for one that will not come."""
-    address, told = free_address(), []
+    address, errors = free_address(), []
 
     def come():
         with pytest.raises(ValueError) as caught:
             roll_call.call_roll(address, 2, 0)
-        told.append(str(caught.value))
+        errors.append(str(caught.value))
 
     first = threading.Thread(target=come, daemon=True)
     first.start()
@@ -58,7 +58,7 @@ def test_two_first_processes_are_told_at_once():
     with pytest.raises(ValueError, match=r"process 0 cannot use this port \(.*--process_id of its own"):
         multihost.start(False, address, 2, 0)
     first.join(5)
-    assert told and "have the same number" in told[0]
+    assert errors and "have the same number" in errors[0]
 
 
 def test_processes_of_one_run_come_in_any_order():
@@ -72,8 +72,7 @@ def test_processes_of_one_run_come_in_any_order():
         ((0, (1, 4)), r"process 1 of 4 on host \S+ \(pid \d+\) has come to a run of 3 processes"),
     ],
 )
-def test_processes_that_are_not_of_one_run_are_told_at_once(numbers, message):
-    """All of them."""
+def test_processes_of_different_runs_all_fail_at_once(numbers, message):
     answers = roll_of(*numbers)
     assert len(set(answers)) == 1
     assert re.fullmatch(f"--coordinator=ADDRESS: {message}. Give each process of a run .*", answers[0])
@@ -91,7 +90,7 @@ def test_a_process_may_end_and_come_again():
         time.sleep(0.3)
     with socket.create_connection((host, int(port))) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\n")
-    for index in (2, 1):  # all numbers have been told before the one that has gone comes again
+    for index in (2, 1):  # all numbers have come before the one that has gone comes again
         threads.append(threading.Thread(target=roll_call.call_roll, args=(address, 3, index), daemon=True))
         threads[-1].start()
         time.sleep(0.3)
