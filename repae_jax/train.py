@@ -126,9 +126,8 @@ class Run:
     end_if_stopped: Callable[[str], None]
     _is_read_back: bool = False
 
-    def log(self, step: int, metrics, position: dict[str, Any], progress: Progress, speed: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], speed: dict[str, float], progress: Progress) -> None:
         """Writes the metrics of a step; process 0 prints a line, too."""
-        values = {name: float(value) for name, value in metrics.items()} | {"bad_records": len(position["bad_records"])}
         self.writer.write_scalars(step, values | speed)
         if jax.process_index() == 0:
             print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
@@ -293,7 +292,9 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
         if is_first:  # after compilation, which is not speed
             progress = Progress(steps, step, config["data"]["batch_size"], arithmetic=run.arithmetic, waited=waited)
         if logs:
-            run.log(step, metrics, position, progress, {} if is_first else progress.update(step, waited))
+            values = {name: float(value) for name, value in metrics.items()}  # waits for the step, before its time is taken
+            values["bad_records"] = len(position["bad_records"])
+            run.log(step, values, {} if is_first else progress.update(step, waited), progress)
 
         # ---- checkpoint, pictures and scores ------------------------------------------------------------------------
         if due:

@@ -120,10 +120,59 @@ def test_pictures(whole):
             assert np.asarray(picture).std() > 0
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Runs begin with random numbers, and `uncompiled.step` is their step, a function of (state, batch, frozen, key)."""
+    made = SimpleNamespace(step=lambda state, *_: (state, {"sit/loss": 0.5, "skipped_in_a_row": 0}))
+    compiled = SimpleNamespace(compile=lambda: made.step)
+    monkeypatch.setattr(build, "load_frozen", lambda job: {})
+    monkeypatch.setattr(build, "create_initial_state", lambda job, frozen, make_batches: small.random_state(job))
+    monkeypatch.setattr(build, "jit_step", lambda job, state: SimpleNamespace(lower=lambda *_: compiled))
+    return made
+
+
 @pytest.mark.integration
-def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch):
+def test_what_a_step_does_and_in_which_order(uncompiled, tmp_path, monkeypatch):
+    """Metrics, the checkpoint, its reading back, hooks; a request to stop saves, and leaves the hooks out."""
+    calls, stop = [], []
+
+    def record(name):
+        before = getattr(checkpoint.Checkpointer, name)
+
+        def call(self, step, *args):
+            calls.append((name, step))
+            return before(self, step, *args)
+
+        monkeypatch.setattr(checkpoint.Checkpointer, name, call)
+
+    def draw(step, state):
+        calls.append(("hook", step))
+        stop.append(step == 4)
+
+    record("save")
+    record("read_back")
+    monkeypatch.setattr(train.stopping, "stop_requests", lambda: contextlib.nullcontext(lambda: any(stop)))
+    monkeypatch.setattr(train, "make_hooks", lambda *_: [hooks.Hook(4, draw, lambda step: True)])
+    run = config(9, **{"log.every": 3, "checkpoint.every": 2})
+    _, finished = train.train(run, tmp_path)
+    expected = [("save", 2), ("read_back", 2), ("save", 4), ("hook", 4), ("save", 5)]
+    assert not finished and calls == expected
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 3, 5]
+    assert checkpoint.saved_steps(tmp_path) == [4, 5] and not (tmp_path / "owner.json").exists()
+    assert checkpoint.read_data_state(tmp_path)["loader"]["next_batch"] == 5
+
+    stop.clear()
+    calls.clear()
+    monkeypatch.setattr(train, "make_hooks", lambda *_: [hooks.Hook(5, draw, lambda step: False)])
+    _, finished = train.train(run, tmp_path)  # the hook of step 5 was left out
+    assert finished and calls == [("hook", 5), ("save", 6), ("read_back", 6), ("save", 8), ("save", 9), ("hook", 9)]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 3, 5, 6, 9]
+
+
+@pytest.mark.integration
+def test_steps_in_flight_before_a_hook_are_no_pause(uncompiled, tmp_path, monkeypatch):
     """A device that takes a second per step; hooks between logged steps, which wait for it and take nothing themselves."""
-    now = [0.0]
+    now, numbers = [0.0], itertools.count(1)
 
     class Late(float):
         def block_until_ready(self):
@@ -136,25 +185,19 @@ def test_steps_in_flight_before_a_hook_are_no_pause(half, tmp_path, monkeypatch)
         def __int__(self):
             return int(float(self))
 
-    def jit_step(job, state):
-        done = itertools.count(1)
-
-        def step(state, *_):
-            late = Late(next(done))
-            return state, dict.fromkeys(("sit/loss", "skipped_in_a_row"), late)
-
-        return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: step))
+    def step(state, *_):
+        late = Late(next(numbers))
+        return state, dict.fromkeys(("sit/loss", "skipped_in_a_row"), late)
 
     def wait_for_all(step, state):
-        now[0] = max(now[0], float(step - 2))  # began after two
+        now[0] = max(now[0], float(step))
 
-    monkeypatch.setattr(train.build, "jit_step", jit_step)
+    uncompiled.step = step
     monkeypatch.setattr(train, "Progress", functools.partial(metric_log.Progress, clock=lambda: now[0]))
     monkeypatch.setattr(train, "make_hooks", lambda *_: [hooks.Hook(5, wait_for_all, lambda step: True)])
-    workdir = copy_of(half.workdir, tmp_path)
-    train.train(config(14, **{"log.every": 4, "checkpoint.every": 14}), workdir)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"]: line.get("seconds_per_step") for line in lines[2:]} == dict.fromkeys((4, 8, 12, 14), 1.0)
+    train.train(config(14, **{"log.every": 4, "checkpoint.every": 14}), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line.get("seconds_per_step") for line in lines[1:]} == dict.fromkeys((4, 8, 12, 14), 1.0)
 
 
 @pytest.mark.integration
