@@ -120,15 +120,34 @@ def test_pictures(whole):
             assert np.asarray(picture).std() > 0
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Runs begin with random numbers, and `uncompiled.step` is their step, a function of (state, batch, frozen, key)."""
-    made = SimpleNamespace(step=lambda state, *_: (state, {"sit/loss": 0.5, "skipped_in_a_row": 0}))
-    compiled = SimpleNamespace(compile=lambda: made.step)
+def replace_computing(monkeypatch):
+    """Runs begin with random numbers, and nothing is computed in a step; returns a namespace with `step`, to be replaced."""
+
+    def step(state, *_):
+        return state.replace(step=state.step + 1), {"sit/loss": 0.5, "skipped_in_a_row": 0}
+
+    steps = SimpleNamespace(step=step)
+    compiled = SimpleNamespace(compile=lambda: steps.step)
     monkeypatch.setattr(build, "load_frozen", lambda job: {})
     monkeypatch.setattr(build, "create_initial_state", lambda job, frozen, make_batches: small.random_state(job))
     monkeypatch.setattr(build, "jit_step", lambda job, state: SimpleNamespace(lower=lambda *_: compiled))
-    return made
+    return steps
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The namespace of `replace_computing`."""
+    return replace_computing(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Workdir of two steps that were not computed."""
+    workdir = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_computing(monkeypatch)
+        train.train(config(2), workdir)
+    return workdir
 
 
 @pytest.mark.integration
@@ -286,9 +305,9 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
     [(build, "abstract_state", "restoring"), (build, "load_frozen", "loading weights"), (train, "make_hooks", "preparing"),
      (build, "jit_step", "compiling")],
 )  # fmt: skip
-def test_a_signal_before_the_first_step(half, tmp_path, monkeypatch, warnings, owner, function, what):
+def test_a_signal_before_the_first_step(uncompiled, begun, tmp_path, monkeypatch, warnings, owner, function, what):
     """It ends the run as soon as it can, says that nothing was trained, and leaves the workdir to the next start."""
-    workdir, call = copy_of(half.workdir, tmp_path), getattr(owner, function)
+    workdir, call = copy_of(begun, tmp_path), getattr(owner, function)
 
     def signal_and_call(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -303,9 +322,9 @@ def test_a_signal_before_the_first_step(half, tmp_path, monkeypatch, warnings, o
 
 @pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_while_waiting_for_metrics_loses_nothing(half, tmp_path, monkeypatch, number):
+def test_a_signal_while_waiting_for_metrics_loses_nothing(uncompiled, tmp_path, monkeypatch, number):
     """The signal comes after the step was dispatched: that step or the next is saved, never none."""
-    workdir, check = copy_of(half.workdir, tmp_path), train.check_finite
+    check = train.check_finite
 
     def signal_and_check(step, *args):
         if step == 3:
@@ -313,9 +332,9 @@ def test_a_signal_while_waiting_for_metrics_loses_nothing(half, tmp_path, monkey
         check(step, *args)
 
     monkeypatch.setattr(train, "check_finite", signal_and_check)
-    state, finished = train.train(config(8), workdir)
+    state, finished = train.train(config(8), tmp_path)
     assert not finished
-    with checkpoint.Checkpointer(workdir) as checkpointer:
+    with checkpoint.Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step == int(state.step) < 8
 
 
@@ -357,7 +376,7 @@ def test_bad_updates_in_a_row_stop_the_run(half, tmp_path, monkeypatch):
 
 
 @pytest.mark.integration
-def test_a_folder_with_a_corrupt_image(tmp_path):
+def test_a_folder_with_a_corrupt_image(uncompiled, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(16):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i:02d}.png"
