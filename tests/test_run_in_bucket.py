@@ -28,6 +28,7 @@ from repae_jax.distributed.compilation_cache import use_compilation_cache
 from repae_jax.job import build
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
+from repae_jax.training.workdir import prepare_workdir
 
 pytestmark = pytest.mark.integration
 JOB, STEPS = "ldm", 8  # and checkpoints every four
@@ -274,7 +275,7 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
 def test_a_bucket_that_cannot_be_used(workdir, rules, message, gs, monkeypatch):
     gs.answer(*rules)
     with pytest.raises(OSError, match=message) as caught:
-        checkpoint.prepare_workdir(workdir)
+        prepare_workdir(workdir)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -294,7 +295,7 @@ def test_a_bucket_that_does_not_answer_is_told(gs, monkeypatch, warnings):
     gs.answer((".", "wait"))
     timer = threading.Timer(1, gs.answer)
     timer.start()
-    checkpoint.prepare_workdir("gs://bucket/slow")
+    prepare_workdir("gs://bucket/slow")
     timer.join()
     assert any(re.match("waiting for gs://bucket/slow, for . s so far", line) for line in warnings)
 
