@@ -335,7 +335,6 @@ def files_of(workdir, step=2):
     return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_no_damaged_file_ever_changes_what_is_restored(saved, tmp_path, damage, errors):
     """Every single file: the checkpoint is either refused, or the file is one that restoring does not need."""
@@ -369,7 +368,6 @@ def test_damaged_array_values_are_detected(workdir, damage, errors):
     assert len(errors) == 1
 
 
-@pytest.mark.integration
 def test_no_changed_digit_is_taken_as_true(workdir):
     """In the JSON parts, each alone; nor in Orbax's list of the arrays, where some do not matter."""
     readers = {"config": checkpoint.read_config, "data": checkpoint.read_data_state}
