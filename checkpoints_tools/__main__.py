@@ -111,10 +111,9 @@ def run(args):
     return 0
 
 
-@cli.ending()
-def main():
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    args = parse_args()
     sys.exit(run(args))
 
 

@@ -190,13 +190,17 @@ def describe(name: str) -> list[str]:
     ]
 
 
-@cli.ending()
-def main():
-    """Entry point of `python -m configs.paper`."""
+def parse_args(argv=None):
+    """Command line of this program."""
     parser = cli.Parser(description="The runs of REPA-E's tables and of its neighbors.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="print the command of these; default: the table of all")
-    names = parser.parse_args().names
-    print("\n".join(line for name in names for line in describe(name)) or "\n".join(table()))
+    return parser.parse_args(argv)
+
+
+@cli.command(parse_args)
+def main(args):
+    """Entry point of `python -m configs.paper`."""
+    print("\n".join(line for name in args.names for line in describe(name)) or "\n".join(table()))
 
 
 if __name__ == "__main__":

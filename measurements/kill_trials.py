@@ -2,8 +2,8 @@
 
 In every trial a small run of REPA-E is killed with SIGKILL, at a moment that is uniform over the time that such a run takes,
 and started again in the same workdir, to be killed at another such moment, until it finishes. Its last checkpoint must then
-equal that of a run without a break bit by bit, with the position in the data, and so must its metrics line by line but for what
-tells time. Every start is a process of its own, forked from one that has imported everything and used nothing.
+equal that of a run without a break bit by bit, with the position in the data, and so must its metrics line by line, except
+times and speeds. Every start is a process of its own, forked from one that has imported everything and used no device.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 STEPS = 120
 EVERY = 4  # steps between checkpoints
-KEPT = 2  # of them
+KEPT = 2  # checkpoints that are kept
 
 
 def config(job, steps, **more):
-    """The smallest run with every part of the real one, but for `more`; 'ldm' is the quickest, a SiT alone on a frozen VAE."""
+    """Returns the smallest config with every part of a real one, changed by `more`; 'ldm' is a SiT alone on a frozen VAE."""
     import small
 
     from configs import ldm, repae
@@ -40,7 +40,7 @@ def config(job, steps, **more):
 
 
 def train_in(job, steps, workdir, compiled, log, **changes):
-    """Trains in this process, until the end or a kill; `changes` as `config` takes them."""
+    """Trains in this process, until the end or a kill; for `changes` see `config`."""
     import jax
 
     from repae_jax import train
@@ -56,14 +56,14 @@ def train_in(job, steps, workdir, compiled, log, **changes):
 
 
 def processes():
-    """Where processes come from: imports done, no device used."""
+    """Returns the multiprocessing context of a server that has imported everything, and used no device."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tensorflow", "clu.metric_writers", "repae_jax.train", "small", "configs.ldm"])
     return context
 
 
 def kill_after(context, seconds, *arguments):
-    """Calls `train_in` in a process, and kills that after so many seconds, None never: (whether it came to that, seconds)."""
+    """Calls `train_in` in a process, kills it after so many seconds (None: never), and returns (was it killed, seconds)."""
     process, began = context.Process(target=train_in, args=arguments), time.monotonic()
     process.start()
     process.join(seconds)
@@ -75,13 +75,13 @@ def kill_after(context, seconds, *arguments):
 
 
 def checkpoints_of(workdir):
-    """What is in the folder of checkpoints, finished or not: {(name, inode)}."""
+    """Returns {(name, inode)} of the folder of checkpoints, finished or not."""
     folder = workdir / "checkpoints"
     return {(path.name, path.stat().st_ino) for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def moment(workdir, before):
-    """Where a killed run was; `before` is what `checkpoints_of` said before it."""
+    """Returns what a run did when it was killed; `before` is `checkpoints_of` before its start."""
     now = checkpoints_of(workdir)
     if any(not name.isdigit() for name, _ in now - before):
         return "while a checkpoint was saved"
@@ -91,7 +91,7 @@ def moment(workdir, before):
 
 
 def left_by(job, steps, workdir):
-    """(state, (position in the data, step, steps of the checkpoints to be kept), metrics) of a finished run.
+    """Returns (state, (position in the data, step, steps of the checkpoints to be kept), metrics) of a finished run.
 
     An older checkpoint is left where a kill met its removal after the last save: no save comes after it that would remove it.
     """
@@ -108,7 +108,7 @@ def left_by(job, steps, workdir):
 
 
 def check(found, expected, which):
-    """AssertionError unless two runs left the same."""
+    """Raises AssertionError unless two runs left the same results."""
     import small
 
     differing = small.differing(found[0], expected[0])
@@ -121,23 +121,23 @@ def check(found, expected, which):
 
 
 def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
-    """All trials.
+    """Runs all trials.
 
     Args:
-      job: of `config`.
-      steps: of each run.
-      trials: number.
-      seed: of the moments.
-      folder: for workdirs; those that are as they should be are removed.
+      job: 'repae' or 'ldm', see `config`.
+      steps: steps of each run.
+      trials: number of runs that are killed.
+      seed: seed of the moments.
+      folder: folder for workdirs; those of trials that succeed are removed.
       compiled: folder of compiled programs.
-      say: called with a line for each trial.
-      most: a run that was killed as often as that is left to finish, as soon as there is a checkpoint to continue from.
+      say: function that is called with a line for each trial.
+      most: a run that was killed so often is left to finish, as soon as there is a checkpoint to continue from.
 
     Returns:
       Counter of the moments at which runs were killed.
 
     Raises:
-      AssertionError: if a run that was killed left anything else than one that was not.
+      AssertionError: if a killed run left other results than the run without a break.
     """
     context, rng, moments = processes(), np.random.default_rng(seed), collections.Counter()
     whole = Path(folder) / "whole"

@@ -1,29 +1,31 @@
-"""Runs in buckets, gs://bucket/run: what is said while one does not answer or refuses, and files that grow."""
+"""Runs in buckets, gs://bucket/run: messages while one does not answer or refuses, and files that grow."""
 
 import concurrent.futures
 import contextlib
 import functools
 import os
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import logging
 from etils import epath
 
-TELL_SECONDS = 30  # of waiting, after which it is told, again and again
-UPLOAD_SECONDS = 60  # between two uploads of files that grow, at least
-_UPLOAD_SHARE = 0.05  # of the time, at most, goes into uploading them
+from repae_jax import faults, waiting
+
+WARN_SECONDS = 30  # between two warnings while waiting
+UPLOAD_SECONDS = 60  # least time between two uploads of files that grow
+_UPLOAD_SHARE = 0.05  # largest share of the time that goes into uploading them
 
 
-def is_address(path):
-    """Returns whether a path is an address such as gs://bucket/run, and no local one."""
+def is_address(path) -> bool:
+    """Returns whether a path is an address such as gs://bucket/run, not a local one."""
     return "://" in str(path)
 
 
-def check(path):
-    """Checks that the bucket of a path is there and may be looked at, as Orbax does; TensorFlow's client would ask for ever.
+def check(path) -> None:
+    """Checks that the bucket of a path is there and may be listed, as Orbax does; TensorFlow's client would ask for ever.
 
     Raises:
       OSError: if it is not, or may not.
@@ -37,26 +39,26 @@ def check(path):
 
 
 @contextlib.contextmanager
-def reached(path):
-    """Context in which something in a bucket is read or written; of local paths nothing is said.
+def reached(path) -> Iterator[None]:
+    """Context in which something in a bucket is read or written; for local paths it does nothing.
 
-    Its clients try again for up to a quarter of an hour, most of them in silence: that they wait is logged meanwhile.
+    The clients of buckets try again for up to a quarter of an hour, most of them silently: the wait is logged meanwhile.
 
     Args:
-      path: what is reached.
+      path: the path or address.
 
     Raises:
-      OSError: in place of the errors that the clients of buckets have types of their own for, naming what to look at.
+      OSError: in place of the clients' own types of errors, with advice.
     """
     if not is_address(path):
         yield
         return
     _silence_given_up_reads()
-    with _telling(path):
+    with waiting.reporting(functools.partial(_warn, path), WARN_SECONDS):
         try:
             yield
         except Exception as error:
-            if not _is_of_a_client(error):
+            if not faults.is_of_a_client(error):
                 raise
             reason = (str(error).splitlines() or [""])[0]
             raise OSError(
@@ -66,9 +68,14 @@ def reached(path):
             ) from error
 
 
+def _warn(path, seconds):
+    text = "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes"
+    logging.warning(text, path, seconds)
+
+
 @functools.cache
 def _silence_given_up_reads():
-    """Lets tensorstore's threads say nothing, from now on, of reads that nobody waits for since another one has failed."""
+    """Silences tensorstore's threads, from now on, about reads that nobody waits for since another one has failed."""
     shown = sys.excepthook
 
     def show(kind, error, trace):
@@ -78,36 +85,8 @@ def _silence_given_up_reads():
     sys.excepthook = show
 
 
-@contextlib.contextmanager
-def _telling(path):
-    """Logs how long the context has been waiting for the path."""
-    done, began = threading.Event(), time.monotonic()
-
-    def tell():
-        while not done.wait(TELL_SECONDS):
-            logging.warning(
-                "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes",
-                path, time.monotonic() - began,
-            )  # fmt: skip
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _is_of_a_client(error):
-    """Returns whether an error is TensorFlow's, of Google's libraries, or tensorstore's, a ValueError with its state."""
-    if type(error).__module__.partition(".")[0] in ("tensorflow", "google", "requests"):
-        return True
-    return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
-
-
-def scratch(path):
-    """Returns a local folder for unfinished parts of a result, in place of an address one of the cache; its parent is there.
+def scratch(path) -> Path:
+    """Returns a local folder for unfinished parts of a result, for an address one in the cache; creates its parent.
 
     Args:
       path: Path or address of the folder.
@@ -127,7 +106,7 @@ class Mirror:
     most every UPLOAD_SECONDS and for no more than a twentieth of the time.
 
     Args:
-      folder: local one; all files in it are copied, also those that come later.
+      folder: local folder; all files in it are copied, also later ones.
       remote: address of the folder in the bucket.
     """
 
@@ -137,14 +116,14 @@ class Mirror:
         self._pool, self._running = concurrent.futures.ThreadPoolExecutor(1), None
 
     def fetch(self, pattern):
-        """Copies the files in the bucket whose names match to the local folder; OSError if that cannot be."""
+        """Copies the files in the bucket whose names match to the local folder; OSError if that fails."""
         with reached(self._remote):
             for file in self._remote.glob(pattern):
                 file.copy(self._folder / file.name)
                 self._uploaded[self._folder / file.name] = _state(self._folder / file.name)
 
     def update(self):
-        """Begins to upload what is new, unless it is too early; a failure is logged, and tried again the next time."""
+        """Begins to upload new content, unless it is too early; a failure is logged, and tried again the next time."""
         if self._running and self._running.done():
             if error := self._running.exception():
                 logging.warning("not uploaded, tried again later: %s", error)
@@ -153,14 +132,14 @@ class Mirror:
             self._running = self._pool.submit(self._upload)
 
     def flush(self):
-        """Uploads what is new and waits for it; OSError if that cannot be."""
+        """Uploads new content and waits for it; OSError if that fails."""
         if self._running:
             concurrent.futures.wait([self._running])
             self._running = None
         self._upload()
 
     def close(self):
-        """Uploads what is new for the last time."""
+        """Uploads new content for the last time."""
         try:
             self.flush()
         finally:

@@ -9,6 +9,7 @@ damaged. Several processes of jax.distributed (--distributed) on one file system
 The files are the same, bit for bit, for the same number and kind of devices in total.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from absl import flags
 
 from checkpoints_tools import vae as vae_files
 from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer, shards
-from repae_jax.distributed import multihost, sharding
+from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.job import build, frozen_weights, training_data
-from repae_jax.training.checkpoint import fingerprint, prepare_workdir
+from repae_jax.training.checkpoint import fingerprint
+from repae_jax.training.workdir import prepare_workdir
 
 SHARD_SIZE = 4096  # records: 134 MB for SD-VAE at 256 pixels
 NOTES = ("vae", "images")  # settings that may differ when a cache is continued: files may move
@@ -164,7 +165,7 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
     if buckets.is_address(out):
         raise ValueError(f"the cache goes to a local or mounted disk, not to {out}: give such an --out")
     multihost.assert_same_config({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
-    with multihost.stop_signal() as stopped:
+    with stopping.stop_signal() as stopped:
         config = _local(config)
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:
@@ -204,27 +205,32 @@ def summary(folder: str | Path) -> str:
     )
 
 
-def _define_flags():
-    cli.define_config()
-    cli.define_path("out", "Folder of the cache, on a disk that all processes share. Continued if it exists.")
-    flags.DEFINE_bool("flips", False, "Encode the mirrored images, too, for training with random flips.")
-    flags.DEFINE_integer("shard_size", SHARD_SIZE, "Images in a shard, which is made as a whole or not at all.", lower_bound=1)
-    cli.define_processes()
-    flags.mark_flag_as_required("out")
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.ConfigParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=cli.path, required=True,
+        help="folder of the cache, on a disk that all processes share; continued if it exists",
+    )  # fmt: skip
+    parser.add_argument("--flips", action="store_true", help="encode the mirrored images, too, for training with random flips")
+    parser.add_argument(
+        "--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all"
+    )
+    cli.add_processes(parser)
+    return parser.parse_args(argv)
 
 
-def main(_):
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    options = flags.FLAGS
-    with multihost.abort_all_on_error(), cli.ending():
-        cli.start_processes()
-        made = cache_latents(options.config, options.out, options.flips, options.shard_size)
-        if made is None:
-            print("asked to stop: what is finished is kept; run the same command to continue")
-        elif jax.process_index() == 0:
-            print(("" if made else "finished already; every shard is as it was written\n") + summary(options.out))
+    made = cache_latents(args.config, args.out, args.flips, args.shard_size)
+    if made is None:
+        print("asked to stop: what is finished is kept; run the same command to continue")
+    elif jax.process_index() == 0:
+        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    cli.run(main, _define_flags)
+    main()

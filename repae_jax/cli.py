@@ -1,43 +1,41 @@
 """How every command begins and ends.
 
-A command refuses the words that it does not understand. Whatever goes wrong for reasons outside the program (a wrong value, a
-full disk, no access, too little memory) ends in one line; which errors these are is decided here alone, by what they are.
-Everything else is a mistake of the program: its traceback is shown. `python -X dev` shows that of the others, too.
+`@command(parse_args)` makes the main function of a command. Words that it does not understand are refused. Whatever goes wrong
+for reasons outside the program (a wrong value, a full disk, no access, too little memory) ends in one line; `line_of` alone
+decides which errors these are. Everything else is a bug: its traceback is shown. `python -X dev` shows all tracebacks.
 """
 
 import argparse
 import contextlib
+import faulthandler
+import functools
 import os
 import re
 import runpy
 import select
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from repae_jax import ranges
-
-flags.disclaim_key_flags()  # what is defined here belongs to the command that calls it
+from repae_jax import faults, ranges
 
 _unraisablehook = sys.unraisablehook
 INTERRUPTED, UNREAD = 130, 141  # exit codes: 128 plus the number of the signal
 _OURS = ("repae_jax", "checkpoints_tools", "configs")
 _BUG = "This is a mistake of the program, not of yours: please report it, with all of the lines above and the command."
-# classes, or all those of a module, that are no OSError or ValueError though they tell of files, accounts and networks
-_OUTSIDE = (
+# Classes, and modules that end with a dot, of errors about files that are no OSError or ValueError.
+_FILE_ERRORS = (
     "zipfile.BadZipFile", "zlib.error", "lzma.LZMAError", "builtins.EOFError", "PIL.Image.DecompressionBombError",
     "pyarrow.lib.", "SafetensorError", "safetensors_rust.",
-    "google.auth.", "google.api_core.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.",
-    "httpx.", "requests.", "urllib3.", "huggingface_hub.",
-    "absl.flags._exceptions.",
 )  # fmt: skip
-_OF_ARRAYS = ("jax", "flax", "optax")
+_ARRAY_LIBRARIES = ("jax", "flax", "optax")
 _STATUSES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED", "CANCELLED", "NOT_FOUND")
 _TENSORFLOW = "tensorflow.python.framework.errors_impl."
-_OF_TENSORFLOW = (
+_TENSORFLOW_ERRORS = (
     "ResourceExhaustedError", "PermissionDeniedError", "UnauthenticatedError", "NotFoundError", "AlreadyExistsError",
     "UnavailableError", "DeadlineExceededError", "AbortedError", "DataLossError", "FailedPreconditionError", "UnknownError",
 )  # fmt: skip
@@ -47,26 +45,77 @@ _SMALLER = (
 )
 
 
+def command(parse_args: Callable, interrupted: str = "interrupted") -> Callable:
+    """Decorates what a command does, a function of its arguments, and returns its main function.
+
+    A command with the options of `add_processes` is connected with the other processes first, which fail together from then on.
+    One that takes a config logs information, not only warnings.
+
+    Args:
+      parse_args: function of the words of the command line, None for those of this process; returns the arguments.
+      interrupted: the line that Ctrl-C prints.
+
+    Returns:
+      Decorator; the main function takes the words, too, returns what the command returns, and ends as `ending` says.
+    """
+
+    def decorate(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def main(words: Sequence[str] | None = None):
+            with ending(interrupted):
+                arguments = parse_args(words)
+            with _processes(arguments), ending(interrupted):
+                if isinstance(getattr(arguments, "config", None), ConfigDict):
+                    _log_information()
+                return run(arguments)
+
+        return main
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _processes(arguments: argparse.Namespace) -> Iterator[None]:
+    """Context in which the processes that the command line describes are connected, and end together on errors."""
+    if not hasattr(arguments, "coordinator"):
+        yield
+        return
+    from repae_jax.distributed import multihost  # imports JAX, which not all commands need
+
+    with multihost.abort_all_on_error():
+        with ending():
+            multihost.start(arguments.distributed, arguments.coordinator, arguments.num_processes, arguments.process_id)
+        yield
+
+
+def _log_information() -> None:
+    """Sets up logging as absl's `app.run` does: with time and place, and the stacks of a process that crashes."""
+    faulthandler.enable()
+    logging.use_absl_handler()
+    flags.FLAGS.mark_as_parsed()  # otherwise absl, and grain, complain
+    logging.set_verbosity(logging.INFO)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def ending(interrupted="interrupted"):
-    """Ends the program with one line and code 1 for errors that are not its own; a context, or decorator of a main function.
+def ending(interrupted: str = "interrupted") -> Iterator[None]:
+    """Ends the program with one line and code 1 on errors that are not bugs; a context, or decorator.
 
-    Ctrl-C ends it with a line and INTERRUPTED, a reader that is gone (`| head`) without a word and UNREAD.
+    Ctrl-C ends it with a line and INTERRUPTED, a closed output (`| head`) silently with UNREAD.
 
     Args:
-      interrupted: what Ctrl-C says.
+      interrupted: the line that Ctrl-C prints.
 
     Raises:
       SystemExit: with the line. The error is its context.
-      Exception: the error itself if it is a mistake of the program, with a note that says so.
+      Exception: the error itself if it is a bug, with a note that says so.
     """
     with contextlib.suppress(AttributeError):  # no file, in tests
-        sys.stdout.reconfigure(errors="replace")  # of containers, may know ASCII alone
+        sys.stdout.reconfigure(errors="replace")  # in containers it may be ASCII
     if not sys.flags.dev_mode:
         logging.get_absl_logger().addFilter(_without_traceback)
         sys.unraisablehook = _without_closed_loops
@@ -76,13 +125,13 @@ def ending(interrupted="interrupted"):
         except SystemExit:  # after --help
             sys.stdout.flush()
             raise
-        sys.stdout.flush()  # here it can still be said that this fails
+        sys.stdout.flush()  # here a failure can still be reported
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            _forget_output()
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            _discard_output()
             sys.exit(UNREAD)
         line = line_of(error)
         if line is None:
@@ -90,34 +139,34 @@ def ending(interrupted="interrupted"):
             raise
         if sys.flags.dev_mode:
             traceback.print_exception(error)
-        if isinstance(error, OSError):  # perhaps of what is printed, which Python would try again at its end
-            _forget_output()
+        if isinstance(error, OSError):  # perhaps of printing, which Python would try again at its end
+            _discard_output()
         sys.exit(f"error: {line}{_hint(error)}")
 
 
-def _hint(error):
-    """What follows the line of an error that jax or flax raised of itself: it may be a mistake of the program after all."""
+def _hint(error: Exception) -> str:
+    """Returns what follows the line of an error that jax or flax raised: it may be a bug after all."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_globals.get("__name__", "").partition(".")[0]
-    if isinstance(error, ValueError | RuntimeError) and module in _OF_ARRAYS and not sys.flags.dev_mode:
+    if isinstance(error, ValueError | RuntimeError) and module in _ARRAY_LIBRARIES and not sys.flags.dev_mode:
         return f" (said by {module}; python -X dev shows where)"
     return ""
 
 
-def _without_traceback(record):
-    """Log filter: what Orbax says of a full disk, in each of its threads, is a line, too."""
+def _without_traceback(record) -> bool:
+    """Log filter that shortens what Orbax logs of a full disk, in each of its threads, to a line."""
     if record.exc_info and record.exc_info[1] and line_of(record.exc_info[1]):
         record.exc_info = None
     return True
 
 
-def _without_closed_loops(unraisable):
-    """sys.unraisablehook that drops what TensorStore raises of every write that it had begun when Orbax gave up."""
+def _without_closed_loops(unraisable) -> None:
+    """sys.unraisablehook that drops what TensorStore raises for each write that it had begun when Orbax gave up."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _unraisablehook(unraisable)
 
 
-def _reader_is_gone():
+def _output_is_closed() -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no file, in tests
         waiting = select.poll()
         waiting.register(sys.stdout.fileno(), 0)
@@ -125,60 +174,56 @@ def _reader_is_gone():
     return False
 
 
-def _forget_output():
-    """What is printed and was not written yet, if it cannot be, is lost without a further error."""
+def _discard_output() -> None:
+    """Discards printed text that cannot be written, so that Python's end raises no further error."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def line_of(error):
-    """Returns the line that tells a user of an error; None for one that is a mistake of the program.
-
-    Args:
-      error: Exception.
-    """
-    said = str(error) or type(error).__name__
+def line_of(error: BaseException) -> str | None:
+    """Returns the line that describes an error to a user; None for a bug of the program."""
+    message = str(error) or type(error).__name__
     if isinstance(error, MemoryError):
-        return f"the memory of this machine ran out ({' '.join(said.split())}): {_SMALLER}"
-    if isinstance(error, ImportError):  # of a package that is not installed, or is broken; one of ours is there
-        return None if (error.name or "").partition(".")[0] in _OURS else said
+        return f"the memory of this machine ran out ({' '.join(message.split())}): {_SMALLER}"
+    if isinstance(error, ImportError):  # a package that is not installed, or broken; our own are there
+        return None if (error.name or "").partition(".")[0] in _OURS else message
     if isinstance(error, ValueError | OSError):
-        return said
+        return message
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
     if "jax.errors.JaxRuntimeError" in names or "jaxlib._jax.JaxRuntimeError" in names or names[0].endswith("XlaRuntimeError"):
-        return _line_of_jax(said)
+        return _line_of_jax(message)
     if any(name.startswith(_TENSORFLOW) for name in names):
-        first = re.sub(r"^{{.*?}} ", "", said.splitlines()[0])  # after the name of an operation
-        return first if type(error).__name__ in _OF_TENSORFLOW else None
+        first = re.sub(r"^{{.*?}} ", "", message.splitlines()[0])  # after the name of an operation
+        return first if type(error).__name__ in _TENSORFLOW_ERRORS else None
     if type(error) is RuntimeError or (isinstance(error, RuntimeError) and names[0].startswith(_OURS)):
-        return said
-    if any(name.startswith(_OUTSIDE) for name in names):
-        return f"{type(error).__name__}: {said}"
+        return message
+    if isinstance(error, flags.Error) or faults.is_of_a_client(error) or any(name.startswith(_FILE_ERRORS) for name in names):
+        return f"{type(error).__name__}: {message}"
     if isinstance(error, ExceptionGroup):
         return line_of(error.exceptions[0])
-    return error.__cause__ and line_of(error.__cause__)
+    return line_of(error.__cause__) if error.__cause__ else None
 
 
-def _line_of_jax(said):
-    first = said.splitlines()[0]
-    if "RESOURCE_EXHAUSTED" in said or "out of memory" in said.lower():
+def _line_of_jax(message: str) -> str | None:
+    first = message.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
         return f"the memory of the device ran out ({first}): {_SMALLER}"
-    return first if said.startswith(_STATUSES) else None
+    return first if message.startswith(_STATUSES) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The beginning, by argparse.
+# The beginning.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but names of options must be whole, and a mistake is one line."""
+    """argparse's parser, but names of options must be whole, and a mistake is one line."""
 
     def __init__(self, *args, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "").removesuffix(".__main__")
-        if name.startswith(_OURS):  # else argparse calls it __main__.py
+        if name.startswith(_OURS):  # otherwise argparse calls it __main__.py
             options = {"prog": f"python -m {name}", **options}
         super().__init__(*args, allow_abbrev=False, **options)
 
@@ -187,23 +232,56 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def number(rule):
-    """Returns a function from a text to its number, for the `type` of an option; `rule` is a Range."""
+class ConfigParser(Parser):
+    """Parser of a command that takes a config: `--config=FILE[:ARG]`, and `--config.FIELD=VALUE` for each field.
+
+    The arguments have the config, a ConfigDict with the changes, as `config`. Config fields are parsed by ml_collections.
+    """
+
+    def __init__(self, *args, **options):
+        fields = "Fields of the config: --config.FIELD=VALUE, such as --config.data.batch_size=64 or --config.sit.qk_norm=True."
+        super().__init__(*args, epilog=fields, **options)
+        self.add_argument(
+            "--config", type=path, required=True, metavar="FILE[:ARG]",
+            help="config file, such as configs/repae.py or configs/repae.py:digits",
+        )  # fmt: skip
+
+    def parse_args(self, words=None, namespace=None):  # type: ignore[override]
+        """Returns the arguments.
+
+        Raises:
+          SystemExit: with one line if a word is not understood, an option has a wrong value, or the config cannot be read; with
+            0 after --help.
+        """
+        try:
+            words = flags.FLAGS.read_flags_from_files(["", *(sys.argv[1:] if words is None else words)], force_gnu=False)[1:]
+            arguments, left = self.parse_known_args(words, namespace)
+            arguments.config, left = _read_config(arguments.config, left)
+        except (flags.Error, ValueError) as error:
+            sys.exit(f"error: {' '.join(str(error).split())}")
+        if left:
+            advice = "; a field of the config and its value are one word, --config.FIELD=VALUE"
+            self.error(f"unrecognized arguments: {' '.join(left)}{advice * (not left[0].startswith('-'))}")
+        return arguments
+
+
+def number(rule: ranges.Range) -> Callable[[str], float]:
+    """Returns a function from a text to its number, for the `type` of an option."""
 
     def parse(text):
         try:
             value = int(text) if rule.whole else float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if rule.whole else ''}number") from None
-        found = rule.problem(value)
-        if found:
-            raise argparse.ArgumentTypeError(f"{text} {found}")
+        problem = rule.problem(value)
+        if problem:
+            raise argparse.ArgumentTypeError(f"{text} {problem}")
         return value
 
     return parse
 
 
-def whole(least, most=ranges.LARGEST):
+def whole(least: int, most: int = ranges.LARGEST) -> Callable[[str], float]:
     """Returns `number` of integers from `least` to `most`."""
     return number(ranges.whole(least, most))
 
@@ -211,20 +289,30 @@ def whole(least, most=ranges.LARGEST):
 seed = number(ranges.SEED)
 
 
-def path(text):
+def path(text: str) -> str:
     """Returns a path or address with the user's folder in the place of ~, for the `type` of an option."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options with which a command runs in several processes; `command` starts them."""
+    parser.add_argument(
+        "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand instead: of process 0")
+    parser.add_argument("--num_processes", type=whole(1), help="by hand: number of processes")
+    parser.add_argument("--process_id", type=whole(0), help="by hand: number of this process, from 0")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The beginning, by absl's flags, which commands that take a config have.
+# Configs.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class _NumberOrNone(flags.ArgumentParser):
-    """Of a config's numbers, some of which may be None; which ones is a rule of theirs."""
+    """Parses numbers of a config, some of which may be None; `job/validate.py` knows which."""
 
     def __init__(self, parser):
         super().__init__()
@@ -237,103 +325,30 @@ class _NumberOrNone(flags.ArgumentParser):
         return f"{self._parser.flag_type()} or None"
 
 
-def define_config():
-    """Defines the flag --config of the command that calls this."""
-    for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
-        config_flags.register_flag_parser_for_type(kind, _NumberOrNone(parser))
-    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/repae.py or configs/repae.py:digits.")
-    flags.mark_flag_as_required("config")
-
-
-def define_processes():
-    """Defines the flags that tell of several processes, for `start_processes`."""
-    flags.DEFINE_bool("distributed", False, "One of several processes that find each other: TPU pod, SLURM, GKE.")
-    flags.DEFINE_string("coordinator", None, "By hand instead: HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", None, "By hand: how many there are.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "By hand: which one this is, from 0.", lower_bound=0)
-
-
-def start_processes():
-    """Connects this process with the others that the command line tells of, if any."""
-    from repae_jax.distributed import multihost  # imports JAX, which not all commands do
-
-    options = flags.FLAGS
-    multihost.start(options.distributed, options.coordinator, options.num_processes, options.process_id)
-
-
-class _PathParser(flags.ArgumentParser):
-    """Parses paths as `path` does."""
-
-    def parse(self, argument):
-        try:
-            return path(argument)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(error) from error
-
-    def flag_type(self):
-        return "path"
-
-
-def define_path(name, text):
-    """Defines a flag that is a path or an address."""
-    flags.DEFINE(_PathParser(), name, None, text, serializer=flags.ArgumentSerializer())
-
-
-def run(main, define_flags):
-    """Runs a command whose flags are absl's, defined by `define_flags`, and ends the program."""
-    with ending():
-        define_flags()
-        app.run(main, flags_parser=parse_flags)
-
-
-def parse_flags(arguments):
-    """Reads absl's flags and the config.
-
-    Args:
-      arguments: the words of the command line, its name first.
-
-    Returns:
-      The name, as a list.
+def _read_config(text: str, words: list[str]) -> tuple[ConfigDict, list[str]]:
+    """Returns (the config of FILE[:ARG] with the changes among the words, the words that are none).
 
     Raises:
-      SystemExit: with one line if a word is not understood, a flag has a wrong value, or the config cannot be read; with 0
-        after --help.
+      ValueError, flags.Error: if the file cannot be read, or a field does not exist or cannot have its value.
     """
+    config = _run_config_file(text)
+    _check_fields(config, words)
+    for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
+        config_flags.register_flag_parser_for_type(kind, _NumberOrNone(parser))
+    values = flags.FlagValues()
+    values.set_gnu_getopt()
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *words])
+    _, *left = values(["", *words], known_only=True)
+    return holder.value, left
+
+
+def _run_config_file(text: str) -> ConfigDict:
+    """Returns the config of FILE[:ARG]; ValueError for whatever its file raises."""
+    file, colon, argument = text.partition(":")
+    if not os.path.isfile(file):
+        raise ValueError(f"--config={text}: there is no file {file!r}")
     try:
-        arguments, file = _with_config_file(flags.FLAGS.read_flags_from_files(arguments, force_gnu=False))
-        if file is not None:
-            _check_overrides(_read_config(file), arguments)
-        left = flags.FLAGS(arguments)
-    except SystemExit:  # of --help alone, by absl with 1
-        sys.exit(0)
-    except (flags.Error, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    if left[1:]:
-        sys.exit(f"error: {' '.join(map(repr, left[1:]))} not understood: a flag and its value are one word, --FLAG=VALUE")
-    return left
-
-
-def _with_config_file(arguments):
-    """Returns (the arguments, ~ of --config=~/mine.py replaced, which bash keeps; the value of --config or None)."""
-    arguments, file = list(arguments), None
-    for index, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if name in ("-config", "--config"):
-            if not equals and index + 1 < len(arguments):
-                arguments[index + 1] = file = os.path.expanduser(arguments[index + 1])
-            elif equals:
-                file = os.path.expanduser(value)
-                arguments[index] = f"{name}={file}"
-    return arguments, file
-
-
-def _read_config(text):
-    """Returns the config without the changes of the command line; ValueError in the place of whatever its file raises."""
-    path, colon, argument = text.partition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"--config={text}: there is no file {path!r}")
-    try:
-        defined = runpy.run_path(path, run_name="config")
+        defined = runpy.run_path(file, run_name="config")
         if "get_config" not in defined:
             raise ValueError("the file has no function get_config")
         config = defined["get_config"](*[argument] * bool(colon))
@@ -347,12 +362,13 @@ def _read_config(text):
     return config
 
 
-def _check_overrides(config, arguments):
-    """Raises ValueError if the config has no field of a name that the command line gives."""
-    for word in arguments:
-        found = re.match(r"--?(?:no)?config\.([^=]+)", word)
-        section, above = config, "config"
-        for name in found[1].split(".") if found else ():
+def _check_fields(config: ConfigDict, words: list[str]) -> None:
+    """Raises ValueError if the config lacks a field that the command line names."""
+    for word in words:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", word)
+        section: Any = config
+        above = "config"
+        for name in match[1].split(".") if match else ():
             if not isinstance(section, ConfigDict | Mapping):
                 raise ValueError(f"{word}: {above} is a value, and has no fields")
             if name not in section:

@@ -49,12 +49,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--out", type=cli.path, help="path of the result, ending in .json")
     parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
-    )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand instead: of process 0")
-    parser.add_argument("--num_processes", type=cli.whole(1), help="by hand: how many there are")
-    parser.add_argument("--process_id", type=cli.whole(0), help="by hand: which one this is, from 0")
+    cli.add_processes(parser)
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", type=cli.path, metavar="NPZ", help="write this file, and nothing else")
     making.add_argument("--data", type=cli.path, help="real images, see --reference; or an npz of images, key arr_0")
@@ -220,21 +215,19 @@ def table(result):
     return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])
 
 
-def main():
-    """Entry point: mistakes end in one line, in all processes."""
-    args = parse_args()
-    with multihost.abort_all_on_error(), cli.ending("interrupted: what is finished is kept; run the same command to continue"):
-        multihost.start(args.distributed, args.coordinator, args.num_processes, args.process_id)
-        own = ("coordinator", "process_id")
-        multihost.assert_same_config({name: value for name, value in vars(args).items() if name not in own})
-        if args.make_reference:
-            path = make_reference(args)
-            if jax.process_index() == 0:
-                print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
-        else:
-            out, result = run(args)
-            if result is not None:
-                print(f"{table(result)}\n{out}")
+@cli.command(parse_args, "interrupted: what is finished is kept; run the same command to continue")
+def main(args):
+    """Entry point."""
+    own = ("coordinator", "process_id")
+    multihost.assert_same_config({name: value for name, value in vars(args).items() if name not in own})
+    if args.make_reference:
+        path = make_reference(args)
+        if jax.process_index() == 0:
+            print(f"statistics of {args.data}: {path}\nuse them with --reference {path}")
+    else:
+        out, result = run(args)
+        if result is not None:
+            print(f"{table(result)}\n{out}")
 
 
 if __name__ == "__main__":

@@ -237,10 +237,9 @@ def table(metrics):
     )
 
 
-@cli.ending("interrupted: nothing was written; the same command starts again")
-def main():
+@cli.command(parse_args, "interrupted: nothing was written; the same command starts again")
+def main(args):
     """Entry point."""
-    args = parse_args()
     path, result = run(args)
     protocol = result["protocol"]
     print(f"{args.source}: {protocol['images']} images, latents: {protocol['latents']}\n{table(result['metrics'])}")

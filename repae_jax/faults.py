@@ -1,9 +1,9 @@
-"""Whose fault is an error in reading: that of one file, or of the system that should have given it.
+"""Causes of errors in reading: one file, or the system that should have given it.
 
-A file that is missing, closed to us or undecodable is bad, and stays so. A disk, network or bucket that fails says nothing of
-what it holds: one waits, tries again, and at last ends the work, with nothing moved or left out.
+A file that is missing, forbidden or undecodable is bad, and stays so. A failing disk, network or bucket says nothing about its
+files: reading is tried again after a while, and at last ends the work, with nothing moved or left out.
 
-Libraries tell of such faults in four ways: by errno, by a type, by a status code, and in words alone. They are all read here,
+Libraries express such faults in four ways: by errno, by a type, by a status code, and in words alone. All are recognized here,
 without importing the libraries.
 """
 
@@ -12,12 +12,15 @@ import functools
 import os
 import re
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from absl import logging
 
+T = TypeVar("T")
 _PAUSES = (1, 5, 20)  # seconds before something is read again
 
-# What these say holds for one file, and will hold when it is read again. All others are of the system.
+# These concern one file, and stay when it is read again. All others concern the system.
 _OF_THE_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL,
     errno.EILSEQ, errno.EFBIG, errno.EOVERFLOW, errno.ESPIPE,
@@ -33,41 +36,51 @@ _SYSTEM_NAMES = {
     "ConnectionError", "Timeout", "TimeoutError", "ChunkedEncodingError", "ProtocolError", "MaxRetryError",
     # aiohttp, httpx, http.client
     "ClientConnectionError", "ClientPayloadError", "HTTPException",
-    # of a device, not of a file
+    # devices
     "JaxRuntimeError", "XlaRuntimeError",
 }  # fmt: skip
-_STATUS_TO_RETRY = {401, 408, 425, 429}  # of HTTP, besides 500 and above; 401 is of credentials, whatever the file
-# tensorstore's messages begin so, and Pillow's
+_CLIENTS = (  # modules of clients of object stores, their credentials and their networks
+    "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx.",
+    "requests.", "urllib3.", "huggingface_hub.",
+)  # fmt: skip
+_STATUS_TO_RETRY = {401, 408, 425, 429}  # of HTTP, besides 500 and above; 401 concerns credentials, not the file
+# first words of tensorstore's messages, and of Pillow's
 _CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|out of memory)\b")
 
 
-def is_of_the_system(error):
-    """Returns whether an error says nothing of a file's content, such as too many open files, or a disk out of reach."""
-    return any(_is_of_the_system(one) for one in _causes(error))
+def is_of_the_system(error: BaseException) -> bool:
+    """Returns whether an error says nothing about a file's content, such as too many open files, or a disk out of reach."""
+    return any(map(_is_of_the_system, _causes(error)))
 
 
-def is_refusal(error):
+def is_refusal(error: BaseException) -> bool:
     """Returns whether an error says that this user may not read something."""
-    return any(_is_refusal(one) for one in _causes(error))
+    return any(map(_is_refusal, _causes(error)))
 
 
-def errnos(error):
-    """Returns the set of the errnos that an error tells of, as numbers or in words, with those of the errors that caused it."""
+def is_of_a_client(error: BaseException) -> bool:
+    """Returns whether an error has a type of a library that reaches buckets or the network, or is TensorStore's."""
+    if any(kind.__module__.startswith(_CLIENTS) for kind in type(error).__mro__):
+        return True
+    return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
+
+
+def errnos(error: BaseException) -> set[int]:
+    """Returns the errnos of an error and of the errors that caused it, given as numbers or in words."""
     return set().union(*map(_errnos, _causes(error)))
 
 
-def read(function, *arguments, name, tries=None):
-    """Returns function(*arguments), tried again after some pauses while it is the system that fails.
+def read(function: Callable[..., T], *arguments: Any, name: Callable[[], str], tries: int | None = None) -> T:
+    """Returns function(*arguments), tried again after some pauses while the system fails.
 
     Args:
       function: reads something.
-      *arguments: of it.
-      name: function that says what is read, for messages.
-      tries: how many at most; None for one more than there are pauses.
+      name: function that returns the name of what is read, for messages.
+      tries: most attempts; None for one more than there are pauses.
 
     Raises:
-      OSError: if the system goes on failing; it names what could not be read, and `is_of_the_system` is true of it.
-      Exception: any other of the function, at once.
+      OSError: if the system goes on failing; `is_of_the_system` is true for it.
+      Exception: any other error of the function, at once.
     """
     pauses = _PAUSES[: tries and tries - 1]
     for pause in (*pauses, None):
@@ -89,7 +102,7 @@ def read(function, *arguments, name, tries=None):
 
 
 def _causes(error):
-    """Yields an error, what it was raised from, and what groups of errors hold."""
+    """Yields an error, those it was raised from, and the members of groups of errors."""
     while error is not None:
         yield error
         for part in getattr(error, "exceptions", ()):
@@ -125,7 +138,7 @@ def _errnos(error):
     if isinstance(number, int) and number:
         return {number}
     # ArrayRecord: 'pread() failed: Stale file handle; ...', tensorstore and TensorFlow: 'UNKNOWN: ...: Input/output error'
-    return {_words()[found] for found in _pattern().findall(_first_words(error))}
+    return {_words()[words] for words in _pattern().findall(_first_words(error))}
 
 
 def _first_words(error):
@@ -134,7 +147,7 @@ def _first_words(error):
 
 @functools.cache
 def _words():
-    """Returns errno by what the C library calls it."""
+    """Returns errno by its text in the C library."""
     return {os.strerror(number): number for number in errno.errorcode}
 
 
@@ -144,7 +157,7 @@ def _pattern():
 
 
 def _status(error):
-    """Returns HTTP's status that an error came with, 0 if none."""
+    """Returns the HTTP status of an error, 0 if none."""
     response = getattr(error, "response", None)
     for holder, names in ((error, ("code", "status", "status_code")), (response, ("status_code", "status"))):
         for name in names:

@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import secrets
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from repae_jax import faults
@@ -20,12 +24,12 @@ RANDOM = "random"  # in place of a weight file: for tests, and to measure speed
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
-def write_json(path, content, *, overwrite=False):
+def write_json(path, content, *, overwrite: bool = False) -> None:
     """Writes a JSON file that is either complete or absent.
 
     Args:
       path: the file; its folder must exist.
-      content: what to write.
+      content: JSON values.
       overwrite: replace a file that exists.
 
     Raises:
@@ -36,11 +40,11 @@ def write_json(path, content, *, overwrite=False):
     write_all({path: json_writer(content, path)}, overwrite=overwrite)
 
 
-def json_writer(content, source):
-    """Function for `write_all` that writes a JSON file.
+def json_writer(content, source) -> Callable[[Path], object]:
+    """Returns the function for `write_all` that writes a JSON file.
 
     Args:
-      content: what to write.
+      content: JSON values.
       source: the file's name, for errors.
 
     Raises:
@@ -53,15 +57,15 @@ def json_writer(content, source):
     return lambda file: file.write_text(text)
 
 
-def check_absent(*paths):
-    """FileExistsError if one of the paths exists: before work whose result could then not be written."""
-    taken = [str(path) for path in map(epath.Path, paths) if path.exists()]
-    if taken:
-        raise FileExistsError(f"{', '.join(taken)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
+def check_absent(*paths) -> None:
+    """Raises FileExistsError if one of the paths exists: before work whose result could then not be written."""
+    present = [str(path) for path in map(epath.Path, paths) if path.exists()]
+    if present:
+        raise FileExistsError(f"{', '.join(present)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
 
 
-def check_new(flag, given):
-    """Path of a file that a flag names; ValueError if it exists or has no folder: before work whose result goes there."""
+def check_new(flag: str, given: str) -> Path:
+    """Returns the path that a flag names; ValueError if it exists or has no folder: before work whose result goes there."""
     path = Path(given).expanduser()
     if path.exists():
         raise ValueError(f"{flag}={given} exists: choose another name, or move it away")
@@ -70,19 +74,19 @@ def check_new(flag, given):
     return path
 
 
-def write_all(writes, *, overwrite=False):
+def write_all(writes: Mapping[Any, Callable[[Path], object]], *, overwrite: bool = False) -> None:
     """Writes files that belong together: all are complete and on disk before the first appears under its name.
 
     Args:
       writes: path -> function of a local Path, which writes the file there. A path is a local file, whose folder must exist, or
         an address such as gs://bucket/file, to which a local temporary file is then copied. The files appear in this order:
-        put last what makes the others count, such as config.json.
+        put last the file that makes the others count, such as config.json.
       overwrite: replace files that exist.
 
     Raises:
       FileExistsError: if one of the files exists and `overwrite` is False.
       OSError: if they cannot be written, such as for lack of space; all of them are then as before. Only an object store that
-        fails amid several files can leave some of them missing, of which the message speaks.
+        fails amid several files can leave some of them missing; the message says so.
     """
     if not overwrite:
         check_absent(*writes)
@@ -120,12 +124,12 @@ def write_all(writes, *, overwrite=False):
 
 
 def _write_to_disk(temporary, write, path):
-    """Lets `write` write the temporary file of `path`."""
+    """Calls `write` for the temporary file of `path`."""
     try:
         if Path(path).is_dir():
             raise IsADirectoryError("it is a folder")
         temporary.touch()
-        mode = temporary.stat().st_mode  # some writers make private files: keep what the user's umask says
+        mode = temporary.stat().st_mode  # some writers make private files: keep the user's umask
         write(temporary)
         temporary.chmod(mode)
         with temporary.open("rb") as file:
@@ -139,14 +143,8 @@ def _write_to_disk(temporary, write, path):
         raise OSError(f"{path} could not be written ({error}); nothing was changed there. {advice}") from error
 
 
-def read_json(path):
-    """A JSON object.
-
-    Args:
-      path: of the file, or its address.
-
-    Returns:
-      dict.
+def read_json(path) -> dict[str, Any]:
+    """Reads a JSON object from a path or an address.
 
     Raises:
       FileNotFoundError: if there is none.
@@ -163,12 +161,12 @@ def read_json(path):
     return content
 
 
-def npz_writer(arrays, streamed=None):
-    """Function for `repae_jax.files.write_all` that writes an npz, uncompressed.
+def npz_writer(arrays, streamed=None) -> Callable[[Path], None]:
+    """Returns the function for `write_all` that writes an npz, uncompressed.
 
     Args:
       arrays: name -> array.
-      streamed: name -> (shape, iterable of uint8 arrays that make it up, along the first axis), written before the others.
+      streamed: name -> (shape, iterable of uint8 arrays, its parts along the first axis), written before the others.
     """
 
     def write(path):
@@ -186,30 +184,23 @@ def npz_writer(arrays, streamed=None):
     return write
 
 
-def save_png(path, image):
+def save_png(path, image: UInt8[np.ndarray, "H W 3"]) -> None:
     """Writes a PNG that is either complete or absent, so that a reader never meets half an image.
 
     Args:
       path: the file to write; its folder must exist.
-      image: NumPy uint8 `[H, W, 3]`.
 
     Raises:
       ValueError: if the image is not uint8 `[H, W, 3]`.
+      OSError: as `write_all`.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")
-    path = epath.Path(path)  # gs:// too
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_all({path: functools.partial(Image.fromarray(image).save, format="PNG")}, overwrite=True)
 
 
-def check_file(path):
+def check_file(path) -> None:
     """Raises FileNotFoundError if there is no file `path`, ValueError if it is a Git LFS pointer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path, or download the file first")
@@ -218,7 +209,7 @@ def check_file(path):
             raise ValueError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
 
 
-def unreadable(path, error):
+def unreadable(path, error: Exception) -> OSError | ValueError:
     """Returns the error for a file that cannot be read: an OSError if the disk fails, else a ValueError, as it is damaged."""
     if faults.is_of_the_system(error):
         number = min(faults.errnos(error), default=errno.EIO)

@@ -11,15 +11,13 @@ import contextlib
 import math
 import re
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import flags
 
-from repae_jax import cli, files
+from repae_jax import cli, files, waiting
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.cost.plan_text import GIB, lines_of
 from repae_jax.cost.topologies import Chip, check_topology, topology_devices
@@ -98,23 +96,19 @@ def memory_of_message(message: str) -> tuple[float | None, float | None]:
 
 
 @contextlib.contextmanager
-def showing_time(what, every=30.0):
-    """Prints `what`, and how long it has been going on, to stderr."""
-    start, done = time.monotonic(), threading.Event()
+def showing_time(text):
+    """Prints a text, and how long the context lasts, to stderr."""
+    start = time.monotonic()
 
-    def tell():
-        while not done.wait(every):
-            print(f"  … {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    def show(line):
+        print(line, file=sys.stderr, flush=True)
 
-    print(what, file=sys.stderr, flush=True)
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
+    show(text)
     try:
-        yield
+        with waiting.reporting(lambda seconds: show(f"  … {seconds:.0f} s"), every=30):
+            yield
     finally:
-        done.set()
-        thread.join()
-        print(f"  done after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        show(f"  done after {time.monotonic() - start:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,37 +293,40 @@ def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[Non
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _define_flags():
-    cli.define_config()
-    flags.DEFINE_multi_string("topology", None, "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times.")
-    flags.DEFINE_bool("sample", False, "Plan sampling by config.sampling instead of training.")
-    flags.DEFINE_integer(
-        "images_per_chip", None, f"With --sample: images at a time and chip, default {IMAGES_PER_CHIP}.", lower_bound=1
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--topology", action="append", required=True,
+        help="TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--sample", action="store_true", help="plan sampling by config.sampling instead of training")
+    parser.add_argument(
+        "--images_per_chip", type=cli.whole(1), help=f"with --sample: images at a time and chip, default {IMAGES_PER_CHIP}"
     )
-    cli.define_path("json", "File for the numbers of all topologies.")
-    flags.mark_flag_as_required("topology")
+    parser.add_argument("--json", type=cli.path, help="file for the numbers of all topologies")
+    return parser.parse_args(argv)
 
 
-def main(_):
+@cli.command(parse_args)
+def main(args):
     """Entry point; exit code 1 says that not everything fits."""
-    options = flags.FLAGS
     _use_no_accelerator()
-    with cli.ending():
-        path = None if options.json is None else files.check_new("--json", options.json)
-        if options.images_per_chip is not None and not options.sample:
-            raise ValueError(
-                f"--images_per_chip={options.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
-            )
-        images_per_chip = (options.images_per_chip or IMAGES_PER_CHIP) if options.sample else None
-        settings = [prepare(options.config, name, images_per_chip)[1] for name in options.topology]  # mistakes first
-        found = []
-        for numbers in settings:
-            found.append(plan_apart(options.config, numbers, images_per_chip))
-            print("\n".join(lines_of(found[-1])) + "\n", flush=True)
-            if path is not None:
-                files.write_json(path, found, overwrite=bool(found[:-1]))
+    path = None if args.json is None else files.check_new("--json", args.json)
+    if args.images_per_chip is not None and not args.sample:
+        raise ValueError(
+            f"--images_per_chip={args.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
+        )
+    images_per_chip = (args.images_per_chip or IMAGES_PER_CHIP) if args.sample else None
+    settings = [prepare(args.config, name, images_per_chip)[1] for name in args.topology]  # mistakes first
+    found = []
+    for numbers in settings:
+        found.append(plan_apart(args.config, numbers, images_per_chip))
+        print("\n".join(lines_of(found[-1])) + "\n", flush=True)
+        if path is not None:
+            files.write_json(path, found, overwrite=bool(found[:-1]))
     sys.exit(not all(numbers["fits"] for numbers in found))
 
 
 if __name__ == "__main__":
-    cli.run(main, _define_flags)
+    main()

@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int | None:
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: see `ShardWriter.run`.
     """
+
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
@@ -134,10 +135,9 @@ def summary(folder: str | Path) -> str:
     )
 
 
-@cli.ending()
-def main():
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    args = parse_args()
     made = run(args)
     if made is None:
         print("asked to stop: what is finished is kept; run the same command to continue")

@@ -215,10 +215,9 @@ def _join_parts(parts, out, labels, args):
     return npz
 
 
-@cli.ending("interrupted: what is finished is kept; run the same command to continue")
-def main():
+@cli.command(parse_args, "interrupted: what is finished is kept; run the same command to continue")
+def main(args):
     """Entry point."""
-    args = parse_args()
     npz = run(args)
     print(f"{args.num_samples} samples: {npz}\npicture: {npz.with_suffix('.png')}")
 

@@ -7,25 +7,31 @@ every process loads its share of every batch, all save, and process 0 writes met
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import logging
 
 from repae_jax import buckets, cli
 from repae_jax.cost import flops
 from repae_jax.data.latents import records_hash
-from repae_jax.data.loader import too_many_bad
-from repae_jax.distributed import multihost, sharding
-from repae_jax.evaluation.hooks import load_fid, make_hooks, pending_hooks
+from repae_jax.data.loader import Loader, too_many_bad
+from repae_jax.distributed import multihost, sharding, stopping
+from repae_jax.distributed.compilation_cache import use_compilation_cache
+from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.training import ownership
-from repae_jax.training.checkpoint import Checkpointer, check_name, fingerprint, prepare_workdir
-from repae_jax.training.metric_log import Progress, open_writer
+from repae_jax.training.checkpoint import Checkpointer, fingerprint
+from repae_jax.training.metric_log import Progress, arithmetic_speed, open_writer
+from repae_jax.training.state import TrainState
+from repae_jax.training.workdir import check_name, prepare_workdir
 
 
 class TrainingStopped(multihost.CollectiveError):
@@ -33,7 +39,7 @@ class TrainingStopped(multihost.CollectiveError):
 
 
 def check_finite(step, metrics, limit):
-    """Log a skipped update with its terms; TrainingStopped once `limit` of them came in a row."""
+    """Logs a skipped update with its terms; raises TrainingStopped after `limit` of them in a row."""
     in_a_row = int(metrics["skipped_in_a_row"])
     if not in_a_row:
         return
@@ -50,7 +56,7 @@ def check_finite(step, metrics, limit):
 
 
 def input_so_far(loader, source, max_bad_fraction):
-    """What the loaders of all processes tell, in one exchange.
+    """Returns the position in the data and the waiting times of all processes, in one exchange.
 
     Returns:
       (the loader's state with the bad records of all processes, seconds that each process waited for input so far).
@@ -59,31 +65,178 @@ def input_so_far(loader, source, max_bad_fraction):
       TrainingStopped: if the bad records are too many, as in one loader.
     """
     position = loader.state()
-    found = multihost.gather([position["bad_records"], loader.wait_seconds])
-    bad, allowed = sorted({record for records, _ in found for record in records}), int(max_bad_fraction * len(source))
+    gathered = multihost.all_gather([position["bad_records"], loader.wait_seconds])
+    bad, allowed = sorted({record for records, _ in gathered for record in records}), int(max_bad_fraction * len(source))
     if len(bad) > allowed:
         raise TrainingStopped(too_many_bad(source, bad, allowed, "in the log of the process that met it"))
-    return {**position, "bad_records": bad}, [waited for _, waited in found]
+    return {**position, "bad_records": bad}, [waited for _, waited in gathered]
 
 
 def check_inputs(before, now, workdir):
-    """ValueError if a run would be continued on another frozen VAE or on other images than it began with.
+    """Raises ValueError if a run would be continued on another frozen VAE or on other images than it began with.
 
     Args:
       before: {'frozen_vae': fingerprint of its weights or None, 'records': hash of the images' names and labels}.
-      now: likewise.
-      workdir: of the run.
+      now: the same of this start.
+      workdir: the run's folder.
     """
-    for name, what in (("frozen_vae", "frozen VAE than config.init.vae"), ("records", "set of images than config.data")):
+    for name, part in (("frozen_vae", "frozen VAE than config.init.vae"), ("records", "set of images than config.data")):
         if before[name] != now[name]:
             raise ValueError(
-                f"the run in {workdir} was trained on another {what} gives now (hash {before[name]}, now {now[name]}): give "
+                f"the run in {workdir} was trained on another {part} gives now (hash {before[name]}, now {now[name]}): give "
                 "the same, or another workdir"
             )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first step.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _StoppedEarly(Exception):
+    """A signal came before the first step of this start: there is nothing to save."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is ready for its next step.
+
+    Attributes:
+      start: number of finished steps, after which `state` is.
+      inputs: hashes of the frozen VAE and of the images, see `check_inputs`.
+      arithmetic: function of images per second, see `metric_log.arithmetic_speed`.
+      check_owner: raises WorkdirLost if the workdir has become another run's.
+      stopped: returns whether to stop, see `stopping.stop_requests`.
+      end_if_stopped: ends this start, which is busy with the activity named, if it was asked to stop.
+    """
+
+    job: build.Job
+    state: TrainState
+    start: int
+    frozen: dict[str, Any]
+    source: Any
+    loader: Loader
+    inputs: dict[str, str | None]
+    writer: Any
+    hooks: list[Hook]
+    checkpointer: Checkpointer
+    arithmetic: Callable[[float], dict[str, float]]
+    check_owner: Callable[[], None]
+    stopped: Callable[[], bool]
+    end_if_stopped: Callable[[str], None]
+    _is_read_back: bool = False
+
+    def log(self, step: int, values: dict[str, float], speed: dict[str, float], progress: Progress) -> None:
+        """Writes the metrics of a step; process 0 prints a line, too."""
+        self.writer.write_scalars(step, values | speed)
+        if jax.process_index() == 0:
+            print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
+
+    def save(self, step: int, position: dict[str, Any], is_stopping: bool) -> None:
+        """Saves a checkpoint; the first one is read back, unless that would take the time left before a kill."""
+        self.check_owner()  # first: in a bucket, another run's metrics would be replaced
+        self.writer.flush()
+        data_state = {"loader": position, "inputs": self.inputs}
+        saved = self.checkpointer.save(step, self.state, data_state, self.job.config)
+        if saved and not self._is_read_back and not is_stopping:
+            self.checkpointer.read_back(step, self.state)
+            self._is_read_back = True
+
+
+def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
+    """Finds everything that can be wrong with a run, then loads or restores what it needs.
+
+    Args:
+      config: ConfigDict, see configs/.
+      workdir: folder of the run.
+      stack: closes what is opened here.
+
+    Raises:
+      ValueError, CollectiveError: as `train`.
+    """
+    began = time.monotonic()
+
+    # ---- config, workdir and images ---------------------------------------------------------------------------------
+    multihost.assert_same_config(build.plain_config(config))
+    job = build.build(config)
+    compilation.check_compiler_options(job)
+    workdir = prepare_workdir(workdir)
+    multihost.check_shared(workdir)
+    source = None if config.data.cache else training_data.make_images(config)  # a wrong path is found before anything is loaded
+    stopped = stack.enter_context(stopping.stop_requests())
+    end_if_stopped = functools.partial(_end_if_stopped, stopped, began)
+    check_owner = stack.enter_context(ownership.owned(workdir))
+    fid = load_fid(job)
+
+    # ---- the newest checkpoint, frozen weights ----------------------------------------------------------------------
+    keep = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
+    checkpointer = stack.enter_context(Checkpointer(workdir, **keep))
+    with buckets.reached(workdir):
+        restored = checkpointer.restore(initial_state.abstract_state(job), job.config)  # refuses another run's workdir
+    end_if_stopped("restoring")
+    frozen = frozen_weights.load_frozen(job)
+    frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
+    if source is None:
+        source = training_data.make_cached_source(job, frozen_vae)
+    inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
+    # processes must agree on the files' content, too, but files may be prepared anew before a run is continued
+    multihost.assert_same(data=inputs, files=getattr(source, "contents_hash", None))
+    end_if_stopped("loading weights")
+
+    # ---- state and position in the data -----------------------------------------------------------------------------
+    loader = stack.enter_context(training_data.make_loader(job, source))
+    if restored is None:
+        state = _create_state(job, frozen, source)
+        start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
+        loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
+    else:
+        state, data_state, start = restored
+        loader.restore(data_state["loader"])
+        check_inputs(data_state["inputs"], inputs, workdir)
+        logging.info("continuing from step %d", start)
+
+    # ---- reports ----------------------------------------------------------------------------------------------------
+    cost = {
+        "flop_per_image": sum(flops.of_step(job).values()),
+        "peak": flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute),
+    }
+    logging.info("%s", summary(job, state, source, **cost))
+    writer = stack.enter_context(open_writer(workdir, start))
+    hooks = make_hooks(job, frozen, source, workdir, writer, fid, stopped)
+    end_if_stopped("preparing")
+    for hook in pending_hooks(hooks, start, config.steps) if restored else ():  # the last start was stopped, or killed
+        hook.run(start, state)
+    return Run(
+        job, state, start, frozen, source, loader, inputs, writer, hooks, checkpointer,
+        functools.partial(arithmetic_speed, devices=job.mesh.size, **cost), check_owner, stopped, end_if_stopped,
+    )  # fmt: skip
+
+
+def _create_state(job, frozen, source):
+    """Returns the state of a new run."""
+    put = functools.partial(sharding.put_batch, job.mesh)
+    with training_data.make_loader(job, source) as first_batches:
+        return initial_state.create_initial_state(job, frozen, lambda: map(put, first_batches))
+
+
+def _end_if_stopped(stopped, began, activity):
+    """Raises _StoppedEarly, with a warning, if this start was asked to stop."""
+    if stopped():
+        logging.warning(
+            "asked to stop while %s, %.0f s after the start: nothing was trained since then, and nothing is lost. A time limit "
+            "must be longer than the start; the next one is quicker by what is in the cache of compiled programs. Run the same "
+            "command to continue", activity, time.monotonic() - began,
+        )  # fmt: skip
+        raise _StoppedEarly
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def train(config, workdir):
-    """Train until config.steps, from the newest checkpoint of the workdir if it has one.
+    """Trains until config.steps, from the newest checkpoint of the workdir if it has one.
 
     Args:
       config: ConfigDict, see configs/.
@@ -99,136 +252,77 @@ def train(config, workdir):
       CollectiveError: if too many updates in a row were not finite, too many images undecodable, or the state is not finite; if
         the first checkpoint cannot be read, or another run has taken the workdir.
     """
-    began = time.monotonic()
-
-    def is_to_end(what):
-        """Returns whether to end before the first step; says so."""
-        if not stopped():
-            return False
-        logging.warning(
-            "asked to stop while %s, %.0f s after the start: nothing was trained since then, and nothing is lost. A time limit "
-            "must be longer than the start; the next one is quicker by what is in the cache of compiled programs. Run the same "
-            "command to continue", what, time.monotonic() - began,
-        )  # fmt: skip
-        return True
-
-    # ---- everything that can be wrong is found here -----------------------------------------------------------------
-    multihost.assert_same_config(build.plain_config(config))
-    job = build.build(config)
-    compilation.check_compiler_options(job)
-    workdir = prepare_workdir(workdir)
-    multihost.check_shared(workdir)
-    # a wrong path is found before anything is loaded
-    images_source = None if config.data.cache else training_data.make_images(config)
-    steps, every = config.steps, config.checkpoint.every
     with contextlib.ExitStack() as stack:
-        stopped = stack.enter_context(multihost.stop_requests())
-        check_owner = stack.enter_context(ownership.owned(workdir))
-        scoring = load_fid(job)
-        checkpointer = stack.enter_context(
-            Checkpointer(workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-        )
-        with buckets.reached(workdir):
-            restored = checkpointer.restore(initial_state.abstract_state(job), job.config)  # refuses another run's workdir
-        if is_to_end("restoring"):
+        try:
+            return run_steps(prepare(config, workdir, stack))
+        except _StoppedEarly:
             return None, False
-        frozen = frozen_weights.load_frozen(job)
-        frozen_vae = fingerprint(frozen["vae"]) if job.frozen_vae else None
-        source = images_source or training_data.make_cached_source(job, frozen_vae)
-        inputs = {"frozen_vae": frozen_vae, "records": records_hash(source)}
-        # what hosts must agree on, but may be made anew before a run is continued
-        multihost.assert_same(data=inputs, files=getattr(source, "contents_hash", None))
 
-        if is_to_end("loading weights"):
-            return None, False
-        # ---- state and data ---------------------------------------------------------------------------------------------
-        loader = stack.enter_context(training_data.make_loader(job, source))
-        put = functools.partial(sharding.put_batch, job.mesh)
-        if restored is None:
-            with training_data.make_loader(job, source) as first_batches:
-                state = initial_state.create_initial_state(job, frozen, lambda: map(put, first_batches))
-            start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
-            loader.restore({"next_batch": start, "bad_records": [], "records": len(source)})
-        else:
-            state, data_state, start = restored
-            loader.restore(data_state["loader"])
-            check_inputs(data_state["inputs"], inputs, workdir)
-            logging.info("continuing from step %d", start)
-        flop_per_image = sum(flops.of_step(job).values())
-        peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
-        logging.info("%s", summary(job, state, source, flop_per_image, peak))
-        writer = stack.enter_context(open_writer(workdir, start))
-        hooks = make_hooks(job, frozen, source, workdir, writer, scoring, stopped)
-        if is_to_end("preparing"):
-            return None, False
-        for hook in pending_hooks(hooks, start, steps) if restored else ():  # it was asked to stop, or killed
-            hook.run(start, state)
 
-        # ---- the loop ---------------------------------------------------------------------------------------------------
-        key, step_fn, is_read_back = jax.random.key(job.config["seed"]), None, False
-        pending = collections.deque()  # metrics are read two steps late, so that the device never waits
-        for step in range(start + 1, steps + 1):
-            batch = put(next(loader))
-            if step_fn is None:
-                step_fn = compilation.jit_step(job, state).lower(state, batch, frozen, key).compile()
-                if is_to_end("compiling"):
-                    return None, False
-            state, metrics = step_fn(state, batch, frozen, key)
-            pending.append((step, metrics))
-            stopping, asked = stopped(), time.monotonic()  # asked once: a signal that comes later ends the next step
-            last = step == steps or stopping
-            saving, logged = step % every == 0 or last, step % config.log.every == 0 or last or step == 1
-            while pending and (saving or pending[0][0] <= step - 2):
-                check_finite(*pending.popleft(), config.max_skipped_in_a_row)
-            first = step == start + 1
-            if first:
-                jax.block_until_ready(metrics)
-            if saving or logged or first:
-                position, waited = input_so_far(loader, source, config.data.max_bad_fraction)
-            if first:
-                progress = Progress(  # compilation is not speed
-                    steps, step, config.data.batch_size, flop_per_image=flop_per_image, devices=job.mesh.size, peak=peak,
-                    waited=waited,
-                )  # fmt: skip
-            if logged:
-                values = {name: float(value) for name, value in metrics.items()}
-                values["bad_records"] = len(position["bad_records"])
-                speed = {} if first else progress.update(step, waited)
-                writer.write_scalars(step, values | speed)
-                if jax.process_index() == 0:
-                    print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
-            due = [hook for hook in hooks if hook.is_due(step, steps) and (not stopping or step == steps)]
-            if due:
-                jax.block_until_ready(metrics)  # else the pause would count the time of steps in flight as theirs
-            with progress.paused():
-                if saving:  # before the pictures: they may take long, or fail
-                    check_owner()  # first: in a bucket, another run's metrics would be replaced
-                    writer.flush()
-                    saved = checkpointer.save(step, state, {"loader": position, "inputs": inputs}, job.config)
-                    if saved and not is_read_back and not stopping:  # which would take the time that is left
-                        checkpointer.read_back(step, state)
-                        is_read_back = True
-                for hook in due:
-                    hook.run(step, state)
-            if stopping and step < steps:
-                checkpointer.wait()
-                logging.warning(
-                    "asked to stop: saved step %d; run the same command to continue. Ending the step and saving took %.1f s, "
-                    "which the time between signal and kill must exceed", step, time.monotonic() - asked,
-                )  # fmt: skip
-                return state, False
-        checkpointer.wait()
-    return state, True
+def run_steps(run: Run) -> tuple[TrainState, bool]:
+    """Trains a run to its end; returns what `train` returns."""
+    config = run.job.config
+    steps, step_fn, progress = config["steps"], None, None
+    key = jax.random.key(config["seed"])
+    unchecked = collections.deque()  # metrics are read two steps late, so that the device never waits
+    for step in range(run.start + 1, steps + 1):
+        # ---- the step -----------------------------------------------------------------------------------------------
+        batch = sharding.put_batch(run.job.mesh, next(run.loader))
+        if step_fn is None:
+            step_fn = compilation.jit_step(run.job, run.state).lower(run.state, batch, run.frozen, key).compile()
+            run.end_if_stopped("compiling")
+        run.state, metrics = step_fn(run.state, batch, run.frozen, key)
+        unchecked.append((step, metrics))
+
+        # ---- what follows it ----------------------------------------------------------------------------------------
+        is_first = step == run.start + 1
+        is_stopping, asked = run.stopped(), time.monotonic()  # asked once: a signal that comes later ends the next step
+        is_last = step == steps or is_stopping
+        saves = is_last or step % config["checkpoint"]["every"] == 0
+        logs = is_last or step % config["log"]["every"] == 0 or step == 1
+        due = [hook for hook in run.hooks if hook.is_due(step, steps) and (not is_stopping or step == steps)]
+
+        # ---- metrics ------------------------------------------------------------------------------------------------
+        while unchecked and (saves or unchecked[0][0] <= step - 2):
+            check_finite(*unchecked.popleft(), config["max_skipped_in_a_row"])
+        if is_first:
+            jax.block_until_ready(metrics)
+        if saves or logs or is_first:
+            position, waited = input_so_far(run.loader, run.source, config["data"]["max_bad_fraction"])
+        if is_first:  # after compilation, which is not speed
+            progress = Progress(steps, step, config["data"]["batch_size"], arithmetic=run.arithmetic, waited=waited)
+        if logs:
+            values = {name: float(value) for name, value in metrics.items()}  # waits for the step, before its time is taken
+            values["bad_records"] = len(position["bad_records"])
+            run.log(step, values, {} if is_first else progress.update(step, waited), progress)
+
+        # ---- checkpoint, pictures and scores ------------------------------------------------------------------------
+        if due:
+            jax.block_until_ready(metrics)  # otherwise the pause would include the time of steps in flight
+        with progress.paused():
+            if saves:  # before the pictures: they may take long, or fail
+                run.save(step, position, is_stopping)
+            for hook in due:
+                hook.run(step, run.state)
+        if is_stopping and step < steps:
+            run.checkpointer.wait()
+            logging.warning(
+                "asked to stop: saved step %d; run the same command to continue. Ending the step and saving took %.1f s, "
+                "which the time between signal and kill must exceed", step, time.monotonic() - asked,
+            )  # fmt: skip
+            return run.state, False
+    run.checkpointer.wait()
+    return run.state, True
 
 
 def shown(values):
-    """Names of the metrics worth a place on the progress line; the files hold them all."""
+    """Returns the names of the metrics on the progress line; the files hold all."""
     names = [name for name in values if name.startswith(("vae/", "sit/")) and not name.endswith("kl")]
     return names + [name for name in ("disc/loss", "skipped", "bad_records") if values.get(name)]
 
 
 def summary(job, state, source, flop_per_image, peak):
-    """One paragraph on what is about to run; `peak` is None if unknown."""
+    """Returns one paragraph on the run; `peak` is None if unknown."""
 
     def count(net):
         return "-" if net is None else f"{sum(x.size for x in jax.tree.leaves(net.params)) / 1e6:.1f} M"
@@ -243,28 +337,28 @@ def summary(job, state, source, flop_per_image, peak):
     )
 
 
-def define_flags():
-    """Defines the flags of this program."""
-    cli.define_config()
-    cli.define_path("workdir", "Folder of the run: checkpoints, metrics, pictures. Continued if it exists.")
-    cli.define_processes()
-    flags.mark_flag_as_required("workdir")
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--workdir", type=cli.path, required=True,
+        help="folder of the run: checkpoints, metrics, pictures; continued if it exists",
+    )  # fmt: skip
+    cli.add_processes(parser)
+    return parser.parse_args(argv)
 
 
-def main(_):
+@cli.command(parse_args)
+def main(args):
     """Entry point; exit code 75 says that a signal ended the run early."""
-    options = flags.FLAGS
-    with multihost.abort_all_on_error(), cli.ending():
-        cli.start_processes()
-        check_name(options.workdir)
-        compilation.use_compilation_cache(options.workdir)  # creates a folder there
-        _, finished = train(options.config, options.workdir)
+    check_name(args.workdir)
+    use_compilation_cache(args.workdir)  # creates a folder there
+    _, finished = train(args.config, args.workdir)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)
     if jax.process_index() == 0:
-        print(f"finished; everything is in {options.workdir}")
+        print(f"finished; everything is in {args.workdir}")
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    cli.run(main, define_flags)
+    main()

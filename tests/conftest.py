@@ -42,6 +42,18 @@ def forgotten():
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder of a finished run of `small.tiny_run()`, for tests to read or to copy, not to change."""
+    import small
+
+    from repae_jax import train
+
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    assert train.train(small.tiny_run(), workdir)[1]
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def object_store():
     """A real object-store server, `bucket.Bucket`; skips where there is none."""
     import bucket

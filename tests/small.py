@@ -5,10 +5,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from configs import repae
+from configs import ldm, repae
+from repae_jax import cli
 from repae_jax.distributed import sharding
 from repae_jax.job import initial_state
 
@@ -38,12 +37,15 @@ def config(changes=None, file=repae, arg="tiny", **more):
     return made
 
 
+def tiny_run():
+    """The config of the fixture `tiny_run`: the quickest to compile, four steps with checkpoints of the second and the last."""
+    changes = {"steps": 4, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
+    return config({**changes, **SIT_ALONE}, ldm)
+
+
 def from_flags(*arguments, file="configs/repae.py"):
     """The config of a command line such as '--config.data.source=digits'."""
-    values, command = flags.FlagValues(), ["train", f"--config={ROOT / file}", *map(str, arguments)]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    values(command)
-    return holder.value
+    return cli.ConfigParser().parse_args([f"--config={ROOT / file}", *map(str, arguments)]).config
 
 
 def _random_leaf(path, leaf, rng):

@@ -3,6 +3,8 @@
 import pytest
 from etils import epath
 
+pytestmark = pytest.mark.integration
+
 
 def test_one_bucket_for_all_clients(gs):
     import tensorstore

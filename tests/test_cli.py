@@ -1,5 +1,6 @@
-"""How commands begin and end: what they do not understand is refused, and what is not their fault is told in one line."""
+"""How commands begin and end: unknown words are refused, and errors from outside the program are one line."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -7,25 +8,28 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 from absl import flags
 
 from repae_jax import cli, ranges, train
+from repae_jax.distributed import multihost
 from repae_jax.distributed.child_process import Crashed
+from repae_jax.job import build
 
 ROOT = Path(__file__).parents[1]
-WITH_OPTIONS = [
-    "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.prepare_images",
+WITH_CONFIG = ["repae_jax.train", "repae_jax.cache_latents", "repae_jax.plan", "repae_jax.benchmark.__main__"]
+COMMANDS = [
+    *WITH_CONFIG, "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.prepare_images",
     "repae_jax.analyze_latents.__main__", "repae_jax.report.__main__", "checkpoints_tools.__main__",
 ]  # fmt: skip
-WITH_FLAGS = ["repae_jax.train", "repae_jax.cache_latents", "repae_jax.plan", "repae_jax.benchmark.__main__"]
 HEAVY = {"torch", "tensorflow", "transformers", "diffusers", "tensorflow_datasets", "sklearn", "matplotlib.pyplot"}
 
 
 def run(*words, **options):
-    """A command as its users call it, `python -m` left out; what it prints is text."""
+    """Runs Python on such words, from the root of the repository."""
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=300, **options)
 
 
@@ -33,7 +37,7 @@ def run(*words, **options):
 
 
 def raised(error):
-    """An error that was raised, as a main function sees it."""
+    """Raises an error, and returns it as a main function catches it."""
     try:
         raise error
     except type(error) as caught:
@@ -46,19 +50,19 @@ def chained(error, cause):
 
 
 class ResourceExhaustedError(Exception):
-    """As TensorFlow's, which takes seconds to import."""
+    """Stands for TensorFlow's, which takes seconds to import."""
 
     __module__ = "tensorflow.python.framework.errors_impl"
 
 
 class DefaultCredentialsError(Exception):
-    """As google.auth's."""
+    """Stands for google.auth's."""
 
     __module__ = "google.auth.exceptions"
 
 
 class ClientError(Exception):
-    """As botocore's."""
+    """Stands for botocore's."""
 
     __module__ = "botocore.exceptions"
 
@@ -93,13 +97,13 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 b
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
-    """Wherever it was raised, in a library or here."""
+def test_errors_from_outside_the_program_end_in_one_line(error, line):
+    """Wherever they were raised, in a library or here."""
     with pytest.raises(SystemExit) as caught, cli.ending():
         raise error
-    said = caught.value.code
-    assert said.startswith("error: ") and line in said and "\n" not in said, said
-    assert caught.value.__context__ is error  # what other processes are told, see `hosts.abort_all_on_error`
+    message = caught.value.code
+    assert message.startswith("error: ") and line in message and "\n" not in message, message
+    assert caught.value.__context__ is error  # other processes get its text, see `multihost.abort_all_on_error`
 
 
 @pytest.mark.parametrize(
@@ -112,18 +116,18 @@ def test_what_is_not_the_programs_fault_is_told_in_one_line(error, line):
     ],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
-def test_mistakes_of_the_program_keep_their_traceback(error):
+def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, cli.ending():
         raise error
     assert "please report it" in caught.value.__notes__[-1]
 
 
-def test_an_error_of_the_libraries_for_arrays_says_how_to_find_its_place():
+def test_errors_of_array_libraries_say_how_to_find_their_place():
     with pytest.raises(SystemExit, match=r"error: Incompatible .* \(said by jax; python -X dev shows where\)$"), cli.ending():
         jax.numpy.broadcast_to(jax.numpy.zeros((2, 3)), (4, 4))
 
 
-def test_it_is_a_decorator_and_returns_what_the_command_returns():
+def test_ending_is_a_decorator_and_passes_results_on():
     @cli.ending("interrupted: nothing was written")
     def main(error=None):
         if error:
@@ -144,9 +148,10 @@ def test_ctrl_c_ends_quietly(capsys):
 PRINTING = "from repae_jax import cli\nwith cli.ending():\n    for i in range(COUNT):\n        print('x' * 99)\n"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("count", [1, 9999])  # the first is written at the very end
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_is_gone_is_no_error(count, unbuffered):
+def test_a_closed_output_is_no_error(count, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     code = PRINTING.replace("COUNT", str(count))
@@ -156,6 +161,7 @@ def test_a_reader_that_is_gone_is_no_error(count, unbuffered):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
 @pytest.mark.parametrize("count", [1, 9999])
 def test_output_to_a_full_disk_is_an_error(count):
@@ -190,14 +196,16 @@ with cli.ending(), Checkpointer(sys.argv[1]) as checkpointer:
 """
 
 
-def test_a_checkpoint_on_a_full_disk_is_told_without_traceback(full_disk):
+@pytest.mark.integration
+def test_a_checkpoint_on_a_full_disk_ends_in_one_line(full_disk):
     done = run("-c", SAVING, full_disk / "run")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1].startswith("error: ") and "No space left on device" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.integration
 def test_terminals_of_ascii_alone():
-    """As in containers without a locale, where printing anything else is an error."""
+    """In containers without a locale, printing anything else would be an error."""
     code = "from repae_jax import cli\nwith cli.ending():\n    print('1 … 2')"
     done = run("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 ? 2\n", "")
@@ -208,6 +216,7 @@ def test_a_broken_pipe_to_a_worker_is_an_error():
         raise BrokenPipeError(32, "Broken pipe")
 
 
+@pytest.mark.integration
 def test_developers_see_every_traceback():
     code = "from repae_jax import cli\nwith cli.ending():\n    raise ValueError('wrong')\n"
     assert run("-c", code).stderr == "error: wrong\n"
@@ -219,12 +228,12 @@ def test_developers_see_every_traceback():
 
 @pytest.fixture
 def parser():
-    made = cli.Parser(prog="it")
-    made.add_argument("--count", type=cli.whole(1))
-    made.add_argument("--share", type=cli.number(ranges.real(0, 1)))
-    made.add_argument("--seed", type=cli.seed)
-    made.add_argument("--out", type=cli.path)
-    return made
+    parser = cli.Parser(prog="it")
+    parser.add_argument("--count", type=cli.whole(1))
+    parser.add_argument("--share", type=cli.number(ranges.real(0, 1)))
+    parser.add_argument("--seed", type=cli.seed)
+    parser.add_argument("--out", type=cli.path)
+    return parser
 
 
 @pytest.mark.parametrize(
@@ -276,61 +285,84 @@ def test_rules(rule, allowed, refused):
     assert [value for value in refused if not ranges.problem(rule, value)] == []
 
 
-@pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_every_command_refuses_what_it_does_not_understand(name, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_unknown_words(name, capsys):
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as caught:
         module.parse_args(["--help"])
-    assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0 and "usage: " in shown
+    if name in WITH_CONFIG:
+        assert "--config FILE[:ARG]" in shown and "--config.FIELD=VALUE" in shown
+    words = ["inspect", "a", "--colour=red"] if name.startswith("checkpoints_tools") else ["a", "--colour=red"]
     with pytest.raises(SystemExit) as caught:
-        module.parse_args(["inspect", "a", "--colour=red"] if name.startswith("checkpoints_tools") else ["a", "--colour=red"])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+        module.parse_args(words)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
 
 
-# ---- flags ----------------------------------------------------------------------------------------------------------
-
-FLAGS_OF_TRAINING = f"""
-NAMES, HEAVY = {[*WITH_OPTIONS, *WITH_FLAGS]}, {HEAVY}
-""" + """
-import importlib
-import os
-import sys
-import jax
-from absl import flags
-from repae_jax import cli, train
-from repae_jax.job import build
-for name in NAMES:
+IMPORTS = f"""
+import importlib, sys, jax
+for name in {COMMANDS}:
     importlib.import_module(name)
-print(sorted(HEAVY & set(sys.modules)), "imported, backends", jax._src.xla_bridge._backends)
-
-def main(_):
-    build.build(flags.FLAGS.config)
-    config = flags.FLAGS.config
-    print("built", config.sit.qk_norm, config.checkpoint.keep_every, flags.FLAGS.workdir)
-
-for line in sys.stdin:
-    words = eval(line)
-    child = os.fork()
-    if not child:
-        sys.argv = ["train", *words]
-        try:
-            cli.run(main, train.define_flags)
-        except SystemExit as end:
-            if end.code is not None:
-                print(repr(end.code))
-        except BaseException as error:
-            print(f"Traceback {error!r}")
-        sys.stdout.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
+print(sorted({HEAVY} & set(sys.modules)), jax._src.xla_bridge._backends)
 """
+
+
+@pytest.mark.integration
+def test_nothing_heavy_is_imported_for_the_command_line():
+    done = run("-c", IMPORTS)
+    assert done.stdout == "[] {}\n", done.stderr
+
+
+def test_a_command_gets_its_arguments_and_ends_in_one_line():
+    @cli.command(lambda words: SimpleNamespace(words=words), "interrupted: nothing was written")
+    def main(args):
+        if "wrong" in args.words:
+            raise ValueError("wrong word")
+        return args.words
+
+    assert main(["right"]) == ["right"]
+    with pytest.raises(SystemExit, match="^error: wrong word$"):
+        main(["wrong"])
+
+
+def test_processes_are_started_before_the_command_and_fail_together(monkeypatch):
+    calls = []
+
+    @contextlib.contextmanager
+    def together():
+        calls.append("together")
+        try:
+            yield
+        except SystemExit as error:
+            calls.append(error.code)
+            raise
+
+    def parse_args(words):
+        parser = cli.Parser(prog="it")
+        cli.add_processes(parser)
+        return parser.parse_args(words)
+
+    @cli.command(parse_args)
+    def main(args):
+        raise ValueError(f"process {args.process_id}")
+
+    monkeypatch.setattr(multihost, "abort_all_on_error", together)
+    monkeypatch.setattr(multihost, "start", lambda *given: calls.append(given))
+    with pytest.raises(SystemExit, match="error: process 1"):
+        main(["--coordinator=a:1", "--num_processes", "2", "--process_id=1"])
+    assert calls == ["together", (False, "a:1", 2, 1), "error: process 1"]
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
 NO_PATCH = {"patch_size": 0, "hidden_size": 16, "depth": 1, "num_heads": 2}
 TINY = ["--config=configs/repae.py:tiny", "--workdir=run"]
 LINES = [
-    ([*TINY, "--config.sit.qk_norm", "False"], "'False' not understood"),
-    ([*TINY, "--config.data.options.labelled", "False"], "'False' not understood"),
-    ([*TINY, "--config.steps=3", "extra", "words", "here"], "'extra' 'words' 'here' not understood"),
+    ([*TINY, "--config.sit.qk_norm", "False"], "unrecognized arguments: False; a field of"),
+    ([*TINY, "--config.data.options.labelled", "False"], "unrecognized arguments: False; a field of"),
+    ([*TINY, "--config.steps=3", "extra", "words", "here"], "unrecognized arguments: extra words here"),
     ([*TINY, "--config.optim.sit.learning_rate=nan"], "config.optim.sit.learning_rate=nan must be finite"),
     ([*TINY, "--config.optim.sit.learning_rate=inf"], "config.optim.sit.learning_rate=inf must be finite"),
     ([*TINY, "--config.optim.sit.eps=0"], "config.optim.sit.eps=0.0 must be positive"),
@@ -354,12 +386,12 @@ LINES = [
     ([*TINY, "--config.sit=3"], "flag --config.sit=3: Failed to parse"),
     ([*TINY, "--config.vae.channel_multipliers=(1,2,'a')"], "has an entry that must be a whole number"),
     ([*TINY, "--config.vae.attention_levels=(7,)"], "attention_levels=(7,) must lie in 0..2"),
-    ([*TINY, "--colour=red"], "Unknown command line flag 'colour'"),
+    ([*TINY, "--colour=red"], "unrecognized arguments: --colour=red"),
     (["--config=configs/repae.py:tiny", "--workdir="], "it is empty"),
-    (["--workdir=run"], "--config must have a value"),
+    (["--workdir=run"], "the following arguments are required: --config"),
+    (["--config=configs/repae.py:tiny"], "the following arguments are required: --workdir"),
     ([*TINY, "--flagfile=HERE/flags"], "--config.data.opt.path=x: config.data has no field 'opt'"),
     ([*TINY, "--flagfile=HERE/none"], "Unable to open flagfile"),
-    (["--config.steps=3", *TINY], "Found --config.steps=3 in argv before a value for --config was specified"),
     (["--config=configs/none.py", *TINY[1:]], "there is no file 'configs/none.py'"),
     (["--config=configs", *TINY[1:]], "there is no file 'configs'"),
     (["--config=configs/common.py", *TINY[1:]], "the file has no function get_config"),
@@ -374,32 +406,37 @@ FILES = {  # below HERE
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What `train` says to each of LINES, and to a right one, in one process that imports it once."""
-    here = tmp_path_factory.mktemp("configs")
+def here(tmp_path_factory):
+    """Folder of FILES."""
+    folder = tmp_path_factory.mktemp("configs")
     for name, text in FILES.items():
-        (here / name).write_text(text)
-    right = [["--config", "~/mine.py:tiny", "--workdir=~/run", "--config.sit.qk_norm=True"]]
-    right[0] += ["--config.checkpoint.keep_every=None", "--config.sampling.guidance_channels=None"]
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("words", "message"), LINES, ids=lambda value: value if isinstance(value, str) else "")
+def test_mistakes_in_words_of_training_end_in_one_line(words, message, here, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught, cli.ending():
+        build.build(train.parse_args([word.replace("HERE", str(here)) for word in words]).config)
+    error = capsys.readouterr().err if caught.value.code == 2 else caught.value.code + "\n"
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert message in error.replace(str(here), "HERE"), error
+
+
+def test_home_folders_and_none_in_flags(here, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(here))
     (here / "mine.py").write_text("from configs.repae import get_config\n")
-    asked = [[word.replace("HERE", str(here)) for word in words] for words, _ in LINES] + right
-    environment = {**os.environ, "HOME": str(here), "XLA_FLAGS": ""}
-    done = run("-c", FLAGS_OF_TRAINING, input="\n".join(map(repr, asked)), env=environment)
-    said = [line.replace(str(here), "HERE") for line in done.stdout.splitlines()]
-    assert len(said) == 1 + len(asked), done.stdout + done.stderr[-3000:]
-    return said
+    words = ["--config", "~/mine.py:tiny", "--workdir=~/run", "--config.sit.qk_norm=True"]
+    args = train.parse_args([*words, "--config.checkpoint.keep_every=None", "--config.sampling.guidance_channels=None"])
+    build.build(args.config)
+    assert (args.config.sit.qk_norm, args.config.checkpoint.keep_every, args.workdir) == (True, None, f"{here}/run")
 
 
-@pytest.mark.parametrize(("number", "message"), [(number, message) for number, (_, message) in enumerate(LINES)])
-def test_what_training_does_not_understand_is_refused_in_one_line(answers, number, message):
-    said = answers[1 + number]
-    assert said[1:].startswith("error: ") and "Traceback" not in said and "\\n" not in said, said
-    assert message in eval(said), said
-
-
-def test_nothing_heavy_is_imported_for_the_command_line(answers):
-    assert answers[0] == "[] imported, backends {}"
-
-
-def test_home_folders_and_none_in_flags(answers):
-    assert answers[-1] == "built True None HERE/run"
+def test_values_in_words_of_their_own_and_in_any_order(monkeypatch):
+    """Types are those of the fields; booleans take no word of their own, but have a negation."""
+    monkeypatch.chdir(ROOT)
+    words = ["--config.steps", "3", "--workdir", "run", "--noconfig.sit.qk_norm", "--config", "configs/repae.py:tiny"]
+    config = train.parse_args([*words, "--config.vae.channel_multipliers=(1,2)", "--config.ema_decay", "0.5"]).config
+    assert (config.steps, config.sit.qk_norm, config.vae.channel_multipliers, config.ema_decay) == (3, False, (1, 2), 0.5)

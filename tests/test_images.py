@@ -148,7 +148,7 @@ def test_save_png_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     save_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.uint8))
 
     def full_disk(self, file, **_):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)

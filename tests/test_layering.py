@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 GROUND = [
     "repae_jax.faults",
     "repae_jax.ranges",
+    "repae_jax.waiting",
     "repae_jax.files",
     "repae_jax.buckets",
     "repae_jax.images",

@@ -16,7 +16,7 @@ import small
 from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
-from repae_jax import plan
+from repae_jax import cli, plan
 from repae_jax.cost import flops, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
 from repae_jax.distributed import sharding
@@ -25,13 +25,13 @@ from repae_jax.job import build, compilation, frozen_weights, initial_state, tra
 GIB = 2**30
 
 
-def run_main(monkeypatch, **arguments):
+def run_main(monkeypatch, *words, topologies=("v5e:2x2",)):
     """Exit status, or the message of an error, of the command."""
-    options = {"config": small.config(), "sample": False, "images_per_chip": None, "json": None, "topology": ["v5e:2x2"]}
-    monkeypatch.setattr(plan.flags, "FLAGS", types.SimpleNamespace(**options | arguments))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(cli, "_log_information", lambda: None)
+    words = [f"--config={small.ROOT / 'configs/repae.py'}:tiny", *(f"--topology={name}" for name in topologies), *words]
     with pytest.raises(SystemExit) as caught:
-        plan.main([])
+        plan.main(words)
     return caught.value.code
 
 
@@ -80,23 +80,23 @@ def test_libtpu_is_not_installed(monkeypatch):
 def test_all_topologies_are_checked_before_the_first_is_compiled(monkeypatch):
     monkeypatch.setattr(plan, "topology_devices", lambda *_: jax.devices()[:4])
     monkeypatch.setattr(plan, "plan_apart", lambda *_: pytest.fail("not reached"))
-    assert "v5e:3x3" in run_main(monkeypatch, topology=["v5e:2x2", "v5e:3x3"])
+    assert "v5e:3x3" in run_main(monkeypatch, topologies=["v5e:2x2", "v5e:3x3"])
 
 
 def test_an_existing_file_is_kept(monkeypatch, tmp_path):
     (tmp_path / "x.json").write_text("mine")
-    message = run_main(monkeypatch, json=str(tmp_path / "x.json"))
+    message = run_main(monkeypatch, f"--json={tmp_path}/x.json")
     assert "exists: choose another name" in message and (tmp_path / "x.json").read_text() == "mine"
 
 
 def test_a_file_without_a_folder_is_found_first(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "prepare", lambda *_: pytest.fail("not reached"))
-    message = run_main(monkeypatch, json=str(tmp_path / "none" / "x.json"))
+    message = run_main(monkeypatch, f"--json={tmp_path}/none/x.json")
     assert message == f"error: --json={tmp_path}/none/x.json: there is no folder {tmp_path}/none; make it first"
 
 
 def test_images_per_chip_of_a_training_step(monkeypatch):
-    message = run_main(monkeypatch, images_per_chip=2)
+    message = run_main(monkeypatch, "--images_per_chip=2")
     assert message == "error: --images_per_chip=2 is for sampling: add --sample, or change config.data.batch_size"
 
 
@@ -250,7 +250,7 @@ def test_a_compiler_that_fails_leaves_the_other_topologies_their_plans(monkeypat
         return fitting | {"topology": topology}
 
     monkeypatch.setattr(plan, "run_in_subprocess", crash_once)
-    code = run_main(monkeypatch, topology=["v5e:2x2", "v5e:2x4"], json=str(tmp_path / "x.json"))
+    code = run_main(monkeypatch, f"--json={tmp_path}/x.json", topologies=["v5e:2x2", "v5e:2x4"])
     assert code is True, "exit status 1"
     first, second = json.loads((tmp_path / "x.json").read_text())
     assert first["fits"] is None and first["message"] == "Check failed: shape.rank() == 2"

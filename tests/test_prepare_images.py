@@ -26,7 +26,7 @@ from repae_jax.data import array_record, shards
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.folder import FolderSource
 from repae_jax.data.loader import Loader
-from repae_jax.distributed import multihost
+from repae_jax.distributed import multihost, stopping
 from repae_jax.job import training_data
 
 REPOSITORY = Path(__file__).parents[1]
@@ -369,7 +369,7 @@ def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monk
         stopped.set()
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(multihost, "stop_signal", lambda: contextlib.nullcontext(stopped))
+    monkeypatch.setattr(stopping, "stop_signal", lambda: contextlib.nullcontext(stopped))
     monkeypatch.setattr(prepare_images.shard_writer.ShardWriter, "_write_shard", fail)
     with pytest.raises(OSError, match="the disk is full"):
         prepare(pictures, tmp_path / "out")

@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 import small
 import test_cache_latents
+import test_evaluate
 from command_line import call
 from etils import epath
-from feature_stub import Noise, StubNetwork, write_adm
+from feature_stub import Noise, StubNetwork
 from PIL import Image
 
 from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
-from repae_jax.job import build, compilation, initial_state
+from repae_jax.distributed.compilation_cache import use_compilation_cache
+from repae_jax.job import build, initial_state
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
+from repae_jax.training.workdir import prepare_workdir
 
+pytestmark = pytest.mark.integration
 JOB, STEPS = "ldm", 8  # and checkpoints every four
 RUN, DIGITS = "gs://bucket/run", "gs://bucket/digits"
 SAVING_8 = "(POST|PUT) .*run/checkpoints/8"
@@ -211,7 +215,7 @@ def test_a_checkpoint_out_of_reach_is_no_damage(job, gs, answer, path):
     began = time.monotonic()
     with checkpoint.Checkpointer(workdir) as checkpointer, pytest.raises(OSError) as caught:
         checkpointer.restore(initial_state.abstract_state(job), job.config)
-    assert re.match(f"(.Errno 13. )?Checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
+    assert re.match(f"(.Errno 13. )?checkpoint .*out-of-reach/checkpoints/2' cannot be read .*{answer}", str(caught.value))
     assert len(str(caught.value).splitlines()) == 1 and time.monotonic() - began < 20
     assert not (workdir / "checkpoints_damaged").exists()
 
@@ -246,10 +250,9 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
     save(job, workdir, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
-    write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
-    given = "--reference", str(tmp_path / "real.npz"), "--inception=weights.pth", "--batch_size=8"
+    test_evaluate.write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
     sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
-    path, result = evaluate.run(evaluate.parse_args([str(workdir), *given, *sampling]))
+    path, result = evaluate.run(test_evaluate.arguments(workdir, tmp_path / "real.npz", *sampling))
     assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
     assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
     path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))
@@ -272,7 +275,7 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
 def test_a_bucket_that_cannot_be_used(workdir, rules, message, gs, monkeypatch):
     gs.answer(*rules)
     with pytest.raises(OSError, match=message) as caught:
-        checkpoint.prepare_workdir(workdir)
+        prepare_workdir(workdir)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -282,17 +285,17 @@ def test_a_bucket_that_is_not_there_is_no_place_for_compiled_programs(gs):
     jax.config.update("jax_compilation_cache_dir", None)
     try:
         with pytest.raises(OSError, match="bucket other does not exist"):
-            compilation.use_compilation_cache("gs://other/run")
+            use_compilation_cache("gs://other/run")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_bucket_that_does_not_answer_is_told(gs, monkeypatch, warnings):
-    monkeypatch.setattr(buckets, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(buckets, "WARN_SECONDS", 0.2)
     gs.answer((".", "wait"))
     timer = threading.Timer(1, gs.answer)
     timer.start()
-    checkpoint.prepare_workdir("gs://bucket/slow")
+    prepare_workdir("gs://bucket/slow")
     timer.join()
     assert any(re.match("waiting for gs://bucket/slow, for . s so far", line) for line in warnings)
 

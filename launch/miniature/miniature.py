@@ -243,10 +243,9 @@ def perform(folder, core):
     return 0 if run.perform(folder) else 1
 
 
-@cli.ending()
-def main(argv=None):
-    """Does the tasks without a result, then writes RESULTS.md; returns the exit status."""
-    args = parse_args(argv)
+@cli.command(parse_args)
+def main(args):
+    """Runs what is not done yet, then writes the results; returns the exit status."""
     if args.perform:
         return perform(args.perform, args.core)
     from launch.miniature import report

@@ -280,9 +280,8 @@ def _in_batches(fn, pixels):
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *results)
 
 
-@cli.ending("interrupted: nothing was written; the same command starts again")
-def main(arguments=None):
-    """Trains the networks that the command line names."""
+def parse_args(argv=None):
+    """Command line of this program."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the encoder and save it here")
     parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the classifier, save it here (.safetensors)")
@@ -296,9 +295,15 @@ def main(arguments=None):
     parser.add_argument(
         "--seed", type=cli.whole(0, 2**32 - 2), default=0, help="the classifier's is one higher (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if options.encoder is None and options.classifier is None:
         parser.error("nothing to do: give --encoder FOLDER, --classifier FILE.safetensors, or both")
+    return options
+
+
+@cli.command(parse_args, "interrupted: nothing was written; the same command starts again")
+def main(options):
+    """Trains the networks that the command line names."""
     if options.encoder:
         train_encoder(Path(options.encoder), image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
     if options.classifier:

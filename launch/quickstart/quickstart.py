@@ -127,10 +127,9 @@ def training_numbers(workdir):
     }
 
 
-@cli.ending("interrupted; run the same command to continue")
-def main():
-    """Runs the four parts, each of which is skipped or continued if it was done before."""
-    args = parse_args()
+@cli.command(parse_args, "interrupted; run the same command to continue")
+def main(args):
+    """Runs the four parts; every one is skipped or continued if it was done before."""
     start, workdir = time.monotonic(), Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(logging.WARNING)

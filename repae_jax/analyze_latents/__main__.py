@@ -199,10 +199,10 @@ def summary(path):
     return "\n".join(lines + [f"warning: {text}" for text in content["warnings"]])
 
 
-@cli.ending("interrupted: nothing was written; the same command starts again")
-def main():
+@cli.command(parse_args, "interrupted: nothing was written; the same command starts again")
+def main(args):
     """Entry point."""
-    path = run(parse_args())
+    path = run(args)
     print(f"{summary(path)}\nnumbers: {path}\npictures: {os.path.join(path.parent, '*.png')}")
 
 

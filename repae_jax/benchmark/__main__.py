@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
 from repae_jax import cli, files
 from repae_jax.benchmark import measure
@@ -205,17 +204,24 @@ def input_line(speed: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _define_flags():
-    cli.define_config()
-    flags.DEFINE_integer("steps", STEPS, "Steps that are timed, after a few that are not.", lower_bound=1)
-    cli.define_path("out", "JSON file for all numbers and what they depend on; must not exist.")
-    cli.define_path("profile", "Folder for a trace of a few steps.")
-    flags.DEFINE_integer(
-        "sample_batch", None, "Images to sample at a time, over all devices; 0 is none, default 64 or a little more.",
-        lower_bound=0,
+def parse_args(argv=None):
+    """Command line of this program."""
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--steps", type=cli.whole(1), default=STEPS,
+        help="steps that are timed, after a few that are not (default: %(default)s)",
     )  # fmt: skip
-    flags.DEFINE_bool("input", False, "Measure the config's data, too: the loader alone, and the step fed by it.")
-    cli.define_processes()
+    parser.add_argument("--out", type=cli.path, help="JSON file for all numbers and what they depend on; must not exist")
+    parser.add_argument("--profile", type=cli.path, help="folder for a trace of a few steps")
+    parser.add_argument(
+        "--sample_batch", type=cli.whole(0),
+        help="images to sample at a time, over all devices; 0 is none, default 64 or a little more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--input", action="store_true", help="measure the config's data, too: the loader alone, and the step fed by it"
+    )
+    cli.add_processes(parser)
+    return parser.parse_args(argv)
 
 
 def check_places(out: str | None, profile: Path | str | None) -> Any:
@@ -236,22 +242,19 @@ def keeper(path: Any) -> Callable[[Result], None]:
     return keep
 
 
-def main(_):
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    options = flags.FLAGS
-    with multihost.abort_all_on_error(), cli.ending():
-        cli.start_processes()
-        first = jax.process_index() == 0
-        path = check_places(options.out, options.profile) if first else None
-        benchmark(
-            options.config, options.steps, options.sample_batch, options.input, options.profile,
-            say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
-            keep=keeper(path),
-        )  # fmt: skip
-        if path is not None:
-            print(f"all numbers: {options.out}")
+    first = jax.process_index() == 0
+    path = check_places(args.out, args.profile) if first else None
+    benchmark(
+        args.config, args.steps, args.sample_batch, args.input, args.profile,
+        say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
+        keep=keeper(path),
+    )  # fmt: skip
+    if path is not None:
+        print(f"all numbers: {args.out}")
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    cli.run(main, _define_flags)
+    main()

@@ -262,7 +262,7 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
         source = _source(job, frozen)
     except (ValueError, OSError, ImportError) as error:
         problem = str(error)
-    problems = [problem for problem in multihost.gather(problem) if problem]
+    problems = [problem for problem in multihost.all_gather(problem) if problem]
     if problems:
         return {"skipped": problems[0]}
     section = job.config["data"]
@@ -273,11 +273,11 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
         for _ in range(count):
             next(loader)
         seconds = time.perf_counter() - began
-        alone = sum(multihost.gather(count * section["batch_size"] / jax.process_count() / seconds))
+        alone = sum(multihost.all_gather(count * section["batch_size"] / jax.process_count() / seconds))
         began, waited = time.perf_counter(), loader.wait_seconds
         timed = spread(time_calls(lambda: step(sharding.put_batch(job.mesh, next(loader))), count, ahead=AHEAD))
         share = (loader.wait_seconds - waited) / (time.perf_counter() - began)
-    fed = {"images_per_second": section["batch_size"] / timed["median"], "input_wait": max(multihost.gather(share))}
+    fed = {"images_per_second": section["batch_size"] / timed["median"], "input_wait": max(multihost.all_gather(share))}
     return {"images_per_second": alone, "workers": section["workers"], "processes": jax.process_count(), "with_step": fed}
 
 

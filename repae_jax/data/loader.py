@@ -270,7 +270,7 @@ def _begin_worker(worker_index, worker_count):
     and files.
     """
     del worker_index, worker_count
-    child_process.end_with_parent()
+    child_process.exit_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
 

@@ -1,4 +1,4 @@
-"""A function called in a process of its own, which it may take down: compilers abort where they meet a mistake of their own."""
+"""Calls functions in a child process, which they may take down: compilers abort on bugs of their own."""
 
 import multiprocessing
 import os
@@ -9,75 +9,73 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class Crashed(RuntimeError):
-    """Raised when the process ended before the function did; the message is what it said of the reason.
+    """Raised when the process ended before the function did; the message is the reason that it printed.
 
     Attributes:
-      exitcode: of the process; of one that a signal ended, the negative number of that.
+      exitcode: exit code of the process; negative number of the signal that ended it.
     """
 
-    def __init__(self, message, exitcode):
+    def __init__(self, message: str, exitcode: int | None):
         super().__init__(message)
         self.exitcode = exitcode
 
 
-def run_in_subprocess(function, *arguments):
-    """function(*arguments) in a process of its own, whose standard error is shown once that has ended.
+def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
+    """Returns function(*arguments), called in a child process, whose standard error is shown once it has ended.
 
-    Whatever interrupts the wait for it, such as Ctrl-C, ends the process, too.
+    Whatever interrupts the wait, such as Ctrl-C, ends the process, too.
 
     Args:
-      function: of a module; it, what it takes and what it returns can be pickled.
-      *arguments: of it.
-
-    Returns:
-      What it returns.
+      function: function at module level; its arguments and its result can be pickled.
 
     Raises:
-      Exception: what it raised, its traceback on standard error; a RuntimeError in place of one that cannot be pickled.
-      Crashed: if its process died.
+      Exception: that of the function, its traceback on standard error; a RuntimeError in place of one that cannot be pickled.
+      Crashed: if the process died.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "stderr"
-        process = context.Process(target=_work, args=(sender, said, function, arguments), daemon=True)
+        stderr = Path(folder) / "stderr"
+        process = context.Process(target=_work, args=(sender, stderr, function, arguments), daemon=True)
         process.start()
         try:
             sender.close()  # so that its end is seen here
             result, error = receiver.recv()
         except EOFError:
             process.join()
-            raise Crashed(_last_words(said, process.exitcode), process.exitcode) from None
+            raise Crashed(_crash_reason(stderr, process.exitcode), process.exitcode) from None
         except BaseException:
-            process.kill()  # a compiler hears of no interrupt before it is done
+            process.kill()  # a compiler notices no interrupt before it is done
             raise
         finally:
             process.join()
-            sys.stderr.write(said.read_text(errors="replace") if said.exists() else "")
+            sys.stderr.write(stderr.read_text(errors="replace") if stderr.exists() else "")
             receiver.close()
     if error is not None:
         raise error
     return result
 
 
-def _work(sender, said, function, arguments):
-    with said.open("w") as file:
-        os.dup2(file.fileno(), 2)  # what is not Python writes there, too
-    end_with_parent()
+def _work(sender, stderr, function, arguments):
+    with stderr.open("w") as file:
+        os.dup2(file.fileno(), 2)  # for what is not Python, too
+    exit_with_parent()
     try:
         answer = function(*arguments), None
     except Exception as error:
         traceback.print_exc()
-        answer = None, _portable(error)
+        answer = None, _picklable(error)
     sender.send(answer)
 
 
-def _portable(error):
-    """The error, or a RuntimeError that tells of it if it cannot be pickled."""
+def _picklable(error):
+    """Returns the error, or a RuntimeError that describes it if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does
@@ -85,8 +83,8 @@ def _portable(error):
     return error
 
 
-def end_with_parent():
-    """From now on this process, one of multiprocessing's, ends when its parent was killed: nobody waits for its results."""
+def exit_with_parent() -> None:
+    """Ends this child process when its parent is killed: nobody waits for its results then."""
 
     def wait():
         multiprocessing.parent_process().join()
@@ -95,10 +93,10 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _last_words(said, exitcode):
-    """The message of an abort, which stands before its stack; that of a kill, which leaves none; else the last line."""
-    lines = [line for line in said.read_text(errors="replace").splitlines() if line.strip()] if said.exists() else []
-    fatal = [found[1] for line in lines if (found := re.match(r"F\d{4} .*?\] (.*)", line))]
+def _crash_reason(stderr, exitcode):
+    """Returns the message of an abort, which precedes its stack; that of a kill, which leaves none; else the last line."""
+    lines = [line for line in stderr.read_text(errors="replace").splitlines() if line.strip()] if stderr.exists() else []
+    fatal = [match[1] for line in lines if (match := re.match(r"F\d{4} .*?\] (.*)", line))]
     if exitcode == -signal.SIGKILL and not fatal:
         return "killed by SIGKILL, most likely because the memory of this machine ran out"
     return (fatal[:1] or lines[-1:] or [f"exit code {exitcode}, without a word"])[0]

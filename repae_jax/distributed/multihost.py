@@ -1,7 +1,7 @@
-"""Several processes of one run: how they start, what they must agree on, how they stop and how they fail, all together.
+"""Several processes of one run: they start, agree and fail together.
 
-What is exchanged here goes through JAX's coordination service and not over the devices. So it works before these are used, and
-while processes still differ. Every process calls the same functions in the same order; with one process, all are trivial.
+Values are exchanged through JAX's coordination service, not over the devices: it works before devices are used, while processes
+still differ, and for any JSON. All processes call the same functions in the same order; with one process, all are trivial.
 """
 
 import atexit
@@ -15,36 +15,38 @@ import os
 import platform
 import re
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # neither has all of this under a public name
-from jax.experimental import multihost_utils
+from jax._src import distributed  # its client, and this process's number before devices exist, have no public name
 
-HEARTBEAT_SECONDS = 40  # without a sign of life, after which JAX ends all other processes
+from repae_jax.distributed import roll_call
+
+HEARTBEAT_SECONDS = 40  # JAX ends all other processes after so long without a sign of life from one
 START_SECONDS = 600  # in which all processes must have come, unless the environment's START_SECONDS says otherwise
 WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
-SEEN_SECONDS = 60  # until a new file is seen by all: network file systems keep what they know for a while
+SEEN_SECONDS = 60  # until all see a new file: network file systems cache
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "tensorstore",
     "grain", "array_record", "pyarrow", "pillow", "numpy", "ml_collections",
 )  # fmt: skip
 _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"
-_FAILED, _TOLD = "repae_jax/failed", "repae_jax/told/"
+_FAILED, _FLAGS = "repae_jax/failed", "repae_jax/flags/"
 _numbers = itertools.count()
-_last_acts = []
+_last_acts: list[Callable[[], None]] = []
 
 
 class CollectiveError(RuntimeError):
-    """Raised in all processes at once: no process needs to be told, and what is being saved can be completed."""
+    """Error that all processes raise at once: none needs to be told, and what is being saved can be completed."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,36 +54,40 @@ class CollectiveError(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(automatic=False, coordinator=None, num_processes=None, process_id=None):
-    """Makes this process one of several, unless nothing is given; before anything else of JAX is used.
+def start(
+    automatic: bool = False, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Connects this process with the others, unless nothing is given; before anything else of JAX is used.
+
+    If the processes do not find each other within START_SECONDS, each that has started ends with one line, and exit code 75.
 
     Args:
       automatic: the processes find each other, on TPU pods, SLURM, GKE and whatever else jax.distributed knows.
-      coordinator, num_processes, process_id: by hand instead: 'HOST:PORT' of process 0, and which one this is.
+      coordinator: by hand instead: 'HOST:PORT' of process 0.
+      num_processes: by hand: number of processes.
+      process_id: by hand: number of this process, from 0.
 
     Raises:
-      ValueError: if what is given cannot work.
-
-    If the processes do not find each other within START_SECONDS, each that has started ends with one line, and exit code 75.
+      ValueError: if this cannot work.
     """
     by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
-    given = {name: value for name, value in by_hand.items() if value is not None}
-    if not given and not automatic:
+    is_by_hand = any(value is not None for value in by_hand.values())
+    if not is_by_hand and not automatic:
         return
-    if given:
-        _check_by_hand(by_hand, automatic)
+    if is_by_hand:
+        roll_call.check_options(by_hand, automatic)
     seconds = _start_seconds()
     alone = threading.Timer(seconds, _end_alone, [seconds])
     alone.daemon = True
     alone.start()
     try:
-        if given:
-            _call_roll(coordinator, num_processes, process_id)
+        if is_by_hand:
+            roll_call.call_roll(coordinator, num_processes, process_id)
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, cluster_detection_method="deactivate" if given else None,
+            coordinator, num_processes, process_id, cluster_detection_method="deactivate" if is_by_hand else None,
             initialization_timeout=2 * seconds, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
-    except _WrongRoll:
+    except roll_call.RollCallError:
         raise
     except ValueError as error:
         raise ValueError(
@@ -98,31 +104,6 @@ def start(automatic=False, coordinator=None, num_processes=None, process_id=None
         atexit.register(lambda: (stop.set(), watching.join()))
 
 
-def _check_by_hand(by_hand, automatic):
-    missing = [name for name, value in by_hand.items() if value is None]
-    coordinator, count, index = by_hand.values()
-    if automatic or missing:
-        wrong = "--distributed is for processes that find each other" if automatic else f"{' and '.join(missing)} missing"
-        raise ValueError(f"{wrong}: give either --distributed, or all of {', '.join(by_hand)}")
-    if not re.fullmatch(r"\S+:\d+", coordinator):
-        raise ValueError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
-    port = int(coordinator.rpartition(":")[2])
-    if not 0 < port < 1 << 16:
-        raise ValueError(f"--coordinator={coordinator}: ports are 1..65535")
-    if not 0 <= index < count:
-        raise ValueError(f"--process_id={index}: with --num_processes={count}, allowed are 0..{count - 1}")
-    if index == 0:
-        try:
-            socket.create_server(("", port)).close()  # JAX would crash, perhaps with the other run
-        except OSError as error:
-            # if that is another process 0 of this run, it hears of this one, and need not wait for the others
-            _say(("localhost", port), _called(index, count), timeout=5)
-            raise ValueError(
-                f"--coordinator={coordinator}: process 0 cannot use this port ({error}); give another one, or where this is a "
-                "process of the run that uses it, a --process_id of its own"
-            ) from error
-
-
 def _start_seconds():
     """Returns the seconds for which processes wait for each other, from the environment."""
     given = os.environ.get("START_SECONDS") or str(START_SECONDS)
@@ -131,100 +112,8 @@ def _start_seconds():
     return int(given)
 
 
-class _WrongRoll(ValueError):
-    """The processes that came are not those of one run."""
-
-
-def _call_roll(coordinator, count, index):
-    """Waits until each of `count` processes has come, on the coordinator's port before JAX takes it.
-
-    JAX ends all of a run with a process that comes twice, in pages of its own state, or waits for the missing one.
-
-    Raises:
-      ValueError: in all that have come, if a number comes twice, or with another count; or if a run has begun there already.
-    """
-    host, _, port = coordinator.rpartition(":")
-    who, calling = _called(index, count), None
-    if index == 0:
-        dual = socket.has_dualstack_ipv6()
-        server = socket.create_server(("", int(port)), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
-        calling = threading.Thread(target=_answer, args=(server, count), daemon=True)
-        calling.start()
-    while not (answer := _say((host.strip("[]"), int(port)), who)):  # process 0 may come later, or again
-        time.sleep(_POLL_SECONDS / 4)
-    if calling:
-        calling.join()
-    try:
-        problem = json.loads(answer)["problem"]
-    except (ValueError, TypeError, KeyError):
-        problem = "a run has begun there already, or something else uses this port"
-    if problem:
-        raise _WrongRoll(
-            f"--coordinator={coordinator}: {problem}. Give each process of a run a --process_id of its own and the same "
-            "--num_processes, and each run a port of its own"
-        )
-
-
-def _called(index, count):
-    """Returns who a process says it is."""
-    return {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
-
-
-def _say(address, what, timeout=None):
-    """Returns the first line of the answer to what is said to an address; empty if nobody answers there in time (seconds)."""
-    try:
-        with socket.create_connection(address, timeout) as connection, connection.makefile("rw", errors="replace") as stream:
-            stream.write(json.dumps(what) + "\n")
-            stream.flush()
-            return stream.readline()
-    except OSError:
-        return ""
-
-
-def _answer(server, count):
-    """Does process 0's part: gives one answer to all, when all have come or one has come that should not."""
-    present, problem = {}, None
-    with server, contextlib.ExitStack() as stack:
-        while not problem:
-            present = {index: each for index, each in present.items() if not _has_gone(each[0])}
-            if len(present) == count:
-                break
-            connection, _ = server.accept()
-            stream = stack.enter_context(stack.enter_context(connection).makefile("rw"))
-            connection.settimeout(5)
-            try:
-                who = json.loads(stream.readline())
-                index = who["process"]
-                place = f"process {index} of {who['of']} on host {who['host']} (pid {who['pid']})"
-            except (OSError, ValueError, TypeError, KeyError):
-                continue  # nobody of ours
-            before = present.get(index)
-            if who["of"] != count:
-                problem = f"{place} has come to a run of {count} processes"
-            elif before and not _has_gone(before[0]):  # it may have ended since
-                problem = f"{before[2]} and {place} have the same number"
-            present[index if not problem else (index, place)] = (connection, stream, place)
-        for _, stream, _ in present.values():
-            with contextlib.suppress(OSError):
-                stream.write(json.dumps({"problem": problem}) + "\n")
-                stream.flush()
-
-
-def _has_gone(connection):
-    """Returns whether the process at the other end has closed a connection, or ended."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    finally:
-        connection.settimeout(5)
-
-
 def _end_alone(seconds):
-    """Ends a process that waits for others in vain, as for a host that died; JAX would abort, with pages of its own state."""
+    """Ends a process that waits for others in vain, such as a host that died; JAX would abort, with pages of its own state."""
     print(
         f"error: the processes did not find each other within {seconds} s: start all of them, with the same coordinator and "
         "number, each with a process_id of its own; where they take longer to come, set START_SECONDS",
@@ -233,94 +122,86 @@ def _end_alone(seconds):
     os._exit(os.EX_TEMPFAIL)
 
 
-def is_multiprocess():
-    """Whether this process is one of several that `start` has connected."""
+def is_multiprocess() -> bool:
+    """Returns whether `start` has connected this process with others."""
     return distributed.global_state.num_processes > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Agreeing.
+# Agreement.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gather(value):
-    """List of the values of all processes, in their order, in all of them; a value is what JSON can hold."""
-    state = distributed.global_state
+def all_gather(value: Any) -> list[Any]:
+    """Returns the values of all processes, JSON each, in the order of the processes."""
     if not is_multiprocess():
         return [value]
-    number = next(_numbers)
-    folder = f"repae_jax/unsharded/{number}/"
-    state.client.key_value_set(f"{folder}{state.process_id}", json.dumps(value))
-    state.client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
-    found = {int(name.rpartition("/")[2]): text for name, text in state.client.key_value_dir_get(folder)}
-    state.client.wait_at_barrier(f"{folder}read", WAIT_SECONDS * 1000)
-    state.client.key_value_delete(f"{folder}{state.process_id}")
-    return [json.loads(found[index]) for index in sorted(found)]
+    client, own = distributed.global_state.client, distributed.global_state.process_id
+    folder = f"repae_jax/gathered/{next(_numbers)}/"
+    client.key_value_set(f"{folder}{own}", json.dumps(value))
+    client.wait_at_barrier(folder, WAIT_SECONDS * 1000)
+    values = {int(name.rpartition("/")[2]): json.loads(text) for name, text in client.key_value_dir_get(folder)}
+    client.wait_at_barrier(f"{folder}read", WAIT_SECONDS * 1000)
+    client.key_value_delete(f"{folder}{own}")
+    return [values[index] for index in sorted(values)]
 
 
-def from_first(value):
-    """The value of process 0, in all processes."""
-    state = distributed.global_state
-    if not is_multiprocess():
-        return value
-    name = f"repae_jax/from_first/{next(_numbers)}"
-    if state.process_id == 0:
-        state.client.key_value_set(name, json.dumps(value))
-    return json.loads(state.client.blocking_key_value_get(name, WAIT_SECONDS * 1000))
+def broadcast_from_process_0(value: Any) -> Any:
+    """Returns the value of process 0, JSON, in all processes."""
+    return all_gather(value if distributed.global_state.process_id == 0 else None)[0]
 
 
-def set_flag(what):
-    """Lets processes that ask know, now or later, that this one has done something."""
-    distributed.global_state.client.key_value_set(f"{_TOLD}{what}", socket.gethostname(), allow_overwrite=True)
+def set_flag(name: str) -> None:
+    """Publishes a flag to the other processes."""
+    distributed.global_state.client.key_value_set(f"{_FLAGS}{name}", socket.gethostname(), allow_overwrite=True)
 
 
-def get_flag(what):
-    """Host of the process that has called `set_flag`; None if none has."""
+def get_flag(name: str) -> str | None:
+    """Returns the host of a process that has set a flag; None if none has."""
     try:
-        return distributed.global_state.client.key_value_try_get(f"{_TOLD}{what}")
+        return distributed.global_state.client.key_value_try_get(f"{_FLAGS}{name}")
     except jax.errors.JaxRuntimeError:
         return None
 
 
-def assert_same(**description):
-    """Checks that all processes were started alike.
+def assert_same(**description: Any) -> None:
+    """Raises ValueError in all processes unless all call it with the same description.
 
     Args:
-      **description: nested dicts of what JSON can hold.
+      **description: nested dicts of JSON values.
 
     Raises:
-      ValueError: in all processes, naming those that differ from process 0, in what, and both values.
+      ValueError: naming the processes that differ from process 0, the names in which they do, and both values.
     """
     if not is_multiprocess():
         return
-    own = _flat(json.loads(json.dumps(description)))
-    first, host = from_first([own, socket.gethostname()])
-    differing = [
-        f"\n  {name}: {first.get(name, _ABSENT)!r} in process 0, {own.get(name, _ABSENT)!r} in process "
-        f"{distributed.global_state.process_id}"
-        for name in sorted(first.keys() | own.keys())
-        if first.get(name, _ABSENT) != own.get(name, _ABSENT)
+    first, host = broadcast_from_process_0([description, socket.gethostname()])
+    lines = [
+        f"\n  {name}: {value!r} in process 0, {own!r} in process {distributed.global_state.process_id}"
+        for name, value, own in differences(first, description)
     ]
-    found = [(*who, lines) for *who, lines in gather([*_who(), differing]) if lines]
-    if found:
+    differing = [(*process, lines) for *process, lines in all_gather([*_this_process(), lines]) if lines]
+    if differing:
         raise ValueError(
-            "; ".join(f"process {index} on host {name}" for index, name, _ in found)
+            "; ".join(f"process {index} on host {name}" for index, name, _ in differing)
             + f" differs from process 0 on host {host}, but all must be started alike:"
-            + "".join(line for *_, lines in found for line in lines)
+            + "".join(line for *_, lines in differing for line in lines)
         )
 
 
-def assert_same_config(config):
-    """Checks that all processes run the same code on the same packages with the same config and number of devices.
+def assert_same_config(config: dict[str, Any]) -> None:
+    """Raises ValueError unless all processes run the same code on the same packages, config and number of devices.
+
+    A host with an older copy of the code or of a package would compile another program, and all would wait for each other.
 
     Args:
-      config: nested dict of what JSON can hold.
+      config: nested dict of JSON values.
 
     Raises:
       ValueError: as `assert_same`; or if this is one of several processes, as on a TPU pod, started as if it were alone.
     """
     number = distributed.global_state.num_processes
-    # before the devices are looked at: that fails with others
+    # before devices are used: that fails with others
     assert_same(num_processes=number, packages=versions(), code=_sources(), config=config)
     if jax.process_count() > 1 and not is_multiprocess():
         raise ValueError(f"this is one of {jax.process_count()} processes: start all of them with --distributed")
@@ -328,7 +209,7 @@ def assert_same_config(config):
     assert_same(devices=f"{len(local)} x {local[0].device_kind}")
 
 
-def check_shared(folder):
+def check_shared(folder) -> None:
     """Checks that all processes see one and the same folder.
 
     Args:
@@ -339,149 +220,83 @@ def check_shared(folder):
     """
     if not is_multiprocess():
         return
-    name = folder / f".shared-{from_first(secrets.token_hex(8))}"
+    probe = folder / f".shared-{broadcast_from_process_0(secrets.token_hex(8))}"
     if distributed.global_state.process_id == 0:
-        name.write_text("seen")
-    gather(None)
-    found = gather([*_who(), str(folder), is_seen(name)])
+        probe.write_text("seen")
+    all_gather(None)
+    answers = all_gather([*_this_process(), str(folder), is_seen(probe)])
     if distributed.global_state.process_id == 0:
-        name.unlink()
-    blind = [f"process {index} on host {host}, in {where}" for index, host, where, sees in found if not sees]
+        probe.unlink()
+    blind = [f"process {index} on host {host}, in {place}" for index, host, place, sees in answers if not sees]
     if blind:
         raise ValueError(
-            f"what process 0 wrote to {found[0][2]} is not seen by {'; '.join(blind)}: give a folder on a disk that all "
+            f"what process 0 wrote to {answers[0][2]} is not seen by {'; '.join(blind)}: give a folder on a disk that all "
             "hosts share, or for a workdir an address such as gs://bucket/run"
         )
 
 
-def is_seen(path):
-    """Whether what another process has written is there, after the time that network file systems take to show it."""
+def is_seen(path) -> bool:
+    """Returns whether a file of another process is there, after the time that network file systems take to show it."""
     deadline = time.monotonic() + SEEN_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
     return seen
 
 
-def wait_for_files(paths, is_done=lambda: False):
-    """Waits until files of other processes are there: True; or until is_done(): False.
+def wait_for_files(paths: Sequence, is_done: Callable[[], bool] = lambda: False) -> bool:
+    """Waits until files of other processes are there, and returns True; or until is_done(), and returns False.
 
     Works between processes that are not connected, too, and unlike collective operations it may take hours.
 
     Args:
-      paths: Path or epath.Path of each.
-      is_done: function that says whether they are needed no more.
+      paths: Path or epath.Path of each file.
+      is_done: function that returns whether the files are needed no more.
     """
-    missing, told = [path for path in paths if not path.exists()], time.monotonic()
+    missing, logged = [path for path in paths if not path.exists()], time.monotonic()
     while missing and not is_done():
-        if time.monotonic() - told > SEEN_SECONDS:
+        if time.monotonic() - logged > SEEN_SECONDS:
             logging.warning(
                 "waiting for %d files of the other processes, first %s; all must see one file system", len(missing), missing[0]
             )
-            told = time.monotonic()
+            logged = time.monotonic()
         time.sleep(_POLL_SECONDS)
         missing = [path for path in missing if not path.exists()]
     return not missing
 
 
-def versions():
-    """Versions of Python and the packages that computing, reading and saving depend on; None for what is not installed."""
-    found = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that results depend on; None for a package that is not installed."""
+    result = {"python": platform.python_version()} | dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            result[name] = importlib.metadata.version(name)
+    return result
 
 
 def _sources():
-    """Hash of every file of our own code, by name."""
+    """Returns a hash of each file of our own code, by name."""
     here = Path(__file__).parents[1]
     folders = (here, here.parent / "checkpoints_tools")
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return {str(path.relative_to(here.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in files}
 
 
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Returns (dotted name, its value in the first, in the second) of where two nested dicts of JSON values differ."""
+    first, second = _flat(first), _flat(second)
+    values = [(name, first.get(name, _ABSENT), second.get(name, _ABSENT)) for name in sorted(first.keys() | second.keys())]
+    return [(name, a, b) for name, a, b in values if a != b]
+
+
 def _flat(description):
-    """Nested dicts as one with dotted names."""
-    leaves = jax.tree_util.tree_flatten_with_path(description, is_leaf=lambda node: not isinstance(node, dict) or not node)[0]
+    """Returns nested dicts as one with dotted names; through JSON, so that tuples equal lists."""
+    plain = json.loads(json.dumps(description))
+    leaves = jax.tree_util.tree_flatten_with_path(plain, is_leaf=lambda node: not isinstance(node, dict) or not node)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _who():
+def _this_process():
     return [distributed.global_state.process_id, socket.gethostname()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stop_signal():
-    """Yields an event that SIGTERM and the first Ctrl-C set, at once and with a line in the log, also while XLA compiles.
-
-    The handlers before are restored afterwards.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number, _):
-        event.set()
-        signal.signal(number, before[number])  # a second one acts at once
-
-    def set_flag():  # handlers run between two lines of Python, of which there may be none for an hour
-        while received := caught.recv(1):
-            if received[0] in before:
-                event.set()
-                logging.warning(
-                    "asked to stop by %s; if no line says how this has ended, the kill came too soon after the signal",
-                    signal.Signals(received[0]).name,
-                )
-                return
-
-    caught, sent = socket.socketpair()
-    sent.setblocking(False)
-    telling = threading.Thread(target=set_flag, daemon=True)
-    telling.start()
-    for number in before:
-        signal.signal(number, stop)
-    wakeup_before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
-    try:
-        yield event
-    finally:
-        signal.set_wakeup_fd(wakeup_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        sent.close()
-        telling.join()
-        caught.close()
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """Function that says whether to stop: from some call on, the same one in all processes, once any got SIGTERM or Ctrl-C.
-
-    All processes call it equally often, at least once per step. With several, JAX's preemption service catches SIGTERM, from
-    `start` on, and finds the next call that none has made.
-    """
-    if not is_multiprocess():
-        with stop_signal() as event:
-            yield event.is_set
-        return
-    numbers, stopped = itertools.count(1), []
-
-    def ask():
-        if not stopped and multihost_utils.reached_preemption_sync_point(next(numbers)):
-            stopped.append(True)
-        return bool(stopped)
-
-    before = signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        yield ask
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,10 +305,10 @@ def stop_requests():
 
 
 @contextlib.contextmanager
-def abort_all_on_error():
-    """A process of several that fails in here ends the others, too, which would wait for it; they tell why.
+def abort_all_on_error() -> Iterator[None]:
+    """Context in which an error in one process ends the others, too, which would wait for it; they print its reason.
 
-    One that is killed cannot: JAX ends the others when it has given no sign of life for HEARTBEAT_SECONDS.
+    A process that is killed cannot tell them: JAX ends the others after HEARTBEAT_SECONDS without a sign of life.
     """
     try:
         yield
@@ -509,18 +324,19 @@ def abort_all_on_error():
         _end_all(reason)
 
 
-def is_of_the_devices(error):
-    """Returns whether computing failed, perhaps as another process has ended, of which calls of programs raise ValueError."""
+def is_device_error(error: BaseException) -> bool:
+    """Returns whether computing failed, perhaps because another process ended; calls of programs raise ValueError then."""
     in_dispatch = isinstance(error, ValueError) and re.match(r"[A-Z_]+: .*\b(Gloo|NCCL)\b", str(error))
     return isinstance(error, jax.errors.JaxRuntimeError) or bool(in_dispatch)
 
 
 def _end_all(reason):
     """Tells the other processes, and ends this one without waiting for them."""
-    if is_of_the_devices(reason) and "RESOURCE_EXHAUSTED" not in str(reason):
+    if is_device_error(reason) and "RESOURCE_EXHAUSTED" not in str(reason):
         print("error: another process may be gone; JAX names it within a minute, if so", file=sys.stderr, flush=True)
         time.sleep(HEARTBEAT_SECONDS + 15)
-    message = json.dumps([*_who(), f"{type(reason).__name__}: {_first_line(reason)}"])
+    first_line = (str(reason).splitlines() or [""])[0]
+    message = json.dumps([*_this_process(), f"{type(reason).__name__}: {first_line}"])
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed, too
         distributed.global_state.client.key_value_set(_FAILED, message)
     _exit()
@@ -542,8 +358,8 @@ def _watch(client, stop):
 
 
 @contextlib.contextmanager
-def sudden_end(act):
-    """Calls act(), too, if this process ends in here because another one has failed."""
+def sudden_end(act: Callable[[], None]) -> Iterator[None]:
+    """Context in which act() is called if this process ends because another one has failed."""
     _last_acts.append(act)
     try:
         yield
@@ -556,13 +372,9 @@ def _exit():
         with contextlib.suppress(Exception):
             act()
     if distributed.global_state.process_id == 0:
-        time.sleep(3 * _POLL_SECONDS)  # the others hear what happened from it
+        time.sleep(3 * _POLL_SECONDS)  # it serves the message to the others
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(1)
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [""])[0]

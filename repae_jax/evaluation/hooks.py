@@ -1,53 +1,169 @@
-"""Pictures and scores during training."""
+"""Pictures and scores during training.
+
+All processes sample and reconstruct the same images, whole in each; process 0 writes and scores them.
+"""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from repae_jax import buckets, files, images
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.job import training_data
+from repae_jax.job import build, training_data
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.sampling import generate
 from repae_jax.training.metric_log import step_of
 
-FID_BATCH = 64  # samples at a time at least, over all devices
+FID_BATCH = 64  # least number of samples at a time, over all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something that is done during training.
+    """Something that is done every so many training steps.
 
     Attributes:
-      every: steps between.
+      every: steps between two runs.
       run: function of (step, state).
-      is_done: function of a step: whether its result is there.
+      is_done: function of a step that returns whether its result exists.
     """
 
     every: int
-    run: Callable
+    run: Callable[[int, Any], None]
     is_done: Callable[[int], bool]
 
-    def is_due(self, step, steps):
-        """Whether it is to be done after this step of so many."""
+    def is_due(self, step: int, steps: int) -> bool:
+        """Returns whether to run after this step of so many."""
         return step % self.every == 0 or step == steps
 
 
-def fid_batch(job):
-    """Samples at a time, a multiple of the devices."""
+def make_hooks(job: build.Job, frozen, source, workdir: epath.Path, writer, fid, stopped: Callable[[], bool]) -> list[Hook]:
+    """Returns the hooks of a run, for what its job trains.
+
+    Args:
+      job: the job.
+      frozen: frozen weights, as `frozen_weights.load_frozen` returns them.
+      source: source of the images.
+      workdir: the run's folder.
+      writer: the run's metric writer.
+      fid: result of `load_fid`.
+      stopped: `stopping.stop_requests` yields it; scores are given up once it returns True.
+    """
+    section, hooks = job.config["hooks"], []
+    if section.get("fid_every"):
+        run = _make_fid(job, frozen, writer, *(fid or (None, None)), stopped)
+        hooks.append(Hook(section["fid_every"], run, functools.partial(_has_fid, workdir)))
+    if section.get("samples_every"):
+        pictures = _Pictures("samples", workdir, writer)
+        hooks.append(Hook(section["samples_every"], _make_samples(job, frozen, pictures), pictures.exist))
+    if section.get("reconstructions_every") and not job.frozen_vae:
+        pictures = _Pictures("reconstructions", workdir, writer)
+        hooks.append(Hook(section["reconstructions_every"], _make_reconstructions(job, source, pictures), pictures.exist))
+    return hooks
+
+
+def pending_hooks(hooks: list[Hook], step: int, steps: int) -> list[Hook]:
+    """Returns the hooks that were due after a step, but were interrupted; the same in all processes."""
+    return [hook for hook in hooks if hook.is_due(step, steps) and not multihost.broadcast_from_process_0(hook.is_done(step))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """Pictures of one kind, WORKDIR/KIND/STEP.png and in TensorBoard."""
+
+    kind: str
+    workdir: epath.Path
+    writer: Any
+
+    def path(self, step: int) -> epath.Path:
+        return self.workdir / self.kind / f"{step:07d}.png"
+
+    def exist(self, step: int) -> bool:
+        return self.path(step).exists()
+
+    def save(self, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        if jax.process_index() == 0:
+            with buckets.reached(self.workdir):
+                self.path(step).parent.mkdir(exist_ok=True)
+                files.save_png(self.path(step), picture)
+            self.writer.write_images(step, {self.kind: picture[None]})
+
+
+def _grid_columns(job) -> int:
+    return math.ceil(math.sqrt(job.config["hooks"]["images"]))
+
+
+def _viewing_scale(job) -> int:
+    return images.viewing_scale(job.config["data"]["image_size"])
+
+
+def _replicated(job, array):
+    return sharding.put(array, sharding.replicated(job.mesh))
+
+
+def _jit_generate(job):
+    """Returns the jitted sampler of a run; its images are whole on each device."""
+    run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
+    return jax.jit(sharding.on_mesh(job.mesh, run), out_shardings=sharding.replicated(job.mesh))
+
+
+def _make_samples(job, frozen, pictures):
+    """Returns the function of (step, state) that draws samples of all classes, always from the same noise."""
+    count, num_classes = job.config["hooks"]["images"], job.config["data"]["num_classes"]
+    labels, ids = _replicated(job, np.arange(count, dtype=np.int32) * num_classes // count), _replicated(job, np.arange(count))
+    run = _jit_generate(job)
+
+    def samples(step, state):
+        drawn, _ = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
+        pictures.save(step, images.grid(np.asarray(drawn), _grid_columns(job), scale=_viewing_scale(job)))
+
+    return samples
+
+
+def _make_reconstructions(job, source, pictures):
+    """Returns the function of (step, state) that shows the first images beside their reconstructions."""
+    reconstruct = sharding.on_mesh(job.mesh, generate.make_reconstruct(job.nets))
+    run = jax.jit(reconstruct, out_shardings=sharding.replicated(job.mesh))
+    with training_data.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
+        batch = multihost_utils.process_allgather(next(first_batches)["image"], tiled=True)
+    originals = batch[: job.config["hooks"]["images"]]
+
+    def reconstructions(step, state):
+        params = state.ema.params if job.nets.sit is None else state.vae.params
+        recon = np.asarray(run(params, _replicated(job, images.to_float(originals))))
+        pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
+        pictures.save(step, images.grid(pairs, 2 * math.ceil(_grid_columns(job) / 2), scale=_viewing_scale(job)))
+
+    return reconstructions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FID.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fid_batch(job: build.Job) -> int:
+    """Returns the number of samples at a time, a multiple of the devices."""
     return job.mesh.size * -(-FID_BATCH // job.mesh.size)
 
 
-def load_fid(job):
-    """(InceptionNetwork, Reference) of the FID during training; None if none is wanted, and in all processes but the first."""
+def load_fid(job: build.Job):
+    """Returns (InceptionNetwork, Reference) of the FID during training; None without one, and in processes other than 0."""
     section = job.config["hooks"]
     if not section.get("fid_every") or jax.process_index() != 0:
         return None
@@ -59,112 +175,33 @@ def load_fid(job):
     return network, reference
 
 
-def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
-    """What is looked at during training.
+def _make_fid(job, frozen, writer, network, reference, stopped):
+    """Returns the function of (step, state) that scores samples; without a network it only helps to draw them."""
+    section, batch_size, run = job.config["hooks"], fid_batch(job), _jit_generate(job)
+    labels = np.arange(section["fid_samples"], dtype=np.int32) % job.config["data"]["num_classes"]
+    put = functools.partial(sharding.put, shardings=sharding.batch_sharding(job.mesh))
 
-    All processes sample and reconstruct the same images, whole in each; process 0 writes and scores them.
+    def fid(step, state):
+        params, key = generate.sampling_params(state, frozen), jax.random.key(job.config["seed"])
+        batches = generate.in_batches(run, params, labels, batch_size, key, put)
+        total = -(-len(labels) // batch_size)
+        pool = RunningGaussian()
+        try:
+            for _, batch in tqdm(batches, f"step {step}: samples", total, unit="batch", leave=False, disable=not network):
+                if stopped():
+                    return
+                if network:
+                    pool.update(network(batch).pool)
+        except generate.SamplesNotFinite as error:
+            logging.warning("step %d: no FID: %s", step, error)
+            return
+        if network:
+            writer.write_scalars(step, {f"fid/{len(labels)}_samples": frechet_distance(*pool.stats(), *reference.pool)})
 
-    Args:
-      job: Job.
-      frozen: what `frozen_weights.load_frozen` returns.
-      source: of the images.
-      workdir: of the run.
-      writer: of its metrics.
-      scoring: what `load_fid` returns.
-      stopped: what `multihost.stop_requests` yields; scores are given up when it says so.
-
-    Returns:
-      List of Hook, of what the job trains.
-    """
-    section = job.config["hooks"]
-    count, num_classes = section["images"], job.config["data"]["num_classes"]
-    columns, scale = math.ceil(math.sqrt(count)), images.viewing_scale(job.config["data"]["image_size"])
-    everywhere = sharding.replicated(job.mesh)
-    placed = functools.partial(sharding.put, shardings=everywhere)
-
-    def picture_of(kind, step):
-        return workdir / kind / f"{step:07d}.png"
-
-    def save(kind, step, picture):
-        if jax.process_index() == 0:
-            with buckets.reached(workdir):
-                (workdir / kind).mkdir(exist_ok=True)
-                files.save_png(picture_of(kind, step), picture)
-            writer.write_images(step, {kind: picture[None]})
-
-    def make_generate():
-        run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
-        return jax.jit(sharding.with_mesh_context(job.mesh, run), out_shardings=everywhere)
-
-    def make_samples():
-        run = make_generate()
-        labels, ids = placed(np.arange(count, dtype=np.int32) * num_classes // count), placed(np.arange(count))
-
-        def samples(step, state):
-            made, _ = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-            save("samples", step, images.grid(np.asarray(made), columns, scale=scale))
-
-        return samples
-
-    def make_reconstructions():
-        run = jax.jit(sharding.with_mesh_context(job.mesh, generate.make_reconstruct(job.nets)), out_shardings=everywhere)
-        with training_data.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
-            originals = multihost_utils.process_allgather(next(first_batches)["image"], tiled=True)[:count]
-
-        def reconstructions(step, state):
-            params = state.ema.params if job.nets.sit is None else state.vae.params
-            recon = np.asarray(run(params, placed(images.to_float(originals))))
-            pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
-            save("reconstructions", step, images.grid(pairs, 2 * math.ceil(columns / 2), scale=scale))
-
-        return reconstructions
-
-    def make_fid():
-        network, reference = scoring or (None, None)
-        run, batch_size = make_generate(), fid_batch(job)
-        labels = np.arange(section["fid_samples"], dtype=np.int32) % num_classes
-        put = functools.partial(sharding.put, shardings=sharding.batch_sharding(job.mesh))
-
-        def fid(step, state):
-            params, key = generate.sampling_params(state, frozen), jax.random.key(job.config["seed"])
-            made = generate.in_batches(run, params, labels, batch_size, key, put)
-            shown = tqdm(
-                made, f"step {step}: samples", -(-len(labels) // batch_size), unit="batch", leave=False, disable=not network
-            )
-            pool = RunningGaussian()
-            try:
-                for _, batch in shown:
-                    if stopped():
-                        return
-                    if network:
-                        pool.update(network(batch).pool)
-            except generate.SamplesNotFinite as error:
-                logging.warning("step %d: no FID: %s", step, error)
-                return
-            if network:
-                distance = frechet_distance(*pool.stats(), *reference.pool)
-                writer.write_scalars(step, {f"fid/{len(labels)}_samples": distance})
-
-        return fid
-
-    def is_scored(step):
-        metrics = workdir / "metrics.jsonl"
-        lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-        return any(step_of(line) == step for line in lines if b'"fid/' in line)
-
-    def is_drawn(kind):
-        return lambda step: picture_of(kind, step).exists()
-
-    hooks = []
-    if section.get("fid_every"):
-        hooks.append(Hook(section["fid_every"], make_fid(), is_scored))
-    if section.get("samples_every"):
-        hooks.append(Hook(section["samples_every"], make_samples(), is_drawn("samples")))
-    if section.get("reconstructions_every") and not job.frozen_vae:
-        hooks.append(Hook(section["reconstructions_every"], make_reconstructions(), is_drawn("reconstructions")))
-    return hooks
+    return fid
 
 
-def pending_hooks(hooks, step, steps):
-    """Those that were due after a step, but were interrupted; the same in all processes."""
-    return [hook for hook in hooks if hook.is_due(step, steps) and not multihost.from_first(hook.is_done(step))]
+def _has_fid(workdir, step):
+    metrics = workdir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    return any(step_of(line) == step for line in lines if b'"fid/' in line)

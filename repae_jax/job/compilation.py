@@ -1,14 +1,10 @@
 """The compiled step: its abstract inputs, XLA's options, and the cache of compiled programs."""
 
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import logging
-from jax._src import compilation_cache, distributed
 
-from repae_jax import buckets
 from repae_jax.distributed import sharding
 from repae_jax.job.config import parse_compiler_options
 from repae_jax.job.frozen_weights import frozen_shapes
@@ -78,37 +74,3 @@ def check_compiler_options(job) -> None:
     except (RuntimeError, TypeError) as error:  # XLA's, JAX's
         reason, given = str(error).splitlines()[0], job.config["compiler_options"]
         raise ValueError(f"config.compiler_options={given!r}, which makes the compiler's {options}: {reason}") from error
-
-
-def use_compilation_cache(workdir: str) -> None:
-    """Keeps compiled programs in WORKDIR/compiled, from where later starts take them, unless the user has named a folder.
-
-    Args:
-      workdir: a local path, or an address such as gs://bucket/run.
-
-    Raises:
-      OSError: if the bucket does not exist, or may not be used.
-    """
-    if jax.config.jax_compilation_cache_dir:
-        return
-    if buckets.is_address(workdir):  # XLA's own caches know paths only
-        buckets.check(workdir)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-        folder = f"{workdir}/compiled"
-    else:
-        folder = str(Path(workdir).expanduser().absolute() / "compiled")
-        if distributed.global_state.process_id == 0:  # jax.process_index() would start the devices
-            _remove_torn(Path(folder))
-    jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def _remove_torn(folder):
-    """Removes compiled programs whose writing was interrupted: JAX would neither read nor replace them."""
-    for path in folder.glob("*-cache"):
-        try:
-            compilation_cache.decompress_executable(path.read_bytes())
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # each compression has an error of its own
-            logging.warning("%s is incomplete (%s) and removed", path, error)
-            path.unlink()

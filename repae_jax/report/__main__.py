@@ -61,10 +61,9 @@ def run(args):
     return out
 
 
-@cli.ending()
-def main():
+@cli.command(parse_args)
+def main(args):
     """Entry point."""
-    args = parse_args()
     print(f"report: {run(args)}")
 
 

@@ -1,4 +1,4 @@
-"""What a run tells people: metrics for TensorBoard and as JSON lines, and a line of progress with speed and ETA."""
+"""Metrics of a run, for TensorBoard and as JSON lines, and its line of progress with speed and ETA."""
 
 import contextlib
 import itertools
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from clu import metric_writers
 
 SPEED_NAMES = ("images_per_second", "seconds_per_step", "eta_seconds", "input_wait", "tflops_per_device", "mfu")
-_ETA_MEMORY = 0.7  # share of the old estimate kept at each update: steady, yet the compilation is soon forgotten
+_ETA_MEMORY = 0.7  # share of the old estimate kept at each update: steady, yet slow first steps are soon forgotten
 
 
 def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "metric_writers.MetricWriter":
-    """Makes the writer of a run's metrics; in processes other than the first it writes nothing.
+    """Returns the writer of a run's metrics; in processes other than 0 it writes nothing.
 
     Scalars go to TensorBoard event files in `<workdir>/tensorboard` and to `<workdir>/metrics.jsonl` (see `JsonLines`);
     images and everything else go to TensorBoard only. On resume the JSON lines continue without gap or duplicate.
-    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values. Of a run in a
-    bucket both are written to a local folder first, see `buckets.Mirror`; after `flush` and `close` they are there.
+    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values. If the workdir
+    is in a bucket, both are written to a local folder first, see `buckets.Mirror`; `flush` and `close` upload them.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's folder.
       resume_step: the step that training continues from; None or 0 for a new run.
     """
-    # TensorFlow takes seconds to import, which `--help` and the tests of everything else should not pay for.
+    # TensorFlow takes seconds to import, which `--help` and other tests need not wait for.
     import tensorflow as tf
     from clu import metric_writers
 
     if jax.process_index() != 0:
         return metric_writers.MultiWriter([])
-    tf.config.set_visible_devices([], "GPU")  # TensorFlow would otherwise reserve the memory that JAX needs
+    tf.config.set_visible_devices([], "GPU")  # otherwise TensorFlow would reserve the memory that JAX needs
 
     class RunWriter(metric_writers.MultiWriter):
         """TensorBoard for everything, JSON lines for scalars; here because its base class comes with TensorFlow."""
@@ -79,7 +79,7 @@ def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "met
 
 @contextlib.contextmanager
 def open_writer(workdir: epath.PathLike, resume_step: int | None = None) -> Iterator["metric_writers.MetricWriter"]:
-    """Opens a writer as `make_writer`, and closes it; what fails on closing does not hide an error that came before."""
+    """Yields the writer of `make_writer`, and closes it; an error on closing does not hide an earlier one."""
     writer = make_writer(workdir, resume_step)
     try:
         yield writer
@@ -99,9 +99,9 @@ class JsonLines:
     numbers for them. A step that is written twice (losses, then the metrics of a hook) has two lines.
 
     Args:
-      path: the file. Lines in it of steps after `resume_step` are removed, since the resumed run writes them again,
+      path: the file. Lines of steps after `resume_step` are removed from it, since the resumed run writes them again,
         and so is a last line that a kill left unfinished.
-      resume_step: the step that training continues from; at 0 a file that is there is renamed to path.1, path.2, …
+      resume_step: the step that training continues from; at 0 an existing file is renamed to path.1, path.2, …
     """
 
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
@@ -109,7 +109,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and resume_step:
             _drop_lines_after(path, resume_step)
-        elif path.exists() and path.stat().length:  # of a run that never completed a checkpoint: kept, not continued
+        elif path.exists() and path.stat().length:  # metrics of a run without checkpoints: archived, not continued
             number = next(n for n in itertools.count(1) if not (path.parent / f"{path.name}.{n}").exists())
             path.rename(path.parent / f"{path.name}.{number}")
         self._file = path.open("a")
@@ -122,11 +122,11 @@ class JsonLines:
           scalars: name -> number or array of one element.
 
         Raises:
-          ValueError: a metric is called "step" or "time", which every line has already.
+          ValueError: if a metric is called "step" or "time", as every line has these.
         """
         reserved = sorted({"step", "time"} & set(scalars))
         if reserved:
-            raise ValueError(f"Metric names {reserved} are taken by the step and time of each line. Rename the metrics.")
+            raise ValueError(f"metric names {reserved} are taken by the step and time of each line; rename the metrics")
         values = {name: _json_number(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), "time": time.time(), **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -137,12 +137,12 @@ class JsonLines:
 
 
 def arithmetic_speed(images_per_second: float, flop_per_image: float, devices: int, peak: float | None) -> dict[str, float]:
-    """How much arithmetic that training needs is done in a second, and how much of what the devices could do that is.
+    """Returns the arithmetic of training done in a second, and its share of what the devices could do.
 
     Args:
-      images_per_second: over all devices.
-      flop_per_image: FLOP of a training step on one image, counted analytically and without recomputation.
-      devices: how many.
+      images_per_second: images of all devices.
+      flop_per_image: FLOP of a training step on one image, counted without recomputation.
+      devices: number of devices.
       peak: FLOP/s of one device; None if unknown, as for CPUs.
 
     Returns:
@@ -155,18 +155,16 @@ def arithmetic_speed(images_per_second: float, flop_per_image: float, devices: i
 class Progress:
     """Speed and remaining time of a run, not counting pauses.
 
-    Measured is the wall time between two updates, less what was spent in `paused`: from the end of one logged step to that of
-    the next, with input, logging and everything else that training waits for. Whoever starts it once the first step is done
-    leaves out compilation, and whoever pauses for checkpoints and pictures leaves out these.
+    It measures the wall time between two updates, less that spent in `paused`: from the end of one logged step to that of the
+    next, with input, logging and everything else that training waits for. Create it after the first step, to leave out
+    compilation, and pause it for checkpoints and pictures.
 
     Args:
       total_steps: the step at which the run ends.
       start_step: the step it starts or resumes from.
       batch_size: images per step, over all devices.
-      flop_per_image: see `arithmetic_speed`; None leaves its two numbers out.
-      devices: how many.
-      peak: FLOP/s of one device; None if unknown.
-      waited: of each process, seconds that it waited for input so far, as `update` takes them.
+      arithmetic: function of images per second that returns further numbers, as `arithmetic_speed` does; None for none.
+      waited: seconds that each process has waited for input so far, as `update` takes them.
       clock: returns seconds; replaceable in tests.
     """
 
@@ -176,16 +174,13 @@ class Progress:
         start_step: int,
         batch_size: int,
         *,
-        flop_per_image: float | None = None,
-        devices: int = 1,
-        peak: float | None = None,
+        arithmetic: Callable[[float], dict[str, float]] | None = None,
         waited: Sequence[float] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._total_steps, self._batch_size, self._clock = total_steps, batch_size, clock
-        self._arithmetic = (flop_per_image, devices, peak)
+        self._total_steps, self._batch_size, self._arithmetic, self._clock = total_steps, batch_size, arithmetic, clock
         self._last_step, self._last_time, self._paused_seconds, self._last_waited = start_step, clock(), 0.0, waited
-        self._smooth_seconds_per_step = None
+        self._smooth_seconds_per_step: float | None = None
         self._speed: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -202,39 +197,39 @@ class Progress:
 
         Args:
           step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
-          waited: of each process, seconds that it waited for input since the run's beginning, as `Loader.wait_seconds` counts.
+          waited: seconds that each process has waited for input since the run's beginning, see `Loader.wait_seconds`.
 
         Returns:
-          'images_per_second' and 'seconds_per_step' since the last update, 'eta_seconds' from a moving average; 'input_wait',
-          the share of the time since the last update in which there was no batch to dispatch, 0..1, in the process that waited
-          longest since then: all others wait for it; and those of `arithmetic_speed`.
+          'images_per_second' and 'seconds_per_step' since the last update; 'eta_seconds' from a moving average; 'input_wait',
+          0..1, the share of the time since the last update without a batch to dispatch, in the process that waited longest,
+          for which all others wait; and the numbers of `arithmetic`.
 
         Raises:
-          ValueError: no step was finished since the last update.
+          ValueError: if no step was finished since the last update.
         """
         if step <= self._last_step:
-            raise ValueError(f"step={step} does not exceed {self._last_step}, the last one. Update after a step is done.")
+            raise ValueError(f"step={step} does not exceed {self._last_step}, the last one; update after a step is done")
         now = self._clock()
         seconds = max(now - self._last_time - self._paused_seconds, 1e-9)  # a coarse clock may not have moved
         seconds_per_step = seconds / (step - self._last_step)
         old = self._smooth_seconds_per_step
         smooth = seconds_per_step if old is None else _ETA_MEMORY * old + (1 - _ETA_MEMORY) * seconds_per_step
-        waits = [now_waited - before for now_waited, before in zip(waited, self._last_waited, strict=True)]
-        images_per_second, (flop_per_image, devices, peak) = self._batch_size / seconds_per_step, self._arithmetic
+        waits = [after - before for after, before in zip(waited, self._last_waited, strict=True)]
+        images_per_second = self._batch_size / seconds_per_step
         self._speed = {
             "images_per_second": images_per_second,
             "seconds_per_step": seconds_per_step,
             "eta_seconds": smooth * max(self._total_steps - step, 0),
             "input_wait": min(max(waits, default=0.0) / seconds, 1.0),
         }
-        if flop_per_image is not None:
-            self._speed |= arithmetic_speed(images_per_second, flop_per_image, devices, peak)
+        if self._arithmetic is not None:
+            self._speed |= self._arithmetic(images_per_second)
         self._last_step, self._last_time, self._paused_seconds, self._last_waited = step, now, 0.0, waited
         self._smooth_seconds_per_step = smooth
         return dict(self._speed)
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """One line for people: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  MFU 41 %  input wait 0 %  ETA 3m12s'.
+        """Returns one line: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  MFU 41 %  input wait 0 %  ETA 3m12s'.
 
         Args:
           step: number of finished steps.
@@ -256,19 +251,19 @@ class Progress:
 
 
 def _drop_lines_after(path: epath.Path, last_step: int) -> None:
-    """Rewrites the file without the lines of later steps and without broken ones."""
+    """Removes the lines of later steps, and broken lines, from a file."""
     lines = path.read_bytes().splitlines()  # a broken one may be no text
-    kept = [line for line in lines if step_of(line) is not None and step_of(line) <= last_step]
+    kept = [line for line in lines if (step := step_of(line)) is not None and step <= last_step]
     broken = sum(step_of(line) is None for line in lines)
     if broken:
-        logging.warning("%s: %d unfinished or broken line(s) removed.", path, broken)
+        logging.warning("%s: %d unfinished or broken line(s) removed", path, broken)
     rewritten = path.parent / f"{path.name}.tmp"
     rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
     rewritten.replace(path)  # one rename: a kill leaves either the old file or the new one
 
 
 def step_of(line: bytes) -> int | None:
-    """The step of a JSON line; None if the line is not one."""
+    """Returns the step of a JSON line; None if the line is broken."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -281,7 +276,7 @@ def _json_number(value: Any) -> float | int | str:
 
 
 def _duration(seconds: float) -> str:
-    """Two leading units: 45s, 3m12s, 2h05m, 4d03h."""
+    """Returns seconds in two leading units: 45s, 3m12s, 2h05m, 4d03h."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,11 +1,11 @@
 """A workdir has one owner: the run that writes there, with all of its processes.
 
-Process 0 names its run in `WORKDIR/owner.json` before anything else is written, gives signs of life there, and removes the
-file at the end. Two runs would mix their checkpoints, or two copies of one run remove each other's.
+Process 0 names its run in `WORKDIR/owner.json` before anything else is written, renews the file as a sign of life, and removes
+it at the end. Otherwise two runs would mix their checkpoints, or two copies of one run remove each other's.
 
-A run that was killed leaves its file. Whoever finds it tells a dead owner from a live one: on the same machine at once, by the
-process' number and the time of its start; on another one by watching the signs of life for a while, since clocks may differ.
-A run that was taken for dead, and was not, notices before it saves. So whatever happens, one run at most goes on saving.
+A run that was killed leaves its file. The next run tells a dead owner from a live one: on the same machine at once, by the
+process' number and the time of its start; on another one by watching for signs of life, since clocks may differ. A run that
+was wrongly taken for dead notices before it saves. So at most one run goes on saving.
 """
 
 import contextlib
@@ -15,20 +15,22 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from absl import logging
+from etils import epath
 
 from repae_jax import buckets, faults
 from repae_jax.distributed import multihost
 
 FILE = "owner.json"
 BEAT_SECONDS = 10  # between signs of life
-WATCH_SECONDS = 45  # without one, after which an owner on another machine is dead
+WATCH_SECONDS = 45  # an owner on another machine is dead after so long without a sign of life
 _POLL_SECONDS = 1.0
-_SETTLE_SECONDS = {True: 0.25, False: 2.0}  # on disks or not: until whoever writes at the same time has written
-_SAID = {"host", "machine", "pid", "process_start", "job", "since", "token"}
+_SETTLE_SECONDS = {True: 0.25, False: 2.0}  # by whether it is on a disk: until others that write at the same time are done
+_FIELDS = {"host", "machine", "pid", "process_start", "job", "since", "token"}
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOBSET_NAME", "TPU_NAME")
 
 
@@ -37,14 +39,14 @@ class WorkdirLost(multihost.CollectiveError):
 
 
 @contextlib.contextmanager
-def owned(workdir):
+def owned(workdir: epath.Path) -> Iterator[Callable[[], None]]:
     """Makes this run the owner of a workdir while the context lasts; all processes of the run call it.
 
     Args:
-      workdir: epath.Path of a folder that exists, on a disk or in a bucket.
+      workdir: an existing folder, on a disk or in a bucket.
 
     Yields:
-      Function, called by all processes before anything is saved: WorkdirLost if another run has become the owner.
+      Function that all processes call before they save; it raises WorkdirLost if another run has become the owner.
 
     Raises:
       ValueError: in all processes, if another run is the owner and gives signs of life; it names the owner.
@@ -53,11 +55,11 @@ def owned(workdir):
     if jax.process_index() == 0:
         owner = _Owner(workdir / FILE)
         refusal = owner.acquire()
-    if refusal := multihost.from_first(refusal):
-        raise ValueError(f"workdir {str(workdir)!r} is in use by {refusal}. Let it end, stop it, or use another workdir")
+    if refusal := multihost.broadcast_from_process_0(refusal):
+        raise ValueError(f"workdir {str(workdir)!r} is in use by {refusal}; let it end, stop it, or use another workdir")
 
     def check():
-        if other := multihost.from_first(owner and owner.other()):
+        if other := multihost.broadcast_from_process_0(owner and owner.other()):
             raise WorkdirLost(f"workdir {str(workdir)!r} now belongs to {other}: this run ends, and saves nothing more")
 
     with contextlib.ExitStack() as stack:
@@ -68,13 +70,9 @@ def owned(workdir):
 
 
 class _Owner:
-    """Claims a workdir for this run, and shows signs of life.
+    """Claims a workdir for this run by a file, and renews it."""
 
-    Args:
-      path: epath.Path of the file.
-    """
-
-    def __init__(self, path):
+    def __init__(self, path: epath.Path):
         self._path = path
         self._is_on_disk = not buckets.is_address(path)
         self._token = secrets.token_hex(8)
@@ -88,15 +86,15 @@ class _Owner:
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="owner of the workdir", daemon=True)
 
-    def acquire(self):
+    def acquire(self) -> str | None:
         """Becomes the owner and returns None, or describes who is."""
         if not self._create():
-            found = self._sign()
-            if found and self._is_alive(found):
-                return _described(self._sign() or found)  # it may have said who it is meanwhile
-            logging.warning("%s: %s is not there any more; this run takes its place", self._path, _described(found))
+            sign = self._sign()
+            if sign and self._is_alive(sign):
+                return _describe(self._sign() or sign)  # by now the name may be written
+            logging.warning("%s: %s is not there any more; this run takes its place", self._path, _describe(sign))
             self._write()
-        elif self._is_on_disk:  # there only one can create it
+        elif self._is_on_disk:  # where only one can create it
             self._beating.start()
             return None
         time.sleep(_SETTLE_SECONDS[self._is_on_disk])
@@ -105,21 +103,21 @@ class _Owner:
         self._beating.start()
         return None
 
-    def other(self):
-        """Describes the owner if it is another run; a file that somebody has removed is written again."""
-        found = self._sign()
-        if found is None:
+    def other(self) -> str | None:
+        """Describes the owner if it is another run; a file that was removed is written again."""
+        sign = self._sign()
+        if sign is None:
             self._write()
-        elif _parsed(found).get("token") != self._token:
-            return _described(found)
+        elif _parse(sign).get("token") != self._token:
+            return _describe(sign)
         return None
 
-    def release(self):
+    def release(self) -> None:
         """Removes the file, unless it is another run's."""
         self._ended.set()
         self._beating.join(BEAT_SECONDS)
         with _logged("cannot be removed", self._path):
-            if _parsed(self._sign()).get("token") == self._token:
+            if _parse(self._sign()).get("token") == self._token:
                 self._path.unlink()
 
     def _create(self):
@@ -143,9 +141,9 @@ class _Owner:
         return json.dumps({**self._about, "beats": self._beats}, indent=1)
 
     def _sign(self):
-        """Returns (content of the file, time of its last change by the clock of the disk), None without one.
+        """Returns (content of the file, time of its last change by the clock of the disk); None if there is no file.
 
-        It is opened each time: so network file systems show what others did.
+        It is opened each time, so that network file systems show the changes of others.
         """
         return faults.read(self._read, name=lambda: str(self._path))
 
@@ -159,17 +157,17 @@ class _Owner:
                 raise
             return None
 
-    def _is_alive(self, found):
-        """Returns whether the owner that `_sign` has found lives."""
-        alive = _is_alive_here(_parsed(found))
+    def _is_alive(self, sign):
+        """Returns whether the owner that gave a sign lives."""
+        alive = _is_alive_here(_parse(sign))
         if alive is not None:
             return alive
-        logging.warning("%s: %s; looking for signs of life for %d s", self._path, _described(found), WATCH_SECONDS)
+        logging.warning("%s: %s; looking for signs of life for %d s", self._path, _describe(sign), WATCH_SECONDS)
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(min(_POLL_SECONDS, WATCH_SECONDS / 10))
             now = self._sign()
-            if now != found:
+            if now != sign:
                 return now is not None
         return False
 
@@ -186,25 +184,25 @@ class _Owner:
 
 
 @contextlib.contextmanager
-def _logged(what, path):
-    """Turns an error into a warning."""
+def _logged(problem, path):
+    """Context that turns an error into a warning."""
     try:
         yield
-    except Exception as error:  # of disks, and whatever reaches buckets
-        logging.warning("%s %s: %s", path, what, error)
+    except Exception as error:  # clients of buckets have types of their own
+        logging.warning("%s %s: %s", path, problem, error)
 
 
-def _parsed(found):
-    """Returns what a file says of its owner; empty if it does not."""
+def _parse(sign):
+    """Returns the description of the owner in a file; empty if there is none."""
     try:
-        about = json.loads(found[0]) if found else {}
+        about = json.loads(sign[0]) if sign else {}
     except ValueError:  # being written, or a crash of the machine has emptied it
         about = {}
-    return about if isinstance(about, dict) and about.keys() >= _SAID else {}
+    return about if isinstance(about, dict) and about.keys() >= _FIELDS else {}
 
 
-def _described(found):
-    about = _parsed(found)
+def _describe(sign):
+    about = _parse(sign)
     if not about:
         return "a run that has not said yet who it is"
     job = "".join(f", {name}={value}" for name, value in about["job"].items())
@@ -212,18 +210,18 @@ def _described(found):
 
 
 def _machine():
-    """Returns where a process number holds: host, its boot, the container's processes; None for what is not known."""
-    found = [socket.gethostname()]
+    """Returns the scope of a process number: host, its boot, the container's processes; None for each unknown one."""
+    scope = [socket.gethostname()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(), lambda: os.readlink("/proc/self/ns/pid")):
         try:
-            found.append(read())
+            scope.append(read())
         except OSError:
-            found.append(None)
-    return found
+            scope.append(None)
+    return scope
 
 
 def _process_start(pid):
-    """Returns when a process started, in ticks since boot; 0 if it has ended and None if that is not told."""
+    """Returns when a process started, in ticks since boot; 0 if it has ended and None if unknown."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -19,7 +19,7 @@ from repae_jax import sample
 from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.sampling.load_model import load_model
-from repae_jax.training import checkpoint
+from repae_jax.training import checkpoint, checkpoint_files
 from repae_jax.training.optimizer import without_fixed
 
 torch = pytest.importorskip("torch")
@@ -257,7 +257,7 @@ def test_the_frozen_vae_must_be_the_right_one(sit_run, frozen_vae, tmp_path):
     parts = [moved / "checkpoints" / str(STEP) / name / "metadata" for name in ("config", "checksums")]
     config, checksums = (json.loads(part.read_text()) for part in parts)
     config["init"]["vae"] = str(tmp_path / "gone")
-    checksums["parts"]["config"] = checkpoint._digest(config)
+    checksums["parts"]["config"] = checkpoint_files.digest(config)
     for part, content in zip(parts, (config, checksums)):
         part.write_text(json.dumps(content))
     with pytest.raises(FileNotFoundError, match="has a frozen VAE, .*gone, which is not there: give --vae"):

@@ -417,11 +417,13 @@ ASKED = """
 import os, signal, sys, time
 from numbered import Slow
 from repae_jax.distributed import multihost
+from test_loader import Slow
+from repae_jax.distributed import stopping
 from repae_jax.data.loader import Loader
 
 if __name__ == "__main__":
     loader, early = Loader(Slow(40), batch_size=4, seed=0, workers=1), sys.argv[1] == "early"
-    with multihost.stop_signal() as stopped:
+    with stopping.stop_signal() as stopped:
         if early:
             print("go", flush=True)
         for step in range(400):

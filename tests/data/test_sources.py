@@ -13,7 +13,7 @@ from repae_jax import data
 from repae_jax.data import decoding, source
 from repae_jax.data.loader import Loader
 from repae_jax.data.source import EncodedImages, check_image_size
-from repae_jax.job import build
+from repae_jax.job import training_data
 
 README = Path(__file__).parents[2] / "repae_jax/data/README.md"
 
@@ -56,7 +56,7 @@ def stripes(monkeypatch):
 @pytest.mark.parametrize(("workers", "start"), [(0, 0), pytest.param(1, 5, marks=pytest.mark.integration)])
 def test_a_config_trains_from_a_new_source(workers, start):
     config = small.config(data__source="stripes", data__options={"color": "g", "width": 2, "path": None}, data__num_classes=3)
-    images = build.make_images(config)
+    images = training_data.make_images(config)
     assert isinstance(images, StripesSource) and (images.width, images.inverted) == (2, False)
     with Loader(images, batch_size=6, seed=0, workers=workers, start_batch=start) as loader:
         batch = next(loader)

@@ -49,12 +49,14 @@ def sleep_long(file):
     time.sleep(600)
 
 
+@pytest.mark.integration
 def test_what_it_returns(capsys):
     found = run_in_subprocess(divide, 6, 3)
     assert found["result"] == 2 and found["process"] != os.getpid()
     assert capsys.readouterr().err == "dividing by 3\n"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("function", "message", "exitcode", "shown"),
     [
@@ -69,6 +71,7 @@ def test_how_its_process_ends(function, message, exitcode, shown, capsys):
     assert caught.value.exitcode == exitcode and shown in capsys.readouterr().err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("function", "arguments", "kind", "message"),
     [
@@ -90,12 +93,13 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_who_waits_for_it(by, tmp_path):
     heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # what runs in the background does not
     script = f"{heeds}; import test_child_process as t; t.run_in_subprocess(t.sleep_long, {str(tmp_path / 'pid')!r})"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))}
     waiting = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
 

@@ -461,7 +461,7 @@ def test_labels_outside_the_classes(tmp_path):
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    refused({}, f"Workdir '{tmp_path / 'file' / 'run'}' cannot be written to", run=training(tmp_path / "file" / "run"))
+    refused({}, f"workdir '{tmp_path / 'file' / 'run'}' cannot be written to", run=training(tmp_path / "file" / "run"))
 
 
 @pytest.mark.integration

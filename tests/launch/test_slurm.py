@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import small
-import test_multihost
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname().partition(".")[0]  # of the first node, by which JAX finds process 0
@@ -241,9 +241,9 @@ def test_grace_that_is_too_short(cluster):
 TRAINS = """
 echo $$ >process-$SLURM_PROCID
 ps -o ppid= $$ >stepd-$SLURM_PROCID
-export JAX_COMPILATION_CACHE_DIR={compiled} PYTHONPATH={root}:{root}/tests JAX_PLATFORMS=cpu
+export JAX_COMPILATION_CACHE_DIR={compiled} PYTHONPATH={root}:{root}/tests:{root}/tests/distributed JAX_PLATFORMS=cpu
 export XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=1"
-exec {python} -c "import test_multihost as t; t.train_as_command({seconds})" --distributed "${{@:4}}"
+exec {python} -c "import processes; processes.train_as_command({seconds})" --distributed "${{@:4}}"
 """
 
 
@@ -251,7 +251,7 @@ exec {python} -c "import test_multihost as t; t.train_as_command({seconds})" --d
 def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_path):
     """The out-of-memory killer, a node that dies, and the signal before the time limit, then to the end."""
     flags = ("--config.steps=8", "--config.checkpoint.every=2")
-    test_multihost.finish(tmp_path / "whole", compiled, flags=flags)
+    processes.finish(tmp_path / "whole", compiled, flags=flags)
     trains = TRAINS.format(compiled=compiled, root=ROOT, python=sys.executable, seconds=2)
     workdir = tmp_path / "run"
     all_flags = (f"--config={tmp_path / 'whole-config.py'}", f"--workdir={workdir}", *flags)
@@ -282,5 +282,5 @@ def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_pat
     job.wait_for("PENDING", starts + 1, 100)
     job.start_again(trains)
     job.wait_for("COMPLETED", starts + 1, 200)
-    assert small.differing(*(test_multihost.state_of(tmp_path / name)[0] for name in ("run", "whole"))) == []
-    assert test_multihost.metrics_of(workdir) == test_multihost.metrics_of(tmp_path / "whole")
+    assert small.differing(*(processes.state_of(tmp_path / name)[0] for name in ("run", "whole"))) == []
+    assert processes.metrics_of(workdir) == processes.metrics_of(tmp_path / "whole")

@@ -23,9 +23,8 @@ from flax import struct
 
 from repae_jax import faults
 from repae_jax.distributed import multihost
-from repae_jax.training import checkpoint
-
-# TensorStore's abandoned reads of a damaged checkpoint complain when they are collected.
+from repae_jax.training import checkpoint, checkpoint_files
+from repae_jax.training.workdir import prepare_workdir
 
 CONFIG = {"job": "repae", "steps": 10, "sit": {"depth": 2, "shape": (4, 4)}, "data": {"batch": 8, "workers": 2}}
 
@@ -126,57 +125,10 @@ def errors(monkeypatch):
     return messages
 
 
-# -- workdir ----------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def test_prepare_workdir_creates_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = checkpoint.prepare_workdir("a/b")
-    assert Path(path) == tmp_path / "a" / "b"
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    checkpoint.prepare_workdir(path)
-
-
-@pytest.mark.parametrize("name", ["file", "file/below"])
-def test_prepare_workdir_refuses_a_file(tmp_path, name):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written to.*Give a directory"):
-        checkpoint.prepare_workdir(tmp_path / name)
-
-
-@pytest.mark.parametrize("path", ["/proc/run", "/proc"])
-def test_prepare_workdir_refuses_an_unwritable_place(path):
-    with pytest.raises(ValueError, match="/proc.*cannot be written to"):
-        checkpoint.prepare_workdir(path)
-
-
-@pytest.mark.parametrize(("name", "message"), [("", "is empty"), ("gs:/bucket/run", "an address has two slashes")])
-def test_prepare_workdir_refuses_what_is_no_name(name, message):
-    with pytest.raises(ValueError, match=message):
-        checkpoint.prepare_workdir(name)
-
-
-def test_the_parent_of_a_link_is_where_the_link_leads(tmp_path):
-    (tmp_path / "far" / "away").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
-    assert Path(checkpoint.prepare_workdir(tmp_path / "link" / ".." / "run")) == tmp_path / "far" / "run"
-    assert Path(checkpoint.prepare_workdir(tmp_path / "link" / "run")) == tmp_path / "link" / "run"
-
-
-@pytest.mark.parametrize("name", ["[lr=1e-4]", "a[1", "a*b", "a?b", "a\\b", "below/[x]/run"])
-def test_prepare_workdir_refuses_names_that_lose_checkpoints(tmp_path, name):
-    with pytest.raises(ValueError, match="take .* for a pattern. Give a path without them, for instance '[^[*?]*'"):
-        checkpoint.prepare_workdir(tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("name", "message"), [("\udcff", "not UTF-8"), ("/".join(["x" * 200] * 19), "bytes long, of 3800")])
-def test_prepare_workdir_refuses_names_that_nothing_can_be_saved_under(tmp_path, name, message):
-    with pytest.raises(ValueError, match=message):
-        checkpoint.prepare_workdir(tmp_path / name)
-    assert not list(tmp_path.iterdir())
-
-
+@pytest.mark.integration
 def test_names_that_checkpoints_can_be_saved_under(tmp_path, monkeypatch):
     """All others: what they hold is restored, and nothing is left of what is removed."""
     monkeypatch.chdir(tmp_path)
@@ -185,7 +137,7 @@ def test_names_that_checkpoints_can_be_saved_under(tmp_path, monkeypatch):
     names += ["a\nb\tc", "-dash", "~", ".hidden", "1", "checkpoints", "1.orbax-checkpoint-tmp", "x" * 255, "file:x"]
     names += ["../up", "there/../y", "./dot//twice/"]
     for name in [*names, "/".join(["x" * 200] * 18)]:
-        workdir = checkpoint.prepare_workdir(tmp_path.name if name == "~" else name)
+        workdir = prepare_workdir(tmp_path.name if name == "~" else name)
         with checkpoint.Checkpointer(workdir, keep_last=1) as checkpointer:
             for step in (1, 2):
                 checkpointer.save(step, state, {"position": step}, CONFIG)
@@ -194,9 +146,6 @@ def test_names_that_checkpoints_can_be_saved_under(tmp_path, monkeypatch):
         assert_bitwise(restored, state)
         assert (position, step) == ({"position": 2}, 2), name
         assert [path.name for path in (Path(workdir) / "checkpoints").iterdir()] == ["2"], name
-
-
-# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 def test_keeps_the_newest_and_every_nth(tmp_path):
@@ -263,7 +212,7 @@ def test_saving_compiles_the_checksums_alone(tmp_path, caplog):
     with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(3, state, {}, CONFIG)
     compiled = [record.args[0] for record in caplog.records if record.msg.startswith("Compiling")]
-    assert compiled == ["jit(_look_at_all)"]
+    assert compiled == ["jit(_sums_and_finite)"]
 
 
 def test_the_first_checkpoint_is_read_back(workdir, tmp_path):
@@ -289,7 +238,7 @@ def test_a_checkpoint_that_a_library_loses_is_noticed(tmp_path):
 def test_what_is_not_finite_is_not_saved(workdir):
     """So that all that is kept is finite; wherever it is, while losses and gradients are finite."""
     good, places = make_state(3), ["vae.params.kernel", "sit.opt_state.0.nu.scale", "ema.kernel"]
-    named = checkpoint._named_leaves(good)
+    named = checkpoint_files.named_leaves(good)
     bad = jax.tree.unflatten(jax.tree.structure(good), [leaf * np.inf if name in places else leaf for name, leaf in named])
     with checkpoint.Checkpointer(workdir, keep_last=1) as checkpointer:
         with pytest.raises(checkpoint.StateNotFinite, match=rf"step 3 3 of the state's {len(named)} arrays") as error:
@@ -381,7 +330,7 @@ def flip(path):
 DAMAGES = [halve, empty, garble, flip, Path.unlink]
 
 
-def checkpoint_files(workdir, step=2):
+def files_of(workdir, step=2):
     directory = workdir / "checkpoints" / str(step)
     return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
 
@@ -391,7 +340,7 @@ def test_no_damaged_file_ever_changes_what_is_restored(saved, tmp_path, damage, 
     """Every single file: the checkpoint is either refused, or the file is one that restoring does not need."""
     intact = {1: make_state(1), 2: make_state(2)}
     used_anyway = []
-    for number, name in enumerate(checkpoint_files(saved)):
+    for number, name in enumerate(files_of(saved)):
         workdir = tmp_path / str(number)
         shutil.copytree(saved, workdir)
         damage(workdir / "checkpoints" / "2" / name)
@@ -404,7 +353,7 @@ def test_no_damaged_file_ever_changes_what_is_restored(saved, tmp_path, damage, 
             continue
         assert len(errors) == 1 and str(workdir / "checkpoints" / "2") in errors[0]
         assert (workdir / "checkpoints_damaged" / "2-0").is_dir()
-    sizes = {name: (saved / "checkpoints" / "2" / name).stat().st_size for name in checkpoint_files(saved)}
+    sizes = {name: (saved / "checkpoints" / "2" / name).stat().st_size for name in files_of(saved)}
     for name in used_anyway:  # markers, the shardings at saving time, and what was written early and replaced later
         assert name.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "_sharding") or (
             "ocdbt.process_0" in name.parts and sizes[name] < max(sizes.values())
@@ -478,7 +427,7 @@ def test_a_disk_that_fails_is_no_damage(workdir, item, errors, warnings, monkeyp
 def test_arrays_that_the_system_cannot_read_are_no_damage(workdir, errors, warnings, monkeypatch):
     """Too many open files; the second attempt ends well."""
     monkeypatch.setattr(faults, "_PAUSES", (0, 0))
-    limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), checkpoint._restore
+    limits, read = resource.getrlimit(resource.RLIMIT_NOFILE), checkpoint_files._restore
 
     def restore_at_the_limit(*arguments):
         if not warnings:
@@ -488,7 +437,7 @@ def test_arrays_that_the_system_cannot_read_are_no_damage(workdir, errors, warni
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-    monkeypatch.setattr(checkpoint, "_restore", restore_at_the_limit)
+    monkeypatch.setattr(checkpoint_files, "_restore", restore_at_the_limit)
     assert restore(workdir)[2] == 2
     assert len(warnings) == 1 and "trying again" in warnings[0] and not errors
 
@@ -548,7 +497,7 @@ def test_a_checkpoint_with_the_name_of_another_step_is_not_taken_for_it(workdir,
 def test_never_starts_from_scratch_over_unreadable_checkpoints(workdir):
     for step in "12":
         empty(workdir / "checkpoints" / step / "data" / "metadata")
-    with pytest.raises(ValueError, match="None of the checkpoints") as error:
+    with pytest.raises(ValueError, match="none of the checkpoints") as error:
         restore(workdir)
     assert "checkpoints/1: JSONDecodeError" in str(error.value) and "checkpoints/2: JSON" in str(error.value)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"]  # nothing was moved
@@ -576,6 +525,7 @@ TWO_PROCESSES = textwrap.dedent("""
     import jax
     import numpy as np
     from repae_jax.training import checkpoint
+    from repae_jax.training.workdir import prepare_workdir
 
     rank, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -589,7 +539,7 @@ TWO_PROCESSES = textwrap.dedent("""
     def state(step):
         return {"kernel": jax.make_array_from_callback((8, 512), sharding, lambda index: values(step)[index])}
 
-    with checkpoint.Checkpointer(checkpoint.prepare_workdir(workdir)) as checkpointer:
+    with checkpoint.Checkpointer(prepare_workdir(workdir)) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, state(step), {"position": step}, {})
         checkpointer.wait()
@@ -608,6 +558,7 @@ TWO_PROCESSES = textwrap.dedent("""
 """)
 
 
+@pytest.mark.integration
 def test_all_processes_fall_back_together(tmp_path):
     """Only the second process reads the damaged file; the first must not go on with the newest checkpoint, or hang."""
     with socket.socket() as listener:
@@ -671,9 +622,9 @@ def test_restore_subset_names_what_is_missing(saved):
 
 @pytest.mark.parametrize("read", [checkpoint.read_config, lambda *args: checkpoint.restore_subset(args[0], {}, args[1])])
 def test_parts_of_absent_checkpoints(saved, tmp_path, read):
-    with pytest.raises(ValueError, match=f"No checkpoints in '{tmp_path}/checkpoints'"):
+    with pytest.raises(ValueError, match=f"no checkpoints in '{tmp_path}/checkpoints'"):
         read(tmp_path, None)
-    with pytest.raises(ValueError, match=r"No checkpoint of step 7 .* Steps present: \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7 .* steps present: \[1, 2\]"):
         read(saved, 7)
     assert not (tmp_path / "checkpoints").exists()
 

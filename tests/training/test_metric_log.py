@@ -1,5 +1,6 @@
 """Metrics files that survive kills and resumption, and the progress line."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def test_last_line_without_newline_is_kept_whole(tmp_path):
 # -- the writer -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_writer_writes_both(tmp_path):
     from clu import metric_writers
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -121,6 +123,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_import_is_free_of_tensorflow():
     code = "import sys, repae_jax.training.metric_log; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -192,7 +195,8 @@ def test_input_wait_is_that_of_the_process_that_waited_longest_since_the_last_up
 def test_arithmetic(peak, arithmetic, shown):
     """320 images a second of 2 TFLOP on 8 devices; where nobody knows the peak, there is no share of it."""
     clock = Clock()
-    progress = metric_log.Progress(90, 0, 32, flop_per_image=2e12, devices=8, peak=peak, waited=[0.0], clock=clock)
+    speed_of = functools.partial(metric_log.arithmetic_speed, flop_per_image=2e12, devices=8, peak=peak)
+    progress = metric_log.Progress(90, 0, 32, arithmetic=speed_of, waited=[0.0], clock=clock)
     clock.now += 1
     speed = progress.update(10, waited=[0.12])
     assert {name: speed[name] for name in ("tflops_per_device", "mfu") if name in speed} == arithmetic

@@ -1,4 +1,4 @@
-"""One owner per workdir: told at once on one machine, by signs of life on others, whatever starts at the same time."""
+"""One owner per workdir: found at once on one machine, by signs of life on others, whatever starts at the same time."""
 
 import errno
 import json
@@ -93,7 +93,8 @@ def test_jobs_are_named(workdir, monkeypatch):
         own(workdir)
 
 
-def test_on_one_machine_the_living_are_told_from_the_dead_at_once(workdir, another):
+@pytest.mark.integration
+def test_on_one_machine_a_dead_owner_is_noticed_at_once(workdir, another):
     with pytest.raises(ValueError, match=f"in use by the run of process {another.pid} "):
         own(workdir)
     another.send_signal(signal.SIGSTOP)  # not dead yet
@@ -123,7 +124,7 @@ def test_on_another_machine_by_signs_of_life(workdir, quick, monkeypatch):
 
 
 @pytest.mark.parametrize("left", [b"", b"{", b"[]", b"{}", b'{"pid": 1}', b"\xff\xfe\0\0"])
-def test_a_file_that_says_nothing(left, workdir, quick):
+def test_a_file_without_content_is_of_no_owner(left, workdir, quick):
     """Being written, or emptied or garbled by a crash of the machine."""
     file_of(workdir).write_bytes(left)
     assert 0.5 < seconds_of(lambda: own(workdir)) < 1.5
@@ -156,7 +157,7 @@ def test_a_disk_that_fails_for_a_moment_takes_no_workdir(workdir, monkeypatch):
         assert not failures
 
 
-def test_who_was_taken_for_dead_notices(workdir, quick, monkeypatch):
+def test_a_run_that_was_taken_for_dead_notices(workdir, quick, monkeypatch):
     """And leaves the other's file alone."""
     with pytest.raises(ownership.WorkdirLost, match="now belongs to the run of process 7 on host other"):  # noqa: SIM117
         with ownership.owned(workdir) as check:
@@ -205,6 +206,7 @@ def test_of_many_that_start_at_once_one_owns(left, workdir, quick):
     assert len(owners) == 1 and len(refused) == 7
 
 
+@pytest.mark.integration
 def test_a_process_that_ends_suddenly_is_no_owner(workdir):
     """As when another process of the run has failed."""
     code = OWN.replace("time.sleep(600)", "from repae_jax.distributed import multihost; multihost._exit()")
@@ -213,6 +215,7 @@ def test_a_process_that_ends_suddenly_is_no_owner(workdir):
     assert multihost._last_acts == []
 
 
+@pytest.mark.integration
 def test_in_a_bucket(request, monkeypatch):
     """Where nothing can be created exclusively, and signs of life are new objects."""
     pytest.importorskip("bucket")

@@ -1,0 +1,43 @@
+"""Compiled programs of a run, kept in its workdir, from where later starts take them."""
+
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax._src import compilation_cache, distributed  # no public name reads an entry, or knows the process before devices exist
+
+from repae_jax import buckets
+
+
+def use_compilation_cache(workdir) -> None:
+    """Keeps compiled programs in WORKDIR/compiled, unless the user has named a place.
+
+    Args:
+      workdir: a local path, or an address such as gs://bucket/run.
+
+    Raises:
+      OSError: if the bucket is not there, or may not be used.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    if buckets.is_address(workdir):  # XLA's own caches know paths only
+        buckets.check(workdir)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+        folder = f"{workdir}/compiled"
+    else:
+        folder = str(Path(workdir).expanduser().absolute() / "compiled")
+        if distributed.global_state.process_id == 0:
+            _remove_torn(Path(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _remove_torn(folder):
+    """Removes programs that a killed process has not written whole: JAX would neither read nor replace them."""
+    for path in folder.glob("*-cache"):
+        try:
+            compilation_cache.decompress_executable(path.read_bytes())
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # each compression has an error of its own
+            logging.warning("%s is incomplete (%s) and removed", path, error)
+            path.unlink()
