@@ -15,7 +15,6 @@ from pathlib import Path
 
 from repae_jax import buckets, cli, data, ranges
 from repae_jax.data import array_record, shard_writer, shards
-from repae_jax.distributed import multihost
 
 SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
@@ -101,11 +100,10 @@ def run(args: argparse.Namespace) -> int | None:
       ValueError: for a wrong source or folder.
       RuntimeError, OSError: see `ShardWriter.run`.
     """
-
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
-    with multihost.stop_signal() as stopped:
+    with stopping.stop_signal() as stopped:
         source = data.make_source(name, args.image_size, **fields)
         writer = shard_writer.ShardWriter(
             _make_folder(args.out),

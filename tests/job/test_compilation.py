@@ -1,6 +1,5 @@
 """The compiler options of the step, and the cache of compiled programs."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -74,30 +73,3 @@ def test_other_platforms_have_no_options_of_their_own():
         mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
         for given, expected in (("", None), ("xla_a=1,xla_b=X,Y,", {"xla_a": "1", "xla_b": "X,Y"})):
             assert compilation.compiler_options(SimpleNamespace(mesh=mesh, config={"compiler_options": given})) == expected
-
-
-@pytest.mark.parametrize("given", ["runs/a", "gs://bucket/a"])
-def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
-    updates = {}
-    monkeypatch.setattr(compilation.buckets, "check", lambda address: None)
-    config = SimpleNamespace(jax_compilation_cache_dir="elsewhere", update=updates.__setitem__)
-    monkeypatch.setattr(compilation, "jax", SimpleNamespace(config=config))
-    compilation.use_compilation_cache(given)
-    assert updates == {}
-    config.jax_compilation_cache_dir = None
-    compilation.use_compilation_cache(given)
-    local = str(Path.cwd() / "runs/a/compiled")
-    assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
-
-
-def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):
-    config = SimpleNamespace(jax_compilation_cache_dir=None, update=lambda *_: None)
-    monkeypatch.setattr(compilation, "jax", SimpleNamespace(config=config))
-    folder, whole = tmp_path / "compiled", compilation.compilation_cache.compress_executable(bytes(range(256)) * 99)
-    folder.mkdir()
-    for name, content in {"whole": whole, "torn": whole[:-1], "empty": b""}.items():
-        (folder / f"jit_{name}-cache").write_bytes(content)
-    (folder / "other").touch()
-    compilation.use_compilation_cache(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["jit_whole-cache", "other"]
-    assert len(warnings) == 2
