@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl import flags
 
-from checkpoints_tools import vae as vae_files
+from checkpoints_tools import vae_stats
 from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer
 from repae_jax.distributed import multihost, sharding
@@ -73,7 +73,7 @@ class Latents:
     def finish(self, entries):
         """Statistics of all latents, for the manifest and in a file of their own."""
         stats = _merge([entry["sums"] for entry in entries])
-        return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_files.published_stats(stats))}
+        return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_stats.to_arrays(stats))}
 
 
 def _pixels(fields):

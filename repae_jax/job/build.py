@@ -16,12 +16,12 @@ import numpy as np
 import optax
 from absl import logging
 
-from checkpoints_tools import mapping, published, weights
+from checkpoints_tools import mapping, published, published_args, weights
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.lpips import load_lpips
 from checkpoints_tools.sit import layout_of
-from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
+from checkpoints_tools.training_state import OPT_STATES, STATE_PATHS, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
 from repae_jax import data, train_step
 from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
@@ -463,7 +463,7 @@ def _read_checkpoint(job, abstract):
     """As `_read_init`, of a published training checkpoint."""
     source = job.config["init"]["checkpoint"]
     checkpoint = published.read(source)
-    for difference in published.check_args(checkpoint.args, job.config, checkpoint.source):
+    for difference in published_args.check_args(checkpoint.args, job.config, checkpoint.source):
         logging.warning("differs from the run that made %s: %s", checkpoint.source, difference)
     if "vae" not in checkpoint.networks and not job.config["init"]["vae"]:
         asked = checkpoint.args.get("vae_ckpt")
@@ -488,7 +488,7 @@ def _read_checkpoint(job, abstract):
             "statistics its latents were normalised with, such as diffusers' folder of its VAE (for 0.18215, "
             "stabilityai/sd-vae-ft-ema)"
         )
-    places = {PLACES[name][leaf]: tree for name, made in trees.items() for leaf, tree in made.items()}
+    places = {STATE_PATHS[name][leaf]: tree for name, made in trees.items() for leaf, tree in made.items()}
     for place in ("latent_stats", "ema.latent_stats"):
         if place in places:
             places[place] = ChannelStats(**places[place])

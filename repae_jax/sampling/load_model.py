@@ -10,7 +10,7 @@ from etils import epath
 
 from checkpoints_tools import convert, identify, locate, published
 from checkpoints_tools import vae as vae_files
-from checkpoints_tools.sit import check_time, from_state_dict
+from checkpoints_tools.sit import check_time
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.distributed import sharding
@@ -118,7 +118,7 @@ def _load_published(path, step, devices, vae_path, sampler):
     args, networks, source = taken.args, taken.networks, taken.source
     if "ema" not in networks:
         raise ValueError(f"{source} holds {', '.join(networks)}, but no ema, the averaged weights that samples are made with")
-    sit = from_state_dict(networks["ema"], f"{source}: ema", taken.encoder_depth, taken.num_heads)
+    sit = taken.load_sit("ema")
     # nothing in the published DiTs' and plain SiTs' files tells them apart
     is_dit = args.get("path_type") == "ddpm" or (
         sit.layout == "sit-or-dit" and sit.module.learned_sigma and sampler == "ancestral"
@@ -129,7 +129,7 @@ def _load_published(path, step, devices, vae_path, sampler):
     if "vae" in networks and vae_path:
         raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
     if "vae" in networks:
-        vae, vae_params = vae_files.from_state_dict(networks["vae"], f"{source}: vae", taken.norm_groups)
+        vae, vae_params = taken.load_vae()
     else:
         if not vae_path:
             raise ValueError(f"{source} holds no VAE: give --vae, the one that it was trained on ({args.get('vae_ckpt')})")
@@ -184,7 +184,7 @@ def load_vae(source, step=None):
     """The VAE of a run, trained there or frozen, of a published training checkpoint, or in a file or folder of its own.
 
     Args:
-      source: workdir, or what `checkpoints_tools.vae.load_vae` or `checkpoints_tools.convert.find_vae` take.
+      source: workdir, or what `checkpoints_tools.identify.identify` takes.
       step: checkpoint of a run; default the newest.
 
     Returns:
@@ -195,7 +195,7 @@ def load_vae(source, step=None):
     """
     artefact = identify.identify(source, step)
     if artefact.kind == "vae":
-        loaded = vae_files.load_vae(artefact.path)
+        loaded = vae_files.read_file(artefact.path, artefact.arrays)
         stats = loaded.latent_stats and ChannelStats(**loaded.latent_stats)
         return TrainedVae(loaded.module, loaded.params, stats)
     config = checkpoint.read_config(source, step) if artefact.kind == "run" else None
@@ -203,5 +203,5 @@ def load_vae(source, step=None):
         whole = load_model(source, step, jax.devices()[:1])
         module = whole.nets.vae.clone(dtype=jnp.float32)
         return TrainedVae(module, whole.params["vae"], whole.params["latent_stats"], config, whole.step)
-    found = convert.find_vae(source, step)
+    found = convert.find_vae(artefact, step)
     return TrainedVae(found.module, found.params, ChannelStats(**found.latent_stats), config, found.steps)

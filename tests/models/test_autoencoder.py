@@ -6,7 +6,8 @@ import pytest
 import reference
 
 from checkpoints_tools import mapping
-from checkpoints_tools.vae import torch_vae, vae_table
+from checkpoints_tools.vae_layouts import vae_table
+from checkpoints_tools.vae_reference import torch_vae
 from configs import common
 from repae_jax.models import autoencoder
 from repae_jax.models.autoencoder import AutoencoderKL
