@@ -231,11 +231,9 @@ def save_published(
     stem = epath.Path(stem)
     suffix = stem.suffix if stem.suffix in (".pt", ".safetensors") else ".pt"
     by_path = {stem.parent / f"{stem.name.removesuffix(suffix)}{part}{suffix}": content for part, content in contents.items()}
-    if not overwrite:
-        files.check_absent(*by_path)
     vae_file = next(iter(by_path))
-    stale = [str(path) for path in _stats_beside(vae_file) if path.exists()] if vae_file.exists() else []
-    if latent_stats is None and stale:
+    stale = [str(path) for path in _stats_beside(vae_file) if path.exists()]
+    if overwrite and latent_stats is None and stale and vae_file.exists():
         raise FileExistsError(f"{', '.join(stale)} is of the VAE that would be replaced; remove it, or choose another name")
     return weights.write_files({path: weights.writer(content, path) for path, content in by_path.items()}, overwrite=overwrite)
 

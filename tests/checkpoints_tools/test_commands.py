@@ -192,6 +192,18 @@ def test_a_vae_goes_round_all_layouts_bit_for_bit(published_run, vae_folder, tmp
         np.testing.assert_allclose(vae.read_latent_stats(tmp_path / "folder")[name], value, rtol=3e-7)
 
 
+def test_a_source_is_resolved_and_read_once(vae_folder, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(function):
+        return lambda path, *args: calls.append((function.__name__, str(path))) or function(path, *args)
+
+    monkeypatch.setattr(locate, "resolve", counted(locate.resolve))
+    monkeypatch.setattr(weights, "read_file", counted(weights.read_file))
+    call("convert", vae_folder, tmp_path / "vae.pt")
+    assert calls == [("resolve", str(vae_folder)), ("read_file", str(vae_folder / "diffusion_pytorch_model.safetensors"))]
+
+
 def save_plain_sit(path):
     """(module, variables) of a SiT-S/2 with sigma channels, written as plain SiT's file."""
     module = SiT(num_classes=10, latent_channels=4, patch_size=2, hidden_size=384, depth=12, num_heads=6, encoder_depth=12)
@@ -507,7 +519,7 @@ def test_targets_that_exist_are_kept(workdir, published_run, vae_folder, tmp_pat
     run = shutil.copytree(published_run, tmp_path / "run")
     file = run / "checkpoints" / "0000007.pt"
     file.write_bytes(b"precious")
-    assert f"{file} exists" in error_of(monkeypatch, "convert", workdir, run)
+    assert f"{file} exists" in error_of(monkeypatch, "convert", published_run, run)
     assert file.read_bytes() == b"precious"
     call("convert", workdir, run, "--overwrite")
     same_checkpoint(run, published_run)
@@ -515,18 +527,18 @@ def test_targets_that_exist_are_kept(workdir, published_run, vae_folder, tmp_pat
     args = json.loads((run / "args.json").read_text())
     files.write_json(run / "args.json", args | {"max_train_steps": 1}, overwrite=True)  # the run was prolonged since
     file.unlink()
-    call("convert", workdir, run)
+    call("convert", published_run, run)
     assert json.loads((run / "args.json").read_text()) == args
     (run / "args.json").write_text('{"model": "another"}')
     file.unlink()
-    assert "args.json is of another run" in error_of(monkeypatch, "convert", workdir, run)
+    assert "args.json is of another run" in error_of(monkeypatch, "convert", published_run, run)
     assert not file.exists() and json.loads((run / "args.json").read_text()) == {"model": "another"}
 
     stats = tmp_path / "e2e-latents-stats.pt"
     stats.write_bytes(b"precious")
     assert f"{stats} exists" in error_of(monkeypatch, "extract-vae", workdir, tmp_path / "e2e.pt")
     assert stats.read_bytes() == b"precious" and not (tmp_path / "e2e.pt").exists()
-    assert "exists" in error_of(monkeypatch, "extract-vae", workdir, vae_folder)
+    assert "exists" in error_of(monkeypatch, "extract-vae", published_run, vae_folder)
 
 
 def test_targets_and_sources_that_do_not_fit(workdir, published_run, vae_folder, tmp_path, monkeypatch):

@@ -92,6 +92,7 @@ def test_a_run_of_ours_is_read_where_it_is(bucket, tmp_path, capsys):
     assert about["step"] == 7 and about["sit"] == {"depth": 1, "parameters": 6} and about["vae"] is None
 
 
+@pytest.mark.integration
 def test_an_encoder_goes_there_and_comes_back(bucket, tmp_path):
     save_encoder(tmp_path / "encoder")
     assert call("convert", tmp_path / "encoder", "gs://bucket/encoder") == 0

@@ -21,6 +21,7 @@ from repae_jax.job import build
 from repae_jax.training.state import apply_update
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -156,6 +156,7 @@ def test_legacy_names(tmp_path):
         load_sit(tmp_path / "old.safetensors", num_heads=2, encoder_depth=2)
 
 
+@pytest.mark.integration
 def test_reversed_time_is_the_same_function():
     sit, variables = sample("sit-or-dit")
     params = variables["params"]

@@ -98,6 +98,7 @@ def test_the_two_tables_fill_the_same_leaves(module):
     assert leaves(vae_layouts.vae_table(module)) == leaves(vae_layouts.vae_table(module, vae_layouts.DIFFUSERS))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", reference.cases("vae_f16d32_small") + reference.cases("vae_f8d4_small"))
 def test_golden_through_diffusers_and_back(tmp_path, name, record_property):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -156,6 +157,7 @@ def test_extras_of_the_training_are_ignored(tmp_path, module, params, state_dict
     same_tree(vae.read_vae_params(tmp_path / "vavae.ckpt", module, abstract_params(module)), params)
 
 
+@pytest.mark.integration
 def test_the_map_from_latents_to_tokens(tmp_path, module, monkeypatch):
     """VA-VAE's `linear_proj`, a 1x1 convolution without bias; one with a bias maps the other way round."""
     messages = []
@@ -293,6 +295,7 @@ def test_the_same_statistics_in_all_channels_are_factors_too(tmp_path, module, p
     same_stats(vae.load_vae(tmp_path / "vae").latent_stats, stats)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["scales", "factor", "shift and factor"])
 def test_pipelines_of_diffusers_normalise_by_what_is_written(tmp_path, module, params, name):
     """Those of SDXL and of FLUX know statistics by channel and a factor, or a shift and a factor; SDXL's know no shift."""
