@@ -75,34 +75,34 @@ def convert(
       FileExistsError: if a target exists and `overwrite` is False.
       ValueError: if the source is damaged or unknown, or cannot become what the target's ending says.
     """
-    target = _target(target, overwrite)
+    place = _target(target, overwrite)
     identified = identify(source, step)
     if latent_stats is not None and identified.kind != "vae":
         raise ValueError(f"{source} is a {KINDS[identified.kind]}: latent_stats {latent_stats} are for a VAE")
     if plain_sit:
         if identified.kind not in ("sit", "training"):
             raise ValueError(f"{source} is a {KINDS[identified.kind]}: plain_sit is for the weights of a plain SiT alone")
-        target.check(bool(target.ending), source, identified.kind, "a file ending in .pt or .safetensors")
+        place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
         path = identified.path
         del identified  # its arrays: the file is read again, so that no more than two copies are held at a time
-        return target.write(convert_plain_sit(path))
+        return place.write(convert_plain_sit(path))
     match identified.kind:
         case "run":
-            return _convert_run(source, runs.open_run(identified.path, step), target, optimizers)
+            return _convert_run(source, runs.open_run(identified.path, step), place, optimizers)
         case "training":
             check_networks(identified.checkpoint)
             kept = identified.checkpoint.optimizers if optimizers else {}
-            return _write_training(dataclasses.replace(identified.checkpoint, optimizers=kept), target)
+            return _write_training(dataclasses.replace(identified.checkpoint, optimizers=kept), place)
         case "vae":
             loaded = vae.read_file(identified.path, identified.arrays)
             stats = loaded.latent_stats if latent_stats is None else vae.read_latent_stats(latent_stats)
-            return _write_vae(target, loaded.module, loaded.params, stats)
+            return _write_vae(place, loaded.module, loaded.params, stats)
         case "encoder" | "mocov3":
-            target.check(not target.ending, source, identified.kind, "a folder, which transformers reads")
-            return _convert_encoder(source, identified, target)
+            place.check(not place.ending, source, identified.kind, "a folder, which transformers reads")
+            return _convert_encoder(source, identified, place)
         case _:
-            target.check(bool(target.ending), source, identified.kind, "a file ending in .pt or .safetensors")
-            return target.write(_checked_arrays(identified, str(source)))
+            place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
+            return place.write(_checked_arrays(identified, str(source)))
 
 
 def _convert_run(source, run, target, optimizers):
@@ -239,6 +239,6 @@ def extract_vae(source: str | Path, target: str | Path, *, step: int | None = No
       FileExistsError: if a target exists and `overwrite` is False.
       ValueError: if the source holds no VAE.
     """
-    target = _target(target, overwrite)
+    place = _target(target, overwrite)
     found = find_vae(identify(source, step), step)
-    return _write_vae(target, found.module, found.params, found.latent_stats, found.discriminator)
+    return _write_vae(place, found.module, found.params, found.latent_stats, found.discriminator)

@@ -162,7 +162,8 @@ def to_flax(table: Table, state_dict: StateDict, target: Tree, source: str = "st
       ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, also values beyond float32's range, and
         every dtype not in WEIGHT_DTYPES.
     """
-    leaves, filled = flatten(target), {}
+    leaves = flatten(target)
+    filled: dict[str, np.ndarray] = {}
     problems = _unexpected(table, state_dict)
     for entry in table.entries:
         _fill(entry, state_dict, leaves, filled, problems)

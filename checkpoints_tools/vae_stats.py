@@ -26,9 +26,9 @@ def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = No
       ValueError: for other names or shapes, a scale that is not positive, or anything not finite.
     """
     if set(arrays) == {"latents_bias", "latents_scale"}:
-        return _stats(source, channels, *_pair(arrays, "latents_bias", "latents_scale"), inverse=True)
+        return _stats(source, channels, _pair(arrays, "latents_bias", "latents_scale"), inverse=True)
     if set(arrays) == {"mean", "std"}:
-        return _stats(source, channels, *_pair(arrays, "mean", "std"))
+        return _stats(source, channels, _pair(arrays, "mean", "std"))
     raise ValueError(
         f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; latent statistics are latents_scale and latents_bias, "
         "or mean and std"
@@ -46,12 +46,12 @@ def from_config(config: Mapping[str, Any], source: str | Path, channels: int | N
         raise ValueError(f"{source} has only one of latents_mean and latents_std")
     channels = channels or config.get("latent_channels", 4)
     if mean is not None:
-        return _stats(source, channels, *_pair(config, "latents_mean", "latents_std"))
+        return _stats(source, channels, _pair(config, "latents_mean", "latents_std"))
     scale, shift = config.get("scaling_factor", _SCALING), config.get("shift_factor")
     if scale is None:
         return None
     shift = 0.0 if shift is None else shift
-    return _stats(source, channels, ("shift_factor", [shift] * channels), ("scaling_factor", [scale] * channels), inverse=True)
+    return _stats(source, channels, {"shift_factor": [shift] * channels, "scaling_factor": [scale] * channels}, inverse=True)
 
 
 def to_config(latent_stats: Stats, channels: int) -> dict[str, Any]:
@@ -81,13 +81,12 @@ def to_arrays(latent_stats: Stats, channels: int | None = None) -> dict[str, Flo
 
 
 def _pair(mapping, *names):
-    return [(name, mapping[name]) for name in names]
+    return {name: mapping[name] for name in names}
 
 
-def _stats(source, channels, named_mean, named_scale, inverse=False):
-    """{'mean', 'var'} of a (name, mean) and a (name, standard deviation, or its inverse)."""
-    (mean_name, mean), (scale_name, scale) = named_mean, named_scale
-    mean, scale = _vector(source, mean_name, mean), _vector(source, scale_name, scale)
+def _stats(source, channels, named, inverse=False):
+    """{'mean', 'var'} of a named mean and, after it, a named standard deviation, or its inverse."""
+    (mean_name, mean), (scale_name, scale) = ((name, _vector(source, name, value)) for name, value in named.items())
     if len(mean) != len(scale) or len(mean) != (channels or len(mean)):
         needed = f"; the VAE has {channels} channels" if channels else ""
         raise ValueError(f"{source}: {mean_name} has {len(mean)} entries, {scale_name} {len(scale)}{needed}")
