@@ -70,7 +70,7 @@ def parse_args(argv=None):
         help="of the largest entry, in float32; default %(default)s",
     )
 
-    add("artefacts", "list the public weights that this project reads: name, file, what it is, what it fills, licence")
+    add("artefacts", "list the public weights that this project reads: name, file, what it is, what it fills, license")
     return parser.parse_args(argv)
 
 
@@ -81,10 +81,11 @@ def run(args):
 
         print(artefacts.table())
     elif args.command == "inspect":
-        from checkpoints_tools.identify import describe, identify, text
+        from checkpoints_tools.describe import describe, text
+        from checkpoints_tools.identify import identify
 
-        found = [describe(identify(source)) for source in args.source]
-        print(json.dumps(found, indent=2, default=str) if args.json else "\n\n".join(map(text, found)))
+        about = [describe(identify(source)) for source in args.source]
+        print(json.dumps(about, indent=2, default=str) if args.json else "\n\n".join(map(text, about)))
     elif args.command == "verify":
         from checkpoints_tools.verify import report, verify
 

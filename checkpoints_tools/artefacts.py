@@ -1,4 +1,4 @@
-"""The public weights that this project reads: where they are, what they fill, and under which licence.
+"""List of the public weights that this project reads: name, use, license.
 
 `python -m checkpoints_tools artefacts` prints the list. Names like ORG/REPO and ORG/REPO/FILE are on the Hugging Face hub and
 can be given wherever a path can; the others are addresses to download from.
@@ -6,63 +6,67 @@ can be given wherever a path can; the others are addresses to download from.
 
 from typing import NamedTuple
 
-GATED = "gated: accept the licence on its page and log in (`hf auth login`) before it can be fetched"
+GATED = "gated: accept the license on its page and log in (`hf auth login`) before it can be fetched"
 
 
 class Artefact(NamedTuple):
-    """What one name gives.
+    """One row of the list.
 
     Attributes:
       name: hub name, or a URL.
-      file: which of its files are read; of a URL, what the download is best called.
-      what: what it is.
+      file: the files that are read; for a URL, the best name for the download.
+      what: description.
       fills: config field, command or function that takes it.
-      licence: as its publisher states it, with '(gated)' where the hub asks for consent; 'see its page' where it is unsure.
+      license: as its publisher states it, with '(gated)' where the hub asks for consent; 'see its page' where it is unsure.
     """
 
     name: str
     file: str
     what: str
     fills: str
-    licence: str
+    license: str
 
 
 _CHECKPOINT, _LINEAR = "config.init.checkpoint", "config.lpips.linear"
 _INCEPTION = "checkpoints_tools.inception.load_inception"
-# a folder's weights may also be in shards, or in the .bin file that older ones have instead
+# a folder's weights may also be in shards, or in .bin files in older ones
 _MODEL = "config.json, model.safetensors"
 _DIFFUSERS = "config.json, diffusion_pytorch_model.safetensors"
+_VAVAE = "hustvl/vavae-imagenet256-f16d32-dinov2"
 _MOCO = "https://dl.fbaipublicfiles.com/moco-v3"
 
 
 def _vae_files(repository, stem, what):
-    """The three files of a VAE of REPA-E's."""
+    """The three files of one of REPA-E's VAEs."""
     parts = {
         "vae": (f"{stem}.pt", what),
         "latent_stats": (f"{stem}-latents-stats.pt", f"{what}: latent statistics"),
         "disc": (f"{stem}-discriminator-ckpt.pt", f"{what}: discriminator"),
     }
-    rows = ((field, *row) for field, row in parts.items())
-    return [Artefact(f"{repository}/{file}", file, text, f"config.init.{field}", "MIT") for field, file, text in rows]
+    return [_file(f"{repository}/{file}", text, f"config.init.{field}", "MIT") for field, (file, text) in parts.items()]
 
 
-def _vae_folder(name, what, licence):
-    return Artefact(name, _DIFFUSERS, what, "config.init.vae", licence)
+def _file(name, what, fills, license):
+    return Artefact(name, name.rpartition("/")[2], what, fills, license)
 
 
-def _encoder(name, what, licence, file=_MODEL):
-    return Artefact(name, file, what, "config.encoders.NAME.weights", licence)
+def _vae_folder(name, what, license):
+    return Artefact(name, _DIFFUSERS, what, "config.init.vae", license)
+
+
+def _encoder(name, what, license, file=_MODEL):
+    return Artefact(name, file, what, "config.encoders.NAME.weights", license)
 
 
 _DINOV2_SIZES = {"small": "S", "base": "B", "large": "L", "giant": "g"}
 
 ARTEFACTS = (
     *_vae_files("REPA-E/sdvae", "sdvae-f8d4", "SD-VAE f8d4 to start from"),
-    # the names of these two repositories' files are by the pattern of the first, unconfirmed
+    # file names of these two repositories by the pattern of the first, unconfirmed
     *_vae_files("REPA-E/invae", "invae-f16d32", "IN-VAE f16d32 to start from"),
     *_vae_files("REPA-E/vavae", "vavae-f16d32", "VA-VAE f16d32 to start from"),
     *_vae_files("REPA-E/e2e-vavae", "e2e-vavae-400k", "E2E-VAVAE"),
-    # as are these two's, by that of e2e-vavae
+    # and of these two by that of e2e-vavae
     *_vae_files("REPA-E/e2e-sdvae", "e2e-sdvae-400k", "E2E-SDVAE"),
     *_vae_files("REPA-E/e2e-invae", "e2e-invae-400k", "E2E-INVAE"),
     _vae_folder("REPA-E/e2e-sdvae-hf", "E2E-SDVAE, statistics in config.json", "MIT"),
@@ -83,21 +87,10 @@ ARTEFACTS = (
     _vae_folder("black-forest-labs/FLUX.1-dev/vae", "FLUX VAE, 16 channels", "FLUX.1 [dev] Non-Commercial (gated)"),
     _vae_folder("stabilityai/stable-diffusion-3.5-large/vae", "SD3.5 VAE, 16 channels", "Stability Community (gated)"),
     _vae_folder("stabilityai/stable-diffusion-3.5-medium/vae", "SD3.5 VAE, 16 channels", "Stability Community (gated)"),
-    Artefact(
-        "hustvl/vavae-imagenet256-f16d32-dinov2/vavae-imagenet256-f16d32-dinov2.pt", "vavae-imagenet256-f16d32-dinov2.pt",
-        "VA-VAE of LightningDiT", "config.init.vae", "MIT",
-    ),
-    Artefact(
-        "hustvl/vavae-imagenet256-f16d32-dinov2/latents_stats.pt", "latents_stats.pt",
-        "VA-VAE of LightningDiT: latent statistics", "config.init.latent_stats", "MIT",
-    ),
-    Artefact(
-        "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", "DiT-XL/2",
-        _CHECKPOINT, "CC-BY-NC-4.0",
-    ),
-    Artefact(
-        "nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "SiT-XL-2-256.pt", "SiT-XL/2", "convert --plain_sit", "see its page"
-    ),
+    _file(f"{_VAVAE}/vavae-imagenet256-f16d32-dinov2.pt", "VA-VAE of LightningDiT", "config.init.vae", "MIT"),
+    _file(f"{_VAVAE}/latents_stats.pt", "VA-VAE of LightningDiT: latent statistics", "config.init.latent_stats", "MIT"),
+    _file("https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt", "DiT-XL/2", _CHECKPOINT, "CC-BY-NC-4.0"),
+    _file("nyu-visionx/SiT-collections/SiT-XL-2-256.pt", "SiT-XL/2", "convert --plain_sit", "see its page"),
     Artefact(
         "https://www.dl.dropboxusercontent.com/scl/fi/cxedbs4da5ugjq5wg3zrg/last.pt"
         "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
@@ -124,35 +117,32 @@ ARTEFACTS = (
         "https://drive.google.com/file/d/1Foa2-FqhwIFYjcAAbY9sXyO-1Vwwx-_9/view", "MoCo v3 ViT-L, of RCG",
         "see its page", "mocov3_vitl.pth",
     ),
-    Artefact(
-        "https://download.pytorch.org/models/vgg16-397923af.pth", "vgg16-397923af.pth", "VGG16", "config.lpips.vgg16",
-        "BSD-3-Clause",
-    ),
-    Artefact(
-        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "vgg.pth",
+    _file("https://download.pytorch.org/models/vgg16-397923af.pth", "VGG16", "config.lpips.vgg16", "BSD-3-Clause"),
+    _file(
+        "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
         "LPIPS v0.1 linear weights", _LINEAR, "BSD-2-Clause",
     ),
     Artefact(
         "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1", "vgg.pth", "the same, of taming-transformers", _LINEAR,
         "see its page",
     ),
-    Artefact(
+    _file(
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "pt_inception-2015-12-05-6726825d.pth", "FID Inception of pytorch-fid", _INCEPTION, "Apache-2.0",
+        "FID Inception of pytorch-fid", _INCEPTION, "Apache-2.0",
     ),
-    Artefact(
+    _file(
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        "weights-inception-2015-12-05-6726825d.pth", "FID Inception of torch-fidelity", _INCEPTION, "Apache-2.0",
+        "FID Inception of torch-fidelity", _INCEPTION, "Apache-2.0",
     ),
-    Artefact(
+    _file(
         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
-        "classify_image_graph_def.pb", "FID Inception, TensorFlow's graph", _INCEPTION, "Apache-2.0",
+        "FID Inception, TensorFlow's graph", _INCEPTION, "Apache-2.0",
     ),
 )  # fmt: skip
 
 
-def table():
-    """The list as text, one artefact a line, and what 'gated' means."""
+def table() -> str:
+    """Returns the list as text, one artefact a line, and the meaning of 'gated'."""
     rows = [Artefact._fields, *ARTEFACTS]
     widths = [min(max(map(len, column)), 76) for column in zip(*rows)]  # long URLs push the rest of their line aside
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

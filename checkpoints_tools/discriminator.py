@@ -1,53 +1,40 @@
 """PatchGAN: the published names <-> {'params': …, 'batch_stats': …}."""
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
 import numpy as np
 
-from checkpoints_tools.mapping import CONV, Entry, Table, linear, norm, to_flax
+from checkpoints_tools import mapping
+from checkpoints_tools.mapping import CONV, Entry, StateDict, Table, counter, linear, norm, running_stats
 from repae_jax.models.discriminator import PatchDiscriminator
 
 
-def discriminator_table(discriminator, updates=0):
-    """Conversion table of a PatchDiscriminator.
+def discriminator_table(discriminator: PatchDiscriminator, updates: int = 0) -> Table:
+    """Table between the published names and {'params', 'batch_stats'}.
 
     Args:
-      discriminator: the module (its number of layers is read).
+      discriminator: the module, which says the number of layers.
       updates: value written for every batch norm's `num_batches_tracked`.
-
-    Returns:
-      Table between the published names and {'params', 'batch_stats'}.
     """
     last = discriminator.num_layers + 1
-    entries = linear("main.0", "params/conv_0", CONV)
-    constants = {}
+    entries, constants = linear("main.0", "params/conv_0", CONV), {}
     for i in range(1, last):
         conv, bn = f"main.{3 * i - 1}", f"main.{3 * i}"
         entries.append(Entry((f"{conv}.weight",), (f"params/conv_{i}/kernel",), CONV))
-        entries += norm(bn, f"params/norm_{i}")
-        entries.append(Entry((f"{bn}.running_mean",), (f"batch_stats/norm_{i}/mean",)))
-        entries.append(Entry((f"{bn}.running_var",), (f"batch_stats/norm_{i}/var",)))
-        constants[f"{bn}.num_batches_tracked"] = np.asarray(updates, np.int64)
+        entries += [*norm(bn, f"params/norm_{i}"), *running_stats(bn, f"batch_stats/norm_{i}")]
+        constants |= counter(bn, updates)
     entries += linear(f"main.{3 * last - 1}", f"params/conv_{last}", CONV)
     return Table(entries, constants)
 
 
-def from_state_dict(state_dict, source):
-    """The discriminator that a state dict belongs to, its sizes inferred.
-
-    Args:
-      state_dict: name -> array, with the published names.
-      source: the file's name, for errors.
-
-    Returns:
-      (PatchDiscriminator, {'params', 'batch_stats'} of float32 numpy arrays).
+def from_state_dict(state_dict: StateDict, source: str) -> tuple[PatchDiscriminator, dict[str, Any]]:
+    """Returns the discriminator of a published state dict, its sizes inferred, and its float32 variables.
 
     Raises:
-      ValueError: listing all that does not fit.
+      ValueError: listing all that does not fit; `source` names the file in it.
     """
     shape = np.shape(state_dict.get("main.0.weight", 0))
-    numbers = [int(part) for name in state_dict for part in name.split(".")[1:2] if part.isdigit()]
-    module = PatchDiscriminator(channels=shape[0] if shape else 64, num_layers=max((max(numbers, default=11) + 1) // 3 - 1, 1))
-    size = module.min_image_size
-    target = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    return module, to_flax(discriminator_table(module), state_dict, target, source=source)
+    convolutions = mapping.count_layers(state_dict, "main") or 12
+    module = PatchDiscriminator(channels=shape[0] if shape else 64, num_layers=max(convolutions // 3 - 1, 1))
+    target = mapping.abstract_variables(module, (1, module.min_image_size, module.min_image_size, 3))
+    return module, mapping.to_flax(discriminator_table(module), state_dict, target, source=source)

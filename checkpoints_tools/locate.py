@@ -1,4 +1,4 @@
-"""Where weights are -> local paths: files and folders, the Hugging Face hub, and remote storage such as gs://."""
+"""Names of weights -> local paths: files and folders, the Hugging Face hub, and remote storage such as gs://."""
 
 import contextlib
 import fnmatch
@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import logging
 from etils import epath
 
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organisation/name, and what is meant in it
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w./-]*))?")  # organization/name, and perhaps a path inside it
 _SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".tar", ".ckpt", ".bin", ".npz", ".pb")
-# what a Hugging Face folder may call its weights; the first that exists counts
+# names of the weights in a Hugging Face folder; the first that exists counts
 SAFETENSORS = (
     "model.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
@@ -27,17 +27,18 @@ _PICKLED = (*PICKLED, "pytorch_model-*.bin", "diffusion_pytorch_model-*.bin")
 _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where there is neither
 
 
-def resolve(name_or_path):
-    """Local path of weights, fetched if need be.
+def resolve(name_or_path: str | os.PathLike) -> Path:
+    """Returns the local path of weights, fetched if need be. Called once, where a name enters; the rest takes its paths.
 
     Args:
-      name_or_path: a file or folder that exists; a model of the Hugging Face hub, 'organisation/name', or a folder or file
-        in it, 'organisation/name/vae' or 'organisation/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or
+      name_or_path: a file or folder that exists; a model of the Hugging Face hub, 'organization/name', or a folder or file
+        in it, 'organization/name/vae' or 'organization/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or
         an address such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a
         model's folder, a diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
 
     Returns:
-      Path. Of the workdir of a training run of ours in remote storage, its epath.Path: it is read where it is.
+      Path; for a diffusers pipeline that of its `vae`; for the workdir of a training run of ours in remote storage its
+      epath.Path, as it is read where it is.
 
     Raises:
       FileNotFoundError: if there is neither such a path nor such a model, or it cannot be fetched.
@@ -45,14 +46,21 @@ def resolve(name_or_path):
     """
     name = str(name_or_path)
     if "://" in name:
-        return _from_storage(name)
+        return _model_folder(_from_storage(name))
     path = Path(name).expanduser()
     if path.exists():
-        return path
+        return _model_folder(path)
     match = HUB_NAME.fullmatch(name)
     if not match or match[1].endswith(_SUFFIXES):
-        raise FileNotFoundError(f"{name} does not exist, and is no hub name of the form 'organisation/name[/file]'")
+        raise FileNotFoundError(f"{name} does not exist, and is no hub name of the form 'organization/name[/file]'")
     return _from_hub(*match.groups())
+
+
+def _model_folder(path):
+    """The path itself, or the `vae` of a diffusers pipeline, which has nothing else that is read."""
+    if any((path / name).exists() for name in ("config.json", "args.json", "checkpoints", *SAFETENSORS, *PICKLED)):
+        return path
+    return path / "vae" if (path / "vae").is_dir() else path
 
 
 def _from_hub(repository, inside):
@@ -79,7 +87,7 @@ def _from_hub(repository, inside):
 
 @contextlib.contextmanager
 def _reaching(address):
-    """What the many libraries behind epath raise, each with types of its own, as one line that says what to do."""
+    """Turns the many error types of the libraries behind epath into one line that says what to do."""
     try:
         yield
     except FileNotFoundError:
@@ -94,7 +102,7 @@ def _reaching(address):
 
 
 def _from_storage(address):
-    """A copy per version of the remote file or folder, so that a changed one is never taken for the old."""
+    """A copy per version of the remote file or folder, so that a changed one is never mistaken for the old."""
     scheme = address.partition("://")[0]
     if scheme not in ("gs", "s3", "az"):
         raise ValueError(
@@ -110,7 +118,7 @@ def _from_storage(address):
         elif (remote / "checkpoints").is_dir() and not (remote / "args.json").exists():
             return remote  # a run of ours
         else:
-            folder, files = remote, _files_of(remote)
+            folder, files = remote, _weight_files(remote)
         if not files:
             raise FileNotFoundError(
                 f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints "
@@ -118,39 +126,42 @@ def _from_storage(address):
             )
         names = [str(file.relative_to(folder)) for file in files]
         stats = [(name, file.stat().length, file.stat().mtime) for name, file in zip(names, files)]
+        is_file = remote.is_file()
     version = hashlib.sha256(repr((address, stats)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repae_jax" / version
     for file, (name, length, _) in zip(files, stats):
-        target = cache / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
+        if not (cache / name).exists():
             logging.info("copying %s (%.2f GB) to %s", file, length / 1e9, cache)
-            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-            try:
-                with _reaching(address):
-                    file.copy(partial, overwrite=True)
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
-    return cache / names[0] if remote.is_file() else cache
+            with _reaching(address):
+                _copy(file, cache / name)
+    return cache / names[0] if is_file else cache
 
 
-def training_files(folder):
-    """step -> file, of the checkpoints of a published training run; `folder` is local or an epath.Path."""
+def _copy(file, target):
+    """Copies a remote file to a local one that is either complete or absent."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        file.copy(partial, overwrite=True)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def training_files(folder: Path) -> dict[int, Path]:
+    """Returns step -> file of the checkpoints of a published training run, whose folder is local or an epath.Path."""
     files = (folder / "checkpoints").iterdir() if (folder / "checkpoints").is_dir() else ()
     return {int(file.stem): file for file in files if re.fullmatch(r"\d+\.(pt|safetensors)", file.name)}
 
 
-def _files_of(remote):
-    """The files of a remote folder that are read: a published run's, a pipeline's VAE's, or a model's."""
+def _weight_files(remote):
+    """The files to copy of a remote folder: those of a published run, of a pipeline's VAE, or of a model."""
     if (remote / "args.json").exists() and (remote / "checkpoints").is_dir():
         saved = training_files(remote)
         return [remote / "args.json", *([saved[max(saved)]] if saved else [])]
-    if not (remote / "config.json").exists() and (remote / "vae").is_dir():
-        remote = remote / "vae"
-    files = sorted(remote.iterdir())
+    present = sorted(_model_folder(remote).iterdir())
     whole, pickled = (
-        [file for file in files if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
+        [file for file in present if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)]
         for patterns in (_WEIGHTS, _PICKLED)
     )
     return whole if any(".safetensors" in file.name for file in whole) else whole + pickled

@@ -1,21 +1,22 @@
 """LPIPS: torchvision's VGG16 and the linear weights, or the whole module in one file <-> our parameters."""
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_tools import weights
-from checkpoints_tools.mapping import CONV, Entry, Layout, Table, linear, to_flax
+from checkpoints_tools.mapping import CONV, Entry, Layout, StateDict, Table, abstract_variables, linear, to_flax
 from repae_jax.models.lpips import LPIPS, VGG16_STAGES
 
 # [1, C, 1, 1] <-> [C]
 CHANNEL_WEIGHTS = Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))
 
 
-def _vgg_indices():
-    """(stage, convolution, torchvision's index in `features`): a ReLU follows each convolution, a pooling each stage."""
+def _vgg_indices() -> Iterator[tuple[int, int, int]]:
+    """Yields (stage, convolution, torchvision's index in `features`): a ReLU follows each convolution, a pooling each stage."""
     index = 0
     for stage, widths in enumerate(VGG16_STAGES):
         for i in range(len(widths)):
@@ -40,23 +41,22 @@ def _scaling():
     }
 
 
-def lpips_table():
-    """Conversion table of taming's LPIPS module: `net.slice1.0.weight` …, `lin0.model.1.weight` …"""
+def lpips_table() -> Table:
+    """Table of taming's LPIPS module: `net.slice1.0.weight` …, `lin0.model.1.weight` …"""
     convolutions = _convolutions(lambda stage, index: f"net.slice{stage + 1}.{index}")
     return Table([*convolutions, *_linears()], _scaling(), checked=tuple(_scaling()))
 
 
 def _target():
-    """Tree of all parameters, as ShapeDtypeStruct."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)["params"]
+    """Shapes and dtypes of all parameters."""
+    return abstract_variables(LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
 
 
-def check_files(arrays, kind, source):
+def check_files(arrays: StateDict, kind: str, source: str) -> None:
     """Checks one of the files that LPIPS is made of, by itself.
 
     Args:
-      arrays: its state dict.
+      arrays: content of the file.
       kind: 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
         the lpips package or taming, which has convolutions, too.
       source: the file's name, for errors.
@@ -68,33 +68,27 @@ def check_files(arrays, kind, source):
     if kind == "vgg16":
         table = Table(_convolutions(lambda stage, index: f"features.{index}"), ignored=("classifier.",))
     elif kind == "lpips":
-        arrays = _merged(source, arrays)
+        arrays = merge_state_dicts(arrays, source=source)
         whole = any(name.startswith("net.") for name in arrays)
         table = lpips_table() if whole else Table(_linears(), _scaling(), checked=tuple(_scaling()))
     else:
         raise ValueError(f"{source}: kind={kind!r}; allowed: 'vgg16', 'lpips'")
-    filled = {path.partition("/")[0] for entry in table.entries for path in entry.flax}
+    filled = {path.partition("/")[0] for path in table.leaves}
     to_flax(table, arrays, {name: leaves for name, leaves in _target().items() if name in filled}, source=source)
 
 
-def from_torchvision(vgg16, linear_weights):
-    """State dict of taming's LPIPS module from the two that people have, either of which may also be a whole module's.
+def merge_state_dicts(*state_dicts: StateDict, source: str = "") -> dict[str, np.ndarray]:
+    """Returns taming's LPIPS module's state dict, for `lpips_table`, from those that people have.
 
     Args:
-      vgg16: torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), or a whole module.
-      linear_weights: `lin0.model.1.weight` … (the lpips package's and taming's vgg.pth agree on these names), or a whole
-        module, or empty. The lpips package's module has its linear layers twice, as `lin0` and as `lins.0`.
-
-    Returns:
-      dict for `lpips_table`. Names unknown here stay as they are, for the table to list.
+      state_dicts: torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), `lin0.model.1.weight` … (the
+        lpips package's and taming's vgg.pth agree on these names), or a whole module: the lpips package's has its linear
+        layers twice, as `lin0` and as `lins.0`. Names unknown here stay as they are, for the table to list.
+      source: the file's name, for errors.
 
     Raises:
       ValueError: listing every array that is given more than once with different values.
     """
-    return _merged("", vgg16, linear_weights)
-
-
-def _merged(source, *state_dicts):
     merged, conflicts = {}, []
     slices = {str(index): stage + 1 for stage, _, index in _vgg_indices()}
     for state_dict in state_dicts:
@@ -115,31 +109,27 @@ def _merged(source, *state_dicts):
     return merged
 
 
-def load_lpips(vgg16, linear_weights=""):
-    """Parameters of `LPIPS` from the files people have.
+def load_lpips(vgg16: str | Path, linear_weights: str | Path = "") -> dict[str, Any]:
+    """Returns the float32 parameters of `LPIPS`.
 
     Args:
       vgg16: torchvision's VGG16 (vgg16-397923af.pth), or a state dict of the lpips package's or taming's whole module.
       linear_weights: the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; empty if `vgg16` holds the whole module. The
         two may also be given the other way round. Both may be any kind of file that `weights.read_state_dict` reads.
 
-    Returns:
-      Nested dict of float32 numpy arrays.
-
     Raises:
       FileNotFoundError: if a file does not exist.
       ValueError: if a file is damaged, VGG16 or the linear weights are in none of the files, the files contradict each other,
         or listing everything in them that does not fit the network.
     """
-    files = [str(path) for path in (vgg16, linear_weights) if path]
-    if not files:
+    paths = [str(path) for path in (vgg16, linear_weights) if path]
+    if not paths:
         raise ValueError("LPIPS needs torchvision's VGG16 weights and the linear weights of LPIPS v0.1, or both in one file")
-    source = " with ".join(files)
-    first, *second = (weights.read_state_dict(path) for path in files)
-    state_dict = from_torchvision(first, *(second or [{}]))
+    source = " with ".join(paths)
+    state_dict = merge_state_dicts(*map(weights.read_state_dict, paths))
     parts = {"net.slice": "VGG16's convolutions (features.0.weight …)", "lin": "the linear weights (lin0.model.1.weight …)"}
-    for beginning, what in parts.items():
-        if not any(name.startswith(beginning) for name in state_dict):
-            held = ", ".join(sorted(state_dict)[:3])
-            raise ValueError(f"{source} lacks {what}; give the file that holds them, too. What is there begins with: {held}")
+    for prefix, part in parts.items():
+        if not any(name.startswith(prefix) for name in state_dict):
+            names = ", ".join(sorted(state_dict)[:3])
+            raise ValueError(f"{source} lacks {part}; give the file that holds them, too. What is there begins with: {names}")
     return to_flax(lpips_table(), state_dict, _target(), source=source)

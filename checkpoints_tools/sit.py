@@ -3,64 +3,46 @@
 Three kinds of files share their names:
     'repae'       with `bn.*`, the latent batch norm, and projectors. t = 0 is data.
     'repa'        projectors, no `bn.*`: latents are the VAE's times 0.18215. t = 0 is data.
-    'sit-or-dit'  neither. Plain SiT: t = 0 is noise, see `reverse_time`. DiT: t in 0..999, 0 is data, predicts the noise.
+    'sit-or-dit'  neither. Plain SiT: t = 0 is noise, see plain_sit.py. DiT: t in 0..999, 0 is data, predicts the noise.
 """
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from checkpoints_tools.mapping import CONV, COPY, LINEAR, Entry, Table, linear, norm, patch_embedding, stack, to_flax
-from checkpoints_tools.weights import AVERAGED, read_state_dict
+from checkpoints_tools import mapping
+from checkpoints_tools.mapping import CONV, COPY, LINEAR, Entry, StateDict, Table, counter, linear, norm, running_stats
 from repae_jax.models.sit import SiT
 
-# (hidden size, depth) -> (name, heads, blocks before the alignment tap): a file tells none of them
+# (hidden size, depth) -> (name, heads, blocks before the alignment tap), which no file holds
 _PUBLISHED = {(384, 12): ("S", 6, 4), (768, 12): ("B", 12, 4), (1024, 24): ("L", 16, 8), (1152, 28): ("XL", 16, 8)}
-
 _CONV_PROJECTOR = "projection_layer"  # iREPA's, by public forks of its code; unconfirmed by a file of its authors
+_PATCHES, _CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+_MLP, _OUTPUT, _Q_NORM = "blocks.0.mlp.fc1.weight", "final_layer.linear.weight", "blocks.0.attn.q_norm.weight"
 
 
-def sit_table(sit, updates=0, latent_norm=True):
-    """Conversion table of a SiT and its latent batch norm.
+def sit_table(sit: SiT, updates: int = 0, latent_norm: bool = True) -> Table:
+    """Table between the published names and {'params': SiT parameters, 'latent_stats': {'mean', 'var'}}.
 
     Args:
-      sit: the SiT module (its sizes are read).
+      sit: the SiT module, which says the sizes.
       updates: value written for the batch norm's `num_batches_tracked`.
-      latent_norm: whether the file holds the latent batch norm; False for REPA, SiT and DiT.
-
-    Returns:
-      Table between the published names and {'params': SiT parameters, 'latent_stats': {'mean', 'var'}}; without
-      'latent_stats' if not latent_norm.
+      latent_norm: False for files of REPA, SiT and DiT, which have no latent batch norm: without 'latent_stats'.
     """
-    block = []
-    for kind, layout in (("weight", LINEAR), ("bias", COPY)):
-        leaf = "kernel" if kind == "weight" else "bias"
-        paths = tuple(f"params/{{stack}}/attn/{part}/{leaf}" for part in ("query", "key", "value"))
-        block.append(Entry((f"blocks.{{i}}.attn.qkv.{kind}",), paths, layout))
-    for torch, flax in (
-        ("attn.proj", "attn/out"),
-        ("mlp.fc1", "mlp/fc1"),
-        ("mlp.fc2", "mlp/fc2"),
-        ("adaLN_modulation.1", "adaLN_modulation"),
-    ):
-        block += linear(f"blocks.{{i}}.{torch}", f"params/{{stack}}/{flax}")
-    if sit.qk_norm:
-        block += norm("blocks.{i}.attn.q_norm", "params/{stack}/attn/query_norm")
-        block += norm("blocks.{i}.attn.k_norm", "params/{stack}/attn/key_norm")
     entries = [
-        *linear("x_embedder.proj", "params/x_embedder", patch_embedding(sit.patch_size)),
+        *linear("x_embedder.proj", "params/x_embedder", mapping.patch_embedding(sit.patch_size)),
         *linear("t_embedder.mlp.0", "params/t_embedder/fc1"),
         *linear("t_embedder.mlp.2", "params/t_embedder/fc2"),
         Entry(("pos_embed",), ("params/pos_embed/table",)),
-        Entry(("y_embedder.embedding_table.weight",), ("params/y_embedder/embedding",)),
-        *stack(
-            block,
+        Entry((_CLASSES,), ("params/y_embedder/embedding",)),
+        *mapping.stack(
+            _block(sit),
             {"early_blocks": range(sit.encoder_depth), "late_blocks": range(sit.encoder_depth, sit.depth)},
         ),
         *linear("final_layer.linear", "params/final_layer/linear"),
@@ -69,26 +51,46 @@ def sit_table(sit, updates=0, latent_norm=True):
     for i in range(len(sit.feature_dims)):
         if sit.projector == "conv":
             entries += linear(f"projectors.{i}.{_CONV_PROJECTOR}", f"params/projectors_{i}/conv", CONV)
-            continue
-        for layer, torch in enumerate((0, 2, 4)):
-            entries += linear(f"projectors.{i}.{torch}", f"params/projectors_{i}/fc{layer + 1}")
-    constants = {}
-    if latent_norm:
-        entries.append(Entry(("bn.running_mean",), ("latent_stats/mean",)))
-        entries.append(Entry(("bn.running_var",), ("latent_stats/var",)))
-        constants["bn.num_batches_tracked"] = np.asarray(updates, np.int64)
-    return Table(entries, constants)
+        else:
+            for layer, torch in enumerate((0, 2, 4)):
+                entries += linear(f"projectors.{i}.{torch}", f"params/projectors_{i}/fc{layer + 1}")
+    if not latent_norm:
+        return Table(entries)
+    return Table([*entries, *running_stats("bn", "latent_stats")], counter("bn", updates))
 
 
-def layout_of(state_dict):
-    """'repae', 'repa' or 'sit-or-dit': which kind of file a state dict is from, by its names."""
-    if any(name.startswith("bn.") for name in state_dict):
+def _block(sit):
+    entries = []
+    for kind, leaf, layout in (("weight", "kernel", LINEAR), ("bias", "bias", COPY)):
+        paths = tuple(f"params/{{stack}}/attn/{part}/{leaf}" for part in ("query", "key", "value"))
+        entries.append(Entry((f"blocks.{{i}}.attn.qkv.{kind}",), paths, layout))
+    layers = {"attn.proj": "attn/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2", "adaLN_modulation.1": "adaLN_modulation"}
+    for torch, flax in layers.items():
+        entries += linear(f"blocks.{{i}}.{torch}", f"params/{{stack}}/{flax}")
+    if sit.qk_norm:
+        entries += norm("blocks.{i}.attn.q_norm", "params/{stack}/attn/query_norm")
+        entries += norm("blocks.{i}.attn.k_norm", "params/{stack}/attn/key_norm")
+    return entries
+
+
+def abstract_sit(sit: SiT, grid: int, latent_norm: bool = True) -> dict[str, Any]:
+    """Shapes and dtypes of the Flax side of `sit_table`, for `grid` tokens per side."""
+    side, channels = grid * sit.patch_size, sit.latent_channels
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    variables = mapping.abstract_variables(sit, (1, side, side, channels), (1,), labels)
+    stats = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    return variables | ({"latent_stats": {"mean": stats, "var": stats}} if latent_norm else {})
+
+
+def layout_of(names: Collection[str]) -> str:
+    """Kind of file that a state dict is from, by its names: 'repae', 'repa' or 'sit-or-dit'."""
+    if any(name.startswith("bn.") for name in names):
         return "repae"
-    return "repa" if any(name.startswith("projectors.") for name in state_dict) else "sit-or-dit"
+    return "repa" if any(name.startswith("projectors.") for name in names) else "sit-or-dit"
 
 
-def check_time(layout, source):
-    """ValueError for a plain SiT, or a DiT where none is asked for: their weights mean something else than ours."""
+def check_time(layout: str, source: str) -> None:
+    """Raises ValueError for a plain SiT, or a DiT where none is asked for: their time or their output is another one."""
     if layout == "sit-or-dit":
         raise ValueError(
             f"{source} has neither a latent batch norm nor projectors: it is a plain SiT, whose t = 0 is noise, or a DiT, "
@@ -97,30 +99,21 @@ def check_time(layout, source):
         )
 
 
-def _count(state_dict, stem):
-    """1 + the largest i of the names 'STEM.i.…'; 0 without any."""
-    pattern = re.compile(rf"{re.escape(stem)}\.(\d+)\.")
-    return 1 + max((int(match[1]) for match in map(pattern.match, state_dict) if match), default=-1)
-
-
-def rename_legacy(state_dict, encoder_depth=None):
-    """Today's names of a state dict whose blocks behind the alignment tap are called `decoder_blocks.i`, from 0.
+def rename_legacy(state_dict: StateDict, encoder_depth: int | None = None) -> dict[str, np.ndarray]:
+    """Renames blocks after the alignment tap that are called `decoder_blocks.i`, from 0, to today's `blocks.i`.
 
     Args:
-      state_dict: name -> array; one without such blocks comes back as it is.
-      encoder_depth: blocks before the tap, to be checked; whatever the file has by default.
-
-    Returns:
-      dict name -> array.
+      state_dict: name -> array; returned as it is if it has no such blocks.
+      encoder_depth: blocks before the tap, to be checked; by default not checked.
 
     Raises:
       ValueError: if `blocks.*` does not end at encoder_depth.
 
     Reference: REPA's `load_legacy_checkpoints`.
     """
-    if not _count(state_dict, "decoder_blocks"):
+    if not mapping.count_layers(state_dict, "decoder_blocks"):
         return dict(state_dict)
-    early = _count(state_dict, "blocks")
+    early = mapping.count_layers(state_dict, "blocks")
     if encoder_depth not in (None, early):
         raise ValueError(f"encoder_depth={encoder_depth}, but the file has {early} blocks before its decoder_blocks")
 
@@ -130,7 +123,7 @@ def rename_legacy(state_dict, encoder_depth=None):
     return {re.sub(r"^decoder_blocks\.(\d+)\.", rename, name): array for name, array in state_dict.items()}
 
 
-def grid_of(state_dict):
+def grid_of(state_dict: StateDict) -> int:
     """Tokens per side, from `pos_embed` [1, grid * grid, D]; ValueError if it is missing or not square."""
     shape = np.shape(state_dict["pos_embed"]) if "pos_embed" in state_dict else None
     if shape is None or len(shape) != 3 or math.isqrt(shape[1]) ** 2 != shape[1]:
@@ -138,36 +131,61 @@ def grid_of(state_dict):
     return math.isqrt(shape[1])
 
 
-def describe_sit(state_dict, encoder_depth=None, num_heads=None):
+def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_heads: int | None = None) -> dict[str, Any]:
     """Fields of the SiT that a state dict belongs to, from names and shapes.
 
     Args:
       state_dict: name -> array, of any of the three kinds.
-      encoder_depth: blocks before the alignment tap. By default what legacy names tell; 4 for S and B, 8 for L and XL,
+      encoder_depth: blocks before the alignment tap. By default the number in legacy names; 4 for S and B, 8 for L and XL,
         as published, if there are projectors; otherwise all blocks.
-      num_heads: by default what qk_norm's width tells, or the published number for S, B, L and XL.
+      num_heads: by default the number that qk_norm's width implies, or the published one for S, B, L and XL.
 
     Returns:
       dict of SiT's fields: hidden_size, depth, num_heads, encoder_depth, patch_size, latent_channels, num_classes, mlp_ratio,
       qk_norm, learned_sigma, feature_dims and, with projectors, projector_dim, or projector if it is 'conv'.
 
     Raises:
-      ValueError: if arrays are missing or of impossible shapes, or a number that the file does not tell is needed.
+      ValueError: if arrays are missing or of impossible shapes, or a number is needed that the file does not hold.
     """
-    ranks = {
-        "x_embedder.proj.weight": 4,
-        "y_embedder.embedding_table.weight": 2,
-        "blocks.0.mlp.fc1.weight": 2,
-        "final_layer.linear.weight": 2,
-    }
-    q_norm = "blocks.0.attn.q_norm.weight"
-    if q_norm in state_dict:
-        ranks[q_norm] = 1
-    num_projectors = _count(state_dict, "projectors")
+    projectors = mapping.count_layers(state_dict, "projectors")
     is_conv = f"projectors.0.{_CONV_PROJECTOR}.weight" in state_dict
+    shapes = _checked_shapes(state_dict, projectors, is_conv)
+    width, channels, patch, patch_width = shapes[_PATCHES]
+    ratio, rest = divmod(shapes[_OUTPUT][0], patch * patch * channels)
+    if patch != patch_width or rest or ratio not in (1, 2):
+        raise ValueError(
+            f"{_PATCHES} {shapes[_PATCHES]} and {_OUTPUT} {shapes[_OUTPUT]} do not fit: expected square patches and one or two "
+            "times as many outputs"
+        )
+    early, late = mapping.count_layers(state_dict, "blocks"), mapping.count_layers(state_dict, "decoder_blocks")
+    depth = early + late
+    if encoder_depth is None and (late or not projectors):
+        encoder_depth = early
+    num_heads, encoder_depth = _heads_and_tap(width, depth, num_heads, encoder_depth, shapes.get(_Q_NORM))
     last = _CONV_PROJECTOR if is_conv else "4"
-    for i in range(num_projectors):
-        ranks |= {f"projectors.{i}.{last}.weight": 4} if is_conv else {f"projectors.{i}.{layer}.weight": 2 for layer in (0, 4)}
+    fields = {
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "encoder_depth": encoder_depth,
+        "patch_size": patch,
+        "latent_channels": channels,
+        "num_classes": shapes[_CLASSES][0] - 1,  # the last row is "no class"
+        "mlp_ratio": shapes[_MLP][0] / width,
+        "qk_norm": _Q_NORM in shapes,
+        "learned_sigma": ratio == 2,
+        "feature_dims": tuple(shapes[f"projectors.{i}.{last}.weight"][0] for i in range(projectors)),
+    }
+    if is_conv:
+        return fields | {"projector": "conv"}
+    return fields | ({"projector_dim": shapes["projectors.0.0.weight"][0]} if projectors else {})
+
+
+def _checked_shapes(state_dict, projectors, is_conv):
+    """Shapes of the arrays that say the network's sizes, after checking their numbers of axes."""
+    ranks = {_PATCHES: 4, _CLASSES: 2, _MLP: 2, _OUTPUT: 2} | ({_Q_NORM: 1} if _Q_NORM in state_dict else {})
+    layers = {_CONV_PROJECTOR: 4} if is_conv else {"0": 2, "4": 2}
+    ranks |= {f"projectors.{i}.{layer}.weight": rank for i in range(projectors) for layer, rank in layers.items()}
     shapes = {name: np.shape(state_dict[name]) for name in ranks if name in state_dict}
     problems = [f"missing: {name}" for name in ranks if name not in shapes]
     problems += [
@@ -177,55 +195,31 @@ def describe_sit(state_dict, encoder_depth=None, num_heads=None):
     ]
     if problems:
         raise ValueError(f"no state dict of a SiT or DiT: {'; '.join(problems)}")
+    return shapes
 
-    width, channels, patch, patch_width = shapes["x_embedder.proj.weight"]
-    ratio, rest = divmod(shapes["final_layer.linear.weight"][0], patch * patch * channels)
-    if patch != patch_width or rest or ratio not in (1, 2):
-        raise ValueError(
-            f"x_embedder.proj.weight {shapes['x_embedder.proj.weight']} and final_layer.linear.weight "
-            f"{shapes['final_layer.linear.weight']} do not fit: expected square patches and one or two times as many outputs"
-        )
-    early, late = _count(state_dict, "blocks"), _count(state_dict, "decoder_blocks")
-    depth = early + late
+
+def _heads_and_tap(width, depth, num_heads, encoder_depth, q_norm):
+    """(heads, blocks before the tap), published numbers where nothing else says them."""
     _, published_heads, published_tap = _PUBLISHED.get((width, depth), (None, None, None))
-
-    if q_norm in shapes:
-        told = width // shapes[q_norm][0]
-        if num_heads not in (None, told):
-            raise ValueError(f"num_heads={num_heads}, but {q_norm} {shapes[q_norm]} in width {width} makes {told} heads")
-        num_heads = told
+    if q_norm:
+        implied = width // q_norm[0]
+        if num_heads not in (None, implied):
+            raise ValueError(f"num_heads={num_heads}, but {_Q_NORM} {q_norm} in width {width} makes {implied} heads")
+        num_heads = implied
     num_heads = num_heads or published_heads
-    if num_heads is None:
-        raise ValueError(
-            f"hidden size {width} and depth {depth} are none of S, B, L or XL, and the file does not tell the number of heads: "
-            "give num_heads"
-        )
-    if encoder_depth is None:
-        encoder_depth = early if late else published_tap if num_projectors else depth
-    if encoder_depth is None:
-        raise ValueError(
-            f"hidden size {width} and depth {depth} are none of S, B, L or XL, and the file does not tell after which block "
-            "its projectors stand: give encoder_depth"
-        )
-    fields = {
-        "hidden_size": width,
-        "depth": depth,
-        "num_heads": num_heads,
-        "encoder_depth": encoder_depth,
-        "patch_size": patch,
-        "latent_channels": channels,
-        "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,  # the last row is "no class"
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        "qk_norm": q_norm in shapes,
-        "learned_sigma": ratio == 2,
-        "feature_dims": tuple(shapes[f"projectors.{i}.{last}.weight"][0] for i in range(num_projectors)),
-    }
-    if is_conv:
-        return fields | {"projector": "conv"}
-    return fields | ({"projector_dim": shapes["projectors.0.0.weight"][0]} if num_projectors else {})
+    encoder_depth = published_tap if encoder_depth is None else encoder_depth
+    for value, missing in (
+        (num_heads, "the number of heads: give num_heads"),
+        (encoder_depth, "after which block its projectors stand: give encoder_depth"),
+    ):
+        if value is None:
+            raise ValueError(
+                f"hidden size {width} and depth {depth} are none of S, B, L or XL, and the file does not tell {missing}"
+            )
+    return num_heads, encoder_depth
 
 
-def model_name(sit):
+def model_name(sit: SiT) -> str | None:
     """Published name of a SiT's size, such as 'SiT-XL/2'; None if it has none."""
     name, heads, _ = _PUBLISHED.get((sit.hidden_size, sit.depth), (None, None, None))
     return f"SiT-{name}/{sit.patch_size}" if name and heads == sit.num_heads and sit.mlp_ratio == 4 else None
@@ -236,8 +230,8 @@ class LoadedSiT:
     """A SiT or DiT read from a file.
 
     Attributes:
-      module: SiT.
-      variables: {'params': …} of float32 numpy arrays, and of 'repae' files 'latent_stats': {'mean', 'var'}, each [C].
+      module: the network.
+      variables: {'params': …}, float32, and of 'repae' files 'latent_stats': {'mean', 'var'}, each [C].
       layout: 'repae', 'repa' or 'sit-or-dit'.
       grid: tokens per side.
     """
@@ -248,107 +242,32 @@ class LoadedSiT:
     grid: int
 
 
-def load_sit(path, entry=None, encoder_depth=None, num_heads=None, dtype=jnp.float32):
-    """A SiT or DiT from a published file, its sizes inferred. Time runs as in the file, see `reverse_time`.
+def from_state_dict(
+    state_dict: StateDict, source: str, encoder_depth: int | None = None, num_heads: int | None = None, dtype: Any = jnp.float32
+) -> LoadedSiT:
+    """Returns a SiT or DiT from a published state dict, its sizes inferred. Time runs as in the file, see plain_sit.py.
 
     Args:
-      path: what `weights.read_state_dict` reads.
-      entry: state dict to take from a file with several; by default the averaged one of those.
+      state_dict: content of a file, or of an entry of one.
+      source: its name, for errors.
       encoder_depth: see `describe_sit`.
       num_heads: see `describe_sit`.
       dtype: compute dtype of the module.
 
-    Returns:
-      LoadedSiT.
-
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged, belongs to another network, or does not tell a number that is needed.
+      ValueError: if it is damaged, belongs to another network, or lacks a number that is needed.
     """
-    return from_state_dict(_read(path, entry), str(path), encoder_depth, num_heads, dtype)
-
-
-def from_state_dict(state_dict, source, encoder_depth=None, num_heads=None, dtype=jnp.float32):
-    """`load_sit` of a state dict alone, such as the one within a training checkpoint; `source` is its name, for errors."""
     try:
         fields = describe_sit(state_dict, encoder_depth, num_heads)
         state_dict = rename_legacy(state_dict, fields["encoder_depth"])
         grid, layout = grid_of(state_dict), layout_of(state_dict)
         module = SiT(**fields, dtype=dtype)
         has_norm = layout == "repae"
-        target = _abstract_variables(module, grid, has_norm)
+        target = abstract_sit(module, grid, has_norm)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    variables = to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
+    variables = mapping.to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
     if has_norm and not (variables["latent_stats"]["var"] > 0).all():
         smallest = variables["latent_stats"]["var"].min()
         raise ValueError(f"{source}: bn.running_var must be positive; its smallest entry is {smallest}")
     return LoadedSiT(module, variables, layout, grid)
-
-
-def _read(path, entry):
-    try:
-        return read_state_dict(path, entry=entry)
-    except ValueError as error:
-        if entry is not None:
-            raise
-        try:
-            state_dict = read_state_dict(path, entry=AVERAGED)
-        except ValueError:
-            raise error from None
-    logging.info("%s holds several state dicts: taking the averaged weights", path)
-    return state_dict
-
-
-def _abstract_variables(module, grid, latent_norm):
-    """Shapes and dtypes of the variables of a SiT."""
-
-    def shape(*sizes, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    side, channels = grid * module.patch_size, module.latent_channels
-    latents, labels = shape(1, side, side, channels), shape(1, dtype=jnp.int32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), latents, shape(1), labels)
-    return variables | ({"latent_stats": {"mean": shape(channels), "var": shape(channels)}} if latent_norm else {})
-
-
-def reverse_time(params):
-    """Parameters of the same SiT with time running the other way: v'(z, t) = -v(z, 1 - t). Its own inverse.
-
-    Plain SiT calls noise t = 0 and data t = 1; we, like REPA and REPA-E, the other way round. The first layer of the time
-    embedder sees cos(f t) and sin(f t), of which cos(f (1 - t)) and sin(f (1 - t)) are linear combinations, so the change of
-    time is a change of that layer's weights. For velocities only: DiT's noise prediction has no such symmetry.
-
-    Args:
-      params: SiT parameters, t in [0, 1].
-
-    Returns:
-      SiT parameters; what does not change is shared with `params`.
-    """
-    embedder, final = params["t_embedder"], params["final_layer"]
-    kernel = np.asarray(embedder["fc1"]["kernel"])
-    half = kernel.shape[0] // 2
-    frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)[:, None]  # of layers.timestep_embedding, in float64
-    cos, sin = np.cos(frequencies), np.sin(frequencies)
-    of_cos, of_sin = kernel[:half].astype(np.float64), kernel[half:].astype(np.float64)
-    reversed_kernel = np.concatenate([cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin]).astype(kernel.dtype)
-    return {
-        **params,
-        "t_embedder": {**embedder, "fc1": {**embedder["fc1"], "kernel": reversed_kernel}},
-        "final_layer": {**final, "linear": {name: -np.asarray(leaf) for name, leaf in final["linear"].items()}},
-    }
-
-
-def without_sigma(module, params):
-    """The same velocity network without its unused sigma outputs: (module, params)."""
-    if not module.learned_sigma:
-        return module, params
-    patch, channels = module.patch_size, module.latent_channels
-
-    def velocity_half(leaf):  # outputs are (row, column, channel) within a patch, sigma's channels after the velocity's
-        leaf = np.asarray(leaf)
-        return leaf.reshape(*leaf.shape[:-1], patch**2, 2 * channels)[..., :channels].reshape(*leaf.shape[:-1], -1)
-
-    final = params["final_layer"]
-    linear = {name: velocity_half(leaf) for name, leaf in final["linear"].items()}
-    return module.clone(learned_sigma=False), {**params, "final_layer": {**final, "linear": linear}}

@@ -1,15 +1,37 @@
 """SiT's output as diffusers' own module computes it, to compare ours with."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from checkpoints_tools.mapping import to_torch
+from checkpoints_tools.mapping import Tree, to_torch
 from checkpoints_tools.sit import sit_table
+from repae_jax.models.sit import SiT
+
+# layers' names -> diffusers'
+_ENDS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.linear": "proj_out_2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+}
+_EMBEDDERS = {  # in every block, with equal weights
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+_LAYERS = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
 
 
-def torch_sit(module, params, grid):
-    """The same network as an independent PyTorch implementation: diffusers' DiT, with our weights.
+def torch_sit(module: SiT, params: Tree, grid: int) -> Callable[[Any, Any, Any], Float[np.ndarray, "B h w C"]]:
+    """Returns the same network as an independent PyTorch implementation: diffusers' DiT, with our weights.
 
     Args:
       module: SiT without qk_norm, of mlp_ratio 4; its projectors are left out.
@@ -17,7 +39,7 @@ def torch_sit(module, params, grid):
       grid: tokens per side.
 
     Returns:
-      (z_t [B, h, w, C], t [B], labels int [B]), all numpy -> velocity, numpy float32, as `module` gives it.
+      Function of z_t [B, h, w, C], t [B] and labels [B] that returns the velocity as `module` does.
 
     Raises:
       ValueError: for qk_norm or another mlp_ratio, which diffusers' DiT lacks.
@@ -28,12 +50,11 @@ def torch_sit(module, params, grid):
     import torch
     from diffusers import DiTTransformer2DModel
 
-    out_channels = (2 if module.learned_sigma else 1) * module.latent_channels
     network = DiTTransformer2DModel(
         num_attention_heads=module.num_heads,
         attention_head_dim=module.hidden_size // module.num_heads,
         in_channels=module.latent_channels,
-        out_channels=out_channels,
+        out_channels=(2 if module.learned_sigma else 1) * module.latent_channels,
         num_layers=module.depth,
         sample_size=grid * module.patch_size,
         patch_size=module.patch_size,
@@ -59,14 +80,14 @@ def torch_sit(module, params, grid):
     return velocity
 
 
-def torch_projections(module, params, tokens):
-    """The projections of tokens [B, T, D] as torch's own functions make them: list of float32 numpy [B, T, F]."""
+def torch_projections(module: SiT, params: Tree, tokens: Float[np.ndarray, "B T D"]) -> list[Float[np.ndarray, "B T F"]]:
+    """Returns the projections of tokens as torch's own functions compute them."""
     import torch
     from torch.nn.functional import conv2d, linear, silu
 
     state_dict = to_torch(sit_table(module, latent_norm=False), {"params": params})
     state_dict = {name: torch.tensor(array) for name, array in state_dict.items() if name.startswith("projectors.")}
-    made, side = [], math.isqrt(tokens.shape[1])
+    projections, side = [], math.isqrt(tokens.shape[1])
     for i in range(len(module.feature_dims)):
         names = sorted({name.rpartition(".")[0] for name in state_dict if name.startswith(f"projectors.{i}.")})
         layers = [(state_dict[f"{name}.weight"], state_dict[f"{name}.bias"]) for name in names]
@@ -77,36 +98,20 @@ def torch_projections(module, params, tokens):
         else:
             for layer in layers:
                 x = linear(x if layer is layers[0] else silu(x), *layer)
-        made.append(x.numpy())
-    return made
+        projections.append(x.numpy())
+    return projections
 
 
 def _diffusers_names(state_dict, depth):
     """SiT state dict -> that of diffusers' DiTTransformer2DModel."""
-    ends = {
-        "x_embedder.proj": "pos_embed.proj",
-        "final_layer.linear": "proj_out_2",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-    }
-    embedders = {
-        "t_embedder.mlp.0": "timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "timestep_embedder.linear_2",
-        "y_embedder.embedding_table": "class_embedder.embedding_table",
-    }
-    layers = {
-        "attn.proj": "attn1.to_out.0",
-        "mlp.fc1": "ff.net.0.proj",
-        "mlp.fc2": "ff.net.2",
-        "adaLN_modulation.1": "norm1.linear",
-    }
     renamed = {}
     for name, array in state_dict.items():
         stem, _, kind = name.rpartition(".")
-        if stem in ends:
-            renamed[f"{ends[stem]}.{kind}"] = array
-        elif stem in embedders:
+        if stem in _ENDS:
+            renamed[f"{_ENDS[stem]}.{kind}"] = array
+        elif stem in _EMBEDDERS:
             for i in range(depth):
-                renamed[f"transformer_blocks.{i}.norm1.emb.{embedders[stem]}.{kind}"] = array
+                renamed[f"transformer_blocks.{i}.norm1.emb.{_EMBEDDERS[stem]}.{kind}"] = array
         elif stem.startswith("blocks."):
             _, i, layer = stem.split(".", 2)
             block = f"transformer_blocks.{i}"
@@ -114,5 +119,5 @@ def _diffusers_names(state_dict, depth):
                 for part, piece in zip("qkv", np.split(array, 3)):
                     renamed[f"{block}.attn1.to_{part}.{kind}"] = piece
             else:
-                renamed[f"{block}.{layers[layer]}.{kind}"] = array
+                renamed[f"{block}.{_LAYERS[layer]}.{kind}"] = array
     return renamed

@@ -1,6 +1,10 @@
 """PyTorch's registration order of names: state dicts are written in it, and optimizer states are indexed by it. numpy only."""
 
-from checkpoints_tools.mapping import to_torch
+from collections.abc import Iterable
+
+import numpy as np
+
+from checkpoints_tools.mapping import Table, Tree, to_torch
 
 # In every module that knows two of these, the first is registered before the second. Numbers count up.
 _ORDER = (
@@ -21,14 +25,8 @@ _RANK = {name: rank for rank, name in enumerate(_ORDER)}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def registration_order(names):
-    """Names of a SiT's, an autoencoder's or a discriminator's state dict in the order in which PyTorch lists them.
-
-    Args:
-      names: any iterable of names, such as 'blocks.0.attn.qkv.weight'.
-
-    Returns:
-      list.
+def registration_order(names: Iterable[str]) -> list[str]:
+    """Sorts the names of a SiT's, an autoencoder's or a discriminator's state dict as PyTorch lists them.
 
     Raises:
       ValueError: listing the names of which a part is unknown.
@@ -40,20 +38,17 @@ def registration_order(names):
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else _RANK[part] for part in name.split(".")])
 
 
-def parameter_order(names):
-    """What `list(module.named_parameters())` names in PyTorch: entry i is parameter i of its optimizer.
+def parameter_order(names: Iterable[str]) -> list[str]:
+    """Names that `list(module.named_parameters())` has in PyTorch: entry i is parameter i of its optimizer.
 
     Args:
-      names: those of a whole state dict, as `registration_order` takes them. A SiT's fixed positions are a parameter too,
-        without gradient; a batch norm's statistics and counter are none.
-
-    Returns:
-      list of names.
+      names: all of a state dict. A SiT's fixed positions are a parameter too, without gradient; a batch norm's statistics
+        and counter are none.
     """
     return [name for name in registration_order(names) if name.rpartition(".")[2] not in _BUFFERS]
 
 
-def to_ordered_torch(table, tree):
+def to_ordered_torch(table: Table, tree: Tree) -> dict[str, np.ndarray]:
     """As `mapping.to_torch`, the state dict in registration order."""
     state_dict = to_torch(table, tree)
     return {name: state_dict[name] for name in registration_order(state_dict)}

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 
 from checkpoints_tools.discriminator import discriminator_table
-from checkpoints_tools.mapping import Table, to_flax, to_torch
+from checkpoints_tools.mapping import Table, Tree, to_flax, to_torch
 from checkpoints_tools.published import NETWORKS, OPTIMIZERS, POSITIONS, Adam, TrainingCheckpoint
 from checkpoints_tools.sit import check_time, layout_of, sit_table
 from checkpoints_tools.vae_layouts import vae_table
+from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.sit import SiT
 
-# name of a published network -> where our state keeps what it holds: leaf of its table's tree -> path in the state
-PLACES = {
+# name of a published network -> branch of its table's tree -> path in our state
+STATE_PATHS = {
     "model": {"params": "sit.params", "latent_stats": "latent_stats"},
     "ema": {"params": "ema.params", "latent_stats": "ema.latent_stats"},
     "vae": {"params": "vae.params"},
@@ -25,17 +28,11 @@ OPT_STATES = {"opt": "sit.opt_state", "opt_vae": "vae.opt_state", "opt_disc": "d
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """What the tables describe.
+    """Modules that the tables describe; a run without a SiT has no published layout."""
 
-    Attributes:
-      sit: SiT module; None in a run that trains no SiT, whose state has no published layout.
-      vae: AutoencoderKL module, or None.
-      disc: PatchDiscriminator module, or None.
-    """
-
-    sit: Any
-    vae: Any = None
-    disc: Any = None
+    sit: SiT | None
+    vae: AutoencoderKL | None = None
+    disc: PatchDiscriminator | None = None
 
 
 def _below(prefix, table):
@@ -47,65 +44,65 @@ def _below(prefix, table):
 def _moments(table):
     """The part of a table that AdamW's moments have: its parameters, without the prefix 'params/', and no constants."""
     entries = [entry for entry in table.entries if entry.flax[0].startswith("params/")]
-    bare = [dataclasses.replace(entry, flax=tuple(path.removeprefix("params/") for path in entry.flax)) for entry in entries]
-    return Table(bare)
+    return Table(
+        [dataclasses.replace(entry, flax=tuple(path.removeprefix("params/") for path in entry.flax)) for entry in entries]
+    )
 
 
-def tables(networks, updates=0, latent_norm=True):
-    """Conversion tables by the published names of the networks; trees are {'params': …, and statistics}.
+def tables(networks: Networks, updates: int = 0, latent_norm: bool = True) -> dict[str, Table]:
+    """Tables by the published names of the networks; trees are {'params': …, and statistics}.
 
     Args:
-      networks: Networks.
-      updates: written as every batch norm's `num_batches_tracked`.
+      networks: our modules.
+      updates: value written for every batch norm's `num_batches_tracked`.
       latent_norm: False for files of REPA, SiT and DiT, which have no latent batch norm.
-
-    Returns:
-      dict name -> Table.
     """
     sit = sit_table(networks.sit, updates, latent_norm)
-    made = {"model": sit, "ema": sit}
+    by_name = {"model": sit, "ema": sit}
     if networks.vae is not None:
-        made["vae"] = _below("params", vae_table(networks.vae))
+        by_name["vae"] = _below("params", vae_table(networks.vae))
     if networks.disc is not None:
-        made["discriminator"] = discriminator_table(networks.disc, updates)
-    return made
+        by_name["discriminator"] = discriminator_table(networks.disc, updates)
+    return by_name
 
 
-def to_trees(checkpoint, networks, targets):
-    """Published training checkpoint -> our trees.
+def to_trees(
+    checkpoint: TrainingCheckpoint, networks: Networks, targets: Mapping[str, Tree]
+) -> tuple[dict[str, Tree], dict[str, tuple[int, Tree, Tree]]]:
+    """Converts a published training checkpoint to our trees, where both have the network.
 
     Args:
-      checkpoint: TrainingCheckpoint.
-      networks: Networks; what they lack is not converted.
-      targets: name of a published network -> tree of shapes and dtypes, as in `PLACES`; 'ema' as 'model'.
+      checkpoint: content of the file.
+      networks: our modules.
+      targets: name of a published network -> tree of shapes and dtypes, as in `STATE_PATHS`; 'ema' as 'model'.
 
     Returns:
-      (name -> tree, name of an optimizer -> (updates, first moments, second moments)), of what the checkpoint holds.
+      (name -> tree, name of an optimizer -> (updates, first moments, second moments)).
 
     Raises:
       ValueError: listing all that does not fit.
     """
     layout = layout_of(checkpoint.networks["model"])
-    if not networks.sit.learned_sigma:  # what is trained with sigma is a DiT
+    if not networks.sit.learned_sigma:  # one that is trained with sigma is a DiT
         check_time(layout, checkpoint.source)
     latent_norm = layout == "repae"
-    made = tables(networks, latent_norm=latent_norm)
+    by_name = tables(networks, latent_norm=latent_norm)
     trees, moments = {}, {}
-    for name, table in made.items():
+    for name, table in by_name.items():
         if name in checkpoint.networks:
             target = dict(targets[name])
             if not latent_norm:
                 target.pop("latent_stats", None)
             trees[name] = to_flax(table, checkpoint.networks[name], target, f"{checkpoint.source}: {name}")
     for optimizer, name in OPTIMIZERS.items():
-        if optimizer in checkpoint.optimizers and name in made:
-            adam, target, table = checkpoint.optimizers[optimizer], targets[name]["params"], _moments(made[name])
-            unmoved = {POSITIONS: np.zeros_like(checkpoint.networks[name][POSITIONS])} if name == "model" else {}
-            filled = [
-                to_flax(table, unmoved | dict(arrays), target, f"{checkpoint.source}: {optimizer} {kind}")
+        if optimizer in checkpoint.optimizers and name in by_name:
+            adam, target, table = checkpoint.optimizers[optimizer], targets[name]["params"], _moments(by_name[name])
+            untrained = {POSITIONS: np.zeros_like(checkpoint.networks[name][POSITIONS])} if name == "model" else {}
+            pair = [
+                to_flax(table, untrained | dict(arrays), target, f"{checkpoint.source}: {optimizer} {kind}")
                 for kind, arrays in (("exp_avg", adam.exp_avg), ("exp_avg_sq", adam.exp_avg_sq))
             ]
-            moments[optimizer] = (adam.steps, *filled)
+            moments[optimizer] = (adam.steps, *pair)
     return trees, moments
 
 
@@ -117,36 +114,33 @@ def from_run(
     source: str,
     groups: Mapping[str, Mapping[str, Any]],
 ) -> TrainingCheckpoint:
-    """State of a run -> published training checkpoint.
+    """Converts the state of a run to a published training checkpoint.
 
     Args:
       read: path in the state, such as 'ema.params' -> that subtree; called once for each, so that it may read from disk and
         no more than one of them is held beside the result.
-      networks: Networks.
+      networks: our modules.
       steps: training steps of the state.
       args: the published command line.
-      source: where the state is from, for messages.
+      source: name of the run, for messages.
       groups: name of an optimizer -> its settings, see `Adam`; without any, AdamW's moments, two thirds of the file, stay out.
-
-    Returns:
-      TrainingCheckpoint.
     """
-    made = tables(networks, updates=steps)
+    by_name = tables(networks, updates=steps)
     converted, shapes = {}, {}
     for name in NETWORKS:
-        if name in made:
-            trees = {leaf: read(path) for leaf, path in PLACES[name].items()}
-            converted[name], shapes[name] = to_torch(made[name], trees), jax.tree.map(np.shape, trees["params"])
-    adams = {}
+        if name in by_name:
+            trees = {branch: read(path) for branch, path in STATE_PATHS[name].items()}
+            converted[name], shapes[name] = to_torch(by_name[name], trees), jax.tree.map(np.shape, trees["params"])
+    optimizers = {}
     for optimizer, name in OPTIMIZERS.items():
-        if name in made and optimizer in groups:
-            adam, table = find_adam(read(OPT_STATES[optimizer])), _moments(made[name])
-            moments = [to_torch(table, _with_fixed(adam.pop(which), shapes[name])) for which in ("mu", "nu")]
+        if name in by_name and optimizer in groups:
+            adam, table = find_adam(read(OPT_STATES[optimizer])), _moments(by_name[name])
+            moments = [to_torch(table, _with_fixed(adam.pop(kind), shapes[name])) for kind in ("mu", "nu")]
             if name == "model" and not networks.sit.learned_positions:
                 for arrays in moments:
                     del arrays[POSITIONS]
-            adams[optimizer] = Adam(int(adam["count"]), *moments, groups[optimizer])
-    return TrainingCheckpoint(source, args, steps, converted, adams)
+            optimizers[optimizer] = Adam(int(adam["count"]), *moments, groups[optimizer])
+    return TrainingCheckpoint(source, args, steps, converted, optimizers)
 
 
 def _with_fixed(moments, shapes):
@@ -156,12 +150,8 @@ def _with_fixed(moments, shapes):
     return {**moments, **zeros}
 
 
-def find_adam(tree):
-    """The dict {'count', 'mu', 'nu'} of optax's scale_by_adam somewhere in a stored optimizer state.
-
-    Raises:
-      ValueError: if there is none.
-    """
+def find_adam(tree: Any) -> dict[str, Any]:
+    """Returns optax's {'count', 'mu', 'nu'} somewhere in a stored optimizer state; ValueError if there is none."""
     stack = [tree]
     while stack:
         node = stack.pop()

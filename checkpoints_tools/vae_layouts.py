@@ -1,37 +1,41 @@
 """AutoencoderKL: the names of the published layouts <-> our parameters.
 
-One description of the network's modules (`_entries`), and for each layout what these modules are called there.
+One description of the network's modules (`_entries`), and for each layout the names of these modules there.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from checkpoints_tools.mapping import CONV, LINEAR, Entry, Layout, Table, linear, norm
+from checkpoints_tools.mapping import CONV, LINEAR, Entry, Layout, StateDict, Table, Tree, abstract_variables, linear, norm
 from repae_jax.models.autoencoder import AutoencoderKL
 
+NORM_GROUPS = 32  # of every published network; only diffusers' config.json can say otherwise
 # 1x1 convolution [1, 1, in, out] kept as a linear layer [out, in]
 _POINTWISE = Layout(lambda x: LINEAR.to_flax(x)[None, None], lambda x: LINEAR.to_torch(x[0, 0]))
 # and the other way round: our linear layer [in, out] kept as a 1x1 convolution [out, in, 1, 1]
 _AS_CONV = Layout(lambda x: rearrange(x, "o i 1 1 -> i o"), lambda x: rearrange(x, "i o -> o i 1 1"))
+_Contents = TypeVar("_Contents", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a layout calls our modules.
+    """Names of our modules in one layout.
 
     Attributes:
       layout: its name, for messages.
       modules: our path -> the name there; {depth} counts the decoder's levels from the lowest resolution.
       shortcut: the 1x1 convolution of a residual block.
       attention: (norm, q, k, v, proj_out) of an attention block.
-      projection: how the weights of the last four are kept.
-      vf_projection: our map from latents to an encoder's tokens, of LightningDiT's training; None: the layout has none.
-      ignored: beginnings of names that a file may hold besides.
+      projection: layout of the weights of the last four.
+      vf_projection: our map from latents to an encoder's tokens, of LightningDiT's training; None if the layout has none.
+      ignored: prefixes of names that a file may hold besides.
     """
 
     layout: str
@@ -95,31 +99,36 @@ _PUBLISHED = {
     "f8d4": AutoencoderKL(latent_channels=4, channel_multipliers=(1, 2, 4, 4)),
     "f16d32": AutoencoderKL(latent_channels=32, channel_multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
 }
+# fields of AutoencoderKL that say which weights it has
+SIZES = (
+    "latent_channels", "channels", "channel_multipliers", "num_res_blocks", "attention_levels", "norm_groups", "quant_convs"
+)  # fmt: skip
 
 
-def published_name(vae):
-    """'f8d4' or 'f16d32', what the published scripts call a VAE of these sizes; None if they have no such."""
+def published_name(vae: AutoencoderKL) -> str | None:
+    """The published scripts' name of a VAE of these sizes, 'f8d4' or 'f16d32'; None if they have none."""
     plain = vae.clone(dtype=jnp.float32, remat=False, feature_dim=None)
     return next((name for name, published in _PUBLISHED.items() if plain == published), None)
 
 
-def vae_table(vae, names=COMPVIS):
-    """Conversion table of an AutoencoderKL module, whose sizes are read, between a layout's names and its parameters."""
+def vae_table(vae: AutoencoderKL, names: Names = COMPVIS) -> Table:
+    """Table between a layout's names and the parameters of an AutoencoderKL module, which says the sizes."""
     return Table(list(_entries(vae, names)), ignored=names.ignored)
 
 
-def diffusers_table(vae):
-    """`vae_table` with the names of diffusers' AutoencoderKL."""
-    return vae_table(vae, DIFFUSERS)
+def abstract_params(vae: AutoencoderKL) -> dict[str, Any]:
+    """Shapes and dtypes of an AutoencoderKL's parameters."""
+    size = 2 * vae.factor
+    return abstract_variables(vae, (1, size, size, 3), (1, 2, 2, vae.latent_channels))["params"]
 
 
-def without_projection(vae, params):
-    """(module, parameters) of an AutoencoderKL without its map from latents to tokens, if it has one."""
+def without_projection(vae: AutoencoderKL, params: Tree) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Returns the module and the parameters without the map from latents to tokens, if there is one."""
     return vae.clone(feature_dim=None), {name: tree for name, tree in params.items() if name != "vf_projection"}
 
 
-def _entries(vae, names):
-    """Entry of every parameter of the network."""
+def _entries(vae: AutoencoderKL, names: Names) -> Iterator[Entry]:
+    """Yields the entry of every parameter of the network."""
     widths = [vae.channels * multiplier for multiplier in vae.channel_multipliers]
     top, blocks = len(widths) - 1, vae.num_res_blocks
 
@@ -172,30 +181,21 @@ def _entries(vae, names):
         yield Entry((f"{names.vf_projection}.weight",), ("vf_projection/kernel",), _AS_CONV)
 
 
-def detect_layout(state_dict, source):
-    """Which layout a state dict is in, from its names alone.
+def detect_layout(state_dict: _Contents, source: str | Path) -> tuple[Names, _Contents]:
+    """Returns the layout of a state dict, from its names alone, and the part of it that belongs to the VAE.
 
-    Args:
-      state_dict: name -> anything.
-      source: the file's name, for the error.
-
-    Returns:
-      (Names, the part of state_dict that belongs to the VAE: within a whole Stable Diffusion file, without its prefix).
+    That part is all, or within a whole Stable Diffusion file the names after its prefix.
 
     Raises:
-      ValueError: if it is in none that is known.
+      ValueError: if it is in none that is known; `source` names the file in it.
     """
     prefix = "first_stage_model."
     inside = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     state_dict = inside or state_dict
-
-    def has(*beginnings):
-        return any(name.startswith(beginnings) for name in state_dict)
-
-    if has("encoder.down.", "decoder.up."):
+    if _has(state_dict, "encoder.down.", "decoder.up."):
         return COMPVIS, state_dict
-    if has("encoder.down_blocks.", "decoder.up_blocks."):
-        is_old = any(has(f"{half}.mid_block.attentions.0.query.") for half in ("encoder", "decoder"))
+    if _has(state_dict, "encoder.down_blocks.", "decoder.up_blocks."):
+        is_old = _has(state_dict, *(f"{half}.mid_block.attentions.0.query." for half in ("encoder", "decoder")))
         return (DIFFUSERS_2022 if is_old else DIFFUSERS), state_dict
     raise ValueError(
         f"{source} is no AutoencoderKL in a known layout: neither CompVis names (encoder.down.0.block.0…, alone or after "
@@ -203,25 +203,28 @@ def detect_layout(state_dict, source):
     )
 
 
-def infer_module(state_dict, names, source, norm_groups=32, **fields):
-    """The AutoencoderKL whose weights these are. Names and shapes decide; whether all are there is the table's to check.
+def _has(names: Collection[str], *prefixes: str) -> bool:
+    return any(name.startswith(prefixes) for name in names)
+
+
+def infer_module(
+    state_dict: StateDict, names: Names, source: str | Path, norm_groups: int = NORM_GROUPS, **fields: Any
+) -> AutoencoderKL:
+    """Returns the AutoencoderKL of these weights, by names and shapes. Whether all are there is the table's to check.
 
     Args:
-      state_dict: name -> array, in the layout of `names`.
-      names: Names.
+      state_dict: in the layout of `names`.
+      names: a layout.
       source: the file's name, for errors.
-      norm_groups: group-norm groups, which no shape tells.
+      norm_groups: group-norm groups, which no shape implies.
       **fields: AutoencoderKL's `remat` and `dtype`.
 
-    Returns:
-      AutoencoderKL.
-
     Raises:
-      ValueError: if an array is missing that tells a size, or the sizes are none of AutoencoderKL's.
+      ValueError: if an array is missing that says a size, or the sizes are none of AutoencoderKL's.
     """
 
     def has(path, **at):
-        return any(name.startswith(names.modules[path].format(**at) + ".") for name in state_dict)
+        return _has(state_dict, names.modules[path].format(**at) + ".")
 
     def count(is_there):
         return next(n for n in itertools.count() if not is_there(n))
@@ -234,10 +237,6 @@ def infer_module(state_dict, names, source, norm_groups=32, **fields):
         if len(shape) <= axis:
             raise ValueError(f"{source}: wrong shape: {name} {shape} has too few axes")
         return shape[axis]
-
-    def feature_dim():
-        shape = np.shape(state_dict.get(f"{names.vf_projection}.weight", 0))
-        return shape[0] if len(shape) == 4 and f"{names.vf_projection}.bias" not in state_dict else None
 
     levels = count(lambda level: has("encoder/down_{level}_block_{i}", level=level, i=0))
     channels = size("{half}/conv_in", "bias", 0, half="encoder")
@@ -254,6 +253,12 @@ def infer_module(state_dict, names, source, norm_groups=32, **fields):
         attention_levels=tuple(n for n in range(levels) if has("encoder/down_{level}_attn_{i}", level=n, i=0)),
         norm_groups=norm_groups,
         quant_convs=has("quant_conv") or has("post_quant_conv"),
-        feature_dim=feature_dim(),
+        feature_dim=_feature_dim(state_dict, names.vf_projection),
         **fields,
     )
+
+
+def _feature_dim(state_dict, projection):
+    """Width of the map from latents to tokens; None without one. VA-VAE's `linear_proj` of the other direction has a bias."""
+    shape = np.shape(state_dict.get(f"{projection}.weight", 0))
+    return shape[0] if len(shape) == 4 and f"{projection}.bias" not in state_dict else None

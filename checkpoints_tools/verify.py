@@ -1,35 +1,29 @@
-"""Runs the PyTorch module of an artefact and ours on the same input: what `verify` does."""
+"""Runs the PyTorch module of a file or folder and ours on the same input: `verify`."""
 
-import contextlib
 import functools
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import sit, sit_reference, vae, vit, vit_reference
+from checkpoints_tools import sit, sit_reference, vae, vae_reference, vit, vit_reference
 from checkpoints_tools.identify import KINDS, identify
-from repae_jax.models import encoders as features
+from repae_jax.models import encoders
 
 
 class Difference(NamedTuple):
-    """Largest differences of one output from PyTorch's in float32, relative to its largest entry.
+    """Largest differences of one output, of our network in either dtype from PyTorch's in float32, over its largest entry."""
 
-    Attributes:
-      what: the network and its output.
-      float32: of our network in float32.
-      bfloat16: of our network computing in bfloat16.
-    """
-
-    what: str
+    output: str
     float32: float
     bfloat16: float
 
 
-def verify(path, size=256, seed=0):
+def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]:
     """Compares our network with an independent PyTorch implementation (diffusers' or transformers'), with these weights.
 
     Folders of diffusers and transformers are loaded by these libraries themselves, so that a config.json read wrongly shows;
@@ -41,45 +35,36 @@ def verify(path, size=256, seed=0):
       size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
       seed: of the inputs.
 
-    Returns:
-      list of Difference.
-
     Raises:
       ValueError: if the file is damaged, there is no independent implementation to compare with, or `size` is no size.
       ImportError: if torch, diffusers or transformers is not installed.
     """
     if size < 1:
         raise ValueError(f"image_size is {size}; allowed: a positive number of pixels, such as 256")
-    artefact = identify(path)
+    source = identify(path)
     rng = np.random.default_rng(seed)
-    if artefact.kind == "training":
-        taken = artefact.checkpoint
-        networks, found = taken.networks, []
-        if "vae" in networks:
-            module, params = vae.from_state_dict(networks["vae"], f"{taken.source}: vae", taken.norm_groups)
-            found += _vae(module, params, vae.torch_vae(module, params), size, rng)
-        name = "ema" if "ema" in networks else "model"
-        loaded = sit.from_state_dict(networks[name], f"{taken.source}: {name}", taken.encoder_depth, taken.num_heads)
-        return found + _sit(loaded, rng)
-    if artefact.kind == "vae":
-        loaded = vae.load_vae(artefact.path)
-        return _vae(loaded.module, loaded.params, _torch_vae(artefact, loaded), size, rng)
-    if artefact.kind == "sit":
-        return _sit(sit.from_state_dict(artefact.arrays, str(path)), rng)
-    if artefact.kind in ("encoder", "mocov3"):
-        return _encoder(artefact, size, rng)
+    match source.kind:
+        case "training":
+            return _compare_training(source.checkpoint, size, rng)
+        case "vae":
+            loaded = vae.read_file(source.path, source.arrays)
+            return _compare_vae(loaded.module, loaded.params, _torch_vae(source, loaded), size, rng)
+        case "sit":
+            return _compare_sit(sit.from_state_dict(source.arrays, str(path)), rng)
+        case "encoder" | "mocov3":
+            return _compare_encoder(source, size, rng)
     raise ValueError(
-        f"{path} is a {KINDS[artefact.kind]}: verify compares SiT, VAEs and encoders with diffusers and transformers; the "
+        f"{path} is a {KINDS[source.kind]}: verify compares SiT, VAEs and encoders with diffusers and transformers; the "
         "others are pinned by the tests"
     )
 
 
-def _compare(what, expected, run):
+def _compare(name, expected, run):
     """Difference of `run(dtype)` from the PyTorch output."""
     expected = np.asarray(expected, np.float64)
     scale = max(np.abs(expected).max(), 1e-30)
     errors = (np.abs(np.asarray(run(dtype), np.float64) - expected).max() / scale for dtype in (jnp.float32, jnp.bfloat16))
-    return Difference(what, *map(float, errors))
+    return Difference(name, *map(float, errors))
 
 
 def _apply(module, params, *args, **options):
@@ -87,16 +72,24 @@ def _apply(module, params, *args, **options):
         return jax.jit(functools.partial(module.apply, **options))({"params": params}, *args)
 
 
-def _torch_vae(artefact, loaded):
+def _compare_training(training, size, rng):
+    networks, differences = training.networks, []
+    if "vae" in networks:
+        module, params = training.load_vae()
+        differences += _compare_vae(module, params, vae_reference.torch_vae(module, params), size, rng)
+    return differences + _compare_sit(training.load_sit("ema" if "ema" in networks else "model"), rng)
+
+
+def _torch_vae(source, loaded):
     """diffusers' own reading of its folders; of other files, its module of our sizes with our parameters."""
-    if not artefact.path.is_dir():
-        return vae.torch_vae(loaded.module, loaded.params)
+    if not source.path.is_dir():
+        return vae_reference.torch_vae(loaded.module, loaded.params)
     import diffusers
 
-    return diffusers.AutoencoderKL.from_pretrained(artefact.path, local_files_only=True).float().eval()
+    return diffusers.AutoencoderKL.from_pretrained(source.path, local_files_only=True).float().eval()
 
 
-def _vae(module, params, reference, size, rng):
+def _compare_vae(module, params, reference, size, rng):
     import torch
 
     side = max(size // module.factor, 1) * module.factor
@@ -117,54 +110,58 @@ def _vae(module, params, reference, size, rng):
     ]
 
 
-def _sit(loaded, rng):
+def _compare_sit(loaded, rng):
     module, params = loaded.module, loaded.variables["params"]
     side = loaded.grid * module.patch_size
     z = rng.standard_normal((2, side, side, module.latent_channels)).astype(np.float32)
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
     expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
-    found = [_compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])]
-    if module.feature_dims:
-        tokens = _apply(module, params, z, t, labels, method="tap_tokens")
+    velocity = _compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])
+    if not module.feature_dims:
+        return [velocity]
+    tokens = _apply(module, params, z, t, labels, method="tap_tokens")
 
-        def projections(dtype):
-            made = _apply(module.clone(dtype=dtype), params, tokens, method="_project")
-            return jnp.concatenate(made, axis=-1)
+    def projections(dtype):
+        return jnp.concatenate(_apply(module.clone(dtype=dtype), params, tokens, method="_project"), axis=-1)
 
-        expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
-        found.append(_compare("SiT projections", expected, projections))
-    return found
+    expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
+    return [velocity, _compare("SiT projections", expected, projections)]
 
 
-def _encoder(artefact, size, rng):
+def _compare_encoder(source, size, rng):
     """At the size in use, to which both sides resample the positions by themselves, and at the size of the stored ones."""
-    stored, _ = vit.read_encoder(artefact.path)
-    native = stored.grid[0] * stored.patch_size
-    used = vit.load_encoder(artefact.path, size)
-    encoders = [used] if used[0].image_size == native else [used, vit.load_encoder(artefact.path, size, image_size=native)]
-    found = []
-    for encoder, params in encoders:
+    stored = vit.read_file(source.path, source.arrays)
+    native = stored.module.grid[0] * stored.module.patch_size
+    used = vit.at_resolution(stored, size)
+    at_sizes = [used] if used[0].image_size == native else [used, vit.at_resolution(stored, size, image_size=native)]
+    differences = []
+    for encoder, params in at_sizes:
         images = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-        pixels = np.asarray(features.preprocess(encoder, jnp.asarray(images)))
+        pixels = np.asarray(encoders.preprocess(encoder, jnp.asarray(images)))
 
         def tokens(dtype, module=encoder.module, params=params, pixels=pixels):
             return _apply(module.clone(dtype=dtype), params, pixels)[1]
 
-        with contextlib.ExitStack() as stack:
-            folder = artefact.path
-            if artefact.kind == "mocov3":  # which transformers does not read; as a ViT of its own
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "encoder"
-                vit.save_encoder(folder, encoder.module, params)
-            expected = vit_reference.torch_tokens(folder, pixels.transpose(0, 3, 1, 2))
-        found.append(_compare(f"encoder tokens at {encoder.image_size} px", expected, tokens))
-    return found
+        expected = _torch_tokens(source, encoder.module, params, pixels.transpose(0, 3, 1, 2))
+        differences.append(_compare(f"encoder tokens at {encoder.image_size} px", expected, tokens))
+    return differences
 
 
-def report(differences, tolerance):
-    """The differences as text, and whether all of them are within the tolerance in float32."""
+def _torch_tokens(source, module, params, pixels: Any):
+    """Tokens of transformers' module; MoCo v3, whose files it does not read, is saved as a ViT of its own."""
+    if source.kind != "mocov3":
+        return vit_reference.torch_tokens(source.path, pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        vit.save_encoder(folder, module, params)
+        return vit_reference.torch_tokens(Path(folder), pixels)
+
+
+def report(differences: Iterable[Difference], tolerance: float) -> tuple[str, bool]:
+    """Returns the differences as text, and whether all of them are within the tolerance in float32."""
+    differences = list(differences)
     lines = [f"{'largest difference / largest entry':40}  {'float32':>9}  {'bfloat16':>9}"]
-    lines += [f"{d.what:40}  {d.float32:9.1e}  {d.bfloat16:9.1e}" for d in differences]
+    lines += [f"{d.output:40}  {d.float32:9.1e}  {d.bfloat16:9.1e}" for d in differences]
     passed = all(difference.float32 <= tolerance for difference in differences)
     verdict = "within" if passed else "NOT within"
     return "\n".join([*lines, f"{verdict} {tolerance:g} in float32"]), passed

@@ -1,36 +1,60 @@
 """Frozen encoders: Hugging Face folders and MoCo v3's files <-> our vision transformer.
 
-What follows the tokens that we take is not read: heads, poolers, the text side, and CLIP's and MAE's final norm, which is
-written as scale 1 and bias 0.
+Weights behind the tokens that are used here are not read: heads, poolers, the text side, and CLIP's and MAE's final norm,
+which is written as scale 1 and bias 0. Kinds of files are entries of `vit_formats.FORMATS`.
 """
 
 import dataclasses
-import functools
 import math
-import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from checkpoints_tools import locate, weights
-from checkpoints_tools.mapping import COPY, LINEAR, Entry, Table, norm, patch_embedding, stack, to_flax, to_torch
-from checkpoints_tools.vit_formats import FORMATS, MOCOV3, MOCOV3_HEADS, VISION_PARTS
-from repae_jax.models import encoders as features
-from repae_jax.models.vit import SWIGLU
+from checkpoints_tools import locate, mapping, weights
+from checkpoints_tools.mapping import COPY, LINEAR, Entry, StateDict, Table, Tree
+from checkpoints_tools.vit_formats import FORMATS, MOCOV3, MOCOV3_HEADS, VISION_PARTS, Format
+from repae_jax import files
+from repae_jax.models import encoders
+from repae_jax.models.vit import SWIGLU, VisionTransformer
+
+# key of config.json -> field of VisionTransformer, where a format has the key
+_FIELDS = {
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "layer_norm_eps": "norm_eps",
+    "num_register_tokens": "num_registers",
+    "rope_theta": "rope_theta",
+}
+_MAY_BE_ZERO = ("layer_norm_eps", "num_register_tokens")
+_TOKENS = ("cls_token", "register_tokens", "pos_embed")
 
 
-def encoder_table(vit, format):
-    """Conversion table of a VisionTransformer.
+def encoder_table(vit: VisionTransformer, format: Format) -> Table:
+    """Table between the names in the format's files, `renames` applied, and the module's 'params'."""
+    block = dict(format.block)
+    if vit.activation == SWIGLU:
+        block = {ours: theirs for ours, theirs in block.items() if not ours.startswith("mlp/")} | dict(format.gated)
+    stacked = mapping.stack(_entries(vit, format, block, format.blocks, "{stack}/"), {"blocks": range(vit.depth)})
+    width = vit.hidden_size
+    constants = {name: np.zeros((*shape, width), np.float32) for name, shape in format.zeros.items()}
+    if not vit.final_norm:
+        constants[f"{format.names['norm']}.weight"] = np.ones(width, np.float32)
+        constants[f"{format.names['norm']}.bias"] = np.zeros(width, np.float32)
+    if not vit.num_registers and "register_tokens" in format.names:
+        constants[format.names["register_tokens"]] = np.zeros((1, 0, width), np.float32)
+    return Table([*_entries(vit, format, format.names), *stacked], constants, format.ignored)
 
-    Args:
-      vit: the module (its sizes are read).
-      format: one of FORMATS' values, or MOCOV3.
 
-    Returns:
-      Table between the names in the format's files, `renames` applied, and the module's 'params'.
-    """
+def _entries(vit, format, names, torch_prefix="", flax_prefix=""):
+    """Entries of the parameters and layers in `names` that the module has."""
+    layouts = {"patch_embed": mapping.patch_embedding(vit.patch_size), **format.layouts}
     absent = {
         "cls_token": not vit.num_class_tokens,
         "register_tokens": not vit.num_registers,
@@ -40,116 +64,103 @@ def encoder_table(vit, format):
         "layer_scale1": not vit.layer_scale,
         "layer_scale2": not vit.layer_scale,
     }
-    layouts = {"patch_embed": patch_embedding(vit.patch_size), **format.layouts}
-
-    def entries(names, torch_prefix="", flax_prefix=""):
-        made = []
-        for ours, theirs in names.items():
-            if absent.get(ours):
-                continue
-            torch, paths = torch_prefix + theirs, [flax_prefix + path for path in ours.split()]
-            part = ours.rpartition("/")[2]
-            if "norm" in part:
-                made += norm(torch, *paths)
-            elif part.startswith("layer_scale"):
-                made.append(Entry((torch,), (f"{paths[0]}/scale",)))
-            elif part in ("cls_token", "register_tokens", "pos_embed"):
-                made.append(Entry((torch,), (part,), layouts.get(part, COPY)))
-            else:
-                layer = Entry((f"{torch}.weight",), tuple(f"{path}/kernel" for path in paths), layouts.get(part, LINEAR))
-                made.append(layer)
-                if part not in vit.no_bias:
-                    made.append(Entry((f"{torch}.bias",), tuple(f"{path}/bias" for path in paths)))
-        return made
-
-    block = dict(format.block)
-    if vit.activation == SWIGLU:
-        block = {ours: theirs for ours, theirs in block.items() if not ours.startswith("mlp/")} | dict(format.gated)
-    stacked = stack(entries(block, format.blocks, "{stack}/"), {"blocks": range(vit.depth)})
-    width = vit.hidden_size
-    constants = {name: np.zeros((*shape, width), np.float32) for name, shape in format.zeros.items()}
-    if not vit.final_norm:
-        constants[f"{format.names['norm']}.weight"] = np.ones(width, np.float32)
-        constants[f"{format.names['norm']}.bias"] = np.zeros(width, np.float32)
-    if not vit.num_registers and "register_tokens" in format.names:
-        constants[format.names["register_tokens"]] = np.zeros((1, 0, width), np.float32)
-    return Table([*entries(format.names), *stacked], constants, format.ignored)
+    entries = []
+    for ours, theirs in names.items():
+        if absent.get(ours):
+            continue
+        torch, paths = torch_prefix + theirs, [flax_prefix + path for path in ours.split()]
+        part = ours.rpartition("/")[2]
+        if "norm" in part:
+            entries += mapping.norm(torch, *paths)
+        elif part.startswith("layer_scale"):
+            entries.append(Entry((torch,), (f"{paths[0]}/scale",)))
+        elif part in _TOKENS:
+            entries.append(Entry((torch,), (part,), layouts.get(part, COPY)))
+        else:
+            kernels = tuple(f"{path}/kernel" for path in paths)
+            entries.append(Entry((f"{torch}.weight",), kernels, layouts.get(part, LINEAR)))
+            if part not in vit.no_bias:
+                entries.append(Entry((f"{torch}.bias",), tuple(f"{path}/bias" for path in paths)))
+    return entries
 
 
-def load_encoder(path, resolution, image_size=None, dtype=jnp.float32):
-    """Frozen encoder from its published files, its positions resampled to the grid in use.
+class StoredEncoder(NamedTuple):
+    """An encoder as its files hold it, in float32, on the grid of its stored positions.
+
+    Attributes:
+      architecture: as `encoders.make_encoder` takes it.
+      module: the network.
+      params: its parameters.
+    """
+
+    architecture: Mapping[str, Any]
+    module: VisionTransformer
+    params: dict[str, Any]
+
+
+def load_encoder(
+    path: str | Path, resolution: int, image_size: int | None = None, dtype: Any = jnp.float32
+) -> tuple[encoders.Encoder, dict[str, Any]]:
+    """Returns a frozen encoder from its published files, and its parameters, its positions resampled to the grid in use.
 
     Args:
       path: folder with config.json, of a model_type in FORMATS or of the whole model around such a one ('clip', 'siglip',
         'siglip2'), and its weights; or a hub name such as 'facebook/dinov2-base'; or MoCo v3's .pth file.
       resolution: height and width of the training images in pixels.
-      image_size: pixels that the network receives; by default as published, see features.FAMILIES.
+      image_size: pixels that the network receives; by default as published, see encoders.FAMILIES.
       dtype: compute dtype; the parameters are float32.
-
-    Returns:
-      (features.Encoder, parameters as a nested dict of numpy arrays).
 
     Raises:
       FileNotFoundError: if the folder or one of its files cannot be had.
       ValueError: for another kind of model, weights that do not fit config.json, or an image_size that does not divide.
     """
-    architecture, _, params = _read(path)
-    encoder = features.make_encoder(architecture, resolution, image_size=image_size, dtype=dtype)
-    if "pos_embed" in params:
-        resampled = features.resample_positions(params["pos_embed"], encoder.grid, encoder.module.num_class_tokens)
-        params["pos_embed"] = np.asarray(resampled)
+    encoder, params = at_resolution(read_file(locate.resolve(path)), resolution, image_size, dtype)
     return dataclasses.replace(encoder, name=str(path)), params
 
 
-def read_encoder(path):
-    """Encoder from its published files, as they hold it: on the grid that its positions are for.
-
-    Args:
-      path: as load_encoder's.
-
-    Returns:
-      (VisionTransformer computing in float32, parameters as a nested dict of float32 numpy arrays).
+def read_file(path: Path, state_dict: StateDict | None = None) -> StoredEncoder:
+    """Returns an encoder as its local file or folder holds it, whose arrays may have been read already.
 
     Raises:
-      FileNotFoundError: if the folder or one of its files cannot be had.
+      FileNotFoundError: if one of its files is missing.
       ValueError: for another kind of model, or weights that do not fit config.json.
     """
-    return _read(path)[1:]
-
-
-def _read(path):
-    """(architecture as features.make_encoder takes it, VisionTransformer on the stored grid, its parameters)."""
-    local = locate.resolve(path)
-    if local.is_dir():
-        format, config = format_of(local)
-        architecture, side = _from_config(format, config, f"{local}/config.json")
-        state_dict = _renamed(weights.read_state_dict(local), format, local)
+    format, config = format_of(path) if path.is_dir() else (MOCOV3, None)
+    state_dict = _renamed(weights.read_file(path) if state_dict is None else state_dict, format, path)
+    if config is None:
+        architecture, side = _from_mocov3(state_dict, path)
     else:
-        format = MOCOV3
-        state_dict = _renamed(weights.read_state_dict(local), format, local)
-        architecture, side = _from_mocov3(state_dict, local)
+        architecture, side = _from_config(format, config, f"{path}/config.json")
     try:
-        encoder = _stored_encoder(architecture, side)
-        target = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
+        module = _stored_module(architecture, side)
+        pixels = (1, side * module.patch_size, side * module.patch_size, 3)
+        target = mapping.abstract_variables(module, pixels)["params"]
     except ValueError as error:
-        raise ValueError(f"{local}: {error}") from error
-    return architecture, encoder.module, to_flax(encoder_table(encoder.module, format), state_dict, target, source=str(local))
+        raise ValueError(f"{path}: {error}") from error
+    params = mapping.to_flax(encoder_table(module, format), state_dict, target, source=str(path))
+    return StoredEncoder(architecture, module, params)
 
 
-def _stored_encoder(architecture, side):
-    """features.Encoder on a grid of side * side tokens."""
+def at_resolution(
+    stored: StoredEncoder, resolution: int, image_size: int | None = None, dtype: Any = jnp.float32
+) -> tuple[encoders.Encoder, dict[str, Any]]:
+    """Returns `load_encoder`'s result for an encoder that has been read."""
+    encoder = encoders.make_encoder(stored.architecture, resolution, image_size=image_size, dtype=dtype)
+    params = dict(stored.params)
+    if "pos_embed" in params:
+        resampled = encoders.resample_positions(params["pos_embed"], encoder.grid, encoder.module.num_class_tokens)
+        params["pos_embed"] = np.asarray(resampled)
+    return encoder, params
+
+
+def _stored_module(architecture, side):
+    """The VisionTransformer of an architecture on a grid of side * side tokens."""
     size = side * architecture["patch_size"]
-    return features.make_encoder(architecture, size, image_size=size)
+    return encoders.make_encoder(architecture, size, image_size=size).module
 
 
-def format_of(folder):
-    """What kind of encoder a Hugging Face folder holds.
-
-    Args:
-      folder: local folder.
-
-    Returns:
-      (Format, the part of config.json that describes the vision transformer).
+def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
+    """Returns the Format of a local Hugging Face folder, and the part of config.json that describes the vision transformer.
 
     Raises:
       FileNotFoundError: if there is no config.json.
@@ -160,9 +171,7 @@ def format_of(folder):
     if model_type in VISION_PARTS:
         model_type, config = VISION_PARTS[model_type], config.get("vision_config") or {}
     if model_type not in FORMATS:
-        raise ValueError(
-            f"{folder}/config.json has model_type {model_type!r}; allowed: {', '.join([*FORMATS, *VISION_PARTS])}"
-        )
+        raise ValueError(f"{folder}/config.json has model_type {model_type!r}; allowed: {', '.join([*FORMATS, *VISION_PARTS])}")
     return FORMATS[model_type], config
 
 
@@ -181,7 +190,7 @@ def _renamed(state_dict, format, source):
 
 
 def _from_config(format, given, source):
-    """(architecture as features.make_encoder takes it, side of the position table)."""
+    """(architecture as encoders.make_encoder takes it, side of the position table)."""
     config = {**format.config, **given}
 
     def number(key, least=1):
@@ -201,23 +210,10 @@ def _from_config(format, given, source):
         check("mlp_bias", [True])
     gated = format.gate is not None and config[format.gate[0]]
     check("hidden_act", [format.gate[1]] if gated else list(format.activations))
-    fields = {
-        "family": format.family,
-        "patch_size": number("patch_size"),
-        "hidden_size": number("hidden_size"),
-        "depth": number("num_hidden_layers"),
-        "num_heads": number("num_attention_heads"),
-        "activation": SWIGLU if gated else format.activations[config["hidden_act"]],
-        "norm_eps": number("layer_norm_eps", 0),
-    }
-    if "intermediate_size" in format.config:
-        fields["mlp_dim"] = number("intermediate_size")
-    else:
+    fields = {ours: number(key, int(key not in _MAY_BE_ZERO)) for key, ours in _FIELDS.items() if key in format.config}
+    fields |= {"family": format.family, "activation": SWIGLU if gated else format.activations[config["hidden_act"]]}
+    if "mlp_dim" not in fields:
         fields["mlp_dim"] = _dinov2_mlp_dim(fields["hidden_size"], number("mlp_ratio"), gated)
-    if "num_register_tokens" in format.config:
-        fields["num_registers"] = number("num_register_tokens", 0)
-    if "rope_theta" in format.config:
-        fields["rope_theta"] = float(number("rope_theta"))
     if format.biases:
         fields["no_bias"] = tuple(name for key, names in format.biases.items() if not config[key] for name in names)
     if "num_patches" not in format.config:
@@ -238,13 +234,13 @@ def _from_mocov3(state_dict, source):
     """As `_from_config`, from the sizes of the weights."""
 
     def shape(name, rank):
-        found = np.shape(state_dict[name]) if name in state_dict else None
-        if found is None or len(found) != rank:
+        actual = np.shape(state_dict[name]) if name in state_dict else None
+        if actual is None or len(actual) != rank:
             raise ValueError(
-                f"{source} is no MoCo v3 checkpoint of a vision transformer: {name} has shape {found}, needed are {rank} axes; "
-                "of other encoders, give the folder with config.json"
+                f"{source} is no MoCo v3 checkpoint of a vision transformer: {name} has shape {actual}, needed are {rank} "
+                "axes; of other encoders, give the folder with config.json"
             )
-        return found
+        return actual
 
     hidden_size, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
     positions = shape("pos_embed", 3)[1]
@@ -253,26 +249,25 @@ def _from_mocov3(state_dict, source):
     side = math.isqrt(max(positions - 1, 0))
     if positions != 1 + side**2:
         raise ValueError(f"{source} has {positions} positions in pos_embed; allowed: 1 + a square number")
-    blocks = [int(match[1]) for name in state_dict if (match := re.match(r"blocks\.(\d+)\.", name))]
     fields = {
         "family": MOCOV3.family,
         "patch_size": patch_size,
         "hidden_size": hidden_size,
-        "depth": 1 + max(blocks, default=0),
+        "depth": max(mapping.count_layers(state_dict, "blocks"), 1),
         "num_heads": MOCOV3_HEADS[hidden_size],
         "mlp_dim": shape("blocks.0.mlp.fc1.weight", 2)[0],
     }
     return fields, side
 
 
-def save_encoder(folder, module, params, *, overwrite=False):
+def save_encoder(folder: str | Path, module: VisionTransformer, params: Tree, *, overwrite: bool = False) -> None:
     """Writes a folder that `load_encoder` and transformers' from_pretrained read, of the first model_type that fits.
 
     MoCo v3 becomes a 'vit', and NaFlex a 'siglip_vision_model' of its grid's size.
 
     Args:
       folder: local, or an address such as gs://bucket/folder; created if absent.
-      module: the VisionTransformer.
+      module: the network.
       params: its parameters.
       overwrite: replace files that exist.
 
@@ -281,53 +276,49 @@ def save_encoder(folder, module, params, *, overwrite=False):
       ValueError: if the parameters do not fit the module, or no config.json can express it.
     """
     format, config = _config_of(module)
-    state_dict = to_torch(encoder_table(module, format), params)
-    folder = epath.Path(folder)
-    files = folder / "model.safetensors", folder / "config.json"
-    if not overwrite:
-        files.check_absent(*files)
-    folder.mkdir(parents=True, exist_ok=True)
-    # config.json last: a folder without it is not taken for an encoder. transformers asks for the format.
-    writes = weights.safetensors_writer(state_dict, files[0], {"format": "pt"}), files.json_writer(config, files[1])
-    files.write_all(dict(zip(files, writes)), overwrite=overwrite)
+    state_dict = mapping.to_torch(encoder_table(module, format), params)
+    weights_file, config_file = epath.Path(folder) / "model.safetensors", epath.Path(folder) / "config.json"
+    # config.json last: a folder without it does not count as an encoder. transformers asks for the format.
+    writes = {
+        weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"}),
+        config_file: files.json_writer(config, config_file),
+    }
+    weights.write_files(writes, overwrite=overwrite)
 
 
 def _config_of(module):
     """(Format, config.json) of the first format whose config.json is read as this very module."""
-    rows, columns = module.grid
     for model_type, format in FORMATS.items():
-        gated = module.activation == SWIGLU
-        acts = [theirs for theirs, ours in format.activations.items() if ours == module.activation]
-        if format.gate is not None and gated:
-            acts = [format.gate[1]]
-        ratios = (ratio for ratio in range(1, 33) if _dinov2_mlp_dim(module.hidden_size, ratio, gated) == module.mlp_dim)
-        values = {
-            "num_channels": 3,
-            "patch_size": module.patch_size,
-            "image_size": rows * module.patch_size,
-            "num_patches": rows * columns,
-            "hidden_size": module.hidden_size,
-            "num_hidden_layers": module.depth,
-            "num_attention_heads": module.num_heads,
-            "intermediate_size": module.mlp_dim,
-            "mlp_ratio": next(ratios, None),
-            "hidden_act": acts[0] if acts else None,
-            "layer_norm_eps": module.norm_eps,
-            "num_register_tokens": module.num_registers,
-            "rope_theta": module.rope_theta,
-            "mlp_bias": True,
-            **{key: not set(names) & set(module.no_bias) for key, names in format.biases.items()},
-        }
-        if format.gate is not None:
-            values[format.gate[0]] = gated
-        config = {key: values[key] for key in format.config}
+        config = _config_values(module, format)
         try:
             architecture, side = _from_config(format, config, model_type)
         except ValueError:
             continue
-        if _stored_encoder(architecture, side).module == module.clone(dtype=jnp.float32):
+        if _stored_module(architecture, side) == module.clone(dtype=jnp.float32):
             return format, {"architectures": [format.model_class], "model_type": model_type, **config, **format.extra}
     raise ValueError(
         f"no config.json of {', '.join(FORMATS)} can express {module}; all know square grids only, and DINOv2's an mlp_dim "
         "that is a whole multiple of hidden_size"
     )
+
+
+def _config_values(module, format):
+    """The format's keys of config.json with the module's values, None where it has no such value."""
+    rows, columns = module.grid
+    gated = module.activation == SWIGLU
+    activations = [theirs for theirs, ours in format.activations.items() if ours == module.activation]
+    if format.gate is not None and gated:
+        activations = [format.gate[1]]
+    ratios = (ratio for ratio in range(1, 33) if _dinov2_mlp_dim(module.hidden_size, ratio, gated) == module.mlp_dim)
+    values = {
+        "num_channels": 3,
+        "image_size": rows * module.patch_size,
+        "num_patches": rows * columns,
+        "mlp_ratio": next(ratios, None),
+        "hidden_act": activations[0] if activations else None,
+        **{key: getattr(module, ours) for key, ours in _FIELDS.items()},
+        "mlp_bias": True,
+        **{key: not set(names) & set(module.no_bias) for key, names in format.biases.items()},
+        **({format.gate[0]: gated} if format.gate is not None else {}),
+    }
+    return {key: values[key] for key in format.config}

@@ -1,4 +1,7 @@
-"""How each kind of frozen encoder is stored: names, layouts and config.json keys, as data."""
+"""Formats of the frozen encoders' files: names, layouts and config.json keys, as data.
+
+A new kind of encoder is one entry of FORMATS, beside its family in `repae_jax.models.encoders`.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,24 +14,25 @@ _EMBEDDING = Layout(lambda x: x[None], lambda x: x[0])  # [N, D] <-> [1, N, D]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How one kind of encoder is stored.
+    """Format of one kind of encoder's files.
 
     Attributes:
-      family: key of features.FAMILIES.
+      family: key of encoders.FAMILIES.
       model_class: its class in transformers.
       names: our top-level parameters and layers -> PyTorch's.
-      blocks: beginning of PyTorch's names in block {i}.
-      block: our layers in a block -> PyTorch's after that; several of ours, separated by a space, share one of PyTorch's.
-      gated: the same of a SwiGLU, instead of the MLP's in `block`.
+      blocks: prefix of PyTorch's names in block {i}.
+      block: our layers in a block -> PyTorch's name after that prefix; several of ours, separated by a space, share one.
+      gated: the layers of a SwiGLU, instead of the MLP's in `block`.
       layouts: axis order of those of `names` for which it is not the usual one.
-      zeros: PyTorch name -> shape of what only training uses, with a leading D left out; transformers wants it in the file.
-      renames: old beginnings of PyTorch names, removed or replaced, in this order.
-      ignored: beginnings of PyTorch names, after that, of what is not ours.
+      zeros: PyTorch name -> leading axes of an array [..., D] that only training uses; transformers wants it in the file.
+      renames: prefixes of PyTorch names -> their replacements, applied in this order.
+      ignored: prefixes of PyTorch names, after that, of arrays that are not ours.
       config: the keys of config.json that matter, with transformers' defaults.
       activations: its hidden_act -> VisionTransformer's activation.
       gate: the key of config.json that says whether the MLP is a SwiGLU, and hidden_act if it is.
       biases: keys of config.json that say whether these projections have a bias.
       extra: further content of a config.json that we write.
+      torch_options: arguments of transformers' from_pretrained, for modules that the files may lack.
     """
 
     family: str
@@ -46,10 +50,11 @@ class Format:
     gate: tuple[str, str] | None = None
     biases: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    torch_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def _attention(names, joint):
-    """Names of query, key, value and output projection, put into a pattern."""
+    """Attention layers: the names of query, key, value and output projection, put into a pattern."""
     return {f"attn/{ours}": joint.format(name) for ours, name in zip(("query", "key", "value", "out"), names)}
 
 
@@ -82,6 +87,7 @@ _VIT = Format(
     ignored=("pooler.", "classifier.", "embeddings.mask_token"),
     config={**_CONFIG, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "qkv_bias": True},
     biases={"qkv_bias": ("query", "key", "value")},
+    torch_options={"add_pooling_layer": False},
 )
 _DINOV2 = Format(
     family="dinov2",
@@ -130,7 +136,9 @@ FORMATS = {
         config={**_DINOV2.config, "patch_size": 16, "num_register_tokens": 4},
     ),
     "vit": _VIT,
-    "vit_mae": dataclasses.replace(_VIT, family="mae", model_class="ViTMAEModel", ignored=("decoder.",)),
+    "vit_mae": dataclasses.replace(
+        _VIT, family="mae", model_class="ViTMAEModel", ignored=("decoder.",), torch_options={}
+    ),
     "ijepa": dataclasses.replace(_VIT, family="ijepa", model_class="IJepaModel", renames={"ijepa.": ""}),
     "clip_vision_model": dataclasses.replace(
         _SIGLIP,
@@ -180,7 +188,7 @@ FORMATS = {
         biases={"query_bias": ("query",), "key_bias": ("key",), "value_bias": ("value",), "proj_bias": ("out",)},
     ),
 }  # fmt: skip
-# model_type of a model of images and texts -> of its vision part, which config.json has under vision_config
+# model_type of a model of images and texts -> model_type of its vision part, which config.json has under vision_config
 VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 
 MOCOV3 = Format(
@@ -199,4 +207,4 @@ MOCOV3 = Format(
     },
     ignored=("momentum_encoder.", "predictor.", "head.", "fc."),
 )
-MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # by width; the file does not tell
+MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # by width; not in the file

@@ -1,62 +1,62 @@
 """Weight files <-> name -> numpy array, without executing anything that a file contains."""
 
-import argparse
 import json
-import pickle
-import re
-import warnings
 import zipfile
-import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from absl import logging
+from etils import epath
 
 from checkpoints_tools.locate import PICKLED, SAFETENSORS, resolve
+from checkpoints_tools.mapping import StateDict
+from checkpoints_tools.torch_files import checked_array, read_torch, torch_writer
 from repae_jax import files
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last of NAME.pth.tar
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last for NAME.pth.tar
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
-_ENTRIES = ("state_dict", "model", "model_state_dict", "module", "net", "params", "weights", *AVERAGED)  # taken if alone
-_WRAPPERS = ("module.", "_orig_mod.")  # before names: DistributedDataParallel's and AveragedModel's, torch.compile's
+_ENTRIES = ("state_dict", "model", "model_state_dict", "module", "net", "params", "weights", *AVERAGED)  # used if alone
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and AveragedModel, and of torch.compile
 _AVERAGED_MODEL_COUNTER = "n_averaged"
 _FOLDER_FILES = (*SAFETENSORS, *PICKLED)
-_TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
-# what both .safetensors and PyTorch files keep, by numpy's names and by those of a .safetensors header
-_DTYPES = tuple(
-    map(np.dtype, ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", ml_dtypes.bfloat16))
-)
+# `torch_files.DTYPES` by the names of a .safetensors header
 _HEADER_DTYPES = ("BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "F32", "F64", "C64", "BF16")
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)  # what `read_torch` takes back, besides arrays and containers
+
+Entries = str | Sequence[str] | None
 
 
-def read_state_dict(path, entry=None):
-    """All arrays of a weight file.
+def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.ndarray]:
+    """Returns all arrays of a weight file, in the file's dtypes (ml_dtypes.bfloat16 among them).
 
     Args:
-      path: `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a Hugging Face folder with
-        `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or in `.bin` files; local, or
-        what `locate.resolve` takes.
-      entry: which state dict to take from a PyTorch file that holds several ('ema'), or several names, of which the first that
-        is there counts; not for other files.
+      path: what `locate.resolve` takes, being a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
+        Hugging Face folder with `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or
+        in `.bin` files.
+      entry: the state dict to take from a PyTorch file that holds several ('ema'), not for other files; or several names, of
+        which the first that is there counts where a file is no single state dict.
 
     Returns:
-      dict name -> numpy array in the file's dtype (ml_dtypes.bfloat16 where the file says so); names as in the network itself,
-      see `without_wrappers`.
+      dict name -> array; names as in the network itself, see `without_wrappers`.
 
     Raises:
       FileNotFoundError: if the file, or a shard, does not exist.
       ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
         that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant; also as
         `without_wrappers`.
-      OSError: if the disk fails, which says nothing of the file.
+      OSError: if the disk fails, which says nothing about the file.
       ImportError: for a PyTorch file when PyTorch is not installed.
     """
+    return read_file(resolve(path), entry)
+
+
+def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
+    """As `read_state_dict`, of a local file or folder."""
     path = weight_file(path)
     if path.suffix in TORCH_SUFFIXES:
         return unwrap(read_torch(path), entry, path)
-    if entry is not None:
+    if isinstance(entry, str):
         raise ValueError(f"{path}: entry={entry!r} is for {', '.join(TORCH_SUFFIXES)} files only; leave it out")
     if path.name.endswith(".index.json"):
         state_dict = _read_shards(path)
@@ -74,23 +74,22 @@ def read_state_dict(path, entry=None):
     return without_wrappers(state_dict, path)
 
 
-def weight_file(path):
-    """The file that holds the weights of `path`: itself, or the one in a Hugging Face folder.
+def weight_file(path: Path) -> Path:
+    """Returns the file that holds the weights of a local path: itself, or the one in a Hugging Face folder.
 
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if it is a Git LFS pointer.
     """
-    path = resolve(path)
     if path.is_dir():
-        found = [path / name for name in _FOLDER_FILES if (path / name).exists()]
-        if not found:
+        present = [path / name for name in _FOLDER_FILES if (path / name).exists()]
+        if not present:
             listing = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
             raise FileNotFoundError(
                 f"{path} has none of {', '.join(_FOLDER_FILES)}, but {listing}; name the weight file itself, or download the "
                 "folder again"
             )
-        path = found[0]
+        path = present[0]
     files.check_file(path)
     return path
 
@@ -103,10 +102,10 @@ def _read_safetensors(path):
             names = file.keys()
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
             metadata = file.metadata() or {}
-        strange = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
-        if strange:
+        unknown = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
+        if unknown:
             raise ValueError(
-                f"{path}: numpy has no such type: {', '.join(strange)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
+                f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
             )
         state_dict = safetensors.numpy.load_file(path)
         # of tensors that share memory, safetensors.torch.save_model keeps one, and the other names in the header
@@ -131,14 +130,15 @@ def _read_shards(index):
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them")
-    strange = [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]
-    if strange:
-        raise ValueError(f"{index} names {', '.join(strange)}; allowed endings: .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    unknown = [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]
+    if unknown:
+        raise ValueError(f"{index} names {', '.join(unknown)}; allowed endings: .safetensors, {', '.join(TORCH_SUFFIXES)}")
     state_dict = {}
     for shard in shards:
         file = index.parent / shard
         files.check_file(file)
-        state_dict |= _read_safetensors(file) if file.suffix == ".safetensors" else _unwrapped(read_torch(file), None, file)
+        is_torch = file.suffix != ".safetensors"
+        state_dict |= _single_state_dict(read_torch(file), None, file) if is_torch else _read_safetensors(file)
     absent = sorted(set(weight_map) - set(state_dict))
     if absent:
         raise ValueError(f"the shards of {index} lack {', '.join(absent)}; download all of them again")
@@ -159,142 +159,8 @@ def _read_npz(path):
     return state_dict
 
 
-def read_torch(path):
-    """Everything in a PyTorch file.
-
-    Args:
-      path: local file.
-
-    Returns:
-      What was saved, with numpy arrays (views of the mapped file) for tensors, a dict for an argparse.Namespace and plain
-      numbers for numpy's.
-
-    Raises:
-      ValueError: if the file is damaged (zip archives, which all but the oldest are, hold checksums) or holds more than arrays
-        and plain values; nothing of it is run.
-      ImportError: if PyTorch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is a PyTorch file: `pip install repae_jax[torch]`, or convert it to .safetensors elsewhere"
-        ) from error
-    with Path(path).open("rb") as file:
-        start = file.read(12)
-    if not start.startswith(_TORCH_BEGINNINGS):
-        raise ValueError(f"{path} is no PyTorch file, or damaged (it begins with {start!r}): check it, or download it again")
-    try:
-        records = _checked_records(path) if zipfile.is_zipfile(path) else []
-        script = _is_torchscript(records)
-        if not script:
-            # the bytes of compressed records are no arrays; torch maps them all the same
-            stored = bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
-            # published training checkpoints keep their command line beside the weights, an argparse.Namespace, others a score
-            with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_SCALARS]):
-                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=stored)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} {_refusal(error)}, which could run code when read; nothing was run. "
-            "Get the weights as .safetensors, or save only the state dict"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
-        raise files.unreadable(path, error) from error
-    if script:
-        raise ValueError(
-            f"{path} is a TorchScript archive, a network with its code, which is not run here; get the state dict, or a "
-            ".safetensors file (torch.save(torch.jit.load(file).state_dict(), other) makes one of a file that you trust)"
-        )
-
-    def to_numpy(value, name):
-        if isinstance(value, torch.Tensor):
-            try:
-                if value.dtype == torch.bfloat16:  # unknown to numpy: pass the bits
-                    return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-                return value.numpy(force=True)
-            except (TypeError, RuntimeError) as error:  # float8, quantized, sparse, or on no device
-                raise ValueError(
-                    f"{path}: {name} is a tensor that numpy lacks ({value.dtype}, {value.layout}, device {value.device}); "
-                    "save it as a dense float32 tensor"
-                ) from error
-        if isinstance(value, argparse.Namespace):
-            value = vars(value)
-        return _rebuilt(value, name, to_numpy)
-
-    return to_numpy(loaded, "")
-
-
-class _Dtype:
-    """Stands for numpy.dtype in a pickle: a name such as 'f8' and its byte order, for numpy's own would take any structure."""
-
-    def __init__(self, name, align, copy):
-        self.name, self.order = name, "="
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-
-def _scalar(dtype, content):
-    """Returns the plain number of a numpy scalar in a pickle."""
-    kind = np.dtype(dtype.order.replace("|", "") + dtype.name)
-    if kind not in _DTYPES or not isinstance(content, bytes):
-        raise pickle.UnpicklingError(f"a numpy scalar of {kind}, which is no number")
-    (value,) = np.frombuffer(content, kind)
-    return value.item()
-
-
-# under the names that numpy 1 and 2 have for them
-_NUMPY_SCALARS = [
-    _Dtype, (_Dtype, "numpy.dtype"), (_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar")
-]  # fmt: skip
-
-
-def _rebuilt(value, name, change):
-    """`value` with `change(item, name)` of what it contains, if it is a container; names are joined with dots."""
-    if isinstance(value, dict):
-        return {key: change(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [change(item, f"{name}[{i}]") for i, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _checked_records(path):
-    """Returns the ZipInfo of all records of a PyTorch file, whose checksums fit: torch itself does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
-        if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
-            logging.warning("%s was written without checksums: whether it is damaged cannot be told", path)
-            return records
-        for record in records:
-            try:
-                with archive.open(record) as file:
-                    while file.read(2**20):
-                        pass
-            except (zipfile.BadZipFile, zlib.error) as error:
-                raise zipfile.BadZipFile(f"record {record.filename} is not what was written: {error}") from error
-    return records
-
-
-def _is_torchscript(records):
-    inside = [record.filename.partition("/")[2] for record in records]
-    return any(name == "constants.pkl" or name.startswith("code/") for name in inside)
-
-
-def _refusal(error):
-    """What torch.load refused, without its advice to read the file as code."""
-    text = str(error)
-    blocked = re.search(r"GLOBAL ([\w.]+)", text)
-    if blocked:
-        return f"holds more than arrays: it asks for {blocked[1]}"
-    detail = (text.partition("WeightsUnpickler error:")[2].strip() or "not readable").splitlines()[0]
-    return f"is damaged, or holds more than arrays ({detail})"
-
-
-def is_state_dict(value):
-    """Whether it is a dict of names -> arrays, and not empty."""
+def is_state_dict(value: Any) -> bool:
+    """Returns True for a dict of names -> arrays that is not empty."""
     return (
         isinstance(value, dict)
         and bool(value)
@@ -302,18 +168,11 @@ def is_state_dict(value):
     )
 
 
-def without_wrappers(state_dict, source):
-    """Returns a state dict without what DistributedDataParallel, AveragedModel and torch.compile put into its names.
-
-    Args:
-      state_dict: name -> array.
-      source: the file's name, for messages.
-
-    Returns:
-      dict, in the same order.
+def without_wrappers(state_dict: StateDict, source: str | Path) -> StateDict:
+    """Returns a state dict without the prefixes of DistributedDataParallel, AveragedModel and torch.compile in its names.
 
     Raises:
-      ValueError: if only some of the names have such a prefix, or two become the same.
+      ValueError: if only some of the names have such a prefix, or two become the same; `source` names the file in it.
     """
     names, prefix = [name for name in state_dict if name.rpartition(".")[2] != _AVERAGED_MODEL_COUNTER], ""
     while wrapper := next((w for w in _WRAPPERS if any(name.startswith(prefix + w) for name in names)), None):
@@ -333,54 +192,67 @@ def without_wrappers(state_dict, source):
     return {new: state_dict[name] for name, new in renamed.items()}
 
 
-def unwrap(loaded, entry, path):
-    """The state dict in what `read_torch` returned, see `read_state_dict`; `path` is the file it is from."""
-    return without_wrappers(_unwrapped(loaded, entry, path), path)
+def unwrap(content: Any, entry: Entries, path: Path) -> StateDict:
+    """Returns the state dict in the content of a PyTorch file, see `read_state_dict`."""
+    return without_wrappers(_single_state_dict(content, entry, path), path)
 
 
-def _unwrapped(loaded, entry, path):
-    inner = {name: value for name, value in loaded.items() if is_state_dict(value)} if isinstance(loaded, dict) else {}
-    for name in (entry,) if isinstance(entry, str) else entry or ():
-        if name in inner:
-            return inner[name]
-    if entry is None and is_state_dict(loaded):
-        return loaded
-    if entry is None and len(inner) == 1 and set(inner) <= set(_ENTRIES):
+def _single_state_dict(content, entry, path):
+    inner = {name: value for name, value in content.items() if is_state_dict(value)} if isinstance(content, dict) else {}
+    if isinstance(entry, str):
+        if entry in inner:
+            return inner[entry]
+    elif is_state_dict(content):
+        return content
+    elif len(inner) == 1 and set(inner) <= set(_ENTRIES):
         ((name, state_dict),) = inner.items()
         if name in AVERAGED:
             logging.warning("%s: taking its entry %r, averaged weights", path, name)
         return state_dict
+    elif preferred := [name for name in entry or () if name in inner]:
+        logging.info("%s holds several state dicts: taking the averaged weights", path)
+        return inner[preferred[0]]
     advice = "; torch.save(torch.load(FILE)[ENTRY], OTHER) saves it by itself" if inner else " (none: it holds no state dict)"
     raise ValueError(
-        f"{path}: {'no single state dict' if entry is None else f'no state dict {entry!r}'} in it; "
+        f"{path}: {f'no state dict {entry!r}' if isinstance(entry, str) else 'no single state dict'} in it; "
         f"choose an entry of {sorted(inner)}{advice}"
     )
 
 
-def write_safetensors(path, state_dict, metadata=None, *, overwrite=False):
-    """Writes a file that is either complete or absent.
-
-    Args:
-      path: the file; its folder must exist.
-      state_dict: name -> array.
-      metadata: str -> str, kept in the file's header.
-      overwrite: replace a file that exists.
-
-    Raises:
-      FileExistsError: if the file exists and `overwrite` is False.
-      ValueError: as `safetensors_writer`.
-      OSError: as `files.write_all`.
-    """
+def write_safetensors(
+    path: str | Path, state_dict: StateDict, metadata: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> None:
+    """Writes a file that is either complete or absent; raises as `files.write_all` and `safetensors_writer`."""
     files.write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
 
 
-def safetensors_writer(state_dict, source, metadata=None):
-    """Function for `files.write_all` that writes a .safetensors file.
+def write_torch(path: str | Path, content: Any, *, overwrite: bool = False) -> None:
+    """Writes a file that is either complete or absent; raises as `files.write_all` and `torch_files.torch_writer`."""
+    files.write_all({path: torch_writer(content, path)}, overwrite=overwrite)
+
+
+def write_files(writes: Mapping[Any, Callable[[Path], None]], *, overwrite: bool) -> list[Any]:
+    """Writes files as `files.write_all`, their folders made where they do not exist; returns their paths."""
+    for path in writes:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write_all(writes, overwrite=overwrite)
+    return list(writes)
+
+
+def writer(state_dict: StateDict, path: str | Path) -> Callable[[Path], None]:
+    """Returns a function for `files.write_all` that writes a state dict; the ending, .pt or .safetensors, says how."""
+    return torch_writer(state_dict, path) if str(path).endswith(".pt") else safetensors_writer(state_dict, path)
+
+
+def safetensors_writer(
+    state_dict: StateDict, source: str | Path, metadata: Mapping[str, str] | None = None
+) -> Callable[[Path], None]:
+    """Returns a function for `files.write_all` that writes a .safetensors file.
 
     Args:
       state_dict: name -> array.
       source: the file's name, for errors.
-      metadata: str -> str, kept in the file's header.
+      metadata: text kept in the file's header.
 
     Raises:
       ValueError: if something is no array of numbers, or the metadata is no text.
@@ -391,95 +263,15 @@ def safetensors_writer(state_dict, source, metadata=None):
     if bad:
         raise ValueError(f"{source}: the header keeps text only; {', '.join(map(str, bad))} is none: make it a string")
     # safetensors copies the memory as it lies, so transposed views must be laid out first
-    arrays = {name: _array(value, name, source) for name, value in state_dict.items()}
+    arrays = {name: checked_array(value, name, source) for name, value in state_dict.items()}
     return lambda file: safetensors.numpy.save_file(arrays, file, metadata)
 
 
-def _array(value, name, source):
-    """numpy array in C order, of a type that files keep."""
-    try:
-        array = np.asarray(value, order="C")  # keeps zero dimensions, which ascontiguousarray does not
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{source}: {name} is {type(value).__name__}, no numpy array ({error}); give one") from error
-    if array.dtype not in _DTYPES:
-        raise ValueError(
-            f"{source}: {name} is {type(value).__name__} of {array.dtype}; allowed: arrays of {', '.join(map(str, _DTYPES))}"
-        )
-    return array
-
-
-def write_torch(path, content, *, overwrite=False):
-    """Writes a PyTorch file that is either complete or absent, as `torch.save` does.
-
-    Args:
-      path: the file; its folder must exist.
-      content: as `torch_writer`.
-      overwrite: replace a file that exists.
-
-    Raises:
-      FileExistsError: if the file exists and `overwrite` is False.
-      ValueError: as `torch_writer`.
-      OSError: as `files.write_all`.
-      ImportError: if PyTorch is not installed.
-    """
-    files.write_all({path: torch_writer(content, path)}, overwrite=overwrite)
-
-
-def torch_writer(content, source):
-    """Function for `files.write_all` that writes a PyTorch file, as `torch.save` does.
-
-    Args:
-      content: nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is kept,
-        and treated as a dict.
-      source: the file's name, for errors.
-
-    Raises:
-      ValueError: if something in it is of another type, which `read_torch` would refuse.
-      ImportError: if PyTorch is not installed.
-    """
-    import torch
-
-    def to_tensors(value, name):
-        if isinstance(value, argparse.Namespace):
-            return argparse.Namespace(**_rebuilt(vars(value), name, to_tensors))
-        if isinstance(value, dict | list | tuple):
-            return _rebuilt(value, name, to_tensors)
-        if type(value) in _PLAIN or isinstance(value, torch.Tensor):
-            return value
-        if isinstance(value, np.generic) and value.dtype in _DTYPES:
-            return value.item()
-        if hasattr(value, "__array__"):
-            array = _array(value, name, source)
-            if array.dtype == ml_dtypes.bfloat16:
-                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            return torch.from_numpy(array)
-        raise ValueError(
-            f"{source}: {name or 'the content'} is {type(value).__name__}, which could not be read back without running code; "
-            f"allowed: arrays, dict, list, tuple, {', '.join(kind.__name__ for kind in _PLAIN)}"
-        )
-
-    with warnings.catch_warnings():  # arrays that jax owns are read-only; nobody writes to these tensors
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensors = to_tensors(content, "")
-
-    def save(file):
-        with file.open("wb") as opened:  # torch would write the temporary file's name into it
-            torch.save(tensors, opened)
-
-    return save
-
-
-
-
-
-
-
-
-def read_metadata(path):
-    """The str -> str header of a .safetensors file."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the header's text of a .safetensors file."""
     import safetensors
 
-    files.check_file(Path(path))
+    files.check_file(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             return file.metadata() or {}
@@ -487,6 +279,6 @@ def read_metadata(path):
         raise files.unreadable(path, error) from error
 
 
-def read_config(folder):
-    """The config.json of a Hugging Face folder, see `files.read_json`."""
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Returns the config.json of a Hugging Face folder, see `files.read_json`."""
     return files.read_json(Path(folder) / "config.json")

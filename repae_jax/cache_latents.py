@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from checkpoints_tools import vae as vae_files
+from checkpoints_tools import vae_stats
 from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost, sharding, stopping
@@ -74,7 +74,7 @@ class Latents(shard_writer.RecordMaker):
     def finish(self, entries: list[dict]) -> tuple:
         """Returns the statistics of all latents, for the manifest and as a file."""
         stats = _merge([entry["sums"] for entry in entries])
-        return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_files.published_stats(stats))}
+        return {"latent_stats": stats}, {latents.STATS: safetensors.numpy.save(vae_stats.to_arrays(stats))}
 
 
 def _sums(moments, channels):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from repae_jax import buckets, cli, data, ranges
 from repae_jax.data import array_record, shard_writer, shards
+from repae_jax.distributed import stopping
 
 SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move

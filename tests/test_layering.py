@@ -54,7 +54,7 @@ SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "rep
 TOOLS_MAY_IMPORT = (
     "repae_jax.models.", "repae_jax.faults", "repae_jax.files", "repae_jax.ranges", "repae_jax.cli", "checkpoints_tools"
 )  # fmt: skip
-OPEN_RUNS = ("checkpoints_tools.identify", "checkpoints_tools.convert")  # read checkpoints of runs, too
+OPEN_RUNS = ("checkpoints_tools.describe", "checkpoints_tools.runs")  # read checkpoints of runs, too
 HEAVY = {
     "torch": "checkpoints_tools", "transformers": "checkpoints_tools", "diffusers": "checkpoints_tools",
     "tensorflow": "repae_jax.training.metric_log",

@@ -17,7 +17,7 @@ from test_vae_losses import APRIL_2025, load_discriminator, part
 from checkpoints_tools import mapping
 from checkpoints_tools.lpips import lpips_table
 from checkpoints_tools.sit import sit_table
-from checkpoints_tools.vae import vae_table
+from checkpoints_tools.vae_layouts import vae_table
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.models.lpips import LPIPS
 from repae_jax.training.inputs import Inputs

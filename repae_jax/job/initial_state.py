@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from absl import logging
 
-from checkpoints_tools import mapping, published, vae, weights
+from checkpoints_tools import mapping, published, published_args, vae, weights
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.sit import layout_of
-from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
+from checkpoints_tools.training_state import OPT_STATES, STATE_PATHS, Networks, to_trees
 from repae_jax.data.latents import CachedLatents
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
@@ -156,7 +156,7 @@ def _read_checkpoint(job, abstract):
             "statistics its latents were normalized with, such as diffusers' folder of its VAE (for 0.18215, "
             "stabilityai/sd-vae-ft-ema)"
         )
-    trees = {PLACES[name][leaf]: tree for name, network in converted.items() for leaf, tree in network.items()}
+    trees = {STATE_PATHS[name][leaf]: tree for name, network in converted.items() for leaf, tree in network.items()}
     for path in ("latent_stats", "ema.latent_stats"):
         if path in trees:
             trees[path] = ChannelStats(**trees[path])
@@ -168,7 +168,7 @@ def _read_checkpoint(job, abstract):
 def _check_checkpoint(job, checkpoint):
     """Raises ValueError for a checkpoint that the config cannot continue; warns of other hyperparameters."""
     init, steps = job.config["init"], job.config["steps"]
-    for difference in published.check_args(checkpoint.args, job.config, checkpoint.source):
+    for difference in published_args.check_args(checkpoint.args, job.config, checkpoint.source):
         logging.warning("differs from the run that made %s: %s", checkpoint.source, difference)
     if "vae" not in checkpoint.networks and not init["vae"]:
         recorded = checkpoint.args.get("vae_ckpt")

@@ -1,4 +1,4 @@
-"""LoadedModel networks, from here or from the published code, ready to be used: a whole model to sample from, or a VAE.
+"""Trained networks, from here or from the published code, ready to be used: a whole model to sample from, or a VAE.
 
     model = load_model("runs/repae")
     run = jax.jit(make_generate(model.nets, model.objective, model.latent_shape, model.sampling))
@@ -15,7 +15,7 @@ from etils import epath
 
 from checkpoints_tools import convert, identify, locate, published
 from checkpoints_tools import vae as vae_files
-from checkpoints_tools.sit import check_time, from_state_dict
+from checkpoints_tools.sit import check_time
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.diffusion.samplers import SAMPLERS, Sampling
@@ -132,7 +132,7 @@ def _load_published(path, step, devices, vae_path, sampler):
     args, networks, source = weights.args, weights.networks, weights.source
     if "ema" not in networks:
         raise ValueError(f"{source} holds {', '.join(networks)}, but no ema, the averaged weights that samples are made with")
-    sit = from_state_dict(networks["ema"], f"{source}: ema", weights.encoder_depth, weights.num_heads)
+    sit = weights.load_sit("ema")
     # nothing in the published DiTs' and plain SiTs' files tells them apart
     for_dit = sampler is not None and SAMPLERS[sampler].objective is NoiseObjective
     is_dit = args.get("path_type") == "ddpm" or (sit.layout == "sit-or-dit" and sit.module.learned_sigma and for_dit)
@@ -169,7 +169,7 @@ def _published_vae(weights, vae_path):
     if "vae" in weights.networks:
         if vae_path:
             raise ValueError(f"{source} holds a VAE of its own: leave {vae_path} out")
-        return *vae_files.from_state_dict(weights.networks["vae"], f"{source}: vae", weights.norm_groups), None
+        return *weights.load_vae(), None
     if not vae_path:
         trained_on = weights.args.get("vae_ckpt")
         raise ValueError(f"{source} holds no VAE: give --vae, the one that it was trained on ({trained_on})")
@@ -192,7 +192,7 @@ def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer
     """Loads the VAE of a run, trained or frozen, of a published training checkpoint, or from a file or folder of its own.
 
     Args:
-      source: folder of a run, or as in `checkpoints_tools.vae.load_vae` or `checkpoints_tools.convert.find_vae`.
+      source: folder of a run, or what `checkpoints_tools.identify.identify` takes.
       step: checkpoint of a run; default the newest.
 
     Raises:
@@ -200,12 +200,12 @@ def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer
     """
     artefact = identify.identify(source, step)
     if artefact.kind == "vae":
-        loaded = vae_files.load_vae(artefact.path)
+        loaded = vae_files.read_file(artefact.path, artefact.arrays)
         return LoadedTokenizer(loaded.module, loaded.params, loaded.latent_stats and ChannelStats(**loaded.latent_stats))
     config = checkpoint.read_config(source, step) if artefact.kind == "run" else None
     if config and config["job"] == "ldm":
         model = load_model(source, step, jax.devices()[:1])
         module = model.nets.vae.clone(dtype=jnp.float32)
         return LoadedTokenizer(module, model.params["vae"], model.params["latent_stats"], config, model.step)
-    vae = convert.find_vae(source, step)
+    vae = convert.find_vae(artefact, step)
     return LoadedTokenizer(vae.module, vae.params, ChannelStats(**vae.latent_stats), config, vae.steps)

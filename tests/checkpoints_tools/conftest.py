@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from checkpoints_tools import convert, locate, vae, vit, weights
+from repae_jax import files
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def bucket(tmp_path, monkeypatch):
         def copy(self, target, overwrite):
             shutil.copy(self, Remote(target))
 
-    for module in (locate, weights, vit, vae, convert):
+    for module in (locate, files, weights, vit, vae, convert):
         monkeypatch.setattr(module, "epath", SimpleNamespace(Path=Remote))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()

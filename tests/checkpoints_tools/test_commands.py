@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import optax
 import pytest
 import small
 from command_line import call, error_of
-from test_vae import STATS
+from small_files import STATS, TINY_DINOV2, load_sit, torch_model
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import (
     artefacts,
     convert,
+    describe,
     identify,
     locate,
     published,
@@ -26,6 +28,7 @@ from checkpoints_tools import (
     torch_param_order,
     training_state,
     vae,
+    vae_stats,
     verify,
     weights,
 )
@@ -39,6 +42,7 @@ from repae_jax.sampling.load_model import load_model
 from repae_jax.training import checkpoint
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 # group norms of 32 groups, as all published files have
 CHANGES = {"vae.channels": 32, "vae.norm_groups": 32}
@@ -188,20 +192,39 @@ def test_a_vae_goes_round_all_layouts_bit_for_bit(published_run, vae_folder, tmp
         np.testing.assert_allclose(vae.read_latent_stats(tmp_path / "folder")[name], value, rtol=3e-7)
 
 
-def test_a_plain_sit_is_turned_round(tmp_path):
+def test_a_source_is_resolved_and_read_once(vae_folder, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(function):
+        return lambda path, *args: calls.append((function.__name__, str(path))) or function(path, *args)
+
+    monkeypatch.setattr(locate, "resolve", counted(locate.resolve))
+    monkeypatch.setattr(weights, "read_file", counted(weights.read_file))
+    call("convert", vae_folder, tmp_path / "vae.pt")
+    assert calls == [("resolve", str(vae_folder)), ("read_file", str(vae_folder / "diffusion_pytorch_model.safetensors"))]
+
+
+def save_plain_sit(path):
+    """(module, variables) of a SiT-S/2 with sigma channels, written as plain SiT's file."""
     module = SiT(num_classes=10, latent_channels=4, patch_size=2, hidden_size=384, depth=12, num_heads=6, encoder_depth=12)
     module = module.clone(learned_sigma=True)
     rng = np.random.default_rng(0)
-    target = sit._abstract_variables(module, 2, False)
+    target = sit.abstract_sit(module, 2, False)
     variables = jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), target)
+    weights.write_torch(path, to_torch(sit.sit_table(module, latent_norm=False), variables))
+    return module, variables
+
+
+def test_a_plain_sit_is_turned_round(tmp_path):
     plain, turned = tmp_path / "SiT-S-2.pt", tmp_path / "turned.pt"
-    weights.write_torch(plain, to_torch(sit.sit_table(module, latent_norm=False), variables))
+    module, variables = save_plain_sit(plain)
     call("convert", plain, turned, "--plain_sit")
 
-    loaded = sit.load_sit(turned)
+    loaded = load_sit(turned)
     assert loaded.layout == "repae" and not loaded.module.learned_sigma
     np.testing.assert_allclose(np.sqrt(loaded.variables["latent_stats"]["var"]), 1 / 0.18215, rtol=1e-6)
-    z, t, labels = rng.standard_normal((2, 4, 4, 4)).astype(np.float32), np.float32([0.2, 0.9]), np.int32([3, 10])
+    z = np.random.default_rng(1).standard_normal((2, 4, 4, 4)).astype(np.float32)
+    t, labels = np.float32([0.2, 0.9]), np.int32([3, 10])
     expected, _ = module.apply(variables, z, t, labels)
     velocity, _ = loaded.module.apply({"params": loaded.variables["params"]}, z, 1 - t, labels)
     np.testing.assert_allclose(velocity, -expected[..., :4], atol=2e-5 * np.abs(expected).max())
@@ -214,7 +237,7 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
     """SiT's own checkpoints: model, ema, opt and args without a learning rate; the average is taken."""
     module = SiT(num_classes=10, latent_channels=4, patch_size=2, hidden_size=384, depth=12, num_heads=6, encoder_depth=12)
     rng = np.random.default_rng(0)
-    target = sit._abstract_variables(module, 2, False)
+    target = sit.abstract_sit(module, 2, False)
     networks = [jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), target) for _ in range(2)]
     table = sit.sit_table(module, latent_norm=False)
     model, ema = (torch_param_order.to_ordered_torch(table, variables) for variables in networks)
@@ -222,7 +245,7 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
         load_model(tmp_path / "training.pt")
     call("convert", tmp_path / "training.pt", tmp_path / "turned.safetensors", "--plain_sit")
-    turned = sit.load_sit(tmp_path / "turned.safetensors")
+    turned = load_sit(tmp_path / "turned.safetensors")
     np.testing.assert_array_equal(turned.variables["params"]["x_embedder"]["bias"], ema["x_embedder.proj.bias"])
     call("convert", tmp_path / "training.pt", tmp_path / "again.pt")
     same_arrays(published.read(tmp_path / "again.pt").networks["ema"], ema)
@@ -271,7 +294,7 @@ print(time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 def test_a_sit_xl_in_a_minute_and_two_and_a_half_times_its_size(tmp_path, options):
     module = SiT(num_classes=1000, latent_channels=4, patch_size=2, hidden_size=1152, depth=28, num_heads=16, encoder_depth=28)
     rng = np.random.default_rng(0)
-    target = sit._abstract_variables(module, 16, False)
+    target = sit.abstract_sit(module, 16, False)
     variables = jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), target)
     source = tmp_path / "sit.pt"
     weights.write_torch(source, torch_param_order.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
@@ -328,8 +351,8 @@ def test_inspect_counts_what_is_not_finite(published_run, tmp_path, capsys):
     # sizes are none of S, B, L and XL: with one head, the norms tell the heads
     weights.write_safetensors(tmp_path / "sit.safetensors", arrays)
     with pytest.raises(ValueError, match="give num_heads"):
-        identify.describe(identify.identify(tmp_path / "sit.safetensors"))
-    assert identify._statistics(arrays)["not_finite"] == ["blocks.0.mlp.fc1.bias"]
+        describe.describe(identify.identify(tmp_path / "sit.safetensors"))
+    assert describe.weight_statistics(arrays)["not_finite"] == ["blocks.0.mlp.fc1.bias"]
 
 
 def test_verify(published_run, vae_folder, capsys):
@@ -346,14 +369,14 @@ def test_verify_sees_a_wrong_network(vae_folder, monkeypatch):
     pytest.importorskip("diffusers")
     right = AutoencoderKL.decode
     monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z: right(self, z * (1 + 1e-4)))
-    by_name = {difference.what: difference for difference in verify.verify(vae_folder, 16)}
+    by_name = {difference.output: difference for difference in verify.verify(vae_folder, 16)}
     assert by_name["VAE decoder"].float32 > 2e-5 > by_name["VAE encoder, mean and log-variance"].float32
 
 
 def test_the_list_of_artefacts(capsys):
     assert call("artefacts") == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "file", "what", "fills", "licence"] and lines[-1] == artefacts.GATED
+    assert header.split() == ["name", "file", "what", "fills", "license"] and lines[-1] == artefacts.GATED
     listed = artefacts.ARTEFACTS
     assert [line.split()[0] for line in lines[:-2]] == [artefact.name for artefact in listed]
     assert len({artefact.name for artefact in listed}) == len(listed)
@@ -407,6 +430,24 @@ def test_as_a_program(tmp_path):
     command = [sys.executable, "-m", "checkpoints_tools", "inspect", str(tmp_path / "no.pt")]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 1 and made.stderr.startswith("error: ") and "no.pt does not exist" in made.stderr
+
+
+def test_the_commands_of_the_readme(workdir, published_run, tmp_path, monkeypatch):
+    """In their order, on tiny networks under the names that stand there."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/repae").symlink_to(workdir)
+    call("extract-vae", published_run, "sdvae-f8d4.pt")
+    torch_model("Dinov2Model", TINY_DINOV2).save_pretrained("facebook/dinov2-base")
+    save_plain_sit("SiT-XL-2-256.pt")
+    text = (ROOT / "checkpoints_tools" / "README.md").read_text()
+    lines = re.findall(r"^python -m checkpoints_tools (?!--help)(.*)", text, flags=re.MULTILINE)
+    assert {line.split()[0] for line in lines} == {"inspect", "convert", "extract-vae", "verify", "artefacts"}
+    for line in lines:
+        tiny = ["--image_size", 16] if line.startswith("verify") else []
+        assert call(*line.split(), *tiny) == 0, line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,7 +519,7 @@ def test_targets_that_exist_are_kept(workdir, published_run, vae_folder, tmp_pat
     run = shutil.copytree(published_run, tmp_path / "run")
     file = run / "checkpoints" / "0000007.pt"
     file.write_bytes(b"precious")
-    assert f"{file} exists" in error_of(monkeypatch, "convert", workdir, run)
+    assert f"{file} exists" in error_of(monkeypatch, "convert", published_run, run)
     assert file.read_bytes() == b"precious"
     call("convert", workdir, run, "--overwrite")
     same_checkpoint(run, published_run)
@@ -486,18 +527,18 @@ def test_targets_that_exist_are_kept(workdir, published_run, vae_folder, tmp_pat
     args = json.loads((run / "args.json").read_text())
     files.write_json(run / "args.json", args | {"max_train_steps": 1}, overwrite=True)  # the run was prolonged since
     file.unlink()
-    call("convert", workdir, run)
+    call("convert", published_run, run)
     assert json.loads((run / "args.json").read_text()) == args
     (run / "args.json").write_text('{"model": "another"}')
     file.unlink()
-    assert "args.json is of another run" in error_of(monkeypatch, "convert", workdir, run)
+    assert "args.json is of another run" in error_of(monkeypatch, "convert", published_run, run)
     assert not file.exists() and json.loads((run / "args.json").read_text()) == {"model": "another"}
 
     stats = tmp_path / "e2e-latents-stats.pt"
     stats.write_bytes(b"precious")
     assert f"{stats} exists" in error_of(monkeypatch, "extract-vae", workdir, tmp_path / "e2e.pt")
     assert stats.read_bytes() == b"precious" and not (tmp_path / "e2e.pt").exists()
-    assert "exists" in error_of(monkeypatch, "extract-vae", workdir, vae_folder)
+    assert "exists" in error_of(monkeypatch, "extract-vae", published_run, vae_folder)
 
 
 def test_targets_and_sources_that_do_not_fit(workdir, published_run, vae_folder, tmp_path, monkeypatch):
@@ -521,17 +562,17 @@ def test_statistics_are_not_invented(published_run, tmp_path, monkeypatch):
     """A published VAE file without its statistics cannot become a diffusers folder, which would take Stable Diffusion's."""
     weights.write_safetensors(tmp_path / "vae.safetensors", network(published_run, "vae"))
     assert "latent statistics are missing" in error_of(monkeypatch, "convert", tmp_path / "vae.safetensors", tmp_path / "out")
-    weights.write_torch(tmp_path / "elsewhere.pt", vae.published_stats(STATS))
+    weights.write_torch(tmp_path / "elsewhere.pt", vae_stats.to_arrays(STATS))
     call("convert", tmp_path / "vae.safetensors", tmp_path / "given", "--latent_stats", tmp_path / "elsewhere.pt")
     np.testing.assert_array_equal(vae.read_latent_stats(tmp_path / "given")["mean"], STATS["mean"])
-    weights.write_safetensors(tmp_path / "vae-latents-stats.safetensors", vae.published_stats(STATS))
+    weights.write_safetensors(tmp_path / "vae-latents-stats.safetensors", vae_stats.to_arrays(STATS))
     call("convert", tmp_path / "vae.safetensors", tmp_path / "out")
     np.testing.assert_array_equal(vae.read_latent_stats(tmp_path / "out")["mean"], STATS["mean"])
 
 
 def test_places_cover_what_a_state_holds(state):
     """Nothing of a run is forgotten on its way out, but for what the published code does not have."""
-    placed = {place for places in training_state.PLACES.values() for place in places.values()}
+    placed = {place for places in training_state.STATE_PATHS.values() for place in places.values()}
     placed |= set(training_state.OPT_STATES.values()) | {"step"}
     leaves = small.leaves(state)
     forgotten = {name for name in leaves if not any(name == place or name.startswith(f"{place}.") for place in placed)}

@@ -10,9 +10,9 @@ import optax
 import pytest
 import small
 from command_line import call, error_of
-from test_sit_files import published_shapes
+from small_files import published_shapes
 
-from checkpoints_tools import published, vae, weights
+from checkpoints_tools import published, published_args, vae, vae_layouts, weights
 from configs import ldm
 from configs import vae as vae_config
 from repae_jax import sample
@@ -23,6 +23,7 @@ from repae_jax.training import checkpoint, checkpoint_files
 from repae_jax.training.optimizer import without_fixed
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.integration
 STEP = 7
 ENCODERS = {
     "target": {
@@ -30,7 +31,6 @@ ENCODERS = {
         "spatial_gamma": None,
     },
 }  # fmt: skip
-
 
 
 def make_config(module, **changes):
@@ -76,7 +76,7 @@ def make_vae(folder, seed=0):
     module = make_config(vae_config).vae.to_dict()
     module = AutoencoderKL(**{name: tuple(x) if isinstance(x, list) else x for name, x in module.items()})
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), vae.abstract_params(module))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), vae_layouts.abstract_params(module))
     stats = {"mean": np.float32([0.1, -0.2, 0.3, 0.4]), "var": np.float32([0.5, 1.0, 2.0, 4.0])}
     vae.save_diffusers(folder, module, params, stats)
     return folder
@@ -242,7 +242,8 @@ def test_a_dits_file_is_none_for_a_velocity(sit_run, converted, tmp_path):
 def test_a_checkpoint_of_another_job(sit_run, converted, tmp_path):
     """Arguments of fields that this job does not have are no difference."""
     args = published.read(converted["sit"]).args | {"vae_learning_rate": 1.0, "bn_momentum": 0.1, "cfg_prob": 0.2}
-    assert published.check_args(args, sit_run[0].config, "x.pt") == ["config.diffusion.label_dropout=0.1, but cfg_prob=0.2"]
+    differences = published_args.check_args(args, sit_run[0].config, "x.pt")
+    assert differences == ["config.diffusion.label_dropout=0.1, but cfg_prob=0.2"]
 
 
 def test_the_frozen_vae_must_be_the_right_one(sit_run, frozen_vae, tmp_path):

@@ -1,22 +1,20 @@
 """Encoders' files against the PyTorch modules that they are for, in and out, and files that are not what they should be."""
 
-import functools
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from small_files import assert_same_bits, moco_weights, save_encoder, torch_model
 
 from checkpoints_tools import vit, vit_formats, weights
 from checkpoints_tools.mapping import to_torch
 from checkpoints_tools.vit_reference import torch_tokens
-from repae_jax.models import encoders as features
-from repae_jax.models.vit import VisionTransformer
+from repae_jax.models import encoders
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.integration
 
 NATIVE, OTHER = 28, 56  # pixels; the positions that the files hold are for NATIVE
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": NATIVE}
@@ -46,24 +44,6 @@ KINDS = {
     "siglip2": ("Siglip2Model", {"vision_config": PATCHES, "text_config": TEXT}),
     "siglip2_vision": ("Siglip2VisionModel", PATCHES),
 }
-TOKENS = ("token", "tokens", "class_embedding", "position_embeddings", "position_embedding.weight")
-
-
-def torch_model(class_name, fields):
-    """A module with random weights, none of which is trivially 0 or 1."""
-    model_class = getattr(transformers, class_name)
-    model = model_class(model_class.config_class(**fields))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith(TOKENS):
-                parameter.copy_(0.5 * noise)
-            elif parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.1 * noise + (not name.endswith("bias")))
-    return model.eval()
 
 
 def tokens_of(model, pixels):
@@ -91,13 +71,6 @@ def random_pixels(size, count=2):
 
 def nchw(pixels):
     return pixels.transpose(0, 3, 1, 2)
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        assert a.dtype == b.dtype == np.float32
-        np.testing.assert_array_equal(a.view(np.int32), b.view(np.int32))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -147,7 +120,7 @@ def test_on_another_grid_and_out_again(saved, tmp_path, record_property):
 
 def test_round_trip_is_the_identity(saved, tmp_path):
     kind, _, folder = saved
-    module, params = vit.read_encoder(folder)
+    _, module, params = vit.read_file(folder)
     assert module.grid == (4, 4) and module.dtype == jnp.float32
     stored, (format, _) = weights.read_state_dict(folder), vit.format_of(folder)
     table = vit.encoder_table(module, format)
@@ -157,7 +130,7 @@ def test_round_trip_is_the_identity(saved, tmp_path):
             np.testing.assert_array_equal(array.view(np.int32), original.view(np.int32), err_msg=name)
 
     vit.save_encoder(tmp_path, module, params)
-    again, read = vit.read_encoder(tmp_path)
+    _, again, read = vit.read_file(tmp_path)
     assert again == module
     assert_same_bits(read, params)
 
@@ -172,27 +145,6 @@ MISNAMED = {
     "blocks.14.norm2.": "blocks.14.norm14.",
     "blocks.14.mlp.fc2.": "blocks.14.mlp.fc14.",
 }
-
-
-def moco_weights(width, depth, mlp_dim, side):
-    """State dict of timm's VisionTransformer of 16 pixels a patch, for side * side patches."""
-    layers, norms = {"patch_embed.proj": (width, 3, 16, 16)}, ["norm"]
-    for block in (f"blocks.{i}" for i in range(depth)):
-        layers |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
-        layers |= {f"{block}.mlp.fc1": (mlp_dim, width), f"{block}.mlp.fc2": (width, mlp_dim)}
-        norms += [f"{block}.norm1", f"{block}.norm2"]
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    arrays = {"cls_token": normal(1, 1, width), "pos_embed": normal(1, 1 + side**2, width)}
-    for name, (rows, *rest) in layers.items():
-        arrays[f"{name}.weight"] = normal(rows, *rest) / np.prod(rest) ** 0.5
-        arrays[f"{name}.bias"] = 0.1 * normal(rows)
-    for name in norms:
-        arrays[f"{name}.weight"], arrays[f"{name}.bias"] = 1 + 0.1 * normal(width), 0.1 * normal(width)
-    return {name: array.numpy() for name, array in arrays.items()}
 
 
 def timm_tokens(arrays, pixels, depth, num_heads):
@@ -241,7 +193,7 @@ def moco(tmp_path_factory):
 
 def test_mocov3(moco, tmp_path, record_property):
     arrays, path = moco
-    module, params = vit.read_encoder(path)
+    _, module, params = vit.read_file(path)
     assert (module.grid, module.mlp_dim) == ((2, 2), 48)
     returned = to_torch(vit.encoder_table(module, vit_formats.MOCOV3), params)
     assert set(returned) == set(arrays)
@@ -249,7 +201,7 @@ def test_mocov3(moco, tmp_path, record_property):
         np.testing.assert_array_equal(returned[name].view(np.int32), array.view(np.int32), err_msg=name)
 
     encoder, params = vit.load_encoder(path, 64)
-    assert (encoder.image_size, encoder.family.mean) == (64, features.IMAGENET_MEAN)
+    assert (encoder.image_size, encoder.family.mean) == (64, encoders.IMAGENET_MEAN)
     pixels = random_pixels(64)
     cls, patches = jax.jit(encoder.module.apply)({"params": params}, pixels)
     expected = timm_tokens(arrays, pixels, depth=15, num_heads=12)
@@ -281,131 +233,11 @@ def test_bad_mocov3_files(moco, tmp_path, change, message):
         vit.load_encoder(path, 256)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are not what they should be.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_random(folder, **fields):
-    """A tiny encoder of ours, DINOv2's kind by default."""
-    architecture = {"patch_size": 7, "hidden_size": 8, "depth": 1, "num_heads": 2, **fields}
-    encoder = features.make_encoder(architecture, 32, image_size=28)
-    shapes = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
-    vit.save_encoder(folder, encoder.module, jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
-
-
-@pytest.mark.parametrize(
-    "family, change, message",
-    [
-        ("dinov2", {"model_type": "resnet"}, "model_type 'resnet'; allowed: dinov2, dinov2_with_registers, vit, vit_mae"),
-        ("dinov2", {"model_type": None}, "model_type None; allowed"),
-        ("dinov2", {"hidden_act": "relu"}, "hidden_act 'relu'; allowed: 'gelu'"),
-        ("clip", {"hidden_act": "relu"}, "hidden_act 'relu'; allowed: 'quick_gelu', 'gelu'"),
-        ("dinov2", {"num_channels": 1}, "num_channels 1; allowed: 3"),
-        ("dinov3", {"mlp_bias": False}, "mlp_bias False; allowed: True"),
-        ("dinov2", {"patch_size": [7, 14]}, r"patch_size \[7, 14\]; allowed: a number"),
-        ("dinov2", {"patch_size": 0}, "patch_size 0; allowed: a number of at least 1"),
-        ("dinov2", {"mlp_ratio": None}, "mlp_ratio None"),
-        ("dinov2", {"num_attention_heads": 3}, "hidden_size 8 is not divisible by num_heads 3"),
-        ("dinov3", {"num_attention_heads": 4}, "width divisible by 4, got 2"),
-        ("siglip2", {"model_type": "siglip2_vision_model", "num_patches": 15}, "num_patches 15; allowed: a square number"),
-        ("dinov2", {"num_hidden_layers": 2}, "missing in file: encoder.layer.1.norm1.weight"),
-        ("dinov2", {"image_size": 35}, r"embeddings.position_embeddings \(1, 17, 8\)"),
-        ("clip", {"model_type": "clip"}, "wrong shape: "),  # vision_config is absent, so its defaults are meant
-    ],
-)
-def test_bad_configs(tmp_path, family, change, message):
-    save_random(tmp_path, family=family)
-    config = weights.read_config(tmp_path) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"(?s)^{tmp_path}.*{message}"):
-        vit.load_encoder(tmp_path, 32)
-
-
-NORM = "encoder.layer.0.norm1.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({NORM: None}, f"missing in file: {NORM}"),
-        ({"encoder.layer.1.norm1.weight": np.ones(8, np.float32)}, "unexpected in file: encoder.layer.1.norm1.weight"),
-        ({NORM: np.full(8, np.nan, np.float32)}, f"not finite: {NORM}"),
-        ({NORM: np.ones(8, np.int64)}, f"wrong dtype: {NORM} is int64; allowed: float32, float16, bfloat16"),
-        ({NORM: np.ones(9, np.float32)}, rf"wrong shape: {NORM} \(9,\)"),
-        ({f"dinov2.{NORM}": np.ones(8, np.float32)}, f"holds {NORM} twice"),
-    ],
-)
-def test_bad_weights(tmp_path, change, message):
-    save_random(tmp_path)
-    path = tmp_path / "model.safetensors"
-    arrays = {name: array for name, array in (weights.read_state_dict(path) | change).items() if array is not None}
-    weights.write_safetensors(path, arrays, overwrite=True)
-    with pytest.raises(ValueError, match=f"(?s)^{tmp_path}.*{message}"):
-        vit.load_encoder(tmp_path, 32)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"), (None, "damaged or incomplete")],
-)
-def test_damaged_weights(tmp_path, content, message):
-    save_random(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(ValueError, match=f"^{path} .*{message}"):
-        vit.load_encoder(tmp_path, 32)
-
-
-def test_what_is_no_part_of_the_encoder_is_left_alone(tmp_path):
-    save_random(tmp_path, family="clip")
-    _, expected = vit.read_encoder(tmp_path)
-    path = tmp_path / "model.safetensors"
-    others = ("vision_model.embeddings.position_ids", "text_model.norm.bias", "logit_scale", "visual_projection.weight")
-    arrays = weights.read_state_dict(path) | {name: np.zeros(3, np.int64) for name in others}
-    weights.write_safetensors(path, arrays, overwrite=True)
-    assert_same_bits(vit.read_encoder(tmp_path)[1], expected)
-
-
 @pytest.mark.parametrize("shape", [(1, 28, 28, 3), (1, 3, 28, 35), (1, 3, 30, 30), (3, 28, 28)])
 def test_torch_tokens_refuses_other_shapes(tmp_path, shape):
-    save_random(tmp_path)
+    save_encoder(tmp_path)
     with pytest.raises(ValueError, match=r"shape .*; allowed: \[B, 3, S, S\] with S a multiple of 7"):
         torch_tokens(tmp_path, np.zeros(shape, np.float32))
-
-
-def test_missing_shard(tmp_path):
-    save_random(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="lacks model-00001-of-00002.safetensors"):
-        vit.load_encoder(tmp_path, 32)
-
-
-def test_image_size_must_divide(tmp_path):
-    save_random(tmp_path)
-    with pytest.raises(ValueError, match="image_size 30 .* patch size 7; set .* 28 or 35"):
-        vit.load_encoder(tmp_path, 32, image_size=30)
-
-
-@pytest.mark.parametrize("fields", [{"grid": (2, 3)}, {"mlp_dim": 20}, {"num_class_tokens": 2}])
-def test_save_refuses_what_no_config_can_express(tmp_path, fields):
-    sizes = {"patch_size": 7, "hidden_size": 8, "depth": 1, "num_heads": 2, "mlp_dim": 32, "grid": (2, 2)}
-    with pytest.raises(ValueError, match="(?s)no config.json of dinov2, .* square grids .* whole multiple of hidden_size"):
-        vit.save_encoder(tmp_path / "encoder", VisionTransformer(**sizes | fields), {})
-    assert not (tmp_path / "encoder").exists()
-
-
-def test_save_overwrites_only_when_asked(tmp_path):
-    save_random(tmp_path)
-    module, params = vit.read_encoder(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileExistsError, match="config.json exists.*overwrite"):
-        vit.save_encoder(tmp_path, module, params)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    vit.save_encoder(tmp_path, module, params, overwrite=True)
-    assert_same_bits(vit.read_encoder(tmp_path)[1], params)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,7 +272,7 @@ PUBLISHED = {
 
 def check_published_size(name, path, tokens, folder, record_property):
     """One encoder of published size against PyTorch, in float32 and bfloat16, and out again."""
-    described = features.make_encoder(name, 256)
+    described = encoders.make_encoder(name, 256)
     pixels = random_pixels(described.image_size, count=1)
     expected = tokens(pixels)
     encoder, params = vit.load_encoder(path, 256)
@@ -464,7 +296,7 @@ def test_published_sizes(name, tmp_path, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mocov3-small", "mocov3-base", "mocov3-large"])
 def test_published_sizes_of_mocov3(name, tmp_path, record_property):
-    width, depth, heads = (features.ARCHITECTURES[name][field] for field in ("hidden_size", "depth", "num_heads"))
+    width, depth, heads = (encoders.ARCHITECTURES[name][field] for field in ("hidden_size", "depth", "num_heads"))
     arrays, path = moco_weights(width, depth, 4 * width, 14), tmp_path / "in.safetensors"
     weights.write_safetensors(path, arrays)
     check_published_size(

@@ -74,6 +74,7 @@ def test_graph_scopes_are_as_published(state_dict):
         np.testing.assert_array_equal(graph[name], array, err_msg=name)
 
 
+@pytest.mark.integration
 def test_all_kinds_of_files_give_the_same_bits(state_dict, write):
     without_counters = {name: array for name, array in state_dict.items() if not name.endswith("num_batches_tracked")}
     fid = load_inception(write("pytorch_fid.pth", state_dict))

@@ -13,14 +13,16 @@ import pytest
 import reference
 import small
 
-from checkpoints_tools import identify, published, training_state, weights
-from checkpoints_tools.training_state import PLACES, Networks
+from checkpoints_tools import identify, published, published_args, training_state, weights
+from checkpoints_tools.sit import abstract_sit
+from checkpoints_tools.training_state import STATE_PATHS, Networks
 from repae_jax import files
 from repae_jax.job import build
 from repae_jax.models.sit import SiT
 from repae_jax.training.state import apply_update
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ GROUP = {"lr": 3e-5, "betas": (0.5, 0.6), "eps": 1e-7, "weight_decay": 0.1}
 
 
 def exported(job, state, networks, groups=("opt", "opt_vae", "opt_disc")):
-    args = published.args_from_config(job.config, "SiT-tiny/1", "tiny", "none", 2, job.nets.vae.norm_groups)
+    args = published_args.args_from_config(job.config, "SiT-tiny/1", "tiny", "none", 2, job.nets.vae.norm_groups)
     return training_state.from_run(
         lambda place: plain(operator.attrgetter(place)(state)), networks, int(state.step), args, "run",
         {name: GROUP for name in groups},
@@ -89,7 +91,7 @@ def targets_of(state):
     def at(place):
         return plain(operator.attrgetter(place)(state))
 
-    return {name: {leaf: at(place) for leaf, place in places.items()} for name, places in PLACES.items()}
+    return {name: {leaf: at(place) for leaf, place in places.items()} for name, places in STATE_PATHS.items()}
 
 
 def assert_same_arrays(actual, expected):
@@ -134,9 +136,7 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
     grid = hyper["input_size"] // hyper["patch_size"]
     table = training_state.tables(Networks(sit))["model"]
     weights_of = {name: reference.draw(name, tuple(spec["shape"]), 0, "") for name, spec in case["state_dict"]["sit"].items()}
-    from checkpoints_tools.sit import _abstract_variables
-
-    tree = training_state.to_flax(table, weights_of, _abstract_variables(sit, grid, True))
+    tree = training_state.to_flax(table, weights_of, abstract_sit(sit, grid, True))
     again = published.TrainingCheckpoint("x", {}, 0, {"model": training_state.to_torch(table, tree)}, {})
     published.write(tmp_path / "x.pt", again)
     stored = torch.load(tmp_path / "x.pt", weights_only=False)["model"]
@@ -227,7 +227,7 @@ def test_newest_of_a_run(checkpoint, tmp_path):
         published.read(tmp_path)
     for name in ("0000003.pt", "0000020.pt", "notes.pt"):
         published.write(tmp_path / "checkpoints" / name, checkpoint)
-    assert published.find(tmp_path).name == "0000020.pt"
+    assert published.checkpoint_file(tmp_path).name == "0000020.pt"
     with pytest.raises(ValueError, match="ends in .pt or .safetensors"):
         published.write(tmp_path / "x.ckpt", checkpoint)
 
@@ -240,7 +240,7 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
         write = weights.write_torch if path.suffix == ".pt" else weights.write_safetensors
         write(path, dict(checkpoint.networks["ema"]))
         read = published.read(tmp_path)
-        assert read.steps is None and read.num_heads == 2 and read.args == json.loads(json.dumps(checkpoint.args))
+        assert read.steps is None and read.number("num_heads") == 2 and read.args == json.loads(json.dumps(checkpoint.args))
         for network in ("model", "ema"):
             assert_same_arrays(read.networks[network], checkpoint.networks["ema"])
         path.unlink()
@@ -296,13 +296,13 @@ def test_not_a_training_checkpoint(checkpoint, tmp_path):
 
 
 def test_args(job):
-    args = published.args_from_config(job.config, "SiT-tiny/1", "tiny", "none", 2, job.nets.vae.norm_groups)
-    assert published.check_args(args, job.config, "x.pt") == []
-    assert published.check_args({**args, "learning_rate": 5.0}, job.config, "x.pt") == [
+    args = published_args.args_from_config(job.config, "SiT-tiny/1", "tiny", "none", 2, job.nets.vae.norm_groups)
+    assert published_args.check_args(args, job.config, "x.pt") == []
+    assert published_args.check_args({**args, "learning_rate": 5.0}, job.config, "x.pt") == [
         "config.optim.sit.learning_rate=0.001, but learning_rate=5.0"
     ]
     with pytest.raises(ValueError, match="x.pt was trained otherwise: config.sit.encoder_depth=1, but encoder_depth=8"):
-        published.check_args({**args, "encoder_depth": 8}, job.config, "x.pt")
+        published_args.check_args({**args, "encoder_depth": 8}, job.config, "x.pt")
 
 
 def test_an_optimizer_that_is_not_adam():

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import reference
 from absl import logging
+from small_files import load_sit, published_shapes
 from test_sit import TINY, abstract_tree, draw, golden_sit
 
 from checkpoints_tools import weights
 from checkpoints_tools.mapping import to_flax
-from checkpoints_tools.sit import describe_sit, grid_of, layout_of, load_sit, rename_legacy, reverse_time, sit_table
+from checkpoints_tools.plain_sit import reverse_time
+from checkpoints_tools.sit import describe_sit, grid_of, layout_of, rename_legacy, sit_table
 from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
@@ -19,47 +21,6 @@ SIZES = {
 }
 GRID = 2
 LAYOUTS = ("repae", "repa", "sit-or-dit")
-
-
-def published_shapes(
-    hidden_size,
-    depth,
-    patch_size,
-    channels=4,
-    rows=1001,
-    tokens=256,
-    outputs=1,
-    features=(),
-    head=None,
-    norm=False,
-    projector=2048,
-    conv=False,
-):
-    """The names of a published file, written out anew, with their shapes."""
-    width, pixels = hidden_size, patch_size**2
-    shapes = {
-        "pos_embed": (1, tokens, width),
-        "x_embedder.proj.weight": (width, channels, patch_size, patch_size), "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (rows, width),
-    }  # fmt: skip
-    for i in range(depth):
-        block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width),
-                 "mlp.fc2": (width, 4 * width), "adaLN_modulation.1": (6 * width, width)}  # fmt: skip
-        for name, shape in block.items():
-            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
-        for name in ("q_norm", "k_norm") if head else ():
-            shapes |= {f"blocks.{i}.attn.{name}.{kind}": (head,) for kind in ("weight", "bias")}
-    for i, dim in enumerate(features):
-        mlp = {"0": (projector, width), "2": (projector, projector), "4": (dim, projector)}
-        for layer, shape in ({"projection_layer": (dim, width, 3, 3)} if conv else mlp).items():
-            shapes |= {f"projectors.{i}.{layer}.weight": shape, f"projectors.{i}.{layer}.bias": shape[:1]}
-    for name, size in (("linear", outputs * channels * pixels), ("adaLN_modulation.1", 2 * width)):
-        shapes |= {f"final_layer.{name}.weight": (size, width), f"final_layer.{name}.bias": (size,)}
-    if norm:
-        shapes |= {"bn.running_mean": (channels,), "bn.running_var": (channels,), "bn.num_batches_tracked": ()}
-    return shapes
 
 
 def zeros(shapes):
@@ -195,6 +156,7 @@ def test_legacy_names(tmp_path):
         load_sit(tmp_path / "old.safetensors", num_heads=2, encoder_depth=2)
 
 
+@pytest.mark.integration
 def test_reversed_time_is_the_same_function():
     sit, variables = sample("sit-or-dit")
     params = variables["params"]

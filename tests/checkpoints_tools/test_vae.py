@@ -7,13 +7,13 @@ import pytest
 import reference
 from absl import logging
 from flax import traverse_util
+from small_files import STATS
 from test_autoencoder import abstract_params, drawn_params, golden_vae
 
-from checkpoints_tools import mapping, vae, vae_layouts, weights
+from checkpoints_tools import mapping, vae, vae_layouts, vae_reference, vae_stats, weights
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
-STATS = {"mean": np.asarray([0.5, -1.0, 0.0, 2.0], np.float32), "var": np.asarray([1.7, 0.3, 1.0, 30.0], np.float32)}
 NETWORKS = {
     "plain": AutoencoderKL(latent_channels=4, channels=32, channel_multipliers=(1, 2), num_res_blocks=1),
     "attention": AutoencoderKL(
@@ -41,7 +41,7 @@ def params(drawn):
 
 @pytest.fixture
 def state_dict(module, params):
-    return mapping.to_torch(vae.vae_table(module), params)
+    return mapping.to_torch(vae_layouts.vae_table(module), params)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize("names", [vae_layouts.COMPVIS, vae_layouts.DIFFUSERS, vae_layouts.DIFFUSERS_2022])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_layout_is_recognised_with_its_sizes(tmp_path, drawn, network, names):
-    table = vae.vae_table(NETWORKS[network], names)
+    table = vae_layouts.vae_table(NETWORKS[network], names)
     written = mapping.to_torch(table, drawn[network])
     loaded = vae.load_vae(save(tmp_path / "vae.safetensors", written))
     assert (loaded.module, loaded.layout, loaded.latent_stats) == (NETWORKS[network], names.layout, None)
@@ -95,9 +95,10 @@ def test_the_two_tables_fill_the_same_leaves(module):
     def leaves(table):
         return {path for entry in table.entries for path in entry.flax}
 
-    assert leaves(vae.vae_table(module)) == leaves(vae.diffusers_table(module))
+    assert leaves(vae_layouts.vae_table(module)) == leaves(vae_layouts.vae_table(module, vae_layouts.DIFFUSERS))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", reference.cases("vae_f16d32_small") + reference.cases("vae_f8d4_small"))
 def test_golden_through_diffusers_and_back(tmp_path, name, record_property):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
@@ -119,14 +120,14 @@ def test_golden_through_diffusers_and_back(tmp_path, name, record_property):
         reference.check(actual.numpy(), case.arrays[what], reference.NETWORK_RTOL, what, record_property)
 
     returned = vae.load_vae(tmp_path / "out")
-    same_tree(mapping.to_torch(vae.vae_table(returned.module), returned.params), case.weights)
+    same_tree(mapping.to_torch(vae_layouts.vae_table(returned.module), returned.params), case.weights)
     same_stats(returned.latent_stats, stats)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_what_diffusers_saves_is_read(tmp_path, drawn, network):
     pytest.importorskip("diffusers")
-    theirs = vae.torch_vae(NETWORKS[network], drawn[network])
+    theirs = vae_reference.torch_vae(NETWORKS[network], drawn[network])
     theirs.save_pretrained(tmp_path / "pipeline" / "vae")
     loaded = vae.load_vae(tmp_path / "pipeline")
     assert (loaded.module, loaded.layout) == (NETWORKS[network], "diffusers")
@@ -156,6 +157,7 @@ def test_extras_of_the_training_are_ignored(tmp_path, module, params, state_dict
     same_tree(vae.read_vae_params(tmp_path / "vavae.ckpt", module, abstract_params(module)), params)
 
 
+@pytest.mark.integration
 def test_the_map_from_latents_to_tokens(tmp_path, module, monkeypatch):
     """VA-VAE's `linear_proj`, a 1x1 convolution without bias; one with a bias maps the other way round."""
     messages = []
@@ -163,7 +165,7 @@ def test_the_map_from_latents_to_tokens(tmp_path, module, monkeypatch):
     whole = module.clone(feature_dim=6)
     params = drawn_params(whole)
     rest = {name: tree for name, tree in params.items() if name != "vf_projection"}
-    state_dict = mapping.to_torch(vae.vae_table(whole), params)
+    state_dict = mapping.to_torch(vae_layouts.vae_table(whole), params)
     np.testing.assert_array_equal(state_dict["linear_proj.weight"][:, :, 0, 0].T, params["vf_projection"]["kernel"])
     path = save(tmp_path / "vavae.safetensors", state_dict)
     loaded = vae.load_vae(path)
@@ -191,7 +193,7 @@ def test_half_precision_files_are_widened(tmp_path, params, state_dict, dtype, w
     halves = {name: array.astype(dtype) for name, array in state_dict.items()}
     loaded = vae.load_vae(save(tmp_path / "half.safetensors", halves))
     expected = {name: array.astype(np.float32) for name, array in halves.items()}
-    same_tree(mapping.to_torch(vae.vae_table(loaded.module), loaded.params), expected)
+    same_tree(mapping.to_torch(vae_layouts.vae_table(loaded.module), loaded.params), expected)
     (message,) = warnings
     assert f"half.safetensors: {len(halves)} of {len(halves)} arrays are {np.dtype(dtype)}" in message
 
@@ -209,7 +211,7 @@ def test_norm_groups_come_from_config_json(tmp_path):
     assert vae.load_vae(tmp_path / "vae" / "diffusion_pytorch_model.safetensors").module == module
     with pytest.raises(ValueError, match="norm_groups=8 cannot be told by this layout"):
         vae.save_published(tmp_path / "vae", module, params, STATS)
-    compvis = save(tmp_path / "vae.safetensors", mapping.to_torch(vae.vae_table(module), params))
+    compvis = save(tmp_path / "vae.safetensors", mapping.to_torch(vae_layouts.vae_table(module), params))
     with pytest.raises(ValueError, match=r"vae.safetensors: 32 group-norm groups do not divide the widths \[16, 48\]"):
         vae.load_vae(compvis)
     same_tree(vae.read_vae_params(compvis, module, abstract_params(module)), params)
@@ -249,7 +251,7 @@ def test_published_scales_survive_the_round_trip_bit_for_bit(tmp_path):
     near_powers = [np.nextafter(np.float32(2.0**k), np.float32(side)) for k in range(-8, 9) for side in (0, np.inf)]
     scale = np.concatenate([rng.lognormal(0, 2, 50_000), near_powers]).astype(np.float32)
     arrays = {"latents_scale": scale.reshape(1, -1, 1, 1), "latents_bias": -scale.reshape(1, -1, 1, 1)}
-    same_tree(vae.published_stats(vae.latent_stats_from_arrays(arrays, "file")), arrays)
+    same_tree(vae_stats.to_arrays(vae_stats.from_arrays(arrays, "file")), arrays)
 
 
 def test_published_statistics_lie_beside_the_weights(tmp_path, module, params):
@@ -293,6 +295,7 @@ def test_the_same_statistics_in_all_channels_are_factors_too(tmp_path, module, p
     same_stats(vae.load_vae(tmp_path / "vae").latent_stats, stats)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["scales", "factor", "shift and factor"])
 def test_pipelines_of_diffusers_normalise_by_what_is_written(tmp_path, module, params, name):
     """Those of SDXL and of FLUX know statistics by channel and a factor, or a shift and a factor; SDXL's know no shift."""
@@ -357,7 +360,7 @@ def test_statistics_of_another_vae_beside_the_file(tmp_path, state_dict):
 
 def test_another_network_than_described(tmp_path, drawn, module):
     other = NETWORKS["attention"]
-    path = save(tmp_path / "other.safetensors", mapping.to_torch(vae.vae_table(other), drawn["attention"]))
+    path = save(tmp_path / "other.safetensors", mapping.to_torch(vae_layouts.vae_table(other), drawn["attention"]))
     with pytest.raises(ValueError, match="other.safetensors holds another VAE than the one described") as error:
         vae.read_vae_params(path, module, abstract_params(module))
     assert str(error.value).splitlines()[1:] == [
@@ -443,7 +446,7 @@ def test_published_files(tmp_path, module, params, state_dict, suffix):
     expected = [f"e2e-0.5{part}{suffix}" for part in ("", "-latents-stats", "-discriminator-ckpt")]
     assert [path.name for path in written] == expected
     assert sorted(path.name for path in stem.parent.iterdir()) == sorted(expected)
-    for path, content in zip(written, (state_dict, vae.published_stats(STATS), disc)):
+    for path, content in zip(written, (state_dict, vae_stats.to_arrays(STATS), disc)):
         same_tree(weights.read_state_dict(path), content)
 
 

@@ -1,12 +1,10 @@
 """`verify` beside the libraries' own reading of original folders."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
-from test_encoder_files import moco_weights, torch_model
-from test_places import save_vae
+from small_files import TINY_DINOV2, moco_weights, save_vae, torch_model
 from test_sit import TINY, abstract_tree, draw
 
 from checkpoints_tools import __main__ as commands
@@ -16,11 +14,8 @@ from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.integration
 TOLERANCE = commands.parse_args(["verify", "x"]).tolerance
-ENCODER = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": 28,
-}  # fmt: skip
-
 
 
 @pytest.fixture
@@ -33,7 +28,7 @@ def vae_folder(tmp_path):
 @pytest.fixture
 def encoder_folder(tmp_path):
     pytest.importorskip("transformers")
-    torch_model("Dinov2Model", ENCODER).save_pretrained(tmp_path / "encoder")
+    torch_model("Dinov2Model", TINY_DINOV2).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 
@@ -49,14 +44,14 @@ def test_a_vae_beside_diffusers(vae_folder, tmp_path):
 
 
 def test_norm_groups_read_wrongly_show(vae_folder, monkeypatch):
-    right = vae.load_vae
+    right = vae.read_file
 
-    def wrong(path):
-        loaded = right(path)
+    def wrong(path, arrays):
+        loaded = right(path, arrays)
         assert loaded.module.norm_groups == 8
-        return dataclasses.replace(loaded, module=loaded.module.clone(norm_groups=32))
+        return loaded._replace(module=loaded.module.clone(norm_groups=32))
 
-    monkeypatch.setattr(vae, "load_vae", wrong)
+    monkeypatch.setattr(vae, "read_file", wrong)
     assert all(difference.float32 > 1e-3 for difference in verify.verify(vae_folder, 16))
 
 
@@ -72,7 +67,7 @@ def test_a_file_that_diffusers_cannot_load(tmp_path):
 
 def test_an_encoder_beside_transformers(encoder_folder):
     found = verify.verify(encoder_folder, 64)  # 56 pixels, of 64 as 224 are of 256
-    assert [difference.what for difference in found] == ["encoder tokens at 56 px", "encoder tokens at 28 px"]
+    assert [difference.output for difference in found] == ["encoder tokens at 56 px", "encoder tokens at 28 px"]
     assert verify.report(found, TOLERANCE)[1]
     assert len(verify.verify(encoder_folder, 32)) == 1  # the stored size
 
@@ -106,7 +101,7 @@ def test_projections(tmp_path, projector):
     variables = draw(abstract_tree(sit, 8))
     weights.write_safetensors(tmp_path / "sit.safetensors", to_ordered_torch(sit_table(sit), variables))
     found = verify.verify(tmp_path / "sit.safetensors")
-    assert [difference.what for difference in found] == ["SiT velocity", "SiT projections"]
+    assert [difference.output for difference in found] == ["SiT velocity", "SiT projections"]
     assert verify.report(found, TOLERANCE)[1]
 
 

@@ -2,7 +2,9 @@ import argparse
 import errno
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -16,8 +18,6 @@ import safetensors.numpy
 
 from checkpoints_tools import locate, weights
 from repae_jax import files
-
-ROOT = Path(__file__).parents[2]
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -95,27 +95,19 @@ def test_no_space_left(tmp_path, monkeypatch, write):
 
 
 def test_writes_that_really_fail(tmp_path):
-    """In a process whose files must stay small: the three libraries raise three types of error."""
+    """With files that must stay small: the three libraries raise three types of error."""
     pytest.importorskip("torch")
-    script = f"""
-import resource, signal
-import numpy as np
-from checkpoints_tools import weights
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-big = {{"a": np.zeros(10**6)}}
-for write, content in (
-    (weights.write_safetensors, big), (weights.write_torch, big), (files.write_json, {{"a": "x" * 10**6}})
-):
-    try:
-        write({str(tmp_path / "w")!r}, content)
-    except OSError as error:
-        print(error)
-"""
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert made.returncode == 0, made.stderr
-    lines = made.stdout.splitlines()
-    assert sum(f"{tmp_path / 'w'} could not be written" in line for line in lines) == 3, made.stdout
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {"a": np.zeros(10**6)}
+    writes = ((weights.write_safetensors, big), (weights.write_torch, big), (files.write_json, {"a": "x" * 10**6}))
+    for write, content in writes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f"{tmp_path / 'w'} could not be written"):
+                write(str(tmp_path / "w"), content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
 
 

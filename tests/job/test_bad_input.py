@@ -494,7 +494,7 @@ def test_missing_lpips_weights(tmp_path, monkeypatch):
 def test_missing_encoder_weights(tmp_path):
     run = training(tmp_path)
     none = str(tmp_path / "none")
-    refused({"encoders.target.weights": none}, f"{none} does not exist", "organisation/name", run=run)
+    refused({"encoders.target.weights": none}, f"{none} does not exist", "organization/name", run=run)
     described = {"encoders.target.weights": none, "encoders.target.architecture": None}
     refused(described, f"{none} does not exist", run=run)
     hub = "nobody/no-such-encoder"

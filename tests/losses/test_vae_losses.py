@@ -10,7 +10,7 @@ import reference
 
 from checkpoints_tools import mapping
 from checkpoints_tools.discriminator import discriminator_table
-from checkpoints_tools.lpips import from_torchvision, lpips_table
+from checkpoints_tools.lpips import lpips_table, merge_state_dicts
 from repae_jax.losses import adversarial, reconstruction
 from repae_jax.models.autoencoder import DiagonalGaussian
 from repae_jax.models.discriminator import PatchDiscriminator
@@ -139,7 +139,7 @@ def test_lpips_from_torchvision_names(case):
     linear = {k: v for k, v in weights.items() if k.startswith("lin")}
     vgg["classifier.0.weight"] = np.zeros((1, 1))
     assert len(vgg) == 27
-    merged = from_torchvision(vgg, linear)
+    merged = merge_state_dicts(vgg, linear)
     assert {k for k in weights if not k.startswith("scaling")} == set(merged)
     for name, value in merged.items():
         np.testing.assert_array_equal(value, weights[name])

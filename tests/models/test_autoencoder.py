@@ -5,7 +5,8 @@ import pytest
 import reference
 
 from checkpoints_tools import mapping
-from checkpoints_tools.vae import torch_vae, vae_table
+from checkpoints_tools.vae_layouts import vae_table
+from checkpoints_tools.vae_reference import torch_vae
 from configs import common
 from repae_jax.models.autoencoder import AutoencoderKL, ResnetBlock
 from repae_jax.models.fused_ops import DeferredBias, recompute_norms

@@ -9,7 +9,7 @@ from checkpoints_tools import mapping
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.torch_param_order import parameter_order, registration_order, to_ordered_torch
-from checkpoints_tools.vae import vae_table
+from checkpoints_tools.vae_layouts import vae_table
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
 

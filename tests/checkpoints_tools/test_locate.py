@@ -1,7 +1,6 @@
 """Weights in remote storage and elsewhere: what is fetched, what is written there, and what a user is told."""
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -13,13 +12,11 @@ import numpy as np
 import pytest
 from command_line import call
 from google.api_core.exceptions import Forbidden
-from test_vae import STATS
+from small_files import save_encoder, save_vae
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import identify, inception, locate, vae, vit, weights
 from repae_jax import files
-from repae_jax.models import encoders as features
-from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.training import checkpoint
 
 pytest.importorskip("torch")
@@ -35,23 +32,6 @@ def error_of(monkeypatch, *arguments):
 def cached(tmp_path):
     """Files copied from the bucket."""
     return sorted(str(Path(*path.relative_to(tmp_path / "cache").parts[2:])) for path in (tmp_path / "cache").rglob("*.*"))
-
-
-def save_vae(folder):
-    module = AutoencoderKL(
-        latent_channels=4, channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_levels=(), norm_groups=8,
-        quant_convs=True,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), vae.abstract_params(module))
-    vae.save_diffusers(folder, module, params, STATS)
-    return module, params
-
-
-def save_encoder(folder):
-    encoder = features.make_encoder({"patch_size": 7, "hidden_size": 8, "depth": 1, "num_heads": 2}, 28, image_size=28)
-    shapes = jax.eval_shape(functools.partial(features.init_params, encoder), jax.random.key(0))
-    vit.save_encoder(folder, encoder.module, jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
 
 
 def same(a, b):
@@ -112,11 +92,12 @@ def test_a_run_of_ours_is_read_where_it_is(bucket, tmp_path, capsys):
     assert about["step"] == 7 and about["sit"] == {"depth": 1, "parameters": 6} and about["vae"] is None
 
 
+@pytest.mark.integration
 def test_an_encoder_goes_there_and_comes_back(bucket, tmp_path):
     save_encoder(tmp_path / "encoder")
     assert call("convert", tmp_path / "encoder", "gs://bucket/encoder") == 0
     assert sorted(path.name for path in (bucket / "encoder").iterdir()) == ["config.json", "model.safetensors"]
-    same(vit.read_encoder("gs://bucket/encoder")[1], vit.read_encoder(tmp_path / "encoder")[1])
+    same(vit.read_file(locate.resolve("gs://bucket/encoder")).params, vit.read_file(tmp_path / "encoder").params)
     with pytest.raises(FileExistsError, match="--overwrite"):
         call("convert", tmp_path / "encoder", "gs://bucket/encoder")
     assert call("convert", "gs://bucket/encoder", "gs://bucket/encoder", "--overwrite") == 0
