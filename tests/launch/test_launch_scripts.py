@@ -62,7 +62,7 @@ class Place:
             folder.mkdir(parents=True)
         for script in LAUNCH.glob("*.sh"):
             shutil.copy(script, self.root / "launch")
-        for name in ("setup.py", "constraints.txt"):
+        for name in ("pyproject.toml", "constraints.txt"):
             (self.root / name).touch()
         for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
             self.stub(self.stubs / name)
@@ -172,8 +172,38 @@ def test_help(place, script):
 def test_scripts_are_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    files = [LAUNCH / name for name in (*SCRIPTS, "commands.sh", "tpu_worker.sh")]
-    subprocess.run(["shellcheck", "--external-sources", *files], cwd=LAUNCH.parent, check=True)
+    options = ["--external-sources", "--shell=bash", "--exclude=SC1091"]  # `source "$(dirname "$0")/environment.sh"`
+    subprocess.run(["shellcheck", *options, *LAUNCH.glob("*.sh")], cwd=LAUNCH.parent, check=True)
+
+
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_requirements_are_installed_once_per_change(place, installer):
+    """By uv where there is one; the PATH of the other case holds nothing but what environment.sh calls."""
+    folder = place.root.parent / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "touch"):
+        (folder / name).symlink_to(shutil.which(name))
+    path = f"{place.stubs}:{folder}" if installer == "uv" else str(folder)
+
+    def install():
+        done = place.bash("-c", "source launch/environment.sh data,torch", PATH=path)
+        assert done.returncode == 0, done.stderr
+        return place.calls()
+
+    options = ["--quiet", "--constraint", "constraints.txt", "--editable", ".[data,torch]"]
+    if installer == "uv":
+        expected = [["pip", "install", "--python", ".venv/bin/python", *options]]
+    else:
+        expected = [["-m", "pip", "install", *options]]
+    assert install() == expected and install() == []
+    stamp = place.root / ".venv/installed-data,torch"
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(stamp, (1, 1))
+        for other in ("pyproject.toml", "constraints.txt"):
+            os.utime(place.root / other, (0, 0))
+        assert install() == []
+        os.utime(place.root / name)
+        assert install() == expected
 
 
 @pytest.mark.parametrize(
@@ -270,7 +300,7 @@ def test_refused_slice_ends_create(place):
 
 def test_setup_copies_the_commit_and_installs_it(place):
     commit = place.commit()
-    (place.root / "setup.py").write_text("not committed")
+    (place.root / "pyproject.toml").write_text("not committed")
     done = place.bash("launch/tpu_pod.sh", "setup", **POD, BUCKET="my-bucket")
     assert done.returncode == 0 and commit in done.stderr and "not committed stay here" in done.stderr
     copy, install = place.calls("gcloud")
@@ -292,9 +322,9 @@ def test_setup_copies_the_commit_and_installs_it(place):
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
-    assert (place.home / "repae/setup.py").read_text() == ""
+    assert (place.home / "repae/pyproject.toml").read_text() == ""
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
-    assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
+    assert [call["argv"][-1] for call in calls if call["argv"][:1] == ["pip"]] == [".[tpu,data,torch]"]
     apt = [call["argv"] for call in calls if call["argv"][:1] == ["apt-get"]]
     assert [call[-1] for call in apt] == ["update", "update", "./gcsfuse.deb"] and "DPkg::Lock::Timeout=600" in apt[-1]
     assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
@@ -318,7 +348,7 @@ def test_setup_removes_what_setup_had_put_there_and_nothing_else(place):
                 (place.home / "repae" / name).parent.mkdir(parents=True, exist_ok=True)
                 (place.home / "repae" / name).touch()
     found = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
-    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "setup.py"} <= found
+    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "pyproject.toml"} <= found
     assert "an old [file]" not in found
 
 
@@ -391,7 +421,7 @@ def preempted(place):
     for command in (["create", "--spot", "--labels=a=b c"], ["setup"], ["run", *HARD]):
         place.launch("tpu_pod.sh", *command, **POD, EXTRAS="tpu", BUCKET="my-bucket")
     place.answer("not running", "not running")
-    (place.root / "setup.py").write_text("newer")
+    (place.root / "pyproject.toml").write_text("newer")
     assert place.commit() != commit
     created, *_, started = place.calls()
     return place, commit, created, started
@@ -420,7 +450,7 @@ def test_resume_makes_the_slice_again_and_runs_what_ran(preempted, queue, node, 
         assert calls[0] == ["compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
     notes = place.root / "runs/tpu_pod/project/us-west4-a/pod"
     assert (notes / "setup").read_text().strip() == f"{commit} tpu my-bucket"
-    packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "setup.py"], capture_output=True, check=True)
+    packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "pyproject.toml"], capture_output=True, check=True)
     assert packed.stdout == b""
 
 
@@ -736,7 +766,7 @@ def test_two_runs_on_one_machine(place):
 def test_extras_that_are_installed(place):
     place.launch("multi_gpu.sh", "--config", "c", EXTRAS="cuda")
     place.launch("slurm.sh", "--config", "c", EXTRAS="cuda", **JOB)
-    assert [call[-1] for call in place.calls("python") if "pip" in call] == ["pip", ".[cuda]"]
+    assert [call[-1] for call in place.calls("uv")] == [".[cuda]"]  # once
 
 
 def test_dead_process_ends_the_others(place):

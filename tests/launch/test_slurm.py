@@ -174,7 +174,7 @@ def cluster():
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # the path of a socket must be short
     folder.chmod(0o755)
     (folder / ".venv/bin").mkdir(parents=True)
-    for name in ("setup.py", "constraints.txt", ".venv/installed-cuda,data,torch"):
+    for name in ("pyproject.toml", "constraints.txt", ".venv/installed-cuda,data,torch"):
         (folder / name).touch()
     (folder / "launch").mkdir()
     for script in (ROOT / "launch").glob("*.sh"):
