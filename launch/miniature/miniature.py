@@ -46,7 +46,7 @@ def parse_args(argv=None):
         "--jobs", type=cli.whole(1, 4096), default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)"
     )
     parser.add_argument(
-        "--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it"
+        "--results", type=cli.path, default="docs/miniature/RESULTS.md", help="default: %(default)s; pictures beside it"
     )
     parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
     parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # a task's folder: how the program calls itself
