@@ -57,15 +57,18 @@ def adamw(learning_rate):
     }
 
 
-def vae_loss_options():
-    """Of `config.loss` where a VAE is trained, as REPA-E has them."""
+def gan_options():
+    """Options of the adversarial loss in `config.loss`, as REPA-E has them."""
+    return {"gan_start": 0, "gan_factor": 1.0, "lecam": 0.0}
+
+
+def tokenizer_options():
+    """Options of `config.loss` where a tokenizer is trained alone."""
     return {
+        **gan_options(),
         "pixel_reduction": "mean",  # of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
         # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
         "adaptive": {"gan": 0.0, "vf": 0.0},
-        "gan_start": 0,
-        "gan_factor": 1.0,
-        "lecam": 0.0,
         "vf_margins": (0.0, 0.0),  # of cosines and of distances
         "se_factors": (2, 4),
         "eq_scales": (),  # of EQ-VAE's transform: (1.0, 0.25, 0.5, 0.75)
@@ -221,7 +224,7 @@ def _digits(config):
         config.disc.update(channels=32, num_layers=2)
         config.loss.vae.lpips = 0.0
         config.hooks.reconstructions_every = 250
-        if config.loss.eq_scales:
+        if config.loss.get("eq_scales"):
             config.disc.num_layers = 1  # leaves a logit at half the size
             config.loss.eq_scales = (1.0, 0.5)
 

@@ -78,12 +78,10 @@ def get_config(arg=""):
     config.lpips = {"vgg16": "", "linear": "", "input_range": (-1.0, 1.0)}  # (0., 1.): as the released weights were trained
 
     config.loss = {
-        # vf, se: further regularisers; diffusion: the ablation without stop-gradient
-        "vae": {
-            "l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5, "diffusion": 0.0, "vf": 0.0, "se": 0.0,
-        },
+        # diffusion: the ablation without stop-gradient
+        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5, "diffusion": 0.0},
         "sit": {"velocity": 1.0, "noise": 0.0, "bound": 0.0, "align": 0.5},
-        **common.vae_loss_options(),
+        **common.gan_options(),
         **common.align_schedule(),
     }
     config.diffusion = {

@@ -133,8 +133,8 @@ def get_config(arg=""):
     for section in ("sit", "diffusion", "sampling"):
         del config[section]
     config.hooks = {name: config.hooks[name] for name in ("reconstructions_every", "images")}
-    del config.loss.vae.align, config.loss.vae.diffusion
-    config.loss = {"vae": config.loss.vae, **common.vae_loss_options()}
+    weights = {name: config.loss.vae[name] for name in ("l1", "l2", "lpips", "kl", "gan")}
+    config.loss = {"vae": {**weights, "vf": 0.0, "se": 0.0}, **common.tokenizer_options()}
     config.optim = {name: config.optim[name] for name in ("vae", "disc")}
     config.init = {"vae": "", "disc": ""}
     config.lock()

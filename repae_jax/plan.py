@@ -23,7 +23,7 @@ from repae_jax.cost.plan_text import GIB, lines_of
 from repae_jax.cost.topologies import check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
-from repae_jax.job import build, validate
+from repae_jax.job import build, recipe
 from repae_jax.sampling import generate
 
 SAMPLES = 50_000  # images that the published scores are of
@@ -298,7 +298,7 @@ def advice(job, numbers):
 def may_accumulate(config):
     """Whether the rules allow a config more micro-batches: not all losses can be had of a part of the batch."""
     try:
-        validate.make_recipe({**config, "accumulation": config["accumulation"] + 1})
+        recipe.make_recipe({**config, "accumulation": config["accumulation"] + 1})
     except ValueError:
         return False
     return True

@@ -5,6 +5,7 @@ micro-batches, another program).
 """
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 
@@ -14,20 +15,26 @@ import numpy as np
 import optax
 import pytest
 import small
+import step_inputs
 
 from configs import ldm
-from repae_jax import train_losses, train_step
-from repae_jax.diffusion import interpolant, latent_norm
+from repae_jax import train_step
+from repae_jax.diffusion import interpolant
 from repae_jax.distributed import sharding
 from repae_jax.images import to_float
 from repae_jax.job import build
-from repae_jax.losses.alignment import alignment_loss
+from repae_jax.models.channel_stats import batch_stats, update_running
+from repae_jax.training import inputs
 from repae_jax.training.accumulation import accumulate
+from repae_jax.training.inputs import Inputs
+from repae_jax.training.networks import bind
+from repae_jax.training.recipe import Optimizers, Recipe
 from repae_jax.training.state import apply_update, update_ema
 
 FLOAT = 5e-5  # measured: 6e-6 after two steps
 BATCH = 16
 KEY = jax.random.key(3)
+pytestmark = pytest.mark.integration
 MOVING = {"step", "skipped", "skipped_in_a_row"}
 
 
@@ -39,37 +46,34 @@ def sgd():
 
 def make_job(devices=1, changes=None, **more):
     job = build.build(small.config(changes, data__batch_size=BATCH, **more), jax.devices()[:devices])
-    return dataclasses.replace(job, tx=train_step.Optimizers(sgd(), sgd(), sgd()))
+    return dataclasses.replace(job, tx=Optimizers(sgd(), sgd(), sgd()))
+
+
+def take_step(job, state, x, hyper=None):
+    """`repae_step` on given inputs; `hyper` are fields of the recipe."""
+    bound = SimpleNamespace(nets=bind(job.nets), tx=job.tx)
+    return step_inputs.repae_step(bound, state, x, {"lpips": None}, dataclasses.replace(job.recipe, **(hyper or {})))
 
 
 def make_update(job):
-    """Jitted `repae_update`; the weights and the start of the GAN are arguments, so that one program serves all values."""
-
-    def update(state, images, labels, targets, draws, hyper):
-        recipe = dataclasses.replace(job.recipe, **hyper)
-        return train_step.repae_update(
-            state, images, labels, targets, draws, {"lpips": None}, KEY, nets=job.nets, tx=job.tx, recipe=recipe
-        )
-
-    return jax.jit(update)
+    """Jitted step; the weights and the start of the GAN are arguments, so that one program serves all values."""
+    return jax.jit(functools.partial(take_step, job))
 
 
 def inputs_of(job, seed=0):
-    """Random inputs of `repae_update`, as numpy."""
+    """Random inputs of a step, as numpy."""
     rng = np.random.default_rng(seed)
     size, (h, w, c) = job.config["data"]["image_size"], job.latent_shape
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    return {
-        "images": rng.uniform(-1, 1, (BATCH, size, size, 3)).astype(np.float32),
-        "labels": rng.integers(0, 10, BATCH).astype(np.int32),
-        "targets": tuple(normal(BATCH, e.grid**2, e.module.hidden_size) for e in job.encoders),
-        "draws": train_step.Draws(
-            posterior_noise=normal(BATCH, h, w, c),
-            t=rng.uniform(0.05, 0.95, BATCH).astype(np.float32),
-            noise=normal(BATCH, h, w, c),
-            label_drop=rng.uniform(size=BATCH) < 0.3,
-        ),
-    }
+    return Inputs(
+        images=rng.uniform(-1, 1, (BATCH, size, size, 3)).astype(np.float32),
+        labels=rng.integers(0, 10, BATCH).astype(np.int32),
+        targets=tuple(normal(BATCH, e.grid**2, e.module.hidden_size) for e in job.encoders),
+        posterior_noise=normal(BATCH, h, w, c),
+        t=rng.uniform(0.05, 0.95, BATCH).astype(np.float32),
+        noise=normal(BATCH, h, w, c),
+        label_drop=rng.uniform(size=BATCH) < 0.3,
+    )
 
 
 def hyper_of(job, vae=None, sit=None, **other):
@@ -89,11 +93,8 @@ def base():
     job = make_job()
     update, state, inputs = make_update(job), small.random_state(job), inputs_of(job)
 
-    def run(state=state, hyper=None, draws=None, **changes):
-        given = {**inputs, **changes}
-        if draws:
-            given["draws"] = given["draws"].replace(**draws)
-        args = (state, given["images"], given["labels"], given["targets"], given["draws"], hyper or hyper_of(job))
+    def run(state=state, hyper=None, inputs=inputs, **changes):
+        args = (state, inputs.replace(**changes), hyper or hyper_of(job))
         return update(*jax.device_put(args, sharding.replicated(job.mesh)))  # always the same kind: compiled once
 
     new, metrics = run()
@@ -103,8 +104,8 @@ def base():
 @pytest.fixture(scope="module")
 def latents(base):
     encode = jax.jit(lambda params, images: base.job.nets.vae.apply({"params": params}, images, method="encode"))
-    posterior = encode(base.state.vae.params, base.inputs["images"])
-    return np.asarray(posterior.sample(base.inputs["draws"].posterior_noise), np.float64)
+    posterior = encode(base.state.vae.params, base.inputs.images)
+    return np.asarray(posterior.sample(base.inputs.posterior_noise), np.float64)
 
 
 # ---- who gets which gradient ----------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_the_random_state_moves_everywhere(base):
         {"hyper": {"sit": {"velocity": 100.0}}},
         {"hyper": {"sit": {"velocity": 0.0}}},
         {"hyper": {"sit": {"align": 7.0}}},
-        {"draws": {"label_drop": np.ones(BATCH, bool)}},
+        {"label_drop": np.ones(BATCH, bool)},
         {"sit": "late_blocks"},
         {"sit": "final_layer"},
     ],
@@ -137,7 +138,8 @@ def test_the_sit_phase_gives_the_vae_and_the_discriminator_nothing(base, change)
         params[change["sit"]] = jax.tree.map(lambda x: 1.5 * x, params[change["sit"]])
         state = state.replace(sit=state.sit.replace(params=params))
     hyper = hyper_of(base.job, **change["hyper"]) if "hyper" in change else None
-    new, metrics = base.run(state=state, hyper=hyper, draws=change.get("draws"))
+    inputs = {name: value for name, value in change.items() if name == "label_drop"}
+    new, metrics = base.run(state=state, hyper=hyper, **inputs)
     assert small.differing((new.vae, new.disc, new.lecam, new.latent_stats),
                            (base.new.vae, base.new.disc, base.new.lecam, base.new.latent_stats)) == []  # fmt: skip
     assert small.differing(new.sit, base.new.sit)
@@ -155,15 +157,9 @@ def test_the_vae_phase_alignment_gives_sit_nothing(base, weight):
 
 
 def test_the_gradient_of_the_whole_sit_loss_by_the_vae_is_exactly_zero(base):
-    i = base.inputs
-
     def terms(vae_params):
         state = base.state.replace(vae=base.state.vae.replace(params=vae_params))
-        _, metrics = train_step.repae_update(
-            state, i["images"], i["labels"], i["targets"], i["draws"], {"lpips": None}, KEY,
-            nets=base.job.nets, tx=base.job.tx, recipe=base.job.recipe,
-        )  # fmt: skip
-        return metrics
+        return take_step(base.job, state, base.inputs)[1]
 
     gradient = jax.jit(jax.grad(lambda params: terms(params)["sit/loss"]))(base.state.vae.params)
     assert not any(np.any(leaf) for leaf in small.leaves(gradient).values())
@@ -178,10 +174,10 @@ def test_both_passes_see_the_same_t_and_noise(base, latents):
         mean=jnp.asarray(latents.mean((0, 1, 2)), jnp.float32), var=jnp.asarray(latents.var((0, 1, 2)), jnp.float32)
     )
     kept = {"label_drop": np.zeros(BATCH, bool)}
-    _, same = base.run(state=base.state.replace(latent_stats=stats), draws=kept)
+    _, same = base.run(state=base.state.replace(latent_stats=stats), **kept)
     assert abs(same["vae/align"] - same["sit/align"]) < 1e-6
-    for other in ({"t": base.inputs["draws"].t[::-1].copy()}, {"noise": -base.inputs["draws"].noise}):
-        _, metrics = base.run(state=base.state.replace(latent_stats=stats), draws={**kept, **other})
+    for other in ({"t": base.inputs.t[::-1].copy()}, {"noise": -base.inputs.noise}):
+        _, metrics = base.run(state=base.state.replace(latent_stats=stats), **kept, **other)
         assert abs(metrics["vae/align"] - same["vae/align"]) > 1e-4
         assert abs(metrics["vae/align"] - metrics["sit/align"]) < 1e-6
 
@@ -194,20 +190,13 @@ def test_both_passes_interpolate_with_the_same_arrays(base, monkeypatch):
         return original(path, z, noise, t)
 
     monkeypatch.setattr(interpolant, "interpolate", record)
-    i = base.inputs
-    jax.eval_shape(
-        lambda draws: train_step.repae_update(
-            base.state, i["images"], i["labels"], i["targets"], draws, {"lpips": None}, KEY,
-            nets=base.job.nets, tx=base.job.tx, recipe=base.job.recipe,
-        )[1],
-        i["draws"],
-    )  # fmt: skip
+    jax.eval_shape(lambda x: take_step(base.job, base.state, x)[1], base.inputs)
     assert len(seen) == 2
     assert seen[0][0] is seen[1][0] and seen[0][1] is seen[1][1]
 
 
 def test_label_dropout_acts_in_the_sit_phase_alone(base):
-    none, every = (base.run(draws={"label_drop": np.full(BATCH, drop)})[1] for drop in (False, True))
+    none, every = (base.run(label_drop=np.full(BATCH, drop))[1] for drop in (False, True))
     assert none["vae/align"] == every["vae/align"]
     assert none["sit/align"] != every["sit/align"] and none["sit/velocity"] != every["sit/velocity"]
     _, null = base.run(labels=np.full(BATCH, 10, np.int32))
@@ -243,46 +232,30 @@ def test_the_averages_follow_parameters_and_statistics(base):
 
 def test_the_published_order_gives_the_same_step(base):
     """VAE, then discriminator, then SiT, each updated before the next one's loss, from tensors made before any update."""
-    nets, tx, recipe, i = base.job.nets, base.job.tx, base.job.recipe, base.inputs
-    recipe = dataclasses.replace(recipe, lecam_weight=0.1)
-    fixed = {"nets": nets, "recipe": recipe}
+    nets, tx, recipe = bind(base.job.nets), base.job.tx, dataclasses.replace(base.job.recipe, lecam_weight=0.1)
+    options = {"nets": nets, "recipe": recipe}
 
-    def loop(state, images, labels, targets, draws):
-        def align(_, latents):
-            z = latent_norm.normalize(latents, state.latent_stats)
-            z_t = interpolant.interpolate("linear", z, draws.noise, draws.t)
-            return alignment_loss(nets.sit.apply({"params": state.sit.params}, z_t, draws.t, labels, method="align"), targets)
+    def grad_of(loss, params, x, carry, **more):
+        return jax.grad(functools.partial(loss, **options, **more), has_aux=True)(params, x, carry)
 
-        _, grads, aux = train_losses.vae_loss(
-            state.vae.params, images, draws.posterior_noise, state.disc, {"align": align}, recipe.vae_weights,
-            frozen={"lpips": None}, **fixed,
-        )  # fmt: skip
+    def loop(state, x):
+        vae = {"state": state, "frozen": {"lpips": None}, "weights": recipe.vae_weights}
+        grads, aux = grad_of(train_step.vae_loss, state.vae.params, x, state.disc.batch_stats, **vae)
         state = state.replace(vae=apply_update(state.vae, grads, tx.vae))
-        grads, (_, running, lecam) = jax.grad(train_losses.disc_loss, has_aux=True)(
-            state.disc.params, images, aux.recon, aux.batch_stats, state.lecam, step=state.step, **fixed
-        )
-        disc = apply_update(state.disc, grads, tx.disc).replace(batch_stats=running)
-        state = state.replace(disc=disc, lecam=lecam)
-        latents = aux.latents
-        stats = train_step.batch_stats(latents)
+        (latents, recon), stats = aux.rows, aux.carry
+        x = x.replace(latents=latents, recon=recon)
+        grads, aux = grad_of(train_step.disc_loss, state.disc.params, x, (stats, state.lecam), gan_factor=1.0)
+        running, lecam = aux.carry
+        state = state.replace(disc=apply_update(state.disc, grads, tx.disc).replace(batch_stats=running), lecam=lecam)
+        stats = batch_stats(latents)
         count = latents.size // latents.shape[-1]
-        state = state.replace(latent_stats=train_step.update_running(state.latent_stats, stats, count, 0.1))
-        dropped = jnp.where(draws.label_drop, 10, labels)
-        grads, _ = jax.grad(train_losses.sit_loss, has_aux=True)(
-            state.sit.params,
-            latent_norm.normalize(latents, stats),
-            draws.t,
-            draws.noise,
-            dropped,
-            targets,
-            recipe.sit_weights,
-            **fixed,
-        )
+        state = state.replace(latent_stats=update_running(state.latent_stats, stats, count, 0.1))
+        grads, _ = grad_of(train_step.sit_loss, state.sit.params, x, None, stats=stats, weights=recipe.sit_weights)
         state = state.replace(sit=apply_update(state.sit, grads, tx.sit))
         ema = update_ema(state.ema, state.sit.params, state.latent_stats, recipe.ema_decay)
         return state.replace(ema=ema, step=state.step + 1)
 
-    sequential = jax.jit(loop)(base.state, i["images"], i["labels"], i["targets"], i["draws"])
+    sequential = jax.jit(loop)(base.state, base.inputs)
     error = small.largest_error(sequential, base.new)
     print(f"published order: {error:.1e}")
     assert error < FLOAT
@@ -294,16 +267,13 @@ def test_the_published_order_gives_the_same_step(base):
 def two_steps(job, state, update):
     """State and metrics of two steps, on the job's mesh."""
     for seed in (0, 1):
-        i = sharding.put_batch(job.mesh, inputs_of(job, seed))
-        state, metrics = update(state, i["images"], i["labels"], i["targets"], i["draws"], hyper_of(job))
+        state, metrics = update(state, sharding.put_batch(job.mesh, inputs_of(job, seed)), hyper_of(job))
     return jax.device_get(state), jax.device_get(metrics)
 
 
 @pytest.fixture(scope="module")
 def one_device(base):
-    state, metrics = base.new, base.metrics
-    state, metrics = base.run(state=state, **inputs_of(base.job, 1) | {"draws": vars(inputs_of(base.job, 1)["draws"])})
-    return state, metrics
+    return base.run(state=base.new, inputs=inputs_of(base.job, 1))
 
 
 @pytest.mark.parametrize("fsdp", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
@@ -313,9 +283,9 @@ def test_eight_devices_equal_one(base, one_device, fsdp, monkeypatch):
     state = small.random_state(job)
     assert small.differing(state, base.state) == []
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(sharding.on_mesh(job.mesh, make_update(job)), out_shardings=(shardings, sharding.replicated(job.mesh)))
-    i = sharding.put_batch(job.mesh, inputs_of(job, 0))
-    update = update.lower(state, i["images"], i["labels"], i["targets"], i["draws"], hyper_of(job)).compile()
+    update = sharding.with_mesh_context(job.mesh, make_update(job))
+    update = jax.jit(update, out_shardings=(shardings, sharding.replicated(job.mesh)))
+    update = update.lower(state, sharding.put_batch(job.mesh, inputs_of(job, 0)), hyper_of(job)).compile()
     new, metrics = two_steps(job, state, update)
     error = small.largest_error(new, one_device[0])
     error_metrics = small.largest_error(metrics, one_device[1])
@@ -355,8 +325,7 @@ def accumulated(base):
     update = make_update(job)
 
     def run(**hyper):
-        i = base.inputs
-        args = (base.state, i["images"], i["labels"], i["targets"], i["draws"], hyper_of(job, **hyper))
+        args = (base.state, base.inputs, hyper_of(job, **hyper))
         return update(*jax.device_put(args, sharding.replicated(job.mesh)))
 
     return run
@@ -404,9 +373,9 @@ def with_nan(tree):
 @pytest.mark.parametrize("poison", ["images", "targets", "t", "velocity overflows", "gradient overflows", "discriminator"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(base, poison):
     change = {
-        "images": lambda: {"images": with_nan(base.inputs["images"])},
-        "targets": lambda: {"targets": with_nan(base.inputs["targets"])},
-        "t": lambda: {"draws": {"t": np.where(np.arange(BATCH) == 3, np.inf, base.inputs["draws"].t)}},
+        "images": lambda: {"images": with_nan(base.inputs.images)},
+        "targets": lambda: {"targets": with_nan(base.inputs.targets)},
+        "t": lambda: {"t": np.where(np.arange(BATCH) == 3, np.inf, base.inputs.t)},
         "velocity overflows": lambda: {"hyper": hyper_of(base.job, sit={"velocity": np.inf})},
         "gradient overflows": lambda: {"hyper": hyper_of(base.job, sit={"velocity": 1e37})},  # the loss itself is finite
         "discriminator": lambda: {"hyper": hyper_of(base.job, lecam_weight=np.inf)},
@@ -476,36 +445,26 @@ def test_plain_vae_and_sit_in_bfloat16_with_donation():
     assert metrics["disc/hinge"] != 0 and newer.step == 2
 
 
-def test_the_step_is_its_draws_its_targets_and_the_update(base):
-    """`repae_step` adds nothing else: its losses are those of `repae_update` on the same draws."""
+def test_inputs_are_the_batch_its_targets_and_the_noise_of_the_step(base):
     job, batch, frozen = base.job, batch_of(base.job), build.load_frozen(base.job)
-    seen = {}
-
-    def record(state, images, labels, targets, draws, *args, **kwargs):
-        seen.update(images=images, labels=labels, targets=targets, draws=draws)
-        return state, {}
-
-    original, train_step.repae_update = train_step.repae_update, record
-    try:
-        job.step(base.state, batch, frozen, KEY)
-    finally:
-        train_step.repae_update = original
-    np.testing.assert_array_equal(seen["images"], to_float(batch["image"]))
-    np.testing.assert_array_equal(seen["labels"], batch["label"])
-    expected = train_step.draw(KEY, base.state.step, (BATCH, *job.latent_shape), job.recipe)
-    assert small.differing(vars(seen["draws"]), vars(expected)) == []
-    assert [t.shape for t in seen["targets"]] == [(BATCH, 16, 16)]
+    options = {"nets": bind(job.nets), "encoders": job.encoders, "recipe": job.recipe}
+    x = inputs.prepare(batch, base.state.step, frozen, KEY, **options)
+    np.testing.assert_array_equal(x.images, to_float(batch["image"]))
+    np.testing.assert_array_equal(x.labels, batch["label"])
+    expected = inputs.sample_noise(KEY, base.state.step, (BATCH, *job.latent_shape), job.recipe)
+    assert small.differing({name: getattr(x, name) for name in expected}, expected) == []
+    assert [t.shape for t in x.targets] == [(BATCH, 16, 16)]
 
 
-def test_draws():
-    recipe = train_step.Recipe(vae_weights={}, sit_weights={}, label_dropout=0.25)
-    draws = train_step.draw(KEY, 5, (4000, 1, 1, 2), recipe)
-    assert abs(float(draws.label_drop.mean()) - 0.25) < 0.03
-    assert draws.t.min() >= 0 and draws.t.max() < 1 and abs(float(draws.t.mean()) - 0.5) < 0.03
-    for noise in (draws.noise, draws.posterior_noise):
-        assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
-    assert abs(float(jnp.mean(draws.noise * draws.posterior_noise))) < 0.05
-    other = train_step.draw(KEY, 6, (4000, 1, 1, 2), recipe)
-    assert sorted(small.differing(vars(draws), vars(other))) == ["label_drop", "noise", "posterior_noise", "t"]
-    never = train_step.draw(KEY, 5, (64, 1, 1, 2), dataclasses.replace(recipe, label_dropout=0.0))
-    assert not never.label_drop.any()
+def test_the_random_numbers_of_a_step():
+    recipe = Recipe(vae_weights={}, sit_weights={}, label_dropout=0.25)
+    noise = inputs.sample_noise(KEY, 5, (4000, 1, 1, 2), recipe)
+    assert abs(float(noise["label_drop"].mean()) - 0.25) < 0.03
+    assert noise["t"].min() >= 0 and noise["t"].max() < 1 and abs(float(noise["t"].mean()) - 0.5) < 0.03
+    for name in ("noise", "posterior_noise"):
+        assert abs(float(noise[name].mean())) < 0.05 and abs(float(noise[name].std()) - 1) < 0.05
+    assert abs(float(jnp.mean(noise["noise"] * noise["posterior_noise"]))) < 0.05
+    other = inputs.sample_noise(KEY, 6, (4000, 1, 1, 2), recipe)
+    assert sorted(small.differing(noise, other)) == ["label_drop", "noise", "posterior_noise", "t"]
+    never = inputs.sample_noise(KEY, 5, (64, 1, 1, 2), dataclasses.replace(recipe, label_dropout=0.0))
+    assert not never["label_drop"].any()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import step_inputs
 from test_invariants import BATCH, KEY, make_job, sgd
 
 from configs import ldm, vae
@@ -22,14 +23,18 @@ from repae_jax.job import build, validate
 from repae_jax.losses import adversarial, alignment, reconstruction, regularizers
 from repae_jax.models import encoders as features
 from repae_jax.models.channel_stats import batch_stats
+from repae_jax.training.inputs import flip
+from repae_jax.training.recipe import Optimizers
+from repae_jax.training.rng import named_keys
 
 EXACT = 2e-5
+pytestmark = pytest.mark.integration
 
 
 
 def make(file, arg="tiny", changes=None, **more):
     job = build.build(small.config(changes, file, arg, data__batch_size=BATCH, **more), jax.devices()[:1])
-    return dataclasses.replace(job, tx=train_step.Optimizers(*(None if tx is None else sgd() for tx in job.tx)))
+    return dataclasses.replace(job, tx=Optimizers(*(None if tx is None else sgd() for tx in job.tx)))
 
 
 def batch_of(job, seed=0):
@@ -54,7 +59,7 @@ def close(actual, expected, tolerance=EXACT):
 
 
 def draws_of(job, step=0):
-    return train_step.draw(KEY, step, (BATCH, *job.latent_shape), job.recipe)
+    return step_inputs.sample(KEY, step, job, BATCH)
 
 
 def targets_of(job, frozen, images):
@@ -276,7 +281,7 @@ def test_equivariance_compares_transformed_images():
     """The drawn scale and rotation, found again from the key, give the reported loss."""
     job = tokenizer({"loss.eq_scales": (1.0, 0.5), "loss.eq_prior": 0.0, "loss.vae.gan": 0.0})
     state, _, _, metrics = one_step(job)
-    drawn = regularizers.draw_transform(train_step.named_keys(KEY, 0, "transform")["transform"], (1.0, 0.5), 0.0)
+    drawn = regularizers.draw_transform(named_keys(KEY, 0, "transform")["transform"], (1.0, 0.5), 0.0)
     assert drawn.scale_index == 1 and drawn.quarter_turns in (1, 2, 3)
     images, draws, turns = to_float(batch_of(job)["image"]), draws_of(job), int(drawn.quarter_turns)
     apply = lambda *args, **kwargs: job.nets.vae.apply({"params": state.vae.params}, *args, **kwargs)  # noqa: E731
@@ -364,17 +369,16 @@ def test_the_alignment_ends_in_both_phases():
 
 
 def test_flips_mirror_images_for_all_who_see_them():
-    recipe = train_step.Recipe(vae_weights={}, sit_weights={}, flip_probability=0.5)
     rng = np.random.default_rng(0)
     images, moments = rng.integers(0, 256, (64, 4, 4, 3), np.uint8), rng.random((64, 2, 2, 2, 4))
     batch = {"image": images, "label": np.arange(64), "moments": moments}
-    flipped = train_step.flip(batch, KEY, 0, recipe)
+    flipped = flip(batch, KEY, 0, 0.5)
     mirrored = [not np.array_equal(a, b) for a, b in zip(flipped["image"], batch["image"])]
     assert 16 < sum(mirrored) < 48
     for i, is_mirrored in enumerate(mirrored):
         np.testing.assert_array_equal(flipped["image"][i], batch["image"][i, :, ::-1] if is_mirrored else batch["image"][i])
         np.testing.assert_array_equal(flipped["moments"][i], batch["moments"][i, int(is_mirrored)].astype(np.float32))
-    again = train_step.flip(batch, KEY, 1, recipe)
+    again = flip(batch, KEY, 1, 0.5)
     assert not np.array_equal(again["image"], flipped["image"])
 
 
@@ -418,3 +422,23 @@ def test_fixed_parts_stay():
     assert moved == {"decoder", "post_quant_conv"}
     whole = one_step(tokenizer({}))[3]["grad_norm/vae"]
     assert 0 < metrics["grad_norm/vae"] < whole  # of the parts that move
+
+
+# ---- a further loss -------------------------------------------------------------------------------------------------
+
+
+def edges(v):
+    """A loss term as a contributor would write it: horizontal differences of images and reconstructions."""
+    return jnp.mean(jnp.abs(jnp.diff(v.x.images, axis=2) - jnp.diff(v.recon, axis=2)))
+
+
+def test_a_further_loss_is_a_function_and_a_table_entry(monkeypatch):
+    monkeypatch.setitem(train_step.VAE_TERMS, "edges", edges)
+    monkeypatch.setitem(train_step.SIT_TERMS, "size", lambda projections, x: jnp.mean(jnp.square(projections[0])))
+    job = make_job(changes={"loss.vae.edges": 0.5, "loss.sit.size": 0.25})
+    _, _, _, metrics = one_step(job)
+    for name, further in (("vae", "edges"), ("sit", "size")):
+        weights = getattr(job.recipe, f"{name}_weights")
+        assert metrics[f"{name}/{further}"] > 0 and weights[further] > 0
+        expected = sum(weight * metrics[f"{name}/{term}"] for term, weight in weights.items())
+        np.testing.assert_allclose(metrics[f"{name}/loss"], expected, rtol=1e-5)

@@ -30,8 +30,8 @@ ORDER = GROUND + [
     "repae_jax.data",
     "checkpoints_tools",
     # the story
-    "repae_jax.train_losses",
     "repae_jax.train_step",
+    "repae_jax.tokenizer_step",
     "repae_jax.job",
     "repae_jax.sampling",
     "repae_jax.evaluation",

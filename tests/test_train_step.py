@@ -1,6 +1,7 @@
 """Three whole training steps against the published loop, and the invariants of the algorithm."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+import step_inputs
 from test_autoencoder import abstract_params, golden_vae
 from test_sit import load_sit
 from test_vae_losses import APRIL_2025, load_discriminator, part
@@ -16,12 +18,14 @@ from checkpoints_tools import mapping
 from checkpoints_tools.lpips import lpips_table
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.vae import vae_table
-from repae_jax import train_step
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.models.lpips import LPIPS
-from repae_jax.train_step import Draws, Nets, Optimizers, Recipe
+from repae_jax.training.inputs import Inputs
+from repae_jax.training.networks import Nets, bind
+from repae_jax.training.recipe import Optimizers, Recipe
 from repae_jax.training.state import create_net, create_state
 
+pytestmark = pytest.mark.integration
 PUBLISHED_WEIGHTS = {"l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, "align": 1.5}
 
 
@@ -55,12 +59,9 @@ def golden_run(name):
         sit=create_net(sit_params["params"], tx.sit),
         latent_stats=stats,
     )
-    nets = Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)
-    run = jax.jit(  # weights are arguments: as constants they would take long to compile
-        lambda frozen, state, images, labels, targets, draws: train_step.repae_update(
-            state, images, labels, targets, draws, frozen, jax.random.key(0), nets=nets, tx=tx, recipe=recipe
-        )
-    )
+    job = SimpleNamespace(nets=bind(Nets(vae=vae, sit=sit, disc=disc, lpips=lpips)), tx=tx, recipe=recipe)
+    # weights are arguments: as constants they would take long to compile
+    run = jax.jit(lambda frozen, state, x: step_inputs.repae_step(job, state, x, frozen))
     step = functools.partial(run, {"lpips": lpips_params})
     tables = {
         "vae": vae_table(vae),
@@ -72,14 +73,15 @@ def golden_run(name):
 
 def golden_inputs(case, i):
     a, nhwc = {k[len(f"step{i}:") :]: v for k, v in case.arrays.items() if k.startswith(f"step{i}:")}, reference.nhwc
-    draws = Draws(
+    return a, Inputs(
+        images=np.float32(nhwc(a["image"]) / 127.5 - 1),
+        labels=a["labels"].astype(np.int32),
+        targets=(a["features"],),
         posterior_noise=nhwc(a["posterior_noise"]),
         t=a["time"].reshape(-1),
         noise=nhwc(a["noise"]),
         label_drop=a["label_drop_uniform"] < case.meta["hyper"]["label_dropout"],
     )
-    images = np.float32(nhwc(a["image"]) / 127.5 - 1)
-    return a, (images, a["labels"].astype(np.int32), (a["features"],), draws)
 
 
 def to_torch(state, tables):
@@ -124,52 +126,14 @@ LOG_NAMES = {
 }
 
 
-def after_arrays(case, golden, last):
-    """(module, entry, array) of the whole weights stored for one step.
-
-    A file may hold, for every step, the arrays as they were after the last one (its maker kept views of tensors that were
-    updated in place). Those belong to this step only if their norm is the one recorded for it; at the last step all must.
-    """
-    order = case.meta["state_dict_order"]
-    for key in (k for k in golden if k.startswith("after:")):
-        _, module, entry = key.split(":")
-        index = order["sit" if module == "ema" else module].index(entry)
-        recorded = golden[f"norms:{module}"][index]
-        if last or np.isclose(np.linalg.norm(golden[key].astype(np.float64)), recorded, rtol=1e-9):
-            yield module, entry, golden[key]
-
-
-def with_initial_mean(case, state, step):
-    """The state with the running mean that the published run began with.
-
-    The stored `latents_bias` may be the running mean after the last step, for the same reason as above (the batch norm took
-    the tensor itself). The first mean is then the one from which three steps lead to the stored one: a linear map but for the
-    tiny influence of the mean on the VAE's updates, so a few fixed-point iterations find it. The norms and sums recorded after
-    every step check it independently.
-    """
-    final = case.arrays[f"step{len(case.meta['logs']) - 1}:after:sit:bn.running_mean"]
-    if not np.array_equal(case.arrays["latents_bias"], final):
-        return state
-    kept = (1 - case.meta["hyper"]["bn_momentum"]) ** len(case.meta["logs"])
-    mean = np.asarray(state.latent_stats.mean)
-    for _ in range(3):
-        run = state.replace(latent_stats=state.latent_stats.replace(mean=jnp.asarray(mean)))
-        for i in range(len(case.meta["logs"])):
-            run, _ = step(run, *golden_inputs(case, i)[1])
-        mean = mean + (final - np.asarray(run.latent_stats.mean)) / kept
-    stats = state.latent_stats.replace(mean=jnp.asarray(mean))
-    return state.replace(latent_stats=stats, ema=state.ema.replace(latent_stats=jax.tree.map(jnp.copy, stats)))
-
-
 @pytest.mark.parametrize("name", reference.cases("train_repae"))
 @pytest.mark.usefixtures("optimized")  # twelve steps of 2 s, not of 28
 def test_three_steps_of_the_published_loop(name, record_property):
     case, state, step, tables = golden_run(name)
     lr, order, logs = case.meta["hyper"]["lr"], case.meta["state_dict_order"], case.meta["logs"]
-    state = with_initial_mean(case, state, step)
     for i in range(len(logs)):
-        golden, inputs = golden_inputs(case, i)
-        state, metrics = step(state, *inputs)
+        golden, x = golden_inputs(case, i)
+        state, metrics = step(state, x)
         check_logs(logs[i], metrics, i, record_property)
         ours = to_torch(state, tables)
         for module, weights in ours.items():
@@ -182,8 +146,9 @@ def test_three_steps_of_the_published_loop(name, record_property):
                 assert abs(np.linalg.norm(value) - norm) <= 1e-4 * norm + noise * np.sqrt(value.size), (i, module, entry)
                 # a sum cancels: its scale is the sum of magnitudes
                 assert abs(value.sum() - total) <= 1e-4 * np.abs(value).sum() + noise * value.size, (i, module, entry)
-        for module, entry, expected in after_arrays(case, golden, last=i == len(logs) - 1):
-            check_weights(ours[module][entry], expected, (i + 1) * lr, entry, record_property)
+        for key in (key for key in golden if key.startswith("after:")):  # stored for the last step
+            _, module, entry = key.split(":")
+            check_weights(ours[module][entry], golden[key], (i + 1) * lr, entry, record_property)
     assert int(state.step) == len(logs) and int(state.skipped) == 0
 
 

@@ -209,7 +209,8 @@ def measure_parts(job, state, frozen, count, step_seconds):
 def time_part(job, part, count):
     """Seconds per call of a Part, as `time_calls` returns them."""
     options = build.compiler_options(job)
-    run = jax.jit(sharding.on_mesh(job.mesh, part.function), out_shardings=part.out_shardings, compiler_options=options)
+    function = sharding.with_mesh_context(job.mesh, part.function)
+    run = jax.jit(function, out_shardings=part.out_shardings, compiler_options=options)
     compiled, _ = _compile(run, *part.arguments)
     return time_calls(lambda: compiled(*part.arguments), count, ahead=1)
 
@@ -246,7 +247,7 @@ def measure_sampling(job, state, frozen, batch_size):
     """Speed of the config's sampler: its settings, seconds_per_batch, a spread, and what `speed_of` says; or 'failed'."""
     sampling, rows = job.sampling, sharding.batch_sharding(job.mesh)
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, sampling)
-    run = jax.jit(sharding.on_mesh(job.mesh, run), out_shardings=rows)
+    run = jax.jit(sharding.with_mesh_context(job.mesh, run), out_shardings=rows)
     labels = sharding.put(np.arange(batch_size, dtype=np.int32) % job.config["data"]["num_classes"], rows)
     ids = sharding.put(np.arange(batch_size), rows)
     arguments = (generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))

@@ -20,17 +20,14 @@ MIN_SHARDED_SIZE = 2**16  # smaller arrays cost more to gather than to keep
 STACKS = ("early_blocks", "late_blocks", "blocks")  # parameters under these have a leading layer axis, scanned over
 
 
-def make_mesh(fsdp, devices=None, slices=1):
-    """Mesh of all devices with `fsdp` of them along the parameter axis.
+def make_mesh(fsdp: int, devices=None, slices: int = 1) -> jax.sharding.Mesh:
+    """Returns the mesh of all devices, `fsdp` of them along the parameter axis.
 
     Args:
       fsdp: devices that share one copy of the parameters; 1 replicates them. Divides the number of devices of a slice.
       devices: default all.
-      slices: in how many slices the devices are, which are connected among each other more slowly than within: TPU slices, or
-        nodes of GPUs. No copy of the parameters is shared across them.
-
-    Returns:
-      jax.sharding.Mesh with axes ('data', 'fsdp').
+      slices: number of slices of devices, between which connections are slower than within one: TPU slices, or nodes of GPUs.
+        No copy of the parameters is shared across them.
 
     Raises:
       ValueError: if the devices are not in as many slices of one size, or fsdp does not divide the number in one.
@@ -46,12 +43,12 @@ def make_mesh(fsdp, devices=None, slices=1):
 
 
 def _has_slices(devices):
-    """Whether these are chips of several TPU slices; nodes of GPUs need not be told apart."""
+    """Returns whether these are chips of several TPU slices; nodes of GPUs are one set of devices to JAX."""
     return devices[0].platform == "tpu" and len({getattr(device, "slice_index", 0) for device in devices}) > 1
 
 
 def slice_grid(fsdp, devices, slices):
-    """Devices of several slices, [data, fsdp]: the rows of a slice are consecutive. Args, Raises as `make_mesh`."""
+    """Returns the devices of several slices as [data, fsdp], the rows of a slice consecutive; arguments as `make_mesh`."""
     sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(sizes) != slices or len(set(sizes.values())) != 1:
         raise ValueError(
@@ -69,13 +66,13 @@ def _check_fsdp(fsdp, count, what):
         raise ValueError(f"mesh.fsdp={fsdp} does not divide {what}; allowed: {allowed}")
 
 
-def batch_sharding(mesh):
-    """Leading axis over all devices."""
+def batch_sharding(mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its leading axis over all devices."""
     return NamedSharding(mesh, P((DATA, FSDP)))
 
 
-def replicated(mesh):
-    """The same array on every device."""
+def replicated(mesh) -> NamedSharding:
+    """Returns the sharding that keeps the same array on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -87,18 +84,14 @@ def _in_stack(path):
     return any(name in STACKS for name in _names(path))
 
 
-def param_spec(path, shape, fsdp):
-    """First axis divisible by fsdp, never a scanned layer axis; replicated if small or if none divides.
+def param_spec(path, shape: tuple[int, ...], fsdp: int) -> P:
+    """Returns the spec of a parameter: its first axis that fsdp divides is split; small ones are replicated.
 
-    The first, because parts of it are whole rows: what is unsharded need not be laid out anew before a matrix product.
+    The first, because parts of it are whole rows: a gathered array need not be laid out anew before a matrix product. A scanned
+    layer axis is never split.
 
     Args:
       path: key path of the leaf (jax.tree_util).
-      shape: its shape.
-      fsdp: size of the axis.
-
-    Returns:
-      PartitionSpec.
     """
     if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE:
         return P()
@@ -110,7 +103,7 @@ def param_spec(path, shape, fsdp):
 
 
 def tree_sharding(mesh, tree):
-    """NamedSharding of every leaf of a tree of arrays or shapes (parameters, optimizer state, a whole TrainState)."""
+    """Returns the sharding of every leaf of a tree of arrays or shapes: parameters, optimizer state, a whole TrainState."""
     fsdp = mesh.shape[FSDP]
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, param_spec(path, np.shape(leaf), fsdp)), tree
@@ -118,16 +111,11 @@ def tree_sharding(mesh, tree):
 
 
 def unsharded(params):
-    """Parameters as networks are applied to them: whole on every device, and so is their gradient before it is split.
+    """Returns parameters whole on every device, as networks are applied to them; so is their gradient before it is split.
 
-    Without it the partitioner is free to keep a parameter split and to gather what it meets, activations of the whole batch.
-
-    Args:
-      params: tree, or part of one. Scanned stacks stay split: their blocks are unsharded one at a time, see
-        `layers.scan_blocks`.
-
-    Returns:
-      The same numbers. Outside of `on_mesh` nothing is done.
+    Without it the partitioner is free to keep a parameter split and to gather the activations of the whole batch instead.
+    Scanned stacks stay split: their blocks are gathered one at a time, see `layers.scan_blocks`. Outside of `with_mesh_context`
+    nothing is done.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return params
@@ -138,8 +126,8 @@ def unsharded(params):
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def on_mesh(mesh, fn):
-    """The function, traced so that `unsharded` knows the mesh."""
+def with_mesh_context(mesh, fn):
+    """Returns the function, traced so that `unsharded` knows the mesh."""
 
     @functools.wraps(fn)
     def run(*args):
@@ -149,8 +137,8 @@ def on_mesh(mesh, fn):
     return run
 
 
-def check_batch(batch_size, accumulation, mesh):
-    """ValueError unless every device gets the same number of images in every micro-batch."""
+def check_batch(batch_size: int, accumulation: int, mesh) -> None:
+    """Raises ValueError unless every device gets the same number of images in every micro-batch."""
     devices = mesh.size
     if batch_size % (accumulation * devices):
         raise ValueError(
@@ -160,24 +148,21 @@ def check_batch(batch_size, accumulation, mesh):
 
 
 def put_batch(mesh, batch):
-    """Per-process numpy arrays -> global arrays sharded over the batch axis.
+    """Returns global arrays, sharded over the batch axis, of per-process numpy arrays.
 
-    A process' share goes to its own devices, in order. Where a mesh interleaves processes, as on TPU pods, a batch is so in
-    another order than in one process, and its images meet other noise.
+    A process' share goes to its own devices, in order. Where a mesh interleaves processes, as on TPU pods, the images of a
+    batch are in another order than in one process, and meet other noise.
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def put(tree, shardings):
-    """Places a tree on its mesh.
+    """Returns the tree placed on its mesh.
 
     Args:
       tree: arrays of the host or of local devices, whole and the same in every process, or global ones.
       shardings: tree of their shardings, or one for all.
-
-    Returns:
-      Tree of jax.Array.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -195,7 +180,7 @@ def _is_local(array):
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def local_checksums(tree):
-    """CRC of every array that is not a global one, by dotted name: for processes that must have read the same."""
+def local_checksums(tree) -> dict[str, int]:
+    """Returns the CRC of every array that is not global, by dotted name: for processes that must have read the same."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(_names(path)): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves if _is_local(leaf)}

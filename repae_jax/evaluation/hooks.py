@@ -94,7 +94,7 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
 
     def make_generate():
         run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
-        return jax.jit(sharding.on_mesh(job.mesh, run), out_shardings=everywhere)
+        return jax.jit(sharding.with_mesh_context(job.mesh, run), out_shardings=everywhere)
 
     def make_samples():
         run = make_generate()
@@ -107,7 +107,7 @@ def make_hooks(job, frozen, source, workdir, writer, scoring, stopped):
         return samples
 
     def make_reconstructions():
-        run = jax.jit(sharding.on_mesh(job.mesh, generate.make_reconstruct(job.nets)), out_shardings=everywhere)
+        run = jax.jit(sharding.with_mesh_context(job.mesh, generate.make_reconstruct(job.nets)), out_shardings=everywhere)
         with build.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
             originals = multihost_utils.process_allgather(next(first_batches)["image"], tiled=True)[:count]
 

@@ -23,19 +23,22 @@ from checkpoints_tools.lpips import load_lpips
 from checkpoints_tools.sit import layout_of
 from checkpoints_tools.training_state import OPT_STATES, PLACES, Networks, to_trees
 from checkpoints_tools.vit import load_encoder
-from repae_jax import data, train_step
+from repae_jax import data
 from repae_jax.data.latents import CachedLatents, WithMoments, check_cache
 from repae_jax.data.loader import Loader
 from repae_jax.diffusion.samplers import Sampling, check_sampler
 from repae_jax.distributed import multihost, sharding
 from repae_jax.images import to_float
 from repae_jax.job import validate as rules
+from repae_jax.job.recipe import make_recipe
 from repae_jax.models import encoders as features
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.lpips import LPIPS
 from repae_jax.models.sit import SiT
+from repae_jax.training.networks import Nets, bind
+from repae_jax.training.recipe import Optimizers, Recipe, TokenizerRecipe
 from repae_jax.training.state import create_net, create_state
 
 RANDOM = "random"  # instead of a weight file: to measure speed, or for tests
@@ -61,10 +64,10 @@ class Job:
     """
 
     config: Mapping[str, Any]
-    nets: train_step.Nets
+    nets: Nets
     encoders: tuple[features.Encoder, ...]
-    tx: train_step.Optimizers
-    recipe: train_step.Recipe
+    tx: Optimizers
+    recipe: Recipe
     sampling: Sampling | None
     latent_shape: tuple[int, int, int]
     mesh: jax.sharding.Mesh
@@ -77,7 +80,7 @@ class Job:
     @property
     def step(self) -> Callable:
         """(state, batch, frozen, key) -> (state, metrics), not yet jitted."""
-        fields = {"nets": self.nets, "encoders": self.encoders, "tx": self.tx, "recipe": self.recipe}
+        fields = {"nets": bind(self.nets), "encoders": self.encoders, "tx": self.tx, "recipe": self.recipe}
         return functools.partial(rules.JOBS[self.config["job"]].step, **fields)
 
 
@@ -103,7 +106,7 @@ def build(config, devices=None, encoders=None):
     """
     config = plain_config(config)
     kind = rules.check_fields(config)
-    recipe = rules.make_recipe(config)
+    recipe = make_recipe(config)
     mesh = sharding.make_mesh(config["mesh"]["fsdp"], devices, config["mesh"]["slices"])
     sharding.check_batch(config["data"]["batch_size"], config["accumulation"], mesh)
     dtype = rules.compute_dtype("compute", config)
@@ -113,7 +116,10 @@ def build(config, devices=None, encoders=None):
     vf_dim = feature_dims[0] if "vf" in recipe.vae_weights and encoders else None
     vae = rules.construct("config.vae", AutoencoderKL, _tuples(config["vae"]), dtype=dtype, feature_dim=vf_dim)
     latent_shape = rules.latent_shape(config, vae)
-    rules.check_scales(config, recipe, latent_shape)
+    scales = ()
+    if isinstance(recipe, TokenizerRecipe):
+        rules.check_scales(config, recipe, latent_shape)
+        scales = recipe.eq_scales
     sit = sampling = None
     if "sit" in kind.trains:
         for encoder in encoders:
@@ -142,16 +148,16 @@ def build(config, devices=None, encoders=None):
                 )
     if "disc" in trains:
         disc = rules.construct("config.disc", PatchDiscriminator, config["disc"], dtype=dtype)
-        smallest = round(config["data"]["image_size"] * min(recipe.eq_scales, default=1))
+        smallest = round(config["data"]["image_size"] * min(scales, default=1))
         if smallest < disc.min_image_size:
             raise ValueError(
                 f"config.disc.num_layers={disc.num_layers} leaves no logit of config.data.image_size="
-                f"{config['data']['image_size']} pixels{f' at the scale {min(recipe.eq_scales)}' if recipe.eq_scales else ''}; "
+                f"{config['data']['image_size']} pixels{f' at the scale {min(scales)}' if scales else ''}; "
                 f"lower num_layers, or use {disc.min_image_size} pixels or more"
             )
     if "lpips" in recipe.vae_weights:
         lpips = LPIPS(dtype=rules.compute_dtype("lpips", config))
-    tx = dict.fromkeys(train_step.Optimizers._fields)
+    tx = dict.fromkeys(Optimizers._fields)
     for name in kind.trains:
         fields = config["optim"][name]
         if name == "sit" and not sit.learned_positions:
@@ -160,9 +166,9 @@ def build(config, devices=None, encoders=None):
         tx[name] = made if name in trains else None
     job = Job(
         config=config,
-        nets=train_step.Nets(vae=vae, sit=sit, disc=disc, lpips=lpips),
+        nets=Nets(vae=vae, sit=sit, disc=disc, lpips=lpips),
         encoders=encoders,
-        tx=train_step.Optimizers(**tx),
+        tx=Optimizers(**tx),
         recipe=recipe,
         sampling=sampling,
         latent_shape=latent_shape,
@@ -175,7 +181,7 @@ def build(config, devices=None, encoders=None):
         if fixed - parts or fixed >= parts:
             raise ValueError(f"config.optim.{name}.fixed={sorted(fixed)}; allowed: some, not all, of {sorted(parts)}")
     for term, part in (("gan", "decoder"), ("vf", "encoder")):
-        if term in recipe.adaptive and part in recipe.fixed["vae"]:
+        if isinstance(recipe, TokenizerRecipe) and term in recipe.adaptive and part in recipe.fixed["vae"]:
             raise ValueError(
                 f"config.loss.adaptive.{term}={recipe.adaptive[term]} compares gradients in the {part}, which "
                 "config.optim.vae.fixed keeps as it is: change one of them"
@@ -352,7 +358,7 @@ def jit_step(job, state):
       Jitted function of (state, batch, frozen, key).
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = sharding.on_mesh(job.mesh, job.step)
+    step = sharding.with_mesh_context(job.mesh, job.step)
     outs = shardings, sharding.replicated(job.mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=compiler_options(job))
 

@@ -16,18 +16,14 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 
-from repae_jax import train_losses, train_step
-from repae_jax.diffusion import ddpm, interpolant
-from repae_jax.losses import alignment, regularizers
+from repae_jax import tokenizer_step, train_step
+from repae_jax.diffusion import ddpm
+from repae_jax.losses import regularizers
 from repae_jax.ranges import PATH, SEED, OrNone, Several, check, real, whole
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-VAE_TERMS = ("l1", "l2", "lpips", "kl", "gan", "vf", "se")
-THROUGH_SIT = ("align", "diffusion")  # further terms of the VAE's loss where there is a SiT
-_VAE_LOSS = {
-    "vae", "pixel_reduction", "adaptive", "gan_start", "gan_factor", "lecam", "vf_margins", "se_factors", "eq_scales",
-    "eq_prior",
-}  # fmt: skip
+_GAN_LOSS = {"vae", "gan_start", "gan_factor", "lecam"}
+_TOKENIZER_LOSS = _GAN_LOSS | {"pixel_reduction", "adaptive", "vf_margins", "se_factors", "eq_scales", "eq_prior"}
 _SIT_LOSS = {"sit", "align_shape", "align_end"}
 _SHARED = {
     "job", "seed", "steps", "accumulation", "ema_decay", "max_skipped_in_a_row", "data", "vae", "encoders", "loss", "optim",
@@ -56,13 +52,15 @@ class Kind:
 JOBS = {
     "repae": Kind(
         train_step.repae_step, ("vae", "disc", "sit"), _SHARED | {"sit", "disc", "lpips", "diffusion", "sampling"},
-        _VAE_LOSS | _SIT_LOSS, {"checkpoint", "vae", "latent_stats", "disc", "stats_images"},
+        _GAN_LOSS | _SIT_LOSS, {"checkpoint", "vae", "latent_stats", "disc", "stats_images"},
     ),
     "ldm": Kind(
         train_step.ldm_step, ("sit",), _SHARED | {"sit", "diffusion", "sampling"}, _SIT_LOSS,
         {"checkpoint", "vae", "latent_stats", "stats_images"},
     ),
-    "vae": Kind(train_step.vae_step, ("vae", "disc"), _SHARED | {"disc", "lpips"}, _VAE_LOSS, {"vae", "disc"}),
+    "vae": Kind(
+        tokenizer_step.vae_step, ("vae", "disc"), _SHARED | {"disc", "lpips"}, _TOKENIZER_LOSS, {"vae", "disc"},
+    ),
 }  # fmt: skip
 # options that no callable of ours takes whole; those of loss, optim and init depend on the job
 FIELDS = {
@@ -119,8 +117,6 @@ RULES = {
     "hooks.fid_inception": PATH,
 }  # fmt: skip
 _SECTIONS = {name.rsplit(".", depth)[0] for name in RULES for depth in range(1, name.count(".") + 1)} | {"sampling"}
-OBJECTIVES = (*sorted(interpolant.PATHS), "ddpm")
-REDUCTIONS = ("mean", "sum")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -278,162 +274,6 @@ def compute_dtype(name, config):
     return DTYPES[value]
 
 
-def make_recipe(config):
-    """The Recipe: losses and their weights, the objective, and what else a step needs to know.
-
-    Args:
-      config: nested dict, its fields checked.
-
-    Returns:
-      Recipe.
-
-    Raises:
-      ValueError: for values out of range or that contradict each other, naming the fields.
-    """
-    kind, loss, diffusion = JOBS[config["job"]], config["loss"], config.get("diffusion")
-    fields, terms = {"vae_weights": {}, "sit_weights": {}}, {}
-    if "vae" in loss:
-        terms["vae"] = VAE_TERMS + (THROUGH_SIT if "sit" in kind.trains else ())
-    if diffusion is not None:
-        fields["objective"] = _objective(diffusion)
-        is_ddpm = diffusion["path"] == "ddpm"
-        terms["sit"] = ("noise", "bound", "align") if is_ddpm else ("velocity", "align")
-        fields["label_dropout"] = diffusion["label_dropout"]
-        if "norm_momentum" in diffusion:
-            fields["norm_momentum"] = diffusion["norm_momentum"]
-    for name, allowed in terms.items():
-        named = {term: float(weight) for term, weight in loss[name].items() if weight}
-        other = sorted(set(named) & {"velocity", "noise", "bound"} - set(allowed)) if name == "sit" else ()
-        if other:
-            raise ValueError(
-                f"config.loss.sit.{other[0]}={named[other[0]]} does not go with config.diffusion.path={diffusion['path']!r}, "
-                f"whose terms are {list(allowed)}: DiT is path 'ddpm' with noise and bound, SiT another path with velocity"
-            )
-        known = (*allowed, "velocity", "noise", "bound") if name == "sit" else allowed
-        unknown = sorted(set(loss[name]) - set(known))
-        if unknown:
-            raise ValueError(f"config.loss.{name} has unknown terms {unknown}; allowed: {list(allowed)}")
-        fields[f"{name}_weights"] = named
-    if "sit" in terms and terms["sit"][0] not in fields["sit_weights"]:
-        raise ValueError(f"config.loss.sit.{terms['sit'][0]} must not be 0: it is the diffusion loss")
-    if "vae" in terms:
-        fields |= _vae_recipe(config, fields["vae_weights"])
-    _check_encoders(config, fields)
-    if "sit" in terms:
-        _check_align_schedule(config, fields)
-    if "sit" in terms and loss["align_end"] is not None:
-        factor = functools.partial(alignment.schedule_factor, shape=loss["align_shape"], end=loss["align_end"])
-        fields["align_factor"] = factor
-    return train_step.Recipe(
-        **fields,
-        flip_probability=config["data"]["flip_probability"],
-        accumulation=config["accumulation"],
-        ema_decay=config["ema_decay"],
-        fixed={name: tuple(section["fixed"]) for name, section in config["optim"].items()},
-    )
-
-
-def _check_align_schedule(config, fields):
-    loss = config["loss"]
-    where = f"config.loss.align_end={loss['align_end']} and align_shape={loss['align_shape']!r}"
-    if loss["align_shape"] not in alignment.SCHEDULES:
-        raise ValueError(f"{where}: allowed shapes are {list(alignment.SCHEDULES)}")
-    if loss["align_end"] is None and loss["align_shape"] != "constant":
-        raise ValueError(f"{where}: a decay needs the step where it ends")
-    if loss["align_end"] is not None and not any("align" in fields[f"{name}_weights"] for name in ("vae", "sit")):
-        raise ValueError(f"{where}, but no alignment has a weight: leave the end out, or give config.loss.sit.align one")
-
-
-def _objective(diffusion):
-    for name, allowed in (("path", OBJECTIVES), ("time_distribution", interpolant.TIME_DISTRIBUTIONS)):
-        if diffusion[name] not in allowed:
-            raise ValueError(f"config.diffusion.{name}={diffusion[name]!r} is unknown; allowed: {sorted(allowed)}")
-    if diffusion["path"] == "ddpm":
-        if diffusion["time_distribution"] != "uniform":
-            raise ValueError(
-                f"config.diffusion.time_distribution={diffusion['time_distribution']!r} does not go with path='ddpm', whose "
-                "timesteps are uniform"
-            )
-        return ddpm.NoiseObjective()
-    return interpolant.VelocityObjective(diffusion["path"], diffusion["time_distribution"])
-
-
-def _vae_recipe(config, named):
-    """Fields of the Recipe that the VAE's loss needs, besides its weights."""
-    loss = config["loss"]
-    if config["job"] == "repae" and not named:
-        raise ValueError("all of config.loss.vae is 0, so config.job='repae' would not train its VAE: take configs/ldm.py")
-    if not named and loss["gan_start"] > 0:
-        raise ValueError(
-            f"config.loss.gan_start={loss['gan_start']}, but all of config.loss.vae is 0: there is nothing to train before it"
-        )
-    if "diffusion" in named and config["accumulation"] > 1 and config["diffusion"]["norm_momentum"]:
-        raise ValueError(
-            f"config.loss.vae.diffusion={named['diffusion']} goes through the statistics of the whole batch, which "
-            f"config.accumulation={config['accumulation']} divides: set one of them to 0 or 1"
-        )
-    if config["job"] == "vae" and named and not {"l1", "l2"} & set(named):
-        raise ValueError(
-            "config.loss.vae needs a reconstruction term: give 'l1' or 'l2' a weight; all weights 0 train the discriminator "
-            "alone"
-        )
-    if loss["pixel_reduction"] not in REDUCTIONS:
-        raise ValueError(f"config.loss.pixel_reduction={loss['pixel_reduction']!r} is unknown; allowed: {list(REDUCTIONS)}")
-    check_names("config.loss.adaptive", loss["adaptive"], train_losses.ADAPTIVE)
-    adaptive = {term: float(high) for term, high in loss["adaptive"].items() if high}
-    for term in adaptive:
-        if term not in named or not set(train_losses.PIXEL_TERMS) & set(named):
-            raise ValueError(
-                f"config.loss.adaptive.{term}={adaptive[term]} compares the gradients of config.loss.vae.{term} and of a "
-                "reconstruction term: give both a weight, or set it to 0"
-            )
-    low, high = config["lpips"]["input_range"]
-    if not low < high:
-        raise ValueError(f"config.lpips.input_range={(low, high)} must be (low, high), low first")
-    margins = tuple(loss["vf_margins"])
-    if "se" in named and not loss["se_factors"]:
-        raise ValueError("config.loss.vae.se needs factors, but config.loss.se_factors is empty: give integers, such as (2, 4)")
-    factors = tuple(loss["se_factors"])
-    scales = tuple(loss["eq_scales"])
-    if scales:
-        try:
-            regularizers.check_scales(scales, loss["eq_prior"])
-        except ValueError as error:
-            raise ValueError(f"config.loss.eq_scales, eq_prior: {error}") from error
-        if not named:
-            raise ValueError(f"config.loss.eq_scales={scales} need a trained VAE, but all of config.loss.vae is 0: empty them")
-    return {
-        "adaptive": adaptive,
-        "lpips_input_range": (low, high),
-        "gan_start": loss["gan_start"],
-        "gan_factor": loss["gan_factor"],
-        "lecam_weight": loss["lecam"],
-        "vf_margins": margins,
-        "se_factors": factors if "se" in named else (),
-        "pixel_reduction": loss["pixel_reduction"],
-        "eq_scales": scales,
-        "eq_prior": loss["eq_prior"],
-    }
-
-
-def _check_encoders(config, fields):
-    users = [("vae", "align"), ("vae", "vf"), ("sit", "align")]
-    named = [f"config.loss.{name}.{term}" for name, term in users if term in fields[f"{name}_weights"]]
-    if named and not config["encoders"]:
-        verb, what = ("needs", "its weight") if len(named) == 1 else ("need", "the weights")
-        raise ValueError(
-            f"{' and '.join(named)} {verb} an encoder, but config.encoders is empty: add one or set {what} to 0"
-        )
-    if config["encoders"] and not named:
-        terms = [f"config.loss.{name}.{term}" for name, term in users if term in config["loss"].get(name, ())]
-        state = "are all 0" if len(terms) > 1 else "is 0"
-        raise ValueError(f"config.encoders has an encoder, but {' and '.join(terms)} {state}: remove one")
-    if "vf" in fields["vae_weights"] and len(config["encoders"]) > 1:
-        raise ValueError(
-            f"config.loss.vae.vf takes one encoder, config.encoders has {sorted(config['encoders'])}: remove the others"
-        )
-
-
 def optimizer(
     learning_rate, warmup_steps, schedule, decay_steps, final_learning_rate, b1, b2, eps, weight_decay, clip_norm, fixed
 ):
@@ -477,7 +317,7 @@ def warn_of_ablations(job_name, recipe):
             "config.loss.vae.diffusion lets the diffusion loss reach the VAE: in the paper the latent space collapsed (spatial "
             "variance 17.06 to 0.02; gFID 444 instead of 16.3 at 100k steps)"
         )
-    if not set(weights) & set(train_losses.PIXEL_TERMS):
+    if not set(weights) & set(tokenizer_step.PIXEL_TERMS):
         found.append("config.loss.vae has no reconstruction term: nothing holds the latents to the images")
     elif "gan" not in weights:
         found.append("config.loss.vae.gan=0: in the paper gFID was 19.2 instead of 16.3 at 100k steps")

@@ -1,8 +1,8 @@
-"""Regularisers of the VAE's latent space: VF, equivariance under transforms (EQ), scale equivariance (SE).
+"""Regularizers of the VAE's latent space: VF, equivariance under transforms (EQ), scale equivariance (SE).
 
 EQ and SE decode latents of another size, and shapes are static in a compiled program, so `scale` is a static argument. To draw
-it inside one compiled step, `jax.lax.switch` over the drawn index, one branch per scale, each the whole `jax.value_and_grad` of
-the VAE loss at that scale, and of the discriminator's, because a reconstruction of another shape cannot leave its branch.
+it inside one compiled step, `jax.lax.switch` over the drawn index, one branch per scale, each the whole gradient of the VAE's
+loss at that scale, and of the discriminator's, because a reconstruction of another shape cannot leave its branch.
 Differentiating *through* a switch gives the same numbers but holds the activations of all branches at once. Rotations keep the
 shape of square images, so any of them runs in the same branch.
 
@@ -10,27 +10,31 @@ References: VA-VAE (arXiv 2501.01423), `vavae/ldm/modules/losses/contperceptual.
 `train_eqvae/ldm/models/autoencoder.py`; scale equivariance (arXiv 2502.14831).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from repae_jax.losses.alignment import unit
 
+Scalar = Float[Array, ""]
 
-def vf_loss(projected, tokens, cosine_margin, distance_margin):
-    """VA-VAE's alignment with a vision foundation model: both marginal terms, each with weight 1.
+
+def vf_loss(
+    projected: Float[Array, "B h w F"], tokens: Float[Array, "B h*w F"], cosine_margin: float, distance_margin: float
+) -> Scalar:
+    """Returns VA-VAE's alignment with a vision foundation model: both marginal terms, each with weight 1, mean over the batch.
 
     The grids must agree. The published code resamples no tokens: it resizes the images for the encoder until its tokens are as
     many as the latent pixels (224 pixels for patches of 14 and latents of 16 x 16).
 
     Args:
-      projected: [B, h, w, F], sampled latents, not normalised, after the trainable bias-free 1x1 convolution to F channels.
-      tokens: [B, h * w, F], the encoder's patch tokens, rows first.
+      projected: sampled latents, not normalized, after the trainable bias-free 1x1 convolution to F channels.
+      tokens: the encoder's patch tokens, rows first.
       cosine_margin: m1 in [0, 2); published: 0.5, or 0 in the first stages.
       distance_margin: m2 in [0, 2); published: 0.25, or 0 in the first stages.
-
-    Returns:
-      float32 scalar >= 0, mean over the batch.
 
     Raises:
       ValueError: for shapes that do not fit or a margin out of range.
@@ -40,15 +44,15 @@ def vf_loss(projected, tokens, cosine_margin, distance_margin):
     return marginal_cosine_loss(projected, tokens, cosine_margin) + marginal_distance_loss(projected, tokens, distance_margin)
 
 
-def marginal_cosine_loss(projected, tokens, margin):
-    """mean relu(1 - margin - cos(z_i, f_i)) over batch and positions; arguments as in `vf_loss`."""
+def marginal_cosine_loss(projected, tokens, margin: float) -> Scalar:
+    """Returns mean relu(1 - margin - cos(z_i, f_i)) over batch and positions; arguments as in `vf_loss`."""
     _check_margin("cosine", margin)
     z, f = _unit_tokens(projected, tokens)
     return jnp.mean(jax.nn.relu(1 - margin - jnp.sum(z * f, axis=-1)))
 
 
-def marginal_distance_loss(projected, tokens, margin):
-    """mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin) over batch and all pairs (i, j); arguments as in `vf_loss`."""
+def marginal_distance_loss(projected, tokens, margin: float) -> Scalar:
+    """Returns mean relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin) over batch and pairs (i, j); arguments as in `vf_loss`."""
     _check_margin("distance", margin)
     z, f = _unit_tokens(projected, tokens)
     return jnp.mean(jax.nn.relu(jnp.abs(_gram(z) - _gram(f)) - margin))
@@ -75,33 +79,29 @@ def _check_margin(name, margin):
 
 @struct.dataclass
 class Transform:
-    """One drawn transform, for the whole batch.
+    """One transform for the whole batch.
 
     Attributes:
-      scale_index: int32 scalar, the position in `scales`.
-      quarter_turns: int32 scalar, 0 to 3.
+      scale_index: position in `scales`.
+      quarter_turns: 0 to 3.
     """
 
-    scale_index: jax.Array
-    quarter_turns: jax.Array
+    scale_index: Int[Array, ""]
+    quarter_turns: Int[Array, ""]
 
 
-def draw_transform(key, scales, prior_probability):
-    """Draw EQ-VAE's transform of a step.
+def draw_transform(key: jax.Array, scales: tuple[float, ...], prior_probability: float) -> Transform:
+    """Draws EQ-VAE's transform of a step.
 
-    With probability `prior_probability` the identity, so that plain reconstruction is preserved; else one of scales[1:] and one
-    of 1, 2, 3 quarter turns, each uniformly.
+    With probability `prior_probability` it is the identity, so that plain reconstruction is preserved; else one of scales[1:]
+    and one of 1, 2, 3 quarter turns, each uniformly.
 
     Args:
-      key: PRNG key, the same on every host: all devices must take the same branch.
-      scales: static tuple, 1 first, then scales in (0, 1). The published code has 8 / 32, 9 / 32, …, 31 / 32; its documented
+      key: the same on every host: all devices must take the same branch.
+      scales: static, 1 first, then scales in (0, 1). The published code has 8 / 32, 9 / 32, …, 31 / 32; its documented
         alternative (1, 0.25, 0.5, 0.75) needs four branches instead of 25.
       prior_probability: in [0, 1]; published: 0.5. The published code runs a quarter of these steps, encoder included, on an
         image of lower resolution; here all run at full resolution.
-
-    Returns:
-      Transform, to be used as `jax.lax.switch(drawn.scale_index, [partial(loss_and_gradients, scale) for scale in scales], …)`
-      with `transform(latents, scale, drawn.quarter_turns)` and the same of the images inside.
 
     Raises:
       ValueError: for scales or a probability out of range.
@@ -115,24 +115,21 @@ def draw_transform(key, scales, prior_probability):
     )
 
 
-def check_scales(scales, prior_probability):
-    """ValueError for what `draw_transform` does not take."""
+def check_scales(scales: tuple[float, ...], prior_probability: float) -> None:
+    """Raises ValueError for arguments that `draw_transform` does not take."""
     if len(scales) < 2 or scales[0] != 1 or not all(0 < scale < 1 for scale in scales[1:]):
         raise ValueError(f"scales {scales}; allowed: 1 first, then at least one scale strictly between 0 and 1")
     if not 0 <= prior_probability <= 1:
         raise ValueError(f"prior_probability {prior_probability}; allowed: 0 to 1")
 
 
-def transform(x, scale, quarter_turns):
-    """Resize, then rotate: for EQ, the same of latents and of images.
+def transform(x: Float[Array, "B n n C"], scale: float, quarter_turns) -> Float[Array, "B m m C"]:
+    """Resizes to m = n * scale, then rotates: for EQ, latents and images alike.
 
     Args:
-      x: float [B, n, n, C], latents (sampled, not normalised) or images.
+      x: latents (sampled, not normalized) or images.
       scale: static, in (0, 1], n * scale an integer.
       quarter_turns: int32 scalar, 0 to 3, may be traced; direction of torch.rot90(k, dims=(-1, -2)), which is clockwise.
-
-    Returns:
-      [B, n * scale, n * scale, C], same dtype.
 
     Raises:
       ValueError: if x is not square or the scaled size is no integer.
@@ -143,18 +140,11 @@ def transform(x, scale, quarter_turns):
     return jax.lax.switch(quarter_turns, rotations, downscale(x, scale))
 
 
-def downscale(x, scale):
-    """Bilinear resize without antialiasing, as torch.nn.functional.interpolate(mode='bilinear', align_corners=False).
-
-    Args:
-      x: float [B, h, w, C].
-      scale: static, in (0, 1], h * scale and w * scale integers.
-
-    Returns:
-      [B, h * scale, w * scale, C], same dtype.
+def downscale(x: Float[Array, "B h w C"], scale: float) -> Float[Array, "B h' w' C"]:
+    """Resizes without antialiasing, as torch.nn.functional.interpolate(mode='bilinear', align_corners=False).
 
     Raises:
-      ValueError: for another scale, or a scaled size that is no integer.
+      ValueError: for a static scale that is not in (0, 1], or a scaled size that is no integer.
     """
     if not 0 < scale <= 1 or x.ndim != 4:
         raise ValueError(f"scale {scale} of shape {x.shape}; allowed: 0 < scale <= 1 of [B, h, w, C]")
@@ -165,21 +155,23 @@ def downscale(x, scale):
     return jax.image.resize(x, (b, height, width, c), "linear", antialias=False)
 
 
-def scale_equivariance_loss(images, latents, decode, reconstruction_fn, factor):
-    """Reconstruction loss at a lower resolution: the decoder of the downscaled latents against the downscaled image.
+def scale_equivariance_loss(
+    images: Float[Array, "B H W 3"],
+    latents: Float[Array, "B h w C"],
+    decode: Callable,
+    reconstruction_fn: Callable,
+    factor: int,
+) -> Scalar:
+    """Returns the reconstruction loss at a lower resolution: decoded downscaled latents against the downscaled image.
 
-    A term beside the ordinary reconstruction loss; its gradient reaches decoder and encoder. For a factor drawn per step,
-    `jax.lax.switch` over gradients as the head of this file says.
+    A term beside the ordinary reconstruction loss; its gradient reaches decoder and encoder.
 
     Args:
-      images: [B, H, W, 3] in [-1, 1].
-      latents: [B, h, w, C], sampled, not normalised.
+      images: in [-1, 1].
+      latents: sampled, not normalized.
       decode: latents -> images, with the parameters that are differentiated.
       reconstruction_fn: (images, recon) -> scalar, the caller's own reconstruction loss (L1 + LPIPS).
-      factor: static integer >= 2 that divides all four sizes; published: 2 to 4.
-
-    Returns:
-      float32 scalar, reduced as `reconstruction_fn` does.
+      factor: integer >= 2 that divides all four sizes; published: 2 to 4.
 
     Raises:
       ValueError: for another factor, a size it does not divide, or a decoder that gives another size than the image's.

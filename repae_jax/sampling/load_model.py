@@ -18,8 +18,8 @@ from repae_jax.job import build
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling import generate
-from repae_jax.train_step import Nets
 from repae_jax.training import checkpoint
+from repae_jax.training.networks import Nets
 from repae_jax.training.state import Ema
 
 

@@ -1,38 +1,74 @@
-"""Gradient accumulation: a batch in equal parts, one after the other."""
+"""Gradient accumulation: a batch in equal micro-batches, one after the other."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-def accumulate(fn, carry, batch, parts):
-    """Run `fn` over equal micro-batches one after the other.
+class Aux(NamedTuple):
+    """What a loss returns beside its value.
+
+    Attributes:
+      terms: name -> scalar, averaged over micro-batches.
+      rows: tree of arrays with a leading batch axis, returned in the batch's order.
+      carry: tree that one micro-batch hands to the next, such as running statistics.
+    """
+
+    terms: dict[str, jax.Array]
+    rows: Any = None
+    carry: Any = None
+
+
+def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
+    """Computes the gradient of a loss over a batch, in micro-batches.
+
+    Args:
+      loss: (params, x, carry) -> (scalar, Aux).
+      params: what the gradient is taken of.
+      x: tree of [B, ...], see `accumulate`.
+      carry: of the first micro-batch.
+
+    Returns:
+      grads, terms with the loss itself as 'loss' (both means over micro-batches), rows, carry after the last micro-batch.
+    """
+
+    def micro_batch(carry, x):
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, x, carry)
+        return aux.carry, (grads, {"loss": value, **aux.terms}), aux.rows
+
+    carry, (grads, terms), rows = accumulate(micro_batch, carry, x, micro_batches)
+    return grads, terms, rows, carry
+
+
+def accumulate(fn, carry, batch, micro_batches: int):
+    """Runs `fn` over equal micro-batches.
 
     Args:
       fn: (carry, micro-batch) -> (carry, tree to average over micro-batches, tree with a leading batch axis or None).
       carry: passed from one micro-batch to the next.
-      batch: tree of [B, ...]; B divisible by `parts`. Micro-batch j takes rows j, j + parts, …, so that a batch sharded over
-        its first axis stays where it is.
-      parts: number of micro-batches.
+      batch: tree of [B, ...]; B divisible by `micro_batches`. Micro-batch j takes rows j, j + micro_batches, …, so that a batch
+        sharded over its first axis stays where it is.
 
     Returns:
       carry, mean tree, batch tree [B, ...] in the original order.
     """
-    if parts == 1:
+    if micro_batches == 1:
         return fn(carry, batch)
 
     def split(x):
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     def join(x):
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    def body(state, part):
+    def body(state, micro_batch):
         carry, total = state
-        carry, means, rows = fn(carry, part)
+        carry, means, rows = fn(carry, micro_batch)
         return (carry, jax.tree.map(jnp.add, total, means)), rows
 
     batch = jax.tree.map(split, batch)
     shapes = jax.eval_shape(fn, carry, jax.tree.map(lambda x: x[0], batch))[1]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (carry, total), rows = jax.lax.scan(body, (carry, zeros), batch)
-    return carry, jax.tree.map(lambda x: x / parts, total), jax.tree.map(join, rows)
+    return carry, jax.tree.map(lambda x: x / micro_batches, total), jax.tree.map(join, rows)

@@ -1,25 +1,14 @@
-"""What a training step is made of: networks, optimizers and the numbers of a run."""
+"""Numbers and optimizers of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from repae_jax.diffusion.interpolant import VelocityObjective
-from repae_jax.models.autoencoder import AutoencoderKL
-from repae_jax.models.discriminator import PatchDiscriminator
-from repae_jax.models.lpips import LPIPS
-from repae_jax.models.sit import SiT
-
-
-class Nets(NamedTuple):
-    """The Linen modules of a job; None where a job has none."""
-
-    vae: AutoencoderKL
-    sit: SiT | None
-    disc: PatchDiscriminator | None
-    lpips: LPIPS | None
+from repae_jax.losses.adversarial import gan_factor
 
 
 class Optimizers(NamedTuple):
@@ -35,46 +24,60 @@ class Recipe:
     """The numbers of a run. A loss term exists only if its weight is named.
 
     Attributes:
-      vae_weights: of 'l1', 'l2', 'lpips', 'kl', 'gan', and of the regularisers 'align', 'diffusion', 'vf', 'se'.
-      sit_weights: of the objective's terms and 'align'.
-      objective: what SiT learns: interpolant.VelocityObjective or ddpm.NoiseObjective.
+      vae_weights: names as in `train_step.VAE_TERMS`, for tokenizers those of `tokenizer_step`, too.
+      sit_weights: names of the objective's own terms, or as in `train_step.SIT_TERMS`.
+      objective: interpolant.VelocityObjective or ddpm.NoiseObjective.
       align_factor: step -> factor of both alignment weights; None is 1.
-      pixel_reduction: 'mean' or 'sum' over an image's pixels and channels, of 'l1', 'l2' and 'lpips'; metrics show means.
-      adaptive: term of the VAE's loss, 'gan' or 'vf' -> the largest factor by which its weight is adapted, so that its
-        gradient is as large as the reconstruction's at the layer where both meet.
       lpips_input_range: see `reconstruction.perceptual`.
       gan_start: first step with an adversarial loss.
       gan_factor: multiplies both adversarial losses from then on.
-      lecam_weight: of the LeCam term in the discriminator's loss.
-      vf_margins: of cosines and of distances, see `regularizers.vf_loss`.
-      se_factors: by which the latents are downscaled for 'se', see `regularizers.scale_equivariance_loss`.
-      eq_scales: of EQ-VAE's transform, drawn every step; () is none.
-      eq_prior: probability of a step without a transform.
+      lecam_weight: weight of LeCam in the discriminator's loss.
       label_dropout: share of labels replaced by the null label in the SiT phase.
-      flip_probability: of an image's being mirrored.
-      norm_momentum: of the latent batch norm (torch's convention); 0 is none: the initial statistics for good.
-      ema_decay: of the averages.
+      flip_probability: share of images that are mirrored.
+      norm_momentum: momentum of the latent batch norm, in torch's convention; 0 keeps the initial statistics.
+      ema_decay: decay of the averages.
       accumulation: micro-batches per step.
-      fixed: name of a network -> parts of it, top-level names of its parameters, that stay as they are.
+      fixed: name of a network -> top-level names of its parameters that are not trained.
     """
 
     vae_weights: Mapping[str, float]
     sit_weights: Mapping[str, float]
     objective: Any = VelocityObjective()
-    align_factor: Any = None
-    pixel_reduction: str = "mean"
-    adaptive: Mapping[str, float] = field(default_factory=dict)
+    align_factor: Callable | None = None
     lpips_input_range: tuple[float, float] = (-1.0, 1.0)
     gan_start: int = 0
     gan_factor: float = 1.0
     lecam_weight: float = 0.0
-    vf_margins: tuple[float, float] = (0.0, 0.0)
-    se_factors: tuple[int, ...] = ()
-    eq_scales: tuple[float, ...] = ()
-    eq_prior: float = 0.5
     label_dropout: float = 0.1
     flip_probability: float = 0.0
     norm_momentum: float = 0.1
     ema_decay: float = 0.9999
     accumulation: int = 1
     fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def factors(self, step) -> dict[str, jax.Array | float]:
+        """Returns the factors of 'gan' and 'align' after `step` steps: the GAN starts late, the alignment may end early."""
+        align = 1.0 if self.align_factor is None else self.align_factor(step)
+        return {"gan": gan_factor(step, self.gan_start, self.gan_factor), "align": align}
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe(Recipe):
+    """The numbers of a tokenizer's run.
+
+    Attributes:
+      pixel_reduction: 'mean' or 'sum' over an image's pixels and channels, of 'l1', 'l2' and 'lpips'; metrics show means.
+      adaptive: 'gan' or 'vf' -> largest factor of its weight, which is adapted so that the term's gradient is as large as the
+        reconstruction's at the last layer they share.
+      vf_margins: margins of cosines and of distances, see `regularizers.vf_loss`.
+      se_factors: factors by which latents are downscaled for 'se', see `regularizers.scale_equivariance_loss`.
+      eq_scales: scales of EQ-VAE's transform, one drawn every step; () is no transform.
+      eq_prior: probability of a step without a transform.
+    """
+
+    pixel_reduction: str = "mean"
+    adaptive: Mapping[str, float] = field(default_factory=dict)
+    vf_margins: tuple[float, float] = (0.0, 0.0)
+    se_factors: tuple[int, ...] = ()
+    eq_scales: tuple[float, ...] = ()
+    eq_prior: float = 0.5

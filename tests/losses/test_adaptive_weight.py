@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from repae_jax.losses.adversarial import adaptive_weight, generator_loss
+from repae_jax.losses.adaptive import adaptive_weight
+from repae_jax.losses.adversarial import generator_loss
 from repae_jax.losses.reconstruction import l1
 
 

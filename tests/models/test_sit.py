@@ -14,7 +14,7 @@ from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_run
 from repae_jax.models.layers import sincos_position_embedding
 from repae_jax.models.sit import SiT
 from repae_jax.sampling import generate
-from repae_jax.train_step import Nets
+from repae_jax.training.networks import Nets
 
 
 def golden_sit(config, remat="none"):

@@ -1,0 +1,91 @@
+"""Inputs of a training step: the batch, the encoders' targets, and every random number."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from repae_jax.images import to_float
+from repae_jax.models.encoders import encode
+from repae_jax.training.rng import named_keys
+
+
+@struct.dataclass
+class Inputs:
+    """What the losses of one step are computed from.
+
+    Attributes:
+      images: in [-1, 1]; None if the step reads cached moments.
+      labels: class of each image.
+      targets: the encoders' patch tokens, one array per encoder.
+      posterior_noise: N(0, 1), samples the VAE's posterior.
+      t: diffusion times, shared by both SiT passes.
+      noise: N(0, 1), shared by both SiT passes.
+      label_drop: True where the SiT phase sees the null label.
+      moments: mean and standard deviation of cached posteriors.
+      latents: un-normalized and detached; None until the VAE was applied.
+      recon: detached reconstruction, likewise.
+    """
+
+    images: Float[Array, "B H W 3"] | None
+    labels: Int[Array, " B"]
+    targets: tuple[Float[Array, "B T F"], ...]
+    posterior_noise: Float[Array, "B h w C"]
+    t: Array
+    noise: Float[Array, "B h w C"]
+    label_drop: Bool[Array, " B"]
+    moments: Float[Array, "B h w 2C"] | None = None
+    latents: Float[Array, "B h w C"] | None = None
+    recon: Float[Array, "B H W 3"] | None = None
+
+
+def prepare(batch, step, frozen, key, *, nets, encoders, recipe) -> Inputs:
+    """Returns the inputs of a step, a pure function of batch, step and key.
+
+    Args:
+      batch: 'label', with 'image' (uint8) or 'moments' (of a cache; of each image and its mirror image if images are flipped).
+      step: steps taken so far.
+      frozen: 'encoders' holds their parameters.
+      key: the run's base key, the same at every step.
+    """
+    batch = flip(batch, key, step, recipe.flip_probability)
+    image, moments = batch.get("image"), batch.get("moments")
+    if moments is None:
+        shape = nets.vae.latent_shape(image)
+    else:
+        shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+    with jax.named_scope("encoders"):
+        targets = tuple(encode(encoder, params, image) for encoder, params in zip(encoders, frozen["encoders"]))
+    return Inputs(
+        images=None if image is None else to_float(image),
+        labels=batch["label"],
+        targets=targets,
+        moments=moments,
+        **sample_noise(key, step, shape, recipe),
+    )
+
+
+def sample_noise(key, step, latent_shape: tuple[int, ...], recipe) -> dict[str, Any]:
+    """Returns the random fields of `Inputs` for latents [B, h, w, C]; each has a key of its own name."""
+    keys = named_keys(key, step, "posterior", "time", "noise", "label_drop")
+    return {
+        "posterior_noise": jax.random.normal(keys["posterior"], latent_shape),
+        "t": recipe.objective.sample_time(keys["time"], latent_shape[0]),
+        "noise": jax.random.normal(keys["noise"], latent_shape),
+        "label_drop": jax.random.uniform(keys["label_drop"], latent_shape[:1]) < recipe.label_dropout,
+    }
+
+
+def flip(batch, key, step, probability):
+    """Returns the batch with images mirrored at random; cached moments are chosen, not mirrored: the VAE is not equivariant."""
+    if not probability:
+        return batch
+    flipped = jax.random.uniform(named_keys(key, step, "flip")["flip"], batch["label"].shape) < probability
+    flipped = flipped[:, None, None, None]
+    if "image" in batch:
+        batch = {**batch, "image": jnp.where(flipped, batch["image"][:, :, ::-1], batch["image"])}
+    if "moments" in batch:
+        batch = {**batch, "moments": jnp.where(flipped, batch["moments"][:, 1], batch["moments"][:, 0])}
+    return batch

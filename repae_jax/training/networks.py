@@ -1,0 +1,108 @@
+"""Networks as the losses see them: functions of parameters and arrays, which know nothing of shards or Flax collections."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from repae_jax.distributed.sharding import unsharded
+from repae_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.lpips import LPIPS
+from repae_jax.models.sit import SiT
+
+
+class Nets(NamedTuple):
+    """The Linen modules of a job; None where a job has none."""
+
+    vae: AutoencoderKL
+    sit: SiT | None
+    disc: PatchDiscriminator | None
+    lpips: LPIPS | None
+
+
+def _apply(module, params, *arrays, **options):
+    return module.apply({"params": unsharded(params)}, *arrays, **options)
+
+
+@dataclass(frozen=True)
+class BoundVAE:
+    """The VAE; images are in [-1, 1], latents un-normalized."""
+
+    module: AutoencoderKL
+
+    def latent_shape(self, images: Any) -> tuple[int, ...]:
+        """Returns the shape [B, h, w, C] of the latents of images [B, H, W, 3]."""
+        batch, height, width, _ = images.shape
+        return batch, height // self.module.factor, width // self.module.factor, self.module.latent_channels
+
+    def encode(self, params: Any, images: Float[Array, "B H W 3"]) -> DiagonalGaussian:
+        """Returns the posterior q(z|x)."""
+        return _apply(self.module, params, images, method="encode")
+
+    def decode(self, params: Any, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Returns the reconstruction, not clipped."""
+        return _apply(self.module, params, latents, method="decode")
+
+    def project(self, params: Any, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
+        """Returns VA-VAE's linear map of the latents to the encoder's features."""
+        return _apply(self.module, params, latents, method="project")
+
+
+@dataclass(frozen=True)
+class BoundSiT:
+    """The diffusion transformer."""
+
+    module: SiT
+
+    @property
+    def null_label(self) -> int:
+        """Returns the label that stands for no class."""
+        return self.module.null_label
+
+    def __call__(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
+        """Returns the network's output [B, h, w, C], or [B, h, w, 2C] with a variance, and a tuple of projections [B, T, F]."""
+        return _apply(self.module, params, z_t, t, labels)
+
+    def align(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
+        """Returns the projections alone; no block beyond the aligned depth is computed."""
+        return _apply(self.module, params, z_t, t, labels, method="align")
+
+
+@dataclass(frozen=True)
+class BoundDiscriminator:
+    """The discriminator; its batch norms normalize with the batch's own statistics, the running ones are kept for export."""
+
+    module: PatchDiscriminator
+
+    def __call__(self, params: Any, batch_stats: Any, images: Float[Array, "B H W 3"]):
+        """Returns logits, positive for real, and the running statistics after these images."""
+        variables = {"params": unsharded(params), "batch_stats": batch_stats}
+        logits, updates = self.module.apply(variables, images, mutable=["batch_stats"])
+        return logits, updates["batch_stats"]
+
+
+@dataclass(frozen=True)
+class BoundLPIPS:
+    """The perceptual distance."""
+
+    module: LPIPS
+
+    def __call__(self, params: Any, images: Float[Array, "B H W 3"], others: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+        """Returns the distance of each pair."""
+        return _apply(self.module, params, images, others)
+
+
+class BoundNets(NamedTuple):
+    """The networks of a job; None where a job has none."""
+
+    vae: BoundVAE
+    sit: BoundSiT | None
+    disc: BoundDiscriminator | None
+    lpips: BoundLPIPS | None
+
+
+def bind(nets: Nets) -> BoundNets:
+    """Returns the modules as functions of their parameters, which are gathered from their shards where they are used."""
+    kinds = BoundVAE, BoundSiT, BoundDiscriminator, BoundLPIPS
+    return BoundNets(*(None if net is None else kind(net) for kind, net in zip(kinds, nets)))
