@@ -18,6 +18,8 @@ from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 from kubeflow_trainer_api.models import jobset_v1alpha2_job_set as job_set
 
+pytestmark = pytest.mark.integration
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ["tpu_pod.sh", "gke_jobset.sh", "slurm.sh", "multi_gpu.sh"]
 HARD = [
@@ -53,7 +55,7 @@ if os.path.exists(behavior):
 
 
 class Place:
-    """A checkout of the scripts, a home folder of a worker, and stubs that record their arguments."""
+    """A checkout of the scripts, a worker's home folder, and stubs that record their arguments."""
 
     def __init__(self, root):
         self.root, self.home, self.calls_file = root / "checkout", root / "home", root / "calls"
@@ -75,17 +77,17 @@ class Place:
         path.chmod(0o755)
 
     def install(self, folder, extra):
-        """A virtual environment that launch/environment.sh takes for complete."""
+        """Makes a virtual environment that launch/environment.sh considers complete."""
         (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
         self.stub(folder / ".venv/bin/python")
         (folder / f".venv/installed-{extra}").touch()
 
     def behave(self, name, code):
-        """What the stub does besides recording: bash code that sees its arguments."""
+        """Sets what a stub does besides recording: bash code that sees its arguments."""
         (self.behaviors / name).write_text(code)
 
     def states(self, queue, node="READY"):
-        """States that gcloud reports one after the other, then the last for ever."""
+        """Sets the states that gcloud reports one after the other; the last one is repeated."""
         (self.behaviors / "queue").write_text("\n".join(queue) + "\n")
         (self.behaviors / "node").write_text(f"{node}\n")
         self.behave(
@@ -102,7 +104,7 @@ class Place:
         )
 
     def answer(self, *states):
-        """What workers say of the run."""
+        """Sets the states of the run that workers report."""
         (self.behaviors / "answers").write_text("".join(f"host-{i}: {state}\n" for i, state in enumerate(states)))
 
     def environment(self, settings):
@@ -115,20 +117,20 @@ class Place:
         )
 
     def launch(self, script, *arguments, **settings):
-        """Run a script that must succeed: its output."""
+        """Runs a script that must succeed; returns its output."""
         done = self.bash(f"launch/{script}", *arguments, **settings)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def refused(self, script, *arguments, **settings):
-        """Run a script that must end in one line of error before anything is called: that line."""
+        """Runs a script that must fail with one line before anything is called; returns that line."""
         done = self.bash(f"launch/{script}", *arguments, **settings)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert self.calls() == []
         return done.stderr
 
     def calls(self, *names):
-        """Argument lists that were recorded since the last time, of the stubs named, or of all."""
+        """Returns the argument lists recorded since the last call, of the named stubs or of all."""
         if not self.calls_file.exists():
             return []
         found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
@@ -149,7 +151,7 @@ def place(tmp_path):
 
 
 def on_worker(place, call, **settings):
-    """Run what gcloud was asked to run over ssh, as a worker's shell would."""
+    """Runs what gcloud was asked to run over ssh, as a worker's shell would."""
     command = call[-1].removeprefix("--command=")
     assert command != call[-1]
     return place.bash("-c", command, cwd=place.home, **settings)
