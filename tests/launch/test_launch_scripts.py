@@ -180,7 +180,7 @@ def test_scripts_are_clean():
 
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 def test_requirements_are_installed_once_per_change(place, installer):
-    """By uv where there is one; the PATH of the other case holds nothing but what environment.sh calls."""
+    """By uv where it is available; in the other case the PATH holds only the tools that environment.sh calls."""
     folder = place.root.parent / "bin"
     folder.mkdir()
     for name in ("bash", "dirname", "touch"):
@@ -410,14 +410,14 @@ def test_run_on_a_worker_outlives_the_call_and_saves_itself(place):
 
 
 def verbs(calls):
-    """Calls of gcloud without looks at the state: (what was done, over ssh with the worker's command)."""
+    """Returns the verbs of the calls of gcloud that do not query the state; over ssh the worker's command."""
     words = [call[3] if call[3] != "ssh" else re.search(r"tpu_worker.sh (\w+)", call[-1])[1] for call in calls]
     return [word for word in words if word != "list"]
 
 
 @pytest.fixture
 def preempted(place):
-    """A place where a run had begun, and its commit; nothing but files is left of it."""
+    """A place where a run had begun and of which only files are left, and its commit."""
     commit = place.commit()
     place.states(["ACTIVE"])
     for command in (["create", "--spot", "--labels=a=b c"], ["setup"], ["run", *HARD]):
@@ -505,7 +505,7 @@ def test_a_run_that_failed_is_started_again_if_asked(preempted):
 
 
 def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
-    """Out of reach, dead, started, finished."""
+    """The states are: out of reach, dead, started, finished."""
     place = preempted[0]
     place.states(["ACTIVE"])
     (place.behaviors / "answers").unlink()
@@ -547,7 +547,7 @@ def test_watch_starts_what_always_dies_a_number_of_times(preempted):
 
 @pytest.mark.parametrize(("state", "first"), [("SUSPENDED", ["delete"]), ("", [])])
 def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
-    """Then it has nothing to say: the next look finds that it was deleted."""
+    """The watcher prints nothing then; its next query finds that the slice was deleted."""
     place = preempted[0]
     place.states([state])
     tried = place.behaviors / "tried"
@@ -596,7 +596,7 @@ def test_manifest(place):
 
 
 def within(part, whole):
-    """Everything of one manifest that stands in another, which may have more."""
+    """Returns the part of one manifest that another, which may have more, contains."""
     if isinstance(part, dict):
         return {key: within(value, whole[key]) for key, value in part.items() if key in whole}
     return [within(*pair) for pair in zip(part, whole)] if isinstance(part, list) else whole
@@ -604,13 +604,13 @@ def within(part, whole):
 
 @pytest.mark.parametrize("settings", [{}, {"SLICES": "2", "BUCKET": "my-bucket", "SERVICE_ACCOUNT": "me"}])
 def test_manifest_has_the_fields_of_jobsets_jobs_and_pods(place, settings):
-    """Those of the controllers' own schemas, and their types; a field that none of these knows would be lost."""
+    """Fields and types agree with the controllers' schemas; a field that none of them knows would be dropped."""
     manifest = manifest_of(place, **settings)
     assert within(manifest, job_set.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()) == manifest
 
 
 def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
-    """As JAX finds it on the TPUs of GKE, from what the manifest sets."""
+    """JAX finds the coordinator on GKE's TPUs by what the manifest sets."""
     (replicated,) = manifest_of(place)["spec"]["replicatedJobs"]
     for entry in replicated["template"]["spec"]["template"]["spec"]["containers"][0]["env"]:
         monkeypatch.setenv(entry["name"], entry["value"])
@@ -680,7 +680,7 @@ def test_slurm_job_goes_back_into_the_queue_if_that_helps(place, code, requeued)
 
 
 def test_slurm_job_that_may_not_go_back(place):
-    """With sbatch --no-requeue, and where the cluster does not allow it."""
+    """SLURM refuses after sbatch --no-requeue, and where the cluster does not allow requeueing."""
     place.behave("srun", "exit 75")
     place.behave("scontrol", "echo Requested operation is presently disabled >&2; exit 1")
     done = place.bash("launch/slurm.sh", "--config", "c", **JOB)
@@ -719,7 +719,7 @@ def test_slurm_job_takes_nothing_from_a_run_by_hand_or_another_job(place):
 
 
 def test_slurm_job_of_an_array_leaves_the_others_alone(place):
-    """The ID of the array is that of one of its jobs, too."""
+    """The array's ID is also the ID of one of its jobs."""
     place.behave("srun", "exit 75")
     place.launch("slurm.sh", "--config", "c", **JOB, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
     assert place.calls("scontrol") == [["requeue", "7_1"]]
@@ -753,7 +753,7 @@ def test_one_process_per_gpu(place):
 
 
 def test_two_runs_on_one_machine(place):
-    """Each finds a port and has logs of its own; one that is in use is refused."""
+    """Each run finds a port and has its own logs; a port in use is refused."""
     for _ in range(2):
         place.launch("multi_gpu.sh", "--processes", "2", "--config", "c")
     ports = [call[call.index("--coordinator") + 1] for call in place.calls()]
@@ -789,7 +789,7 @@ def test_killed_process_is_named(place):
 
 
 def signalled(place, on_signal, signals):
-    """Two processes that do so on SIGTERM; exit code of their script, and how many processes it left."""
+    """Starts two processes that react to SIGTERM as given; returns the script's exit code and how many processes it left."""
     ready = place.behaviors / "ready"
     place.behave("python", f"trap '{on_signal}' TERM; echo >>{ready}; while sleep 0.05; do :; done")
     command = ["bash", "launch/multi_gpu.sh", "--processes", "2", "--config", "c"]
