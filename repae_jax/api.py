@@ -143,12 +143,12 @@ class Model:
           ValueError: for a label out of range, a field out of range, or a sampler that does not fit the model.
           TypeError: for a field that does not exist.
         """
-        labels = np.asarray(labels, np.int32)
-        if labels.ndim != 1 or not labels.size or labels.min() < 0 or labels.max() >= self.num_classes:
-            raise ValueError(f"labels {labels.tolist()}: expected a list of numbers from 0 to {self.num_classes - 1}")
+        classes = np.asarray(labels, np.int32)
+        if classes.ndim != 1 or not classes.size or classes.min() < 0 or classes.max() >= self.num_classes:
+            raise ValueError(f"labels {classes.tolist()}: expected a list of numbers from 0 to {self.num_classes - 1}")
         run = self._generators(dataclasses.replace(self.loaded.sampling, **sampling))
-        size = min(batch_size, len(labels))
-        batches = generate.in_batches(run, self.loaded.params, labels, size, jax.random.key(seed), jnp.asarray)
+        size = min(batch_size, len(classes))
+        batches = generate.in_batches(run, self.loaded.params, classes, size, jax.random.key(seed), jnp.asarray)
         return np.concatenate([images for _, images in batches])
 
 
@@ -192,19 +192,20 @@ def load_vae(source: str, step: int | None = None) -> Vae:
     return Vae(loaded.module, jax.device_put(loaded.params), loaded.latent_stats)
 
 
-def load_model(source: str, step: int | None = None, *, vae: str | None = None) -> Model:
+def load_model(source: str, step: int | None = None, *, vae: str | None = None, sampler: str | None = None) -> Model:
     """Returns the averaged diffusion model of a run or of a published checkpoint, with its VAE.
 
     Args:
       source: folder of a run, or a published training folder or checkpoint, by path or name.
       step: checkpoint; default the newest.
       vae: path or name of the VAE where `source` holds none.
+      sampler: 'ancestral' marks published weights as a DiT's, whose files look like a plain SiT's.
 
     Raises:
       FileNotFoundError: if there is nothing of that name.
       ValueError: if there is no such model in it, it is damaged, or its VAE is missing or another one.
     """
-    return Model(loading.load_model(str(source), step, jax.devices()[:1], vae))
+    return Model(loading.load_model(str(source), step, jax.devices()[:1], vae, sampler))
 
 
 def load_encoder(source: str, resolution: int = 256) -> Encoder:
