@@ -54,5 +54,6 @@ def test_a_notebook_runs(path, workdir, compiled, monkeypatch):
 def test_outputs_are_stored_and_small(path):
     assert path.stat().st_size < MOST_BYTES
     outputs = [(cell, output) for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())]
-    assert outputs and not [cell.source for cell, output in outputs if output.output_type == "error"]
+    assert outputs, f"{path.name} has no outputs: CONTRIBUTING.md says how to make them"
+    assert not [cell.source for cell, output in outputs if output.output_type == "error"]
     assert not [cell.source for cell, output in outputs if output.get("name") == "stderr"]
