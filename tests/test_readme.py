@@ -114,14 +114,17 @@ def test_all_kinds_of_commands_are_found():
 
 
 @pytest.mark.parametrize("words", parameters(python_commands()))
-def test_options_exist(words):
+def test_options_exist(words, capsys):
     module, *arguments = words
     module = command_module(module)
     if "…" in arguments:
         return
     if not hasattr(module, "parse_args"):
         pytest.skip("its flags are read by absl")
-    module.parse_args(arguments)
+    try:
+        module.parse_args(arguments)
+    except SystemExit as ended:
+        assert ended.code == 0, capsys.readouterr().err  # after --help
 
 
 @pytest.mark.parametrize("words", parameters(training_commands()))
