@@ -6,22 +6,22 @@
 #                       that NAME, even one that has ended, must be deleted first
 #   manifest FLAGS      print the JobSet, to be changed by hand
 #   logs [HOST|all]     follow the log of a host of the first slice (0 if none is named), or of all pods
-#   status              of the JobSet and its pods
-#   delete              end the run, which saves itself first
+#   status              show the JobSet and its pods
+#   delete              end the run; it saves itself first
 #
 # Settings, from the environment:
-#   NAME                of the JobSet
-#   IMAGE               container with this repository as its working folder, installed with the extras [tpu,data,torch]
+#   NAME                name of the JobSet
+#   IMAGE               container image made from the Dockerfile: this repository, installed, as the working folder
 #   ACCELERATOR         label of the node pools: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, …
-#   TOPOLOGY            of a slice, e.g. 8x8
+#   TOPOLOGY            chips of a slice, e.g. 8x8
 #   CHIPS_PER_HOST      4 if not set
 #   SLICES              1 if not set; each is a node pool of its own, and training needs --config.mesh.slices=SLICES, too
 #   BUCKET              mounted with Cloud Storage FUSE (the cluster's add-on GcsFuseCsiDriver), to be read at /mnt/BUCKET; none
 #                       if not set
-#   MAX_RESTARTS        20 if not set; every preemption takes one, and so does every process that is killed. An error of the program
-#                       (exit code 1 or 2), which would come again, ends the JobSet
-#   START_SECONDS       in which all pods must have come, counted from the first one; 1800 if not set
-#   GRACE_SECONDS       for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
+#   MAX_RESTARTS        20 if not set; every preemption and every killed process takes one. An error of the program (exit code 1 or
+#                       2), which would recur, ends the JobSet
+#   START_SECONDS       time in which all pods must start, counted from the first one; 1800 if not set
+#   GRACE_SECONDS       time for saving after SIGTERM; 120 if not set. Spot nodes give 15 unless their pool is configured otherwise
 #   NAMESPACE, SERVICE_ACCOUNT   'default' if not set; the latter needs the roles storage.objectUser and storage.legacyBucketReader
 #                       on the bucket of the workdir. Pods of several slices are in the nodes' network, where the node's service
 #                       account writes instead: it needs them, and scopes of the node pools that allow it (--scopes=storage-full)
@@ -36,7 +36,7 @@ options "${rest[@]:1}"
 
 kube() { call kubectl --namespace="${NAMESPACE:-default}" "$@"; }
 
-# A text as JSON, which YAML reads, too.
+# Prints a text as a JSON string, which is valid YAML.
 quoted() {
     local text=${1//\\/\\\\}
     text=${text//\"/\\\"}
@@ -45,7 +45,7 @@ quoted() {
     printf '"%s"' "$text"
 }
 
-# One line per word; $ is doubled because Kubernetes replaces $(NAME) in commands.
+# Prints one line per word; $ is doubled because Kubernetes replaces $(NAME) in commands.
 words() {
     local word
     for word in "$@"; do printf '                - %s\n' "$(quoted "${word//\$/\$\$}")"; done
@@ -63,11 +63,11 @@ manifest() {
     done
     chips=$((${TOPOLOGY//x/*}))
     ((per_host > 0 && chips % per_host == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which CHIPS_PER_HOST=$per_host does not divide"
-    hosts=$((chips / per_host)) longest=$NAME-slice-$((slices - 1))-$((chips / per_host - 1))-abcde # the name of a pod
+    hosts=$((chips / per_host)) longest=$NAME-slice-$((slices - 1))-$((chips / per_host - 1))-abcde # name of a pod
     ((${#longest} <= 63)) || fail "NAME=$NAME is too long by $((${#longest} - 63)) letters: pods are named $longest, with 63 at most"
-    # workers hand batches over in shared memory, of which a pod has 64 MB otherwise
+    # Workers pass batches through shared memory, of which a pod has 64 MB by default.
     local annotations='{}' volumes='{name: shared, emptyDir: {medium: Memory}}' mounts='{name: shared, mountPath: /dev/shm}'
-    # between slices it is much faster; pods in it have the node's service account, not SERVICE_ACCOUNT
+    # The host network is much faster between slices; its pods have the node's service account, not SERVICE_ACCOUNT.
     local host_network=false dns=ClusterFirst
     if ((slices > 1)); then host_network=true dns=ClusterFirstWithHostNet; fi
     if [ -n "${BUCKET:-}" ]; then
@@ -102,7 +102,7 @@ spec:
           backoffLimit: 0  # one failed pod restarts them all
           podFailurePolicy:
             rules:
-              - action: FailJob  # an error of the program would come again
+              - action: FailJob  # an error of the program would recur
                 onExitCodes: {containerName: train, operator: In, values: [1, 2]}
           template:
             metadata:
@@ -125,7 +125,7 @@ spec:
                 - containerPort: 8080  # between slices
                 - containerPort: 8476  # jax.distributed's coordinator
                 env:
-                - {name: JAX_COORDINATOR_PORT, value: "8476"}  # JAX's own, 8482, is closed in the firewalls that come with TPUs
+                - {name: JAX_COORDINATOR_PORT, value: "8476"}  # JAX's default, 8482, is closed by the firewalls of TPUs
                 - {name: START_SECONDS, value: "$start"}
                 volumeMounts: [$mounts]
                 resources:

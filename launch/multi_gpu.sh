@@ -61,7 +61,7 @@ if ((code > 128)) && [ -z "$stopping" ]; then
     echo "process ${dead[*]} was killed by signal $((code - 128)), perhaps for want of memory; the others are ended after $grace s." \
         "The same command continues from the newest checkpoint" >&2
 fi
-set -m # a process group of its own, which is ended with its sleep
+set -m # a process group of its own, so that it is killed together with its sleep
 (sleep "$grace" && kill -KILL "${pids[@]}") >/dev/null 2>&1 &
 killer=$! worst=0
 set +m

@@ -51,7 +51,7 @@ notes=runs/slurm/$job # the newest checkpoint, and how many starts have made no 
 
 say() { echo "$(date '+%F %T') $*" >&2; }
 
-# Asks the run to save itself, and leaves half a minute for what is to be done if that takes too long.
+# Asks the run to save itself, and keeps half a minute for requeueing if that takes too long.
 # shellcheck disable=SC2317,SC2329 # called by the trap
 stop_in_time() {
     local end
@@ -66,7 +66,7 @@ trap stop_in_time USR1
 trap 'late=1' USR2
 trap '[ -z "$timer" ] || kill "$timer" 2>/dev/null || true' EXIT
 
-# Step of the newest checkpoint, 0 if there is none.
+# Prints the step of the newest checkpoint, 0 if there is none.
 newest() {
     python - "${rest[@]}" <<'PYTHON'
 import argparse
@@ -80,7 +80,7 @@ print(max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), 
 PYTHON
 }
 
-# Puts the job back into the queue, unless that has brought nothing for too long.
+# Requeues the job, unless too many starts in a row have made no new checkpoint.
 again() {
     local step count=0 last=0
     say "$1"
@@ -98,13 +98,13 @@ again() {
     exit
 }
 
-# of a run by hand or of the job that this one was submitted from, these would be taken for this one's
+# Variables left from a run by hand, or from the job that this one was submitted from, would be taken for this one's.
 call unset JAX_COORDINATOR_ADDRESS JAX_LOCAL_DEVICE_IDS "${!SLURM_CPU_BIND@}"
 call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
 gpus=${SLURM_GPUS_ON_NODE:-8} tasks=${SLURM_NTASKS_PER_NODE:-8}
 if [ "$tasks" -ne "$gpus" ]; then
     [ "$tasks" -eq 1 ] || fail "$tasks processes for $gpus GPUs of a node: --ntasks-per-node must be 1 or $gpus"
-    # without it, JAX takes the first GPU only
+    # Without it, JAX takes the first GPU only.
     call export JAX_LOCAL_DEVICE_IDS="$(seq --separator=, 0 $((gpus - 1)))"
 fi
 # JAX picks the GPU of a process among all of its node, so none may be hidden from it (as --gpus-per-task would); when a process

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# Installs the `test` extra into .venv and runs the suite in two processes, because compiling takes one core each; a file stays in
-# one of them, for its fixtures are dear. Arguments go to pytest: bash launch/test.sh -k sit
+# Lint, types, and the tests of the tiers unit and integration, in two processes. Arguments go to pytest:
+#   bash launch/test.sh -m "not integration and not slow"    the unit tier alone
+#   bash launch/test.sh -k sit
+# A test file stays in one process, because its fixtures are expensive to make.
 source "$(dirname "$0")/environment.sh" test
 ruff check .
+python -m mypy
 exec python -m pytest -n 2 --dist loadfile "$@"

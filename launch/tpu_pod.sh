@@ -6,7 +6,7 @@
 #   setup               copy the code at COMMIT to all workers and install it there
 #   run FLAGS           python -m repae_jax.train --distributed FLAGS on all workers; goes on when this machine disconnects
 #   logs [WORKER|all]   follow the log of a worker (0 if none is named), or show the last lines of each
-#   status              of the slice and of the run on each worker
+#   status              show the slice, and the run on each worker
 #   stop                let the run save itself and end
 #   resume [--failed]   after a preemption: make the slice again, set it up, run what ran; nothing if all is well. A run that has
 #                       finished, or ended with an error of its own, is left (exit code 3) unless --failed says to run it again
@@ -15,15 +15,15 @@
 #   delete [--quiet]    give the slice back
 #
 # Settings, from the environment:
-#   NAME PROJECT ZONE   of the slice
+#   NAME PROJECT ZONE   where the slice is
 #   ACCELERATOR_TYPE    e.g. v5litepod-64
 #   RUNTIME_VERSION     e.g. v2-alpha-tpuv5-lite
 #   COMMIT              what setup copies: any name git knows; HEAD if not set
 #   EXTRAS              what setup installs; tpu,data,torch if not set
 #   BUCKET              which setup mounts with Cloud Storage FUSE, to be read at /mnt/BUCKET; none if not set
-#   POLL_SECONDS        between two looks at the state of the slice; 30 if not set
-#   WATCH_SECONDS       between two looks at the run; 300 if not set
-#   MAX_RESTARTS        by watch, of a run that has died on a slice that is well; 20 if not set
+#   POLL_SECONDS        time between two queries of the state of the slice; 30 if not set
+#   WATCH_SECONDS       time between two queries of the run; 300 if not set
+#   MAX_RESTARTS        how often watch restarts a run that died on a healthy slice; 20 if not set
 #
 # Flags of create and run, and the three settings of setup, are noted under runs/tpu_pod, where resume finds them. --workdir is an
 # address that all workers reach: gs://bucket/run. Data are read from files, in /mnt/BUCKET or on a disk that all workers mount.
@@ -55,13 +55,13 @@ forget() { [ -n "$dry_run" ] || rm -f "$notes/$1"; }
 
 noted=()
 
-# Leaves what was noted in $noted.
+# Sets $noted to the words that were noted.
 recall() {
     [ -f "$notes/$1" ] || fail "resume needs what '$1' noted in $notes/$1, which does not exist: use '$1'"
     eval "noted=($(<"$notes/$1"))"
 }
 
-# State of the slice: the queue's until it is granted, then the node's; ABSENT if nobody asked for it.
+# Prints the state of the slice: the queue's until it is granted, then the node's; ABSENT if it was never requested.
 state() {
     local found
     found=$("${queue_state[@]}") || return

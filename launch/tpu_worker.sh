@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One worker of a TPU slice; tpu_pod.sh calls it over ssh on all of them. What it keeps is in the home folder: train.log (of all runs
-# so far), train.pid, train.exit, and train.stopped if somebody has stopped the run.
+# Runs on every worker of a TPU slice, called by tpu_pod.sh over ssh. In the home folder it keeps train.log (all runs so far),
+# train.pid, train.exit, and train.stopped if the run was stopped on request.
 # usage: bash launch/tpu_worker.sh setup EXTRAS [BUCKET] | start COMMAND | status | log | stop | idle
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,7 @@ mount_bucket() {
     mountpoint --quiet "$folder" && return
     if ! command -v gcsfuse >/dev/null; then
         curl --fail --silent --show-error --location --output gcsfuse.deb "$releases/v$version/gcsfuse_${version}_amd64.deb"
-        # a new machine installs its own updates meanwhile, which `update` has no option to wait for
+        # A new machine installs its own updates at first; `update` has no option to wait for that.
         for _ in {1..60}; do
             ! sudo apt-get -qq update || break
             sleep 10
@@ -36,7 +36,7 @@ mount_bucket() {
 
 case $1 in
 setup)
-    # the Python of constraints.txt, whatever the image brings along
+    # The Python of constraints.txt, whatever the image contains.
     export PATH="$HOME/.local/bin:$PATH" UV_PYTHON_PREFERENCE=only-managed
     command -v uv >/dev/null || curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
     uv python install --quiet 3.11
@@ -53,11 +53,11 @@ start)
         exit 1
     }
     export PATH="$PWD/.venv/bin:$PATH" TF_CPP_MIN_LOG_LEVEL=3
-    # what is left of another run would be taken for what the TPU's metadata say
+    # Variables left from another run would override the TPU's metadata.
     unset JAX_COORDINATOR_ADDRESS "${!MEGASCALE_@}"
-    export JAX_COORDINATOR_PORT=8476 # JAX's own, 8482, is closed in the firewalls that come with TPUs
+    export JAX_COORDINATOR_PORT=8476 # JAX's default, 8482, is closed by the firewalls of TPUs
     rm -f "$pid" "$code" "$stopped"
-    # a session of its own, which outlives the connection
+    # In a session of its own, which outlives the connection.
     nohup setsid bash launch/tpu_worker.sh supervise "${@:2}" >>"$log" 2>&1 </dev/null &
     until [ -f "$pid" ]; do sleep 0.1; done
     say "started"
@@ -71,7 +71,7 @@ supervise)
 status) # tpu_pod.sh reads what stands before the second colon
     if running; then
         say "running: $(tail -n 1 "$log")"
-    elif [ -f "$stopped" ] && ! grep -qsx '[012]' "$code"; then # not what had ended before
+    elif [ -f "$stopped" ] && ! grep -qsx '[012]' "$code"; then # unless it had ended before
         say "stopped: $(tail -n 1 "$log")"
     elif [ ! -f "$code" ]; then
         say "not running"

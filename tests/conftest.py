@@ -1,42 +1,50 @@
-"""Eight fake CPU devices for every test, which must be set before jax is imported; programs compiled quickly, and once."""
+"""Eight fake CPU devices for every test, set before jax is imported; programs are compiled quickly, and once."""
 
 import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# most of the time goes into compiling: without most optimizations, and the older code for fusions, it takes a third;
-# in one part, as the other core has tests of its own, another fifth less
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1 --xla_force_host_platform_device_count=8"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import compiler_flags  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the flags
+    flags = compiler_flags.accepted(tuple(dict.fromkeys([*os.environ.get("XLA_FLAGS", "").split(), *compiler_flags.FLAGS])))
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+COMPILED = compiler_flags.folder_for(tuple(os.environ["XLA_FLAGS"].split()))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
 
+def pytest_configure(config):
+    """The folder of compiled programs, made or cleaned up once per session."""
+    if not hasattr(config, "workerinput"):
+        COMPILED.mkdir(parents=True, exist_ok=True)
+        compiler_flags.prune(COMPILED)
+
+
 def pytest_collection_finish():
-    """Looking for garbage in what is imported, and as often as Python does, took an eighth of the time."""
+    """Collecting garbage among what was imported, and as often as Python does by default, took an eighth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Folder of compiled programs, shared by all tests and processes of one session."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    return folder
+def compiled():
+    """Folder of compiled programs, shared by all tests and processes, and kept for the next session."""
+    jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+    return COMPILED
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
-    """What a module has traced serves no other one, and fills the memory."""
+    """Frees what a module has traced: no other module uses it, and it fills the memory."""
     yield
     jax.clear_caches()
 
@@ -64,7 +72,7 @@ def object_store():
 
 @pytest.fixture
 def gs(object_store):
-    """That server, reached by this process and those it starts: gs://bucket, of which each test takes a folder of its own."""
+    """That server as gs://bucket, for this process and those that it starts; each test uses a folder of its own."""
     with object_store.reached():
         yield object_store
     object_store.answer()
@@ -72,7 +80,7 @@ def gs(object_store):
 
 @pytest.fixture
 def optimized():
-    """What the test compiles is optimized, for it computes for longer than it compiles."""
+    """Compiles with all optimizations, for a test that computes for longer than it compiles."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -81,7 +89,7 @@ def optimized():
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """List that gets what absl's logging warns of."""
+    """List of the warnings that absl logs."""
     messages = []
     monkeypatch.setattr(logging, "warning", lambda message, *values: messages.append(message % values))
     return messages

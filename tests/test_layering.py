@@ -36,6 +36,8 @@ ORDER = GROUND + [
     "repae_jax.sampling",
     "repae_jax.cost",
     "repae_jax.evaluation",
+    # the Python interface, which `repae_jax` itself offers
+    "repae_jax.api",
     # commands
     "repae_jax.train",
     "repae_jax.prepare_images",
@@ -147,7 +149,7 @@ def test_conversion_tables_know_networks_alone():
 def test_only_build_reads_weight_files():
     """Beside the entry points, which come after it."""
     for name in MODULES:
-        if name.startswith("repae_jax") and any(imported.startswith("checkpoints_tools") for imported in ours(name)):
+        if name.startswith("repae_jax.") and any(imported.startswith("checkpoints_tools") for imported in ours(name)):
             assert place(name) >= place("repae_jax.job"), name
 
 

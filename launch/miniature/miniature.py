@@ -44,9 +44,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--jobs", type=cli.whole(1, 4096), default=min(2, os.cpu_count()), help="runs at a time (default: %(default)s)"
     )
-    parser.add_argument("--results", type=cli.path, default="RESULTS.md", help="default: %(default)s; pictures beside it")
-    parser.add_argument("--report", action="store_true", help="run nothing: write the results of the finished runs")
-    parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # folder of a task: for subprocesses
+    parser.add_argument(
+        "--results", type=cli.path, default="docs/miniature/RESULTS.md", help="default: %(default)s; pictures beside it"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
+    parser.add_argument("--perform", type=Path, help=argparse.SUPPRESS)  # a task's folder: how the program calls itself
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.workdir, args.results = Path(args.workdir), Path(args.results)

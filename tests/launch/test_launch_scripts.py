@@ -18,6 +18,8 @@ from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 from kubeflow_trainer_api.models import jobset_v1alpha2_job_set as job_set
 
+pytestmark = pytest.mark.integration
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ["tpu_pod.sh", "gke_jobset.sh", "slurm.sh", "multi_gpu.sh"]
 HARD = [
@@ -53,7 +55,7 @@ if os.path.exists(behavior):
 
 
 class Place:
-    """A checkout of the scripts, a home folder of a worker, and stubs that record their arguments."""
+    """A checkout of the scripts, a worker's home folder, and stubs that record their arguments."""
 
     def __init__(self, root):
         self.root, self.home, self.calls_file = root / "checkout", root / "home", root / "calls"
@@ -62,7 +64,7 @@ class Place:
             folder.mkdir(parents=True)
         for script in LAUNCH.glob("*.sh"):
             shutil.copy(script, self.root / "launch")
-        for name in ("setup.py", "constraints.txt"):
+        for name in ("pyproject.toml", "constraints.txt"):
             (self.root / name).touch()
         for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
             self.stub(self.stubs / name)
@@ -75,17 +77,17 @@ class Place:
         path.chmod(0o755)
 
     def install(self, folder, extra):
-        """A virtual environment that launch/environment.sh takes for complete."""
+        """Makes a virtual environment that launch/environment.sh considers complete."""
         (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
         self.stub(folder / ".venv/bin/python")
         (folder / f".venv/installed-{extra}").touch()
 
     def behave(self, name, code):
-        """What the stub does besides recording: bash code that sees its arguments."""
+        """Sets what a stub does besides recording: bash code that sees its arguments."""
         (self.behaviors / name).write_text(code)
 
     def states(self, queue, node="READY"):
-        """States that gcloud reports one after the other, then the last for ever."""
+        """Sets the states that gcloud reports one after the other; the last one is repeated."""
         (self.behaviors / "queue").write_text("\n".join(queue) + "\n")
         (self.behaviors / "node").write_text(f"{node}\n")
         self.behave(
@@ -102,7 +104,7 @@ class Place:
         )
 
     def answer(self, *states):
-        """What workers say of the run."""
+        """Sets the states of the run that workers report."""
         (self.behaviors / "answers").write_text("".join(f"host-{i}: {state}\n" for i, state in enumerate(states)))
 
     def environment(self, settings):
@@ -115,20 +117,20 @@ class Place:
         )
 
     def launch(self, script, *arguments, **settings):
-        """Run a script that must succeed: its output."""
+        """Runs a script that must succeed; returns its output."""
         done = self.bash(f"launch/{script}", *arguments, **settings)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def refused(self, script, *arguments, **settings):
-        """Run a script that must end in one line of error before anything is called: that line."""
+        """Runs a script that must fail with one line before anything is called; returns that line."""
         done = self.bash(f"launch/{script}", *arguments, **settings)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert self.calls() == []
         return done.stderr
 
     def calls(self, *names):
-        """Argument lists that were recorded since the last time, of the stubs named, or of all."""
+        """Returns the argument lists recorded since the last call, of the named stubs or of all."""
         if not self.calls_file.exists():
             return []
         found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
@@ -149,7 +151,7 @@ def place(tmp_path):
 
 
 def on_worker(place, call, **settings):
-    """Run what gcloud was asked to run over ssh, as a worker's shell would."""
+    """Runs what gcloud was asked to run over ssh, as a worker's shell would."""
     command = call[-1].removeprefix("--command=")
     assert command != call[-1]
     return place.bash("-c", command, cwd=place.home, **settings)
@@ -172,8 +174,38 @@ def test_help(place, script):
 def test_scripts_are_clean():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    files = [LAUNCH / name for name in (*SCRIPTS, "commands.sh", "tpu_worker.sh")]
-    subprocess.run(["shellcheck", "--external-sources", *files], cwd=LAUNCH.parent, check=True)
+    options = ["--external-sources", "--shell=bash", "--exclude=SC1091"]  # `source "$(dirname "$0")/environment.sh"`
+    subprocess.run(["shellcheck", *options, *LAUNCH.glob("*.sh")], cwd=LAUNCH.parent, check=True)
+
+
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_requirements_are_installed_once_per_change(place, installer):
+    """By uv where it is available; in the other case the PATH holds only the tools that environment.sh calls."""
+    folder = place.root.parent / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "touch"):
+        (folder / name).symlink_to(shutil.which(name))
+    path = f"{place.stubs}:{folder}" if installer == "uv" else str(folder)
+
+    def install():
+        done = place.bash("-c", "source launch/environment.sh data,torch", PATH=path)
+        assert done.returncode == 0, done.stderr
+        return place.calls()
+
+    options = ["--quiet", "--constraint", "constraints.txt", "--editable", ".[data,torch]"]
+    if installer == "uv":
+        expected = [["pip", "install", "--python", ".venv/bin/python", *options]]
+    else:
+        expected = [["-m", "pip", "install", *options]]
+    assert install() == expected and install() == []
+    stamp = place.root / ".venv/installed-data,torch"
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(stamp, (1, 1))
+        for other in ("pyproject.toml", "constraints.txt"):
+            os.utime(place.root / other, (0, 0))
+        assert install() == []
+        os.utime(place.root / name)
+        assert install() == expected
 
 
 @pytest.mark.parametrize(
@@ -270,7 +302,7 @@ def test_refused_slice_ends_create(place):
 
 def test_setup_copies_the_commit_and_installs_it(place):
     commit = place.commit()
-    (place.root / "setup.py").write_text("not committed")
+    (place.root / "pyproject.toml").write_text("not committed")
     done = place.bash("launch/tpu_pod.sh", "setup", **POD, BUCKET="my-bucket")
     assert done.returncode == 0 and commit in done.stderr and "not committed stay here" in done.stderr
     copy, install = place.calls("gcloud")
@@ -292,9 +324,9 @@ def test_setup_copies_the_commit_and_installs_it(place):
     place.behave("uv", 'case "$*" in python\\ find*) echo /usr/bin/env ;; esac')
     done = on_worker(place, install)
     assert done.returncode == 0, done.stderr
-    assert (place.home / "repae/setup.py").read_text() == ""
+    assert (place.home / "repae/pyproject.toml").read_text() == ""
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
-    assert [call["argv"][-1] for call in calls if call["name"] == "python"] == ["pip", ".[tpu,data,torch]"]
+    assert [call["argv"][-1] for call in calls if call["argv"][:1] == ["pip"]] == [".[tpu,data,torch]"]
     apt = [call["argv"] for call in calls if call["argv"][:1] == ["apt-get"]]
     assert [call[-1] for call in apt] == ["update", "update", "./gcsfuse.deb"] and "DPkg::Lock::Timeout=600" in apt[-1]
     assert calls[-1]["name"] == "gcsfuse" and calls[-1]["argv"][-2:] == ["my-bucket", "/mnt/my-bucket"]
@@ -318,7 +350,7 @@ def test_setup_removes_what_setup_had_put_there_and_nothing_else(place):
                 (place.home / "repae" / name).parent.mkdir(parents=True, exist_ok=True)
                 (place.home / "repae" / name).touch()
     found = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
-    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "setup.py"} <= found
+    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "pyproject.toml"} <= found
     assert "an old [file]" not in found
 
 
@@ -378,20 +410,20 @@ def test_run_on_a_worker_outlives_the_call_and_saves_itself(place):
 
 
 def verbs(calls):
-    """Calls of gcloud without looks at the state: (what was done, over ssh with the worker's command)."""
+    """Returns the verbs of the calls of gcloud that do not query the state; over ssh the worker's command."""
     words = [call[3] if call[3] != "ssh" else re.search(r"tpu_worker.sh (\w+)", call[-1])[1] for call in calls]
     return [word for word in words if word != "list"]
 
 
 @pytest.fixture
 def preempted(place):
-    """A place where a run had begun, and its commit; nothing but files is left of it."""
+    """A place where a run had begun and of which only files are left, and its commit."""
     commit = place.commit()
     place.states(["ACTIVE"])
     for command in (["create", "--spot", "--labels=a=b c"], ["setup"], ["run", *HARD]):
         place.launch("tpu_pod.sh", *command, **POD, EXTRAS="tpu", BUCKET="my-bucket")
     place.answer("not running", "not running")
-    (place.root / "setup.py").write_text("newer")
+    (place.root / "pyproject.toml").write_text("newer")
     assert place.commit() != commit
     created, *_, started = place.calls()
     return place, commit, created, started
@@ -420,7 +452,7 @@ def test_resume_makes_the_slice_again_and_runs_what_ran(preempted, queue, node, 
         assert calls[0] == ["compute", "tpus", "queued-resources", "delete", "pod", *WHERE, "--force", "--quiet"]
     notes = place.root / "runs/tpu_pod/project/us-west4-a/pod"
     assert (notes / "setup").read_text().strip() == f"{commit} tpu my-bucket"
-    packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "setup.py"], capture_output=True, check=True)
+    packed = subprocess.run(["tar", "-xzOf", notes / "code.tar.gz", "pyproject.toml"], capture_output=True, check=True)
     assert packed.stdout == b""
 
 
@@ -473,7 +505,7 @@ def test_a_run_that_failed_is_started_again_if_asked(preempted):
 
 
 def test_watch_ends_when_there_is_nothing_left_to_do(preempted):
-    """Out of reach, dead, started, finished."""
+    """The states are: out of reach, dead, started, finished."""
     place = preempted[0]
     place.states(["ACTIVE"])
     (place.behaviors / "answers").unlink()
@@ -515,7 +547,7 @@ def test_watch_starts_what_always_dies_a_number_of_times(preempted):
 
 @pytest.mark.parametrize(("state", "first"), [("SUSPENDED", ["delete"]), ("", [])])
 def test_watch_makes_a_slice_until_it_is_there(preempted, state, first):
-    """Then it has nothing to say: the next look finds that it was deleted."""
+    """The watcher prints nothing then; its next query finds that the slice was deleted."""
     place = preempted[0]
     place.states([state])
     tried = place.behaviors / "tried"
@@ -564,7 +596,7 @@ def test_manifest(place):
 
 
 def within(part, whole):
-    """Everything of one manifest that stands in another, which may have more."""
+    """Returns the part of one manifest that another, which may have more, contains."""
     if isinstance(part, dict):
         return {key: within(value, whole[key]) for key, value in part.items() if key in whole}
     return [within(*pair) for pair in zip(part, whole)] if isinstance(part, list) else whole
@@ -572,13 +604,13 @@ def within(part, whole):
 
 @pytest.mark.parametrize("settings", [{}, {"SLICES": "2", "BUCKET": "my-bucket", "SERVICE_ACCOUNT": "me"}])
 def test_manifest_has_the_fields_of_jobsets_jobs_and_pods(place, settings):
-    """Those of the controllers' own schemas, and their types; a field that none of these knows would be lost."""
+    """Fields and types agree with the controllers' schemas; a field that none of them knows would be dropped."""
     manifest = manifest_of(place, **settings)
     assert within(manifest, job_set.JobsetV1alpha2JobSet.from_dict(manifest).to_dict()) == manifest
 
 
 def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
-    """As JAX finds it on the TPUs of GKE, from what the manifest sets."""
+    """JAX finds the coordinator on GKE's TPUs by what the manifest sets."""
     (replicated,) = manifest_of(place)["spec"]["replicatedJobs"]
     for entry in replicated["template"]["spec"]["template"]["spec"]["containers"][0]["env"]:
         monkeypatch.setenv(entry["name"], entry["value"])
@@ -648,7 +680,7 @@ def test_slurm_job_goes_back_into_the_queue_if_that_helps(place, code, requeued)
 
 
 def test_slurm_job_that_may_not_go_back(place):
-    """With sbatch --no-requeue, and where the cluster does not allow it."""
+    """SLURM refuses after sbatch --no-requeue, and where the cluster does not allow requeueing."""
     place.behave("srun", "exit 75")
     place.behave("scontrol", "echo Requested operation is presently disabled >&2; exit 1")
     done = place.bash("launch/slurm.sh", "--config", "c", **JOB)
@@ -687,7 +719,7 @@ def test_slurm_job_takes_nothing_from_a_run_by_hand_or_another_job(place):
 
 
 def test_slurm_job_of_an_array_leaves_the_others_alone(place):
-    """The ID of the array is that of one of its jobs, too."""
+    """The array's ID is also the ID of one of its jobs."""
     place.behave("srun", "exit 75")
     place.launch("slurm.sh", "--config", "c", **JOB, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="1")
     assert place.calls("scontrol") == [["requeue", "7_1"]]
@@ -721,7 +753,7 @@ def test_one_process_per_gpu(place):
 
 
 def test_two_runs_on_one_machine(place):
-    """Each finds a port and has logs of its own; one that is in use is refused."""
+    """Each run finds a port and has its own logs; a port in use is refused."""
     for _ in range(2):
         place.launch("multi_gpu.sh", "--processes", "2", "--config", "c")
     ports = [call[call.index("--coordinator") + 1] for call in place.calls()]
@@ -736,7 +768,7 @@ def test_two_runs_on_one_machine(place):
 def test_extras_that_are_installed(place):
     place.launch("multi_gpu.sh", "--config", "c", EXTRAS="cuda")
     place.launch("slurm.sh", "--config", "c", EXTRAS="cuda", **JOB)
-    assert [call[-1] for call in place.calls("python") if "pip" in call] == ["pip", ".[cuda]"]
+    assert [call[-1] for call in place.calls("uv")] == [".[cuda]"]  # once
 
 
 def test_dead_process_ends_the_others(place):
@@ -757,7 +789,7 @@ def test_killed_process_is_named(place):
 
 
 def signalled(place, on_signal, signals):
-    """Two processes that do so on SIGTERM; exit code of their script, and how many processes it left."""
+    """Starts two processes that react to SIGTERM as given; returns the script's exit code and how many processes it left."""
     ready = place.behaviors / "ready"
     place.behave("python", f"trap '{on_signal}' TERM; echo >>{ready}; while sleep 0.05; do :; done")
     command = ["bash", "launch/multi_gpu.sh", "--processes", "2", "--config", "c"]

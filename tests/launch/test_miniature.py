@@ -344,6 +344,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         miniature.parse_args(["--seeds", "0"])
     assert "--seeds: 0 must be at least 1" in capsys.readouterr().err
+    assert miniature.parse_args([]).results.is_file()  # the committed results, which a run replaces
     monkeypatch.setattr(miniature, "start_task", None)
     arguments = ["--workdir", str(tmp_path / "work"), "--results", str(tmp_path / "R.md"), "--report"]
     assert miniature.main(arguments) == 0 and (tmp_path / "R.md").exists()

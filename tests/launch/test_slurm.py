@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname().partition(".")[0]  # of the first node, by which JAX finds process 0
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed (apt-get install slurm-wlm munge)")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed (apt-get install slurm-wlm munge)"),
+]
 CONFIG = """
 ClusterName=trial
 SlurmctldHost={host}(127.0.0.1)
@@ -130,7 +133,7 @@ class Cluster:
 
 
 class Job:
-    """launch/slurm.sh with one or two processes on each of two nodes, which do as they are told."""
+    """launch/slurm.sh with one or two processes on each of two nodes, whose behavior is set by the test."""
 
     def __init__(self, cluster, name, behavior, flags=("--config=c", "--workdir=run"), per_node=2):
         self.cluster, self.name = cluster, name
@@ -152,7 +155,7 @@ class Job:
         return (self.cluster.folder / f"{self.name}.log").read_text()
 
     def wait_for(self, state, starts, seconds=120):
-        """Until it is in that state and has been put back into the queue so often."""
+        """Waits until the job is in a state and has been requeued a number of times."""
         wanted = (state, str(starts))
         self.cluster.wait(lambda: (self.shown("JobState"), self.shown("Restarts")) == wanted, seconds, self)
 
@@ -161,7 +164,7 @@ class Job:
         self.cluster.wait(lambda: all(path.exists() for path in begun), job=self)
 
     def start_again(self, behavior):
-        """Sooner than SLURM would, but not within the second in which its nodes have forgotten the last start."""
+        """Starts the job again, sooner than SLURM would, but not before its nodes have forgotten the last start."""
         self.behave(behavior)
         self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+4")
 
@@ -174,7 +177,7 @@ def cluster():
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # the path of a socket must be short
     folder.chmod(0o755)
     (folder / ".venv/bin").mkdir(parents=True)
-    for name in ("setup.py", "constraints.txt", ".venv/installed-cuda,data,torch"):
+    for name in ("pyproject.toml", "constraints.txt", ".venv/installed-cuda,data,torch"):
         (folder / name).touch()
     (folder / "launch").mkdir()
     for script in (ROOT / "launch").glob("*.sh"):
@@ -187,7 +190,7 @@ def cluster():
 
 
 def test_job_goes_on_until_the_run_is_finished(cluster):
-    """After a process was killed, the signal before the time limit, a preemption and a requeue by hand."""
+    """It continues after a killed process, the signal before the time limit, a preemption and a requeue by hand."""
     job = Job(cluster, "goes-on", KILLED)
     job.wait_for("PENDING", 1)
     assert "a process was killed, perhaps on a node that died, or for want of memory (exit code 137)" in job.log()
@@ -249,7 +252,7 @@ exec {python} -c "import processes; processes.train_as_command({seconds})" --dis
 
 @pytest.mark.slow
 def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_path):
-    """The out-of-memory killer, a node that dies, and the signal before the time limit, then to the end."""
+    """The run survives the out-of-memory killer, a dying node and the signal before the time limit."""
     flags = ("--config.steps=8", "--config.checkpoint.every=2")
     processes.finish(tmp_path / "whole", compiled, flags=flags)
     trains = TRAINS.format(compiled=compiled, root=ROOT, python=sys.executable, seconds=2)

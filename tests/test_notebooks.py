@@ -1,0 +1,59 @@
+"""The notebooks of docs/: executed on a tiny run; what is stored in them is small and without errors."""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import nbformat
+import pytest
+import small
+from nbclient import NotebookClient
+
+from checkpoints_tools.vit import save_encoder
+from repae_jax.job import build
+from repae_jax.models import encoders
+from repae_jax.training.checkpoint import Checkpointer
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+MOST_BYTES = 200_000
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A folder like the quickstart's: a run on digits and its encoder, with random weights."""
+    job = build.build(build.plain_config(small.config({"data.image_size": 16})), jax.devices()[:1])
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
+    architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    encoder = encoders.make_encoder(architecture, 16, image_size=16)
+    params = encoder.module.init(jax.random.key(0), jax.numpy.zeros((1, 16, 16, 3)))["params"]
+    save_encoder(tmp_path / "encoder", encoder.module, jax.device_get(params))
+    return tmp_path
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, workdir, compiled, monkeypatch):
+    notebook = nbformat.read(path, as_version=4)
+    replaced = 0
+    for cell in notebook.cells:
+        cell.source, count = re.subn(r'^workdir = ".*"$', f'workdir = "{workdir}"', cell.source, flags=re.MULTILINE)
+        replaced += count
+    assert replaced == 1
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    monkeypatch.setenv("IPYTHONDIR", str(workdir / "ipython"))
+    # the tests' flags but for the devices: a notebook has one
+    monkeypatch.setenv("XLA_FLAGS", re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]))
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stored_and_small(path):
+    assert path.stat().st_size < MOST_BYTES
+    outputs = [(cell, output) for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", ())]
+    assert outputs, f"{path.name} has no outputs: CONTRIBUTING.md says how to make them"
+    assert not [cell.source for cell, output in outputs if output.output_type == "error"]
+    assert not [cell.source for cell, output in outputs if output.get("name") == "stderr"]
