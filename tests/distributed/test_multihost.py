@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import processes
+import peers
 import pytest
 import small
 
@@ -31,7 +31,7 @@ def copy_of(workdir, tmp_path):
 
 def assert_close(workdir, other):
     """The same steps with the same values, but for the order in which numbers are added up."""
-    found, expected = processes.metrics_of(workdir), processes.metrics_of(other)
+    found, expected = peers.metrics_of(workdir), peers.metrics_of(other)
     assert [sorted(line) for line in found] == [sorted(line) for line in expected]
     for line, wanted in zip(found, expected):
         for name in line:
@@ -42,14 +42,14 @@ def assert_close(workdir, other):
 def two(tmp_path_factory, compiled):
     """Workdir of a whole run in two processes, and how these ended."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    ended = processes.finish(workdir, compiled, flags=("--config.hooks.samples_every=4",))
+    ended = peers.finish(workdir, compiled, flags=("--config.hooks.samples_every=4",))
     return SimpleNamespace(workdir=workdir, ended=ended)
 
 
 def assert_same_run(workdir, two):
     """Bit for bit that of the uninterrupted run."""
-    assert small.differing(processes.state_of(workdir)[0], processes.state_of(two.workdir)[0]) == []
-    assert processes.metrics_of(workdir) == processes.metrics_of(two.workdir)
+    assert small.differing(peers.state_of(workdir)[0], peers.state_of(two.workdir)[0]) == []
+    assert peers.metrics_of(workdir) == peers.metrics_of(two.workdir)
 
 
 # ---- what they agree on ---------------------------------------------------------------------------------------------
@@ -60,9 +60,9 @@ def test_what_processes_agree_on(tmp_path, compiled):
     with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, {"a": np.full(2, step, np.float32)}, {"next_batch": step}, {"seed": 0})
-    address = processes.free_address()
-    scripts = [f"import processes; processes.agree({address!r}, {i}, {str(tmp_path)!r})" for i in range(2)]
-    started = [processes.launch(["-c", script], compiled) for script in scripts]
+    address = peers.free_address()
+    scripts = [f"import peers; peers.agree({address!r}, {i}, {str(tmp_path)!r})" for i in range(2)]
+    started = [peers.launch(["-c", script], compiled) for script in scripts]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
     (first, second) = [json.loads(output.splitlines()[-1]) for output, _ in ended]
@@ -114,7 +114,7 @@ def test_processes_that_wait_for_others_in_vain(compiled):
     """Whether they are process 0 or look for it."""
     code = "import os; os.environ['START_SECONDS'] = '3'; from repae_jax.distributed import multihost; "
     code += "multihost.start(False, {!r}, 2, {})"
-    started = [processes.launch(["-c", code.format(processes.free_address(), index)], compiled) for index in range(2)]
+    started = [peers.launch(["-c", code.format(peers.free_address(), index)], compiled) for index in range(2)]
     for process in started:
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 75
@@ -154,9 +154,9 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
 
 def end_of_waiting(compiled, what, killed=None):
     """[(exit code, standard error)] of two processes that wait for each other, and the seconds until then."""
-    address = processes.free_address()
-    scripts = [f"import processes; processes.wait_for_each_other({address!r}, {i}, {what!r})" for i in range(2)]
-    started = [processes.launch(["-c", script], compiled) for script in scripts]
+    address = peers.free_address()
+    scripts = [f"import peers; peers.wait_for_each_other({address!r}, {i}, {what!r})" for i in range(2)]
+    started = [peers.launch(["-c", script], compiled) for script in scripts]
     try:
         for process in started:
             assert process.stdout.readline() == "started\n"
@@ -221,8 +221,8 @@ def test_a_collective_that_fails_waits_for_jax_to_name_who_has_gone(error, waits
 def test_two_processes_equal_one(tiny_run, two):
     """Written by two, read by one."""
     assert_close(two.workdir, tiny_run)
-    (state, data_state, step), (expected, position, _) = processes.state_of(two.workdir), processes.state_of(tiny_run)
-    assert step == processes.STEPS and data_state == position
+    (state, data_state, step), (expected, position, _) = peers.state_of(two.workdir), peers.state_of(tiny_run)
+    assert step == peers.STEPS and data_state == position
     assert small.largest_error(state, expected) < 5e-3  # Adam's first steps are signs of gradients
 
 
@@ -231,7 +231,7 @@ def test_process_0_alone_writes_metrics_and_pictures(two):
     (_, first, _), (_, second, _) = two.ended
     assert "step 4/4 (100 %)" in first and "finished; everything is in" in first
     assert "step" not in second and "finished" not in second
-    assert [line["step"] for line in processes.metrics_of(two.workdir)] == [1, 2, 3, 4]
+    assert [line["step"] for line in peers.metrics_of(two.workdir)] == [1, 2, 3, 4]
     pictures = sorted(str(path.relative_to(two.workdir)) for path in two.workdir.rglob("*.png"))
     assert pictures == ["samples/0000004.png"]
     assert len(list((two.workdir / "tensorboard").iterdir())) == 1
@@ -239,7 +239,7 @@ def test_process_0_alone_writes_metrics_and_pictures(two):
 
 @pytest.mark.integration
 def test_another_config_is_refused_and_ends_all(tmp_path, compiled):
-    with processes.Run(tmp_path / "run", compiled, flags=[(), ("--config.seed=7",)]) as run:
+    with peers.Run(tmp_path / "run", compiled, flags=[(), ("--config.seed=7",)]) as run:
         ended = run.end(timeout=120)
     for code, _, error in ended:
         assert code == 1 and "Traceback" not in error, error
@@ -251,17 +251,17 @@ def test_another_config_is_refused_and_ends_all(tmp_path, compiled):
 @pytest.mark.slow
 def test_asked_to_stop_all_stop_after_the_same_step(two, tmp_path, compiled):
     workdir = tmp_path / "run"
-    with processes.Run(workdir, compiled, scripts="seconds_per_step=2.5") as run:
+    with peers.Run(workdir, compiled, scripts="seconds_per_step=2.5") as run:
         run.wait_for("step 1/4")
         run.processes[1].send_signal(signal.SIGTERM)
         ended = run.end()
     assert [code for code, *_ in ended] == [75, 75], [error[-3000:] for *_, error in ended]
-    stopped_at = processes.metrics_of(workdir)[-1]["step"]
-    assert 1 < stopped_at < processes.STEPS
+    stopped_at = peers.metrics_of(workdir)[-1]["step"]
+    assert 1 < stopped_at < peers.STEPS
     for *_, error in ended:
         assert f"asked to stop: saved step {stopped_at}; run the same command to continue" in error
-    assert processes.state_of(workdir)[2] == stopped_at
-    processes.finish(workdir, compiled)
+    assert peers.state_of(workdir)[2] == stopped_at
+    peers.finish(workdir, compiled)
     assert_same_run(workdir, two)
 
 
@@ -270,18 +270,18 @@ def test_asked_to_stop_before_the_first_step(two, tmp_path, compiled):
     """Of a run that is resumed: it trains no step, and says so."""
     shutil.copytree(two.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    with processes.Run(tmp_path / "run", compiled, scripts=["", "stop_early=True"]) as run:
+    with peers.Run(tmp_path / "run", compiled, scripts=["", "stop_early=True"]) as run:
         ended = run.end()
     assert [code for code, *_ in ended] == [75, 75], [error[-3000:] for *_, error in ended]
-    assert processes.state_of(tmp_path / "run")[2] == 2
+    assert peers.state_of(tmp_path / "run")[2] == 2
     assert all("asked to stop while" in error and "nothing was trained" in error for *_, error in ended)
-    processes.finish(tmp_path / "run", compiled)
+    peers.finish(tmp_path / "run", compiled)
     assert_same_run(tmp_path / "run", two)
 
 
 @pytest.mark.slow
 def test_an_error_while_training_ends_all(tmp_path, compiled):
-    with processes.Run(tmp_path / "run", compiled, scripts=["", "fail_at=4"]) as run:
+    with peers.Run(tmp_path / "run", compiled, scripts=["", "fail_at=4"]) as run:
         ended = run.end()
     assert 0 not in [code for code, *_ in ended], ended
     assert f"error: process 1 on host {HOST} failed: RuntimeError: the disk has gone\n" in ended[0][2]
@@ -292,7 +292,7 @@ def test_an_error_while_training_ends_all(tmp_path, compiled):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_resumes(killed, two, tmp_path, compiled):
     workdir = tmp_path / "run"
-    with processes.Run(workdir, compiled, scripts="seconds_per_step=3") as run:
+    with peers.Run(workdir, compiled, scripts="seconds_per_step=3") as run:
         run.wait_for("step 3/4")
         began = time.monotonic()
         run.processes[killed].kill()
@@ -303,19 +303,19 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(killed, two, tmp_p
     assert "error: another process may be gone" in error or "detected fatal errors" in error
     if killed:  # without process 0 there is nobody to say who is gone
         assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", error)
-    processes.finish(workdir, compiled)
+    peers.finish(workdir, compiled)
     assert_same_run(workdir, two)
 
 
 @pytest.mark.slow
 def test_four_processes(tiny_run, two, tmp_path, compiled):
     """From scratch as one; from what two have saved, and one from what four have."""
-    processes.finish(tmp_path / "whole", compiled, count=4)
+    peers.finish(tmp_path / "whole", compiled, count=4)
     assert_close(tmp_path / "whole", tiny_run)
     for source, count in ((two.workdir, 4), (tmp_path / "whole", 1)):
         workdir = copy_of(source, tmp_path / str(count))
         shutil.rmtree(workdir / "checkpoints" / "4")
-        processes.finish(workdir, compiled, count=count, devices=4 // count)
+        peers.finish(workdir, compiled, count=count, devices=4 // count)
         assert_close(workdir, tiny_run)
 
 
@@ -324,9 +324,9 @@ def test_repa_e_with_parameters_split_over_processes(tmp_path, compiled):
     """Two processes with two devices each, parameters over all four; and pictures."""
     flags = ("--config.mesh.fsdp=4", "--config.hooks.samples_every=4", "--config.hooks.reconstructions_every=4")
     workdir, alone = tmp_path / "run", tmp_path / "alone"
-    processes.finish(workdir, compiled, flags=flags, scripts="min_sharded_size=64", devices=2, file="repae")
-    assert train.train(processes.config("repae"), alone)[1]
+    peers.finish(workdir, compiled, flags=flags, scripts="min_sharded_size=64", devices=2, file="repae")
+    assert train.train(peers.config("repae"), alone)[1]
     assert_close(workdir, alone)
-    assert processes.state_of(workdir, "repae")[2] == processes.STEPS
+    assert peers.state_of(workdir, "repae")[2] == peers.STEPS
     pictures = sorted(str(path.relative_to(workdir)) for path in workdir.rglob("*.png"))
     assert pictures == ["reconstructions/0000004.png", "samples/0000004.png"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from jax._src.lib import _jax
-from processes import free_address
+from peers import free_address
 
 from repae_jax.distributed import multihost, roll_call
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import processes
+import peers
 import pytest
 import small
 
@@ -246,7 +246,7 @@ echo $$ >process-$SLURM_PROCID
 ps -o ppid= $$ >stepd-$SLURM_PROCID
 export JAX_COMPILATION_CACHE_DIR={compiled} PYTHONPATH={root}:{root}/tests:{root}/tests/distributed JAX_PLATFORMS=cpu
 export XLA_FLAGS="$XLA_FLAGS --xla_force_host_platform_device_count=1"
-exec {python} -c "import processes; processes.train_as_command({seconds})" --distributed "${{@:4}}"
+exec {python} -c "import peers; peers.train_as_command({seconds})" --distributed "${{@:4}}"
 """
 
 
@@ -254,7 +254,7 @@ exec {python} -c "import processes; processes.train_as_command({seconds})" --dis
 def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_path):
     """The run survives the out-of-memory killer, a dying node and the signal before the time limit."""
     flags = ("--config.steps=8", "--config.checkpoint.every=2")
-    processes.finish(tmp_path / "whole", compiled, flags=flags)
+    peers.finish(tmp_path / "whole", compiled, flags=flags)
     trains = TRAINS.format(compiled=compiled, root=ROOT, python=sys.executable, seconds=2)
     workdir = tmp_path / "run"
     all_flags = (f"--config={tmp_path / 'whole-config.py'}", f"--workdir={workdir}", *flags)
@@ -285,5 +285,5 @@ def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_pat
     job.wait_for("PENDING", starts + 1, 100)
     job.start_again(trains)
     job.wait_for("COMPLETED", starts + 1, 200)
-    assert small.differing(*(processes.state_of(tmp_path / name)[0] for name in ("run", "whole"))) == []
-    assert processes.metrics_of(workdir) == processes.metrics_of(tmp_path / "whole")
+    assert small.differing(*(peers.state_of(tmp_path / name)[0] for name in ("run", "whole"))) == []
+    assert peers.metrics_of(workdir) == peers.metrics_of(tmp_path / "whole")

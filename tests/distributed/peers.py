@@ -161,14 +161,14 @@ class Run:
 
     def __init__(self, workdir, compiled, count=2, flags=(), scripts="", devices=1, file="ldm"):
         config_file = workdir.parent / f"{workdir.name}-config.py"
-        config_file.write_text(f"import processes\ndef get_config():\n    return processes.config({file!r})\n")
+        config_file.write_text(f"import peers\ndef get_config():\n    return peers.config({file!r})\n")
         scripts = [scripts] * count if isinstance(scripts, str) else scripts
         flags = [flags] * count if isinstance(flags, tuple) else flags
         address = free_address()
         self.processes = []
         for index, (script, own) in enumerate(zip(scripts, flags)):
             by_hand = ["--coordinator", address, "--num_processes", count, "--process_id", index]
-            arguments = ["-c", f"import processes; processes.train_as_command({script})", "--config", config_file]
+            arguments = ["-c", f"import peers; peers.train_as_command({script})", "--config", config_file]
             arguments += ["--workdir", workdir, *by_hand, *own]
             self.processes.append(launch(arguments, compiled, devices))
 
