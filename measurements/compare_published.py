@@ -14,6 +14,7 @@ replaced by a few equivalent lines otherwise; its encoder, which comes from torc
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.machinery
 import itertools
 import math
@@ -74,9 +75,11 @@ def config_of(size, batch_size):
     changes = {**SMALL, **SIZES[size]} if size in SIZES else {"data.batch_size": 32}
     if batch_size is not None:
         changes = {**changes, "data.batch_size": batch_size}
-    config = repae.get_config("" if size in SIZES else size).unlock()
-    config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
-    return config.to_dict()
+    config = repae.get_config("" if size in SIZES else size).to_dict()
+    for name, value in {**changes, "lpips.input_range": (0.0, 1.0)}.items():  # the range of the published code
+        *sections, field = name.split(".")
+        functools.reduce(dict.__getitem__, sections, config)[field] = value
+    return config
 
 
 def check_checkout(folder):

@@ -119,7 +119,7 @@ def _replicated(job, array):
 def _jit_generate(job):
     """Returns the jitted sampler of a run; its images are whole on each device."""
     run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
-    return jax.jit(sharding.on_mesh(job.mesh, run), out_shardings=sharding.replicated(job.mesh))
+    return jax.jit(sharding.with_mesh_context(job.mesh, run), out_shardings=sharding.replicated(job.mesh))
 
 
 def _make_samples(job, frozen, pictures):
@@ -137,7 +137,7 @@ def _make_samples(job, frozen, pictures):
 
 def _make_reconstructions(job, source, pictures):
     """Returns the function of (step, state) that shows the first images beside their reconstructions."""
-    reconstruct = sharding.on_mesh(job.mesh, generate.make_reconstruct(job.nets))
+    reconstruct = sharding.with_mesh_context(job.mesh, generate.make_reconstruct(job.nets))
     run = jax.jit(reconstruct, out_shardings=sharding.replicated(job.mesh))
     with training_data.make_loader(job, source, workers=0) as first_batches:  # a loader passes over undecodable files
         batch = multihost_utils.process_allgather(next(first_batches)["image"], tiled=True)

@@ -1,6 +1,6 @@
 """Pictures of runs: curves of their metrics, settings side by side, images sorted by class, latents in colors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
             f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {', '.join(sorted(curves)) or 'none yet'}"
         )
     columns = int(np.ceil(np.sqrt(len(groups))))
-    figure, panels = _panels(groups, columns, (4.2, 3.2), dpi=120)
+    figure, panels = _panels(groups.items(), columns, (4.2, 3.2), dpi=120)
     for axes, names in panels:
         for i, name in enumerate(names):
             steps, values = curves[name]
@@ -125,7 +125,7 @@ def plot_settings(
     """
     _require("values", values, "setting with its numbers")
     size = 5, max(2.6, 0.42 * len(values) + 1)
-    figure, ((left, _), (right, _)) = _panels({value_title: None, curve_title: None}, 2, size, dpi=80)
+    figure, ((left, _), (right, _)) = _panels([(value_title, None), (curve_title, None)], 2, size, dpi=80)
     for i, (name, numbers) in enumerate(values.items()):
         finite = [x for x in numbers if np.isfinite(x)]
         if finite:
@@ -144,7 +144,7 @@ def show_pictures(path: epath.PathLike, pictures: Mapping[str, Picture], columns
     """Draws pictures of one size side by side, `columns` in a row, their names above."""
     _require("pictures", pictures, "name with its picture")
     height, width = next(iter(pictures.values())).shape[:2]
-    figure, panels = _panels(pictures, columns, (4, 4 * height / width + 0.3), dpi=80, fontsize="small")
+    figure, panels = _panels(pictures.items(), columns, (4, 4 * height / width + 0.3), dpi=80, fontsize="small")
     for axes, picture in panels:
         axes.imshow(picture, interpolation="nearest")
         axes.axis("off")
@@ -167,7 +167,7 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
     }
     width = max((sheet.shape[1] for sheet in sheets.values()), default=6 * size)
     height = max((sheet.shape[0] for sheet in sheets.values()), default=size)
-    figure, panels = _panels(rows, 1, (width / 100, (height + 26) / 100), fontsize="small", loc="left", pad=3)
+    figure, panels = _panels(rows.items(), 1, (width / 100, (height + 26) / 100), fontsize="small", loc="left", pad=3)
     for (axes, row), label in zip(panels, rows):
         axes.axis("off")
         if label in sheets:
@@ -196,7 +196,7 @@ def plot_lines(
       reference: (name, x, y) of a dashed line in all panels.
     """
     _require("panels", panels, "title with its lines")
-    figure, drawn = _panels(panels, len(panels), (5.2 + 2 / len(panels), 4))
+    figure, drawn = _panels(panels.items(), len(panels), (5.2 + 2 / len(panels), 4))
     for (axes, lines), y_title in zip(drawn, y_titles):
         for i, (name, (x, y, *style)) in enumerate(lines.items()):
             _draw_curve(axes, x, y, i, max_marked=39, label=name, **(style[0] if style else {}))
@@ -217,7 +217,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
         'low' and 'high', drawn as ticks.
     """
     _require("panels", panels, "model with its histograms")
-    figure, drawn = _panels(panels, 2, (5.2, 3.4))
+    figure, drawn = _panels(panels.items(), 2, (5.2, 3.4))
     for axes, panel in drawn:
         shares = np.asarray(panel["shares"])
         channels = np.arange(len(shares))
@@ -242,7 +242,7 @@ def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[f
     """
     if not panels or not names:
         raise ValueError(f"panels {list(panels)}, names {list(names)}; allowed: at least one of each")
-    figure, drawn = _panels(panels, len(panels), (5.2, 3.8), fontsize="medium")
+    figure, drawn = _panels(panels.items(), len(panels), (5.2, 3.8), fontsize="medium")
     for axes, groups in drawn:
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -261,14 +261,15 @@ def _require(name: str, values: Any, needed: str) -> None:
 
 
 def _panels(
-    contents: Mapping[str, Any], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
+    contents: Iterable[tuple[str, Any]], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
 ) -> tuple[Figure, list[tuple[Axes, Any]]]:
-    """Returns a figure of panels of `size` in inches, titled by the keys of `contents`, and (axes, content) of each."""
+    """Returns a figure of panels of `size` in inches, one for each (title, content), and (axes, content) of each."""
+    contents = list(contents)
     columns = min(columns, len(contents))
     rows = -(-len(contents) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=dpi, layout="constrained")
     panels = []
-    for i, (title, content) in enumerate(contents.items(), start=1):
+    for i, (title, content) in enumerate(contents, start=1):
         axes = figure.add_subplot(rows, columns, i)
         axes.set_title(title, **title_keywords)
         axes.grid(alpha=0.25)
