@@ -49,18 +49,17 @@ def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
 
 def of_step(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
-    step = sharding.with_mesh_context(job.mesh, job.step)
-    scopes = count(step, initial_state.abstract_state(job), *compilation.abstract_inputs(job), shares=branch_shares(job.config))
-    return _per_image(scopes, job)
+    arguments = initial_state.abstract_state(job), *compilation.abstract_inputs(job)
+    return _per_image(job, job.step, arguments, branch_shares(job.config))
 
 
 def of_sampling(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
-    run, arguments = sampling_program(job)
-    return _per_image(count(sharding.with_mesh_context(job.mesh, run), *arguments), job)
+    return _per_image(job, *sampling_program(job))
 
 
-def _per_image(scopes, job):
+def _per_image(job, function, arguments, shares=()):
+    scopes = count(sharding.with_mesh_context(job.mesh, function), *arguments, shares=shares)
     return {name: flop / job.config["data"]["batch_size"] for name, flop in scopes.items()}
 
 

@@ -34,14 +34,10 @@ PATHS = {"linear": lambda t: Coefficients(1 - t, t, -jnp.ones_like(t), jnp.ones_
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 
 
-def _check_path(path):
-    if path not in PATHS:
-        raise ValueError(f"interpolant {path!r} is unknown; allowed: {sorted(PATHS)}")
-
-
 def coefficients(path: str, t: Array) -> Coefficients:
     """Returns the coefficients of the path 'linear' or 'cosine' at t."""
-    _check_path(path)
+    if path not in PATHS:
+        raise ValueError(f"interpolant {path!r} is unknown; allowed: {sorted(PATHS)}")
     return PATHS[path](t)
 
 
@@ -70,17 +66,6 @@ def score(path: str, velocity: Tensor, z_t: Tensor, t: Times | Float[Array, ""] 
     return (ratio * velocity - z_t) / variance
 
 
-def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Times:
-    """Draws training times, 'uniform' on [0, 1) or 'lognormal': sigma = exp(N(0, 1)), whose t depends on the path."""
-    _check_path(path)
-    if distribution == "uniform":
-        return jax.random.uniform(key, (batch_size,))
-    if distribution == "lognormal":
-        sigma = jnp.exp(jax.random.normal(key, (batch_size,)))
-        return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * jnp.arctan(sigma)
-    raise ValueError(f"time distribution {distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
-
-
 def mean_squared_velocity_error(path: str, velocity: Tensor, z: Tensor, noise: Tensor, t: Times) -> Float[Array, " B"]:
     """Computes SiT's loss of each sample, a mean over positions and channels."""
     error = velocity - velocity_target(path, z, noise, t)
@@ -96,8 +81,13 @@ class VelocityObjective:
     predicts: ClassVar[str] = "a velocity"  # for messages
 
     def sample_time(self, key: Array, batch_size: int) -> Times:
-        """Draws times, see the function of this name."""
-        return sample_time(key, batch_size, self.path, self.time_distribution)
+        """Draws training times, uniform on [0, 1) or those at which sigma / alpha is exp(N(0, 1))."""
+        if self.time_distribution == "uniform":
+            return jax.random.uniform(key, (batch_size,))
+        if self.time_distribution != "lognormal":
+            raise ValueError(f"time distribution {self.time_distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
+        sigma = jnp.exp(jax.random.normal(key, (batch_size,)))
+        return sigma / (1 + sigma) if self.path == "linear" else 2 / math.pi * jnp.arctan(sigma)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Times) -> Tensor:
         """Returns z_t, see `interpolate`."""
