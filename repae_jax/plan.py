@@ -8,6 +8,7 @@ Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --c
 """
 
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -41,11 +42,6 @@ class DoesNotFit(Exception):
         self.needed, self.available = needed, available
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def lower_step(job: build.Job) -> jax.stages.Lowered:
     """Lowers the jitted training step as `train` runs it, on shapes alone."""
     state = initial_state.abstract_state(job)
@@ -54,10 +50,8 @@ def lower_step(job: build.Job) -> jax.stages.Lowered:
 
 def lower_sampling(job: build.Job) -> jax.stages.Lowered:
     """Lowers sampling of config.data.batch_size images as `sample` runs it, on shapes alone."""
-    batch, frozen, key = compilation.abstract_inputs(job)
-    params = generate.sampling_params(initial_state.abstract_state(job), frozen)
-    run = jax.jit(generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling))
-    return run.lower(params, batch["label"], batch["label"], key)
+    run, arguments = flops.sampling_program(job)
+    return jax.jit(run).lower(*arguments)
 
 
 def sampling_config(config: Any, count: int) -> dict[str, Any]:
@@ -98,11 +92,7 @@ def memory_of_message(message: str) -> tuple[float | None, float | None]:
 @contextlib.contextmanager
 def showing_time(text):
     """Prints a text, and how long the context lasts, to stderr."""
-    start = time.monotonic()
-
-    def show(line):
-        print(line, file=sys.stderr, flush=True)
-
+    start, show = time.monotonic(), functools.partial(print, file=sys.stderr, flush=True)
     show(text)
     try:
         with waiting.reporting(lambda seconds: show(f"  … {seconds:.0f} s"), every=30):
@@ -111,24 +101,13 @@ def showing_time(text):
         show(f"  done after {time.monotonic() - start:.0f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> tuple[build.Job, Numbers]:
-    """Builds a config for a topology, which finds every mistake in the two before anything takes long.
+    """Builds a config for a topology such as 'v5e:4x4', which finds every mistake in the two before anything takes long.
 
-    Args:
-      config: ConfigDict or nested dict, see configs/.
-      topology: such as 'v5e:4x4'.
-      images_per_chip: sampling, of so many images at a time and chip, instead of a training step.
+    With images_per_chip, it is for sampling so many images at a time and chip instead of a training step.
 
     Returns:
       (Job on the topology's chips, numbers of `setting`).
-
-    Raises:
-      ValueError: for a topology or a config that cannot work.
     """
     chip = check_topology(topology)
     devices = topology_devices(topology, 1 if images_per_chip else config["mesh"]["slices"])
@@ -140,11 +119,7 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
 
 
 def plan(job: build.Job, numbers: Numbers) -> Numbers:
-    """Compiles a prepared job.
-
-    Returns:
-      numbers, with 'flop_per_image', 'fits', and those of `outcome` or, if it does not fit, the reason and advice.
-    """
+    """Compiles a prepared job; adds 'flop_per_image', 'fits', and the numbers of `outcome`, or the reason and advice."""
     sampling, start = numbers["job"] == "sample", time.monotonic()
     numbers = {**numbers, "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job)}
     try:
@@ -159,15 +134,14 @@ def plan(job: build.Job, numbers: Numbers) -> Numbers:
 
 def prepare_and_plan(config: Any, topology: str, images_per_chip: int | None) -> Numbers:
     """Prepares and plans in a child process."""
-    _use_no_accelerator()
+    jax.config.update("jax_platforms", "cpu")
     return plan(*prepare(config, topology, images_per_chip))
 
 
 def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None) -> Numbers:
     """Runs `prepare_and_plan` in a child process: a failure of the compiler may take its process down.
 
-    Returns:
-      As `plan`; or, if compiling failed, numbers with 'fits', None, the message, and the exit code of the process if that died.
+    If compiling failed, 'fits' is None, with the message, and the exit code of the process if that died.
     """
     title = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
     with showing_time(title):
@@ -177,34 +151,20 @@ def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None
             return {**numbers, "fits": None, "exitcode": getattr(error, "exitcode", None), "message": str(error)}
 
 
-def _use_no_accelerator():
-    """Keeps the process off an accelerator of this machine, which has nothing to do with the plan."""
-    jax.config.update("jax_platforms", "cpu")
-
-
 def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Numbers:
     """Returns the numbers of a job on a topology, or of sampling its batch at a time, that are known without compiling."""
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
     state = initial_state.abstract_state(job)
     return {
-        "topology": topology,
-        "slices": job.config["mesh"]["slices"],
-        "device_kind": chip.kind,
-        "chips": chips,
-        "hbm_bytes": chip.hbm,
-        "peak_flop_per_second": flops.peak(chip.kind),
-        "clock_hz": chip.clock,
+        "topology": topology, "slices": job.config["mesh"]["slices"], "device_kind": chip.kind, "chips": chips,
+        "hbm_bytes": chip.hbm, "peak_flop_per_second": flops.peak(chip.kind), "clock_hz": chip.clock,
         "matmul_share": chip.matmul,
-        "job": "sample" if sampling else job.config["job"],
-        "mesh": dict(job.mesh.shape),
+        "job": "sample" if sampling else job.config["job"], "mesh": dict(job.mesh.shape),
         "branch_shares": [] if sampling else flops.branch_shares(job.config),
-        "images": images,
-        "images_per_chip": images // chips,
+        "images": images, "images_per_chip": images // chips,
         "state_bytes": chip_bytes(generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state),
-        "versions": multihost.versions(),
-        "arguments": sys.argv[1:],
-        "config": job.config,
-    }
+        "versions": multihost.versions(), "arguments": sys.argv[1:], "config": job.config,
+    }  # fmt: skip
 
 
 def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
@@ -215,15 +175,11 @@ def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
     hours = numbers["runs"] * seconds / 3600
     return {
         "memory_bytes": hlo_cost.memory(memory_stats),
-        "estimated_cycles": cost.cycles,
-        "unknown_loops": cost.unknown_loops,
-        "seconds": seconds,
+        "estimated_cycles": cost.cycles, "unknown_loops": cost.unknown_loops, "collective_bytes": cost.collectives,
+        "seconds": seconds, "images_per_second": numbers["images"] / seconds,
         "share_of_peak": flop / seconds / numbers["peak_flop_per_second"],
-        "images_per_second": numbers["images"] / seconds,
-        "collective_bytes": cost.collectives,
-        "hours": hours,
-        "chip_hours": hours * numbers["chips"],
-    }
+        "hours": hours, "chip_hours": hours * numbers["chips"],
+    }  # fmt: skip
 
 
 def chip_bytes(tree: Any) -> int:
@@ -233,11 +189,6 @@ def chip_bytes(tree: Any) -> int:
 
 def _shard_bytes(x, placed):
     return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Advice.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def advice(job: build.Job, numbers: Numbers) -> list[str]:
@@ -275,8 +226,7 @@ def may_accumulate(config: Mapping[str, Any]) -> bool:
 def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[None, None]:
     """Finds the least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
 
-    Returns:
-      (fsdp, bytes of the state of a chip with it); (None, None) if none makes it smaller.
+    Returns it and the bytes of the state of a chip with it, or (None, None) if none makes the state smaller.
     """
     devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
     state, in_slice, sizes = initial_state.abstract_state(job), len(devices) // slices, {}
@@ -288,22 +238,14 @@ def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[Non
     return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Entry point.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--topology", action="append", required=True,
-        help="TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times",
-    )  # fmt: skip
+    topology = "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times"
+    parser.add_argument("--topology", action="append", required=True, help=topology)
     parser.add_argument("--sample", action="store_true", help="plan sampling by config.sampling instead of training")
-    parser.add_argument(
-        "--images_per_chip", type=cli.whole(1), help=f"with --sample: images at a time and chip, default {IMAGES_PER_CHIP}"
-    )
+    images = f"with --sample: images at a time and chip, default {IMAGES_PER_CHIP}"
+    parser.add_argument("--images_per_chip", type=cli.whole(1), help=images)
     parser.add_argument("--json", type=cli.path, help="file for the numbers of all topologies")
     return parser.parse_args(argv)
 
@@ -311,12 +253,11 @@ def parse_args(argv=None):
 @cli.command(parse_args)
 def main(args):
     """Entry point; exit code 1 says that not everything fits."""
-    _use_no_accelerator()
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
     path = None if args.json is None else files.check_new("--json", args.json)
     if args.images_per_chip is not None and not args.sample:
-        raise ValueError(
-            f"--images_per_chip={args.images_per_chip} is for sampling: add --sample, or change config.data.batch_size"
-        )
+        remedy = "add --sample, or change config.data.batch_size"
+        raise ValueError(f"--images_per_chip={args.images_per_chip} is for sampling: {remedy}")
     images_per_chip = (args.images_per_chip or IMAGES_PER_CHIP) if args.sample else None
     settings = [prepare(args.config, name, images_per_chip)[1] for name in args.topology]  # mistakes first
     found = []

@@ -31,9 +31,8 @@ Labels = Int[np.ndarray, " N"]
 def add_arguments(parser: Any, num_samples: int) -> None:
     """Adds the settings of sampling to a parser or a group of arguments; `num_samples` is a default."""
     parser.add_argument("--num_samples", type=cli.whole(1), default=num_samples, help="exactly so many images")
-    parser.add_argument(
-        "--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order"
-    )
+    equal = "balanced: equal counts per class, in shuffled order"
+    parser.add_argument("--labels", choices=LABELS, default="balanced", help=equal)
     parser.add_argument("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
     parser.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
     unset = "; default: the run's config.sampling"
@@ -42,23 +41,18 @@ def add_arguments(parser: Any, num_samples: int) -> None:
     parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
     parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
     parser.add_argument("--guidance_high", type=float, help="… up to this t (1 is noise)" + unset)
-    parser.add_argument(
-        "--guidance_channels", type=int, help="guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples" + unset
-    )
+    some = "guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples"
+    parser.add_argument("--guidance_channels", type=int, help=some + unset)
 
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--workdir", type=cli.path, required=True, help="folder of a run; or a published one, or its checkpoint"
-    )
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    workdir = "folder of a run; or a published one, or its checkpoint"
+    parser.add_argument("--workdir", type=cli.path, required=True, help=workdir)
     parser.add_argument("--vae", type=cli.path, help="the VAE of a run that holds none, or of published weights that hold none")
-    parser.add_argument(
-        "--out", type=cli.path, help="path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS"
-    )
+    out = "path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS"
+    parser.add_argument("--out", type=cli.path, help=out)
     parser.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
     parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
     add_arguments(parser, num_samples=64)
@@ -130,7 +124,6 @@ def write_npz(path: epath.Path, parts: Sequence[epath.Path], labels: Labels) -> 
 
 
 def _load_part(path):
-    """Returns uint8 [b, H, W, 3] of a finished batch; ValueError if the file is damaged."""
     try:
         return np.load(io.BytesIO(path.read_bytes()))
     except (ValueError, EOFError) as error:
@@ -146,7 +139,7 @@ def _save_part(path, array):
 
 
 def _open_parts(folder, settings):
-    """Returns the folder of finished batches; ValueError if it holds some of other settings."""
+    """Makes and returns the folder of finished batches; ValueError if it holds some of other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / "settings.json"
     if not manifest.exists():
@@ -154,10 +147,8 @@ def _open_parts(folder, settings):
     before = files.read_json(manifest)
     differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
     if differing:
-        raise ValueError(
-            f"{folder} holds batches made with other settings (there, here): {differing}; choose another --out, or the old "
-            "settings"
-        )
+        made = f"{folder} holds batches made with other settings (there, here): {differing}"
+        raise ValueError(f"{made}; choose another --out, or the old settings")
     return folder
 
 

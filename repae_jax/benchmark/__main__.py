@@ -6,6 +6,7 @@ no speed. In several processes it is the same command with --distributed, as for
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -31,22 +32,16 @@ def benchmark(
     profile: Path | str | None = None, say: Callable[[str], None] = print,
     keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
-    """Measures a config.
+    """Measures a config; returns the numbers as JSON can hold them, which README.md describes.
 
     Args:
       config: ConfigDict or nested dict, see configs/.
       steps: timed steps, calls of each part, and batches of the input.
       sample_batch: images sampled at a time, over all devices; 0 is no sampling, None as many as a FID takes.
       with_input: measure the config's data, too.
-      profile: folder for a trace of a few steps; None is none.
+      profile: folder for a trace of a few steps.
       say: called with lines of progress.
       keep: called with all results so far after each measurement: later ones may fail.
-
-    Returns:
-      dict that JSON can hold, as README.md describes it.
-
-    Raises:
-      ValueError: for anything wrong with the config or the numbers, or a step that does not fit into memory.
     """
     config = build.plain_config(config)
     multihost.assert_same_config(config)
@@ -141,11 +136,6 @@ def _circumstances(job):
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines for people.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _milliseconds(seconds):
     return f"{1e3 * seconds['median']:.4g} ms ({1e3 * seconds['p10']:.4g} to {1e3 * seconds['p90']:.4g})"
 
@@ -199,27 +189,17 @@ def input_line(speed: Mapping[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--steps", type=cli.whole(1), default=STEPS,
-        help="steps that are timed, after a few that are not (default: %(default)s)",
-    )  # fmt: skip
+    timed = "steps that are timed, after a few that are not (default: %(default)s)"
+    parser.add_argument("--steps", type=cli.whole(1), default=STEPS, help=timed)
     parser.add_argument("--out", type=cli.path, help="JSON file for all numbers and what they depend on; must not exist")
     parser.add_argument("--profile", type=cli.path, help="folder for a trace of a few steps")
-    parser.add_argument(
-        "--sample_batch", type=cli.whole(0),
-        help="images to sample at a time, over all devices; 0 is none, default 64 or a little more",
-    )  # fmt: skip
-    parser.add_argument(
-        "--input", action="store_true", help="measure the config's data, too: the loader alone, and the step fed by it"
-    )
+    sampled = "images to sample at a time, over all devices; 0 is none, default 64 or a little more"
+    parser.add_argument("--sample_batch", type=cli.whole(0), help=sampled)
+    data = "measure the config's data, too: the loader alone, and the step fed by it"
+    parser.add_argument("--input", action="store_true", help=data)
     cli.add_processes(parser)
     return parser.parse_args(argv)
 
@@ -247,11 +227,8 @@ def main(args):
     """Entry point."""
     first = jax.process_index() == 0
     path = check_places(args.out, args.profile) if first else None
-    benchmark(
-        args.config, args.steps, args.sample_batch, args.input, args.profile,
-        say=(lambda line: print(line, flush=True)) if first else (lambda line: None),
-        keep=keeper(path),
-    )  # fmt: skip
+    say = functools.partial(print, flush=True) if first else (lambda line: None)
+    benchmark(args.config, args.steps, args.sample_batch, args.input, args.profile, say, keeper(path))
     if path is not None:
         print(f"all numbers: {args.out}")
 

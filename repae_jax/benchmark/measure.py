@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, UInt8
 
 from repae_jax import files
@@ -50,15 +51,14 @@ def without_files(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 def random_state(job: build.Job) -> Any:
     """Returns a TrainState on the job's mesh: the initial one with some noise on all parameters.
 
-    Multiplying by the zeros that a SiT begins with takes a device less power, and so less time, than what training soon
-    multiplies by.
+    Multiplying by the zeros that a SiT begins with takes a device less power, and so less time, than later in training.
     """
 
     def make(key):
         state = initial_state.initial_state(job, key)
-        for index, (name, params) in enumerate(_params(state).items()):
-            noisy = _with_noise(params, jax.random.fold_in(key, index))
-            state = state.replace(**{name: getattr(state, name).replace(params=noisy)})
+        nets = _params(state)
+        noisy = optax.tree.add_scale(nets, NOISE, optax.tree.random_like(key, nets))
+        state = state.replace(**{name: getattr(state, name).replace(params=params) for name, params in noisy.items()})
         if state.ema is not None:
             averaged = state.vae if state.sit is None else state.sit
             state = state.replace(ema=state.ema.replace(params=jax.tree.map(jnp.copy, averaged.params)))
@@ -70,12 +70,6 @@ def random_state(job: build.Job) -> Any:
 
 def _params(state):
     return {name: net.params for name in NETWORKS if (net := getattr(state, name)) is not None}
-
-
-def _with_noise(params, key):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten([x + NOISE * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)])
 
 
 def random_batch(job: build.Job) -> dict[str, Array]:
@@ -122,11 +116,9 @@ class Step:
 
 
 def speed_of(job: build.Job, seconds: float, count: int, flop: float) -> dict[str, float | None]:
-    """Computes speeds from the time that `count` images take over all devices, with some FLOP per image.
+    """Returns the speeds that follow from the seconds that `count` images take over all devices, with some FLOP per image.
 
-    Returns:
-      images_per_second, images_per_second_per_device, tflop_per_image, tflops_per_device, and mfu, None if the device's peak is
-      not known.
+    They are images_per_second, images_per_second_per_device, tflop_per_image, tflops_per_device and mfu, None if unknown.
     """
     devices, per_second = job.mesh.size, count / seconds
     speed = {"images_per_second": per_second, "images_per_second_per_device": per_second / devices}
@@ -170,25 +162,33 @@ def measure_parts(
     make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=sharding.batch_sharding(job.mesh))
     sizes, key = (batch_size, batch_size // accumulation), jax.random.key(job.config["seed"])
     batches = [make(random_pixels(job, size), key) for size in sizes]
+
+    def compared(seconds):
+        seconds = spread(seconds)
+        return {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
+
     for name, part in parts.make_parts(job, state, frozen, *batches).items():
         repeated = 1 if part.of_whole else accumulation
-        result = _time_or_failure(lambda part=part, repeated=repeated: repeated * time_part(job, part, count), step_seconds)
+        result = _or_failed(lambda part=part, repeated=repeated: compared(repeated * time_part(job, part, count)))
         if "failed" not in result:
             flop = repeated * sum(flops.count(part.function, *part.arguments).values()) / batch_size
             speed = speed_of(job, result["seconds_per_step"]["median"], batch_size, flop)
             result |= {field: value for field, value in speed.items() if not field.startswith("images")}
         yield name, result
-    yield "update", _time_or_failure(lambda: time_update(job, state, count), step_seconds)
+    yield "update", _or_failed(lambda: compared(time_update(job, state, count)))
 
 
-def _time_or_failure(time_it, step_seconds):
+def _or_failed(measure):
+    """Returns measure(), or {'failed': …} if it ran out of memory: what needs less may go on.
+
+    Not so in several processes: others may not have run out of it, and would wait.
+    """
     try:
-        seconds = spread(time_it())
+        return measure()
     except jax.errors.JaxRuntimeError as error:
-        if not only_this_failed(error):
+        if jax.process_count() > 1 or not is_out_of_memory(error):
             raise
         return {"failed": OUT_OF_MEMORY}
-    return {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
 
 
 def time_part(job: build.Job, part: parts.Part, count: int) -> np.ndarray:
@@ -223,11 +223,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
-def only_this_failed(error: Exception) -> bool:
-    """Returns whether to go on with what needs less memory; other processes may not have run out of it, and would wait."""
-    return jax.process_count() == 1 and is_out_of_memory(error)
-
-
 def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     """Times the config's sampler: its settings, seconds_per_batch, a spread, and `speed_of` the median; or 'failed'."""
     sampling, rows = job.sampling, sharding.batch_sharding(job.mesh)
@@ -236,26 +231,23 @@ def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batc
     labels = sharding.put(np.arange(batch_size, dtype=np.int32) % job.config["data"]["num_classes"], rows)
     ids = sharding.put(np.arange(batch_size), rows)
     arguments = (generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-    settings = {"batch_size": batch_size, "sampler": sampling.sampler, "steps": sampling.steps}
-    settings["guidance_scale"] = sampling.guidance_scale
-    try:
+    chosen = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
+
+    def time_batches():
         compiled, compile_seconds = _compile(run, *arguments)
         seconds = spread(time_calls(lambda: compiled(*arguments), SAMPLED, ahead=1, warm_up=1))
-    except jax.errors.JaxRuntimeError as error:
-        if not only_this_failed(error):
-            raise
-        return {**settings, "failed": OUT_OF_MEMORY}
-    speed = speed_of(job, seconds["median"], batch_size, sum(flops.of_sampling(job).values()))
-    del speed["mfu"]  # sampling is in float32, whatever the config's precision: its peak is another one
-    return {**settings, "seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds}
+        speed = speed_of(job, seconds["median"], batch_size, sum(flops.of_sampling(job).values()))
+        del speed["mfu"]  # sampling is in float32, whatever the config's precision: its peak is another one
+        return {"seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds}
+
+    return {"batch_size": batch_size, **chosen, **_or_failed(time_batches)}
 
 
 def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Times `count` batches of the config's loader alone, and of the step when it is fed by it.
 
-    Returns:
-      images_per_second of the loader alone, over all processes; workers; with_step: {'images_per_second', 'input_wait'}, the
-      share of the time in which there was no batch. Or {'skipped': why}, if the data is not there.
+    Returns images_per_second of the loader alone, over all processes; workers; with_step: {'images_per_second', 'input_wait'},
+    the share of the time in which there was no batch. Or {'skipped': why}, if the data is not there.
     """
     source, problem = None, None
     try:

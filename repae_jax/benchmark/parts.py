@@ -25,19 +25,12 @@ UNTIMED_TERMS = ("l1", "l2", "kl", "gan")  # no products in them, or timed with 
 
 
 class Part(NamedTuple):
-    """A program.
+    """A program."""
 
-    Attributes:
-      function: pure function of the arguments.
-      arguments: trees of arrays.
-      out_shardings: argument of jax.jit.
-      of_whole: the step runs it on the whole batch, once, and not on every micro-batch.
-    """
-
-    function: Callable
-    arguments: tuple[Any, ...]
-    out_shardings: Any
-    of_whole: bool = False
+    function: Callable  # pure
+    arguments: tuple[Any, ...]  # trees of arrays
+    out_shardings: Any  # of jax.jit
+    of_whole: bool = False  # the step runs it on the whole batch, once, and not on every micro-batch
 
 
 class Batch(NamedTuple):
@@ -93,7 +86,6 @@ def _encoders(c, nets):
 
 
 def _vae(c, nets):
-    """Encoder and decoder, with gradients where they are trained."""
     recipe = c.job.recipe
     compares = "vf" in getattr(recipe, "adaptive", ()) and "gan" in recipe.vae_weights  # pixels' own gradient of the latents
 

@@ -16,20 +16,16 @@ WINDOWS = 10  # timed windows, if there are so many calls
 def time_calls(
     call: Callable[[], Any], count: int, *, ahead: int, warm_up: int = 3, title: str | None = None
 ) -> Float[np.ndarray, " N"]:
-    """Times a program in windows of several calls.
+    """Returns the seconds per call of a program in N windows of count // WINDOWS calls, at least one.
 
     Each call is dispatched while up to `ahead` earlier ones are unfinished, so that the device need not wait for the host. The
     clock is read when the last call of a window is finished; one window follows the other without a break.
 
     Args:
       call: dispatches the program once; returns arrays that are ready when it is done.
-      count: calls that are timed.
+      count: calls that are timed, after `warm_up` others.
       ahead: unfinished calls at most when the next one is dispatched; their results are in memory together.
-      warm_up: calls before, which are not timed.
-      title: name of a progress bar; None shows none.
-
-    Returns:
-      Seconds per call in N windows of count // WINDOWS calls, at least one.
+      title: name of a progress bar, if there shall be one.
     """
     size, pending, finished, ends = max(count // WINDOWS, 1), collections.deque(), 0, []
     with tqdm(total=warm_up + count, desc=title, unit="call", leave=False, disable=title is None) as bar:

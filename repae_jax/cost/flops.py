@@ -35,10 +35,7 @@ RECOMPUTED = "rematted_computation"  # scope that JAX gives to what a backward p
 def peak(device_kind: str, precision: str = "bfloat16") -> float | None:
     """Returns the dense peak of one device in FLOP/s; None for a device that is not in PEAKS, such as a CPU.
 
-    Args:
-      device_kind: as JAX names it, such as 'TPU v5 lite' or 'NVIDIA H200'.
-      precision: 'bfloat16' or 'float32', with which JAX multiplies on TPUs in bfloat16, too, and on GPUs in TF32, which is
-        half as fast.
+    In precision 'float32', JAX multiplies on TPUs in bfloat16, too, and on GPUs in TF32, which is half as fast.
     """
     dense = next((value for name, value in PEAKS.items() if device_kind.startswith(name)), None)
     return dense / 2 if dense and precision == "float32" and not device_kind.startswith("TPU") else dense
@@ -50,29 +47,29 @@ def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
     return flop_per_image * config["data"]["batch_size"] * config["steps"] / flop_per_second / 3600
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Programs of a job.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def of_step(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
-    step = sharding.with_mesh_context(job.mesh, job.step)
-    scopes = count(step, initial_state.abstract_state(job), *compilation.abstract_inputs(job), shares=branch_shares(job.config))
-    return _per_image(scopes, job)
+    arguments = initial_state.abstract_state(job), *compilation.abstract_inputs(job)
+    return _per_image(job, job.step, arguments, branch_shares(job.config))
 
 
 def of_sampling(job: build.Job) -> dict[str, float]:
     """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
+    return _per_image(job, *sampling_program(job))
+
+
+def _per_image(job, function, arguments, shares=()):
+    scopes = count(sharding.with_mesh_context(job.mesh, function), *arguments, shares=shares)
+    return {name: flop / job.config["data"]["batch_size"] for name, flop in scopes.items()}
+
+
+def sampling_program(job: build.Job) -> tuple[Callable, tuple[Any, ...]]:
+    """Returns the function that samples by job.sampling, and the shapes of its arguments for config.data.batch_size images."""
     assert job.sampling is not None
     batch, frozen, key = compilation.abstract_inputs(job)
-    run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
     params = generate.sampling_params(initial_state.abstract_state(job), frozen)
-    return _per_image(count(sharding.with_mesh_context(job.mesh, run), params, batch["label"], batch["label"], key), job)
-
-
-def _per_image(scopes, job):
-    return {name: flop / job.config["data"]["batch_size"] for name, flop in scopes.items()}
+    run = generate.make_generate(job.nets, job.recipe.objective, job.latent_shape, job.sampling)
+    return run, (params, batch["label"], batch["label"], key)
 
 
 def branch_shares(config: Mapping[str, Any]) -> list[float]:
@@ -84,23 +81,13 @@ def branch_shares(config: Mapping[str, Any]) -> list[float]:
     return [loss["eq_prior"], *((1 - loss["eq_prior"]) / len(others) for _ in others)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting in a traced program.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def count(function: Callable, *args: Any, shares: Sequence[float] = ()) -> dict[str, float]:
-    """Counts the FLOP of function(*args) by scope, without those that no output needs.
+    """Counts the FLOP of function(*args), arrays or shapes, by scope, without those that no output needs.
 
-    Args:
-      function: traceable.
-      *args: arrays or shapes.
-      shares: how often each branch is taken of conditionals with as many branches; of others, the costliest counts, of those
-        between platforms the default. Loops whose length is computed by the program count once.
-
-    Returns:
-      Path of scopes -> FLOP. The names are those of jax.named_scope, which Flax gives to its modules, too, down to the
-      outermost module, whose name is that of its class: 'vae/SiT.align'.
+    Scopes are paths of names of jax.named_scope, which Flax gives to its modules, too, down to the outermost module, whose name
+    is that of its class: 'vae/SiT.align'. Loops whose length is computed by the program count once. Of conditionals with as
+    many branches as `shares`, each branch is taken so often; of others, the costliest counts, of those between platforms the
+    default.
     """
     closed = jax.make_jaxpr(function)(*args)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -113,15 +100,12 @@ def _count(jaxpr: core.Jaxpr, outer: tuple[str, ...], shares: tuple[float, ...])
         path = outer + _names(str(equation.source_info.name_stack))
         flop = 0.0 if RECOMPUTED in path else _flop(equation)
         if flop:
-            scopes["/".join(path[: _depth(path)])] += flop
+            depth = next((depth for depth, name in enumerate(path, 1) if name[0].isupper()), None)
+            scopes["/".join(path[:depth])] += flop
         for times, inner in _inner_programs(equation, path, shares):
             for name, value in _count(inner, path, shares).items():
                 scopes[name] += times * value
     return scopes
-
-
-def _depth(path: tuple[str, ...]) -> int:
-    return next((depth for depth, name in enumerate(path, 1) if name[0].isupper()), len(path))
 
 
 def _names(name_stack: str) -> tuple[str, ...]:
@@ -153,10 +137,8 @@ def _inner_programs(equation, path, shares) -> Iterator[tuple[float, core.Jaxpr]
     if equation.primitive.name != "cond":
         times = params["length"] if equation.primitive.name == "scan" else 1
         for value in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)):
-            if isinstance(value, core.Jaxpr):
-                yield times, value
-            elif isinstance(value, core.ClosedJaxpr):
-                yield times, value.jaxpr
+            if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+                yield times, getattr(value, "jaxpr", value)
         return
     branches = [branch.jaxpr for branch in params["branches"]]
     if params.get("branches_platforms"):

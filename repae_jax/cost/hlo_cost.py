@@ -25,23 +25,19 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLS = ("fusion", "call", "async-start")
-_SAME_VALUE = ("copy", "copy-done", "bitcast", "convert", "optimization-barrier")
+_SAME_VALUE = ("copy", "copy-start", "copy-done", "bitcast", "convert", "optimization-barrier")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
     """Cost of one execution of a program on one device.
 
-    Attributes:
-      cycles: sum of the compiler's estimates; of a conditional, its longest branch, or the mean where `analyze` knows shares.
-      collectives: kind -> bytes of the arrays before they are scattered, or after they are gathered. Those over several slices
-        are split by the compiler into some within a slice and what is sent between slices, TO_OTHER_SLICES.
-      unknown_loops: loops whose length is not known; their bodies are counted once.
+    The compiler splits collectives over several slices into some within a slice and what is sent between slices.
     """
 
-    cycles: float
-    collectives: dict[str, float]
-    unknown_loops: int
+    cycles: float  # the compiler's estimates; of a conditional, its longest branch, or the mean where `analyze` knows shares
+    collectives: dict[str, float]  # kind -> bytes of the arrays before they are scattered, or after they are gathered
+    unknown_loops: int  # how many have a length that is not known; their bodies are counted once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +50,7 @@ class Instruction:
     operands: tuple[str, ...]
     literal: str  # the text in the parentheses
     attributes: str
+    is_root: bool  # gives the computation's result
 
     def called(self, *attributes: str) -> list[str]:
         """Returns the names of the computations that some attributes name."""
@@ -62,23 +59,13 @@ class Instruction:
         return [name for braced, single in matches for name in re.findall(r"[\w.\-]+", braced or single)]
 
 
-@dataclasses.dataclass
-class Computation:
-    """A named list of instructions."""
-
-    instructions: dict[str, Instruction]
-    root: Instruction | None = None
+Computation = dict[str, Instruction]  # by name
 
 
 def memory(stats: Any) -> dict[str, int]:
-    """Returns the bytes that a compiled program takes on one device, by kind.
+    """Returns the bytes that a compiled program takes on one device, by kind, from its CompiledMemoryStats.
 
-    Args:
-      stats: its CompiledMemoryStats.
-
-    Returns:
-      arguments; outputs, but those in place of arguments; temporaries; code; their total; peak, which the compiler reports
-      itself; and aliased, the outputs in place of arguments.
+    Outputs are without those in place of arguments, which are 'aliased'; the compiler reports 'peak' itself.
     """
     kinds = {
         "arguments": stats.argument_size_in_bytes,
@@ -91,40 +78,29 @@ def memory(stats: Any) -> dict[str, int]:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Parses an HLO module, the text of `compiled.as_text()`.
-
-    Returns:
-      (name -> Computation, name of the entry).
-
-    Raises:
-      ValueError: if there is no entry computation.
-    """
+    """Parses the text of `compiled.as_text()`; returns the computations by name, and the name of the entry."""
     computations: dict[str, Computation] = {}
     entry = current = None
     for line in text.splitlines():
         header = _COMPUTATION.match(line) if line.endswith("{") else None
         if header:
-            current = computations[header[2]] = Computation({})
+            current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-            continue
-        match = _INSTRUCTION.match(line)
-        if match and current is not None:
-            instruction = _read_instruction(match[2], line[match.end() :])
-            current.instructions[instruction.name] = instruction
-            current.root = instruction if match[1] else current.root
+        elif (match := _INSTRUCTION.match(line)) and current is not None:
+            current[match[2]] = _read_instruction(match[2], line[match.end() :], bool(match[1]))
     if entry is None:
         raise ValueError("the text of the compiled program has no ENTRY computation: the format of this XLA is not known here")
     return computations, entry
 
 
-def _read_instruction(name, rest):
+def _read_instruction(name, rest, is_root):
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")  # only tuples' shapes have spaces
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
     literal = rest[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-    return Instruction(name, shape, rest[:opening], operands, literal, rest[closing + 1 :])
+    return Instruction(name, shape, rest[:opening], operands, literal, rest[closing + 1 :], is_root)
 
 
 def _closing(text, opening):
@@ -146,11 +122,9 @@ def array_bytes(shape: str) -> float:
 
 
 def analyze(text: str, shares: Sequence[float] = ()) -> ProgramCost:
-    """Computes the cost of a compiled program.
+    """Computes the cost of a compiled program from its scheduled HLO, the text of `compiled.as_text()`.
 
-    Args:
-      text: its HLO, scheduled, from `compiled.as_text()`.
-      shares: how often each branch is taken of conditionals with as many branches, adding up to 1.
+    Of conditionals with as many branches as `shares`, which add up to 1, each branch is taken so often.
     """
     computations, entry = parse(text)
     counter = _Counter(computations, shares)
@@ -170,14 +144,14 @@ class _Counter:
         computation, cycles = self._computations[name], 0.0
         moved: Any = collections.Counter()
         fused: dict[str, tuple[str, Any]] = {}
-        for instruction in computation.instructions.values():
+        for instruction in computation.values():
             estimate = _CYCLES.search(instruction.attributes)
             own = float(estimate[1]) if estimate else 0.0
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 moved[kind] += _moved_bytes(computation, instruction)
             elif instruction.opcode == "send" and _SLICES in instruction.attributes:
-                moved[TO_OTHER_SLICES] += array_bytes(computation.instructions[instruction.operands[0]].shape)
+                moved[TO_OTHER_SLICES] += array_bytes(computation[instruction.operands[0]].shape)
             elif instruction.opcode in _CALLS:
                 for called in instruction.called("calls", "to_apply"):
                     inner, inner_moved = self.cost(called, {})
@@ -218,7 +192,7 @@ def _collectives(computations, name):
     A collective that overlaps with other work stands in every fusion that it overlaps with, under one channel.
     """
     collectives = {}
-    for instruction in computations[name].instructions.values():
+    for instruction in computations[name].values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
@@ -231,75 +205,67 @@ def _collectives(computations, name):
 
 
 def _moved_bytes(computation, instruction):
-    operands = sum(array_bytes(computation.instructions[name].shape) for name in instruction.operands)
+    operands = sum(array_bytes(computation[name].shape) for name in instruction.operands)
     result = array_bytes(instruction.shape)
     if instruction.opcode == "all-gather-start":
         return result - operands  # its shape lists the operands, too
     return operands if instruction.opcode.endswith("-start") else max(operands, result)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Trip counts of loops.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _loop(computations, computation, loop, known):
     """Returns the elements of the loop's state that are known integers and do not change, and the trip count or None."""
     body, condition = (computations[loop.called(part)[0]] for part in ("body", "condition"))
-    initial = computation.instructions.get(loop.operands[0])
-    if initial is None or initial.opcode != "tuple" or body.root is None or body.root.opcode != "tuple":
-        return {}, _known_trips(loop)
+    match = _KNOWN_TRIPS.search(loop.attributes)
+    trips = int(match[1]) if match else None
+    initial, result = computation.get(loop.operands[0]), _root(body)
+    if initial is None or initial.opcode != "tuple" or result.opcode != "tuple":
+        return {}, trips
     start = {index: _integer(computation, name, known) for index, name in enumerate(initial.operands)}
-    kept = {index for index, name in enumerate(body.root.operands) if _element_of(body, name) == index}
+    kept = {index for index, name in enumerate(result.operands) if _element_of(body, name) == index}
     constant = {index: value for index, value in start.items() if value is not None and index in kept}
-    if _known_trips(loop) is not None:
-        return constant, _known_trips(loop)
-    compare = _follow(condition, condition.root)
-    if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:
-        return constant, None
+    compare = _follow(condition, _root(condition).name)
+    if trips is not None or compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+        return constant, trips
     index, limit = _element_of(condition, compare.operands[0]), _integer(condition, compare.operands[1], constant)
     if index is None or limit is None or start.get(index) is None:
         return constant, None
-    step = _step(body, index, constant)
+    step = _step(body, result.operands[index], index, constant)
     return constant, max(0, -(-(limit - start[index]) // step)) if step else None
 
 
-def _known_trips(loop):
-    match = _KNOWN_TRIPS.search(loop.attributes)
-    return int(match[1]) if match else None
+def _root(computation):
+    return next(instruction for instruction in computation.values() if instruction.is_root)
 
 
-def _follow(computation, instruction):
-    """Returns the instruction whose value this one copies, or the instruction itself."""
+def _follow(computation, name):
+    """Returns the instruction whose value the instruction `name` copies, or that itself; None if it is not known."""
+    instruction = computation.get(name)
     while instruction is not None and instruction.opcode in _SAME_VALUE:
-        source = computation.instructions.get(instruction.operands[0])
-        if source is not None and instruction.opcode == "copy-done":  # its operand is the copy-start
-            source = computation.instructions.get(source.operands[0])
-        instruction = source
+        instruction = computation.get(instruction.operands[0])
     return instruction
 
 
 def _element_of(computation, name):
-    """Returns which element of the parameter the instruction `name` is; None if it is something else."""
-    instruction = _follow(computation, computation.instructions.get(name))
+    """Returns the index of the parameter's element that the instruction `name` is, or None."""
+    instruction = _follow(computation, name)
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
-    if computation.instructions[instruction.operands[0]].opcode != "parameter":
+    if computation[instruction.operands[0]].opcode != "parameter":
         return None
     return int(re.search(r"index=(\d+)", instruction.attributes)[1])
 
 
 def _integer(computation, name, known):
     """Returns the value of an instruction if it is a known integer, else None."""
-    instruction = _follow(computation, computation.instructions.get(name))
+    instruction = _follow(computation, name)
     if instruction is not None and instruction.opcode == "constant":
         return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
     return known.get(_element_of(computation, name))
 
 
-def _step(body, index, known):
-    """Returns the increment of element `index` of the loop's state per iteration; None if unknown."""
-    instruction = _follow(body, body.instructions.get(body.root.operands[index]))
+def _step(body, name, index, known):
+    """Returns the increment per iteration of the state's element `index`, whose next value is `name`; None if unknown."""
+    instruction = _follow(body, name)
     if instruction is None or instruction.opcode != "add":
         return None
     before, by = instruction.operands

@@ -16,26 +16,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU.
+    """A kind of TPU."""
 
-    Attributes:
-      kind: JAX's name of its devices, for `flops.peak`.
-      hbm: bytes of memory that the compiler uses.
-      clock: Hz of the cycles that the compiler counts.
-      matmul: share of the peak that the compiler expects, at this clock, of a product of bfloat16 matrices of side 8192 (libtpu
-        0.0.42). Real chips come close to the peak there: it shows how far estimates of large products can be trusted.
-      grids: allowed numbers of chips per side; examples where there are three sides.
-    """
-
-    kind: str
-    hbm: float
-    clock: float
+    kind: str  # JAX's name of its devices, for `flops.peak`
+    hbm: float  # bytes of memory that the compiler uses
+    clock: float  # Hz of the cycles that the compiler counts
+    # share of the peak that the compiler expects, at this clock, of a product of bfloat16 matrices of side 8192 (libtpu
+    # 0.0.42); real chips come close to the peak there: it shows how far estimates of large products can be trusted
     matmul: float
-    grids: tuple[str, ...]
+    grids: tuple[str, ...]  # allowed numbers of chips per side; examples where there are three sides
 
     @property
     def sides(self) -> int:
-        """Returns the number of dimensions of its torus."""
+        """Number of dimensions of its torus."""
         return self.grids[0].count("x") + 1
 
 
@@ -60,38 +53,27 @@ def check_topology(name: str) -> Chip:
     """Returns the Chip of a topology such as 'v5e:4x4'; ValueError for an unknown chip or grid, with the allowed ones."""
     chip_name, _, grid = name.partition(":")
     if chip_name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", grid):
-        raise ValueError(
-            f"--topology={name}: expected CHIP:GRID with CHIP one of {', '.join(CHIPS)} and GRID its chips per side, such as "
-            "v5e:4x4, v6e:16x16 or v5p:4x4x8"
-        )
+        expected = f"CHIP:GRID with CHIP one of {', '.join(CHIPS)} and GRID its chips per side"
+        raise ValueError(f"--topology={name}: expected {expected}, such as v5e:4x4, v6e:16x16 or v5p:4x4x8")
     chip, sides = CHIPS[chip_name], [int(side) for side in grid.split("x")]
     if chip.sides == 2 and grid not in chip.grids:
         raise ValueError(f"--topology={name}: allowed grids of {chip_name} are {', '.join(chip.grids)}")
     if chip.sides == 3 and (len(sides) != 3 or sides[0] % 2 or sides[1] % 2 or math.prod(sides) > 10_000):
-        raise ValueError(
-            f"--topology={name}: a grid of {chip_name} has three sides, in hosts of 2x2x1 chips: {', '.join(chip.grids)}, …"
-        )
+        allowed = f"three sides, in hosts of 2x2x1 chips: {', '.join(chip.grids)}, …"
+        raise ValueError(f"--topology={name}: a grid of {chip_name} has {allowed}")
     return chip
 
 
 def topology_devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
-    """Returns the devices of a number of slices of a topology such as 'v5e:4x4', to compile for; they run nothing.
-
-    Raises:
-      ValueError: for an unknown topology, or if libtpu is not installed.
-    """
+    """Returns the devices of a number of slices of a topology such as 'v5e:4x4', to compile for; they run nothing."""
     check_topology(name)
     spec = importlib.util.find_spec("libtpu")
     if spec is None or spec.loader is None:  # a folder of that name is no package
-        raise ValueError(
-            "compiling for TPUs needs libtpu, which is not installed (no TPU is needed): pip install -e '.[tpu]', the extra "
-            "`tpu` of this package"
-        )
+        remedy = "pip install -e '.[tpu]', the extra `tpu` of this package"
+        raise ValueError(f"compiling for TPUs needs libtpu, which is not installed (no TPU is needed): {remedy}")
     for variable, value in _COMPILE_ONLY.items():
         os.environ.setdefault(variable, value)
-    options: dict[str, Any] = {}
-    if name.endswith(":1x1"):
-        options["chips_per_host_bounds"] = [1, 1, 1]
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith(":1x1") else {}
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # two cores are one device, as JAX has them on a v4
     if slices > 1:

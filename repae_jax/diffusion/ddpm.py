@@ -81,11 +81,6 @@ def q_sample(z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
     return _at(_ALPHA, t, z) * z + _at(_SIGMA, t, z) * noise
 
 
-def predict_start(z_t: Tensor, eps: Tensor, t: Timesteps) -> Tensor:
-    """Returns the z that `q_sample` with noise eps takes to z_t. Rounding grows to 157 times at t = 999."""
-    return (z_t - _at(_SIGMA, t, z_t) * eps) / _at(_ALPHA, t, z_t)
-
-
 def mean_squared_noise_error(output: Tensor, noise: Tensor) -> Float[Array, " B"]:
     """Computes DiT's first loss of each sample, a mean over positions and channels; arguments as in `variational_bound`."""
     eps, _ = split_output(output, noise)
@@ -109,19 +104,9 @@ def _bin_log_likelihood(z, error, inverse_std):
 def variational_bound(output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> Float[Array, " B"]:
     """Computes DiT's second loss of each sample, added to the first with weight 1. It trains v; eps gets no gradient.
 
-    KL(q(z_{t-1} | z_t, z) || p(z_{t-1} | z_t)), and at t = 0 -log p(z | z_0) on a grid of 256 values in [-1, 1]; in bits.
-
-    Args:
-      output: the network's at q_sample(z, noise, t), with 2C channels.
-      z: normalized latents, with C channels.
-      noise: N(0, 1).
-      t: in 0..999.
-
-    Returns:
-      Mean over positions and channels; of one random step, not summed over the steps.
-
-    Raises:
-      ValueError: if output is not of z's shape with twice the channels.
+    KL(q(z_{t-1} | z_t, z) || p(z_{t-1} | z_t)), and at t = 0 -log p(z | z_0) on a grid of 256 values in [-1, 1]; in bits, a
+    mean over positions and channels; of one random step, not summed over the steps. The output is the network's at
+    q_sample(z, noise, t), with 2C channels, t in 0..999.
     """
     eps, v = split_output(output, z)
     step = StepCoefficients(*(_at(table, t, z) for table in _EVERY_STEP))
@@ -134,11 +119,7 @@ def variational_bound(output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) ->
 
 
 def timesteps(num_steps: int) -> Int[np.ndarray, " N"]:
-    """Returns the published respacing, N = num_steps + 1: num_steps of 999..0, evenly spaced with both ends, then DATA.
-
-    Raises:
-      ValueError: for less than 2 steps, which have no even spacing, or more than 1000.
-    """
+    """Returns the published respacing, N = num_steps + 1: num_steps of 999..0, evenly spaced with both ends, then DATA."""
     if not 2 <= num_steps <= NUM_TIMESTEPS:
         raise ValueError(f"num_steps={num_steps} is out of range; allowed: 2..{NUM_TIMESTEPS}")
     strides = np.full(num_steps - 1, (NUM_TIMESTEPS - 1) / (num_steps - 1))
@@ -151,18 +132,10 @@ class NoiseObjective:
     """DiT's objective: the squared error of the noise and the variational bound. Methods as in `VelocityObjective`."""
 
     predicts: ClassVar[str] = "DiT's noise"
-
-    def sample_time(self, key: Array, batch_size: int) -> Timesteps:
-        """Draws timesteps, see the function of this name."""
-        return sample_time(key, batch_size)
-
-    def add_noise(self, z: Tensor, noise: Tensor, t: Timesteps) -> Tensor:
-        """Returns z_t, see `q_sample`."""
-        return q_sample(z, noise, t)
+    sample_time = staticmethod(sample_time)
+    add_noise = staticmethod(q_sample)
 
     def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> dict[str, Float[Array, ""]]:
         """Returns means over the batch, 'noise' and 'bound'; arguments as in `variational_bound`."""
-        return {
-            "noise": jnp.mean(mean_squared_noise_error(output, noise)),
-            "bound": jnp.mean(variational_bound(output, z, noise, t)),
-        }
+        noise_error, bound = mean_squared_noise_error(output, noise), variational_bound(output, z, noise, t)
+        return {"noise": jnp.mean(noise_error), "bound": jnp.mean(bound)}

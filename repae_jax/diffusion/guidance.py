@@ -1,5 +1,6 @@
 """Classifier-free guidance of a network's output, and the segments of time in which it applies."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,8 @@ def guide(output_fn: Callable, labels: Int[Array, " B"], null_label: int, scale:
       output_fn: (z_t [B, ...], t [B], labels [B]) -> output [B, ..., >= channels].
       labels: the classes to guide toward.
       null_label: label of "no class".
-      scale: guidance scale; 1 is no guidance.
-      channels: number of guided channels.
+      scale: 1 is no guidance.
+      channels: how many, the first ones, are guided.
     """
     doubled = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
 
@@ -33,20 +34,13 @@ def guide(output_fn: Callable, labels: Int[Array, " B"], null_label: int, scale:
 
 
 def segments(times: np.ndarray, interval: tuple[float, float], guided: Any, plain: Any) -> list[tuple[np.ndarray, Any]]:
-    """Splits a time grid into segments with and without guidance, decided by each step's starting time.
+    """Returns the segments of a decreasing time grid with and without guidance, each as (times, output function).
 
-    Args:
-      times: decreasing [n + 1].
-      interval: (low, high), both included; guidance applies to steps starting at low <= t <= high.
-      guided: output function inside the interval.
-      plain: output function outside it.
-
-    Returns:
-      list of (times of the segment, output function); a segment of k steps has k + 1 times.
+    Steps that start at low <= t <= high, the interval's ends, have the function `guided`, the others `plain`. A segment of k
+    steps has k + 1 times.
     """
     low, high = interval
     inside = [low <= t <= high for t in times[:-1]]
     cuts = [0, *(i for i in range(1, len(inside)) if inside[i] != inside[i - 1]), len(inside)]
-    return [
-        (np.asarray(times[start : stop + 1]), guided if inside[start] else plain) for start, stop in zip(cuts[:-1], cuts[1:])
-    ]
+    pieces = itertools.pairwise(cuts)
+    return [(np.asarray(times[start : stop + 1]), guided if inside[start] else plain) for start, stop in pieces]

@@ -24,22 +24,18 @@ class Coefficients(NamedTuple):
     d_sigma: Array
 
 
-def _linear(t):
-    return Coefficients(1 - t, t, -jnp.ones_like(t), jnp.ones_like(t))
-
-
 def _cosine(t):
     angle, rate = t * math.pi / 2, math.pi / 2
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return Coefficients(cos, sin, -rate * sin, rate * cos)
 
 
-PATHS = {"linear": _linear, "cosine": _cosine}
+PATHS = {"linear": lambda t: Coefficients(1 - t, t, -jnp.ones_like(t), jnp.ones_like(t)), "cosine": _cosine}
 TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 
 
 def coefficients(path: str, t: Array) -> Coefficients:
-    """Returns the coefficients of the path 'linear' or 'cosine' at t; ValueError for another name."""
+    """Returns the coefficients of the path 'linear' or 'cosine' at t."""
     if path not in PATHS:
         raise ValueError(f"interpolant {path!r} is unknown; allowed: {sorted(PATHS)}")
     return PATHS[path](t)
@@ -51,14 +47,7 @@ def expand(t: Array, like: Array) -> Array:
 
 
 def interpolate(path: str, z: Tensor, noise: Tensor, t: Times) -> Tensor:
-    """Returns z_t = alpha_t z + sigma_t noise.
-
-    Args:
-      path: 'linear' or 'cosine'.
-      z: normalized latents.
-      noise: N(0, 1).
-      t: in [0, 1].
-    """
+    """Returns z_t = alpha_t z + sigma_t noise on the path 'linear' or 'cosine'; t in [0, 1], noise ~ N(0, 1)."""
     c = coefficients(path, expand(t, z))
     return c.alpha * z + c.sigma * noise
 
@@ -77,27 +66,6 @@ def score(path: str, velocity: Tensor, z_t: Tensor, t: Times | Float[Array, ""] 
     return (ratio * velocity - z_t) / variance
 
 
-def sample_time(key: Array, batch_size: int, path: str, distribution: str) -> Times:
-    """Draws training times.
-
-    Args:
-      path: 'linear' or 'cosine'; fixes how a lognormal sigma maps to t.
-      distribution: 'uniform' on [0, 1), or 'lognormal': sigma = exp(N(0, 1)), t = sigma / (1 + sigma) on the linear path,
-        2 / pi * arctan(sigma) on the cosine path.
-
-    Raises:
-      ValueError: for an unknown distribution or path.
-    """
-    if path not in PATHS:
-        raise ValueError(f"interpolant {path!r} is unknown; allowed: {sorted(PATHS)}")
-    if distribution == "uniform":
-        return jax.random.uniform(key, (batch_size,))
-    if distribution == "lognormal":
-        sigma = jnp.exp(jax.random.normal(key, (batch_size,)))
-        return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * jnp.arctan(sigma)
-    raise ValueError(f"time distribution {distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
-
-
 def mean_squared_velocity_error(path: str, velocity: Tensor, z: Tensor, noise: Tensor, t: Times) -> Float[Array, " B"]:
     """Computes SiT's loss of each sample, a mean over positions and channels."""
     error = velocity - velocity_target(path, z, noise, t)
@@ -106,21 +74,20 @@ def mean_squared_velocity_error(path: str, velocity: Tensor, z: Tensor, noise: T
 
 @dataclass(frozen=True)
 class VelocityObjective:
-    """SiT's objective: the squared error of the velocity.
+    """SiT's objective: the squared error of the velocity."""
 
-    Attributes:
-      path: 'linear' or 'cosine'.
-      time_distribution: 'uniform' or 'lognormal'.
-      predicts: what the network learns to predict, in words.
-    """
-
-    path: str = "linear"
-    time_distribution: str = "uniform"
-    predicts: ClassVar[str] = "a velocity"
+    path: str = "linear"  # or 'cosine'
+    time_distribution: str = "uniform"  # or 'lognormal'
+    predicts: ClassVar[str] = "a velocity"  # for messages
 
     def sample_time(self, key: Array, batch_size: int) -> Times:
-        """Draws times, see the function of this name."""
-        return sample_time(key, batch_size, self.path, self.time_distribution)
+        """Draws training times, uniform on [0, 1) or those at which sigma / alpha is exp(N(0, 1))."""
+        if self.time_distribution == "uniform":
+            return jax.random.uniform(key, (batch_size,))
+        if self.time_distribution != "lognormal":
+            raise ValueError(f"time distribution {self.time_distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
+        sigma = jnp.exp(jax.random.normal(key, (batch_size,)))
+        return sigma / (1 + sigma) if self.path == "linear" else 2 / math.pi * jnp.arctan(sigma)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Times) -> Tensor:
         """Returns z_t, see `interpolate`."""

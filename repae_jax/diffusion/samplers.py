@@ -38,15 +38,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling method; subclasses define `step`, and whatever else differs from these defaults.
+    """A sampling method; subclasses define `step`, and whatever else differs from these defaults."""
 
-    Attributes:
-      objective: class of objectives whose networks it samples from.
-      last_step: a method like `step` for the very last one; None if that is no exception.
-    """
-
-    objective: ClassVar[type] = VelocityObjective
-    last_step: ClassVar[Callable | None] = None
+    objective: ClassVar[type] = VelocityObjective  # whose networks it samples from
+    last_step: ClassVar[Callable | None] = None  # a method like `step` for the very last one, if that is an exception
 
     def times(self, steps: int) -> np.ndarray:
         """Decreasing times [steps + 1], float64; here equal steps from 1 to 0."""
@@ -116,13 +111,9 @@ class Heun(Sampler):
 
 @dataclass(frozen=True)
 class EulerMaruyama(Sampler):
-    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2t; the last step is deterministic.
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2t; the last step is deterministic."""
 
-    Attributes:
-      last_time: start of the last step; all others are equal steps from 1 to there.
-    """
-
-    last_time: float = 0.04
+    last_time: float = 0.04  # start of the last step; all others are equal steps from 1 to there
 
     def times(self, steps):
         return np.append(np.linspace(1.0, self.last_time, steps), 0.0)
@@ -168,24 +159,16 @@ SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "sde": EulerMa
 class Sampling:
     """Settings of sampling.
 
-    Attributes:
-      sampler: name in SAMPLERS: 'euler' or 'heun' (ODE), 'sde' (the paper's), 'ancestral' (DiT's).
-      steps: from noise to data.
-      guidance_scale: 1 is no guidance.
-      guidance_low: guidance applies to steps that start at guidance_low <= t <= guidance_high (t = 1 is noise).
-      guidance_high: see above. DiT's timesteps count as t / 999.
-      guidance_channels: guide the first ones only, as DiT's, SiT's and LightningDiT's published sampling does (3); None is all.
-
-    Raises:
-      ValueError: for an unknown sampler or values out of range.
+    Guidance applies to steps that start at guidance_low <= t <= guidance_high (1 is noise; DiT's timesteps count as t / 999).
+    DiT's, SiT's and LightningDiT's published sampling guides the first 3 channels only.
     """
 
-    sampler: str = "sde"
+    sampler: str = "sde"  # name in SAMPLERS: 'euler' or 'heun' (ODE), 'sde' (the paper's), 'ancestral' (DiT's)
     steps: int = 250
-    guidance_scale: float = 1.0
+    guidance_scale: float = 1.0  # 1 is no guidance
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    guidance_channels: int | None = None
+    guidance_channels: int | None = None  # so many, the first ones; None is all
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -204,7 +187,6 @@ def check_sampler(sampling: Sampling, objective: Any) -> None:
     sampler = SAMPLERS[sampling.sampler]
     if not isinstance(objective, sampler.objective):
         allowed = [name for name, other in SAMPLERS.items() if isinstance(objective, other.objective)]
-        raise ValueError(
-            f"sampler {sampling.sampler!r}: the network predicts {objective.predicts}; allowed: {', '.join(allowed)}"
-        )
+        predicts = f"the network predicts {objective.predicts}"
+        raise ValueError(f"sampler {sampling.sampler!r}: {predicts}; allowed: {', '.join(allowed)}")
     sampler.times(sampling.steps)

@@ -18,15 +18,10 @@ from repae_jax.models.layers import torch_default_init
 
 @struct.dataclass
 class DiagonalGaussian:
-    """Posterior q(z|x), independent per entry.
-
-    Attributes:
-      mean: float32.
-      logvar: float32, clamped to [-30, 20].
-    """
+    """Posterior q(z|x), independent per entry; float32."""
 
     mean: Float[Array, "B h w C"]
-    logvar: Float[Array, "B h w C"]
+    logvar: Float[Array, "B h w C"]  # clamped to [-30, 20]
 
     @property
     def std(self) -> Float[Array, "B h w C"]:
@@ -94,19 +89,16 @@ class EncoderDecoderBase(nn.Module):
         block = nn.remat(ResnetBlock) if self.remat else recompute_norms(ResnetBlock)
         return block(features, self.norm_groups, self.dtype, name=name)
 
-    def _attention(self, name):
-        return AttnBlock(self.norm_groups, self.dtype, name=name)
-
     def _level(self, h, name, level, num_blocks):
         for i in range(num_blocks):
             h = self._block(f"{name}_{level}_block_{i}", self.channels * self.channel_multipliers[level])(h)
             if level in self.attention_levels:
-                h = self._attention(f"{name}_{level}_attn_{i}")(h)
+                h = AttnBlock(self.norm_groups, self.dtype, name=f"{name}_{level}_attn_{i}")(h)
         return h
 
     def _middle(self, h):
         h = self._block("mid_block_1", h.shape[-1])(h)
-        h = self._attention("mid_attn_1")(h)
+        h = AttnBlock(self.norm_groups, self.dtype, name="mid_attn_1")(h)
         return self._block("mid_block_2", h.shape[-1])(h)
 
     def _head(self, h, features):
@@ -151,29 +143,17 @@ class AutoencoderKL(nn.Module):
     """VAE with a diagonal Gaussian posterior.
 
     Parameters are float32; `dtype` is the compute dtype, with group-norm statistics, softmax and the posterior in float32.
-
-    Attributes:
-      latent_channels: C of the latents.
-      channels: base width.
-      channel_multipliers: width of each level over the base; the spatial factor is 2^(levels - 1).
-      num_res_blocks: residual blocks per encoder level (one more in the decoder).
-      attention_levels: levels (0 = full resolution) with self-attention besides the middle.
-      norm_groups: group-norm groups; divides every width.
-      quant_convs: 1x1 convolutions of the moments and of the latents, between encoder and decoder.
-      feature_dim: width of the encoder's tokens that `project` maps latents to, for VA-VAE's VF loss; None is no such map.
-      remat: recompute whole residual blocks in the backward pass, not only their norms and activations.
-      dtype: compute dtype.
     """
 
     latent_channels: int
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    attention_levels: tuple[int, ...] = ()
-    norm_groups: int = 32
-    quant_convs: bool = True
-    feature_dim: int | None = None
-    remat: bool = False
+    channels: int = 128  # base width
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # width of each level over the base
+    num_res_blocks: int = 2  # per encoder level; one more in the decoder
+    attention_levels: tuple[int, ...] = ()  # 0 is full resolution; the middle has self-attention anyway
+    norm_groups: int = 32  # divides every width
+    quant_convs: bool = True  # 1x1 convolutions of the moments and of the latents, between encoder and decoder
+    feature_dim: int | None = None  # of the tokens that `project` maps latents to, for VA-VAE's VF loss
+    remat: bool = False  # recompute whole residual blocks in the backward pass, not only their norms and activations
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -183,20 +163,16 @@ class AutoencoderKL(nn.Module):
 
     def setup(self):
         for multiplier in self.channel_multipliers:
-            if (self.channels * multiplier) % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups={self.norm_groups} does not divide the width {self.channels * multiplier} "
-                    f"(channels={self.channels} x multiplier {multiplier})"
-                )
+            width = self.channels * multiplier
+            if width % self.norm_groups:
+                origin = f"(channels={self.channels} x multiplier {multiplier})"
+                raise ValueError(f"norm_groups={self.norm_groups} does not divide the width {width} {origin}")
         levels = len(self.channel_multipliers)
         if not all(0 <= level < levels for level in self.attention_levels):
             raise ValueError(f"attention_levels={tuple(self.attention_levels)} must lie in 0..{levels - 1}")
         c = self.latent_channels
-        shared = {
-            "channels": self.channels, "channel_multipliers": self.channel_multipliers,
-            "num_res_blocks": self.num_res_blocks, "attention_levels": self.attention_levels,
-            "norm_groups": self.norm_groups, "remat": self.remat, "dtype": self.dtype,
-        }  # fmt: skip
+        names = ("channels", "channel_multipliers", "num_res_blocks", "attention_levels", "norm_groups", "remat", "dtype")
+        shared = {name: getattr(self, name) for name in names}
         self.encoder = Encoder(**shared, out_channels=2 * c)
         self.decoder = Decoder(**shared)
         if self.quant_convs:
@@ -225,9 +201,7 @@ class AutoencoderKL(nn.Module):
         """Returns latents as an encoder's tokens, float32, F = feature_dim."""
         return self.vf_projection(latents.astype(self.dtype)).astype(jnp.float32)
 
-    def __call__(
-        self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w C"]
-    ) -> tuple[Float[Array, "B H W 3"], DiagonalGaussian]:
+    def __call__(self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w C"]) -> tuple[Array, DiagonalGaussian]:
         """Returns the reconstruction from latents sampled with the given noise, and the posterior."""
         posterior = self.encode(images)
         if self.is_initializing() and self.feature_dim is not None:

@@ -28,14 +28,7 @@ def batch_stats(x: Float[Array, "*B C"]) -> ChannelStats:
 def update_running(running: ChannelStats, batch: ChannelStats, count: int, momentum: float) -> ChannelStats:
     """Returns running + momentum * (batch - running), with the batch's variance made unbiased first, as torch does.
 
-    Args:
-      running: statistics so far.
-      batch: result of `batch_stats`, with the biased variance.
-      count: number of values that each statistic was reduced over (n), at least 2.
-      momentum: weight of the new batch (torch's convention: 0.1).
-
-    Raises:
-      ValueError: for count < 2, whose unbiased variance is undefined.
+    Each statistic of the batch was reduced over `count` values; ValueError for less than 2, which have no unbiased variance.
     """
     if count < 2:
         raise ValueError(f"running variance needs at least 2 values per channel, got {count}; raise the batch size")

@@ -3,6 +3,8 @@
 Reference: pix2pix's NLayerDiscriminator as vendored by taming-transformers.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,37 +41,25 @@ class BatchNorm(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: one logit for each of many overlapping patches.
+    """PatchGAN: one logit for each of many overlapping patches."""
 
-    Attributes:
-      channels: width of the first layer; doubles per layer up to 8 times it.
-      num_layers: stride-2 convolutions.
-      dtype: compute dtype of the convolutions.
-    """
-
-    channels: int = 64
-    num_layers: int = 3
-    dtype: jnp.dtype = jnp.float32
+    channels: int = 64  # width of the first layer; doubles per layer up to 8 times it
+    num_layers: int = 3  # stride-2 convolutions
+    dtype: jnp.dtype = jnp.float32  # compute dtype of the convolutions
 
     @property
     def min_image_size(self) -> int:
         """Smallest image side that leaves at least one logit."""
-        # each of the two stride-1 convolutions (kernel 4, padding 1) removes one pixel
-        return 2**self.num_layers * 3
+        return 2**self.num_layers * 3  # each of the two stride-1 convolutions (kernel 4, padding 1) removes one pixel
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w 1"]:
         """Returns float32 logits of images in [-1, 1]; positive stands for real."""
+        activate = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
         def conv(x, features, stride, bias, name):
-            bias_init = torch_default_init(16 * x.shape[-1])["bias_init"]
-            return Conv(
-                features, (4, 4), strides=stride, padding=1, use_bias=bias,
-                kernel_init=normal_02, bias_init=bias_init, dtype=self.dtype, name=name,
-            )(x)  # fmt: skip
-
-        def activate(x):
-            return nn.leaky_relu(x, 0.2)
+            init = {"kernel_init": normal_02, "bias_init": torch_default_init(16 * x.shape[-1])["bias_init"]}
+            return Conv(features, (4, 4), stride, padding=1, use_bias=bias, dtype=self.dtype, name=name, **init)(x)
 
         x = activate(conv(images.astype(self.dtype), self.channels, 2, True, "conv_0"))
         for i in range(1, self.num_layers + 1):

@@ -6,6 +6,7 @@ files are laid out is checkpoints_tools/vit_formats.py's.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,51 +22,30 @@ from repae_jax.ranges import OrNone, check, real, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
-
-
-def patch_tokens(outputs: tuple[Float[Array, "B P F"], Float[Array, "B T F"]]) -> Float[Array, "B T F"]:
-    """Returns the patch tokens of a VisionTransformer's outputs, without class tokens."""
-    return outputs[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """Encoders that were trained alike; all that is known of them but the layout of their files.
 
-    Attributes:
-      pixels: side that an image of 256 pixels is resized to; in proportion for other sizes.
-      architectures: name -> Release.
-      fields: fields of the module that all of them share, where they differ from its defaults.
-      mean: per-channel mean of the normalization, for pixels in [0, 1].
-      std: per-channel standard deviation, likewise.
-      module: Linen class, called as module(grid=(rows, columns), dtype=..., **fields); needs the fields patch_size and
-        hidden_size.
-      tokens: function from the module's outputs to target tokens [B, T, F], rows first.
+    The module is called as module(grid=(rows, columns), dtype=..., **fields), and needs the fields patch_size and hidden_size.
     """
 
-    pixels: int
+    pixels: int  # side that an image of 256 pixels is resized to; in proportion for other sizes
     architectures: "Mapping[str, Release]"
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # shared by all, where they differ from the defaults
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of each channel, for pixels in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
     module: Callable[..., nn.Module] = VisionTransformer
-    tokens: Callable[[Any], Float[Array, "B T F"]] = patch_tokens
+    tokens: Callable[[Any], Float[Array, "B T F"]] = operator.itemgetter(1)  # from the module's outputs, rows first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Release:
-    """One released encoder.
+    """One released encoder."""
 
-    Attributes:
-      weights: name on the hub, or of the file that its authors give to download.
-      fields: the module's sizes.
-    """
-
-    weights: str
-    fields: Mapping[str, Any]
+    weights: str  # name on the hub, or of the file that its authors give to download
+    fields: Mapping[str, Any]  # the module's sizes
 
 
 def _vit(weights, patch_size, hidden_size, depth, num_heads, **fields):
@@ -86,99 +66,75 @@ def _dinov2(suffix="", **fields):
 # Tokens, pixels and statistics are those of REPA's and REPA-E's `preprocess_raw_image`, `load_encoders` and models/ for all but
 # the last two families. The norms' epsilons are those of the Hugging Face folders; the original DINO and MAE have 1e-6.
 FAMILIES = {
-    "dinov2": Family(  # x_norm_patchtokens, with registers too
-        pixels=224,
-        architectures={**_dinov2(), **_dinov2("-with-registers", num_registers=4)},
-    ),
+    # x_norm_patchtokens, with registers too
+    "dinov2": Family(pixels=224, architectures={**_dinov2(), **_dinov2("-with-registers", num_registers=4)}),
     "dino": Family(
-        pixels=256,
-        architectures={"dino-vitb16": _vit("facebook/dino-vitb16", 16, 768, 12, 12)},
+        pixels=256, architectures={"dino-vitb16": _vit("facebook/dino-vitb16", 16, 768, 12, 12)},
         fields={"layer_scale": False, "norm_eps": 1e-12},
     ),
-    "mocov3": Family(  # RCG's checkpoints
-        pixels=256,
-        architectures={
-            "mocov3-small": _vit("mocov3_vits.pth", 16, 384, 12, 12),
-            "mocov3-base": _vit("mocov3_vitb.pth", 16, 768, 12, 12),
-            "mocov3-large": _vit("mocov3_vitl.pth", 16, 1024, 24, 16),
-        },
-        fields={"layer_scale": False},
-    ),
+    "mocov3": Family(pixels=256, fields={"layer_scale": False}, architectures={  # RCG's checkpoints
+        "mocov3-small": _vit("mocov3_vits.pth", 16, 384, 12, 12),
+        "mocov3-base": _vit("mocov3_vitb.pth", 16, 768, 12, 12),
+        "mocov3-large": _vit("mocov3_vitl.pth", 16, 1024, 24, 16),
+    }),
     "mae": Family(  # after the last block, before the final norm: mae_vit.py leaves it out
-        pixels=256,
-        architectures={"vit-mae-large": _vit("facebook/vit-mae-large", 16, 1024, 24, 16)},
+        pixels=256, architectures={"vit-mae-large": _vit("facebook/vit-mae-large", 16, 1024, 24, 16)},
         fields={"layer_scale": False, "final_norm": False, "norm_eps": 1e-12},
     ),
     "ijepa": Family(
-        pixels=224,
-        architectures={"ijepa_vith14_1k": _vit("facebook/ijepa_vith14_1k", 14, 1280, 32, 16)},
+        pixels=224, architectures={"ijepa_vith14_1k": _vit("facebook/ijepa_vith14_1k", 14, 1280, 32, 16)},
         fields={"layer_scale": False, "num_class_tokens": 0},
     ),
     "clip": Family(  # before the final norm: clip_vit.py leaves it out
-        pixels=224,
-        architectures={"clip-vit-large-patch14": _vit("openai/clip-vit-large-patch14", 14, 1024, 24, 16)},
+        pixels=224, architectures={"clip-vit-large-patch14": _vit("openai/clip-vit-large-patch14", 14, 1024, 24, 16)},
         fields={
             "layer_scale": False, "activation": "quick_gelu", "no_bias": ("patch_embed",), "pre_norm": True,
             "final_norm": False, "norm_eps": 1e-5,
         },
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
+        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
     ),
     # tokens and pixels: iREPA's `vision_encoder.py`; statistics: the models' preprocessor_config.json, where iREPA gives
     # SigLIP 2 ImageNet's
     "dinov3": Family(
-        pixels=256,
+        pixels=256, fields={"num_registers": 4, "rope_theta": 100.0, "no_bias": ("key",), "norm_eps": 1e-5},
         architectures={
             "dinov3-vits16": _vit("facebook/dinov3-vits16-pretrain-lvd1689m", 16, 384, 12, 6),
             "dinov3-vitb16": _vit("facebook/dinov3-vitb16-pretrain-lvd1689m", 16, 768, 12, 12),
             "dinov3-vitl16": _vit("facebook/dinov3-vitl16-pretrain-lvd1689m", 16, 1024, 24, 16),
         },
-        fields={"num_registers": 4, "rope_theta": 100.0, "no_bias": ("key",), "norm_eps": 1e-5},
     ),
     "siglip2": Family(
-        pixels=256,
+        pixels=256, fields={"layer_scale": False, "activation": "gelu_tanh", "num_class_tokens": 0},
         architectures={
             "siglip2-base-patch16-256": _vit("google/siglip2-base-patch16-256", 16, 768, 12, 12),
             "siglip2-so400m-patch16-256": _vit("google/siglip2-so400m-patch16-256", 16, 1152, 27, 16, mlp_dim=4304),
         },
-        fields={"layer_scale": False, "activation": "gelu_tanh", "num_class_tokens": 0},
-        mean=HALF,
-        std=HALF,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
     ),
 }  # fmt: skip
 # name -> its family and the module's sizes, as make_encoder takes them
 ARCHITECTURES = {
     name: {"family": family, **release.fields}
-    for family, members in FAMILIES.items()
-    for name, release in members.architectures.items()
-}
+    for family, members in FAMILIES.items() for name, release in members.architectures.items()
+}  # fmt: skip
 
 # of an architecture that is given as a mapping
 _REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
 _OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "no_bias", "norm_eps")
-_NUMBERS = {
-    **dict.fromkeys((*_REQUIRED, "mlp_dim"), whole(1, 2**20)), "num_registers": whole(0, 2**20),
-    "rope_theta": OrNone(real(above=0)), "norm_eps": real(above=0),
+_NUMBERS = dict.fromkeys((*_REQUIRED, "mlp_dim"), whole(1, 2**20)) | {
+    "num_registers": whole(0, 2**20), "rope_theta": OrNone(real(above=0)), "norm_eps": real(above=0)
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A frozen encoder without its parameters.
+    """A frozen encoder without its parameters."""
 
-    Attributes:
-      name: for messages and logs.
-      family: its entry of FAMILIES.
-      module: the network.
-      image_size: height and width in pixels that the network receives.
-      spatial_gamma: share of the mean that iREPA's normalization over the positions subtracts; None is no normalization.
-    """
-
-    name: str
+    name: str  # for messages and logs
     family: Family
     module: nn.Module
-    image_size: int
-    spatial_gamma: float | None = None
+    image_size: int  # height and width in pixels that the network receives
+    spatial_gamma: float | None = None  # share of the mean that `spatial_normalize` subtracts; None is no normalization
 
     @property
     def grid(self) -> int:
@@ -197,17 +153,11 @@ def make_encoder(
         defaults depend on its `family`, one of FAMILIES (default 'dinov2').
       resolution: height and width of the training images in pixels.
       image_size: pixels that the network receives; by default the family's `pixels` * resolution // 256, as published.
-      dtype: compute dtype.
-
-    Raises:
-      ValueError: for an unknown architecture, family, activation or field, a field that is missing, or sizes that do not
-        divide.
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
     name, family, fields = _released(architecture) if isinstance(architecture, str) else _described(architecture)
-    if image_size is None:
-        image_size = family.pixels * resolution // 256
+    image_size = family.pixels * resolution // 256 if image_size is None else image_size
     patch_size = fields["patch_size"]
     if image_size < patch_size or image_size % patch_size:
         below = image_size // patch_size * patch_size
@@ -221,7 +171,7 @@ def make_encoder(
 
 
 def _released(name):
-    """Returns (name, Family, the module's fields) of a released encoder."""
+    """Returns (name, Family, the module's fields), as `_described` does."""
     for family in FAMILIES.values():
         if name in family.architectures:
             return name, family, {**family.fields, **family.architectures[name].fields}
@@ -230,17 +180,14 @@ def _released(name):
 
 
 def _described(architecture):
-    """Returns (name, Family, VisionTransformer's fields) of an architecture that is given as a mapping."""
     if not isinstance(architecture, Mapping):
         raise ValueError(f"encoder architecture {architecture!r} must be a name or a mapping with {', '.join(_REQUIRED)}")
     given = dict(architecture)
     unknown = sorted(set(given) - {*_REQUIRED, *_OPTIONAL})
     missing = [field for field in _REQUIRED if field not in given]
     if unknown or missing:
-        raise ValueError(
-            f"encoder architecture has unknown fields {unknown} and lacks {missing}; "
-            f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
-        )
+        allowed = f"needed: {', '.join(_REQUIRED)}; optional: {', '.join(_OPTIONAL)}"
+        raise ValueError(f"encoder architecture has unknown fields {unknown} and lacks {missing}; {allowed}")
     for field, rule in _NUMBERS.items():
         if field in given:
             check(f"encoder architecture: {field}", rule, given[field])
@@ -251,19 +198,15 @@ def _described(architecture):
     fields = {"mlp_dim": 4 * given["hidden_size"], **families[family].fields, **given}
     if "no_bias" in fields:
         fields["no_bias"] = tuple(fields["no_bias"])
-    for field, values, allowed in (
-        ("activation", [fields.get("activation", "gelu")], ACTIVATIONS),
-        ("no_bias", fields.get("no_bias", ()), PROJECTIONS),
-    ):
+    activation, no_bias = fields.get("activation", "gelu"), fields.get("no_bias", ())
+    for field, values, allowed in (("activation", [activation], ACTIVATIONS), ("no_bias", no_bias, PROJECTIONS)):
         for value in values:
             if value not in allowed:
                 raise ValueError(f"encoder architecture: {field} {value!r} is unknown; allowed: {', '.join(allowed)}")
-    if fields["hidden_size"] % fields["num_heads"]:
-        raise ValueError(
-            f"encoder architecture: hidden_size {fields['hidden_size']} is not divisible by num_heads "
-            f"{fields['num_heads']}; change one of them"
-        )
-    return f"vit-{fields['hidden_size']}x{fields['depth']}-patch{fields['patch_size']}", families[family], fields
+    width, heads = fields["hidden_size"], fields["num_heads"]
+    if width % heads:
+        raise ValueError(f"encoder architecture: hidden_size {width} is not divisible by num_heads {heads}; change one of them")
+    return f"vit-{width}x{fields['depth']}-patch{fields['patch_size']}", families[family], fields
 
 
 def init_params(encoder: Encoder, key: Array) -> Mapping[str, Any]:
@@ -272,23 +215,15 @@ def init_params(encoder: Encoder, key: Array) -> Mapping[str, Any]:
 
 
 def preprocess(encoder: Encoder, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B S S 3"]:
-    """Normalizes images by the family's statistics and resizes them to the network's image_size.
+    """Returns (images / 255 - mean) / std in float32, resized to the network's image_size.
 
     CLIP's published order is the reverse; the two agree, because the resize keeps constants.
-
-    Returns:
-      float32, (x / 255 - mean) / std.
-
-    Raises:
-      ValueError: if the images are not square uint8 RGB.
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        raise ValueError(
-            f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: uint8 [B, H, H, 3] with "
-            "values 0..255; pass the images before any normalization"
-        )
+        allowed = "uint8 [B, H, H, 3] with values 0..255; pass the images before any normalization"
+        raise ValueError(f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: {allowed}")
     x = images.astype(jnp.float32) / 255
     x = (x - np.asarray(encoder.family.mean, np.float32)) / np.asarray(encoder.family.std, np.float32)
     return resize_bicubic(x, encoder.image_size, encoder.image_size)
@@ -304,13 +239,7 @@ def resize_bicubic(images: Float[Array, "B H W C"], height: int, width: int) -> 
 
 
 def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
-    """Returns the target tokens of images, rows first, T = grid ** 2; no gradient flows through them.
-
-    They are normalized over the positions if the encoder has a `spatial_gamma`.
-
-    Raises:
-      ValueError: if the images are not square uint8 RGB.
-    """
+    """Returns the target tokens of images, rows first, T = grid ** 2; no gradient flows through them."""
     with jax.named_scope("encoder"):
         outputs = encoder.module.apply({"params": unsharded(params)}, preprocess(encoder, images))
         tokens = encoder.family.tokens(outputs)
@@ -320,25 +249,15 @@ def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B 
 
 
 def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: int, num_prefix: int = 1) -> Float[Array, "1 P+T D"]:
-    """Resamples a position embedding for another grid; those of tokens that are no patches are kept.
-
-    Args:
-      pos_embed: the first P = num_prefix of its tokens are no patches; N is a square number, rows first.
-      grid: tokens per side of the result, T = grid ** 2.
-      num_prefix: number of tokens that are no patches.
-
-    Raises:
-      ValueError: if the shape is another one.
+    """Resamples the positions of N patches, rows first, for T = grid ** 2; P = num_prefix tokens before are kept.
 
     Reference: timm `resample_abs_pos_embed` (bicubic, antialiased), called by REPA-E `utils.py` `load_encoders`.
     """
     pos_embed = jnp.asarray(pos_embed, jnp.float32)
     old = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0)) if pos_embed.ndim == 3 else 0
     if not old or pos_embed.shape[:2] != (1, num_prefix + old**2):
-        raise ValueError(
-            f"position embedding has shape {pos_embed.shape}; allowed: [1, {num_prefix} + N, D] with N a square number, "
-            "the class token's first"
-        )
+        allowed = f"[1, {num_prefix} + N, D] with N a square number, the class token's first"
+        raise ValueError(f"position embedding has shape {pos_embed.shape}; allowed: {allowed}")
     if grid == old:
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
@@ -350,12 +269,12 @@ def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: int, num_prefix
 
 def check_grid(encoder: Encoder, token_grid: int) -> None:
     """Raises ValueError unless the encoder's tokens and the SiT's, `token_grid` per side, lie on the same grid."""
-    if encoder.grid != token_grid:
+    grid, patch_size = encoder.grid, encoder.module.patch_size
+    if grid != token_grid:
         raise ValueError(
-            f"encoder {encoder.name!r} gives {encoder.grid} x {encoder.grid} tokens ({encoder.image_size} pixels, "
-            f"patches of {encoder.module.patch_size}), the SiT has {token_grid} x {token_grid}; set the encoder's "
-            f"image_size to {token_grid * encoder.module.patch_size}, or change the SiT's patch_size or the VAE's "
-            "downsampling factor"
+            f"encoder {encoder.name!r} gives {grid} x {grid} tokens ({encoder.image_size} pixels, patches of {patch_size}), "
+            f"the SiT has {token_grid} x {token_grid}; set the encoder's image_size to {token_grid * patch_size}, or change "
+            "the SiT's patch_size or the VAE's downsampling factor"
         )
 
 
@@ -364,14 +283,7 @@ def spatial_normalize(tokens: Float[Array, "B T F"], gamma: float) -> Float[Arra
 
     It keeps the contrast between positions rather than the content of the whole image.
 
-    Args:
-      tokens: an encoder's patch tokens, T >= 2.
-      gamma: share of the mean that is subtracted, 0 to 1; 0.6 by default in the published code.
-
-    Raises:
-      ValueError: for another shape or gamma.
-
-    Reference: iREPA `ldm/utils.py` `spatial_zscore`.
+    Reference: iREPA `ldm/utils.py` `spatial_zscore`, where gamma is 0.6 by default.
     """
     if tokens.ndim != 3 or tokens.shape[1] < 2:
         raise ValueError(f"tokens have shape {tokens.shape}; allowed: [B, T, F] with T >= 2")

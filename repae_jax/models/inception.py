@@ -6,6 +6,7 @@ scores are computed. torchvision's InceptionV3 differs in its poolings and its w
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,22 +19,17 @@ IMAGE_SIZE = 299
 NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
 
+he_normal = nn.initializers.he_normal()  # keeps the activations' size where the weights are random
 max_pool_2 = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
 
 @struct.dataclass
 class InceptionFeatures:
-    """Features that the metrics use, float32.
+    """Features that the metrics use, float32."""
 
-    Attributes:
-      pool: the graph's pool_3, for FID, precision and recall.
-      spatial: the first 7 channels of mixed_6/conv, rows first, for sFID.
-      logits: softmax/logits/MatMul, without the bias, for the inception score.
-    """
-
-    pool: Float[Array, "B 2048"]
-    spatial: Float[Array, "B 2023"]
-    logits: Float[Array, "B 1008"]
+    pool: Float[Array, "B 2048"]  # the graph's pool_3, for FID, precision and recall
+    spatial: Float[Array, "B 2023"]  # the first 7 channels of mixed_6/conv, rows first, for sFID
+    logits: Float[Array, "B 1008"]  # softmax/logits/MatMul, without the bias, for the inception score
 
 
 def resize_tf1(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C"]:
@@ -45,10 +41,8 @@ def resize_tf1(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B si
     of matrix products.
     """
     x = images.astype(jnp.float32)
-    # columns before rows, as TensorFlow does
-    for axis in (2, 1):
+    for axis in (2, 1):  # columns before rows, and float32 positions, as TensorFlow does
         old = x.shape[axis]
-        # TensorFlow's positions, too, are float32
         position = np.arange(size, dtype=np.float32) * (np.float32(old) / np.float32(size))
         low = np.floor(position).astype(np.int32)
         fraction = np.expand_dims(position - low, tuple(range(1, x.ndim - axis)))
@@ -95,12 +89,17 @@ class ConvUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        # he_normal keeps the activations' size where the weights are random
-        x = nn.Conv(
-            self.features, self.kernel, self.strides, self.padding, use_bias=False,
-            kernel_init=nn.initializers.he_normal(), dtype=self.dtype, name="conv",
-        )(x)  # fmt: skip
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name="conv")
+        x = conv(self.features, self.kernel, self.strides, self.padding)(x)
         return nn.relu(FrozenBatchNorm(name="bn")(x)).astype(self.dtype)
+
+
+def conv_branch(x: Float[Array, "B H W C"], dtype: jnp.dtype, name: str, *convs: tuple[Any, ...]) -> Float[Array, "B h w D"]:
+    """Applies units NAME_1, NAME_2, … in turn, each given as (features, kernel) or (features, kernel, strides, padding)."""
+    conv = functools.partial(ConvUnit, dtype=dtype)
+    for number, settings in enumerate(convs, 1):
+        x = conv(*settings, name=f"{name}_{number}")(x)
+    return x
 
 
 def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -119,11 +118,8 @@ class InceptionA(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv = functools.partial(ConvUnit, dtype=self.dtype)
         single = conv(64, (1, 1), name="branch1x1")(x)
-        five = conv(48, (1, 1), name="branch5x5_1")(x)
-        five = conv(64, (5, 5), name="branch5x5_2")(five)
-        double = conv(64, (1, 1), name="branch3x3dbl_1")(x)
-        double = conv(96, (3, 3), name="branch3x3dbl_2")(double)
-        double = conv(96, (3, 3), name="branch3x3dbl_3")(double)
+        five = conv_branch(x, self.dtype, "branch5x5", (48, (1, 1)), (64, (5, 5)))
+        double = conv_branch(x, self.dtype, "branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)))
         pool = conv(self.pool_features, (1, 1), name="branch_pool")(average_pool(x))
         return jnp.concatenate([single, five, double, pool], axis=-1)
 
@@ -135,11 +131,8 @@ class InceptionB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        conv = functools.partial(ConvUnit, dtype=self.dtype)
-        three = conv(384, (3, 3), 2, "VALID", name="branch3x3")(x)
-        double = conv(64, (1, 1), name="branch3x3dbl_1")(x)
-        double = conv(96, (3, 3), name="branch3x3dbl_2")(double)
-        double = conv(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(double)
+        three = ConvUnit(384, (3, 3), 2, "VALID", self.dtype, name="branch3x3")(x)
+        double = conv_branch(x, self.dtype, "branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3), 2, "VALID"))
         return jnp.concatenate([three, double, max_pool_2(x)], axis=-1)
 
 
@@ -153,14 +146,9 @@ class InceptionC(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         conv, width = functools.partial(ConvUnit, dtype=self.dtype), self.width
         single = conv(192, (1, 1), name="branch1x1")(x)
-        seven = conv(width, (1, 1), name="branch7x7_1")(x)
-        seven = conv(width, (1, 7), name="branch7x7_2")(seven)
-        seven = conv(192, (7, 1), name="branch7x7_3")(seven)
-        double = conv(width, (1, 1), name="branch7x7dbl_1")(x)
-        double = conv(width, (7, 1), name="branch7x7dbl_2")(double)
-        double = conv(width, (1, 7), name="branch7x7dbl_3")(double)
-        double = conv(width, (7, 1), name="branch7x7dbl_4")(double)
-        double = conv(192, (1, 7), name="branch7x7dbl_5")(double)
+        seven = conv_branch(x, self.dtype, "branch7x7", (width, (1, 1)), (width, (1, 7)), (192, (7, 1)))
+        convs = (width, (1, 1)), (width, (7, 1)), (width, (1, 7)), (width, (7, 1)), (192, (1, 7))
+        double = conv_branch(x, self.dtype, "branch7x7dbl", *convs)
         pool = conv(192, (1, 1), name="branch_pool")(average_pool(x))
         return jnp.concatenate([single, seven, double, pool], axis=-1)
 
@@ -172,25 +160,16 @@ class InceptionD(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        conv = functools.partial(ConvUnit, dtype=self.dtype)
-        three = conv(192, (1, 1), name="branch3x3_1")(x)
-        three = conv(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
-        seven = conv(192, (1, 1), name="branch7x7x3_1")(x)
-        seven = conv(192, (1, 7), name="branch7x7x3_2")(seven)
-        seven = conv(192, (7, 1), name="branch7x7x3_3")(seven)
-        seven = conv(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
+        three = conv_branch(x, self.dtype, "branch3x3", (192, (1, 1)), (320, (3, 3), 2, "VALID"))
+        convs = (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3), 2, "VALID")
+        seven = conv_branch(x, self.dtype, "branch7x7x3", *convs)
         return jnp.concatenate([three, seven, max_pool_2(x)], axis=-1)
 
 
 class InceptionE(nn.Module):
-    """8 x 8 block with 2048 output channels.
+    """8 x 8 block with 2048 output channels."""
 
-    Attributes:
-      pool: 'average' or 'max'; the graph of 2015 has 'max' in its last block, unlike the paper.
-      dtype: compute dtype.
-    """
-
-    pool: str
+    pool: str  # 'average' or 'max'; the graph of 2015 has 'max' in its last block, unlike the paper
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -199,8 +178,7 @@ class InceptionE(nn.Module):
         single = conv(320, (1, 1), name="branch1x1")(x)
         three = conv(384, (1, 1), name="branch3x3_1")(x)
         threes = [conv(384, (1, 3), name="branch3x3_2a")(three), conv(384, (3, 1), name="branch3x3_2b")(three)]
-        double = conv(448, (1, 1), name="branch3x3dbl_1")(x)
-        double = conv(384, (3, 3), name="branch3x3dbl_2")(double)
+        double = conv_branch(x, self.dtype, "branch3x3dbl", (448, (1, 1)), (384, (3, 3)))
         doubles = [conv(384, (1, 3), name="branch3x3dbl_3a")(double), conv(384, (3, 1), name="branch3x3dbl_3b")(double)]
         pooled = average_pool(x) if self.pool == "average" else nn.max_pool(x, (3, 3), padding="SAME")
         pool = conv(192, (1, 1), name="branch_pool")(pooled)
@@ -220,24 +198,14 @@ class Classifier(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Features of images of any size.
+    """Features of images of any size."""
 
-    Attributes:
-      dtype: compute dtype of convolutions and the last product; batch norms, averages and outputs are float32.
-      prepare: function from images to float32 [B, 299, 299, 3]: `graph_input`, as ADM's evaluator scores samples, or
-        `pytorch_fid_input`, as VAEs' reconstructions are scored.
-    """
-
-    dtype: jnp.dtype = jnp.float32
-    prepare: Callable[[jax.Array], jax.Array] = graph_input
+    dtype: jnp.dtype = jnp.float32  # of convolutions and the last product; batch norms, averages and outputs are float32
+    prepare: Callable[[jax.Array], jax.Array] = graph_input  # for samples; `pytorch_fid_input` for VAEs' reconstructions
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> InceptionFeatures:
-        """Resizes images in [0, 255], float32 or uint8, and extracts their features.
-
-        Raises:
-          ValueError: for another shape or dtype.
-        """
+        """Resizes images in [0, 255], float32 or uint8, and extracts their features."""
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise ValueError(f"images have shape {images.shape}; needed: [B, H, W, 3]")
         if images.dtype not in (jnp.float32, jnp.uint8):

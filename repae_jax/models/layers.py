@@ -42,16 +42,7 @@ def timestep_embedding(t: Float[Array, " B"], dim: int, max_period: float = 10_0
 
 @functools.lru_cache(maxsize=16)
 def sincos_position_embedding(width: int, height_tokens: int, width_tokens: int) -> Float[np.ndarray, "T D"]:
-    """Returns the fixed 2D sin-cos table of MAE and DiT, float32: half of the width encodes the column, half the row.
-
-    Args:
-      width: embedding width D, divisible by 4.
-      height_tokens: rows of the token grid.
-      width_tokens: columns of the token grid.
-
-    Raises:
-      ValueError: if width is not divisible by 4.
-    """
+    """Returns the fixed 2D sin-cos table of MAE and DiT, float32: half of the width encodes the column, half the row."""
     if width % 4:
         raise ValueError(f"2D sin-cos positions need a width divisible by 4, got {width}")
     omega = 1.0 / 10_000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
@@ -111,21 +102,13 @@ class Attention(nn.Module):
 
     One fused matrix, as published, would be split over heads with a relayout per block: 37 ms of a SiT-XL's 191 by the TPU
     compiler's estimate (v5e, 16 images a chip).
-
-    Attributes:
-      num_heads: divides the width.
-      qk_norm: LayerNorm (eps 1e-5, affine) on each head's q and k, as timm does.
-      qkv_init: kernel initializer of q, k, v.
-      no_bias: those of 'query', 'key', 'value', 'out' that have no bias.
-      rotate: position encoding of q and k, [B, T, num_heads, D / num_heads] to the same shape.
-      dtype: compute dtype.
     """
 
-    num_heads: int
-    qk_norm: bool = False
+    num_heads: int  # divides the width
+    qk_norm: bool = False  # LayerNorm (eps 1e-5, affine) on each head's q and k, as timm does
     qkv_init: Initializer = xavier
-    no_bias: Sequence[str] = ()
-    rotate: Callable | None = None
+    no_bias: Sequence[str] = ()  # of 'query', 'key', 'value', 'out'
+    rotate: Callable | None = None  # position encoding of q and k, [B, T, num_heads, D / num_heads] to the same shape
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -138,7 +121,7 @@ class Attention(nn.Module):
         def heads(name):
             return rearrange(dense(name, self.qkv_init)(x), "b t (n d) -> b t n d", n=self.num_heads)
 
-        q, k, v = heads("query"), heads("key"), heads("value")
+        q, k, v = map(heads, ("query", "key", "value"))
         if self.qk_norm:
             q = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="query_norm")(q)
             k = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="key_norm")(k)
@@ -166,20 +149,14 @@ def scan_blocks(
 ) -> nn.Module:
     """Stacks copies of a block as one scanned module, whose parameters carry a leading layer axis.
 
+    Like the block, the stack is called as stack(x, *shared) -> (x, None).
+
     Args:
-      block: its call returns (x, None).
+      block: class of the block, whose attributes are `fields`.
       length: number of layers.
-      name: name of the stack in the parameter tree.
       remat: what the backward pass recomputes: 'none' (nothing), 'dots' (all but matmul results), 'full'.
       unroll: layers per loop iteration; more compile longer and, on CPUs, run faster.
       num_broadcast: number of arguments after x that all layers share.
-      **fields: the block's attributes.
-
-    Returns:
-      A module called as stack(x, *shared) -> (x, None).
-
-    Raises:
-      ValueError: for an unknown remat.
     """
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     if remat not in ("none", *policies):
@@ -187,12 +164,6 @@ def scan_blocks(
     block = nn.map_variables(block, "params", trans_in_fn=unsharded, init=True, mutable=True)
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=policies[remat])
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=length,
-        unroll=min(unroll, length),
-        in_axes=(nn.broadcast,) * num_broadcast,
-    )
-    return scanned(name=name, **fields)
+    scan = functools.partial(nn.scan, variable_axes={"params": 0}, split_rngs={"params": True})
+    stacked = scan(block, length=length, unroll=min(unroll, length), in_axes=(nn.broadcast,) * num_broadcast)
+    return stacked(name=name, **fields)

@@ -28,23 +28,15 @@ def map_distance(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"], weights
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of image pairs.
+    """Perceptual distance of image pairs."""
 
-    Attributes:
-      dtype: compute dtype of the convolutions; normalization and distances are float32.
-    """
-
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of the convolutions; normalization and distances are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"], others: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
-        """Returns the distance of each pair: the sum of five stages' `map_distance`.
+        """Returns the distance of each pair in [-1, 1], of 16 pixels a side or more: the sum of five stages' `map_distance`.
 
         Nothing is kept for a side that needs no gradient, such as real images.
-
-        Args:
-          images: in [-1, 1]; H and W at least 16.
-          others: in [-1, 1].
         """
         x, y = (((side - SHIFT) / SCALE).astype(self.dtype) for side in (images, others))
         distance = jnp.float32(0)

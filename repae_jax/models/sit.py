@@ -17,6 +17,9 @@ from repae_jax.models import layers
 normal_02 = nn.initializers.normal(0.02)
 PROJECTORS = ("mlp", "conv")
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+Latents = Float[Array, "B h w C"]
+Times = Float[Array, " B"]
+Labels = Int[Array, " B"]
 
 
 class TimestepEmbedder(nn.Module):
@@ -47,14 +50,9 @@ class SiTBlock(nn.Module):
         # in float32, so that their gradients are summed over the tokens in float32
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation.astype(jnp.float32), 6, axis=-1)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)
-        attention = layers.Attention(
-            self.num_heads,
-            qk_norm=self.qk_norm,
-            # Xavier's bound of the published code's fused (3D, D) matrix is 1.41 x smaller than that of (D, D)
-            qkv_init=layers.uniform(math.sqrt(6 / (4 * width))),
-            dtype=self.dtype,
-            name="attn",
-        )
+        # Xavier's bound of the published code's fused (3D, D) matrix is 1.41 x smaller than that of (D, D)
+        qkv_init = layers.uniform(math.sqrt(6 / (4 * width)))
+        attention = layers.Attention(self.num_heads, self.qk_norm, qkv_init, dtype=self.dtype, name="attn")
         mlp = layers.Mlp(int(width * self.mlp_ratio), gelu_tanh, dtype=self.dtype, name="mlp")
         x = x + gate_msa[:, None] * attention(layers.modulate(norm()(x), shift_msa, scale_msa))
         x = x + gate_mlp[:, None] * mlp(layers.modulate(norm()(x), shift_mlp, scale_mlp))
@@ -107,13 +105,9 @@ class ConvProjector(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds a table of positions, initially 2D sin-cos, to tokens; the result is float32.
+    """Adds a table of positions, initially 2D sin-cos, to tokens; the result is float32."""
 
-    Attributes:
-      learned: whether gradients reach the table.
-    """
-
-    learned: bool
+    learned: bool  # whether gradients reach the table
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], height: int, width: int) -> Float[Array, "B T D"]:
@@ -130,49 +124,32 @@ class SiT(nn.Module):
     Parameters are float32; `dtype` is the compute dtype of matrix products, with the residual stream, layer norms, softmax and
     embeddings in float32, as they are in the published mixed-precision run.
 
-    Attributes:
-      num_classes: labels are 0..num_classes-1; `null_label` = num_classes stands for "no class".
-      latent_channels: C of the latents.
-      patch_size: latent pixels per token side.
-      hidden_size: D, divisible by num_heads and by 4.
-      depth: number of blocks L.
-      num_heads: attention heads.
-      encoder_depth: blocks before the alignment tap, 1..depth.
-      feature_dims: feature width of each encoder to align with; () builds no projector.
-      projector: 'mlp', REPA's, or 'conv', iREPA's 3x3 convolution, for square grids.
-      projector_dim: hidden width of an 'mlp' projector.
-      mlp_ratio: MLP width / D.
-      qk_norm: normalize queries and keys.
-      learned_sigma: predict 2C channels, as DiT does for its variance; published SiTs have the second half, but leave it
-        unused, and training them needs C channels.
-      learned_positions: train the position table. REPA-E's loop does, because it enables the gradients of all parameters again
-        after its VAE phase; SiT, REPA and training on a frozen VAE keep the sin-cos table.
-      remat: 'none', 'dots' or 'full', see `layers.scan_blocks`.
-      unroll: blocks per iteration of the scanned stacks.
-      dtype: compute dtype.
+    Published SiTs predict 2C channels, too, but leave the second half unused, and training them needs C. REPA-E's loop trains
+    the position table, because it enables the gradients of all parameters again after its VAE phase; SiT, REPA and training on
+    a frozen VAE keep the sin-cos table.
     """
 
     num_classes: int
     latent_channels: int
-    patch_size: int
-    hidden_size: int
+    patch_size: int  # latent pixels per token side
+    hidden_size: int  # D, divisible by num_heads and by 4
     depth: int
     num_heads: int
-    encoder_depth: int
-    feature_dims: tuple[int, ...] = ()
-    projector: str = "mlp"
-    projector_dim: int = 2048
+    encoder_depth: int  # blocks before the alignment tap, 1..depth
+    feature_dims: tuple[int, ...] = ()  # feature width of each encoder to align with; () builds no projector
+    projector: str = "mlp"  # REPA's; or 'conv', iREPA's 3x3 convolution, for square grids
+    projector_dim: int = 2048  # hidden width of an 'mlp' projector
     mlp_ratio: float = 4.0
     qk_norm: bool = False
-    learned_sigma: bool = False
+    learned_sigma: bool = False  # predict 2C channels, as DiT does for its variance
     learned_positions: bool = False
-    remat: str = "none"
-    unroll: int = 1
+    remat: str = "none"  # 'none', 'dots' or 'full', see `layers.scan_blocks`
+    unroll: int = 1  # blocks per iteration of the scanned stacks
     dtype: jnp.dtype = jnp.float32
 
     @property
     def null_label(self) -> int:
-        """Label that stands for "no class"."""
+        """Label that stands for "no class", after those of the classes."""
         return self.num_classes
 
     def setup(self):
@@ -189,10 +166,8 @@ class SiT(nn.Module):
             self.late_blocks = self._stack("late_blocks", self.depth - self.encoder_depth)
         if self.projector not in PROJECTORS:
             raise ValueError(f"projector={self.projector!r} is unknown; allowed: {list(PROJECTORS)}")
-        if self.projector == "conv":
-            self.projectors = [ConvProjector(dim, dtype=self.dtype) for dim in self.feature_dims]
-        else:
-            self.projectors = [Projector(self.projector_dim, dim, dtype=self.dtype) for dim in self.feature_dims]
+        projector = ConvProjector if self.projector == "conv" else functools.partial(Projector, self.projector_dim)
+        self.projectors = [projector(dim, dtype=self.dtype) for dim in self.feature_dims]
         out_channels = (2 if self.learned_sigma else 1) * self.latent_channels
         self.final_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
 
@@ -210,21 +185,16 @@ class SiT(nn.Module):
 
     def _to_tap(self, z_t, t, labels):
         x, c = self._embed(z_t, t, labels)
-        x, _ = self.early_blocks(x, c)
-        return x, c
+        return self.early_blocks(x, c)[0], c
 
     def _project(self, tokens):
         return tuple(projector(tokens).astype(jnp.float32) for projector in self.projectors)
 
-    def tap_tokens(
-        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
-    ) -> Float[Array, "B T D"]:
+    def tap_tokens(self, z_t: Latents, t: Times, labels: Labels) -> Float[Array, "B T D"]:
         """Returns the hidden states after block `encoder_depth`. Arguments as in `__call__`."""
         return self._to_tap(z_t, t, labels)[0]
 
-    def mean_tokens(
-        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
-    ) -> Float[Array, "depth B D"]:
+    def mean_tokens(self, z_t: Latents, t: Times, labels: Labels) -> Float[Array, "depth B D"]:
         """Returns the hidden states after every block, averaged over the tokens, float32. Arguments as in `__call__`."""
         x, c = self._embed(z_t, t, labels)
         block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.dtype, parent=None)
@@ -239,25 +209,15 @@ class SiT(nn.Module):
             means.append(stack_means)
         return jnp.concatenate(means)
 
-    def align(
-        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B T F"], ...]:
+    def align(self, z_t: Latents, t: Times, labels: Labels) -> tuple[Float[Array, "B T F"], ...]:
         """Returns the projections of `__call__`; computes nothing past the tap and needs no `late_blocks`."""
         return self._project(self.tap_tokens(z_t, t, labels))
 
-    def __call__(
-        self, z_t: Float[Array, "B h w C"], t: Float[Array, " B"], labels: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B h w C"], tuple[Float[Array, "B T F"], ...]]:
-        """Predicts the velocity and projects the hidden states at the tap.
+    def __call__(self, z_t: Latents, t: Times, labels: Labels) -> tuple[Latents, tuple[Float[Array, "B T F"], ...]]:
+        """Returns the float32 velocity of noisy normalized latents, and the projections at the tap, one for each encoder.
 
-        Args:
-          z_t: noisy normalized latents.
-          t: in [0, 1]; 0 is data, 1 is noise. A DiT's: 0..999.
-          labels: 0..num_classes (num_classes = null).
-
-        Returns:
-          The float32 velocity, with 2C channels if learned_sigma, the velocity or DiT's noise first; and one float32 projection
-          per encoder.
+        Time 0 is data, 1 is noise; a DiT has 0..999. If learned_sigma, the velocity, or DiT's noise, is the first half of 2C
+        channels.
         """
         x, c = self._to_tap(z_t, t, labels)
         projections = self._project(x)

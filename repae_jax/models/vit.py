@@ -50,17 +50,8 @@ class LayerScale(nn.Module):
 def axial_rotation(rows: int, columns: int, head_dim: int, theta: float) -> Float[np.ndarray, "N d/2"]:
     """Returns the angles of DINOv3's rotary positions, float32.
 
-    They are a patch center's row and column, each in [-1, 1], times head_dim / 4 frequencies; the rows' angles come first, and
-    channels i and i + head_dim / 2 form one plane.
-
-    Args:
-      rows: rows of the token grid, N = rows * columns.
-      columns: columns of the token grid.
-      head_dim: channels d of an attention head, divisible by 4.
-      theta: frequency f is 2 pi / theta ** (4 f / head_dim).
-
-    Raises:
-      ValueError: if head_dim is not divisible by 4.
+    They are a patch center's row and column, each in [-1, 1], times head_dim / 4 frequencies, 2 pi / theta ** (4 f / head_dim);
+    the rows' angles come first, and channels i and i + head_dim / 2 form one plane. ValueError if 4 does not divide head_dim.
     """
     if head_dim % 4:
         raise ValueError(f"rotary positions need attention heads of a width divisible by 4, got {head_dim}")
@@ -109,53 +100,30 @@ class ViTBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer; the defaults are DINOv2's. Tokens are class tokens, registers, patches, in this order.
-
-    Attributes:
-      patch_size: pixels per token side.
-      hidden_size: D, the feature width.
-      depth: blocks.
-      num_heads: attention heads.
-      mlp_dim: hidden width of the MLPs.
-      grid: rows and columns of patches; images must be grid * patch_size pixels.
-      activation: activation of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one.
-      num_class_tokens: 1, or 0 for encoders without one.
-      num_registers: register tokens, without positions.
-      rope_theta: base of the periods of rotary positions, which replace the learned table; None is the table.
-      layer_scale: each residual branch has a learned factor per channel.
-      pre_norm: a layer norm precedes the first block.
-      final_norm: a layer norm follows the last block.
-      no_bias: the PROJECTIONS without a bias.
-      norm_eps: layer-norm epsilon.
-      dtype: compute dtype of matrix products; parameters, residual stream and norms are float32.
-    """
+    """Vision transformer; the defaults are DINOv2's. Tokens are class tokens, registers, patches, in this order."""
 
     patch_size: int
     hidden_size: int
     depth: int
     num_heads: int
     mlp_dim: int
-    grid: Sequence[int]
-    activation: str = "gelu"
-    num_class_tokens: int = 1
-    num_registers: int = 0
-    rope_theta: float | None = None
-    layer_scale: bool = True
-    pre_norm: bool = False
-    final_norm: bool = True
-    no_bias: Sequence[str] = ()
+    grid: Sequence[int]  # rows and columns of patches
+    activation: str = "gelu"  # of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one
+    num_class_tokens: int = 1  # or 0
+    num_registers: int = 0  # tokens without positions
+    rope_theta: float | None = None  # base of the periods of rotary positions; None is a learned table
+    layer_scale: bool = True  # a learned factor per channel of each residual branch
+    pre_norm: bool = False  # before the first block
+    final_norm: bool = True  # after the last block
+    no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
     norm_eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:
         """Returns float32 class tokens and patch tokens (rows first), after the final layer norm if there is one.
 
-        Args:
-          images: grid * patch_size pixels, normalized as in the encoder's training.
-
-        Raises:
-          ValueError: if the images do not fill the grid.
+        The images are normalized as in the encoder's training; ValueError unless they have grid * patch_size pixels.
         """
         rows, columns = self.grid
         expected = (rows * self.patch_size, columns * self.patch_size)
@@ -183,11 +151,9 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([cls, tokens("register_tokens", self.num_registers), patches], axis=1)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        block = layers.scan_blocks(
-            ViTBlock, self.depth, name="blocks", num_heads=self.num_heads, mlp_dim=self.mlp_dim, activation=self.activation,
-            layer_scale=self.layer_scale, no_bias=self.no_bias, rotate=rotate, norm_eps=self.norm_eps, dtype=self.dtype,
-        )  # fmt: skip
-        x, _ = block(x)
+        shared = ("num_heads", "mlp_dim", "activation", "layer_scale", "no_bias", "norm_eps", "dtype")
+        fields = {name: getattr(self, name) for name in shared}
+        x, _ = layers.scan_blocks(ViTBlock, self.depth, name="blocks", rotate=rotate, **fields)(x)
         if self.final_norm:
             x = norm(name="norm")(x)
         return x[:, : self.num_class_tokens], x[:, self.num_class_tokens + self.num_registers :]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from repae_jax.diffusion import guidance, latent_norm
 from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
@@ -21,24 +21,15 @@ class SamplesNotFinite(ValueError):
 def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int], sampling: Sampling) -> Callable:
     """Returns the sampling function, to be jitted. It runs in float32, as published, whatever the compute dtype of training.
 
-    Args:
-      nets: Nets.
-      objective: the objective that the SiT was trained with.
-      latent_shape: (h, w, C).
-      sampling: settings of the sampler.
-
     Returns:
       (params, labels int [B], ids int [B], key) -> (uint8 images [B, H, W, 3], bool [B]: which had only finite values before
       they became pixels). `params` is {'sit': …, 'vae': …, 'latent_stats': ChannelStats}: the averaged SiT and statistics, and
       the VAE. Image i depends on (key, ids[i], labels[i]) alone, not on the batch it is in.
-
-    Raises:
-      ValueError: if the sampler does not fit the objective.
     """
     check_sampler(sampling, objective)
     sit, vae, sampler = nets.sit.clone(dtype=jnp.float32), nets.vae.clone(dtype=jnp.float32), SAMPLERS[sampling.sampler]
 
-    def sample_latents(params: Mapping[str, Any], labels: Int[Array, " B"], noise_fn: Callable) -> Float[Array, "B h w C"]:
+    def sample_latents(params, labels, noise_fn):
         def conditional(z_t, t, y):
             return sit.apply({"params": unsharded(params["sit"])}, z_t, t, y)[0]
 
@@ -57,9 +48,7 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
 
     # float32 means float32 on every platform: at least three bfloat16 passes on TPUs, TF32 on GPUs as published
     @jax.default_matmul_precision("high")
-    def generate(
-        params: Mapping[str, Any], labels: Int[Array, " B"], ids: Int[Array, " B"], key: Array
-    ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, " B"]]:
+    def generate(params, labels, ids, key):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
 
         def noise_fn(index):
@@ -73,30 +62,22 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
 
 
 def in_batches(
-    run: Callable,
-    params: Mapping[str, Any],
-    labels: Int[np.ndarray, " N"],
-    batch_size: int,
-    key: Array,
-    put: Callable,
+    run: Callable, params: Mapping[str, Any], labels: Int[np.ndarray, " N"], batch_size: int, key: Array, put: Callable,
     skip: Collection[int] = (),
-) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
-    """Samples any number of images, batch by batch.
+) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:  # fmt: skip
+    """Samples any number of images; SamplesNotFinite for one that is not finite.
 
     Args:
       run: result of `make_generate`, jitted.
       params: its first argument.
       labels: the ids are 0..N - 1.
       batch_size: images at a time; a multiple of the devices.
-      key: random key of the noise.
+      key: for the noise.
       put: places an array with one entry per image on the devices.
       skip: indices of batches to leave out.
 
     Yields:
       (index of the batch, its images); the last batch is shorter if batch_size does not divide N.
-
-    Raises:
-      SamplesNotFinite: for a sample that is not finite.
     """
     for index, first in enumerate(range(0, len(labels), batch_size)):
         if index in skip:
@@ -105,10 +86,9 @@ def in_batches(
         images, finite = run(params, put(labels[np.minimum(ids, len(labels) - 1)]), put(ids), key)
         broken = ids[~np.asarray(finite)]
         if len(broken):
-            raise SamplesNotFinite(
-                f"{len(broken)} of {batch_size} samples are not finite, first number {broken[0]}: the weights are damaged, or "
-                "their training has diverged; take an earlier step"
-            )
+            found = f"{len(broken)} of {batch_size} samples are not finite, first number {broken[0]}"
+            cause = "the weights are damaged, or their training has diverged; take an earlier step"
+            raise SamplesNotFinite(f"{found}: {cause}")
         yield index, np.asarray(images)[: len(labels) - first]
 
 

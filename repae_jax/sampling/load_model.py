@@ -16,9 +16,7 @@ from etils import epath
 from checkpoints_tools import convert, identify, locate, published
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.sit import check_time
-from repae_jax.diffusion.ddpm import NoiseObjective
-from repae_jax.diffusion.interpolant import VelocityObjective
-from repae_jax.diffusion.samplers import SAMPLERS, Sampling
+from repae_jax.diffusion.samplers import SAMPLERS, NoiseObjective, Sampling, VelocityObjective
 from repae_jax.distributed import sharding
 from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models.autoencoder import AutoencoderKL
@@ -44,12 +42,9 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | PathLike,
-    step: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    vae_path: str | PathLike | None = None,
-    sampler: str | None = None,
-) -> LoadedModel:
+    path: str | PathLike, step: int | None = None, devices: Sequence[jax.Device] | None = None,
+    vae_path: str | PathLike | None = None, sampler: str | None = None,
+) -> LoadedModel:  # fmt: skip
     """Loads a training run, of ours or of the published code, to sample from.
 
     Args:
@@ -60,10 +55,6 @@ def load_model(
         config.init.vae is not the place of it any more.
       sampler: name of the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain
         SiT's.
-
-    Raises:
-      FileNotFoundError, ValueError: if there is no such checkpoint, it is damaged, or there is no SiT in it; or its VAE is not
-        there or is another.
     """
     devices = jax.devices() if devices is None else devices
     is_file = str(path).endswith((".pt", ".safetensors"))
@@ -97,16 +88,10 @@ def _load_run(workdir, step, devices, vae_path):
     restored, step = checkpoint.restore_subset(workdir, subset, step)
     vae_params = frozen_vae if job.frozen_vae else restored["vae"]["params"]
     return LoadedModel(
-        nets=job.nets,
+        nets=job.nets, latent_shape=job.latent_shape, objective=job.recipe.objective, sampling=job.sampling, mesh=job.mesh,
         params={"sit": restored["ema"].params, "vae": vae_params, "latent_stats": restored["ema"].latent_stats},
-        latent_shape=job.latent_shape,
-        objective=job.recipe.objective,
-        num_classes=config["data"]["num_classes"],
-        sampling=job.sampling,
-        mesh=job.mesh,
-        ema_decay=config["ema_decay"],
-        step=step,
-    )
+        num_classes=config["data"]["num_classes"], ema_decay=config["ema_decay"], step=step,
+    )  # fmt: skip
 
 
 def _load_frozen_vae(job, workdir, step):
@@ -115,15 +100,12 @@ def _load_frozen_vae(job, workdir, step):
     try:
         params = frozen_weights.load_frozen_vae(job)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})"
-        ) from error
+        missing = f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})"
+        raise FileNotFoundError(missing) from error
     before, now = checkpoint.read_data_state(workdir, step)["inputs"]["frozen_vae"], checkpoint.fingerprint(params)
     if before != now:
-        raise ValueError(
-            f"the run in {workdir} was trained on the frozen VAE {before}, not on {path}, which is {now} (fingerprints of the "
-            "weights): give the right one as --vae"
-        )
+        trained = f"the run in {workdir} was trained on the frozen VAE {before}, not on {path}, which is {now}"
+        raise ValueError(f"{trained} (fingerprints of the weights): give the right one as --vae")
     return params
 
 
@@ -141,30 +123,24 @@ def _load_published(path, step, devices, vae_path, sampler):
     vae, vae_params, vae_stats = _published_vae(weights, vae_path)
     latent_stats = sit.variables.get("latent_stats") or vae_stats
     if latent_stats is None:
-        raise ValueError(
-            f"{source} has no latent batch norm, as REPA and DiT have none: give --vae as diffusers' folder, whose config.json "
-            "tells the statistics of its latents"
-        )
+        remedy = "give --vae as diffusers' folder, whose config.json tells the statistics of its latents"
+        raise ValueError(f"{source} has no latent batch norm, as REPA and DiT have none: {remedy}")
     if vae.latent_channels != sit.module.latent_channels:
         raise ValueError(f"the VAE has {vae.latent_channels} latent channels, the SiT of {source} {sit.module.latent_channels}")
     mesh = sharding.make_mesh(1, devices)
     params = {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": ChannelStats(**latent_stats)}
     side = sit.grid * sit.module.patch_size
     return LoadedModel(
-        nets=Nets(vae=vae, sit=sit.module, disc=None, lpips=None),
-        params=jax.device_put(params, sharding.replicated(mesh)),
-        latent_shape=(side, side, vae.latent_channels),
+        nets=Nets(vae=vae, sit=sit.module, disc=None, lpips=None), latent_shape=(side, side, vae.latent_channels), mesh=mesh,
         objective=NoiseObjective() if is_dit else VelocityObjective(args.get("path_type", "linear")),
-        num_classes=sit.module.num_classes,
         sampling=Sampling(sampler="ancestral") if is_dit else Sampling(),
-        mesh=mesh,
-        ema_decay=None,
-        step=weights.steps,
-    )
+        params=jax.device_put(params, sharding.replicated(mesh)),
+        num_classes=sit.module.num_classes, ema_decay=None, step=weights.steps,
+    )  # fmt: skip
 
 
 def _published_vae(weights, vae_path):
-    """(module, parameters, latent statistics or None) of the VAE in a published checkpoint or, if it holds none, of a file."""
+    """Returns (module, parameters, latent statistics or None) of the VAE in the weights or, if they hold none, of a file."""
     source = weights.source
     if "vae" in weights.networks:
         if vae_path:
@@ -191,12 +167,7 @@ class LoadedTokenizer:
 def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer:
     """Loads the VAE of a run, trained or frozen, of a published training checkpoint, or from a file or folder of its own.
 
-    Args:
-      source: folder of a run, or what `checkpoints_tools.identify.identify` takes.
-      step: checkpoint of a run; default the newest.
-
-    Raises:
-      FileNotFoundError, ValueError: if there is no such thing, it is damaged, or there is no VAE in it.
+    The source is a run's folder, of which the newest checkpoint is the default, or what `identify.identify` takes.
     """
     artefact = identify.identify(source, step)
     if artefact.kind == "vae":
