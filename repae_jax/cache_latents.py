@@ -32,13 +32,9 @@ NOTES = ("vae", "images")  # settings that may differ when a cache is continued:
 
 
 class Latents(shard_writer.RecordMaker):
-    """Encodes images by a VAE; records hold the posteriors.
+    """Encodes images by a VAE; records hold the posteriors, of shape `latents.record_shape`.
 
-    Args:
-      image_size: side of the images in pixels.
-      encode: uint8 `[block_size, H, W, 3]` -> float32 `[block_size, *shape]`; an image's posterior must not depend on others.
-      block_size: images in a call of `encode`.
-      shape: shape of a record, see `latents.record_shape`.
+    `encode` is uint8 `[block_size, H, W, 3]` -> float32 `[block_size, *shape]`; an image's posterior must not depend on others.
     """
 
     format = latents.FORMAT
@@ -92,22 +88,15 @@ def _merge(sums):
     count = sum(part["count"] for part in sums)
     if not count:
         raise RuntimeError("no image could be decoded: there are no latents")
-    mean, square, variance = (
-        np.sum([part[name] for part in sums], axis=0) / count for name in ("mean", "mean_squared", "variance")
-    )
+    names = ("mean", "mean_squared", "variance")
+    mean, square, variance = (np.sum([part[name] for part in sums], axis=0) / count for name in names)
     return {"mean": mean.tolist(), "var": (variance + square - mean**2).tolist()}
 
 
 def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
-    """Returns a function for Latents that encodes as training does.
+    """Returns a function for Latents that encodes as training does, `params` being those of the job's VAE.
 
-    Args:
-      job: Job.
-      params: parameters of its VAE, on its mesh.
-      flips: whether to encode the mirrored images, too.
-
-    Returns:
-      uint8 `[b, H, W, 3]` -> float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
+    It maps uint8 `[b, H, W, 3]` to float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
     """
 
     @jax.jit
@@ -155,10 +144,6 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
 
     Returns:
       Number of shards that this process made; None if SIGTERM or Ctrl-C ended the work early.
-
-    Raises:
-      ValueError, FileNotFoundError: for anything wrong with config, weights or folder.
-      RuntimeError, OSError: see `ShardWriter.run`.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
@@ -207,17 +192,12 @@ def summary(folder: str | Path) -> str:
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.ConfigParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=cli.path, required=True,
-        help="folder of the cache, on a disk that all processes share; continued if it exists",
-    )  # fmt: skip
-    parser.add_argument("--flips", action="store_true", help="encode the mirrored images, too, for training with random flips")
-    parser.add_argument(
-        "--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all"
-    )
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    place = "folder of the cache, on a disk that all processes share; continued if it exists"
+    add("--out", type=cli.path, required=True, help=place)
+    add("--flips", action="store_true", help="encode the mirrored images, too, for training with random flips")
+    add("--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
     cli.add_processes(parser)
     return parser.parse_args(argv)
 

@@ -39,17 +39,11 @@ def decode(content: bytes, encoding: str, size: int) -> UInt8[np.ndarray, "size 
 class PreparedImages(shards.Shards):
     """Random access to prepared images; record i is image i of the source that they were made from.
 
-    Attributes:
-      path: the folder, or its address in a bucket.
-      image_size: side in pixels; must be that of the prepared images.
-
-    Raises:
-      ValueError: from the constructor, if the folder is unfinished, damaged, of another version or image size.
+    The constructor raises ValueError if the folder is unfinished, damaged, of another version or image size.
     """
 
-    path: str | os.PathLike
-    image_size: int
-
+    path: str | os.PathLike  # folder, or its address in a bucket
+    image_size: int  # side in pixels, that of the prepared images
     reads_addresses = True
 
     def __post_init__(self):
@@ -62,11 +56,7 @@ class PreparedImages(shards.Shards):
             )
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          ValueError: if the image could not be decoded when it was prepared, or the record is damaged.
-        """
+        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`; for errors see `content`."""
         content = self.content(i)
         try:
             pixels = decode(content, self.manifest["encoding"], self.image_size)

@@ -27,11 +27,7 @@ class BeyondTheEndError(ValueError):
 
 
 def read(address: str, first: int | None = None, end: int | None = None) -> bytes | None:
-    """Returns the bytes first..end-1 of an object, or all of it; None if there is no such object.
-
-    Args:
-      address: gs://BUCKET/NAME.
-      first, end: byte range; without both, the whole object is read.
+    """Returns the bytes first..end-1 of the object gs://BUCKET/NAME, or all without both; None if there is no such object.
 
     Raises:
       BeyondTheEndError: if the object ends before `end`.
@@ -60,11 +56,8 @@ def _reason(error):
 
 
 def _unreadable(address, reason):
-    return OSError(
-        errno.EIO,
-        f"{address} cannot be read ({reason}); check the address, the network and your permission (`gcloud auth "
-        "application-default login`)",
-    )
+    advice = "check the address, the network and your permission (`gcloud auth application-default login`)"
+    return OSError(errno.EIO, f"{address} cannot be read ({reason}); {advice}")
 
 
 @functools.cache

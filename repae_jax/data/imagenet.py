@@ -35,11 +35,9 @@ class ImagenetSource(EncodedImages):
     unless every host has its own already.
 
     Attributes:
-      image_size: side of the images in pixels.
       split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
       data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      dataset: name of a data set with the features `image` and `label`, with its version if it is not the newest:
-        'imagenet2012:5.1.0'.
+      dataset: with the features `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'.
       labels_file: .npy for the labels; '' for a file beside the images.
 
     Raises:
@@ -110,10 +108,8 @@ class ImagenetSource(EncodedImages):
                 raise
             raise ValueError(f"{file} cannot be read ({error}): remove it, and the labels are read again") from error
         if labels.shape != (count,) or labels.dtype != np.int32:
-            raise ValueError(
-                f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images: remove it, and "
-                "they are read again"
-            )
+            found = f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images"
+            raise ValueError(f"{found}: remove it, and they are read again")
         return labels
 
     def _wait_for(self, file):
@@ -128,9 +124,8 @@ class ImagenetSource(EncodedImages):
         try:
             tempfile.TemporaryFile(dir=file.parent).close()  # before the labels are read, which takes long
         except OSError as error:
-            raise ValueError(
-                f"the labels cannot be kept in {file} ({error}); set labels_file to a file that can be written"
-            ) from error
+            advice = "set labels_file to a file that can be written"
+            raise ValueError(f"the labels cannot be kept in {file} ({error}); {advice}") from error
         labels = np.empty(len(self._opened), np.int32)
 
         def read(first):
@@ -139,10 +134,8 @@ class ImagenetSource(EncodedImages):
                 labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
             return len(records)
 
-        with (
-            ThreadPoolExecutor(_READ_THREADS) as pool,
-            tqdm(total=len(labels), unit="img", desc="reading labels, once") as bar,
-        ):
+        bar = tqdm(total=len(labels), unit="img", desc="reading labels, once")
+        with ThreadPoolExecutor(_READ_THREADS) as pool, bar:
             for count in pool.map(read, range(0, len(labels), _CHUNK)):
                 bar.update(count)
 
@@ -162,10 +155,8 @@ def _open(dataset, split, data_dir):
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"TFDS' data sets are read by tensorflow_datasets, which cannot be imported ({error}): pip install "
-            "tensorflow-datasets"
-        ) from error
+        needed = f"TFDS' data sets are read by tensorflow_datasets, which cannot be imported ({error})"
+        raise ImportError(f"{needed}: pip install tensorflow-datasets") from error
     folder = str(Path(data_dir).expanduser()) if data_dir else None
     where = f"in {data_dir!r}" if data_dir else "where TFDS looks; set data_dir to the folder of TFDS' data sets"
     try:
@@ -179,10 +170,8 @@ def _open(dataset, split, data_dir):
             ) from error
         raise ValueError(f"dataset {dataset!r} cannot be opened {where} ({message})") from error
     if not builder.is_prepared():
-        raise ValueError(
-            f"{dataset!r} is not prepared as ArrayRecords {where}. To do so, with the folder of its archives: "
-            + _build(dataset, folder)
-        )
+        to_do = f"To do so, with the folder of its archives: {_build(dataset, folder)}"
+        raise ValueError(f"{dataset!r} is not prepared as ArrayRecords {where}. {to_do}")
     info = builder.info
     _allow_open_files(sum(part.num_shards for part in info.splits.values()))
     try:
@@ -207,7 +196,6 @@ def _allow_open_files(shards):
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
-            f"the {shards} shards need {needed} open files, this machine allows {hard}: raise its limit (ulimit -Hn)"
-        )
+        limit = f"the {shards} shards need {needed} open files, this machine allows {hard}"
+        raise ValueError(f"{limit}: raise its limit (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

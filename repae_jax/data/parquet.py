@@ -28,29 +28,21 @@ _MAX_GROUP_BYTES = 2**31 - 1  # size of a row group's images: pyarrow's offsets 
 class ParquetSource(EncodedImages):
     """Random access to the images in parquet files, center-cropped as they are read. Worker processes open them for themselves.
 
-    The records are in the order of the files' names, and of the rows.
-
-    Attributes:
-      path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth,
-        but all of one split in one folder.
-      image_size: side of the images in pixels.
-      split: 'train', 'validation' or another that the files are named by.
-      image_column: column of encoded images: bytes, or a struct with a field `bytes`.
-      label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
+    The records are in the order of the files' names, and of the rows. `path` is a folder with the files SPLIT-*.parquet or
+    SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth, but all of one split in one folder.
 
     Raises:
       ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in
         several folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out
         of range.
-      OSError: if the disk fails.
       ImportError: without pyarrow.
     """
 
     path: str | os.PathLike
     image_size: int
     split: str = "train"
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = "image"  # encoded images: bytes, or a struct with a field `bytes`
+    label_column: str = "label"  # whole numbers; '' if classes do not matter: all images have label 0
 
     def __post_init__(self):
         check_image_size(self.image_size)
@@ -59,10 +51,8 @@ class ParquetSource(EncodedImages):
         paths = [self._root / file for file in self._files]
         # footers are read from files that are closed again: a data set may have more files than may be open
         footers = [_read_whole(path, lambda opened: opened.metadata) for path in paths]
-        columns = [
-            _check_columns(path, footer.schema.to_arrow_schema(), self.image_column, self.label_column)
-            for path, footer in zip(paths, footers)
-        ]
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
+        columns = [_check_columns(path, schema, self.image_column, self.label_column) for path, schema in zip(paths, schemas)]
         for path, footer, columns_of_file in zip(paths, footers, columns):
             _check_alike(paths[0], columns[0], path, columns_of_file)
             _check_groups(path, footer, columns_of_file[0])
@@ -104,7 +94,7 @@ class ParquetSource(EncodedImages):
     def _read_group(self, number):
         """Returns the encoded images of a row group: a pyarrow array."""
         file_number, group = self._groups[number]
-        with _open(self._root / self._files[file_number]) as file:
+        with _pyarrow().parquet.ParquetFile(self._root / self._files[file_number]) as file:
             table = file.read_row_group(group, columns=[self._image_leaf])
         column = table.column(0).combine_chunks()
         return column.field("bytes") if self._image_leaf.endswith(".bytes") else column
@@ -136,7 +126,7 @@ def _read_whole(file, read):
     pyarrow = _pyarrow()
 
     def opened():
-        with _open(file) as parquet:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
             return read(parquet)
 
     try:
@@ -145,11 +135,6 @@ def _read_whole(file, read):
         if faults.is_of_the_system(error):
             raise
         raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
-
-
-def _open(file):
-    """Returns a pyarrow.parquet.ParquetFile, to be closed."""
-    return _pyarrow().parquet.ParquetFile(file)
 
 
 def _list_files(root, split):
@@ -186,15 +171,12 @@ def _check_numbers(folder, split, names):
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
     repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
     if repeated:
-        raise ValueError(
-            f"file {repeated[0]} of split {split!r} is in {str(folder)!r} more than once: keep those of one download"
-        )
+        where = f"file {repeated[0]} of split {split!r} is in {str(folder)!r}"
+        raise ValueError(f"{where} more than once: keep those of one download")
     missing = sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers})
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {totals[0]} files of split {split!r} are missing in {str(folder)!r}, first number "
-            f"{missing[0]}; download them"
-        )
+        count = f"{len(missing)} of {totals[0]} files of split {split!r}"
+        raise ValueError(f"{count} are missing in {str(folder)!r}, first number {missing[0]}; download them")
 
 
 def _split_of(file):
@@ -217,10 +199,13 @@ def _check_columns(path, schema, image_column, label_column):
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         column, kind = f"{image_column}.bytes", kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise ValueError(
-            f"column {image_column!r} of {path} is of type {kind}; allowed: bytes, or a struct with a field 'bytes'"
-        )
-    return column, _class_names(schema, label_column)
+        allowed = "bytes, or a struct with a field 'bytes'"
+        raise ValueError(f"column {image_column!r} of {path} is of type {kind}; allowed: {allowed}")
+    try:  # as Hugging Face's datasets writes them
+        class_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label_column]["names"]
+    except (TypeError, KeyError, ValueError):
+        class_names = None
+    return column, class_names
 
 
 def _check_alike(first, expected, path, columns):
@@ -247,12 +232,3 @@ def _check_groups(path, footer, column):
                     f"{_MAX_GROUP_BYTES / 2**30:g}, for a group is read as a whole: write the file anew with smaller ones "
                     "(row_group_size=100 in pyarrow.parquet.write_table)"
                 )
-
-
-def _class_names(schema, label_column):
-    """Returns the class names in a file's metadata, as Hugging Face's datasets writes them; None without."""
-    try:
-        info = json.loads(schema.metadata[b"huggingface"])
-        return info["info"]["features"][label_column]["names"]
-    except (TypeError, KeyError, ValueError):
-        return None
