@@ -60,10 +60,8 @@ class Latents(shard_writer.RecordMaker):
         """Returns records, and the sums for the statistics; raises RuntimeError if latents are not finite."""
         bad = [j for j in np.flatnonzero(good).tolist() if not np.isfinite(encoded[j]).all()]
         if bad:
-            raise RuntimeError(
-                f"latents of {len(bad)} images are not finite, first {', '.join(map(name, bad[:5]))}; check config.init.vae, "
-                "or use config.precision.compute='float32'"
-            )
+            advice = "check config.init.vae, or use config.precision.compute='float32'"
+            raise RuntimeError(f"latents of {len(bad)} images are not finite, first {', '.join(map(name, bad[:5]))}; {advice}")
         sums = _sums([record for record, is_good in zip(encoded, good) if is_good], encoded[0].shape[-1] // 2)
         return (record.astype("<f4").tobytes() for record in encoded), {"sums": sums}
 
@@ -114,15 +112,12 @@ def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
 
 def _settings(job, params, flips):
     """Returns the settings that identify a cache, besides its images and shards, and NOTES."""
-    section = job.config["data"]
+    config, section = job.config, job.config["data"]
     return {
-        "latent_shape": list(job.latent_shape),
-        "flips": flips,
-        "precision": job.config["precision"]["compute"],
-        "fingerprint": fingerprint(params),
-        "vae": job.config["init"]["vae"],
+        "latent_shape": list(job.latent_shape), "flips": flips, "precision": config["precision"]["compute"],
+        "fingerprint": fingerprint(params), "vae": config["init"]["vae"],
         "images": {"source": section["source"], "options": data.given(section["options"])},
-    }
+    }  # fmt: skip
 
 
 def _local(config):
@@ -152,28 +147,22 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
     multihost.assert_same_config({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
     with stopping.stop_signal() as stopped:
         config = _local(config)
+        section = config["data"]
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:
-            raise ValueError(
-                f"config.job={config['job']!r} trains its VAE, whose latents change: only those of a frozen VAE can be cached"
-            )
+            trains = f"config.job={config['job']!r} trains its VAE, whose latents change"
+            raise ValueError(f"{trains}: only those of a frozen VAE can be cached")
         source = training_data.make_images(config)
         folder = Path(prepare_workdir(out))
         multihost.check_shared(folder)
         params = frozen_weights.load_frozen(job)["vae"]
         shape = latents.record_shape(job.latent_shape, flips)
+        maker = Latents(source.image_size, make_encode(job, params, flips), section["batch_size"], shape)
         writer = shard_writer.ShardWriter(
-            folder,
-            source,
-            Latents(source.image_size, make_encode(job, params, flips), config["data"]["batch_size"], shape),
-            _settings(job, params, flips),
-            shard_size=shard_size,
-            notes=NOTES,
-            workers=config["data"]["workers"],
-            max_bad_fraction=config["data"]["max_bad_fraction"],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+            folder, source, maker, _settings(job, params, flips), shard_size=shard_size, notes=NOTES,
+            workers=section["workers"], max_bad_fraction=section["max_bad_fraction"],
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
         return writer.run(stopped)
 
 
@@ -206,10 +195,7 @@ def parse_args(argv=None):
 def main(args):
     """Entry point."""
     made = cache_latents(args.config, args.out, args.flips, args.shard_size)
-    if made is None:
-        print("asked to stop: what is finished is kept; run the same command to continue")
-    elif jax.process_index() == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+    shard_writer.print_outcome(made, jax.process_index(), lambda: summary(args.out))
 
 
 if __name__ == "__main__":

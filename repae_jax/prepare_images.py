@@ -19,7 +19,6 @@ from repae_jax.distributed import stopping
 
 SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
-_BLOCK_SIZE = 64
 _COMPRESSION = {"raw": 1.0, "png": 0.5, "webp": 0.4}  # approximate, for photographs
 
 
@@ -27,7 +26,7 @@ class _Images(shard_writer.RecordMaker):
     """Encodes images in the workers; there is nothing left to do in the main process."""
 
     format = array_record.FORMAT
-    block_size = _BLOCK_SIZE
+    block_size = 64
     missing = b""
 
     def __init__(self, image_size, encoding):
@@ -106,11 +105,7 @@ def summary(folder: str | Path) -> str:
 @cli.command(parse_args)
 def main(args):
     """Entry point."""
-    made = run(args)
-    if made is None:
-        print("asked to stop: what is finished is kept; run the same command to continue")
-    elif args.process_index == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+    shard_writer.print_outcome(run(args), args.process_index, lambda: summary(args.out))
 
 
 if __name__ == "__main__":

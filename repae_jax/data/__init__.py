@@ -70,10 +70,8 @@ def make_source(source: str, image_size: int, **fields):
         raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(options)}")
     missing = [name for name, option in options.items() if option.default is option.empty and fields.get(name, "") == ""]
     if missing:
-        raise ValueError(
-            f"source {source!r} needs the argument {', '.join(missing)}: set config.data.options.{missing[0]}, or where a "
-            f"command takes a source, {source}:{missing[0]}=VALUE"
-        )
+        advice = f"set config.data.options.{missing[0]}, or where a command takes a source, {source}:{missing[0]}=VALUE"
+        raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}: {advice}")
     _check_local(source, fields)
     return SOURCES[source](image_size=image_size, **fields)
 
@@ -103,10 +101,8 @@ def parse_source(text: str, labelled: bool = True) -> tuple[str, dict]:
     if name not in SOURCES:
         _check_local("folder", {"path": text})
         if not os.path.isdir(os.path.expanduser(text)):
-            raise ValueError(
-                f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, SOURCES))}, with fields behind a "
-                "colon, such as 'digits:split=test' or 'folder:path=/data/val'"
-            )
+            fields = "with fields behind a colon, such as 'digits:split=test' or 'folder:path=/data/val'"
+            raise ValueError(f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, SOURCES))}, {fields}")
         name, fields = "folder", {"path": text}
     else:
         pairs = [pair.partition("=") for pair in rest.split(",") if pair]

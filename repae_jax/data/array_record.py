@@ -18,9 +18,8 @@ def encode(pixels: UInt8[np.ndarray, "H W 3"], encoding: str) -> bytes:
     """Encodes an image without loss, in one of ENCODINGS."""
     if encoding == "raw":
         return pixels.tobytes()
-    options = {"png": {}, "webp": {"lossless": True}}[encoding]
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, encoding, **options)
+    Image.fromarray(pixels).save(buffer, encoding, lossless=True)  # which PNG always is
     return buffer.getvalue()
 
 
@@ -50,13 +49,11 @@ class PreparedImages(shards.Shards):
         image_size = self.image_size
         super().__init__(self.path, FORMAT)
         if self.image_size != image_size:
-            raise ValueError(
-                f"prepared images {str(self.path)!r} have {self.image_size} pixels on a side, image_size is {image_size}: "
-                f"set image_size to {self.image_size}, or prepare them anew from the original images"
-            )
+            sizes = f"have {self.image_size} pixels on a side, image_size is {image_size}"
+            advice = f"set image_size to {self.image_size}, or prepare them anew from the original images"
+            raise ValueError(f"prepared images {str(self.path)!r} {sizes}: {advice}")
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`; for errors see `content`."""
         content = self.content(i)
         try:
             pixels = decode(content, self.manifest["encoding"], self.image_size)

@@ -36,7 +36,6 @@ class DigitsSource:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`."""
         image = Image.fromarray(self._digits[i]).resize((self.image_size,) * 2, resample=Image.Resampling.BICUBIC)
         return {"image": np.array(image.convert("RGB")), "label": self.labels[i]}
 

@@ -89,10 +89,8 @@ def _check_others(root, others):
     """Raises ValueError for images of formats that are not read; logs the extensions of all other files."""
     refused = [path for path in others if path.lower().endswith(_REFUSED)]
     if refused:
-        raise ValueError(
-            f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; convert or move them; these extensions "
-            f"are read: {_EXTENSIONS}"
-        )
+        advice = f"convert or move them; these extensions are read: {_EXTENSIONS}"
+        raise ValueError(f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; {advice}")
     if others:
         endings = Counter(Path(path).suffix.lower() or "none" for path in others)
         counts = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(10))
@@ -133,10 +131,8 @@ def _labels_from_file(file, paths):
     listed = [path for path, _ in entries]
     missing = sorted(set(listed) - set(paths))
     if missing:
-        raise ValueError(
-            f"labels file {str(file)!r} names files that are not images ({_EXTENSIONS}) below the folder: "
-            f"{_some(missing)}; paths in it are relative to the folder"
-        )
+        found = f"names files that are not images ({_EXTENSIONS}) below the folder: {_some(missing)}"
+        raise ValueError(f"labels file {str(file)!r} {found}; paths in it are relative to the folder")
     repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
     if repeated:
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
@@ -191,5 +187,4 @@ def _read_text(file):
 
 
 def _some(names):
-    """Returns the first five names of a list, and their number."""
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)} in all)"

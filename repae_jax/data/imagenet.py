@@ -10,7 +10,7 @@ import os
 import resource
 import socket
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import jax
@@ -56,6 +56,7 @@ class ImagenetSource(EncodedImages):
         check_image_size(self.image_size)
         info = self._opened.dataset_info
         self._name = f"{info.full_name} {self.split}"
+        self._labels_key = f"labels of {self._name}"
         missing = {"image", "label"} - set(info.features)
         if missing:
             absent, features = " and no ".join(sorted(missing)), ", ".join(info.features)
@@ -85,7 +86,6 @@ class ImagenetSource(EncodedImages):
         return _open(self.dataset, self.split, self.data_dir)
 
     def _record(self, i):
-        """Returns {'image': bytes, 'label': int, ...} of record `i`."""
         try:
             return self._opened[i]
         except Exception as error:
@@ -115,10 +115,8 @@ class ImagenetSource(EncodedImages):
     def _wait_for(self, file):
         if multihost.wait_for_files([file], lambda: multihost.get_flag(self._labels_key)) or multihost.is_seen(file):
             return
-        raise ValueError(
-            f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
-            f"{multihost.get_flag(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or copy it"
-        )
+        hosts = f"on host {socket.gethostname()}, though process 0 has it, on host {multihost.get_flag(self._labels_key)}"
+        raise ValueError(f"{file} is not there {hosts}: set labels_file to a file on a disk that all hosts share, or copy it")
 
     def _write_labels(self, file):
         try:
@@ -126,18 +124,10 @@ class ImagenetSource(EncodedImages):
         except OSError as error:
             advice = "set labels_file to a file that can be written"
             raise ValueError(f"the labels cannot be kept in {file} ({error}); {advice}") from error
-        labels = np.empty(len(self._opened), np.int32)
-
-        def read(first):
-            records = range(first, min(first + _CHUNK, len(labels)))
-            for i in records:
-                labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
-            return len(records)
-
-        bar = tqdm(total=len(labels), unit="img", desc="reading labels, once")
-        with ThreadPoolExecutor(_READ_THREADS) as pool, bar:
-            for count in pool.map(read, range(0, len(labels), _CHUNK)):
-                bar.update(count)
+        count = len(self._opened)
+        with ThreadPool(_READ_THREADS) as pool:
+            labels = pool.imap(self._read_label, range(count), _CHUNK)
+            labels = np.fromiter(tqdm(labels, total=count, unit="img", desc="reading labels, once"), np.int32)
 
         def write(temporary):
             with temporary.open("wb") as opened:  # np.save adds .npy to the name of a file that it opens itself
@@ -145,9 +135,8 @@ class ImagenetSource(EncodedImages):
 
         files.write_all({file: write}, overwrite=True)
 
-    @property
-    def _labels_key(self):
-        return f"labels of {self._name}"
+    def _read_label(self, i):
+        return faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
 
 
 def _open(dataset, split, data_dir):
@@ -164,10 +153,8 @@ def _open(dataset, split, data_dir):
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # AssertionError: unknown version
         message = str(error).splitlines()[0]
         if "File format is already set" in message:
-            raise ValueError(
-                f"{dataset!r} is prepared in another format {where}, but only ArrayRecords can be read at random. Prepare it "
-                f"anew, in another data_dir: {_build(dataset, 'DATA_DIR')}"
-            ) from error
+            found = f"{dataset!r} is prepared in another format {where}, but only ArrayRecords can be read at random"
+            raise ValueError(f"{found}. Prepare it anew, in another data_dir: {_build(dataset, 'DATA_DIR')}") from error
         raise ValueError(f"dataset {dataset!r} cannot be opened {where} ({message})") from error
     if not builder.is_prepared():
         to_do = f"To do so, with the folder of its archives: {_build(dataset, folder)}"

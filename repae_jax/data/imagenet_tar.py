@@ -118,7 +118,7 @@ class ImagenetTarSource(EncodedImages):
         return (labels, *map(np.concatenate, zip(*columns)))
 
     def _list_validation(self, members):
-        """Returns arrays (labels, names, starts, sizes) of the validation images."""
+        """Returns the same arrays of the validation images."""
         names, starts, sizes = _columns(members, self._path)
         label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids)}
         label_of_number = [label_of_wnid[wnid] for wnid in _table("validation_labels.txt")]

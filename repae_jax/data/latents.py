@@ -55,10 +55,8 @@ class WithMoments:
     """
 
     def __init__(self, images, cache: CachedLatents):
-        for quantity, here, there in (
-            ("images", len(images), len(cache)),
-            ("pixels on a side", images.image_size, cache.image_size),
-        ):
+        sides = (images.image_size, cache.image_size)
+        for quantity, (here, there) in {"images": (len(images), len(cache)), "pixels on a side": sides}.items():
             if here != there:
                 raise ValueError(f"cache {cache.path!r} was made from {there} {quantity}, config.data has {here}; {_REMAKE}")
         differing = np.flatnonzero(images.labels != cache.labels)
@@ -67,10 +65,9 @@ class WithMoments:
             raise ValueError(f"cache {cache.path!r} has other labels in {len(differing)} places, first {first}; {_REMAKE}")
         here = records_hash(images)
         if here != cache.records_hash:
-            raise ValueError(
-                f"cache {cache.path!r} was made from images with other names (hash {cache.records_hash} there, {here} here), "
-                f"such as files that were renamed, exchanged or are of another folder; {_REMAKE}"
-            )
+            names = f"other names (hash {cache.records_hash} there, {here} here)"
+            such = "such as files that were renamed, exchanged or are of another folder"
+            raise ValueError(f"cache {cache.path!r} was made from images with {names}, {such}; {_REMAKE}")
         self._images, self.cache, self.records_hash = images, cache, here
         self.contents_hash = [getattr(images, "contents_hash", None), cache.contents_hash]
         self.labels, self.num_classes, self.image_size = images.labels, images.num_classes, images.image_size
@@ -92,10 +89,8 @@ def check_cache(cache: CachedLatents, fingerprint: str, latent_shape: tuple[int,
     differing = []
     if cache.fingerprint != fingerprint:
         differing.append(f"another VAE (fingerprint {cache.fingerprint}, from {cache.vae!r}; this run's has {fingerprint})")
-    for quantity, there, here in (
-        ("latents of shape", cache.latent_shape, tuple(latent_shape)),
-        ("an image size of", cache.image_size, image_size),
-    ):
+    shapes, sizes = (cache.latent_shape, tuple(latent_shape)), (cache.image_size, image_size)
+    for quantity, (there, here) in {"latents of shape": shapes, "an image size of": sizes}.items():
         if there != here:
             differing.append(f"{quantity} {there} (this run's: {here})")
     if differing:

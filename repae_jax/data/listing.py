@@ -86,7 +86,6 @@ def _entries(folder):
 
 
 def _mode(entry):
-    """Returns the file type of an entry, or of its target."""
     if not entry.is_symlink():  # the folder holds the type; a call of stat takes long on network disks
         if entry.is_dir():
             return stat.S_IFDIR

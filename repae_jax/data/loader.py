@@ -1,5 +1,6 @@
 """Endless batches from a source: shuffled, split over processes, resumable, and tolerant of a few bad files."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -21,19 +22,19 @@ _WORKER_THREADS = 1  # in each worker process: one batch is decoded while
 _WORKER_BUFFER = 1  # another one waits
 
 
-class Loader:
+class Loader(contextlib.AbstractContextManager, Iterator):
     """Infinite iterator over batches: the stacked fields of the source's records.
 
     A batch is such as `{'image': uint8 [b, H, W, 3], 'label': int32 [b]}`, b = batch_size / process_count.
 
-    All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a
-    new order every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every
-    batch is full, a batch may span two epochs, and batch k depends on nothing but the source, the seed, the batch size
-    and k: neither on the number of processes or workers, nor on where a run was interrupted. Each process gets a
-    contiguous block of the batch, in process order.
+    All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a new order
+    every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every batch is full, a
+    batch may span two epochs, and batch k depends on nothing but the source, the seed, the batch size and k: neither on the
+    number of processes or workers, nor on where a run was interrupted. Each process gets a contiguous block of the batch, in
+    process order.
 
-    A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above
-    true. It is logged once by name and counted; too many of them end the run.
+    A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above true. It
+    is logged once by name and counted; too many of them end the run.
 
     Attributes:
       next_batch: number of the batch that `next` returns next.
@@ -51,8 +52,8 @@ class Loader:
             an array or a number of one shape and type.
           batch_size: global batch size, over all processes.
           seed: of the shuffling, 0..2**32-1.
-          workers: worker processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main
-            script needs its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
+          workers: processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main script needs
+            its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
           process_index, process_count: number of this process' block in every batch, and of processes that share a batch.
           max_bad_fraction: largest share of the records that may be undecodable, 0..1; with 0 the first one ends the run.
 
@@ -77,9 +78,6 @@ class Loader:
         blocks = records.batch(batch_size // process_count, drop_remainder=True)
         self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad))
 
-    def __iter__(self):
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
         """Returns the next batch; RuntimeError if too many records are undecodable, OSError if they cannot be reached."""
         began = time.perf_counter()
@@ -97,9 +95,6 @@ class Loader:
         # Workers hand over shared memory that dies with the array; a copy may outlive the loader.
         copy = np.array if self._workers else np.asarray
         return {name: copy(values) for name, values in fields.items()}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -122,10 +117,8 @@ class Loader:
         if set(state) != {"next_batch", "bad_records", "records"}:
             raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records, next_batch and records")
         if state["records"] != len(self._source):
-            raise ValueError(
-                f"the run was trained on {state['records']} records, this source has {len(self._source)}: the order would be "
-                "another one; point it at the same data"
-            )
+            counts = f"the run was trained on {state['records']} records, this source has {len(self._source)}"
+            raise ValueError(f"{counts}: the order would be another one; point it at the same data")
         _check_range("next_batch", state["next_batch"], 0)
         for record in state["bad_records"]:
             _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)
@@ -140,7 +133,6 @@ class Loader:
             self._iterator = None
 
     def _note_failures(self, failures):
-        """Logs the records not seen before, and raises when they have become too many."""
         for record, error in failures:
             if record not in self._bad_records:
                 self._bad_records.add(record)

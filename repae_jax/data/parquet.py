@@ -53,18 +53,20 @@ class ParquetSource(EncodedImages):
         footers = [_read_whole(path, lambda opened: opened.metadata) for path in paths]
         schemas = [footer.schema.to_arrow_schema() for footer in footers]
         columns = [_check_columns(path, schema, self.image_column, self.label_column) for path, schema in zip(paths, schemas)]
-        for path, footer, columns_of_file in zip(paths, footers, columns):
-            _check_alike(paths[0], columns[0], path, columns_of_file)
-            _check_groups(path, footer, columns_of_file[0])
+        for path, footer, (column, names) in zip(paths, footers, columns):
+            if (column, names) != columns[0]:  # equal labels would not be equal classes
+                first = f"{paths[0]} in {columns[0][0]!r} and {_names(columns[0][1])}"
+                here = f"{path} has images in column {column!r} and {_names(names)}"
+                raise ValueError(f"{here}, {first}: keep the files of one data set")
+            _check_groups(path, footer, column)
         self._image_leaf, class_names = columns[0]
         self._groups = [(number, group) for number, footer in enumerate(footers) for group in range(footer.num_row_groups)]
         rows = [footers[number].row_group(group).num_rows for number, group in self._groups]
         self._ends = np.cumsum(rows, dtype=np.int64)  # record i is in the first group that ends beyond i
         self._file_starts = np.cumsum([0] + [footer.num_rows for footer in footers])
-        count = int(self._file_starts[-1])
-        if not count:
+        if not self._file_starts[-1]:
             raise ValueError(f"the files of split {self.split!r} in {str(self.path)!r} hold no rows")
-        self.labels = self._read_labels() if self.label_column else np.zeros(count, np.int32)
+        self.labels = self._read_labels() if self.label_column else np.zeros(self._file_starts[-1], np.int32)
         self.num_classes = len(class_names) if class_names else int(self.labels.max()) + 1
 
     @functools.cached_property
@@ -92,7 +94,6 @@ class ParquetSource(EncodedImages):
         return f"{printable(self._files[number])} row {i - int(self._file_starts[number])}"
 
     def _read_group(self, number):
-        """Returns the encoded images of a row group: a pyarrow array."""
         file_number, group = self._groups[number]
         with _pyarrow().parquet.ParquetFile(self._root / self._files[file_number]) as file:
             table = file.read_row_group(group, columns=[self._image_leaf])
@@ -100,7 +101,6 @@ class ParquetSource(EncodedImages):
         return column.field("bytes") if self._image_leaf.endswith(".bytes") else column
 
     def _read_labels(self):
-        """Returns the labels of all files, int32 `[N]`."""
         labels = []
         for file in self._files:
             column = _read_whole(self._root / file, lambda opened: opened.read(columns=[self.label_column]).column(0))
@@ -122,7 +122,6 @@ def _pyarrow():
 
 
 def _read_whole(file, read):
-    """Returns read(opened file); raises ValueError if the file is damaged."""
     pyarrow = _pyarrow()
 
     def opened():
@@ -138,7 +137,6 @@ def _read_whole(file, read):
 
 
 def _list_files(root, split):
-    """Returns the files of a split, relative to `root`, sorted."""
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
@@ -148,10 +146,9 @@ def _list_files(root, split):
         raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {found}")
     folders = sorted({str(file.parent) for file in chosen})
     if len(folders) > 1:
-        raise ValueError(
-            f"split {split!r} is in several folders below {str(root)!r}: {', '.join(map(repr, folders))}; each is a "
-            "configuration of the data set, or a copy: give one of them as path"
-        )
+        advice = "each is a configuration of the data set, or a copy: give one of them as path"
+        found = f"split {split!r} is in several folders below {str(root)!r}"
+        raise ValueError(f"{found}: {', '.join(map(repr, folders))}; {advice}")
     _check_numbers(root / folders[0], split, [file.name for file in chosen])
     return [file.as_posix() for file in chosen]
 
@@ -163,10 +160,8 @@ def _check_numbers(folder, split, names):
     numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
     totals = sorted({total for _, total in numbers})
     if plain and numbers:
-        raise ValueError(
-            f"split {split!r} in {str(folder)!r} is in files numbered up to {totals[0]}, and in others, such as {plain[0]}: "
-            "keep those of one download"
-        )
+        found = f"in files numbered up to {totals[0]}, and in others, such as {plain[0]}"
+        raise ValueError(f"split {split!r} in {str(folder)!r} is {found}: keep those of one download")
     if len(totals) > 1:
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
     repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
@@ -191,11 +186,9 @@ def _check_columns(path, schema, image_column, label_column):
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; its columns: {', '.join(schema.names)}")
-    if label_column and not pyarrow.types.is_integer(schema.field(label_column).type):
-        kind = schema.field(label_column).type
+    if label_column and not pyarrow.types.is_integer(kind := schema.field(label_column).type):
         raise ValueError(f"column {label_column!r} of {path} is of type {kind}; allowed: whole numbers")
-    kind = schema.field(image_column).type
-    column = image_column
+    column, kind = image_column, schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         column, kind = f"{image_column}.bytes", kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
@@ -206,15 +199,6 @@ def _check_columns(path, schema, image_column, label_column):
     except (TypeError, KeyError, ValueError):
         class_names = None
     return column, class_names
-
-
-def _check_alike(first, expected, path, columns):
-    """Raises ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
-    if columns != expected:
-        raise ValueError(
-            f"{path} has images in column {columns[0]!r} and {_names(columns[1])}, {first} in {expected[0]!r} and "
-            f"{_names(expected[1])}: keep the files of one data set"
-        )
 
 
 def _names(names):

@@ -2,6 +2,7 @@
 
 import abc
 import base64
+import contextlib
 import functools
 import hashlib
 import io
@@ -146,10 +147,8 @@ class ShardWriter:
             if stored.get(name) != self._settings.get(name)
         ]
         if differing:
-            raise ValueError(
-                f"{self._folder} holds a {self._maker.format.title} made with other settings; choose another --out, or use "
-                "the old ones:" + "".join(differing)
-            )
+            found = f"{self._folder} holds a {self._maker.format.title} made with other settings"
+            raise ValueError(f"{found}; choose another --out, or use the old ones:{''.join(differing)}")
         self._settings = stored  # with the notes of the process that began
         return True
 
@@ -171,15 +170,13 @@ class ShardWriter:
         return True
 
     def _check_space(self):
-        """Raises ValueError if the disk cannot hold the shards that no process has made yet."""
-        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]
+        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]  # of all processes
         needed = self._maker.record_bytes * self._count(missing)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise ValueError(
-                f"the {self._maker.format.title} needs {needed / 1e9:.1f} GB more, the disk of {self._folder} has "
-                f"{free / 1e9:.1f} GB free: make space, or choose another --out"
-            )
+            more = f"the {self._maker.format.title} needs {needed / 1e9:.1f} GB more"
+            disk = f"the disk of {self._folder} has {free / 1e9:.1f} GB free"
+            raise ValueError(f"{more}, {disk}: make space, or choose another --out")
 
     def _count(self, some_shards):
         return sum(end - first for first, end in map(self._ranges.__getitem__, some_shards))
@@ -194,27 +191,21 @@ class ShardWriter:
         blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)
         own = self._count(self._own_shards)
         bar = tqdm(total=own, initial=own - self._count(todo), unit="img", desc="encoding", disable=self._process_index != 0)
-        pool, writing = ThreadPoolExecutor(1), None  # a shard is written while the next one is encoded
-        try:
+        with ThreadPoolExecutor(1) as pool, bar, contextlib.closing(blocks):
+            writing = pool.submit(lambda: None)  # a shard is written while the next one is encoded
             for shard, cut in cuts.items():
                 encoded, bad = [], []
                 for first, end in cut:
                     if stopped.is_set():
-                        if writing:
-                            writing.result()  # raises the error of the previous shard
+                        writing.result()  # raises the error of the previous shard
                         return False
                     contents, failures = next(blocks)
                     bad += self._note_failures(failures)
                     encoded += list(self._maker.encode(contents)[: end - first])
                     bar.update(end - first)
-                if writing:
-                    writing.result()
+                writing.result()
                 writing = pool.submit(self._write_shard, shard, encoded, bad)
             writing.result()
-        finally:
-            pool.shutdown()
-            bar.close()
-            blocks.close()
         return True
 
     def _note_failures(self, failures):
@@ -244,10 +235,9 @@ class ShardWriter:
             encoded_places = base64.b64encode(places.find(temporary).tobytes()).decode()
             entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary), places=encoded_places)
 
-        def write_entry(temporary):
-            temporary.write_text(json.dumps(entry, indent=2) + "\n")
-
-        files.write_all({self._shards[shard]: write_records, self._entries[shard]: write_entry}, overwrite=True)
+        writes = {self._shards[shard]: write_records}
+        writes[self._entries[shard]] = lambda temporary: temporary.write_text(json.dumps(entry, indent=2) + "\n")
+        files.write_all(writes, overwrite=True)
 
     def _finish(self, entries):
         """Writes labels, places, the maker's files and the manifest, in this order, unless they exist."""
@@ -273,6 +263,14 @@ class ShardWriter:
         if "places" not in entry:
             return places.find(self._folder / entry["file"])
         return np.frombuffer(base64.b64decode(entry["places"]), places.PLACE)
+
+
+def print_outcome(made: int | None, index: int, summary: Callable[[], str]) -> None:
+    """Prints the outcome of `ShardWriter.run` in process `index`; the first one adds the summary."""
+    if made is None:
+        print("asked to stop: what is finished is kept; run the same command to continue")
+    elif index == 0:
+        print(("" if made else "finished already; every shard is as it was written\n") + summary())
 
 
 def _cut(first, end, size):

@@ -137,6 +137,7 @@ class Shards(ReopenedByWorkers):
     def __init__(self, path: str | os.PathLike, shard_format: ShardFormat):
         """Reads manifest and labels; ValueError if the folder is unfinished, of another format, or shards are not whole."""
         self._path, self._format = str(path).rstrip("/"), shard_format
+        self._repair = shard_format.repair(self._path)
         self.manifest = read_manifest(path, shard_format)
         self.num_classes, self.image_size = self.manifest["num_classes"], self.manifest["image_size"]
         self.records_hash = self.manifest["records_hash"]
@@ -150,14 +151,8 @@ class Shards(ReopenedByWorkers):
             damages = list(pool.map(functools.partial(shard_damage, self._path, check_content=False), entries))
         damaged = [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]
         if damaged:
-            raise ValueError(
-                f"{shard_format.title} {self._path!r} is damaged, {len(damaged)} of {len(entries)} shards, first "
-                f"{', '.join(damaged[:5])}; {self._repair}"
-            )
-
-    @property
-    def _repair(self):
-        return self._format.repair(self._path)
+            count = f"{len(damaged)} of {len(entries)} shards, first {', '.join(damaged[:5])}"
+            raise ValueError(f"{shard_format.title} {self._path!r} is damaged, {count}; {self._repair}")
 
     @functools.cached_property
     def _open(self):
