@@ -73,7 +73,8 @@ def config_of(size, batch_size):
     if batch_size is not None:
         changes = {**changes, "data.batch_size": batch_size}
     config = repae.get_config("" if size in SIZES else size).unlock()
-    config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
+    with config.ignore_type():  # an architecture may be a name or a mapping
+        config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
     return config.to_dict()
 
 
