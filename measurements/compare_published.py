@@ -28,11 +28,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import side_by_side
 
-from repae_jax import files
+from repae_jax import cli, files
 
 ROOT = Path(__file__).parents[1]
+print_at_once = functools.partial(print, flush=True)
 FILES = (
     "train_repae.py", "loss/discriminator.py", "loss/losses.py", "loss/lpips.py", "loss/perceptual_loss.py",
     "models/autoencoder.py", "models/sit.py",
@@ -61,25 +61,21 @@ SIZES = {
 
 
 def config_of(size, batch_size):
-    """Returns the config of a run of configs/repae.py as a nested dict.
+    """Returns the config of a run of configs/repae.py as a nested dict; ValueError for a size that does not exist.
 
     Args:
       size: name in SIZES, or the part behind the colon of `configs/repae.py:sit=XL/2,vae=f8d4`.
       batch_size: None is the size's own, 32 for those of configs/repae.py.
-
-    Raises:
-      ValueError: for a size that does not exist.
     """
     from configs import repae
 
     changes = {**SMALL, **SIZES[size]} if size in SIZES else {"data.batch_size": 32}
     if batch_size is not None:
         changes = {**changes, "data.batch_size": batch_size}
-    config = repae.get_config("" if size in SIZES else size).to_dict()
-    for name, value in {**changes, "lpips.input_range": (0.0, 1.0)}.items():  # the range of the published code
-        *sections, field = name.split(".")
-        functools.reduce(dict.__getitem__, sections, config)[field] = value
-    return config
+    config = repae.get_config("" if size in SIZES else size).unlock()
+    with config.ignore_type():  # an architecture may be a name or a mapping
+        config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
+    return config.to_dict()
 
 
 def check_checkout(folder):
@@ -87,9 +83,8 @@ def check_checkout(folder):
     folder = Path(folder).expanduser()
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
-            f"--published={folder} lacks {', '.join(missing)}; give a checkout of github.com/End2End-Diffusion/REPA-E"
-        )
+        advice = "give a checkout of github.com/End2End-Diffusion/REPA-E"
+        raise ValueError(f"--published={folder} lacks {', '.join(missing)}; {advice}")
     return folder
 
 
@@ -120,28 +115,20 @@ def check_parameters(published, ours):
 
 
 def summarize(seconds, batch_size):
-    """Returns speeds and their ratio.
+    """Returns {'published', 'ours': images/s of the median repeat, 'ratio': {'median', 'low', 'high', 'repeats'}}.
 
-    Args:
-      seconds: side -> seconds per step of each repeat.
-      batch_size: images per step.
-
-    Returns:
-      {'published', 'ours': images/s of the median repeat, 'ratio': {'median', 'low', 'high', 'repeats'}}; the ratio is ours
-      over published within each repeat, above 1 if ours is faster.
+    The ratio is ours over published within each repeat, above 1 if ours is faster; `seconds` has each side's per step.
     """
     ratios = np.divide(seconds[PUBLISHED], seconds[OURS])
     speeds = {side: batch_size / float(np.median(seconds[side])) for side in SIDES}
-    return {**speeds, "ratio": {**side_by_side.spread(ratios), "repeats": len(ratios)}}
+    spread = {"median": float(np.median(ratios)), "low": float(np.min(ratios)), "high": float(np.max(ratios))}
+    return {**speeds, "ratio": {**spread, "repeats": len(ratios)}}
 
 
 def time_steps(step, wait, steps):
     """Returns seconds per step of some steps after a warm-up step; the device is idle when the clock starts and stops.
 
-    Args:
-      step: dispatches a step and returns its losses.
-      wait: blocks until losses are computed.
-      steps: number of timed steps.
+    `step` dispatches a step and returns its losses, and `wait` blocks until they are computed.
     """
     wait(step())
     began = time.perf_counter()
@@ -151,9 +138,7 @@ def time_steps(step, wait, steps):
     return (time.perf_counter() - began) / steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The published code.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the published code ---------------------------------------------------------------------------------------------
 
 
 def stand_in(name, **members):
@@ -250,15 +235,7 @@ def transformer_layers():
 
 
 def published_networks(config, encoder):
-    """Returns the published modules with a config's sizes.
-
-    Args:
-      config: result of `config_of`.
-      encoder: encoders.Encoder.
-
-    Returns:
-      dict: 'vae', 'sit', 'loss' (which contains discriminator and LPIPS), 'encoder'.
-    """
+    """Returns the published modules 'vae', 'sit', 'loss' (with discriminator and LPIPS) and 'encoder' in a config's sizes."""
     from loss.losses import ReconstructionLoss_Single_Stage
     from loss.lpips import LPIPS
     from ml_collections import ConfigDict
@@ -311,11 +288,9 @@ def make_published(config, options, folder):
     (target,) = config["encoders"].values()
     encoder = encoders.make_encoder(target["architecture"], config["data"]["image_size"], image_size=target["image_size"])
     nets = published_networks(config, encoder)
-    counts = {
-        "vae": nets["vae"], "sit": nets["sit"], "disc": nets["loss"].discriminator, "lpips": nets["loss"].perceptual_loss,
-        "encoder": nets["encoder"],
-    }  # fmt: skip
-    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in counts.items()}
+    counted = {name: nets[name] for name in ("vae", "sit", "encoder")}
+    counted |= {"disc": nets["loss"].discriminator, "lpips": nets["loss"].perceptual_loss}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in counted.items()}
     with torch.no_grad():
         for trained in (nets["vae"], nets["sit"], nets["loss"].discriminator):
             for p in trained.parameters():
@@ -405,9 +380,7 @@ def make_published(config, options, folder):
     return lambda: step(next(indices)), wait, description
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- ours -----------------------------------------------------------------------------------------------------------
 
 
 def make_ours(config, options, folder):
@@ -436,9 +409,7 @@ def make_ours(config, options, folder):
     return lambda: step(batch), wait, {"parameters": counts, "version": f"jax {jax.__version__}"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing in turns.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- timing in turns ------------------------------------------------------------------------------------------------
 
 
 def serve(side, config, options, connection):
@@ -458,7 +429,7 @@ def serve(side, config, options, connection):
         connection.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
-class Side:
+class Side(contextlib.AbstractContextManager):
     """One side's process, and a context manager that ends it."""
 
     def __init__(self, side, config, options):
@@ -484,24 +455,13 @@ class Side:
         self._connection.send(steps)
         return self.receive()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self._process.kill()
         self._process.join()
 
 
-def compare(size, options, say=print):
-    """Times both sides at one size.
-
-    Args:
-      size: as `config_of` takes it.
-      options: parsed command line.
-      say: called with lines of progress.
-
-    Returns:
-      dict that JSON can hold.
+def compare(size, options, say):
+    """Times both sides at one size, and returns values for JSON; `say` is called with lines of progress.
 
     Raises:
       ValueError: if the sides differ in their networks or the size of their losses.
@@ -521,8 +481,8 @@ def compare(size, options, say=print):
         for term, value in descriptions[PUBLISHED]["first_losses"].items():
             say(f"  first {term:16} {value:>12.4g} published {descriptions[OURS]['first_losses'][term]:>12.4g} ours")
         check_losses(*(descriptions[side]["first_losses"] for side in SIDES))
-        for repeat, order in enumerate(side_by_side.orders(SIDES, options.repeats), 1):
-            for name in order:
+        for repeat in range(1, options.repeats + 1):
+            for name in SIDES if repeat % 2 else SIDES[::-1]:
                 seconds[name].append(sides[name].seconds(options.steps))
             a, b = (batch_size / seconds[name][-1] for name in SIDES)
             say(f"  repeat {repeat} of {options.repeats}: published {a:.4g} img/s, ours {b:.4g}: {b / a:.3f} times")
@@ -547,24 +507,19 @@ def positive(text):
 def parse_args(arguments=None):
     """Returns the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", required=True, metavar="FOLDER", help="checkout of End2End-Diffusion/REPA-E")
-    parser.add_argument(
-        "--sizes", nargs="+", default=list(SIZES), metavar="SIZE",
-        help=f"{', '.join(SIZES)}, or sizes of configs/repae.py such as sit=XL/2,vae=f8d4; default both small ones",
-    )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=positive, help="images; default 8 of the small sizes, 32 of the others")
-    parser.add_argument("--repeats", type=positive, default=7, help="turns of both; default 7")
-    parser.add_argument("--steps", type=positive, help="timed in each turn, after one that is not; default 3, on CUDA 20")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile for the published networks and losses; default on CUDA only",
-    )  # fmt: skip
-    parser.add_argument(
-        "--published-precision", choices=("float32", "bfloat16", "float16"),
-        help="default float32 on the CPU, on CUDA bfloat16, as ours; float16 is the published default",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="for all numbers; must not exist")
+    add = parser.add_argument
+    add("--published", required=True, metavar="FOLDER", help="checkout of End2End-Diffusion/REPA-E")
+    sizes = f"{', '.join(SIZES)}, or sizes of configs/repae.py such as sit=XL/2,vae=f8d4; default both small ones"
+    add("--sizes", nargs="+", default=list(SIZES), metavar="SIZE", help=sizes)
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--batch", type=positive, help="images; default 8 of the small sizes, 32 of the others")
+    add("--repeats", type=positive, default=7, help="turns of both; default 7")
+    add("--steps", type=positive, help="timed in each turn, after one that is not; default 3, on CUDA 20")
+    compiling = "torch.compile for the published networks and losses; default on CUDA only"
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
+    precision = "default float32 on the CPU, on CUDA bfloat16, as ours; float16 is the published default"
+    add("--published-precision", choices=("float32", "bfloat16", "float16"), help=precision)
+    add("--json", metavar="FILE", help="for all numbers; must not exist")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
     options.published_precision = options.published_precision or ("bfloat16" if cuda else "float32")
@@ -573,7 +528,7 @@ def parse_args(arguments=None):
     return options
 
 
-def run(options, say=print):
+def run(options, say=print_at_once):
     """Compares all sizes, writes the file and returns its content, {'sizes': {size: result of `compare`}, …}."""
     options.published = check_checkout(options.published)
     path = None if options.json is None else files.check_new("--json", options.json)
@@ -590,9 +545,7 @@ def run(options, say=print):
     return result
 
 
-def main():
-    """Entry point: mistakes end in one line."""
-    side_by_side.end_in_one_line(run, parse_args())
+main = cli.command(parse_args)(run)
 
 
 if __name__ == "__main__":

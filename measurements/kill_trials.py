@@ -121,20 +121,15 @@ def check(found, expected, which):
 
 
 def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
-    """Runs all trials.
+    """Runs all trials, and returns a Counter of the moments at which runs were killed.
 
     Args:
       job: 'repae' or 'ldm', see `config`.
-      steps: steps of each run.
-      trials: number of runs that are killed.
-      seed: seed of the moments.
-      folder: folder for workdirs; those of trials that succeed are removed.
+      seed: of the moments.
+      folder: for workdirs; those of trials that succeed are removed.
       compiled: folder of compiled programs.
-      say: function that is called with a line for each trial.
+      say: called with a line for each trial.
       most: a run that was killed so often is left to finish, as soon as there is a checkpoint to continue from.
-
-    Returns:
-      Counter of the moments at which runs were killed.
 
     Raises:
       AssertionError: if a killed run left other results than the run without a break.

@@ -32,13 +32,9 @@ NOTES = ("vae", "images")  # settings that may differ when a cache is continued:
 
 
 class Latents(shard_writer.RecordMaker):
-    """Encodes images by a VAE; records hold the posteriors.
+    """Encodes images by a VAE; records hold the posteriors, of shape `latents.record_shape`.
 
-    Args:
-      image_size: side of the images in pixels.
-      encode: uint8 `[block_size, H, W, 3]` -> float32 `[block_size, *shape]`; an image's posterior must not depend on others.
-      block_size: images in a call of `encode`.
-      shape: shape of a record, see `latents.record_shape`.
+    `encode` is uint8 `[block_size, H, W, 3]` -> float32 `[block_size, *shape]`; an image's posterior must not depend on others.
     """
 
     format = latents.FORMAT
@@ -64,10 +60,8 @@ class Latents(shard_writer.RecordMaker):
         """Returns records, and the sums for the statistics; raises RuntimeError if latents are not finite."""
         bad = [j for j in np.flatnonzero(good).tolist() if not np.isfinite(encoded[j]).all()]
         if bad:
-            raise RuntimeError(
-                f"latents of {len(bad)} images are not finite, first {', '.join(map(name, bad[:5]))}; check config.init.vae, "
-                "or use config.precision.compute='float32'"
-            )
+            advice = "check config.init.vae, or use config.precision.compute='float32'"
+            raise RuntimeError(f"latents of {len(bad)} images are not finite, first {', '.join(map(name, bad[:5]))}; {advice}")
         sums = _sums([record for record, is_good in zip(encoded, good) if is_good], encoded[0].shape[-1] // 2)
         return (record.astype("<f4").tobytes() for record in encoded), {"sums": sums}
 
@@ -92,22 +86,15 @@ def _merge(sums):
     count = sum(part["count"] for part in sums)
     if not count:
         raise RuntimeError("no image could be decoded: there are no latents")
-    mean, square, variance = (
-        np.sum([part[name] for part in sums], axis=0) / count for name in ("mean", "mean_squared", "variance")
-    )
+    names = ("mean", "mean_squared", "variance")
+    mean, square, variance = (np.sum([part[name] for part in sums], axis=0) / count for name in names)
     return {"mean": mean.tolist(), "var": (variance + square - mean**2).tolist()}
 
 
 def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
-    """Returns a function for Latents that encodes as training does.
+    """Returns a function for Latents that encodes as training does, `params` being those of the job's VAE.
 
-    Args:
-      job: Job.
-      params: parameters of its VAE, on its mesh.
-      flips: whether to encode the mirrored images, too.
-
-    Returns:
-      uint8 `[b, H, W, 3]` -> float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
+    It maps uint8 `[b, H, W, 3]` to float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
     """
 
     @jax.jit
@@ -125,15 +112,12 @@ def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
 
 def _settings(job, params, flips):
     """Returns the settings that identify a cache, besides its images and shards, and NOTES."""
-    section = job.config["data"]
+    config, section = job.config, job.config["data"]
     return {
-        "latent_shape": list(job.latent_shape),
-        "flips": flips,
-        "precision": job.config["precision"]["compute"],
-        "fingerprint": fingerprint(params),
-        "vae": job.config["init"]["vae"],
+        "latent_shape": list(job.latent_shape), "flips": flips, "precision": config["precision"]["compute"],
+        "fingerprint": fingerprint(params), "vae": config["init"]["vae"],
         "images": {"source": section["source"], "options": data.given(section["options"])},
-    }
+    }  # fmt: skip
 
 
 def _local(config):
@@ -155,10 +139,6 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
 
     Returns:
       Number of shards that this process made; None if SIGTERM or Ctrl-C ended the work early.
-
-    Raises:
-      ValueError, FileNotFoundError: for anything wrong with config, weights or folder.
-      RuntimeError, OSError: see `ShardWriter.run`.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; allowed: 1 and above")
@@ -167,28 +147,22 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
     multihost.assert_same_config({"flips": flips, "shard_size": shard_size, **build.plain_config(config)})
     with stopping.stop_signal() as stopped:
         config = _local(config)
+        section = config["data"]
         job = build.build(config, jax.local_devices(), encoders=())
         if not job.frozen_vae:
-            raise ValueError(
-                f"config.job={config['job']!r} trains its VAE, whose latents change: only those of a frozen VAE can be cached"
-            )
+            trains = f"config.job={config['job']!r} trains its VAE, whose latents change"
+            raise ValueError(f"{trains}: only those of a frozen VAE can be cached")
         source = training_data.make_images(config)
         folder = Path(prepare_workdir(out))
         multihost.check_shared(folder)
         params = frozen_weights.load_frozen(job)["vae"]
         shape = latents.record_shape(job.latent_shape, flips)
+        maker = Latents(source.image_size, make_encode(job, params, flips), section["batch_size"], shape)
         writer = shard_writer.ShardWriter(
-            folder,
-            source,
-            Latents(source.image_size, make_encode(job, params, flips), config["data"]["batch_size"], shape),
-            _settings(job, params, flips),
-            shard_size=shard_size,
-            notes=NOTES,
-            workers=config["data"]["workers"],
-            max_bad_fraction=config["data"]["max_bad_fraction"],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+            folder, source, maker, _settings(job, params, flips), shard_size=shard_size, notes=NOTES,
+            workers=section["workers"], max_bad_fraction=section["max_bad_fraction"],
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
         return writer.run(stopped)
 
 
@@ -207,17 +181,12 @@ def summary(folder: str | Path) -> str:
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.ConfigParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=cli.path, required=True,
-        help="folder of the cache, on a disk that all processes share; continued if it exists",
-    )  # fmt: skip
-    parser.add_argument("--flips", action="store_true", help="encode the mirrored images, too, for training with random flips")
-    parser.add_argument(
-        "--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all"
-    )
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    place = "folder of the cache, on a disk that all processes share; continued if it exists"
+    add("--out", type=cli.path, required=True, help=place)
+    add("--flips", action="store_true", help="encode the mirrored images, too, for training with random flips")
+    add("--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
     cli.add_processes(parser)
     return parser.parse_args(argv)
 
@@ -226,10 +195,7 @@ def parse_args(argv=None):
 def main(args):
     """Entry point."""
     made = cache_latents(args.config, args.out, args.flips, args.shard_size)
-    if made is None:
-        print("asked to stop: what is finished is kept; run the same command to continue")
-    elif jax.process_index() == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+    shard_writer.print_outcome(made, jax.process_index(), lambda: summary(args.out))
 
 
 if __name__ == "__main__":

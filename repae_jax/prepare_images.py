@@ -19,7 +19,6 @@ from repae_jax.distributed import stopping
 
 SHARD_SIZE = 4096  # records: about 500 MB of PNGs at 256 pixels
 NOTES = ("images",)  # settings that may differ when the work is continued: files may move
-_BLOCK_SIZE = 64
 _COMPRESSION = {"raw": 1.0, "png": 0.5, "webp": 0.4}  # approximate, for photographs
 
 
@@ -27,7 +26,7 @@ class _Images(shard_writer.RecordMaker):
     """Encodes images in the workers; there is nothing left to do in the main process."""
 
     format = array_record.FORMAT
-    block_size = _BLOCK_SIZE
+    block_size = 64
     missing = b""
 
     def __init__(self, image_size, encoding):
@@ -43,32 +42,17 @@ def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     examples = "folder:path=/data/train, imagenet:split=train or parquet:path=/data"
-    parser.add_argument("--data", type=cli.path, required=True, help=f"source of images and its fields, such as {examples}")
-    parser.add_argument(
-        "--out", type=cli.path, required=True, help="folder for the prepared images, on a disk; continued if it exists"
-    )
-    parser.add_argument(
-        "--image_size", type=cli.whole(1, 2**20), default=256, help="side of the prepared images in pixels"
-    )
-    parser.add_argument(
-        "--format", choices=array_record.ENCODINGS, default="png", help="of the records; without loss, raw reads quickest"
-    )
-    parser.add_argument(
-        "--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all"
-    )
-    parser.add_argument(
-        "--workers", type=cli.whole(0, 4096), default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads"
-    )
-    parser.add_argument(
-        "--max_bad_fraction", type=cli.number(ranges.real(0, 1)), default=0.01,
-        help="end when more than this share of the images is undecodable",
-    )
-    parser.add_argument(
-        "--process_index", type=cli.whole(0), default=0, help="which of several such commands this is, from 0"
-    )
-    parser.add_argument(
-        "--process_count", type=cli.whole(1), default=1, help="how many there are, on machines that share a disk"
-    )
+    add = parser.add_argument
+    add("--data", type=cli.path, required=True, help=f"source of images and its fields, such as {examples}")
+    add("--out", type=cli.path, required=True, help="folder for the prepared images, on a disk; continued if it exists")
+    add("--image_size", type=cli.whole(1, 2**20), default=256, help="side of the prepared images in pixels")
+    add("--format", choices=array_record.ENCODINGS, default="png", help="of the records; without loss, raw reads quickest")
+    add("--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
+    add("--workers", type=cli.whole(0, 4096), default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads")
+    too_many = "end when more than this share of the images is undecodable"
+    add("--max_bad_fraction", type=cli.number(ranges.real(0, 1)), default=0.01, help=too_many)
+    add("--process_index", type=cli.whole(0), default=0, help="which of several such commands this is, from 0")
+    add("--process_count", type=cli.whole(1), default=1, help="how many there are, on machines that share a disk")
     args = parser.parse_args(argv)
     if args.process_index >= args.process_count:
         parser.error(f"--process_index is {args.process_index}; allowed: 0 to {args.process_count - 1}")
@@ -84,40 +68,24 @@ def _make_folder(out):
         raise ValueError(f"{str(folder)!r} is not UTF-8: give another --out") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{str(folder)!r} cannot be written to ({error}): give another --out") from error
     return folder
 
 
 def run(args: argparse.Namespace) -> int | None:
-    """Prepares images by the arguments of the command line.
-
-    Returns:
-      Number of shards made; None if SIGTERM or Ctrl-C ended the work early.
-
-    Raises:
-      ValueError: for a wrong source or folder.
-      RuntimeError, OSError: see `ShardWriter.run`.
-    """
+    """Prepares images by the arguments of the command line; for the returned number and errors see `ShardWriter.run`."""
     if buckets.is_address(args.out):
         raise ValueError(f"prepared images go to a local or mounted disk, not to {args.out}: give such an --out")
     name, fields = data.parse_source(args.data)
     with stopping.stop_signal() as stopped:
-        source = data.make_source(name, args.image_size, **fields)
+        source, maker = data.make_source(name, args.image_size, **fields), _Images(args.image_size, args.format)
+        settings = {"encoding": args.format, "images": {"source": name, "options": fields}}
         writer = shard_writer.ShardWriter(
-            _make_folder(args.out),
-            source,
-            _Images(args.image_size, args.format),
-            {"encoding": args.format, "images": {"source": name, "options": fields}},
-            shard_size=args.shard_size,
-            notes=NOTES,
-            workers=args.workers,
-            max_bad_fraction=args.max_bad_fraction,
-            process_index=args.process_index,
-            process_count=args.process_count,
-        )
+            _make_folder(args.out), source, maker, settings, shard_size=args.shard_size, notes=NOTES, workers=args.workers,
+            max_bad_fraction=args.max_bad_fraction, process_index=args.process_index, process_count=args.process_count,
+        )  # fmt: skip
         return writer.run(stopped)
 
 
@@ -137,11 +105,7 @@ def summary(folder: str | Path) -> str:
 @cli.command(parse_args)
 def main(args):
     """Entry point."""
-    made = run(args)
-    if made is None:
-        print("asked to stop: what is finished is kept; run the same command to continue")
-    elif args.process_index == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+    shard_writer.print_outcome(run(args), args.process_index, lambda: summary(args.out))
 
 
 if __name__ == "__main__":

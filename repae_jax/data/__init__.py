@@ -13,21 +13,16 @@ import inspect
 import os
 import re
 
-from repae_jax.data.array_record import PreparedImages
-from repae_jax.data.digits import DigitsSource
-from repae_jax.data.folder import FolderSource
-from repae_jax.data.imagenet import ImagenetSource
-from repae_jax.data.imagenet_tar import ImagenetTarSource
-from repae_jax.data.parquet import ParquetSource
+from repae_jax.data import array_record, digits, folder, imagenet, imagenet_tar, parquet
 from repae_jax.data.source import check_label_range
 
 SOURCES = {
-    "digits": DigitsSource,
-    "folder": FolderSource,
-    "imagenet": ImagenetSource,
-    "imagenet_tar": ImagenetTarSource,
-    "parquet": ParquetSource,
-    "array_record": PreparedImages,
+    "digits": digits.DigitsSource,
+    "folder": folder.FolderSource,
+    "imagenet": imagenet.ImagenetSource,
+    "imagenet_tar": imagenet_tar.ImagenetTarSource,
+    "parquet": parquet.ParquetSource,
+    "array_record": array_record.PreparedImages,
 }
 # annotation of an option -> (function of a command line's text, allowed values); other options are texts
 _PARSED = {
@@ -38,11 +33,7 @@ _PARSED = {
 
 
 def options_of(source: str) -> dict[str, inspect.Parameter]:
-    """Returns the options of a source in SOURCES by name, with their annotations and defaults.
-
-    Raises:
-      ValueError: for an unknown source.
-    """
+    """Returns the options of a source in SOURCES by name, with annotations and defaults; ValueError for another one."""
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}; allowed: {', '.join(map(repr, SOURCES))}")
     parameters = dict(inspect.signature(SOURCES[source]).parameters)
@@ -62,15 +53,12 @@ def given(options: dict) -> dict:
 
 
 def make_source(source: str, image_size: int, **fields):
-    """Builds a source by name.
+    """Returns a new source.
 
     Args:
       source: a key of SOURCES.
       image_size: side of the images in pixels.
       **fields: the source's options, such as `split` or `path`; None counts as not given.
-
-    Returns:
-      The source.
 
     Raises:
       ValueError: for an unknown name or option, a missing option, or a value that the source refuses.
@@ -82,10 +70,8 @@ def make_source(source: str, image_size: int, **fields):
         raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(options)}")
     missing = [name for name, option in options.items() if option.default is option.empty and fields.get(name, "") == ""]
     if missing:
-        raise ValueError(
-            f"source {source!r} needs the argument {', '.join(missing)}: set config.data.options.{missing[0]}, or where a "
-            f"command takes a source, {source}:{missing[0]}=VALUE"
-        )
+        advice = f"set config.data.options.{missing[0]}, or where a command takes a source, {source}:{missing[0]}=VALUE"
+        raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}: {advice}")
     _check_local(source, fields)
     return SOURCES[source](image_size=image_size, **fields)
 
@@ -105,26 +91,18 @@ def _check_local(source, fields):
 
 
 def parse_source(text: str, labelled: bool = True) -> tuple[str, dict]:
-    """Parses a command's `--data`: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test' or 'folder:path=/data/val'.
+    """Returns the (name, fields) for `make_source` of a command's `--data`; ValueError for a text that is none.
 
     Args:
-      text: as above, or the path of a folder of images.
+      text: 'NAME:FIELD=VALUE,FIELD=VALUE', such as 'digits:split=test', or the path of a folder of images.
       labelled: whether classes matter; if not, sources with the option `labelled` need none.
-
-    Returns:
-      (name, fields) for `make_source`.
-
-    Raises:
-      ValueError: if the text is neither.
     """
     name, _, rest = text.partition(":")
     if name not in SOURCES:
         _check_local("folder", {"path": text})
         if not os.path.isdir(os.path.expanduser(text)):
-            raise ValueError(
-                f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, SOURCES))}, with fields behind a "
-                "colon, such as 'digits:split=test' or 'folder:path=/data/val'"
-            )
+            fields = "with fields behind a colon, such as 'digits:split=test' or 'folder:path=/data/val'"
+            raise ValueError(f"{text!r} is no folder, and no source: allowed are {', '.join(map(repr, SOURCES))}, {fields}")
         name, fields = "folder", {"path": text}
     else:
         pairs = [pair.partition("=") for pair in rest.split(",") if pair]
@@ -146,11 +124,7 @@ def _typed(field, text, options):
 
 
 def check_labels(source, num_classes: int) -> None:
-    """Checks that a network with `num_classes` label embeddings can take every label, without decoding an image.
-
-    Raises:
-      ValueError: if a label lies outside 0..num_classes-1; a lookup there would silently read another class.
-    """
+    """Raises ValueError if a label lies outside 0..num_classes-1, where a lookup would silently read another class."""
     advice = f"; the source has {source.num_classes} classes, so set num_classes to that"
     check_label_range(source.labels, source.name, num_classes - 1, advice, shown=5)
 

@@ -18,9 +18,8 @@ def encode(pixels: UInt8[np.ndarray, "H W 3"], encoding: str) -> bytes:
     """Encodes an image without loss, in one of ENCODINGS."""
     if encoding == "raw":
         return pixels.tobytes()
-    options = {"png": {}, "webp": {"lossless": True}}[encoding]
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, encoding, **options)
+    Image.fromarray(pixels).save(buffer, encoding, lossless=True)  # which PNG always is
     return buffer.getvalue()
 
 
@@ -39,34 +38,22 @@ def decode(content: bytes, encoding: str, size: int) -> UInt8[np.ndarray, "size 
 class PreparedImages(shards.Shards):
     """Random access to prepared images; record i is image i of the source that they were made from.
 
-    Attributes:
-      path: the folder, or its address in a bucket.
-      image_size: side in pixels; must be that of the prepared images.
-
-    Raises:
-      ValueError: from the constructor, if the folder is unfinished, damaged, of another version or image size.
+    The constructor raises ValueError if the folder is unfinished, damaged, of another version or image size.
     """
 
-    path: str | os.PathLike
-    image_size: int
-
+    path: str | os.PathLike  # folder, or its address in a bucket
+    image_size: int  # side in pixels, that of the prepared images
     reads_addresses = True
 
     def __post_init__(self):
         image_size = self.image_size
         super().__init__(self.path, FORMAT)
         if self.image_size != image_size:
-            raise ValueError(
-                f"prepared images {str(self.path)!r} have {self.image_size} pixels on a side, image_size is {image_size}: "
-                f"set image_size to {self.image_size}, or prepare them anew from the original images"
-            )
+            sizes = f"have {self.image_size} pixels on a side, image_size is {image_size}"
+            advice = f"set image_size to {self.image_size}, or prepare them anew from the original images"
+            raise ValueError(f"prepared images {str(self.path)!r} {sizes}: {advice}")
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
-
-        Raises:
-          ValueError: if the image could not be decoded when it was prepared, or the record is damaged.
-        """
         content = self.content(i)
         try:
             pixels = decode(content, self.manifest["encoding"], self.image_size)

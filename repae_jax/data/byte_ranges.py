@@ -27,11 +27,7 @@ class BeyondTheEndError(ValueError):
 
 
 def read(address: str, first: int | None = None, end: int | None = None) -> bytes | None:
-    """Returns the bytes first..end-1 of an object, or all of it; None if there is no such object.
-
-    Args:
-      address: gs://BUCKET/NAME.
-      first, end: byte range; without both, the whole object is read.
+    """Returns the bytes first..end-1 of the object gs://BUCKET/NAME, or all without both; None if there is no such object.
 
     Raises:
       BeyondTheEndError: if the object ends before `end`.
@@ -49,22 +45,15 @@ def read(address: str, first: int | None = None, end: int | None = None) -> byte
     except ValueError as error:  # TensorStore raises no other type
         if str(error).startswith("OUT_OF_RANGE"):
             raise BeyondTheEndError(f"it ends before byte {end}") from error
-        raise _unreadable(address, _reason(error)) from error
+        status = re.search(r"http_response_code='(\d+)'", str(error))
+        reason = str(error).partition(" [")[0]  # TensorStore quotes the whole answer behind it
+        raise _unreadable(address, reason + (f", HTTP {status[1]}" if status else "")) from error
     return result.value if result.state == "value" else None
 
 
-def _reason(error):
-    """Returns TensorStore's message without its quotation of the answer, except for the status."""
-    status = re.search(r"http_response_code='(\d+)'", str(error))
-    return str(error).partition(" [")[0] + (f", HTTP {status[1]}" if status else "")
-
-
 def _unreadable(address, reason):
-    return OSError(
-        errno.EIO,
-        f"{address} cannot be read ({reason}); check the address, the network and your permission (`gcloud auth "
-        "application-default login`)",
-    )
+    advice = "check the address, the network and your permission (`gcloud auth application-default login`)"
+    return OSError(errno.EIO, f"{address} cannot be read ({reason}); {advice}")
 
 
 @functools.cache

@@ -22,11 +22,7 @@ _MAX_FILE_BYTES = 2**30  # more than the largest image that Pillow decodes
 
 
 def decode_crop(content: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Decodes an image file and crops it with `images.center_crop`.
-
-    Raises:
-      Exception: Pillow raises many types for content that it cannot decode, truncated files included.
-    """
+    """Decodes an image file and crops it with `images.center_crop`; Pillow raises errors of many types if it cannot."""
     with open_image(content) as image:
         return center_crop(image, size)
 
@@ -47,9 +43,8 @@ def check_bytes(count: int) -> None:
 def open_image(content: bytes) -> Image.Image:
     """Opens an image file without decoding its pixels.
 
-    Raises:
-      ValueError: for floats and 32-bit integers, whose range is unknown, and for tiles of too many pixels.
-      Exception: Pillow's, for formats other than KINDS and for more pixels than it considers safe (Image.MAX_IMAGE_PIXELS).
+    It raises ValueError for floats and 32-bit integers, whose range is unknown, and for tiles of too many pixels; and Pillow's
+    errors for formats other than KINDS, and for more pixels than Pillow considers safe (Image.MAX_IMAGE_PIXELS).
     """
     image = Image.open(io.BytesIO(content), formats=_available_kinds())
     if image.mode in ("I", "F"):
@@ -62,6 +57,6 @@ def open_image(content: bytes) -> Image.Image:
 
 @functools.cache
 def _available_kinds():
-    """Returns those of KINDS that this build of Pillow supports."""
+    """Returns the KINDS that this build of Pillow supports."""
     Image.init()
     return tuple(kind for kind in KINDS if kind in Image.OPEN)

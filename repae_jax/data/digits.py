@@ -14,18 +14,11 @@ _SPLITS = ("train", "test", "all")
 class DigitsSource:
     """Random access to 8x8 gray digits, enlarged to RGB images.
 
-    The split is fixed: every fifth digit of each class, in file order, is for testing (355), the others for
-    training (1,442).
-
-    Attributes:
-      image_size: side of the images in pixels; 8 and above make sense.
-      split: 'train', 'test' or 'all'.
-      labels: int32 `[N]`, 0..9.
+    The split is fixed: every fifth digit of each class, in file order, is for testing (355), the others for training (1,442).
     """
 
-    image_size: int
-    split: str = "train"
-
+    image_size: int  # side in pixels; 8 and above make sense
+    split: str = "train"  # one of _SPLITS
     num_classes = 10
 
     def __post_init__(self):
@@ -43,7 +36,6 @@ class DigitsSource:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`."""
         image = Image.fromarray(self._digits[i]).resize((self.image_size,) * 2, resample=Image.Resampling.BICUBIC)
         return {"image": np.array(image.convert("RGB")), "label": self.labels[i]}
 
@@ -53,7 +45,6 @@ class DigitsSource:
 
 
 def _split_indices(labels, split):
-    """Returns the positions of a split's records in file order, int64 `[N]`."""
     if split == "all":
         return np.arange(len(labels))
     is_test = np.zeros(len(labels), bool)

@@ -18,6 +18,7 @@ from repae_jax.data.listing import list_below, printable
 from repae_jax.data.source import MAX_LABEL, EncodedImages, check_image_size
 
 EXTENSIONS = tuple(ending for endings in KINDS.values() for ending in endings)
+_EXTENSIONS = " ".join(EXTENSIONS)
 # Formats that are not read: the user is told of such files.
 _REFUSED = (
     ".apng", ".arw", ".cr2", ".cr3", ".dds", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".icns", ".ico",
@@ -37,7 +38,6 @@ class FolderSource(EncodedImages):
     Attributes:
       path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the labels 0, 1, ...;
         images may lie deeper inside them.
-      image_size: side of the images in pixels.
       labels_file: path of a labels file, relative to the folder or absolute. Either JSON `{"labels": [["sub/a.png", 3], ...]}`,
         or `.csv` / `.tsv` with two columns, path and label. The paths in it are relative to the folder; images that it does not
         list are left out.
@@ -45,10 +45,8 @@ class FolderSource(EncodedImages):
       paths: paths of the records, relative to the folder, with forward slashes.
 
     Raises:
-      ValueError: from the constructor, if the folder is missing, cannot be listed, or holds no images or some of a format that
-        is not read, if it has neither class subfolders nor a labels file, or if the labels file is malformed, names missing
-        files or has labels out of range.
-      OSError: if the disk fails.
+      ValueError: from the constructor, if the folder or its classes are missing, it cannot be listed, holds no images or some
+        of a format that is not read, or if the labels file is malformed, names missing files or has labels out of range.
     """
 
     path: str | os.PathLike
@@ -67,7 +65,7 @@ class FolderSource(EncodedImages):
         if self.labels_file is None or not self.labelled:  # a labels file says which images are wanted
             _check_others(self._root, others)
         if not paths:
-            raise ValueError(f"no images below {str(self.path)!r}; files with these extensions count: {_extensions()}")
+            raise ValueError(f"no images below {str(self.path)!r}; files with these extensions count: {_EXTENSIONS}")
         if not self.labelled:
             labels = np.zeros(len(paths))
         elif self.labels_file is None:
@@ -87,18 +85,12 @@ class FolderSource(EncodedImages):
         return printable(self.paths[i])
 
 
-def _extensions():
-    return " ".join(EXTENSIONS)
-
-
 def _check_others(root, others):
     """Raises ValueError for images of formats that are not read; logs the extensions of all other files."""
     refused = [path for path in others if path.lower().endswith(_REFUSED)]
     if refused:
-        raise ValueError(
-            f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; convert or move them; these extensions "
-            f"are read: {_extensions()}"
-        )
+        advice = f"convert or move them; these extensions are read: {_EXTENSIONS}"
+        raise ValueError(f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; {advice}")
     if others:
         endings = Counter(Path(path).suffix.lower() or "none" for path in others)
         counts = ", ".join(f"{ending} ({count})" for ending, count in endings.most_common(10))
@@ -108,10 +100,8 @@ def _check_others(root, others):
 def _labels_from_subfolders(root, paths, classes):
     """Returns one label per path: the rank of its subfolder of `root` by name."""
     if not classes:
-        raise ValueError(
-            f"{str(root)!r} holds {len(paths)} images but no class subfolders; allowed: one subfolder per class, or a "
-            "labels_file (JSON, CSV or TSV)"
-        )
+        allowed = "allowed: one subfolder per class, or a labels_file (JSON, CSV or TSV)"
+        raise ValueError(f"{str(root)!r} holds {len(paths)} images but no class subfolders; {allowed}")
     class_of_path = [path.partition("/")[0] for path in paths]
     outside = [path for path in paths if "/" not in path]
     if outside:
@@ -119,7 +109,7 @@ def _labels_from_subfolders(root, paths, classes):
     # An empty class is most often an unfinished copy; leaving it out would shift the labels of the others.
     empty = sorted(set(classes) - set(class_of_path))
     if empty:
-        raise ValueError(f"class subfolders without images ({_extensions()}): {_some(empty)}; fill or remove them")
+        raise ValueError(f"class subfolders without images ({_EXTENSIONS}): {_some(empty)}; fill or remove them")
     if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
         other = next(label for label, name in enumerate(classes) if int(name) != label)
         logging.warning(
@@ -141,10 +131,8 @@ def _labels_from_file(file, paths):
     listed = [path for path, _ in entries]
     missing = sorted(set(listed) - set(paths))
     if missing:
-        raise ValueError(
-            f"labels file {str(file)!r} names files that are not images ({_extensions()}) below the folder: "
-            f"{_some(missing)}; paths in it are relative to the folder"
-        )
+        found = f"names files that are not images ({_EXTENSIONS}) below the folder: {_some(missing)}"
+        raise ValueError(f"labels file {str(file)!r} {found}; paths in it are relative to the folder")
     repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
     if repeated:
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
@@ -184,9 +172,8 @@ def _read_table(file):
             path, label = row
             entries.append((path, int(label)))
         except ValueError as error:
-            raise ValueError(
-                f"labels file {str(file)!r} has {row!r} in row {number}; allowed: two columns, path and integer"
-            ) from error
+            where = f"labels file {str(file)!r} has {row!r} in row {number}"
+            raise ValueError(f"{where}; allowed: two columns, path and integer") from error
     return entries
 
 
@@ -200,5 +187,4 @@ def _read_text(file):
 
 
 def _some(names):
-    """Returns the first five names of a list, and their number."""
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)} in all)"

@@ -10,7 +10,7 @@ import os
 import resource
 import socket
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import jax
@@ -35,11 +35,9 @@ class ImagenetSource(EncodedImages):
     unless every host has its own already.
 
     Attributes:
-      image_size: side of the images in pixels.
       split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
       data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      dataset: name of a data set with the features `image` and `label`, with its version if it is not the newest:
-        'imagenet2012:5.1.0'.
+      dataset: with the features `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'.
       labels_file: .npy for the labels; '' for a file beside the images.
 
     Raises:
@@ -58,6 +56,7 @@ class ImagenetSource(EncodedImages):
         check_image_size(self.image_size)
         info = self._opened.dataset_info
         self._name = f"{info.full_name} {self.split}"
+        self._labels_key = f"labels of {self._name}"
         missing = {"image", "label"} - set(info.features)
         if missing:
             absent, features = " and no ".join(sorted(missing)), ", ".join(info.features)
@@ -87,7 +86,6 @@ class ImagenetSource(EncodedImages):
         return _open(self.dataset, self.split, self.data_dir)
 
     def _record(self, i):
-        """Returns {'image': bytes, 'label': int, ...} of record `i`."""
         try:
             return self._opened[i]
         except Exception as error:
@@ -110,41 +108,26 @@ class ImagenetSource(EncodedImages):
                 raise
             raise ValueError(f"{file} cannot be read ({error}): remove it, and the labels are read again") from error
         if labels.shape != (count,) or labels.dtype != np.int32:
-            raise ValueError(
-                f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images: remove it, and "
-                "they are read again"
-            )
+            found = f"{file} holds {labels.dtype} {list(labels.shape)} instead of the labels of {count} images"
+            raise ValueError(f"{found}: remove it, and they are read again")
         return labels
 
     def _wait_for(self, file):
         if multihost.wait_for_files([file], lambda: multihost.get_flag(self._labels_key)) or multihost.is_seen(file):
             return
-        raise ValueError(
-            f"{file} is not there on host {socket.gethostname()}, though process 0 has it, on host "
-            f"{multihost.get_flag(self._labels_key)}: set labels_file to a file on a disk that all hosts share, or copy it"
-        )
+        hosts = f"on host {socket.gethostname()}, though process 0 has it, on host {multihost.get_flag(self._labels_key)}"
+        raise ValueError(f"{file} is not there {hosts}: set labels_file to a file on a disk that all hosts share, or copy it")
 
     def _write_labels(self, file):
         try:
             tempfile.TemporaryFile(dir=file.parent).close()  # before the labels are read, which takes long
         except OSError as error:
-            raise ValueError(
-                f"the labels cannot be kept in {file} ({error}); set labels_file to a file that can be written"
-            ) from error
-        labels = np.empty(len(self._opened), np.int32)
-
-        def read(first):
-            records = range(first, min(first + _CHUNK, len(labels)))
-            for i in records:
-                labels[i] = faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
-            return len(records)
-
-        with (
-            ThreadPoolExecutor(_READ_THREADS) as pool,
-            tqdm(total=len(labels), unit="img", desc="reading labels, once") as bar,
-        ):
-            for count in pool.map(read, range(0, len(labels), _CHUNK)):
-                bar.update(count)
+            advice = "set labels_file to a file that can be written"
+            raise ValueError(f"the labels cannot be kept in {file} ({error}); {advice}") from error
+        count = len(self._opened)
+        with ThreadPool(_READ_THREADS) as pool:
+            labels = pool.imap(self._read_label, range(count), _CHUNK)
+            labels = np.fromiter(tqdm(labels, total=count, unit="img", desc="reading labels, once"), np.int32)
 
         def write(temporary):
             with temporary.open("wb") as opened:  # np.save adds .npy to the name of a file that it opens itself
@@ -152,9 +135,8 @@ class ImagenetSource(EncodedImages):
 
         files.write_all({file: write}, overwrite=True)
 
-    @property
-    def _labels_key(self):
-        return f"labels of {self._name}"
+    def _read_label(self, i):
+        return faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
 
 
 def _open(dataset, split, data_dir):
@@ -162,10 +144,8 @@ def _open(dataset, split, data_dir):
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"TFDS' data sets are read by tensorflow_datasets, which cannot be imported ({error}): pip install "
-            "tensorflow-datasets"
-        ) from error
+        needed = f"TFDS' data sets are read by tensorflow_datasets, which cannot be imported ({error})"
+        raise ImportError(f"{needed}: pip install tensorflow-datasets") from error
     folder = str(Path(data_dir).expanduser()) if data_dir else None
     where = f"in {data_dir!r}" if data_dir else "where TFDS looks; set data_dir to the folder of TFDS' data sets"
     try:
@@ -173,16 +153,12 @@ def _open(dataset, split, data_dir):
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:  # AssertionError: unknown version
         message = str(error).splitlines()[0]
         if "File format is already set" in message:
-            raise ValueError(
-                f"{dataset!r} is prepared in another format {where}, but only ArrayRecords can be read at random. Prepare it "
-                f"anew, in another data_dir: {_build(dataset, 'DATA_DIR')}"
-            ) from error
+            found = f"{dataset!r} is prepared in another format {where}, but only ArrayRecords can be read at random"
+            raise ValueError(f"{found}. Prepare it anew, in another data_dir: {_build(dataset, 'DATA_DIR')}") from error
         raise ValueError(f"dataset {dataset!r} cannot be opened {where} ({message})") from error
     if not builder.is_prepared():
-        raise ValueError(
-            f"{dataset!r} is not prepared as ArrayRecords {where}. To do so, with the folder of its archives: "
-            + _build(dataset, folder)
-        )
+        to_do = f"To do so, with the folder of its archives: {_build(dataset, folder)}"
+        raise ValueError(f"{dataset!r} is not prepared as ArrayRecords {where}. {to_do}")
     info = builder.info
     _allow_open_files(sum(part.num_shards for part in info.splits.values()))
     try:
@@ -207,7 +183,6 @@ def _allow_open_files(shards):
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ValueError(
-            f"the {shards} shards need {needed} open files, this machine allows {hard}: raise its limit (ulimit -Hn)"
-        )
+        limit = f"the {shards} shards need {needed} open files, this machine allows {hard}"
+        raise ValueError(f"{limit}: raise its limit (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

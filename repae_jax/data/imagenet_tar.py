@@ -39,17 +39,11 @@ _LISTING_THREADS = 16  # they mostly wait for the disk
 class ImagenetTarSource(EncodedImages):
     """Random access to the images in an archive, center-cropped as they are read. Worker processes open it for themselves.
 
-    Attributes:
-      path: ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name.
-      image_size: side of the images in pixels.
-
-    Raises:
-      ValueError: from the constructor, which reads the header of each image, if the file is missing, no such archive,
-        compressed, truncated or damaged, or classes are missing.
-      ImportError: without tensorflow_datasets, whose list of classes is read.
+    The constructor reads the header of each image. It raises ValueError if the file is missing, no such archive, compressed,
+    truncated or damaged, or lacks classes; and ImportError without tensorflow_datasets, whose list of classes is read.
     """
 
-    path: str | os.PathLike
+    path: str | os.PathLike  # ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name
     image_size: int
 
     def __post_init__(self):
@@ -103,9 +97,8 @@ class ImagenetTarSource(EncodedImages):
         if unknown:
             raise ValueError(f"{self._path} holds {len(unknown)} classes that are not of the challenge, first {unknown[0]}")
         if missing:
-            raise ValueError(
-                f"{self._path} lacks {len(missing)} of the {len(self._wnids)} classes, first {missing[0]}.tar; {_WHOLE}"
-            )
+            count = f"{len(missing)} of the {len(self._wnids)} classes"
+            raise ValueError(f"{self._path} lacks {count}, first {missing[0]}.tar; {_WHOLE}")
 
         def listed(member):
             name, start, size = member
@@ -119,13 +112,13 @@ class ImagenetTarSource(EncodedImages):
             return _columns(images, where)
 
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            progress = tqdm(pool.map(listed, sorted(members)), total=len(members), unit="class", desc="listing images")
-            columns = list(progress)
+            listing = pool.map(listed, sorted(members))
+            columns = list(tqdm(listing, total=len(members), unit="class", desc="listing images"))
         labels = np.repeat(np.arange(len(columns), dtype=np.int32), [len(names) for names, *_ in columns])
         return (labels, *map(np.concatenate, zip(*columns)))
 
     def _list_validation(self, members):
-        """Returns arrays (labels, names, starts, sizes) of the validation images."""
+        """Returns the same arrays of the validation images."""
         names, starts, sizes = _columns(members, self._path)
         label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids)}
         label_of_number = [label_of_wnid[wnid] for wnid in _table("validation_labels.txt")]
@@ -146,16 +139,7 @@ class ImagenetTarSource(EncodedImages):
 
 
 def _members(file, start, end, where):
-    """Yields (name without folders, start, size in bytes) of each file in a tar archive; hidden ones are left out.
-
-    Args:
-      file: open file that holds the archive.
-      start, end: first byte of the archive in the file, and the byte after its last.
-      where: the archive's name, for messages.
-
-    Raises:
-      ValueError: if it is no archive, or not whole.
-    """
+    """Yields (name without folders, start, size in bytes) of each file in the archive start..end-1; leaves hidden ones out."""
     at = start
     while True:
         header = os.pread(file.fileno(), _BLOCK, at) if at + _BLOCK <= end else b""
@@ -196,8 +180,6 @@ def _table(name):
     """Returns the lines of one of TFDS' text files on ImageNet, without importing TFDS."""
     package = importlib.util.find_spec("tensorflow_datasets")
     if package is None:
-        raise ImportError(
-            "the list of ImageNet's classes is that of tensorflow_datasets, which is not installed: pip install "
-            "tensorflow-datasets"
-        )
+        needed = "the list of ImageNet's classes is that of tensorflow_datasets, which is not installed"
+        raise ImportError(f"{needed}: pip install tensorflow-datasets")
     return (Path(package.origin).parent / "datasets/imagenet2012" / name).read_text().split()

@@ -30,23 +30,9 @@ def record_shape(latent_shape: tuple[int, int, int], flips: bool) -> tuple[int, 
 
 
 class CachedLatents(shards.Shards):
-    """Random access to the posteriors in a cache. Worker processes open it for themselves.
-
-    Attributes:
-      path: the folder, or its address in a bucket.
-      latent_shape: (h, w, C).
-      flips: whether records hold the mirrored image's posterior, too.
-      fingerprint: `repae_jax.training.checkpoint.fingerprint` of the VAE's parameters.
-      vae: path or name of the VAE's weights.
-      latent_stats: {'mean', 'var'}, float32 `[C]`, of latents drawn from all posteriors.
-    """
+    """Random access to the posteriors in a cache, by path or address; the fields of its manifest above are attributes."""
 
     def __init__(self, path: str | os.PathLike):
-        """Reads manifest and labels, and checks that all shards exist in full length.
-
-        Raises:
-          ValueError: if the cache is unfinished, damaged or of another version.
-        """
         self.path = os.path.expanduser(path)
         super().__init__(self.path, FORMAT)
         self.flips, self.fingerprint, self.vae = (self.manifest[name] for name in ("flips", "fingerprint", "vae"))
@@ -54,11 +40,7 @@ class CachedLatents(shards.Shards):
         self.latent_stats = {name: np.asarray(values, np.float32) for name, values in self.manifest["latent_stats"].items()}
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'moments': float32 [h, w, 2C], 'label': int32}` of record `i`; with flips, [2, h, w, 2C].
-
-        Raises:
-          ValueError: if the image could not be decoded when the cache was made, or the record is damaged.
-        """
+        """Returns `{'moments': float32 [h, w, 2C], 'label': int32}` of record `i`; with flips, [2, h, w, 2C]."""
         content, shape = self.content(i), record_shape(self.latent_shape, self.flips)
         if len(content) != 4 * math.prod(shape):
             raise self.damaged(i, f"it is {len(content)} bytes, not {shape}")
@@ -68,23 +50,13 @@ class CachedLatents(shards.Shards):
 class WithMoments:
     """The images of a source, each with its posterior from a cache.
 
-    Attributes:
-      cache: the CachedLatents.
-      labels, num_classes, image_size: those of the images.
-      records_hash: that of the images and the cache.
-      contents_hash: hashes of the images' files, if they are prepared, and of the cache's.
+    The constructor raises ValueError unless the cache was made from these images, by their number, size, labels and names; it
+    reads none of them. `contents_hash` has the hashes of the images' files, if they are prepared, and of the cache's.
     """
 
     def __init__(self, images, cache: CachedLatents):
-        """Checks that the cache was made from these images, by their names and labels; reads none of them.
-
-        Raises:
-          ValueError: if they differ in number, size, labels or names.
-        """
-        for quantity, here, there in (
-            ("images", len(images), len(cache)),
-            ("pixels on a side", images.image_size, cache.image_size),
-        ):
+        sides = (images.image_size, cache.image_size)
+        for quantity, (here, there) in {"images": (len(images), len(cache)), "pixels on a side": sides}.items():
             if here != there:
                 raise ValueError(f"cache {cache.path!r} was made from {there} {quantity}, config.data has {here}; {_REMAKE}")
         differing = np.flatnonzero(images.labels != cache.labels)
@@ -93,13 +65,10 @@ class WithMoments:
             raise ValueError(f"cache {cache.path!r} has other labels in {len(differing)} places, first {first}; {_REMAKE}")
         here = records_hash(images)
         if here != cache.records_hash:
-            raise ValueError(
-                f"cache {cache.path!r} was made from images with other names (hash {cache.records_hash} there, {here} here), "
-                f"such as files that were renamed, exchanged or are of another folder; {_REMAKE}"
-            )
-        self._images = images
-        self.cache = cache
-        self.records_hash = here
+            names = f"other names (hash {cache.records_hash} there, {here} here)"
+            such = "such as files that were renamed, exchanged or are of another folder"
+            raise ValueError(f"cache {cache.path!r} was made from images with {names}, {such}; {_REMAKE}")
+        self._images, self.cache, self.records_hash = images, cache, here
         self.contents_hash = [getattr(images, "contents_hash", None), cache.contents_hash]
         self.labels, self.num_classes, self.image_size = images.labels, images.num_classes, images.image_size
 
@@ -116,24 +85,12 @@ class WithMoments:
 
 
 def check_cache(cache: CachedLatents, fingerprint: str, latent_shape: tuple[int, int, int], image_size: int) -> None:
-    """Checks that a cache holds what a run's VAE makes of its images.
-
-    Args:
-      cache: CachedLatents.
-      fingerprint: fingerprint of the run's VAE.
-      latent_shape: (h, w, C) of the run.
-      image_size: the run's, in pixels.
-
-    Raises:
-      ValueError: if not, naming the differences.
-    """
+    """Raises ValueError unless a cache holds what the run's VAE, of this fingerprint and latent shape, makes of its images."""
     differing = []
     if cache.fingerprint != fingerprint:
         differing.append(f"another VAE (fingerprint {cache.fingerprint}, from {cache.vae!r}; this run's has {fingerprint})")
-    for quantity, there, here in (
-        ("latents of shape", cache.latent_shape, tuple(latent_shape)),
-        ("an image size of", cache.image_size, image_size),
-    ):
+    shapes, sizes = (cache.latent_shape, tuple(latent_shape)), (cache.image_size, image_size)
+    for quantity, (there, here) in {"latents of shape": shapes, "an image size of": sizes}.items():
         if there != here:
             differing.append(f"{quantity} {there} (this run's: {here})")
     if differing:

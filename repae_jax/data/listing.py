@@ -15,17 +15,11 @@ _BROKEN = 0  # stands for the mode of a link's missing target
 
 
 class Listing(NamedTuple):
-    """Paths below a folder, relative to it, with forward slashes, sorted.
+    """Paths below a folder, relative to it, with forward slashes, sorted."""
 
-    Attributes:
-      files: files with the wanted endings.
-      others: all other files.
-      folders: folders directly below it, without links to itself.
-    """
-
-    files: list[str]
-    others: list[str]
-    folders: list[str]
+    files: list[str]  # with the wanted endings
+    others: list[str]  # all other files
+    folders: list[str]  # directly below it, without links to itself
 
 
 def list_below(root: str | os.PathLike, endings: tuple[str, ...]) -> Listing:
@@ -36,15 +30,16 @@ def list_below(root: str | os.PathLike, endings: tuple[str, ...]) -> Listing:
 
     Args:
       root: an existing folder.
-      endings: endings of the names of wanted files, with their dots, in lower case; the names' case does not matter.
+      endings: of the names of wanted files, with their dots, in lower case; the names' case does not matter.
 
     Raises:
       ValueError: if a folder may not be listed, a link that may have led to a folder is broken, or a pipe or a device has a
-        wanted file's name; the message names them.
+        wanted file's name.
       OSError: if the system fails, naming the folder.
     """
     files, others, folders = [], [], []
-    entered = dict.fromkeys(_above(root), "")  # (device, inode) -> path
+    above = map(os.stat, Path(os.path.realpath(root)).parents)
+    entered = {(status.st_dev, status.st_ino): "" for status in above}  # (device, inode) -> path
     entering, links = deque([""]), deque()
     while entering or links:
         folder = entering.popleft() if entering else links.popleft()
@@ -77,11 +72,6 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _above(root):
-    """Returns (device, inode) of all parents of a folder."""
-    return [(status.st_dev, status.st_ino) for status in map(os.stat, Path(os.path.realpath(root)).parents)]
-
-
 def _entries(folder):
     """Returns ([(name, whether a link, mode of the file or the link's target), ...], the folder's (device, inode))."""
     try:
@@ -96,7 +86,6 @@ def _entries(folder):
 
 
 def _mode(entry):
-    """Returns the file type of an entry, or of its target."""
     if not entry.is_symlink():  # the folder holds the type; a call of stat takes long on network disks
         if entry.is_dir():
             return stat.S_IFDIR

@@ -1,5 +1,6 @@
 """Endless batches from a source: shuffled, split over processes, resumable, and tolerant of a few bad files."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -21,51 +22,40 @@ _WORKER_THREADS = 1  # in each worker process: one batch is decoded while
 _WORKER_BUFFER = 1  # another one waits
 
 
-class Loader:
+class Loader(contextlib.AbstractContextManager, Iterator):
     """Infinite iterator over batches: the stacked fields of the source's records.
 
     A batch is such as `{'image': uint8 [b, H, W, 3], 'label': int32 [b]}`, b = batch_size / process_count.
 
-    All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a
-    new order every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every
-    batch is full, a batch may span two epochs, and batch k depends on nothing but the source, the seed, the batch size
-    and k: neither on the number of processes or workers, nor on where a run was interrupted. Each process gets a
-    contiguous block of the batch, in process order.
+    All batches are consecutive cuts of one stream: the source's records shuffled, each exactly once per epoch, with a new order
+    every epoch. Batch k holds records `k * batch_size` to `(k + 1) * batch_size - 1` of that stream. So every batch is full, a
+    batch may span two epochs, and batch k depends on nothing but the source, the seed, the batch size and k: neither on the
+    number of processes or workers, nor on where a run was interrupted. Each process gets a contiguous block of the batch, in
+    process order.
 
-    A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above
-    true. It is logged once by name and counted; too many of them end the run.
+    A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above true. It
+    is logged once by name and counted; too many of them end the run.
 
     Attributes:
       next_batch: number of the batch that `next` returns next.
-      wait_seconds: total time for which `next` has waited for batches: what reading ahead could not hide.
+      wait_seconds: total time for which `next` has waited for batches, because reading ahead could not hide it.
     """
 
     def __init__(
-        self,
-        source,
-        *,
-        batch_size: int,
-        seed: int,
-        start_batch: int = 0,
-        workers: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
-        max_bad_fraction: float = 0.01,
-    ):
+        self, source, *, batch_size: int, seed: int, start_batch: int = 0, workers: int = 0,
+        process_index: int = 0, process_count: int = 1, max_bad_fraction: float = 0.01,
+    ):  # fmt: skip
         """Prepares the stream; nothing is read before the first `next`.
 
         Args:
           source: a source as described in `repae_jax.data`; its records may have any fields, the same in all records, each
             an array or a number of one shape and type.
           batch_size: global batch size, over all processes.
-          seed: seed of the shuffling, 0..2**32-1.
-          start_batch: number of the first batch.
-          workers: worker processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main
-            script needs its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
-          process_index: number of this process' block in every batch.
-          process_count: number of processes that share a batch.
-          max_bad_fraction: largest share of the source's records that may be undecodable, 0..1; with 0 the first one ends
-            the run.
+          seed: of the shuffling, 0..2**32-1.
+          workers: processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main script needs
+            its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
+          process_index, process_count: number of this process' block in every batch, and of processes that share a batch.
+          max_bad_fraction: largest share of the records that may be undecodable, 0..1; with 0 the first one ends the run.
 
         Raises:
           ValueError: if a number is out of range, the source is empty, or `process_count` does not divide `batch_size`.
@@ -80,28 +70,16 @@ class Loader:
         _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
         if batch_size % process_count:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
-        self.next_batch = int(start_batch)
-        self.wait_seconds = 0.0
-        self._source = source
-        self._workers = workers
-        self._max_bad = int(max_bad_fraction * len(source))
-        self._bad_records = set()
-        self._iterator = None
+        self.next_batch, self.wait_seconds = int(start_batch), 0.0
+        self._source, self._workers, self._iterator = source, workers, None
+        self._bad_records, self._max_bad = set(), int(max_bad_fraction * len(source))
         records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         # The stream has no remainder, but with drop_remainder grain knows its exact length (and a block of 1 is possible).
         blocks = records.batch(batch_size // process_count, drop_remainder=True)
-        self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad).batch)
-
-    def __iter__(self):
-        return self
+        self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad))
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next batch.
-
-        Raises:
-          RuntimeError: if more records than allowed have turned out undecodable.
-          OSError: if the disk, network or bucket that holds the records cannot be read.
-        """
+        """Returns the next batch; RuntimeError if too many records are undecodable, OSError if they cannot be reached."""
         began = time.perf_counter()
         if self._iterator is None:
             self._iterator = read_ahead(self._batches[self.next_batch :], self._workers)
@@ -118,9 +96,6 @@ class Loader:
         copy = np.array if self._workers else np.asarray
         return {name: copy(values) for name, values in fields.items()}
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exception):
         self.close()
 
@@ -131,14 +106,10 @@ class Loader:
 
     def state(self) -> dict:
         """Returns the argument of `restore`, ready for JSON. The bad records are those that this process has met."""
-        bad = sorted(self._bad_records)
-        return {"next_batch": self.next_batch, "bad_records": bad, "records": len(self._source)}
+        return {"next_batch": self.next_batch, "bad_records": sorted(self._bad_records), "records": len(self._source)}
 
     def restore(self, state: dict) -> None:
-        """Continues exactly where the loader that returned `state` stopped.
-
-        Args:
-          state: result of `state()` of a loader with the same source, seed and batch size.
+        """Continues exactly where the loader of the same source, seed and batch size stopped whose `state()` this is.
 
         Raises:
           ValueError: if the state has other fields, or values that do not fit the source.
@@ -146,10 +117,8 @@ class Loader:
         if set(state) != {"next_batch", "bad_records", "records"}:
             raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records, next_batch and records")
         if state["records"] != len(self._source):
-            raise ValueError(
-                f"the run was trained on {state['records']} records, this source has {len(self._source)}: the order would be "
-                "another one; point it at the same data"
-            )
+            counts = f"the run was trained on {state['records']} records, this source has {len(self._source)}"
+            raise ValueError(f"{counts}: the order would be another one; point it at the same data")
         _check_range("next_batch", state["next_batch"], 0)
         for record in state["bad_records"]:
             _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)
@@ -164,7 +133,6 @@ class Loader:
             self._iterator = None
 
     def _note_failures(self, failures):
-        """Logs the records not seen before, and raises when they have become too many."""
         for record, error in failures:
             if record not in self._bad_records:
                 self._bad_records.add(record)
@@ -176,18 +144,12 @@ class Loader:
 
 
 def read_ahead(batches: grain.MapDataset, workers: int) -> Iterator:
-    """Returns an iterator that decodes ahead of its caller, in the order of the batches.
+    """Returns an iterator that decodes ahead of its caller, in the batches' order; its `close()` stops threads and workers.
 
-    Args:
-      batches: grain.MapDataset of batches.
-      workers: processes that decode; 0 decodes in threads. Arrays from workers lie in shared memory that is freed with them.
-
-    Returns:
-      Iterator; its `close()` stops threads and workers.
+    Decoding takes place in `workers` processes, with 0 in threads. Workers' arrays lie in shared memory, freed with them.
     """
     threads = _WORKER_THREADS if workers else _READ_THREADS
-    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    batches = batches.to_iter_dataset(read_options)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if not workers:
         return iter(batches)
     if not flags.FLAGS.is_parsed():  # grain reads its own flags, which only an absl app parses
@@ -223,15 +185,17 @@ class _ReplacingRecords:
     """
 
     def __init__(self, source, max_bad):
-        self._source = source
-        self._max_bad = max_bad
+        self._source, self._max_bad = source, max_bad
 
-    def batch(self, records):
+    def __call__(self, records):
         """Returns the fields of the records, stacked, and `[(record, error), ...]` of the undecodable records."""
-        return _stack(at_once(self._read_one, records.tolist()))
+        examples, failures = zip(*at_once(self._read_one, records.tolist()))
+        fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        if "label" in fields:  # a source may return a Python int
+            fields["label"] = fields["label"].astype(np.int32)
+        return fields, list(itertools.chain.from_iterable(failures))
 
     def _read_one(self, i):
-        """Returns the fields of record `i` or its replacement, and `[(record, error), ...]` of the undecodable records."""
         failures = []
         while True:
             record = (i + len(failures)) % len(self._source)
@@ -245,15 +209,6 @@ class _ReplacingRecords:
                 raise RuntimeError(too_many_bad(self._source, bad, self._max_bad, failures[-1][1]))
 
 
-def _stack(records):
-    """Stacks the results of `_ReplacingRecords._read_one`; the failures of all records become one list."""
-    examples, failures = zip(*records)
-    fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    if "label" in fields:  # a source may return a Python int
-        fields["label"] = fields["label"].astype(np.int32)
-    return fields, list(itertools.chain.from_iterable(failures))
-
-
 def too_many_bad(source, bad: list[int], max_bad: int, last_error: str) -> str:
     """Returns the message that ends a run because of too many undecodable records."""
     names = ", ".join(source.name(record) for record in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -263,13 +218,8 @@ def too_many_bad(source, bad: list[int], max_bad: int, last_error: str) -> str:
     )
 
 
-def _begin_worker(worker_index, worker_count):
-    """Confines a new worker to the CPU and ends it with its parent.
-
-    A worker that touched an accelerator would take it from the training process, and one that outlived it would keep its memory
-    and files.
-    """
-    del worker_index, worker_count
+def _begin_worker(_index, _count):
+    """Confines a new worker to the CPU, as accelerators are the training process', and ends it with its parent."""
     child_process.exit_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
@@ -277,5 +227,4 @@ def _begin_worker(worker_index, worker_count):
 
 def _check_range(name, value, low, high=None):
     if value < low or (high is not None and value > high):
-        allowed = f"{low} and above" if high is None else f"{low}..{high}"
-        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+        raise ValueError(f"{name} is {value}; allowed: " + (f"{low} and above" if high is None else f"{low}..{high}"))

@@ -28,29 +28,21 @@ _MAX_GROUP_BYTES = 2**31 - 1  # size of a row group's images: pyarrow's offsets 
 class ParquetSource(EncodedImages):
     """Random access to the images in parquet files, center-cropped as they are read. Worker processes open them for themselves.
 
-    The records are in the order of the files' names, and of the rows.
-
-    Attributes:
-      path: folder with the files SPLIT-*.parquet or SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth,
-        but all of one split in one folder.
-      image_size: side of the images in pixels.
-      split: 'train', 'validation' or another that the files are named by.
-      image_column: column of encoded images: bytes, or a struct with a field `bytes`.
-      label_column: column of whole numbers; '' if classes do not matter: all images have label 0.
+    The records are in the order of the files' names, and of the rows. `path` is a folder with the files SPLIT-*.parquet or
+    SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth, but all of one split in one folder.
 
     Raises:
       ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in
         several folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out
         of range.
-      OSError: if the disk fails.
       ImportError: without pyarrow.
     """
 
     path: str | os.PathLike
     image_size: int
     split: str = "train"
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = "image"  # encoded images: bytes, or a struct with a field `bytes`
+    label_column: str = "label"  # whole numbers; '' if classes do not matter: all images have label 0
 
     def __post_init__(self):
         check_image_size(self.image_size)
@@ -59,22 +51,22 @@ class ParquetSource(EncodedImages):
         paths = [self._root / file for file in self._files]
         # footers are read from files that are closed again: a data set may have more files than may be open
         footers = [_read_whole(path, lambda opened: opened.metadata) for path in paths]
-        columns = [
-            _check_columns(path, footer.schema.to_arrow_schema(), self.image_column, self.label_column)
-            for path, footer in zip(paths, footers)
-        ]
-        for path, footer, columns_of_file in zip(paths, footers, columns):
-            _check_alike(paths[0], columns[0], path, columns_of_file)
-            _check_groups(path, footer, columns_of_file[0])
+        schemas = [footer.schema.to_arrow_schema() for footer in footers]
+        columns = [_check_columns(path, schema, self.image_column, self.label_column) for path, schema in zip(paths, schemas)]
+        for path, footer, (column, names) in zip(paths, footers, columns):
+            if (column, names) != columns[0]:  # equal labels would not be equal classes
+                first = f"{paths[0]} in {columns[0][0]!r} and {_names(columns[0][1])}"
+                here = f"{path} has images in column {column!r} and {_names(names)}"
+                raise ValueError(f"{here}, {first}: keep the files of one data set")
+            _check_groups(path, footer, column)
         self._image_leaf, class_names = columns[0]
         self._groups = [(number, group) for number, footer in enumerate(footers) for group in range(footer.num_row_groups)]
         rows = [footers[number].row_group(group).num_rows for number, group in self._groups]
         self._ends = np.cumsum(rows, dtype=np.int64)  # record i is in the first group that ends beyond i
         self._file_starts = np.cumsum([0] + [footer.num_rows for footer in footers])
-        count = int(self._file_starts[-1])
-        if not count:
+        if not self._file_starts[-1]:
             raise ValueError(f"the files of split {self.split!r} in {str(self.path)!r} hold no rows")
-        self.labels = self._read_labels() if self.label_column else np.zeros(count, np.int32)
+        self.labels = self._read_labels() if self.label_column else np.zeros(self._file_starts[-1], np.int32)
         self.num_classes = len(class_names) if class_names else int(self.labels.max()) + 1
 
     @functools.cached_property
@@ -102,15 +94,13 @@ class ParquetSource(EncodedImages):
         return f"{printable(self._files[number])} row {i - int(self._file_starts[number])}"
 
     def _read_group(self, number):
-        """Returns the encoded images of a row group: a pyarrow array."""
         file_number, group = self._groups[number]
-        with _open(self._root / self._files[file_number]) as file:
+        with _pyarrow().parquet.ParquetFile(self._root / self._files[file_number]) as file:
             table = file.read_row_group(group, columns=[self._image_leaf])
         column = table.column(0).combine_chunks()
         return column.field("bytes") if self._image_leaf.endswith(".bytes") else column
 
     def _read_labels(self):
-        """Returns the labels of all files, int32 `[N]`."""
         labels = []
         for file in self._files:
             column = _read_whole(self._root / file, lambda opened: opened.read(columns=[self.label_column]).column(0))
@@ -132,11 +122,10 @@ def _pyarrow():
 
 
 def _read_whole(file, read):
-    """Returns read(opened file); raises ValueError if the file is damaged."""
     pyarrow = _pyarrow()
 
     def opened():
-        with _open(file) as parquet:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
             return read(parquet)
 
     try:
@@ -147,13 +136,7 @@ def _read_whole(file, read):
         raise ValueError(f"{file} cannot be read as parquet ({error}); is it whole? Download it again") from error
 
 
-def _open(file):
-    """Returns a pyarrow.parquet.ParquetFile, to be closed."""
-    return _pyarrow().parquet.ParquetFile(file)
-
-
 def _list_files(root, split):
-    """Returns the files of a split, relative to `root`, sorted."""
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
@@ -163,10 +146,9 @@ def _list_files(root, split):
         raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {found}")
     folders = sorted({str(file.parent) for file in chosen})
     if len(folders) > 1:
-        raise ValueError(
-            f"split {split!r} is in several folders below {str(root)!r}: {', '.join(map(repr, folders))}; each is a "
-            "configuration of the data set, or a copy: give one of them as path"
-        )
+        advice = "each is a configuration of the data set, or a copy: give one of them as path"
+        found = f"split {split!r} is in several folders below {str(root)!r}"
+        raise ValueError(f"{found}: {', '.join(map(repr, folders))}; {advice}")
     _check_numbers(root / folders[0], split, [file.name for file in chosen])
     return [file.as_posix() for file in chosen]
 
@@ -178,23 +160,18 @@ def _check_numbers(folder, split, names):
     numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
     totals = sorted({total for _, total in numbers})
     if plain and numbers:
-        raise ValueError(
-            f"split {split!r} in {str(folder)!r} is in files numbered up to {totals[0]}, and in others, such as {plain[0]}: "
-            "keep those of one download"
-        )
+        found = f"in files numbered up to {totals[0]}, and in others, such as {plain[0]}"
+        raise ValueError(f"split {split!r} in {str(folder)!r} is {found}: keep those of one download")
     if len(totals) > 1:
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
     repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
     if repeated:
-        raise ValueError(
-            f"file {repeated[0]} of split {split!r} is in {str(folder)!r} more than once: keep those of one download"
-        )
+        where = f"file {repeated[0]} of split {split!r} is in {str(folder)!r}"
+        raise ValueError(f"{where} more than once: keep those of one download")
     missing = sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers})
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {totals[0]} files of split {split!r} are missing in {str(folder)!r}, first number "
-            f"{missing[0]}; download them"
-        )
+        count = f"{len(missing)} of {totals[0]} files of split {split!r}"
+        raise ValueError(f"{count} are missing in {str(folder)!r}, first number {missing[0]}; download them")
 
 
 def _split_of(file):
@@ -209,27 +186,19 @@ def _check_columns(path, schema, image_column, label_column):
     for name in filter(None, (image_column, label_column)):
         if name not in schema.names:
             raise ValueError(f"{path} has no column {name!r}; its columns: {', '.join(schema.names)}")
-    if label_column and not pyarrow.types.is_integer(schema.field(label_column).type):
-        kind = schema.field(label_column).type
+    if label_column and not pyarrow.types.is_integer(kind := schema.field(label_column).type):
         raise ValueError(f"column {label_column!r} of {path} is of type {kind}; allowed: whole numbers")
-    kind = schema.field(image_column).type
-    column = image_column
+    column, kind = image_column, schema.field(image_column).type
     if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         column, kind = f"{image_column}.bytes", kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
-        raise ValueError(
-            f"column {image_column!r} of {path} is of type {kind}; allowed: bytes, or a struct with a field 'bytes'"
-        )
-    return column, _class_names(schema, label_column)
-
-
-def _check_alike(first, expected, path, columns):
-    """Raises ValueError if two files' `_check_columns` differ: equal labels would not be equal classes."""
-    if columns != expected:
-        raise ValueError(
-            f"{path} has images in column {columns[0]!r} and {_names(columns[1])}, {first} in {expected[0]!r} and "
-            f"{_names(expected[1])}: keep the files of one data set"
-        )
+        allowed = "bytes, or a struct with a field 'bytes'"
+        raise ValueError(f"column {image_column!r} of {path} is of type {kind}; allowed: {allowed}")
+    try:  # as Hugging Face's datasets writes them
+        class_names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label_column]["names"]
+    except (TypeError, KeyError, ValueError):
+        class_names = None
+    return column, class_names
 
 
 def _names(names):
@@ -247,12 +216,3 @@ def _check_groups(path, footer, column):
                     f"{_MAX_GROUP_BYTES / 2**30:g}, for a group is read as a whole: write the file anew with smaller ones "
                     "(row_group_size=100 in pyarrow.parquet.write_table)"
                 )
-
-
-def _class_names(schema, label_column):
-    """Returns the class names in a file's metadata, as Hugging Face's datasets writes them; None without."""
-    try:
-        info = json.loads(schema.metadata[b"huggingface"])
-        return info["info"]["features"][label_column]["names"]
-    except (TypeError, KeyError, ValueError):
-        return None

@@ -17,14 +17,19 @@ _BLOCK, _HEADER = 1 << 16, 24
 _GAP = 512  # bytes, more than between the end of one record and the beginning of the next
 
 
+def open_shard(file: str | Path) -> ArrayRecordReader:
+    """Opens an ArrayRecord for random access."""
+    return ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+
+
 def find(file: str | Path) -> np.ndarray:
-    """Returns the places of all records of an ArrayRecord that was written with OPTIONS: PLACE `[records]`.
+    """Returns the places of all records of an ArrayRecord, PLACE `[records]`.
 
     Raises:
       RuntimeError: if a record is damaged.
-      ValueError: if the file was written with other options.
+      ValueError: if the file was written with other options than OPTIONS.
     """
-    reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+    reader = open_shard(file)
     places = np.zeros(reader.num_records(), PLACE)
     at = 0  # position in the file without its headers
     with Path(file).open("rb") as raw:

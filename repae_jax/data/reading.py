@@ -10,21 +10,12 @@ _THREADS = 8  # enough for 200 records a second that each take 40 ms to arrive
 
 
 def read(source, i: int) -> dict:
-    """Returns source[i], retried by `faults.read` if the system fails.
-
-    Raises:
-      OSError: if the system goes on failing, naming the record.
-      Exception: the source's, if the record cannot be decoded.
-    """
+    """Returns source[i], retried by `faults.read`; OSError, naming the record, if the system goes on failing."""
     return faults.read(source.__getitem__, i, name=lambda: source.name(i))
 
 
 def attempt(source, i: int) -> tuple[dict | None, str | None]:
-    """Returns (source[i], None), or (None, description of the error) for a record that cannot be decoded.
-
-    Raises:
-      OSError: if the system fails, naming the record.
-    """
+    """Returns (source[i], None), or (None, description of the error) for a record that cannot be decoded; OSError as `read`."""
     try:
         return read(source, i), None
     except Exception as error:  # Pillow raises nearly anything: OSError, SyntaxError, ValueError, struct.error
@@ -36,8 +27,7 @@ def attempt(source, i: int) -> tuple[dict | None, str | None]:
 def at_once(read_one: Callable, records: Iterable[int]) -> list:
     """Returns [read_one(record), ...]; reads several at a time, as each takes its time to arrive from a bucket or network.
 
-    Raises:
-      Exception: one of `read_one`; after it, no other record is begun.
+    After an error of `read_one`, which is raised, no other record is begun.
     """
     failed = threading.Event()
 

@@ -2,9 +2,11 @@
 
 import abc
 import base64
+import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import threading
@@ -25,19 +27,12 @@ from repae_jax.distributed import multihost
 
 
 class RecordMaker(abc.ABC):
-    """Makes records of images in three stages: `read` in worker processes, then `encode` and `pack` in this process.
-
-    Attributes:
-      format: ShardFormat of the folder.
-      block_size: images in a block, the unit of `encode`.
-      record_bytes: approximate size of a record.
-      missing: replaces the result of `read` for an image that cannot be decoded.
-    """
+    """Makes records of images in three stages: `read` in worker processes, then `encode` and `pack` in this process."""
 
     format: shards.ShardFormat
-    block_size: int
-    record_bytes: int
-    missing: object
+    block_size: int  # images in a block, the unit of `encode`
+    record_bytes: int  # approximate size of a record
+    missing: object  # replaces the result of `read` for an image that cannot be decoded
 
     @abc.abstractmethod
     def read(self, fields: dict):
@@ -51,7 +46,7 @@ class RecordMaker(abc.ABC):
         """Returns the records of a shard, and additional fields of its entry.
 
         Args:
-          name: function of an image's number in the shard that returns its name.
+          name: function of an image's number in the shard.
           encoded: results of `encode`, one for each image.
           good: whether each image could be decoded.
         """
@@ -63,10 +58,9 @@ class RecordMaker(abc.ABC):
 
 
 def read_block(source, read: Callable, missing, block: tuple[int, int]) -> tuple[list, list[tuple[int, str]]]:
-    """Reads the records first..end-1 of a source, `block` being (first, end).
+    """Returns (contents, [(record, error), ...]) of the records first..end-1 of a source, `block` being (first, end).
 
-    Returns:
-      (contents, [(record, error), ...]): `read` of the fields of each record, or `missing` for a record that cannot be decoded.
+    The contents are `read` of each record's fields, or `missing` for a record that cannot be decoded.
     """
 
     def read_one(record):
@@ -82,9 +76,7 @@ class ShardWriter:
 
     Args:
       folder: an existing folder.
-      source: source of the images.
-      maker: RecordMaker.
-      settings: settings that identify the folder's content, besides format, source and shard size.
+      settings: identify the folder's content, besides format, source and shard size.
       shard_size: images in a shard.
       notes: names of settings that may differ when a folder is continued.
       workers: processes that read blocks; 0 reads in threads.
@@ -96,22 +88,13 @@ class ShardWriter:
         self, folder: Path, source, maker: RecordMaker, settings: dict, *,
         shard_size: int, notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1,
     ):  # fmt: skip
-        self._folder = Path(folder)
-        self._source = source
-        self._maker = maker
+        self._folder, self._source, self._maker, self._notes = Path(folder), source, maker, notes
         self._settings = {
-            "format": maker.format.version,
-            "records": len(source),
-            "records_hash": data.records_hash(source),
-            "num_classes": source.num_classes,
-            "image_size": source.image_size,
-            "shard_size": shard_size,
-            **settings,
-        }
-        self._notes = notes
-        self._workers = workers
+            "format": maker.format.version, "records": len(source), "records_hash": data.records_hash(source),
+            "num_classes": source.num_classes, "image_size": source.image_size, "shard_size": shard_size, **settings,
+        }  # fmt: skip
+        self._workers, self._process_index = workers, process_index
         self._max_bad = int(max_bad_fraction * len(source))
-        self._process_index = process_index
         self._ranges = _cut(0, len(source), shard_size)
         self._shards = [self._folder / shards.shard_file(shard) for shard, _ in enumerate(self._ranges)]
         self._entries = [file.with_suffix(".json") for file in self._shards]
@@ -121,11 +104,7 @@ class ShardWriter:
     def run(self, stopped: threading.Event) -> int | None:
         """Makes the shards that are missing or damaged, and once those of all processes exist, the manifest.
 
-        Args:
-          stopped: Event; once it is set, the shard in progress is given up.
-
-        Returns:
-          Number of shards made here; None if stopped before the folder was finished.
+        Returns the number of shards made here, or None if it was `stopped` before, which gives up the shard in progress.
 
         Raises:
           ValueError: if the folder was, or is to be, made with other settings, or its disk has not enough space.
@@ -152,13 +131,13 @@ class ShardWriter:
         Also removes temporary files of a killed process.
         """
         file = self._folder / shards.SETTINGS
-        for shard in self._own_shards:
-            self._remove(f".shard-{shard:05d}.*.tmp")
+        leftover = [f".shard-{shard:05d}.*.tmp" for shard in self._own_shards]
         if self._process_index == 0:
-            self._remove(".[!s]*.tmp")
-            self._remove(f".{shards.SETTINGS}.*.tmp")
-            if not file.exists():
-                files.write_json(file, self._settings)
+            leftover += [".[!s]*.tmp", f".{shards.SETTINGS}.*.tmp"]
+        for path in itertools.chain.from_iterable(map(self._folder.glob, leftover)):
+            path.unlink(missing_ok=True)
+        if self._process_index == 0 and not file.exists():
+            files.write_json(file, self._settings)
         if not multihost.wait_for_files([file], stopped.is_set):
             return False
         stored = files.read_json(file)
@@ -168,16 +147,10 @@ class ShardWriter:
             if stored.get(name) != self._settings.get(name)
         ]
         if differing:
-            raise ValueError(
-                f"{self._folder} holds a {self._maker.format.title} made with other settings; choose another --out, or use "
-                "the old ones:" + "".join(differing)
-            )
+            found = f"{self._folder} holds a {self._maker.format.title} made with other settings"
+            raise ValueError(f"{found}; choose another --out, or use the old ones:{''.join(differing)}")
         self._settings = stored  # with the notes of the process that began
         return True
-
-    def _remove(self, pattern):
-        for file in self._folder.glob(pattern):
-            file.unlink(missing_ok=True)
 
     def _is_whole(self, shard):
         """Returns whether a shard is finished and undamaged, and counts its undecodable records."""
@@ -197,18 +170,15 @@ class ShardWriter:
         return True
 
     def _check_space(self):
-        """Raises ValueError if the disk cannot hold the shards that no process has made yet."""
-        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]
+        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]  # of all processes
         needed = self._maker.record_bytes * self._count(missing)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise ValueError(
-                f"the {self._maker.format.title} needs {needed / 1e9:.1f} GB more, the disk of {self._folder} has "
-                f"{free / 1e9:.1f} GB free: make space, or choose another --out"
-            )
+            more = f"the {self._maker.format.title} needs {needed / 1e9:.1f} GB more"
+            disk = f"the disk of {self._folder} has {free / 1e9:.1f} GB free"
+            raise ValueError(f"{more}, {disk}: make space, or choose another --out")
 
     def _count(self, some_shards):
-        """Returns the number of images of shards."""
         return sum(end - first for first, end in map(self._ranges.__getitem__, some_shards))
 
     def _make(self, todo, stopped):
@@ -221,27 +191,21 @@ class ShardWriter:
         blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)
         own = self._count(self._own_shards)
         bar = tqdm(total=own, initial=own - self._count(todo), unit="img", desc="encoding", disable=self._process_index != 0)
-        pool, writing = ThreadPoolExecutor(1), None  # a shard is written while the next one is encoded
-        try:
+        with ThreadPoolExecutor(1) as pool, bar, contextlib.closing(blocks):
+            writing = pool.submit(lambda: None)  # a shard is written while the next one is encoded
             for shard, cut in cuts.items():
                 encoded, bad = [], []
                 for first, end in cut:
                     if stopped.is_set():
-                        if writing:
-                            writing.result()  # raises the error of the previous shard
+                        writing.result()  # raises the error of the previous shard
                         return False
                     contents, failures = next(blocks)
                     bad += self._note_failures(failures)
                     encoded += list(self._maker.encode(contents)[: end - first])
                     bar.update(end - first)
-                if writing:
-                    writing.result()
+                writing.result()
                 writing = pool.submit(self._write_shard, shard, encoded, bad)
             writing.result()
-        finally:
-            pool.shutdown()
-            bar.close()
-            blocks.close()
         return True
 
     def _note_failures(self, failures):
@@ -257,16 +221,11 @@ class ShardWriter:
             raise RuntimeError(loader.too_many_bad(self._source, self._bad_records, self._max_bad, last_error))
 
     def _write_shard(self, shard, encoded, bad):
-        """Writes a shard, and then its entry."""
         first, end = self._ranges[shard]
         good = np.isin(np.arange(first, end), bad, invert=True)
         contents, fields = self._maker.pack(lambda j: self._source.name(first + j), encoded, good)
-        entry = {
-            "file": self._shards[shard].name,
-            "records": end - first,
-            "bad_records": [[i, self._source.name(i)] for i in bad],
-            **fields,
-        }
+        bad_names = [[i, self._source.name(i)] for i in bad]
+        entry = {"file": self._shards[shard].name, "records": end - first, "bad_records": bad_names, **fields}
 
         def write_records(temporary):
             writer = ArrayRecordWriter(str(temporary), places.OPTIONS)
@@ -276,10 +235,9 @@ class ShardWriter:
             encoded_places = base64.b64encode(places.find(temporary).tobytes()).decode()
             entry.update(bytes=temporary.stat().st_size, sha256=shards.file_hash(temporary), places=encoded_places)
 
-        def write_entry(temporary):
-            temporary.write_text(json.dumps(entry, indent=2) + "\n")
-
-        files.write_all({self._shards[shard]: write_records, self._entries[shard]: write_entry}, overwrite=True)
+        writes = {self._shards[shard]: write_records}
+        writes[self._entries[shard]] = lambda temporary: temporary.write_text(json.dumps(entry, indent=2) + "\n")
+        files.write_all(writes, overwrite=True)
 
     def _finish(self, entries):
         """Writes labels, places, the maker's files and the manifest, in this order, unless they exist."""
@@ -307,13 +265,20 @@ class ShardWriter:
         return np.frombuffer(base64.b64decode(entry["places"]), places.PLACE)
 
 
+def print_outcome(made: int | None, index: int, summary: Callable[[], str]) -> None:
+    """Prints the outcome of `ShardWriter.run` in process `index`; the first one adds the summary."""
+    if made is None:
+        print("asked to stop: what is finished is kept; run the same command to continue")
+    elif index == 0:
+        print(("" if made else "finished already; every shard is as it was written\n") + summary())
+
+
 def _cut(first, end, size):
     """Returns the range first..end-1 in parts of `size`: [(first, end), ...]."""
     return [(at, min(at + size, end)) for at in range(first, end, size)]
 
 
 def _npy(array):
-    """Returns the content of an npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -28,32 +28,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
 from repae_jax.buckets import is_address
-from repae_jax.data import byte_ranges
-from repae_jax.data.places import without_headers
+from repae_jax.data import byte_ranges, places
 from repae_jax.data.source import ReopenedByWorkers
 from repae_jax.faults import is_of_the_system
 
 MANIFEST, SETTINGS, LABELS, PLACES = "manifest.json", "settings.json", "labels.npy", "places.npy"
 _OPEN_SHARDS = 256  # open files of a process, far from the usual limit of 1024
 _CHECKING_THREADS = 16  # requests for the sizes of shards at a time: a bucket takes its time
+_CHANGED = "another checksum than when it was written"
 _REPAIR = "again with the same settings, which makes damaged parts anew"
 
 
 class ShardFormat(NamedTuple):
-    """Purpose of a folder of shards.
+    """Purpose of a folder of shards."""
 
-    Attributes:
-      title: its name in messages.
-      command: the command that makes it.
-      version: format number in its manifest.
-    """
-
-    title: str
-    command: str
-    version: int
+    title: str  # its name in messages
+    command: str  # that makes it
+    version: int  # format number in its manifest
 
     def making(self, path: str | os.PathLike) -> str:
         """Returns the advice to make a folder at `path`."""
@@ -87,38 +80,26 @@ def shard_damage(folder: str | os.PathLike, entry: dict, check_content: bool) ->
       entry: {'file', 'bytes', 'sha256', ...}, its entry in the manifest.
       check_content: whether to read the whole file and compare its checksum, too.
     """
-    if is_address(folder):
-        return _damage_in_bucket(f"{folder}/{entry['file']}", entry["bytes"])
+    expected = entry["bytes"]
+    if is_address(folder):  # the last byte is there; damage of a longer object shows when its records are read
+        try:
+            return None if byte_ranges.read(f"{folder}/{entry['file']}", expected - 1, expected) else "missing"
+        except byte_ranges.BeyondTheEndError:
+            return f"fewer than {expected} bytes, or stored compressed (copy it without --gzip-local)"
     path = Path(folder) / entry["file"]
     if not path.is_file():
         return "missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{size} bytes instead of {entry['bytes']}"
-    if check_content and file_hash(path) != entry["sha256"]:
-        return "another checksum than when it was written"
-    return None
-
-
-def _damage_in_bucket(address, size):
-    """Requests the last byte of a shard; damage of a longer one shows when its records are read."""
-    try:
-        return None if byte_ranges.read(address, size - 1, size) else "missing"
-    except byte_ranges.BeyondTheEndError:
-        return f"fewer than {size} bytes, or stored compressed (copy it without --gzip-local)"
+    if (size := path.stat().st_size) != expected:
+        return f"{size} bytes instead of {expected}"
+    return _CHANGED if check_content and file_hash(path) != entry["sha256"] else None
 
 
 def read_manifest(path: str | os.PathLike, shard_format: ShardFormat) -> dict:
-    """Returns the manifest of a finished folder.
+    """Returns the manifest of the finished folder at a path or address.
 
-    Args:
-      path: folder, or its address.
-      shard_format: ShardFormat that the folder must have.
-
-    Returns:
-      dict with `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file', 'records',
-      'bytes', 'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`;
-      `image_size`; `records_hash` and `images`, {'source', 'options'}, of the original source; and others.
+    It has `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file', 'records', 'bytes',
+    'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`; `image_size`;
+    `records_hash` and `images`, {'source', 'options'}, of the original source; and others.
 
     Raises:
       ValueError: if there is no finished folder, or the manifest is damaged or of another version.
@@ -141,37 +122,22 @@ def read_manifest(path: str | os.PathLike, shard_format: ShardFormat) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}): {shard_format.repair(path)}") from error
     if version != shard_format.version:
-        raise ValueError(
-            f"{file} is of format {version!r}, this code reads {shard_format.version!r}: make the {shard_format.title} again "
-            "in another folder"
-        )
+        formats = f"{file} is of format {version!r}, this code reads {shard_format.version!r}"
+        raise ValueError(f"{formats}: make the {shard_format.title} again in another folder")
     return manifest
 
 
 class Shards(ReopenedByWorkers):
     """Random access to the records of a finished folder. Worker processes open its files for themselves.
 
-    Attributes:
-      manifest: the folder's `read_manifest`.
-      labels: int32 `[N]`.
-      num_classes: number of classes of the original source.
-      image_size: side of the images in pixels.
-      records_hash: `repae_jax.data.records_hash` of the original source.
-      contents_hash: hash of all shards.
-      bad_names: record -> name of each image that could not be decoded.
+    Its attributes are those of a source; `manifest`, see `read_manifest`; `records_hash`, that of the original source;
+    `contents_hash`, of all shards; and `bad_names`, record -> name of each image that could not be decoded.
     """
 
     def __init__(self, path: str | os.PathLike, shard_format: ShardFormat):
-        """Reads manifest and labels, and checks that all shards exist in full length.
-
-        Args:
-          path: folder, or its address.
-          shard_format: ShardFormat that the folder must have.
-
-        Raises:
-          ValueError: if the folder is unfinished, damaged or of another format.
-        """
+        """Reads manifest and labels; ValueError if the folder is unfinished, of another format, or shards are not whole."""
         self._path, self._format = str(path).rstrip("/"), shard_format
+        self._repair = shard_format.repair(self._path)
         self.manifest = read_manifest(path, shard_format)
         self.num_classes, self.image_size = self.manifest["num_classes"], self.manifest["image_size"]
         self.records_hash = self.manifest["records_hash"]
@@ -185,29 +151,18 @@ class Shards(ReopenedByWorkers):
             damages = list(pool.map(functools.partial(shard_damage, self._path, check_content=False), entries))
         damaged = [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]
         if damaged:
-            raise ValueError(
-                f"{shard_format.title} {self._path!r} is damaged, {len(damaged)} of {len(entries)} shards, first "
-                f"{', '.join(damaged[:5])}; {self._repair}"
-            )
-
-    @property
-    def _repair(self):
-        return self._format.repair(self._path)
+            count = f"{len(damaged)} of {len(entries)} shards, first {', '.join(damaged[:5])}"
+            raise ValueError(f"{shard_format.title} {self._path!r} is damaged, {count}; {self._repair}")
 
     @functools.cached_property
     def _open(self):
-        return functools.lru_cache(_OPEN_SHARDS)(_open_shard)
+        return functools.lru_cache(_OPEN_SHARDS)(places.open_shard)
 
     def __len__(self):
         return len(self.labels)
 
     def content(self, i: int) -> bytes:
-        """Returns the content of record `i`.
-
-        Raises:
-          ValueError: if the image could not be decoded when the record was made, or the record is damaged.
-          OSError: if the disk or bucket cannot be read.
-        """
+        """Returns the content of record `i`; ValueError if it is damaged, or its image could not be decoded at its making."""
         i = range(len(self))[i]  # IndexError beyond the end
         if i in self.bad_names:
             raise ValueError(f"the image could not be decoded when the {self._format.title} {self._path!r} was made")
@@ -233,9 +188,9 @@ class Shards(ReopenedByWorkers):
             raise self.damaged(i, error) from error
         if part is None:
             raise OSError(errno.EIO, f"{address} is not there any more; {self._repair}")
-        content = without_headers(part, first)
+        content = places.without_headers(part, first)
         if zlib.crc32(content) != checksum:
-            raise self.damaged(i, "another checksum than when it was written")
+            raise self.damaged(i, _CHANGED)
         return content
 
     def _locate(self, i):
@@ -258,7 +213,7 @@ class Shards(ReopenedByWorkers):
         if content is None:
             raise ValueError(f"{file} is missing; {self._repair}")
         if hashlib.sha256(content).hexdigest() != expected_hash:
-            raise ValueError(f"{file} has another checksum than when it was written; {self._repair}")
+            raise ValueError(f"{file} has {_CHANGED}; {self._repair}")
         return np.load(io.BytesIO(content), allow_pickle=False)
 
     def _read_places(self):
@@ -276,7 +231,3 @@ def _read_file(file):
     if is_address(file):
         return byte_ranges.read(file)
     return Path(file).read_bytes() if Path(file).is_file() else None
-
-
-def _open_shard(file):
-    return ArrayRecordReader(file, "readahead_buffer_size:0,max_parallelism:0")  # for random access

@@ -24,15 +24,10 @@ class EncodedImages(ReopenedByWorkers, abc.ABC):
 
     A subclass is a dataclass whose fields are `image_size` and the source's options. Its `__post_init__` checks them and sets
     `labels` and `num_classes`, without decoding an image.
-
-    Attributes:
-      image_size: side of the images in pixels.
-      labels: int32 `[N]`, 0..num_classes-1.
-      num_classes: number of classes.
     """
 
-    image_size: int
-    labels: Int32[np.ndarray, " N"]
+    image_size: int  # side of the images in pixels
+    labels: Int32[np.ndarray, " N"]  # 0..num_classes-1
     num_classes: int
 
     @abc.abstractmethod
@@ -49,9 +44,7 @@ class EncodedImages(ReopenedByWorkers, abc.ABC):
     def __getitem__(self, i: int) -> dict:
         """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
 
-        Raises:
-          Exception: the types that Pillow, or the library that reads the file, raise for damaged content.
-          OSError: if the file cannot be read.
+        Damaged content raises errors of any type, as Pillow and the libraries that read files do.
         """
         i = range(len(self))[i]  # IndexError beyond the end
         return {"image": decode_crop(self.content(i), self.image_size), "label": self.labels[i]}
@@ -64,21 +57,9 @@ def check_image_size(image_size: int) -> None:
 
 
 def check_label_range(labels, names, max_label: int, advice: str, shown: int = 1) -> None:
-    """Checks that all labels lie in 0..max_label.
-
-    Args:
-      labels: whole numbers `[N]`.
-      names: function of a record's number that returns its name.
-      max_label: largest allowed label.
-      advice: end of the message.
-      shown: number of wrong labels that the message lists.
-
-    Raises:
-      ValueError: if a label is out of range.
-    """
+    """Raises ValueError unless all labels lie in 0..max_label; the message lists `shown` wrong ones with `names(record)`."""
     wrong = np.flatnonzero((labels < 0) | (labels > max_label))
     if len(wrong):
         first = ", ".join(f"{names(i)}: {labels[i]}" for i in wrong[:shown])
-        raise ValueError(
-            f"{len(wrong)} of {len(labels)} labels are out of range, first {first}; allowed: 0..{max_label}{advice}"
-        )
+        out_of_range = f"{len(wrong)} of {len(labels)} labels are out of range"
+        raise ValueError(f"{out_of_range}, first {first}; allowed: 0..{max_label}{advice}")

@@ -96,11 +96,6 @@ def test_other_modes_become_rgb(tmp_path):
     assert {source[i]["image"].shape for i in range(4)} == {(8, 8, 3)}
 
 
-def test_hidden_folders_are_no_classes(class_folders):
-    (class_folders / ".cache").mkdir()
-    assert FolderSource(class_folders, 8).num_classes == 3
-
-
 @pytest.mark.parametrize("header", ["", "path,label\n"])
 @pytest.mark.parametrize("kind", ["json", "csv", "tsv"])
 def test_labels_file(class_folders, kind, header):
@@ -199,13 +194,6 @@ def test_labels_file_errors(class_folders, name, content, message):
 def test_missing_labels_file(class_folders):
     with pytest.raises(ValueError, match="does not exist"):
         FolderSource(class_folders, 8, "labels.json")
-
-
-def test_hidden_folders_and_files_are_no_data(class_folders):
-    write_image(class_folders / ".ipynb_checkpoints" / "x.png")
-    write_image(class_folders / "a" / ".hidden" / "x.png")
-    write_image(class_folders / "a" / "._0.png")
-    assert len(FolderSource(class_folders, 8)) == 5
 
 
 def test_without_labels_images_lie_anywhere(class_folders):

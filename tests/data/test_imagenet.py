@@ -108,7 +108,7 @@ def test_training_takes_it_from_flags(prepared, tmp_path):
 def test_labels_are_read_once(prepared, labels_file, monkeypatch):
     labels = ImagenetSource(16, data_dir=prepared).labels
     assert labels_file.exists() and not list(labels_file.parent.glob(".*.tmp"))
-    monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
+    monkeypatch.setattr(imagenet, "ThreadPool", None)  # nothing is read
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
 
 
@@ -117,7 +117,7 @@ def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkey
     labels_file.unlink()
     monkeypatch.setattr(imagenet.multihost, "is_multiprocess", lambda: True)
     monkeypatch.setattr(imagenet.jax, "process_index", lambda: 1)
-    monkeypatch.setattr(imagenet, "ThreadPoolExecutor", None)  # nothing is read
+    monkeypatch.setattr(imagenet, "ThreadPool", None)  # nothing is read
     monkeypatch.setattr(imagenet.multihost, "wait_for_files", lambda files, _: np.save(*files, labels) is None)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
     labels_file.unlink()

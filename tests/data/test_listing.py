@@ -193,7 +193,8 @@ def test_hidden_files_and_folders_never_count(png):
     root = png("a/0.png", "a/._0.png", ".cache/a/1.png", "a/.hidden/2.png", ".0.png")
     (root / "a/.#lock").symlink_to("user@host.1:2")
     for endings, files in (((".png",), ["a/0.png"]), ((".txt",), [])):
-        assert list_below(root, endings).files == files
+        listing = list_below(root, endings)
+        assert listing.files == files and listing.folders == ["a"]
 
 
 def test_what_is_left_out_is_told(png, caplog):

@@ -84,7 +84,7 @@ def test_options_are_the_arguments_of_the_constructor():
     ("text", "message"),
     [
         ("stripes", "'stripes' needs the argument color: set config.data.options.color, or .* stripes:color=VALUE"),
-        ("stripes:color=r,height=3", "'stripes' has no argument height; allowed: color, width, inverted"),
+        ("stripes:color=r,height=3,depth=1", "'stripes' has no argument depth, height; allowed: color, width, inverted"),
         ("stripes:color=r,width=0", "width is 0; allowed: 1 and above"),
         ("stripes:color=r,width=a", "width is 'a'; allowed: whole numbers"),
         ("stripes:color=r,inverted=1", "inverted is '1'; allowed: True or False"),
