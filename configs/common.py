@@ -33,19 +33,12 @@ ENCODERS = {name: release.weights for family in FAMILIES.values() for name, rele
 
 
 def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:
-    """Parses the text after the colon in `--config file.py:ARG`.
+    """Parses the text after the colon in `--config file.py:ARG`: bare words and `key=value`, separated by commas.
 
-    Args:
-      arg: comma-separated; `key=value` sets an argument, converted to its default's type; the rest are bare words.
-      *words: collections of bare words; at most one word of each may be given.
-      **defaults: allowed keys and their defaults.
+    At most one word of each collection in `words` may be given, and each key of `defaults` once, with a value of its type.
 
     Returns:
       The word of each collection, '' if none was given, and the dict of arguments.
-
-    Raises:
-      ValueError: for an unknown word or key, a second word of a collection, a key given twice, a value of the wrong type, or a
-        network's size beside a preset that sets it.
     """
     chosen, values, given = [""] * len(words), dict(defaults), {}
     allowed = " and ".join(f"one of {sorted(collection)}" for collection in words)
@@ -108,14 +101,14 @@ def shrink(config: ConfigDict, preset: str) -> None:
 
 
 def _digits(config):
-    """Digits at 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download."""
+    # 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download
     config.steps = 1000
     if config.ema_decay:
         config.ema_decay = 0.99
     config.data.update(source="digits", image_size=16, num_classes=10, batch_size=64, workers=0, max_bad_fraction=0.0)
     config.vae.update(
-        latent_channels=8, channel_multipliers=(1, 2, 3), attention_levels=(), quant_convs=True, channels=16, norm_groups=8,
-        num_res_blocks=1,
+        latent_channels=8, channel_multipliers=(1, 2, 3), attention_levels=(), quant_convs=True,
+        channels=16, norm_groups=8, num_res_blocks=1,
     )  # fmt: skip
     for encoder in config.encoders.values():
         encoder.update(architecture=placeholder(object), weights="", image_size=16)

@@ -25,18 +25,12 @@ class FieldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers within bounds, as devices see them: float32 without subnormal numbers.
+    """Numbers within bounds, as devices see them: float32 without subnormal numbers."""
 
-    Attributes:
-      whole: True for integers.
-      least, most: inclusive bounds; None for none.
-      above, below: exclusive bounds.
-    """
-
-    whole: bool
+    whole: bool  # integers alone
     least: float | None = None
     most: float | None = None
-    above: float | None = None
+    above: float | None = None  # exclusive bounds
     below: float | None = None
 
     def problem(self, value: Any) -> str | None:
@@ -79,13 +73,7 @@ def whole(least: float | None, most: float | None = LARGEST) -> Range:
     return Range(True, least, most)
 
 
-def real(
-    least: float | None = None, most: float | None = None, above: float | None = None, below: float | None = None
-) -> Range:
-    """Returns the Range of finite numbers within bounds."""
-    return Range(False, least, most, above, below)
-
-
+real = functools.partial(Range, False)  # finite numbers: real(least, most, above, below)
 _NUMBERS = {int: whole(-LARGEST), float: real()}  # numbers without bounds of their own
 SEED = whole(0, 2**32 - 1)  # seeds of every command and config: numpy's, JAX's and grain's generators all take them
 
@@ -165,9 +153,7 @@ def check_mapping(name: str, value: Any) -> None:
         raise FieldError(f"{name}={value!r} must be a section with fields of its own")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sections of a config.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- sections of a config -------------------------------------------------------------------------------------------
 
 Size = Annotated[int, whole(1, 2**20)]  # one axis of an array
 Positive = Annotated[int, whole(1)]
@@ -179,11 +165,7 @@ PathText = Annotated[str, PATH]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base class of sections, whose annotations are checked; lists become tuples, and `~` of a path the user's folder.
-
-    Raises:
-      FieldError: for a value that its field's annotation does not allow.
-    """
+    """Base class of sections: FieldError unless annotations allow the values; lists become tuples, `~` the user's folder."""
 
     def __post_init__(self):
         for name, rule in _rules(type(self)).items():
@@ -202,7 +184,7 @@ def _rules(section):
 
 
 def _rule(hint):
-    """Returns the rule that an annotation stands for; None for other dataclasses and Any."""
+    """Returns an annotation's rule; None for dataclasses and Any."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return hint.__metadata__[0]
@@ -216,18 +198,9 @@ def _rule(hint):
 
 
 def construct(where: str, section: type, values: Any) -> Any:
-    """Builds a dataclass, with the dataclasses among its fields, from a mapping of plain values.
+    """Builds a dataclass, with the dataclasses among its fields, from a mapping of plain values at `where`, e.g. 'config.data'.
 
-    Args:
-      where: the mapping's place in the config, such as 'config.data'.
-      section: the dataclass.
-      values: field names -> values.
-
-    Returns:
-      The dataclass.
-
-    Raises:
-      ValueError: naming every field that is unknown or missing, or the first one with a value that is not allowed.
+    Raises ValueError that names every field that is unknown or missing, or the first one with a value that is not allowed.
     """
     check_mapping(where, values)
     fields = {field.name: field for field in dataclasses.fields(section)}
@@ -239,10 +212,8 @@ def construct(where: str, section: type, values: Any) -> Any:
     built = {name: _construct_field(f"{where}.{name}", hints[name], value) for name, value in values.items()}
     try:
         return section(**built)
-    except FieldError as error:
-        raise ValueError(f"{where}.{error}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}{'.' if isinstance(error, FieldError) else ': '}{error}") from error
 
 
 def _construct_field(where, hint, value):

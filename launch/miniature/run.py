@@ -35,30 +35,27 @@ _LAST_SHARE = 0.25  # losses are averages over this last share of the steps
 def perform(folder):
     """Does the task of a folder; returns False if a signal ended the training, which was saved."""
     task, start = files.read_json(folder / "task.json"), time.monotonic()
-    if task["kind"] == "encoder":
-        result = _result(DONE, digits_models.train_encoder(folder, image_size=task["image_size"], steps=task["steps"]))
-    elif task["kind"] == "classifier":
-        result = _result(DONE, classifier_numbers(folder / "classifier.safetensors", task["image_size"]))
-    else:
-        result = _perform_run(folder, task)
-    if result is None:
+    result = {"status": DONE, "message": "", "description": task["description"]}
+    try:
+        if task["kind"] == "encoder":
+            numbers = digits_models.train_encoder(folder, image_size=task["image_size"], steps=task["steps"])
+        elif task["kind"] == "classifier":
+            numbers = classifier_numbers(folder / "classifier.safetensors", task["image_size"])
+        else:
+            numbers = _run_numbers(folder, task)
+    except TrainingStopped as error:
+        numbers, result["status"], result["message"] = {}, DIVERGED, str(error)
+    if numbers is None:
         return False
-    result |= {"description": task["description"], "seconds": round(time.monotonic() - start, 1)}
-    result["cpu_seconds"] = round(time.process_time(), 1)
-    files.write_json(folder / "result.json", result, overwrite=True)
+    seconds = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
+    files.write_json(folder / "result.json", {**result, "numbers": numbers, **seconds}, overwrite=True)
     return True
 
 
-def _result(status, numbers, message=""):
-    return {"status": status, "numbers": numbers, "message": message}
-
-
-def _perform_run(folder, task):
+def _run_numbers(folder, task):
+    """Trains and evaluates a run; returns its numbers, None if a signal ended the training."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        _, finished = train(ConfigDict(task["config"]), folder)
-    except TrainingStopped as error:
-        return _result(DIVERGED, {}, str(error))
+    _, finished = train(ConfigDict(task["config"]), folder)
     if not finished:
         return None
     sampler = task["description"]["evaluation"]["sampler"]
@@ -69,7 +66,7 @@ def _perform_run(folder, task):
         numbers |= sample_numbers(folder, Sampling(**sampler), classify, image_size, task["config"]["seed"])
     if task["export"]:
         convert.extract_vae(folder, tables.vae_files(folder)["vae"], overwrite=True)  # for others to start from
-    return _result(DONE, numbers)
+    return numbers
 
 
 def classifier_numbers(path, image_size):

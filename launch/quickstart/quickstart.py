@@ -64,14 +64,9 @@ def checkpoint_steps(workdir):
 
 
 def evaluate(workdir, classify):
-    """Computes the Frechet distance of every checkpoint, and the share of samples that the classifier assigns to their label.
+    """Returns numbers for the summary: Frechet distances of the checkpoints, the share of samples that are read as their label.
 
-    Args:
-      workdir: the run's folder.
-      classify: images -> (features, logits).
-
-    Returns:
-      dict of numbers for the summary.
+    `classify` maps images to (features, logits).
     """
     data = {split: digits_models.all_records(DigitsSource(16, split))[0] for split in ("train", "test")}
     real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}

@@ -1,9 +1,8 @@
 """The config of each job, one frozen dataclass made of sections, and the table of jobs."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion.samplers import Sampling
@@ -74,18 +73,11 @@ class RepaeConfig(VaeConfig, LdmConfig):
     hooks: sections.Hooks
 
 
-@dataclasses.dataclass(frozen=True)
-class JobSpec:
-    """One of the three jobs.
-
-    Attributes:
-      step: the training step.
-      trains: names of the networks.
-      config: dataclass of its config.
-    """
+class JobSpec(NamedTuple):
+    """One of the three jobs."""
 
     step: Callable
-    trains: tuple[str, ...]
+    trains: tuple[str, ...]  # names of networks
     config: type[Config]
 
 
@@ -97,16 +89,9 @@ JOBS = {
 
 
 def read_config(config: Any) -> Any:
-    """Builds the dataclass of a ConfigDict or nested mapping of plain values.
+    """Builds the RepaeConfig, LdmConfig or VaeConfig of a ConfigDict or nested mapping of plain values, see configs/.
 
-    Args:
-      config: see configs/.
-
-    Returns:
-      RepaeConfig, LdmConfig or VaeConfig.
-
-    Raises:
-      ValueError: for unknown or missing fields, and for values that a section does not allow, naming field and value.
+    Raises ValueError that names unknown or missing fields, or a field whose value its section does not allow.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     if config.get("job") not in JOBS:

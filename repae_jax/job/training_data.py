@@ -17,20 +17,15 @@ def make_images(config):
 
 
 def make_cached_source(job, frozen_vae: str):
-    """Returns the latents of `config.data.cache`, with their images if there are encoders that need them.
-
-    Args:
-      job: Job.
-      frozen_vae: fingerprint of the frozen VAE, which must be the cache's.
-    """
+    """Returns the latents of `config.data.cache`, with images for encoders; the VAE's fingerprint must be the cache's."""
     section = job.config["data"]
     cache = CachedLatents(section["cache"])
     check_cache(cache, frozen_vae, job.latent_shape, section["image_size"])
     if bool(section["flip_probability"]) != cache.flips:
+        made, other = ("with", "without") if cache.flips else ("without", "with")
         raise ValueError(
-            f"config.data.flip_probability={section['flip_probability']}, but {section['cache']} was made "
-            f"{'with' if cache.flips else 'without'} mirrored images: change the probability, or make a cache "
-            f"{'without' if cache.flips else 'with'} --flips"
+            f"config.data.flip_probability={section['flip_probability']}, but {section['cache']} was made {made} mirrored "
+            f"images: change the probability, or make a cache {other} --flips"
         )
     data.check_labels(cache, section["num_classes"])
     return WithMoments(make_images(job.config), cache) if job.encoders else cache
