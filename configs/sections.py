@@ -22,11 +22,8 @@ PRECISION = {"compute": "bfloat16", "lpips": "float32"}  # where a VAE is traine
 def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
     """Returns the fields that are in no section, and the sections that are the same in every job."""
     return {
-        "job": job,
-        "seed": 0,
-        "steps": 400_000,
+        "job": job, "seed": 0, "steps": 400_000, "ema_decay": ema_decay,
         "accumulation": 1,  # micro-batches per step
-        "ema_decay": ema_decay,
         "max_skipped_in_a_row": 20,  # consecutive updates with non-finite gradients before the run stops
         # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, that share none
         "mesh": {"fsdp": 1, "slices": 1},
@@ -42,8 +39,7 @@ def data(resolution: int) -> dict[str, Any]:
         "source": "folder",
         # the options of every source; the chosen one takes those that are set, and refuses others
         "options": {name: placeholder(kind) for name, kind in option_types().items()},
-        "image_size": resolution,
-        "num_classes": 1000,
+        "image_size": resolution, "num_classes": 1000,
         "batch_size": 256,  # global
         "workers": 8,  # processes that decode images
         "max_bad_fraction": 0.001,  # share of undecodable images above which the run fails
@@ -63,9 +59,7 @@ def sit(name: str, *, learned_sigma: bool = False, learned_positions: bool) -> d
     return {
         **common.sit_fields(name),
         "projector": "mlp",  # or 'conv', iREPA's 3x3 convolution
-        "projector_dim": 2048,
-        "mlp_ratio": 4.0,
-        "qk_norm": False,
+        "projector_dim": 2048, "mlp_ratio": 4.0, "qk_norm": False,
         "learned_sigma": learned_sigma,  # True with diffusion.path='ddpm'
         "learned_positions": learned_positions,
         "remat": "dots",  # 'none', 'dots' (recompute all but matrix products) or 'full'

@@ -28,10 +28,10 @@ class Range:
     """Numbers within bounds, as devices see them: float32 without subnormal numbers."""
 
     whole: bool  # integers alone
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None  # exclusive bounds
-    below: float | None = None
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf  # exclusive bounds
+    below: float = math.inf
 
     def problem(self, value: Any) -> str | None:
         """Returns the second half of a sentence that starts with the value; None if the value is allowed."""
@@ -41,26 +41,17 @@ class Range:
         seen = value if self.whole else _in_float32(value)
         if not math.isfinite(seen):
             return "must be finite" if math.isinf(value) or math.isnan(value) else "must be finite in float32"
-        inside = (
-            (self.least is None or seen >= self.least)
-            and (self.most is None or seen <= self.most)
-            and (self.above is None or seen > self.above)
-            and (self.below is None or seen < self.below)
-        )
         if self.whole and self.most == LARGEST and seen > LARGEST:
             return f"must be at most {LARGEST}"
-        return None if inside else f"must {self}"
+        return None if self.least <= seen <= self.most and self.above < seen < self.below else f"must {self}"
 
     def __str__(self):
-        low = self.least if self.above is None else self.above
-        high = self.most if self.below is None else self.below
-        if high is None or (self.whole and high == LARGEST and low is not None):
-            if self.above is None:
-                return f"be at least {low}"
-            return "be positive" if self.above == 0 else f"be above {low}"
-        if low is None:
-            return f"be at most {high}" if self.below is None else f"be below {high}"
-        return f"lie in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+        low, high = max(self.least, self.above), min(self.most, self.below)
+        if high == math.inf or (self.whole and high == LARGEST):
+            return f"be at least {low}" if low == self.least else "be positive" if low == 0 else f"be above {low}"
+        if low == -math.inf:
+            return f"be at most {high}" if high == self.most else f"be below {high}"
+        return f"lie in {'[' if low == self.least else '('}{low}, {high}{']' if high == self.most else ')'}"
 
 
 def _in_float32(value):
@@ -68,7 +59,7 @@ def _in_float32(value):
     return 0.0 if abs(seen) < 2.0**-126 else seen  # XLA flushes subnormal numbers to zero
 
 
-def whole(least: float | None, most: float | None = LARGEST) -> Range:
+def whole(least: int, most: int = LARGEST) -> Range:
     """Returns the Range of integers from `least` to `most`."""
     return Range(True, least, most)
 

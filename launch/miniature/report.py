@@ -30,8 +30,10 @@ def write(path, tasks, seeds=None):
     results = {name: task.result() for name, task in tasks.items()}
     sections, claims, missing = [], [], []
     for name, table in tables.TABLES.items():
-        counts = {setting: tables.runs_per_setting(table, setting, seeds) for setting in table.rows}
-        runs_of = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
+        runs_of = {}  # setting -> [(folder, result)] of its finished runs, by seed
+        for setting in table.rows:
+            names = [tables.Run(setting, seed).name for seed in range(tables.runs_per_setting(table, setting, seeds))]
+            runs_of[setting] = [(tasks[run].folder, results[run]) for run in names if results.get(run)]
         if not any(runs_of.values()):
             missing.append(f"`{name}`")
             continue
@@ -41,12 +43,6 @@ def write(path, tasks, seeds=None):
         sections.append(section(name, table, runs_of, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
     content = [introduction(results, tasks), summary(claims, missing), *sections]
     path.write_text("\n\n".join(content) + "\n")
-
-
-def _runs(setting, seeds, tasks, results):
-    """Returns [(folder, result)] of a setting's finished runs, by seed."""
-    names = [tables.Run(setting, seed).name for seed in range(seeds)]
-    return [(tasks[name].folder, results[name]) for name in names if results.get(name)]
 
 
 def numbers_of(runs, measure):
@@ -128,8 +124,8 @@ def sentence(claim):
 def _qualities(runs_of, results):
     """Returns a line on the encoders' accuracies, if a table compares encoders."""
     names = {tables.SETTINGS[setting].encoder for setting in runs_of}
-    trained = {name: results.get(f"{name} encoder") for name in tables.ENCODERS if name in names}
-    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained.items() if result]
+    trained = [(name, results.get(f"{name} encoder")) for name in tables.ENCODERS if name in names]
+    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained if result]
     if len(names) < 2 or not accuracies:
         return []
     return ["", f"Held-out accuracy of the encoders, with the linear layer of their training: {', '.join(accuracies)}."]
@@ -226,7 +222,7 @@ def draw(name, table, runs_of, folder):
             colors = plots.pca_colors(np.load(source / "latents.npy"))
             latents[f"{label}: latents"] = grid(colors, columns=5, padding=1, scale=8)
     files = [f"{name}.png"]
-    titles = tables.MEASURES[table.measures[0]].title, table.curve or tables.MEASURES["fid"].title
+    titles = tables.MEASURES[table.measures[0]].title, table.curve or f"{tables.MEASURES['fid'].title}, halfway and at the end"
     plots.plot_settings(folder / files[0], values, titles[0], curves, titles[1], log_scale=bool(table.curve))
     for kind, pictures in (("samples", samples), ("latents", latents)):
         if pictures:

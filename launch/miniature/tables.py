@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from checkpoints_tools.vae import DISCRIMINATOR
-from configs import ldm, repae, vae
+from configs import common, ldm, repae, vae
 from launch.quickstart import digits_models
 from repae_jax.files import RANDOM
 from repae_jax.job.build import plain_config
@@ -260,7 +260,7 @@ def runs_per_setting(table, setting, seeds=None):
 
 
 def runs_of(names, seeds=None):
-    """Returns the runs of some tables, every run once and after the one that it needs; `seeds` as in `runs_per_setting`.
+    """Returns the runs of the named tables, every run once and after the one that it needs; `seeds` as in `runs_per_setting`.
 
     All first seeds come before the second ones, so that an interrupted program has all settings.
     """
@@ -283,14 +283,8 @@ def config_of(run, workdir=Path()):
         **SIZE, **setting.changes, "seed": run.seed, "steps": steps, "log.every": 20, "hooks.samples_every": 0,
         "hooks.reconstructions_every": 0, "checkpoint.every": steps // 2, "checkpoint.keep_every": steps // 2,
     }  # fmt: skip
-    for name, value in changes.items():
-        *sections, field = name.split(".")
-        section = config
-        for part in sections:
-            section = section.get(part, {})
-        if field in section:  # a job has no fields of networks that it does not train
-            section[field] = copy.deepcopy(value)
-        elif name not in SIZE and sections[:1] != ["hooks"]:
+    for name in common.change(config, changes):  # a job has no fields of networks that it does not train
+        if name not in SIZE and not name.startswith("hooks."):
             raise ValueError(f"setting {run.setting!r} changes {name}, which the config of job {setting.job!r} does not have")
     if "encoders" in config and config.encoders:
         weights = RANDOM if ENCODERS[setting.encoder] is None else str(workdir / encoder_folder(setting.encoder))

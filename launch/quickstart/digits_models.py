@@ -6,7 +6,6 @@ features and labels evaluate the samples, has another architecture and seed: it 
 
 import argparse
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -124,8 +123,9 @@ def load_classifier(path):
 
     It is a function: images uint8 [N, H, H, 3], N >= 1 -> (features float32 [N, 64], logits float32 [N, 10]), NumPy arrays.
     """
-    params = flax.traverse_util.unflatten_dict(weights.read_state_dict(path), sep=".")
-    image_size = _image_size(params, path)
+    state_dict = weights.read_state_dict(path)
+    image_size = _image_size(state_dict, path)
+    params = flax.traverse_util.unflatten_dict(state_dict, sep=".")
     apply = jax.jit(lambda pixels: ConvClassifier().apply({"params": params}, images.to_float(pixels)))
 
     def classify(pixels):
@@ -140,21 +140,15 @@ def load_classifier(path):
     return classify
 
 
-def _image_size(params, path):
+def _image_size(state_dict, path):
     """Returns the image height of a classifier's parameters; ValueError if they are another network's."""
-    try:
-        inputs = params["features"]["kernel"].shape[0]  # the last map, which has a quarter of the image's height
-    except (KeyError, IndexError):
-        inputs = 0
+    inputs = np.atleast_1d(state_dict.get("features.kernel", 0)).shape[0]  # the last map, a quarter of the image's height
     image_size = 4 * max(math.isqrt(inputs // NUM_FEATURES), 1)
     example = jnp.zeros((1, image_size, image_size, 3))
     expected = jax.eval_shape(ConvClassifier().init, jax.random.key(0), example)["params"]
-    shapes, wanted = (
-        {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep=".").items()}
-        for tree in (params, expected)
-    )
-    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-    if wrong:
+    trees = state_dict, flax.traverse_util.flatten_dict(expected, sep=".")
+    found, wanted = ({(name, tuple(leaf.shape)) for name, leaf in tree.items()} for tree in trees)
+    if wrong := sorted({name for name, _ in found ^ wanted}):
         raise ValueError(
             f"{path} is no classifier of this script: {', '.join(wrong)} missing, unexpected or of another shape; "
             "remove the file and train it again"
@@ -166,7 +160,7 @@ def _read_record(record_path, weights_path, settings):
     """Returns the record of an earlier training; None if it was not completed."""
     if not weights_path.exists():
         return None
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record = files.read_json(record_path) if record_path.exists() else {}
     recorded = {name: record.get(name) for name in settings}
     if recorded != settings:
         raise ValueError(
@@ -182,7 +176,7 @@ def _train(logits_fn, model, name, settings):
     steps, image_size, start = settings["steps"], settings["image_size"], time.monotonic()
     if steps < 1:
         raise ValueError(f"steps is {steps}; allowed: at least 1")
-    train, test = (all_records(DigitsSource(image_size, split)) for split in ("train", "test"))
+    train, test = all_records(image_size, "train"), all_records(image_size, "test")
     init_key, run_key = jax.random.split(jax.random.key(settings["seed"]))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, image_size, image_size, 3)))["params"]
     schedule = optax.warmup_cosine_decay_schedule(0, _LEARNING_RATE, steps // 10, steps)
@@ -212,8 +206,9 @@ def _train(logits_fn, model, name, settings):
     return params, {**settings, "accuracy": accuracy, "seconds": seconds}
 
 
-def all_records(source):
-    """Returns all images of a DigitsSource, uint8 [N, H, H, 3], and their labels, int32 [N]."""
+def all_records(image_size, split):
+    """Returns all images of the split 'train' or 'test', uint8 [N, H, H, 3], and their labels, int32 [N]."""
+    source = DigitsSource(image_size, split)
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
 
 

@@ -71,15 +71,11 @@ def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[E
     encoders = describe_encoders(config) if encoders is None else encoders
     nets = make_networks(sections, recipe, encoders)
     job = Job(
-        config=config,
-        nets=nets,
-        encoders=encoders,
+        config=config, nets=nets, encoders=encoders, recipe=recipe, mesh=mesh,
         tx=make_optimizers(sections, recipe, nets),
-        recipe=recipe,
         sampling=sections.sampling if nets.sit is not None else None,
         latent_shape=validate.latent_shape(config, nets.vae),
-        mesh=mesh,
-    )
+    )  # fmt: skip
     shapes = functools.partial(jax.eval_shape, functools.partial(initial_state, job), jax.random.key(0))
     validate.check_job(job, shapes)
     return job

@@ -14,7 +14,6 @@ from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, rea
 @section
 class Config(Section):
     """The fields and sections of every job."""
-
     job: str
     seed: Annotated[int, SEED]
     steps: Positive
@@ -37,7 +36,6 @@ class Config(Section):
 @section
 class VaeConfig(Config):
     """A tokenizer."""
-
     disc: sections.Disc
     lpips: sections.Lpips
     loss: sections.TokenizerLoss
@@ -50,7 +48,6 @@ class VaeConfig(Config):
 @section
 class LdmConfig(Config):
     """A SiT or DiT on a frozen VAE."""
-
     sit: sections.Sit
     loss: sections.SitLoss
     diffusion: sections.Diffusion
@@ -64,7 +61,6 @@ class LdmConfig(Config):
 @section
 class RepaeConfig(VaeConfig, LdmConfig):
     """Joint training."""
-
     loss: sections.Loss
     diffusion: sections.JointDiffusion
     optim: sections.Optim

@@ -20,15 +20,10 @@ def make_recipe(config) -> Recipe:
     _check_encoders(config, vae, sit)
     if "sit" in loss:
         fields |= _sit_fields(config, is_aligned="align" in {*vae, *sit})
-    return (TokenizerRecipe if job == "vae" else Recipe)(
-        **fields,
-        vae_weights=vae,
-        sit_weights=sit,
-        flip_probability=config["data"]["flip_probability"],
-        accumulation=config["accumulation"],
-        ema_decay=config["ema_decay"],
-        fixed={name: tuple(section["fixed"]) for name, section in config["optim"].items()},
-    )
+    fields |= {"flip_probability": config["data"]["flip_probability"], "vae_weights": vae, "sit_weights": sit}
+    fields |= {name: config[name] for name in ("accumulation", "ema_decay")}
+    fixed = {name: tuple(section["fixed"]) for name, section in config["optim"].items()}
+    return (TokenizerRecipe if job == "vae" else Recipe)(**fields, fixed=fixed)
 
 
 def _weights(loss, network, allowed, others=()):

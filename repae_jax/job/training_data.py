@@ -35,11 +35,7 @@ def make_loader(job, source, workers: int | None = None) -> Loader:
     """Returns the loader of this process's share of every batch, with config.data.workers processes by default."""
     section = job.config["data"]
     return Loader(
-        source,
-        batch_size=section["batch_size"],
-        seed=job.config["seed"],
+        source, batch_size=section["batch_size"], seed=job.config["seed"], max_bad_fraction=section["max_bad_fraction"],
         workers=section["workers"] if workers is None else workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        max_bad_fraction=section["max_bad_fraction"],
-    )
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
