@@ -1,5 +1,7 @@
 """Tables of networks, the arguments after the colon, and the small presets, which all configs share."""
 
+import copy
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -33,19 +35,12 @@ ENCODERS = {name: release.weights for family in FAMILIES.values() for name, rele
 
 
 def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:
-    """Parses the text after the colon in `--config file.py:ARG`.
+    """Parses the text after the colon in `--config file.py:ARG`: bare words and `key=value`, separated by commas.
 
-    Args:
-      arg: comma-separated; `key=value` sets an argument, converted to its default's type; the rest are bare words.
-      *words: collections of bare words; at most one word of each may be given.
-      **defaults: allowed keys and their defaults.
+    At most one word of each collection in `words` may be given, and each key of `defaults` once, with a value of its type.
 
     Returns:
       The word of each collection, '' if none was given, and the dict of arguments.
-
-    Raises:
-      ValueError: for an unknown word or key, a second word of a collection, a key given twice, a value of the wrong type, or a
-        network's size beside a preset that sets it.
     """
     chosen, values, given = [""] * len(words), dict(defaults), {}
     allowed = " and ".join(f"one of {sorted(collection)}" for collection in words)
@@ -96,70 +91,62 @@ def vae_files(stem: str, *fields: str) -> dict[str, str]:
     return {f"init.{field}": stem + endings[field] for field in fields}
 
 
+def change(config: ConfigDict, changes: Mapping[str, Any]) -> list[str]:
+    """Sets those dotted fields that an unlocked config has; returns the names of the others."""
+    missing = []
+    for name, value in changes.items():
+        *sections, field = name.split(".")
+        section = functools.reduce(lambda section, part: section.get(part, {}), sections, config)
+        if field in section:
+            section[field] = copy.deepcopy(value)
+        else:
+            missing.append(name)
+    return missing
+
+
 # ---- small presets of any config: the recipe stays, networks and data change ----------------------------------------
+
+# 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download
+_DIGITS = {
+    "steps": 1000, "precision.compute": "float32", "log.every": 25,
+    "data.source": "digits", "data.image_size": 16, "data.num_classes": 10, "data.batch_size": 64, "data.workers": 0,
+    "data.max_bad_fraction": 0.0,
+    "vae.latent_channels": 8, "vae.channel_multipliers": (1, 2, 3), "vae.attention_levels": (), "vae.quant_convs": True,
+    "vae.channels": 16, "vae.norm_groups": 8, "vae.num_res_blocks": 1,
+    "sit.patch_size": 1, "sit.hidden_size": 128, "sit.depth": 6, "sit.num_heads": 4, "sit.encoder_depth": 2,
+    "sit.projector_dim": 256, "sit.remat": "none", "sit.unroll": 6,
+    "disc.channels": 32, "disc.num_layers": 2, "loss.vae.lpips": 0.0,
+    "init.checkpoint": "", "init.vae": "", "init.disc": "", "init.latent_stats": "", "init.stats_images": 512,
+    "optim.vae.learning_rate": 1e-3, "optim.disc.learning_rate": 2e-4, "optim.sit.learning_rate": 1e-3,
+    "checkpoint.every": 250, "checkpoint.keep_last": 1, "checkpoint.keep_every": 250,
+    "hooks.images": 40, "hooks.samples_every": 250, "hooks.reconstructions_every": 250,
+    "sampling.steps": 50, "sampling.guidance_scale": 1.5,
+}  # fmt: skip
+_TINY = {
+    "steps": 2, "data.batch_size": 8, "log.every": 1, "checkpoint.every": 2, "checkpoint.keep_every": placeholder(int),
+    "vae.latent_channels": 4, "vae.channels": 8, "vae.channel_multipliers": (1, 1, 2),
+    "sit.hidden_size": 32, "sit.depth": 2, "sit.num_heads": 2, "sit.encoder_depth": 1, "sit.projector_dim": 32,
+    "disc.channels": 8, "init.stats_images": 16, "sampling.steps": 2,
+    "hooks.images": 8, "hooks.samples_every": 2, "hooks.reconstructions_every": 2,
+}  # fmt: skip
 
 
 def shrink(config: ConfigDict, preset: str) -> None:
     """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
-    if preset:
-        _digits(config)
-    if preset == "tiny":
-        _tiny(config)
-
-
-def _digits(config):
-    """Digits at 16 x 16 pixels, a factor-4 VAE with 4 x 4 latents, 16 tokens; no LPIPS, whose weights need a download."""
-    config.steps = 1000
-    if config.ema_decay:
-        config.ema_decay = 0.99
-    config.data.update(source="digits", image_size=16, num_classes=10, batch_size=64, workers=0, max_bad_fraction=0.0)
-    config.vae.update(
-        latent_channels=8, channel_multipliers=(1, 2, 3), attention_levels=(), quant_convs=True, channels=16, norm_groups=8,
-        num_res_blocks=1,
-    )  # fmt: skip
+    if not preset:
+        return
+    change(config, _DIGITS)
     for encoder in config.encoders.values():
         encoder.update(architecture=placeholder(object), weights="", image_size=16)
-    for name in config.init:
-        config.init[name] = 512 if name == "stats_images" else ""
-    rates = {"vae": 1e-3, "disc": 2e-4, "sit": 1e-3}
-    for name, section in config.optim.items():
-        section.learning_rate = rates[name]
-    config.precision.compute = "float32"
-    config.checkpoint.update(every=250, keep_last=1, keep_every=250)
-    config.log.every = 25
-    config.hooks.images = 40
-    if "sit" in config:
-        config.sit.update(
-            patch_size=1, hidden_size=128, depth=6, num_heads=4, encoder_depth=2, projector_dim=256, remat="none", unroll=6
-        )
-        config.hooks.samples_every = 250
-        config.sampling.update(steps=50, guidance_scale=1.5)
-    if "disc" in config:
-        config.disc.update(channels=32, num_layers=2)
-        config.loss.vae.lpips = 0.0
-        config.hooks.reconstructions_every = 250
-        if config.loss.get("eq_scales"):
-            config.disc.num_layers = 1  # leaves a logit at half the size
-            config.loss.eq_scales = (1.0, 0.5)
-
-
-def _tiny(config):
-    config.steps = 2
-    config.data.batch_size = 8
-    config.vae.update(latent_channels=4, channels=8, channel_multipliers=(1, 1, 2))
-    for encoder in config.encoders.values():
-        encoder.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
-        encoder.weights = "random"
-    config.checkpoint.update(every=2, keep_last=1, keep_every=placeholder(int))
-    config.log.every = 1
-    config.hooks.images = 8
-    if "sit" in config:
-        config.init.stats_images = 16
-        config.sit.update(hidden_size=32, depth=2, num_heads=2, encoder_depth=1, projector_dim=32)
-        config.hooks.samples_every = 2
-        config.sampling.steps = 2
-    if "disc" in config:
-        config.disc.channels = 8
-        config.hooks.reconstructions_every = 2
-    if config.job == "ldm" or not any(config.loss.vae.values()):
-        config.init.vae = "random"  # a frozen VAE
+    if config.ema_decay:
+        config.ema_decay = 0.99
+    if config.loss.get("eq_scales"):
+        config.disc.num_layers = 1  # leaves a logit at half the size
+        config.loss.eq_scales = (1.0, 0.5)
+    if preset == "tiny":
+        change(config, _TINY)
+        for encoder in config.encoders.values():
+            encoder.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+            encoder.weights = "random"
+        if config.job == "ldm" or not any(config.loss.vae.values()):
+            config.init.vae = "random"  # a frozen VAE

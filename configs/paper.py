@@ -35,21 +35,13 @@ FILES = {"repae": repae, "ldm": ldm}
 
 
 class Row(NamedTuple):
-    """A published run.
+    """A published run."""
 
-    Attributes:
-      table: number of the paper's table, or another source.
-      file: name in FILES of the config that it changes.
-      arg: argument of that config, after the colon.
-      changes: dotted fields -> values that differ.
-      published: the published numbers.
-    """
-
-    table: str
-    file: str
-    arg: str
-    changes: dict[str, Any]
-    published: str
+    table: str  # number of the paper's table, or another source
+    file: str  # one of FILES
+    arg: str  # of that config, after the colon
+    changes: dict[str, Any]  # dotted fields -> values that differ
+    published: str  # numbers
 
 
 _SDVAE, _INVAE, _VAVAE = "REPA-E/sdvae/sdvae-f8d4", "REPA-E/invae/invae-f16d32", "REPA-E/vavae/vavae-f16d32"
@@ -170,7 +162,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def table() -> list[str]:
-    """Returns the table of all runs as lines of text."""
+    """Returns the table of all runs as lines."""
     lines = [f"{'name':<22}{'table':<20}{'steps':>9}  published"]
     return lines + [f"{name:<22}{row.table:<20}{get_config(name).steps:>9,}  {row.published}" for name, row in ROWS.items()]
 

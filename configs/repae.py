@@ -40,16 +40,16 @@ def get_config(arg: str = "") -> ConfigDict:
             "vae": sections.vae(args["vae"]),
             # the published loop trains the position table; REPA and training on a frozen VAE keep it fixed
             "sit": sections.sit(args["sit"], learned_positions=True),
-            "disc": sections.disc(),
+            "disc": sections.DISC,
             "encoders": sections.encoders(args["encoder"]),
-            "lpips": sections.lpips(),
+            "lpips": sections.LPIPS,
             # diffusion: the ablation without stop-gradient
             "loss": {**sections.vae_loss(align=1.5, diffusion=0.0), **sections.sit_loss()},
             # norm_momentum: of the latents' batch norm; 0: none, the initial statistics throughout
             "diffusion": {**sections.diffusion(), "norm_momentum": 0.1},
             "optim": {name: sections.adamw() for name in ("vae", "disc", "sit")},
             "init": {**sections.sit_init(), "disc": ""},
-            "precision": {"compute": "bfloat16", "lpips": "float32"},
+            "precision": sections.PRECISION,
             "hooks": {**sections.sit_hooks(), "reconstructions_every": 10_000},
             "sampling": sections.sampling(),
         }

@@ -10,15 +10,20 @@ from ml_collections.config_dict import placeholder
 from configs import common
 from repae_jax.data import option_types
 
+DISC = {"channels": 64, "num_layers": 3}
+LPIPS = {
+    "vgg16": "",  # torchvision's weights; 'random' for both files to measure speed
+    "linear": "",  # weights of LPIPS v0.1
+    "input_range": (-1.0, 1.0),  # (0., 1.): as the released weights were trained
+}
+PRECISION = {"compute": "bfloat16", "lpips": "float32"}  # where a VAE is trained
+
 
 def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
     """Returns the fields that are in no section, and the sections that are the same in every job."""
     return {
-        "job": job,
-        "seed": 0,
-        "steps": 400_000,
+        "job": job, "seed": 0, "steps": 400_000, "ema_decay": ema_decay,
         "accumulation": 1,  # micro-batches per step
-        "ema_decay": ema_decay,
         "max_skipped_in_a_row": 20,  # consecutive updates with non-finite gradients before the run stops
         # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, that share none
         "mesh": {"fsdp": 1, "slices": 1},
@@ -29,13 +34,12 @@ def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
 
 
 def data(resolution: int) -> dict[str, Any]:
-    """Returns `config.data`."""
+    """Returns `config.data`; sources are in repae_jax/data."""
     return {
-        "source": "folder",  # see repae_jax/data
+        "source": "folder",
         # the options of every source; the chosen one takes those that are set, and refuses others
         "options": {name: placeholder(kind) for name, kind in option_types().items()},
-        "image_size": resolution,
-        "num_classes": 1000,
+        "image_size": resolution, "num_classes": 1000,
         "batch_size": 256,  # global
         "workers": 8,  # processes that decode images
         "max_bad_fraction": 0.001,  # share of undecodable images above which the run fails
@@ -55,19 +59,12 @@ def sit(name: str, *, learned_sigma: bool = False, learned_positions: bool) -> d
     return {
         **common.sit_fields(name),
         "projector": "mlp",  # or 'conv', iREPA's 3x3 convolution
-        "projector_dim": 2048,
-        "mlp_ratio": 4.0,
-        "qk_norm": False,
+        "projector_dim": 2048, "mlp_ratio": 4.0, "qk_norm": False,
         "learned_sigma": learned_sigma,  # True with diffusion.path='ddpm'
         "learned_positions": learned_positions,
         "remat": "dots",  # 'none', 'dots' (recompute all but matrix products) or 'full'
         "unroll": 1,  # blocks per iteration of the scanned stacks; all of them: faster on TPUs, twice the compilation
     }
-
-
-def disc() -> dict[str, Any]:
-    """Returns `config.disc`."""
-    return {"channels": 64, "num_layers": 3}
 
 
 def encoders(names: str) -> dict[str, Any]:
@@ -84,15 +81,6 @@ def encoders(names: str) -> dict[str, Any]:
     return entries
 
 
-def lpips() -> dict[str, Any]:
-    """Returns `config.lpips`."""
-    return {
-        "vgg16": "",  # torchvision's weights; 'random' for both files to measure speed
-        "linear": "",  # weights of LPIPS v0.1
-        "input_range": (-1.0, 1.0),  # (0., 1.): as the released weights were trained
-    }
-
-
 def vae_loss(**weights: float) -> dict[str, Any]:
     """Returns `config.loss` where a VAE is trained; `weights` are further terms. A term with weight 0 is not computed."""
     return {
@@ -104,7 +92,7 @@ def vae_loss(**weights: float) -> dict[str, Any]:
 
 
 def tokenizer_loss() -> dict[str, Any]:
-    """Returns `config.loss` where a tokenizer is trained alone."""
+    """Returns `config.loss` of a tokenizer alone."""
     return {
         **vae_loss(vf=0.0, se=0.0),
         "pixel_reduction": "mean",  # reduction of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
@@ -140,16 +128,10 @@ def diffusion(path: str = "linear") -> dict[str, Any]:
 def adamw() -> dict[str, Any]:
     """Returns an entry of `config.optim` as in REPA-E: constant rate, no decay, gradient norm clipped to 1."""
     return {
-        "learning_rate": 1e-4,
-        "warmup_steps": 0,
+        "learning_rate": 1e-4, "warmup_steps": 0, "final_learning_rate": 0.0,
         "schedule": "constant",  # 'linear' or 'cosine': falls until decay_steps
         "decay_steps": placeholder(int),
-        "final_learning_rate": 0.0,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
+        "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
         "fixed": (),  # parts of the network that are not trained, such as ("encoder", "quant_conv") of a VAE
     }
 
@@ -170,10 +152,7 @@ def sit_hooks() -> dict[str, Any]:
         "images": 64,
         "samples_every": 10_000,
         # FID of a few samples against a reference (repae_jax/evaluation/reference_stats.py), with Inception's weights
-        "fid_every": 0,
-        "fid_samples": 5000,
-        "fid_reference": "",
-        "fid_inception": "",
+        "fid_every": 0, "fid_samples": 5000, "fid_reference": "", "fid_inception": "",
     }
 
 
@@ -182,8 +161,6 @@ def sampling(sampler: str = "sde") -> dict[str, Any]:
     return {
         "sampler": sampler,  # 'euler', 'heun' or 'sde'; 'ancestral' with diffusion.path='ddpm'
         "steps": 250,
-        "guidance_scale": 1.0,
-        "guidance_low": 0.0,
-        "guidance_high": 1.0,
+        "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0,
         "guidance_channels": placeholder(int),  # guide only the first ones, as published DiT samples do; default all
     }

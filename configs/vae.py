@@ -61,17 +61,11 @@ from configs import common, sections
 
 
 class Recipe(NamedTuple):
-    """A published way to train a tokenizer.
+    """A published way to train a tokenizer."""
 
-    Attributes:
-      vae: name of the architecture in common.VAES.
-      changes: dotted fields -> values that differ from REPA-E's.
-      encoder: name in common.ENCODERS of VF's encoder.
-    """
-
-    vae: str
-    changes: dict[str, Any]
-    encoder: str = "none"
+    vae: str  # one of common.VAES
+    changes: dict[str, Any]  # dotted fields -> values that differ from REPA-E's
+    encoder: str = "none"  # VF's, one of common.ENCODERS
 
 
 def _adam(learning_rate):
@@ -91,21 +85,17 @@ def _stage(before):
 
 
 RECIPES = {
-    "sdvae": Recipe(
-        "f8d4", {**_LDM, **_adam(4.32e-4), "steps": 246_803, "data.batch_size": 96, "loss.gan_start": 50_001},
-    ),
+    "sdvae": Recipe("f8d4", {**_LDM, **_adam(4.32e-4), "steps": 246_803, "data.batch_size": 96, "loss.gan_start": 50_001}),
     "sdvae-ft-mse": Recipe(
         "f8d4",
         {
-            **_LDM, **_adam(8.64e-4), "steps": 280_000, "data.batch_size": 192, "ema_decay": 0.9999, "loss.vae.l1": 0.0,
-            "loss.vae.l2": 1.0, "loss.vae.lpips": 0.1, "init.vae": "stabilityai/sd-vae-ft-ema",
-            "optim.vae.fixed": ("encoder", "quant_conv"),
+            **_LDM, **_adam(8.64e-4), "steps": 280_000, "data.batch_size": 192, "ema_decay": 0.9999,
+            "loss.vae.l1": 0.0, "loss.vae.l2": 1.0, "loss.vae.lpips": 0.1,
+            "init.vae": "stabilityai/sd-vae-ft-ema", "optim.vae.fixed": ("encoder", "quant_conv"),
         },
     ),
     "invae": Recipe("f16d32", {**_LDM, **_adam(1e-4), "steps": 250_250, "loss.gan_start": 2501}),
-    "vavae-stage1": Recipe(
-        "f16d32", {**_VAVAE, "steps": 500_500, "loss.gan_start": 2501, "loss.vae.vf": 0.5}, "dinov2-large"
-    ),
+    "vavae-stage1": Recipe("f16d32", {**_VAVAE, "steps": 500_500, "loss.gan_start": 2501, "loss.vae.vf": 0.5}, "dinov2-large"),
     "vavae-stage2": Recipe("f16d32", _stage("vavae-stage1"), "dinov2-large"),
     "vavae-stage3": Recipe("f16d32", {**_stage("vavae-stage2"), "loss.vf_margins": (0.5, 0.25)}, "dinov2-large"),
     "eqvae": Recipe(
@@ -116,9 +106,7 @@ RECIPES = {
         },
     ),
     "se": Recipe("f8d16", {"steps": 10_000, "loss.vae.se": 0.25, "init.vae": "black-forest-labs/FLUX.1-schnell/vae"}),
-    "discriminator": Recipe(
-        "f8d4", {"steps": 50_000, **{f"loss.vae.{term}": 0.0 for term in ("l1", "lpips", "kl", "gan")}}
-    ),
+    "discriminator": Recipe("f8d4", {"steps": 50_000, **{f"loss.vae.{term}": 0.0 for term in ("l1", "lpips", "kl", "gan")}}),
 }  # fmt: skip
 
 
@@ -133,13 +121,13 @@ def get_config(arg: str = "") -> ConfigDict:
             **sections.run("vae", ema_decay=0.0),  # no average: the VAE itself
             "data": sections.data(args["resolution"]),
             "vae": sections.vae(recipe.vae),
-            "disc": sections.disc(),
+            "disc": sections.DISC,
             "encoders": sections.encoders(args["encoder"] or recipe.encoder),
-            "lpips": sections.lpips(),
+            "lpips": sections.LPIPS,
             "loss": sections.tokenizer_loss(),
             "optim": {name: sections.adamw() for name in ("vae", "disc")},
             "init": {"vae": "", "disc": ""},
-            "precision": {"compute": "bfloat16", "lpips": "float32"},
+            "precision": sections.PRECISION,
             "hooks": {"images": 64, "reconstructions_every": 10_000},
         }
     )

@@ -25,19 +25,13 @@ class FieldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers within bounds, as devices see them: float32 without subnormal numbers.
+    """Numbers within bounds, as devices see them: float32 without subnormal numbers."""
 
-    Attributes:
-      whole: True for integers.
-      least, most: inclusive bounds; None for none.
-      above, below: exclusive bounds.
-    """
-
-    whole: bool
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
+    whole: bool  # integers alone
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf  # exclusive bounds
+    below: float = math.inf
 
     def problem(self, value: Any) -> str | None:
         """Returns the second half of a sentence that starts with the value; None if the value is allowed."""
@@ -47,26 +41,17 @@ class Range:
         seen = value if self.whole else _in_float32(value)
         if not math.isfinite(seen):
             return "must be finite" if math.isinf(value) or math.isnan(value) else "must be finite in float32"
-        inside = (
-            (self.least is None or seen >= self.least)
-            and (self.most is None or seen <= self.most)
-            and (self.above is None or seen > self.above)
-            and (self.below is None or seen < self.below)
-        )
         if self.whole and self.most == LARGEST and seen > LARGEST:
             return f"must be at most {LARGEST}"
-        return None if inside else f"must {self}"
+        return None if self.least <= seen <= self.most and self.above < seen < self.below else f"must {self}"
 
     def __str__(self):
-        low = self.least if self.above is None else self.above
-        high = self.most if self.below is None else self.below
-        if high is None or (self.whole and high == LARGEST and low is not None):
-            if self.above is None:
-                return f"be at least {low}"
-            return "be positive" if self.above == 0 else f"be above {low}"
-        if low is None:
-            return f"be at most {high}" if self.below is None else f"be below {high}"
-        return f"lie in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
+        low, high = max(self.least, self.above), min(self.most, self.below)
+        if high == math.inf or (self.whole and high == LARGEST):
+            return f"be at least {low}" if low == self.least else "be positive" if low == 0 else f"be above {low}"
+        if low == -math.inf:
+            return f"be at most {high}" if high == self.most else f"be below {high}"
+        return f"lie in {'[' if low == self.least else '('}{low}, {high}{']' if high == self.most else ')'}"
 
 
 def _in_float32(value):
@@ -74,18 +59,12 @@ def _in_float32(value):
     return 0.0 if abs(seen) < 2.0**-126 else seen  # XLA flushes subnormal numbers to zero
 
 
-def whole(least: float | None, most: float | None = LARGEST) -> Range:
+def whole(least: int, most: int = LARGEST) -> Range:
     """Returns the Range of integers from `least` to `most`."""
     return Range(True, least, most)
 
 
-def real(
-    least: float | None = None, most: float | None = None, above: float | None = None, below: float | None = None
-) -> Range:
-    """Returns the Range of finite numbers within bounds."""
-    return Range(False, least, most, above, below)
-
-
+real = functools.partial(Range, False)  # finite numbers: real(least, most, above, below)
 _NUMBERS = {int: whole(-LARGEST), float: real()}  # numbers without bounds of their own
 SEED = whole(0, 2**32 - 1)  # seeds of every command and config: numpy's, JAX's and grain's generators all take them
 
@@ -165,9 +144,7 @@ def check_mapping(name: str, value: Any) -> None:
         raise FieldError(f"{name}={value!r} must be a section with fields of its own")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sections of a config.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- sections of a config -------------------------------------------------------------------------------------------
 
 Size = Annotated[int, whole(1, 2**20)]  # one axis of an array
 Positive = Annotated[int, whole(1)]
@@ -179,11 +156,7 @@ PathText = Annotated[str, PATH]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base class of sections, whose annotations are checked; lists become tuples, and `~` of a path the user's folder.
-
-    Raises:
-      FieldError: for a value that its field's annotation does not allow.
-    """
+    """Base class of sections: FieldError unless annotations allow the values; lists become tuples, `~` the user's folder."""
 
     def __post_init__(self):
         for name, rule in _rules(type(self)).items():
@@ -202,7 +175,7 @@ def _rules(section):
 
 
 def _rule(hint):
-    """Returns the rule that an annotation stands for; None for other dataclasses and Any."""
+    """Returns an annotation's rule; None for dataclasses and Any."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return hint.__metadata__[0]
@@ -216,18 +189,9 @@ def _rule(hint):
 
 
 def construct(where: str, section: type, values: Any) -> Any:
-    """Builds a dataclass, with the dataclasses among its fields, from a mapping of plain values.
+    """Builds a dataclass, with the dataclasses among its fields, from a mapping of plain values at `where`, e.g. 'config.data'.
 
-    Args:
-      where: the mapping's place in the config, such as 'config.data'.
-      section: the dataclass.
-      values: field names -> values.
-
-    Returns:
-      The dataclass.
-
-    Raises:
-      ValueError: naming every field that is unknown or missing, or the first one with a value that is not allowed.
+    Raises ValueError that names every field that is unknown or missing, or the first one with a value that is not allowed.
     """
     check_mapping(where, values)
     fields = {field.name: field for field in dataclasses.fields(section)}
@@ -239,10 +203,8 @@ def construct(where: str, section: type, values: Any) -> Any:
     built = {name: _construct_field(f"{where}.{name}", hints[name], value) for name, value in values.items()}
     try:
         return section(**built)
-    except FieldError as error:
-        raise ValueError(f"{where}.{error}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}{'.' if isinstance(error, FieldError) else ': '}{error}") from error
 
 
 def _construct_field(where, hint, value):

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -57,70 +58,43 @@ def parse_args(argv=None):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A run, or the training of an encoder or the classifier.
-
-    Attributes:
-      name: name in messages.
-      kind: 'encoder', 'classifier', or a run's job.
-      folder: working folder; holds result.json when the task is done.
-      content: content of task.json; its 'description' is all that the result depends on.
-      needs: names of tasks that must be done before.
-    """
+    """A run, or the training of an encoder or the classifier."""
 
     name: str
-    kind: str
-    folder: Path
-    content: Mapping
-    needs: tuple[str, ...] = ()
+    kind: str  # 'encoder', 'classifier', or a run's job
+    folder: Path  # holds result.json when the task is done
+    content: Mapping  # of task.json; its 'description' is all that the result depends on
+    needs: tuple[str, ...] = ()  # names of tasks that must be done before
 
     def result(self):
-        """Returns the content of result.json, None if there is none.
-
-        Raises:
-          ValueError: if it is another task's result.
-        """
+        """Returns the content of result.json, None if there is none; ValueError if it is another task's."""
         path = self.folder / "result.json"
-        if not path.exists():
-            return None
-        result = files.read_json(path)
-        if result["description"] != self.content["description"]:
+        result = files.read_json(path) if path.exists() else None
+        if result and result["description"] != self.content["description"]:
             raise ValueError(f"{path} is the result of another task than {self.name}: move {self.folder} away")
         return result
 
 
-def run_name(run):
-    """Returns the name of a run's task."""
-    return f"{run.setting} seed {run.seed}"
-
-
 def make_tasks(runs, workdir):
-    """Returns the tasks of the runs and of the encoders and the classifier that they need.
-
-    Args:
-      runs: list of Run.
-      workdir: absolute Path.
-
-    Returns:
-      Name -> Task, in order.
-    """
+    """Returns name -> Task, in order, of the runs and of the encoders and the classifier that they need."""
     tasks, needs_classifier = {}, any(tables.SETTINGS[run.setting].network for run in runs)
+
+    def add(name, kind, folder, **described):
+        tasks[name] = Task(name, kind, workdir / folder, {"kind": kind, **described, "description": described})
+
     for run in runs:
         setting = tables.SETTINGS[run.setting]
         config = tables.config_of(run, workdir)
-        needs = [run_name(run.source)] if run.source else []
+        needs = [run.source.name] if run.source else []
         image_size = config.data.image_size
         if needs_classifier and "classifier" not in tasks:
-            described = {"steps": digits_models.CLASSIFIER_STEPS, "image_size": image_size}
-            content = {"kind": "classifier", **described, "description": described}
-            tasks["classifier"] = Task("classifier", "classifier", workdir / "classifier", content)
+            add("classifier", "classifier", "classifier", steps=digits_models.CLASSIFIER_STEPS, image_size=image_size)
         if setting.network:
             needs.append("classifier")
-        if tables.ENCODERS[setting.encoder] and config.encoders:
-            name = f"{setting.encoder} encoder"
-            described = {"steps": tables.ENCODERS[setting.encoder], "image_size": image_size}
-            content = {"kind": "encoder", **described, "description": described}
-            tasks[name] = Task(name, "encoder", workdir / tables.encoder_folder(setting.encoder), content)
-            needs.append(name)
+        steps = tables.ENCODERS[setting.encoder]
+        if steps and config.encoders:
+            needs.append(f"{setting.encoder} encoder")
+            add(needs[-1], "encoder", tables.encoder_folder(setting.encoder), steps=steps, image_size=image_size)
         content = {
             "kind": setting.job,
             "description": tables.description(run),
@@ -128,8 +102,7 @@ def make_tasks(runs, workdir):
             "export": tables.is_source(run),
             "classifier": str(workdir / "classifier" / "classifier.safetensors"),
         }
-        name = run_name(run)
-        tasks[name] = Task(name, setting.job, workdir / tables.folder_name(run), content, tuple(needs))
+        tasks[run.name] = Task(run.name, setting.job, workdir / tables.folder_name(run), content, tuple(needs))
     return tasks
 
 
@@ -162,16 +135,10 @@ def perform_all(tasks, jobs, start=start_task, report=print):
       report: called with lines of progress.
 
     Returns:
-      Name -> why a task has no result: 'failed', or 'needs X'. Empty if all is done.
-
-    Raises:
-      KeyboardInterrupt: after all processes were asked to save and have ended.
+      Name -> why a task has no result: 'failed', or 'needs X'. KeyboardInterrupt comes after all processes were asked to save
+      and have ended.
     """
     results = {name: task.result() for name, task in tasks.items()}
-    seconds = {}  # kind -> of the tasks done
-    for name, result in results.items():
-        if result:
-            seconds.setdefault(tasks[name].kind, []).append(result["seconds"])
     waiting = {name: task for name, task in tasks.items() if not results[name]}
     undone, running = {}, {}  # slot -> (Task, process)
     report(f"{len(tasks)} tasks, {len(tasks) - len(waiting)} of them done before")
@@ -182,16 +149,16 @@ def perform_all(tasks, jobs, start=start_task, report=print):
                     continue
                 del running[slot]
                 result = results[task.name] = task.result()
-                if result:
-                    seconds.setdefault(task.kind, []).append(result["seconds"])
-                else:
+                if not result:
                     undone[task.name] = f"failed, see {task.folder / 'log.txt'}"
-                left = remaining(waiting.values(), [task for task, _ in running.values()], seconds, jobs)
-                count = sum(map(bool, results.values()))
-                report(f"[{count}/{len(tasks)}] {task.name}: {outcome(result, undone.get(task.name))}{left}")
+                minutes = remaining(tasks, results, waiting, [task.name for task, _ in running.values()]) / jobs / 60
+                left = f", about {minutes:.0f} min left" if minutes else ""
+                how = outcome(result) if result else undone[task.name]
+                report(f"[{sum(map(bool, results.values()))}/{len(tasks)}] {task.name}: {how}{left}")
+            diverged = {name for name, result in results.items() if result and result["status"] != "done"}
             for name, task in list(waiting.items()):
-                missing = next((need for need in task.needs if need in undone or has_diverged(results[need])), None)
-                if missing:
+                missing = next((need for need in task.needs if need in {*undone, *diverged}), None)
+                if missing:  # no other run can start from one that diverged
                     del waiting[name]
                     undone[name] = f"needs {missing}"
                     report(f"{name}: left out, {undone[name]}")
@@ -211,28 +178,21 @@ def perform_all(tasks, jobs, start=start_task, report=print):
     return undone
 
 
-def has_diverged(result):
-    """Returns True for the result of a run that diverged, from which no other can start."""
-    return bool(result) and result["status"] != "done"
-
-
-def outcome(result, failure):
+def outcome(result):
     """Describes how a task has ended."""
-    if not result:
-        return failure
     fid = result["numbers"].get("fid")
     number = "" if fid is None else f", Frechet distance {fid:.1f}"
     return f"{result['status']} in {result['seconds']:.0f} s{number}"
 
 
-def remaining(waiting, running, seconds, jobs):
-    """Estimates the time left, as text: running tasks count half; a kind without a finished task counts as the longest kind."""
-    if not seconds:
-        return ""
-    means = {kind: sum(values) / len(values) for kind, values in seconds.items()}
-    longest = max(means.values())
-    total = sum(means.get(task.kind, longest) for task in waiting) + sum(means.get(task.kind, longest) / 2 for task in running)
-    return f", about {total / jobs / 60:.0f} min left" if total else ""
+def remaining(tasks, results, waiting, running):
+    """Estimates seconds of work left: running tasks count half, and a kind of which none is finished as the longest kind."""
+    seconds = {}  # kind -> of the tasks done
+    for name in filter(results.get, results):
+        seconds.setdefault(tasks[name].kind, []).append(results[name]["seconds"])
+    means = {kind: statistics.mean(values) for kind, values in seconds.items()}
+    expected = {name: means.get(tasks[name].kind, max(means.values(), default=0)) for name in (*waiting, *running)}
+    return sum(expected[name] for name in waiting) + sum(expected[name] / 2 for name in running)
 
 
 def perform(folder, core):
@@ -252,8 +212,7 @@ def main(args):
         return perform(args.perform, args.core)
     from launch.miniature import report
 
-    names = args.table or list(tables.TABLES)
-    runs = tables.runs_of(names, args.seeds)
+    runs = tables.runs_of(args.table or tables.TABLES, args.seeds)
     workdir = args.workdir.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     undone, interrupted = {}, False

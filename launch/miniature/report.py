@@ -15,40 +15,34 @@ from repae_jax.images import grid
 
 AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN = "agrees", "within noise", "disagrees", "both diverged", "not run"
 ALIKE = 0.1  # relative difference up to which two settings are about equal
-_SAMPLE_SCALE = 2
 
 
 def write(path, tasks, seeds=None):
-    """Writes the tables that have results, and their pictures into the folder `results` beside the file.
+    """Writes the tables that have results as Markdown, and their pictures into the folder `results` beside the file.
 
     Args:
-      path: path of the Markdown file.
+      path: Path of the Markdown file.
       tasks: name -> miniature.Task of every run; without a result it counts as not run.
       seeds: runs of each setting; default the tables' own numbers.
     """
-    path = Path(path)
     folder = path.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
     results = {name: task.result() for name, task in tasks.items()}
     sections, claims, missing = [], [], []
     for name, table in tables.TABLES.items():
-        counts = {setting: tables.runs_per_setting(table, setting, seeds) for setting in table.rows}
-        runs_of = {setting: _runs(setting, count, tasks, results) for setting, count in counts.items()}
+        runs_of = {}  # setting -> [(folder, result)] of its finished runs, by seed
+        for setting in table.rows:
+            names = [tables.Run(setting, seed).name for seed in range(tables.runs_per_setting(table, setting, seeds))]
+            runs_of[setting] = [(tasks[run].folder, results[run]) for run in names if results.get(run)]
         if not any(runs_of.values()):
             missing.append(f"`{name}`")
             continue
         verdicts = [(claim, *judge(claim, runs_of)) for claim in table.claims]
-        claims += [(name, table, *verdict) for verdict in verdicts]
+        claims += [(table.title, *verdict) for verdict in verdicts]
         pictures = draw(name, table, runs_of, folder)
         sections.append(section(name, table, runs_of, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
     content = [introduction(results, tasks), summary(claims, missing), *sections]
     path.write_text("\n\n".join(content) + "\n")
-
-
-def _runs(setting, seeds, tasks, results):
-    """Returns [(folder, result)] of a setting's finished runs, by seed."""
-    runs = [f"{setting} seed {seed}" for seed in range(seeds)]
-    return [(tasks[name].folder, results[name]) for name in runs if results.get(name)]
 
 
 def numbers_of(runs, measure):
@@ -63,15 +57,7 @@ def _number(value):
 
 
 def judge(claim, runs_of):
-    """Compares the order of our runs with the published one.
-
-    Args:
-      claim: tables.Claim.
-      runs_of: setting -> [(folder, result)].
-
-    Returns:
-      (verdict, our numbers as text).
-    """
+    """Compares the order of our runs, setting -> [(folder, result)], with a claim; returns (verdict, our numbers as text)."""
     measure = tables.MEASURES[claim.measure]
     first, second = (np.array(numbers_of(runs_of.get(name, []), claim.measure)) for name in (claim.first, claim.second))
     if not len(first) or not len(second) or np.isnan([*first, *second]).any():
@@ -112,14 +98,11 @@ def cell(values, measure):
 
 def section(name, table, runs_of, verdicts, pictures, results):
     """Returns one table as Markdown."""
-    measures = {key: tables.MEASURES[key] for key in table.measures}
-    header = ["setting", "runs", *(measure.title for measure in measures.values()), "published"]
-    rows = [
-        [tables.SETTINGS[setting].label, str(len(runs))]
-        + [cell(numbers_of(runs, key), measure) for key, measure in measures.items()]
-        + [table.rows[setting] or "–"]
-        for setting, runs in runs_of.items()
-    ]
+    header = ["setting", "runs", *(tables.MEASURES[measure].title for measure in table.measures), "published"]
+    rows = []
+    for setting, runs in runs_of.items():
+        cells = [cell(numbers_of(runs, measure), tables.MEASURES[measure]) for measure in table.measures]
+        rows.append([tables.SETTINGS[setting].label, str(len(runs)), *cells, table.rows[setting] or "–"])
     lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(runs_of, results), "", *_table(header, rows), ""]
     lines += [f"* {sentence(claim)}: **{verdict}**{f', {ours}' if ours else ''}." for claim, verdict, ours in verdicts]
     messages = [result["message"] for runs in runs_of.values() for _, result in runs if result["message"]]
@@ -134,15 +117,15 @@ def sentence(claim):
     first, second = (tables.SETTINGS[name].label for name in (claim.first, claim.second))
     measure = tables.MEASURES[claim.measure]
     relation = "about the same" if claim.alike else "larger" if measure.more_is_better else "smaller"
-    conjunction = "as with" if claim.alike else "than with"
-    return f"Published: {measure.title} {relation} with “{first}” {conjunction} “{second}” ({claim.published})"
+    other = f"{'as' if claim.alike else 'than'} with “{second}”"
+    return f"Published: {measure.title} {relation} with “{first}” {other} ({claim.published})"
 
 
 def _qualities(runs_of, results):
     """Returns a line on the encoders' accuracies, if a table compares encoders."""
     names = {tables.SETTINGS[setting].encoder for setting in runs_of}
-    trained = {name: results.get(f"{name} encoder") for name in tables.ENCODERS if name in names}
-    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained.items() if result]
+    trained = [(name, results.get(f"{name} encoder")) for name in tables.ENCODERS if name in names]
+    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained if result]
     if len(names) < 2 or not accuracies:
         return []
     return ["", f"Held-out accuracy of the encoders, with the linear layer of their training: {', '.join(accuracies)}."]
@@ -155,12 +138,9 @@ def _table(header, rows):
 def summary(claims, missing):
     """Returns all comparisons as Markdown."""
     verdicts = [verdict for *_, verdict, _ in claims]
-    counts = {verdict: verdicts.count(verdict) for verdict in (AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN)}
-    total = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    rows = [
-        [table.title, sentence(claim).removeprefix("Published: "), ours or "–", verdict]
-        for _, table, claim, verdict, ours in claims
-    ]
+    counts = [(verdicts.count(verdict), verdict) for verdict in (AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN)]
+    total = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
+    rows = [[title, sentence(claim).removeprefix("Published: "), ours or "–", how] for title, claim, how, ours in claims]
     lines = ["## Summary", "", f"Of {len(claims)} published comparisons: {total or 'none run yet'}.", ""]
     lines += _table(["experiment", "published", "here", "order"], rows)
     if missing:
@@ -179,10 +159,8 @@ def introduction(results, tasks):
     classifier = ""
     if results.get("classifier"):
         numbers = results["classifier"]["numbers"]
-        classifier = (
-            f" It reads {numbers['accuracy']:.1%} of the held-out digits rightly, whose Frechet distance is "
-            f"{numbers['fid_of_held_out_digits']:.1f}."
-        )
+        distance = f"whose Frechet distance is {numbers['fid_of_held_out_digits']:.1f}"
+        classifier = f" It reads {numbers['accuracy']:.1%} of the held-out digits rightly, {distance}."
     paragraphs = [
         "REPA-E's comparisons, repeated on scikit-learn's handwritten digits at a size that two CPU cores manage. "
         "`bash launch/miniature.sh` makes this file: every number and every verdict in it is computed. A miniature can "
@@ -201,7 +179,7 @@ def introduction(results, tasks):
         f"* **Machine.** {_processor()}, {os.cpu_count()} cores, JAX {importlib.metadata.version('jax')}: {len(runs)} runs "
         f"in {minutes:.0f} core-minutes, with classifier and encoders.",
     ]
-    return "# The miniature paper\n\n" + "\n\n".join(_wrapped(paragraph) for paragraph in paragraphs)
+    return "\n\n".join(["# The miniature paper", *map(_wrapped, paragraphs)])
 
 
 def _wrapped(text):
@@ -225,44 +203,29 @@ def _processor():
 
 def draw(name, table, runs_of, folder):
     """Draws the pictures of one table; returns the files' names."""
-    labels = {setting: tables.SETTINGS[setting].label for setting, runs in runs_of.items() if runs}
-    measure = table.measures[0]
-    values = {labels[setting]: numbers_of(runs_of[setting], measure) for setting in labels}
-    curves = {}
-    for setting, label in labels.items():
-        source, result = runs_of[setting][0]
+    runs_by_label = {tables.SETTINGS[setting].label: runs for setting, runs in runs_of.items() if runs}
+    values, curves, samples, latents = {}, {}, {}, {}
+    for label, runs in runs_by_label.items():
+        values[label] = numbers_of(runs, table.measures[0])
+        source, result = runs[0]
         if table.curve and (source / "metrics.jsonl").exists():
             read = plots.read_curves(source / "metrics.jsonl")
             if table.curve in read:
                 curves[label] = read[table.curve]
         elif not table.curve and "fid_steps" in result["numbers"]:
-            heights = [np.mean(numbers_of(runs_of[setting], key)) for key in ("fid_halfway", "fid")]
+            heights = [np.mean(numbers_of(runs, key)) for key in ("fid_halfway", "fid")]
             curves[label] = np.array(result["numbers"]["fid_steps"]), np.array(heights)
-    title = table.curve or tables.MEASURES["fid"].title
+        if (source / "samples.npy").exists():
+            shown = np.load(source / "samples.npy")  # [classes, SHOWN, H, W, 3]; a class is a column
+            samples[label] = grid(shown.swapaxes(0, 1).reshape(-1, *shown.shape[2:]), columns=len(shown), scale=2)
+        if table.curve and (source / "latents.npy").exists():
+            colors = plots.pca_colors(np.load(source / "latents.npy"))
+            latents[f"{label}: latents"] = grid(colors, columns=5, padding=1, scale=8)
     files = [f"{name}.png"]
-    plots.plot_settings(folder / files[0], values, tables.MEASURES[measure].title, curves, title, log_scale=bool(table.curve))
-    samples = {labels[setting]: _samples(runs_of[setting][0][0]) for setting in labels}
-    samples = {label: picture for label, picture in samples.items() if picture is not None}
-    if samples:
-        files.append(f"{name}-samples.png")
-        plots.show_pictures(folder / files[-1], samples)
-    if table.curve:
-        latents = {labels[setting]: runs_of[setting][0][0] / "latents.npy" for setting in labels}
-        pictures = {
-            f"{label}: latents": grid(plots.pca_colors(np.load(file)), columns=5, padding=1, scale=8)
-            for label, file in latents.items()
-            if file.exists()
-        }
+    titles = tables.MEASURES[table.measures[0]].title, table.curve or f"{tables.MEASURES['fid'].title}, halfway and at the end"
+    plots.plot_settings(folder / files[0], values, titles[0], curves, titles[1], log_scale=bool(table.curve))
+    for kind, pictures in (("samples", samples), ("latents", latents)):
         if pictures:
-            files.append(f"{name}-latents.png")
+            files.append(f"{name}-{kind}.png")
             plots.show_pictures(folder / files[-1], pictures)
     return files
-
-
-def _samples(folder):
-    """Returns samples with one column per class; None if there are none."""
-    file = folder / "samples.npy"
-    if not file.exists():
-        return None
-    samples = np.load(file)  # [classes, SHOWN, H, W, 3]
-    return grid(samples.swapaxes(0, 1).reshape(-1, *samples.shape[2:]), columns=len(samples), scale=_SAMPLE_SCALE)

@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from checkpoints_tools import convert
 from launch.miniature import tables
 from launch.quickstart import digits_models, quickstart
-from repae_jax import files, sample
+from repae_jax import files
 from repae_jax.analysis.smoothness import spatial_variance, total_variation
-from repae_jax.data.digits import DigitsSource
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.evaluation import plots
 from repae_jax.images import to_float
@@ -26,39 +25,35 @@ from repae_jax.sampling.load_model import load_model, load_vae
 from repae_jax.train import TrainingStopped, train
 
 DONE, DIVERGED = "done", "diverged"
-CLASSES = DigitsSource.num_classes
+CLASSES = digits_models.NUM_CLASSES
 SHOWN = 4  # samples of each class that are kept for pictures
-_BATCH_SIZE = 250  # samples at a time
 _LAST_SHARE = 0.25  # losses are averages over this last share of the steps
 
 
 def perform(folder):
     """Does the task of a folder; returns False if a signal ended the training, which was saved."""
     task, start = files.read_json(folder / "task.json"), time.monotonic()
-    if task["kind"] == "encoder":
-        result = _result(DONE, digits_models.train_encoder(folder, image_size=task["image_size"], steps=task["steps"]))
-    elif task["kind"] == "classifier":
-        result = _result(DONE, classifier_numbers(folder / "classifier.safetensors", task["image_size"]))
-    else:
-        result = _perform_run(folder, task)
-    if result is None:
+    result = {"status": DONE, "message": "", "description": task["description"]}
+    try:
+        if task["kind"] == "encoder":
+            numbers = digits_models.train_encoder(folder, image_size=task["image_size"], steps=task["steps"])
+        elif task["kind"] == "classifier":
+            numbers = classifier_numbers(folder / "classifier.safetensors", task["image_size"])
+        else:
+            numbers = _run_numbers(folder, task)
+    except TrainingStopped as error:
+        numbers, result["status"], result["message"] = {}, DIVERGED, str(error)
+    if numbers is None:
         return False
-    result |= {"description": task["description"], "seconds": round(time.monotonic() - start, 1)}
-    result["cpu_seconds"] = round(time.process_time(), 1)
-    files.write_json(folder / "result.json", result, overwrite=True)
+    seconds = {"seconds": round(time.monotonic() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
+    files.write_json(folder / "result.json", {**result, "numbers": numbers, **seconds}, overwrite=True)
     return True
 
 
-def _result(status, numbers, message=""):
-    return {"status": status, "numbers": numbers, "message": message}
-
-
-def _perform_run(folder, task):
+def _run_numbers(folder, task):
+    """Trains and evaluates a run; returns its numbers, None if a signal ended the training."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        _, finished = train(ConfigDict(task["config"]), folder)
-    except TrainingStopped as error:
-        return _result(DIVERGED, {}, str(error))
+    _, finished = train(ConfigDict(task["config"]), folder)
     if not finished:
         return None
     sampler = task["description"]["evaluation"]["sampler"]
@@ -69,30 +64,28 @@ def _perform_run(folder, task):
         numbers |= sample_numbers(folder, Sampling(**sampler), classify, image_size, task["config"]["seed"])
     if task["export"]:
         convert.extract_vae(folder, tables.vae_files(folder)["vae"], overwrite=True)  # for others to start from
-    return _result(DONE, numbers)
+    return numbers
 
 
 def classifier_numbers(path, image_size):
     """Trains the classifier; returns its accuracy and the Frechet distance of held-out digits, for comparison."""
     accuracy = digits_models.train_classifier(path, image_size=image_size)
     classify = digits_models.load_classifier(path)
-    splits = [digits_models.all_records(DigitsSource(image_size, split))[0] for split in ("test", "train")]
-    held_out, train_digits = (gaussian_stats(classify(pixels)[0]) for pixels in splits)
-    return {"accuracy": accuracy, "fid_of_held_out_digits": frechet_distance(*held_out, *train_digits)}
+    test, train = (gaussian_stats(classify(digits_models.all_records(image_size, split)[0])[0]) for split in ("test", "train"))
+    return {"accuracy": accuracy, "fid_of_held_out_digits": frechet_distance(*test, *train)}
 
 
 def sample_numbers(folder, sampling, classify, image_size, seed):
     """Computes Frechet distances of the run's checkpoints and the label accuracy of the last; writes samples.npy."""
-    real, _ = digits_models.all_records(DigitsSource(image_size, "train"))
+    real, _ = digits_models.all_records(image_size, "train")
     real_stats = gaussian_stats(classify(real)[0])
-    labels = np.repeat(np.arange(CLASSES, dtype=np.int32), tables.SAMPLES // CLASSES)
     fid = {}
     for step in quickstart.checkpoint_steps(folder):
-        model = load_model(folder, step, jax.devices()[:1])
-        samples = np.concatenate([batch for _, batch in sample.sample_batches(model, sampling, labels, _BATCH_SIZE, seed)])
+        samples, labels = quickstart.generated(folder, step, sampling, tables.SAMPLES // CLASSES, batch_size=250, seed=seed)
         features, logits = classify(samples)
         fid[step] = frechet_distance(*gaussian_stats(features), *real_stats)
         print(f"step {step}: Frechet distance {fid[step]:.2f}", flush=True)
+    model = load_model(folder, step, jax.devices()[:1])
     recon = jax.jit(generate.make_reconstruct(model.nets))(model.params["vae"], to_float(real))
     np.save(folder / "samples.npy", samples.reshape(CLASSES, -1, *samples.shape[1:])[:, :SHOWN])
     return {
@@ -107,24 +100,22 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
 def vae_numbers(folder, image_size):
     """Measures reconstruction and smoothness on the held-out digits; writes latents of one digit per class to latents.npy."""
     loaded = load_vae(folder)
-    module, params = loaded.module, loaded.params
-    pixels, labels = digits_models.all_records(DigitsSource(image_size, "test"))
+    pixels, labels = digits_models.all_records(image_size, "test")
     images = to_float(jnp.asarray(pixels))
 
     @jax.jit
     def measure(params, images):
-        latents = module.apply({"params": params}, images, method="encode").mode()
-        errors = module.apply({"params": params}, latents, method="decode").clip(-1, 1) - images
-        mse = jnp.mean(jnp.square(errors))
+        latents = loaded.module.apply({"params": params}, images, method="encode").mode()
+        errors = loaded.module.apply({"params": params}, latents, method="decode").clip(-1, 1) - images
         numbers = {
             "l1": jnp.mean(jnp.abs(errors)),
-            "psnr": 10 * jnp.log10(4 / mse),  # the range of values is 2
+            "psnr": 10 * jnp.log10(4 / jnp.mean(jnp.square(errors))),  # the range of values is 2
             "spatial_variance": spatial_variance(latents),
             "total_variation": total_variation(latents),
         }
         return numbers, latents
 
-    numbers, latents = jax.device_get(measure(params, images))
+    numbers, latents = jax.device_get(measure(loaded.params, images))
     np.save(folder / "latents.npy", latents[[int(np.argmax(labels == label)) for label in range(CLASSES)]])
     return {name: float(value) for name, value in numbers.items()}
 

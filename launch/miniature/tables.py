@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from checkpoints_tools.vae import DISCRIMINATOR
-from configs import ldm, repae, vae
+from configs import common, ldm, repae, vae
 from launch.quickstart import digits_models
 from repae_jax.files import RANDOM
 from repae_jax.job.build import plain_config
@@ -22,15 +22,10 @@ VAE_STEPS = 1200  # training steps of the VAE that the others start from
 PRESETS = {"repae": repae, "ldm": ldm, "vae": vae}
 SIZE = {  # smaller than configs/repae.py:digits, so that some sixty runs take an hour on two cores
     "data.batch_size": 32,
-    "vae.channels": 8,
-    "vae.channel_multipliers": (1, 2, 4),
-    "vae.norm_groups": 4,
-    "sit.hidden_size": 64,
-    "sit.num_heads": 2,
-    "sit.projector_dim": 128,
-    "sit.unroll": 1,
+    "vae.channels": 8, "vae.channel_multipliers": (1, 2, 4), "vae.norm_groups": 4,
+    "sit.hidden_size": 64, "sit.num_heads": 2, "sit.projector_dim": 128, "sit.unroll": 1,
     "disc.channels": 16,
-}
+}  # fmt: skip
 ENCODERS = {RANDOM: None, "weak": 40, "trained": digits_models.ENCODER_STEPS}  # steps of training; None: none
 SAMPLES = 1000  # samples of a Frechet distance
 SAMPLERS = {"sit": {"sampler": "heun", "steps": 10}, "dit": {"sampler": "ancestral", "steps": 25}}
@@ -38,36 +33,25 @@ SAMPLERS = {"sit": {"sampler": "heun", "steps": 10}, "dit": {"sampler": "ancestr
 # changes of settings: field -> value
 NO_REPA = {"encoders": {}, "loss.sit.align": 0.0}
 DIT = {
-    "sit.learned_sigma": True,
-    "diffusion.path": "ddpm",
-    "loss.sit.velocity": 0.0,
-    "loss.sit.noise": 1.0,
-    "loss.sit.bound": 1.0,
-    "sampling.sampler": "ancestral",
-}
+    "sit.learned_sigma": True, "diffusion.path": "ddpm", "sampling.sampler": "ancestral",
+    "loss.sit.velocity": 0.0, "loss.sit.noise": 1.0, "loss.sit.bound": 1.0,
+}  # fmt: skip
 NO_BATCH_NORM = {"diffusion.norm_momentum": 0.0}
 DIFFUSION_INTO_VAE = {"loss.vae.diffusion": 1.0}
+NO_VAE_ALIGN = {"loss.vae.align": 0.0}
 NO_REGULARIZATION = {f"loss.vae.{term}": 0.0 for term in ("l1", "l2", "lpips", "kl", "gan")}
 KL_AS_STRONG = 1e-6 * (32 * 32 * 4) / (4 * 4 * 8)  # KL is a sum over the latents of an image
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One row: a run for every seed.
+    """One row: a run for every seed."""
 
-    Attributes:
-      label: name in RESULTS.md.
-      job: 'repae', 'ldm' or 'vae'.
-      changes: dotted config fields -> values, on top of the preset and SIZE.
-      vae: setting whose VAE of seed 0 it starts from; '' is from scratch.
-      encoder: one of ENCODERS.
-    """
-
-    label: str
-    job: str = "repae"
-    changes: Mapping = dataclasses.field(default_factory=dict)
-    vae: str = "vae"
-    encoder: str = "trained"
+    label: str  # in RESULTS.md
+    job: str = "repae"  # one of PRESETS
+    changes: Mapping = dataclasses.field(default_factory=dict)  # dotted config fields -> values, after the preset and SIZE
+    vae: str = "vae"  # setting whose VAE of seed 0 it starts from; '' is from scratch
+    encoder: str = "trained"  # one of ENCODERS
 
     @property
     def network(self):
@@ -82,15 +66,13 @@ SETTINGS = {
     "sit": Setting("SiT", "ldm", NO_REPA),
     "repa": Setting("SiT + REPA", "ldm"),
     "repa-e": Setting("REPA-E"),
-    "naive": Setting(
-        "naive: diffusion loss into the VAE", changes={**DIFFUSION_INTO_VAE, **NO_BATCH_NORM, "loss.vae.align": 0.0}
-    ),
+    "naive": Setting("naive: diffusion loss into the VAE", changes={**DIFFUSION_INTO_VAE, **NO_BATCH_NORM, **NO_VAE_ALIGN}),
     "no-stop-gradient": Setting("without stop-gradient", changes=DIFFUSION_INTO_VAE),
     "no-batch-norm": Setting("without batch norm", changes=NO_BATCH_NORM),
     "no-gan": Setting("without GAN", changes={"loss.vae.gan": 0.0}),
     "no-regularisation": Setting("without L_REG", changes=NO_REGULARIZATION),
     "repa-e-kl": Setting("REPA-E, KL as strong as published", changes={"loss.vae.kl": KL_AS_STRONG}),
-    "no-vae-align": Setting("control: VAE without alignment", changes={"loss.vae.align": 0.0}),
+    "no-vae-align": Setting("control: VAE without alignment", changes=NO_VAE_ALIGN),
     "depth-1": Setting("REPA-E, aligned after block 1", changes={"sit.encoder_depth": 1}),
     "depth-4": Setting("REPA-E, aligned after block 4", changes={"sit.encoder_depth": 4}),
     "repa-random": Setting("SiT + REPA, random encoder", "ldm", encoder=RANDOM),
@@ -133,43 +115,26 @@ DEFAULT_MEASURES = ("fid", "fid_halfway", "fid_of_reconstructions", "label_accur
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A published comparison of two settings.
-
-    Attributes:
-      first, second: settings; the first is the better one, or both are about equal.
-      published: the published numbers.
-      measure: one of MEASURES.
-      alike: True if the claim is that they are about equal.
-    """
+    """A published comparison of two settings: the first is the better one, or both are about equal."""
 
     first: str
     second: str
     published: str
     measure: str = "fid"
-    alike: bool = False
+    alike: bool = False  # about equal
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One experiment.
-
-    Attributes:
-      title: title of the section.
-      question: the comparison, and the source of the published numbers.
-      rows: setting -> published number, '' if there is none.
-      claims: the published comparisons.
-      measures: columns.
-      seeds: runs of each row, but one of the VAE alone.
-      curve: metric of metrics.jsonl drawn over the steps, '' for none.
-    """
+    """One experiment."""
 
     title: str
-    question: str
-    rows: Mapping[str, str]
+    question: str  # the comparison, and the source of the published numbers
+    rows: Mapping[str, str]  # setting -> published number, '' if there is none
     claims: tuple[Claim, ...]
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    seeds: int = 3
-    curve: str = ""
+    measures: tuple[str, ...] = DEFAULT_MEASURES  # columns
+    seeds: int = 3  # runs of each row, but one of the VAE alone
+    curve: str = ""  # metric of metrics.jsonl drawn over the steps, '' for none
 
 
 IMAGENET = "Published: gFID on ImageNet 256 px, without guidance"
@@ -228,19 +193,14 @@ TABLES = {
         "The block after which SiT is compared with the encoder: 1, 2 or 4 of 6. "
         f"{IMAGENET}, SiT-L/2, 100k steps, after block 6, 8 or 10 of 24.",
         {"depth-1": "16.4", "repa-e": "16.3", "depth-4": "16.2"},
-        (
-            Claim("depth-1", "repa-e", "16.4 and 16.3", alike=True),
-            Claim("depth-4", "repa-e", "16.2 and 16.3", alike=True),
-        ),
+        (Claim("depth-1", "repa-e", "16.4 and 16.3", alike=True), Claim("depth-4", "repa-e", "16.2 and 16.3", alike=True)),
     ),
     "encoders": Table(
         "Target encoders",
         "One architecture, of three qualities: random weights, 40 steps of training, and 600. "
         f"{IMAGENET}, SiT-L/2, 100k steps: REPA-E 16.0 with DINOv2-L, 16.3 with DINOv2-B, 16.5 with I-JEPA-H, 23.4 with "
         "CLIP-L; REPA with DINOv2-B 24.1.",
-        {
-            "repa-random": "", "repa-weak": "", "repa": "24.1", "repa-e-random": "", "repa-e-weak": "", "repa-e": "16.3",
-        },
+        {"repa-random": "", "repa-weak": "", "repa": "24.1", "repa-e-random": "", "repa-e-weak": "", "repa-e": "16.3"},
         (
             Claim("repa-e", "repa", "16.3 against 24.1"),
             Claim("repa-e-weak", "repa-weak", "better than REPA with every encoder"),
@@ -283,6 +243,11 @@ class Run:
     seed: int = 0
 
     @property
+    def name(self):
+        """Its task's name."""
+        return f"{self.setting} seed {self.seed}"
+
+    @property
     def source(self):
         """The run whose VAE it starts from; None for a VAE from scratch."""
         name = SETTINGS[self.setting].vae
@@ -295,20 +260,12 @@ def runs_per_setting(table, setting, seeds=None):
 
 
 def runs_of(names, seeds=None):
-    """Returns the runs of some tables, every run after the one that it needs.
+    """Returns the runs of the named tables, every run once and after the one that it needs; `seeds` as in `runs_per_setting`.
 
-    Args:
-      names: names of tables.
-      seeds: runs of each row; default the tables' own numbers.
-
-    Returns:
-      list of Run without duplicates: all first seeds, then all second ones, so that an interrupted program has all settings.
+    All first seeds come before the second ones, so that an interrupted program has all settings.
     """
-    needed = set()
-    for name in names:
-        table = TABLES[name]
-        for setting in table.rows:
-            needed |= {Run(setting, seed) for seed in range(runs_per_setting(table, setting, seeds))}
+    rows = [(TABLES[name], setting) for name in names for setting in TABLES[name].rows]
+    needed = {Run(setting, seed) for table, setting in rows for seed in range(runs_per_setting(table, setting, seeds))}
     for run in list(needed):
         while run.source:
             run = run.source
@@ -326,14 +283,8 @@ def config_of(run, workdir=Path()):
         **SIZE, **setting.changes, "seed": run.seed, "steps": steps, "log.every": 20, "hooks.samples_every": 0,
         "hooks.reconstructions_every": 0, "checkpoint.every": steps // 2, "checkpoint.keep_every": steps // 2,
     }  # fmt: skip
-    for name, value in changes.items():
-        *sections, field = name.split(".")
-        section = config
-        for part in sections:
-            section = section.get(part, {})
-        if field in section:  # a job has no fields of networks that it does not train
-            section[field] = copy.deepcopy(value)
-        elif name not in SIZE and sections[:1] != ["hooks"]:
+    for name in common.change(config, changes):  # a job has no fields of networks that it does not train
+        if name not in SIZE and not name.startswith("hooks."):
             raise ValueError(f"setting {run.setting!r} changes {name}, which the config of job {setting.job!r} does not have")
     if "encoders" in config and config.encoders:
         weights = RANDOM if ENCODERS[setting.encoder] is None else str(workdir / encoder_folder(setting.encoder))
@@ -366,7 +317,7 @@ def plain(config):
 
 
 def encoder_folder(name):
-    """Returns the name of an encoder's folder."""
+    """Returns an encoder's folder in the work folder."""
     return f"encoder-{ENCODERS[name]}-steps"
 
 

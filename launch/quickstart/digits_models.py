@@ -6,7 +6,6 @@ features and labels evaluate the samples, has another architecture and seed: it 
 
 import argparse
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -67,19 +66,16 @@ class ConvClassifier(nn.Module):
 def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
     """Trains a small vision transformer to classify digits and saves it, without its head, in Hugging Face's layout.
 
-    An encoder that exists in the folder, trained with the same settings, is kept.
+    The folder is created if absent; an encoder in it is kept if it was trained with the same settings, else ValueError.
 
     Args:
-      folder: created if absent; read it with `checkpoints_tools.vit.load_encoder`.
+      folder: read it with `checkpoints_tools.vit.load_encoder`.
       image_size: height and width of the digits, a multiple of 4.
-      steps: updates.
-      seed: seed of parameters, batches and augmentation.
+      steps: updates, at least 1.
+      seed: of parameters, batches and augmentation.
 
     Returns:
       dict with 'accuracy' on the held-out digits, 'seconds', 'image_size', 'steps', 'seed'.
-
-    Raises:
-      ValueError: if the image size is no multiple of 4, steps < 1, or the folder's encoder had other settings.
     """
     folder = Path(folder)
     settings = {"image_size": image_size, "steps": steps, "seed": seed}
@@ -100,21 +96,9 @@ def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
 
 
 def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
-    """Trains a small convolutional network to classify digits and saves it.
+    """Trains a small convolutional network to classify digits and saves it; returns the share of held-out digits read rightly.
 
-    A file that exists, of a classifier trained with the same settings, is kept.
-
-    Args:
-      path: the .safetensors file, its folder created if absent; the settings go beside it as .json.
-      image_size: height and width of the digits, a multiple of 4.
-      steps: updates.
-      seed: seed of parameters, batches and augmentation.
-
-    Returns:
-      Accuracy on the held-out digits, in [0, 1].
-
-    Raises:
-      ValueError: if the image size is no multiple of 4, steps < 1, or the file's classifier had other settings.
+    Arguments are those of `train_encoder`, but for `path`, a .safetensors file, beside which its record is stored as .json.
     """
     path = Path(path)
     if image_size < 4 or image_size % 4:
@@ -135,20 +119,13 @@ def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
 
 
 def load_classifier(path):
-    """Returns the classifier that `train_classifier` saved, as a function.
+    """Returns the classifier that `train_classifier` saved in a .safetensors file; ValueError if it holds another network.
 
-    Args:
-      path: the .safetensors file.
-
-    Returns:
-      fn(images uint8 [N, H, H, 3]) -> (features float32 [N, 64], logits float32 [N, 10]), NumPy arrays; any N >= 1.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if it is damaged or holds another network; from the function, for images of another size or dtype.
+    It is a function: images uint8 [N, H, H, 3], N >= 1 -> (features float32 [N, 64], logits float32 [N, 10]), NumPy arrays.
     """
-    params = flax.traverse_util.unflatten_dict(weights.read_state_dict(path), sep=".")
-    image_size = _image_size(params, path)
+    state_dict = weights.read_state_dict(path)
+    image_size = _image_size(state_dict, path)
+    params = flax.traverse_util.unflatten_dict(state_dict, sep=".")
     apply = jax.jit(lambda pixels: ConvClassifier().apply({"params": params}, images.to_float(pixels)))
 
     def classify(pixels):
@@ -163,21 +140,15 @@ def load_classifier(path):
     return classify
 
 
-def _image_size(params, path):
-    """Returns the image height of a classifier's parameters."""
-    try:
-        inputs = params["features"]["kernel"].shape[0]  # the last map, which has a quarter of the image's height
-    except (KeyError, IndexError):
-        inputs = 0  # another network: the comparison says so
+def _image_size(state_dict, path):
+    """Returns the image height of a classifier's parameters; ValueError if they are another network's."""
+    inputs = np.atleast_1d(state_dict.get("features.kernel", 0)).shape[0]  # the last map, a quarter of the image's height
     image_size = 4 * max(math.isqrt(inputs // NUM_FEATURES), 1)
     example = jnp.zeros((1, image_size, image_size, 3))
     expected = jax.eval_shape(ConvClassifier().init, jax.random.key(0), example)["params"]
-    shapes, wanted = (
-        {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep=".").items()}
-        for tree in (params, expected)
-    )
-    wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-    if wrong:
+    trees = state_dict, flax.traverse_util.flatten_dict(expected, sep=".")
+    found, wanted = ({(name, tuple(leaf.shape)) for name, leaf in tree.items()} for tree in trees)
+    if wrong := sorted({name for name, _ in found ^ wanted}):
         raise ValueError(
             f"{path} is no classifier of this script: {', '.join(wrong)} missing, unexpected or of another shape; "
             "remove the file and train it again"
@@ -189,7 +160,7 @@ def _read_record(record_path, weights_path, settings):
     """Returns the record of an earlier training; None if it was not completed."""
     if not weights_path.exists():
         return None
-    record = json.loads(record_path.read_text()) if record_path.exists() else {}
+    record = files.read_json(record_path) if record_path.exists() else {}
     recorded = {name: record.get(name) for name in settings}
     if recorded != settings:
         raise ValueError(
@@ -201,15 +172,11 @@ def _read_record(record_path, weights_path, settings):
 
 
 def _train(logits_fn, model, name, settings):
-    """Trains a classifier of the digits; logits_fn(params, uint8 [B, H, H, 3]) -> [B, 10].
-
-    Returns:
-      (parameters, the settings with 'accuracy' on the held-out digits and 'seconds').
-    """
+    """Trains logits_fn(params, uint8 [B, H, H, 3]) -> [B, 10]; returns (params, settings with 'accuracy' and 'seconds')."""
     steps, image_size, start = settings["steps"], settings["image_size"], time.monotonic()
     if steps < 1:
         raise ValueError(f"steps is {steps}; allowed: at least 1")
-    train, test = (all_records(DigitsSource(image_size, split)) for split in ("train", "test"))
+    train, test = all_records(image_size, "train"), all_records(image_size, "test")
     init_key, run_key = jax.random.split(jax.random.key(settings["seed"]))
     params = jax.jit(model.init)(init_key, jnp.zeros((1, image_size, image_size, 3)))["params"]
     schedule = optax.warmup_cosine_decay_schedule(0, _LEARNING_RATE, steps // 10, steps)
@@ -239,21 +206,14 @@ def _train(logits_fn, model, name, settings):
     return params, {**settings, "accuracy": accuracy, "seconds": seconds}
 
 
-def all_records(source):
-    """Returns all images of a DigitsSource, uint8 [N, H, H, 3], and their labels, int32 [N]."""
+def all_records(image_size, split):
+    """Returns all images of the split 'train' or 'test', uint8 [N, H, H, 3], and their labels, int32 [N]."""
+    source = DigitsSource(image_size, split)
     return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
 
 
 def augment(key, pixels):
-    """Shifts, rotates and scales every image slightly, with black beyond the edges.
-
-    Args:
-      key: random key.
-      pixels: uint8 [B, H, H, 3].
-
-    Returns:
-      uint8 [B, H, H, 3].
-    """
+    """Shifts, rotates and scales images, uint8 [B, H, H, 3], slightly, with black beyond the edges."""
     batch, size = pixels.shape[:2]
     shift_key, angle_key, scale_key = jax.random.split(key, 3)
     shift = jax.random.uniform(shift_key, (batch, 2), minval=-_MAX_SHIFT * size, maxval=_MAX_SHIFT * size)
@@ -273,7 +233,7 @@ def augment(key, pixels):
 
 
 def _in_batches(fn, pixels):
-    """Applies fn to all images in batches of one shape, so that it is compiled once; returns NumPy arrays."""
+    """Applies fn in batches of one shape, so that it is compiled once; returns NumPy arrays."""
     padded = np.pad(pixels, [(0, -len(pixels) % _EVALUATION_BATCH_SIZE), (0, 0), (0, 0), (0, 0)])
     batches = np.split(padded, len(padded) // _EVALUATION_BATCH_SIZE)
     results = [jax.device_get(fn(batch)) for batch in batches]
@@ -281,20 +241,17 @@ def _in_batches(fn, pixels):
 
 
 def parse_args(argv=None):
-    """Command line of this program."""
+    """Parses the command line."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=cli.path, metavar="FOLDER", help="train the encoder and save it here")
     parser.add_argument("--classifier", type=cli.path, metavar="FILE", help="train the classifier, save it here (.safetensors)")
-    parser.add_argument(
-        "--image-size", type=cli.whole(1, 4096), default=16, help="height and width in pixels (default: %(default)s)"
-    )
-    parser.add_argument("--encoder-steps", type=cli.whole(1), default=ENCODER_STEPS, help="updates (default: %(default)s)")
-    parser.add_argument(
-        "--classifier-steps", type=cli.whole(1), default=CLASSIFIER_STEPS, help="updates (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=cli.whole(0, 2**32 - 2), default=0, help="the classifier's is one higher (default: %(default)s)"
-    )
+    size_help = "height and width in pixels (default: %(default)s)"
+    parser.add_argument("--image-size", type=cli.whole(1, 4096), default=16, help=size_help)
+    updates = {"type": cli.whole(1), "help": "updates (default: %(default)s)"}
+    parser.add_argument("--encoder-steps", default=ENCODER_STEPS, **updates)
+    parser.add_argument("--classifier-steps", default=CLASSIFIER_STEPS, **updates)
+    seed_help = "the classifier's is one higher (default: %(default)s)"
+    parser.add_argument("--seed", type=cli.whole(0, 2**32 - 2), default=0, help=seed_help)
     options = parser.parse_args(argv)
     if options.encoder is None and options.classifier is None:
         parser.error("nothing to do: give --encoder FOLDER, --classifier FILE.safetensors, or both")
@@ -304,12 +261,11 @@ def parse_args(argv=None):
 @cli.command(parse_args, "interrupted: nothing was written; the same command starts again")
 def main(options):
     """Trains the networks that the command line names."""
+    size, seed = options.image_size, options.seed
     if options.encoder:
-        train_encoder(Path(options.encoder), image_size=options.image_size, steps=options.encoder_steps, seed=options.seed)
+        train_encoder(options.encoder, image_size=size, steps=options.encoder_steps, seed=seed)
     if options.classifier:
-        train_classifier(
-            Path(options.classifier), image_size=options.image_size, steps=options.classifier_steps, seed=options.seed + 1
-        )
+        train_classifier(options.classifier, image_size=size, steps=options.classifier_steps, seed=seed + 1)
 
 
 if __name__ == "__main__":

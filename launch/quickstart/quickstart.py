@@ -21,7 +21,6 @@ from configs import repae
 from launch.quickstart import digits_models
 from repae_jax import cli, evaluate_tokenizer, files, sample
 from repae_jax.analyze_latents import __main__ as analyze_latents
-from repae_jax.data.digits import DigitsSource
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.evaluation import plots
 from repae_jax.files import save_png
@@ -49,12 +48,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def generated(workdir, step, guidance_scale):
-    """Samples PER_CLASS digits of each class from one checkpoint; returns (uint8 [N, H, W, 3], labels [N], in class order)."""
+def generated(workdir, step, sampling, per_class, batch_size=100, seed=0):
+    """Samples `per_class` digits of each class, in their order, from a checkpoint; returns (uint8 [N, H, W, 3], labels [N])."""
     model = load_model(workdir, step, jax.devices()[:1])
-    labels = np.repeat(np.arange(10, dtype=np.int32), PER_CLASS)
-    sampling = Sampling(**SAMPLER, guidance_scale=guidance_scale)
-    batches = sample.sample_batches(model, sampling, labels, batch_size=100, seed=0)
+    labels = np.repeat(np.arange(10, dtype=np.int32), per_class)
+    batches = sample.sample_batches(model, sampling, labels, batch_size, seed)
     return np.concatenate([images for _, images in batches]), labels
 
 
@@ -64,27 +62,19 @@ def checkpoint_steps(workdir):
 
 
 def evaluate(workdir, classify):
-    """Computes the Frechet distance of every checkpoint, and the share of samples that the classifier assigns to their label.
+    """Returns numbers for the summary: Frechet distances of the checkpoints, the share of samples that are read as their label.
 
-    Args:
-      workdir: the run's folder.
-      classify: images -> (features, logits).
-
-    Returns:
-      dict of numbers for the summary.
+    `classify` maps images to (features, logits).
     """
-    data = {split: digits_models.all_records(DigitsSource(16, split))[0] for split in ("train", "test")}
-    real = {split: gaussian_stats(classify(images)[0]) for split, images in data.items()}
+    real = {split: gaussian_stats(classify(digits_models.all_records(16, split)[0])[0]) for split in ("train", "test")}
     fid = {}
     (workdir / "evaluations").mkdir(exist_ok=True)
     for step in checkpoint_steps(workdir):
-        samples, _ = generated(workdir, step, guidance_scale=1.0)
+        samples, _ = generated(workdir, step, Sampling(**SAMPLER, guidance_scale=1.0), PER_CLASS)
         fid[step] = frechet_distance(*gaussian_stats(classify(samples)[0]), *real["train"])
         print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
         result = {
-            "kind": "generation",
-            "step": step,
-            "metrics": {"fid": fid[step]},
+            "kind": "generation", "step": step, "metrics": {"fid": fid[step]},
             "protocol": {
                 **SAMPLER, "guidance_scale": 1.0, "labels": "balanced", "seed": 0, "num_samples": len(samples),
                 "features": "the classifier's", "reference": "training digits",
@@ -92,7 +82,7 @@ def evaluate(workdir, classify):
             "warnings": ["not Inception's features: comparable among these runs only"],
         }  # fmt: skip
         files.write_json(workdir / "evaluations" / f"{step:07d}.json", result, overwrite=True)
-    samples, labels = generated(workdir, max(fid), GUIDANCE)
+    samples, labels = generated(workdir, max(fid), Sampling(**SAMPLER, guidance_scale=GUIDANCE), PER_CLASS)
     rows = samples.reshape(10, PER_CLASS, *samples.shape[1:])[:, :16].reshape(-1, *samples.shape[1:])
     save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
     return {
@@ -151,8 +141,7 @@ def main(args):
     print("4/4 evaluation and pictures", flush=True)
     numbers = training_numbers(workdir) | evaluate(workdir, digits_models.load_classifier(workdir / "classifier.safetensors"))
     plots.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", CURVES)
-    newest = max((workdir / "reconstructions").glob("*.png"))
-    shutil.copy(newest, workdir / "reconstructions.png")
+    shutil.copy(max((workdir / "reconstructions").glob("*.png")), workdir / "reconstructions.png")
     summary = {
         **numbers,
         "seconds": time.monotonic() - start,

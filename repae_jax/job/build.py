@@ -27,26 +27,15 @@ from repae_jax.training.recipe import Optimizers, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A config, built.
+    """A config, built."""
 
-    Attributes:
-      config: the config as nested plain values, as stored in checkpoints.
-      nets: the networks.
-      encoders: frozen encoders, whose tokens the alignment and VF compare with.
-      tx: the optimizers.
-      recipe: losses, their weights, and the other numbers of a step.
-      sampling: how pictures are sampled during training; None without a SiT.
-      latent_shape: (h, w, C).
-      mesh: device mesh.
-    """
-
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # nested plain values, as stored in checkpoints
     nets: Nets
-    encoders: tuple[Encoder, ...]
+    encoders: tuple[Encoder, ...]  # frozen; the alignment and VF compare with their tokens
     tx: Optimizers
     recipe: Recipe
-    sampling: Sampling | None
-    latent_shape: tuple[int, int, int]
+    sampling: Sampling | None  # of pictures during training; None without a SiT
+    latent_shape: tuple[int, int, int]  # (h, w, C)
     mesh: jax.sharding.Mesh
 
     @property
@@ -67,37 +56,26 @@ def plain_config(config) -> dict[str, Any]:
 
 
 def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[Encoder, ...] | None = None) -> Job:
-    """Builds a job.
+    """Builds a job, or raises ValueError for anything that cannot work: the field, the value and what is allowed.
 
     Args:
       config: ConfigDict or nested dict, see configs/.
       devices: devices of the mesh; default all.
       encoders: default those of the config. () leaves projectors and alignment out of the networks, for sampling.
-
-    Returns:
-      Job.
-
-    Raises:
-      ValueError: for anything in the config that cannot work, naming the field, the value and what is allowed.
     """
     sections = read_config(config)
     config = dataclasses.asdict(sections)
     recipe = make_recipe(config)
     mesh = sharding.make_mesh(sections.mesh.fsdp, devices, sections.mesh.slices)
     sharding.check_batch(sections.data.batch_size, sections.accumulation, mesh)
-    if encoders is None:
-        encoders = describe_encoders(config)
+    encoders = describe_encoders(config) if encoders is None else encoders
     nets = make_networks(sections, recipe, encoders)
     job = Job(
-        config=config,
-        nets=nets,
-        encoders=encoders,
+        config=config, nets=nets, encoders=encoders, recipe=recipe, mesh=mesh,
         tx=make_optimizers(sections, recipe, nets),
-        recipe=recipe,
         sampling=sections.sampling if nets.sit is not None else None,
         latent_shape=validate.latent_shape(config, nets.vae),
-        mesh=mesh,
-    )
+    )  # fmt: skip
     shapes = functools.partial(jax.eval_shape, functools.partial(initial_state, job), jax.random.key(0))
     validate.check_job(job, shapes)
     return job
@@ -105,11 +83,10 @@ def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[E
 
 def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder]) -> Nets:
     """Returns the networks of a job; a discriminator and LPIPS only where a loss needs them."""
-    dtype = getattr(jnp, sections.precision.compute)
-    trains, weights = JOBS[sections.job].trains, recipe.vae_weights
+    dtype, trains, weights = getattr(jnp, sections.precision.compute), JOBS[sections.job].trains, recipe.vae_weights
     feature_dims = tuple(encoder.module.hidden_size for encoder in encoders)
-    vf_dim = feature_dims[0] if "vf" in weights and encoders else None
     sit = disc = lpips = None
+    vf_dim = feature_dims[0] if "vf" in weights and encoders else None
     vae = AutoencoderKL(**vars(sections.vae), dtype=dtype, feature_dim=vf_dim)
     if "sit" in trains:
         sit = SiT(
@@ -125,11 +102,10 @@ def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder])
 
 def make_optimizers(sections: Config, recipe: Recipe, nets: Nets) -> Optimizers:
     """Returns the optimizers of the networks that are trained."""
-    optim, vae, sit, disc = sections.optim, None, None, None
-    if "vae" in JOBS[sections.job].trains and recipe.vae_weights:
-        vae = make_optimizer(optim.vae)
-    if nets.sit is not None:
-        sit = make_optimizer(optim.sit, fixed=() if nets.sit.learned_positions else ("pos_embed",))
-    if nets.disc is not None:
-        disc = make_optimizer(optim.disc)
-    return Optimizers(vae=vae, sit=sit, disc=disc)
+    optim = sections.optim
+    fixed = () if nets.sit is None or nets.sit.learned_positions else ("pos_embed",)
+    return Optimizers(
+        vae=make_optimizer(optim.vae) if recipe.vae_weights else None,
+        sit=None if nets.sit is None else make_optimizer(optim.sit, fixed),
+        disc=None if nets.disc is None else make_optimizer(optim.disc),
+    )

@@ -17,14 +17,9 @@ _COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": _YNNPACK}}
 
 
 def jit_step(job, state):
-    """Returns the step as training, benchmark and plan compile it: the state is donated, the metrics are replicated.
+    """Returns the step, (state, batch, frozen, key) -> (state, metrics), as training, benchmark and plan compile it.
 
-    Args:
-      job: Job.
-      state: TrainState, or its shapes, on the job's mesh; the new state has the same shardings.
-
-    Returns:
-      Jitted function of (state, batch, frozen, key).
+    The state is donated, and the new one has the shardings of `state`, a TrainState or its shapes; metrics are replicated.
     """
     outs = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(job.mesh)
     step = sharding.with_mesh_context(job.mesh, job.step)
@@ -32,14 +27,7 @@ def jit_step(job, state):
 
 
 def abstract_inputs(job):
-    """Returns shapes, dtypes and shardings of a step's inputs besides the state; reads and computes nothing.
-
-    Args:
-      job: Job.
-
-    Returns:
-      (batch, frozen, key), as the steps of `train_step` take them.
-    """
+    """Returns shapes, dtypes and shardings of a step's (batch, frozen, key); reads and computes nothing."""
     section, key = job.config["data"], jax.random.key(0)
     size, rows = section["image_size"], sharding.batch_sharding(job.mesh)
     batch = {"label": ((), jnp.int32)}

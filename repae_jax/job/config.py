@@ -1,9 +1,8 @@
 """The config of each job, one frozen dataclass made of sections, and the table of jobs."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion.samplers import Sampling
@@ -15,7 +14,6 @@ from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, rea
 @section
 class Config(Section):
     """The fields and sections of every job."""
-
     job: str
     seed: Annotated[int, SEED]
     steps: Positive
@@ -38,7 +36,6 @@ class Config(Section):
 @section
 class VaeConfig(Config):
     """A tokenizer."""
-
     disc: sections.Disc
     lpips: sections.Lpips
     loss: sections.TokenizerLoss
@@ -51,7 +48,6 @@ class VaeConfig(Config):
 @section
 class LdmConfig(Config):
     """A SiT or DiT on a frozen VAE."""
-
     sit: sections.Sit
     loss: sections.SitLoss
     diffusion: sections.Diffusion
@@ -65,7 +61,6 @@ class LdmConfig(Config):
 @section
 class RepaeConfig(VaeConfig, LdmConfig):
     """Joint training."""
-
     loss: sections.Loss
     diffusion: sections.JointDiffusion
     optim: sections.Optim
@@ -74,18 +69,11 @@ class RepaeConfig(VaeConfig, LdmConfig):
     hooks: sections.Hooks
 
 
-@dataclasses.dataclass(frozen=True)
-class JobSpec:
-    """One of the three jobs.
-
-    Attributes:
-      step: the training step.
-      trains: names of the networks.
-      config: dataclass of its config.
-    """
+class JobSpec(NamedTuple):
+    """One of the three jobs."""
 
     step: Callable
-    trains: tuple[str, ...]
+    trains: tuple[str, ...]  # names of networks
     config: type[Config]
 
 
@@ -97,16 +85,9 @@ JOBS = {
 
 
 def read_config(config: Any) -> Any:
-    """Builds the dataclass of a ConfigDict or nested mapping of plain values.
+    """Builds the RepaeConfig, LdmConfig or VaeConfig of a ConfigDict or nested mapping of plain values, see configs/.
 
-    Args:
-      config: see configs/.
-
-    Returns:
-      RepaeConfig, LdmConfig or VaeConfig.
-
-    Raises:
-      ValueError: for unknown or missing fields, and for values that a section does not allow, naming field and value.
+    Raises ValueError that names unknown or missing fields, or a field whose value its section does not allow.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     if config.get("job") not in JOBS:

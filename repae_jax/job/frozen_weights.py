@@ -54,11 +54,14 @@ def load_frozen(job) -> dict[str, Any]:
 
 def frozen_shapes(job) -> dict[str, Any]:
     """Returns what `load_frozen` returns, as shapes without shardings; reads and computes nothing."""
-    shapes_of = functools.partial(jax.eval_shape, key=jax.random.key(0))
+
+    def shapes(init, owner):
+        return jax.eval_shape(functools.partial(init, owner), jax.random.key(0))
+
     return {
-        "vae": shapes_of(functools.partial(initial_vae, job)) if job.frozen_vae else None,
-        "encoders": tuple(shapes_of(functools.partial(encoders.init_params, encoder)) for encoder in job.encoders),
-        "lpips": None if job.nets.lpips is None else shapes_of(functools.partial(_random_lpips, job)),
+        "vae": shapes(initial_vae, job) if job.frozen_vae else None,
+        "encoders": tuple(shapes(encoders.init_params, encoder) for encoder in job.encoders),
+        "lpips": None if job.nets.lpips is None else shapes(_random_lpips, job),
     }
 
 

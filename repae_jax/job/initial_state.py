@@ -48,27 +48,20 @@ def abstract_state(job) -> TrainState:
 
 def abstract_arrays(job, shapes):
     """Returns the tree of shapes with the shardings of the job's mesh."""
-
-    def place(leaf, placed):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    return jax.tree.map(place, shapes, sharding.tree_sharding(job.mesh, shapes))
+    struct, shardings = jax.ShapeDtypeStruct, sharding.tree_sharding(job.mesh, shapes)
+    return jax.tree.map(lambda leaf, placed: struct(leaf.shape, leaf.dtype, sharding=placed), shapes, shardings)
 
 
 def create_initial_state(job, frozen: dict[str, Any], make_batches: Callable[[], Iterator]) -> TrainState:
-    """Creates the TrainState at step 0 on the mesh, random or from the files of `config.init`.
+    """Creates the TrainState on the mesh, random or from the files of `config.init`.
 
     Args:
       job: Job.
       frozen: frozen weights, see `load_frozen`.
       make_batches: () -> iterator of global batches, whose first images give the latent statistics if no file does.
-
-    Returns:
-      TrainState.
     """
     abstract = abstract_state(job)
     trees, opt_states, steps = _read_init(job, abstract)  # before anything is compiled: a file may be wrong
-
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = jax.jit(functools.partial(initial_state, job), out_shardings=shardings)(jax.random.key(job.config["seed"]))
 
@@ -157,9 +150,7 @@ def _read_checkpoint(job, abstract):
             "stabilityai/sd-vae-ft-ema)"
         )
     trees = {STATE_PATHS[name][leaf]: tree for name, network in converted.items() for leaf, tree in network.items()}
-    for path in ("latent_stats", "ema.latent_stats"):
-        if path in trees:
-            trees[path] = ChannelStats(**trees[path])
+    trees |= {path: ChannelStats(**tree) for path, tree in trees.items() if path.endswith("latent_stats")}
     opt_states = {OPT_STATES[name]: adam for name, adam in moments.items()}
     logging.info("%s: %s after %s steps", checkpoint.source, sorted([*trees, *opt_states]), checkpoint.steps)
     return trees, opt_states, checkpoint.steps or 0
@@ -171,8 +162,7 @@ def _check_checkpoint(job, checkpoint):
     for difference in published_args.check_args(checkpoint.args, job.config, checkpoint.source):
         logging.warning("differs from the run that made %s: %s", checkpoint.source, difference)
     if "vae" not in checkpoint.networks and not init["vae"]:
-        recorded = checkpoint.args.get("vae_ckpt")
-        hint = f" ({recorded})" if recorded else ""
+        hint = f" ({recorded})" if (recorded := checkpoint.args.get("vae_ckpt")) else ""
         raise ValueError(f"{checkpoint.source} holds no VAE: set config.init.vae to the one it was trained on{hint}")
     if steps <= (checkpoint.steps or 0):
         raise ValueError(f"{checkpoint.source} has taken {checkpoint.steps} steps already, config.steps is {steps}: raise it")

@@ -4,86 +4,72 @@ import functools
 
 from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion import ddpm, interpolant
-from repae_jax.job.config import JOBS
 from repae_jax.losses import alignment
 from repae_jax.training.recipe import Recipe, TokenizerRecipe
 
 
-def make_recipe(config):
-    """The Recipe: losses and their weights, the objective, and what else a step needs to know.
-
-    Args:
-      config: nested dict, its fields checked.
-
-    Returns:
-      Recipe.
-
-    Raises:
-      ValueError: for values out of range or that contradict each other, naming the fields.
-    """
-    kind, loss, diffusion = JOBS[config["job"]], config["loss"], config.get("diffusion")
-    fields, terms = {"vae_weights": {}, "sit_weights": {}}, {}
+def make_recipe(config) -> Recipe:
+    """Returns the Recipe of a config, a nested dict of checked fields; ValueError names fields that contradict each other."""
+    loss, job, fields = config["loss"], config["job"], {}
+    vae = _weights(loss, "vae", tokenizer_step.TERMS if job == "vae" else train_step.VAE_TERMS) if "vae" in loss else {}
+    sit = _sit_weights(config) if "sit" in loss else {}
     if "vae" in loss:
-        terms["vae"] = tuple(train_step.VAE_TERMS if "sit" in kind.trains else tokenizer_step.TERMS)
-    if diffusion is not None:
-        fields["objective"] = _objective(diffusion)
-        is_ddpm = diffusion["path"] == "ddpm"
-        terms["sit"] = (("noise", "bound") if is_ddpm else ("velocity",)) + tuple(train_step.SIT_TERMS)
-        fields["label_dropout"] = diffusion["label_dropout"]
-        if "norm_momentum" in diffusion:
-            fields["norm_momentum"] = diffusion["norm_momentum"]
-    for name, allowed in terms.items():
-        named = {term: float(weight) for term, weight in loss[name].items() if weight}
-        other = sorted(set(named) & {"velocity", "noise", "bound"} - set(allowed)) if name == "sit" else ()
-        if other:
-            raise ValueError(
-                f"config.loss.sit.{other[0]}={named[other[0]]} does not go with config.diffusion.path={diffusion['path']!r}, "
-                f"whose terms are {list(allowed)}: DiT is path 'ddpm' with noise and bound, SiT another path with velocity"
-            )
-        known = (*allowed, "velocity", "noise", "bound") if name == "sit" else allowed
-        unknown = sorted(set(loss[name]) - set(known))
-        if unknown:
-            raise ValueError(f"config.loss.{name} has unknown terms {unknown}; allowed: {list(allowed)}")
-        fields[f"{name}_weights"] = named
-    if "sit" in terms and terms["sit"][0] not in fields["sit_weights"]:
-        raise ValueError(f"config.loss.sit.{terms['sit'][0]} must not be 0: it is the diffusion loss")
-    if "vae" in terms:
-        fields |= _vae_recipe(config, fields["vae_weights"])
-    if config["job"] == "vae":
-        fields |= _tokenizer_recipe(loss, fields["vae_weights"])
-    _check_encoders(config, fields)
-    if "sit" in terms:
-        _check_align_schedule(config, fields)
-    if "sit" in terms and loss["align_end"] is not None:
-        factor = functools.partial(alignment.schedule_factor, shape=loss["align_shape"], end=loss["align_end"])
-        fields["align_factor"] = factor
-    kind_of_recipe = TokenizerRecipe if config["job"] == "vae" else Recipe
-    return kind_of_recipe(
-        **fields,
-        flip_probability=config["data"]["flip_probability"],
-        accumulation=config["accumulation"],
-        ema_decay=config["ema_decay"],
-        fixed={name: tuple(section["fixed"]) for name, section in config["optim"].items()},
-    )
+        fields |= _vae_fields(config, vae)
+    if job == "vae":
+        fields |= _tokenizer_fields(loss, vae)
+    _check_encoders(config, vae, sit)
+    if "sit" in loss:
+        fields |= _sit_fields(config, is_aligned="align" in {*vae, *sit})
+    fields |= {"flip_probability": config["data"]["flip_probability"], "vae_weights": vae, "sit_weights": sit}
+    fields |= {name: config[name] for name in ("accumulation", "ema_decay")}
+    fixed = {name: tuple(section["fixed"]) for name, section in config["optim"].items()}
+    return (TokenizerRecipe if job == "vae" else Recipe)(**fields, fixed=fixed)
 
 
-def _check_align_schedule(config, fields):
-    loss = config["loss"]
-    if loss["align_end"] is not None and not any("align" in fields[f"{name}_weights"] for name in ("vae", "sit")):
+def _weights(loss, network, allowed, others=()):
+    """Returns the weights of a network's loss that are not 0; terms in `others` may be there with weight 0."""
+    unknown = sorted(set(loss[network]) - {*allowed, *others})
+    if unknown:
+        raise ValueError(f"config.loss.{network} has unknown terms {unknown}; allowed: {list(allowed)}")
+    return {term: float(weight) for term, weight in loss[network].items() if weight}
+
+
+def _sit_weights(config):
+    path = config["diffusion"]["path"]
+    terms = ("noise", "bound"), ("velocity",)
+    own, others = terms if path == "ddpm" else reversed(terms)
+    allowed = [*own, *train_step.SIT_TERMS]
+    named = _weights(config["loss"], "sit", allowed, others)
+    if wrong := sorted(set(named) & set(others)):
         raise ValueError(
-            f"config.loss.align_end={loss['align_end']} and align_shape={loss['align_shape']!r}, but no alignment has a "
-            "weight: leave the end out, or give config.loss.sit.align one"
+            f"config.loss.sit.{wrong[0]}={named[wrong[0]]} does not go with config.diffusion.path={path!r}, whose terms "
+            f"are {allowed}: DiT is path 'ddpm' with noise and bound, SiT another path with velocity"
         )
+    if own[0] not in named:
+        raise ValueError(f"config.loss.sit.{own[0]} must not be 0: it is the diffusion loss")
+    return named
 
 
-def _objective(diffusion):
-    if diffusion["path"] == "ddpm":
-        return ddpm.NoiseObjective()
-    return interpolant.VelocityObjective(diffusion["path"], diffusion["time_distribution"])
+def _sit_fields(config, is_aligned):
+    """Returns the fields that SiT's objective and its schedules need."""
+    loss, diffusion = config["loss"], config["diffusion"]
+    fields = {name: diffusion[name] for name in ("label_dropout", "norm_momentum") if name in diffusion}
+    fields["objective"] = ddpm.NoiseObjective()
+    if diffusion["path"] != "ddpm":
+        fields["objective"] = interpolant.VelocityObjective(diffusion["path"], diffusion["time_distribution"])
+    shape, end = loss["align_shape"], loss["align_end"]
+    if end is None:
+        return fields
+    if not is_aligned:
+        raise ValueError(
+            f"config.loss.align_end={end} and align_shape={shape!r}, but no alignment has a weight: leave the end out, or give "
+            "config.loss.sit.align one"
+        )
+    return fields | {"align_factor": functools.partial(alignment.schedule_factor, shape=shape, end=end)}
 
 
-def _vae_recipe(config, named):
-    """Fields of the Recipe that the VAE's loss needs, besides its weights."""
+def _vae_fields(config, named):
+    """Returns the fields that the VAE's loss needs, besides its weights."""
     loss = config["loss"]
     if config["job"] == "repae" and not named:
         raise ValueError("all of config.loss.vae is 0, so config.job='repae' would not train its VAE: take configs/ldm.py")
@@ -96,15 +82,11 @@ def _vae_recipe(config, named):
             f"config.loss.vae.diffusion={named['diffusion']} goes through the statistics of the whole batch, which "
             f"config.accumulation={config['accumulation']} divides: set one of them to 0 or 1"
         )
-    return {
-        "lpips_input_range": config["lpips"]["input_range"],
-        "gan_start": loss["gan_start"],
-        "gan_factor": loss["gan_factor"],
-        "lecam_weight": loss["lecam"],
-    }
+    own = {name: loss[name] for name in ("gan_start", "gan_factor")}
+    return {**own, "lecam_weight": loss["lecam"], "lpips_input_range": config["lpips"]["input_range"]}
 
 
-def _tokenizer_recipe(loss, named):
+def _tokenizer_fields(loss, named):
     """Returns the further fields of a TokenizerRecipe."""
     if named and not {"l1", "l2"} & set(named):
         raise ValueError(
@@ -123,27 +105,20 @@ def _tokenizer_recipe(loss, named):
     scales = loss["eq_scales"]
     if scales and not named:
         raise ValueError(f"config.loss.eq_scales={scales} need a trained VAE, but all of config.loss.vae is 0: empty them")
-    return {
-        "adaptive": limits,
-        "vf_margins": loss["vf_margins"],
-        "se_factors": loss["se_factors"] if "se" in named else (),
-        "pixel_reduction": loss["pixel_reduction"],
-        "eq_scales": scales,
-        "eq_prior": loss["eq_prior"],
-    }
+    own = {name: loss[name] for name in ("vf_margins", "pixel_reduction", "eq_scales", "eq_prior")}
+    return {**own, "adaptive": limits, "se_factors": loss["se_factors"] if "se" in named else ()}
 
 
-def _check_encoders(config, fields):
-    users = [("vae", "align"), ("vae", "vf"), ("sit", "align")]
-    named = [f"config.loss.{name}.{term}" for name, term in users if term in fields[f"{name}_weights"]]
+def _check_encoders(config, vae, sit):
+    users = [("vae", "align", vae), ("vae", "vf", vae), ("sit", "align", sit)]
+    named = [f"config.loss.{name}.{term}" for name, term, weights in users if term in weights]
     if named and not config["encoders"]:
         verb, what = ("needs", "its weight") if len(named) == 1 else ("need", "the weights")
         raise ValueError(f"{' and '.join(named)} {verb} an encoder, but config.encoders is empty: add one or set {what} to 0")
     if config["encoders"] and not named:
-        terms = [f"config.loss.{name}.{term}" for name, term in users if term in config["loss"].get(name, ())]
+        terms = [f"config.loss.{name}.{term}" for name, term, _ in users if term in config["loss"].get(name, ())]
         state = "are all 0" if len(terms) > 1 else "is 0"
         raise ValueError(f"config.encoders has an encoder, but {' and '.join(terms)} {state}: remove one")
-    if "vf" in fields["vae_weights"] and len(config["encoders"]) > 1:
-        raise ValueError(
-            f"config.loss.vae.vf takes one encoder, config.encoders has {sorted(config['encoders'])}: remove the others"
-        )
+    if "vf" in vae and len(config["encoders"]) > 1:
+        names = sorted(config["encoders"])
+        raise ValueError(f"config.loss.vae.vf takes one encoder, config.encoders has {names}: remove the others")

@@ -6,83 +6,62 @@ for joint training. Rules across sections are in `validate.py`.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from repae_jax import data
+from repae_jax import data, ranges
 from repae_jax.diffusion import interpolant
 from repae_jax.losses import alignment, regularizers
-from repae_jax.ranges import (
-    Choice,
-    Count,
-    FieldError,
-    OrNone,
-    PathText,
-    Positive,
-    Section,
-    Several,
-    Share,
-    Size,
-    Weight,
-    check,
-    real,
-    whole,
-)  # fmt: skip
+from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.sit import SiT
+from repae_jax.ranges import Choice, Count, FieldError, PathText, Positive, Section, Several, Share, Size, Weight, real, whole
 from repae_jax.training.optimizer import AdamW
 
 section = dataclasses.dataclass(frozen=True, kw_only=True)
-_Blocks = Annotated[int, whole(1, 1000)]
 _Precision = Annotated[str, Choice(("bfloat16", "float32"))]
+_SIZE, _BLOCKS = whole(1, 2**20), whole(1, 1000)
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
-@section
+def _fields_of(module: type, *given: str, **rules: Any) -> Callable[[type], type]:
+    """Makes a class the section of a network's fields, without those that the job gives; numbers have rules besides types."""
+    given += ("dtype", "parent", "name")
+
+    def make(cls):
+        hints = {name: hint for name, hint in module.__annotations__.items() if name not in given}
+        cls.__annotations__ = hints | {name: Annotated[hints[name], rule] for name, rule in rules.items()}
+        return section(cls)
+
+    return make
+
+
+@_fields_of(
+    AutoencoderKL, "feature_dim", latent_channels=_SIZE, channels=_SIZE, channel_multipliers=Several(_SIZE, least=1),
+    num_res_blocks=_BLOCKS, attention_levels=Several(whole(0)), norm_groups=_SIZE,
+)
 class Vae(Section):
     """Fields of `AutoencoderKL`."""
 
-    latent_channels: Size
-    channels: Size
-    channel_multipliers: Annotated[tuple[int, ...], Several(whole(1, 2**20), least=1)]
-    num_res_blocks: _Blocks
-    attention_levels: tuple[Count, ...]
-    norm_groups: Size
-    quant_convs: bool
-    remat: bool
 
-
-@section
+@_fields_of(
+    SiT, "num_classes", "latent_channels", "feature_dims", patch_size=_SIZE, hidden_size=_SIZE, depth=_BLOCKS, num_heads=_SIZE,
+    encoder_depth=_BLOCKS, projector_dim=_SIZE, mlp_ratio=real(above=0, most=1000), unroll=_BLOCKS,
+)
 class Sit(Section):
     """Fields of `SiT`."""
 
-    patch_size: Size
-    hidden_size: Size
-    depth: _Blocks
-    num_heads: Size
-    encoder_depth: _Blocks
-    projector: str
-    projector_dim: Size
-    mlp_ratio: Annotated[float, real(above=0, most=1000)]
-    qk_norm: bool
-    learned_sigma: bool
-    learned_positions: bool
-    remat: str
-    unroll: _Blocks
 
-
-@section
+@_fields_of(PatchDiscriminator, channels=_SIZE, num_layers=whole(1, 16))
 class Disc(Section):
     """Fields of `PatchDiscriminator`."""
-
-    channels: Size
-    num_layers: Annotated[int, whole(1, 16)]
 
 
 @section
 class Encoder(Section):
     """A frozen encoder: the architecture, where its weights are, and what `models.encoders` does with it."""
-
     architecture: Any  # checked by `make_encoder`
     weights: str
     image_size: Size | None
@@ -92,7 +71,6 @@ class Encoder(Section):
 @section
 class Lpips(Section):
     """Weight files of LPIPS, and the range of pixel values that it is given."""
-
     vgg16: str
     linear: str
     input_range: tuple[float, float]
@@ -106,14 +84,12 @@ class Lpips(Section):
 @section
 class Precision(Section):
     """Compute dtype of the networks."""
-
     compute: _Precision
 
 
 @section
 class PrecisionWithLpips(Precision):
     """Compute dtypes where a VAE is trained."""
-
     lpips: _Precision
 
 
@@ -123,7 +99,6 @@ class PrecisionWithLpips(Precision):
 @section
 class Adaptive(Section):
     """Largest factors of adaptive weights; 0 for a weight that is not adapted."""
-
     gan: Weight
     vf: Weight
 
@@ -131,7 +106,6 @@ class Adaptive(Section):
 @section
 class VaeLoss(Section):
     """Terms of the VAE's loss and settings of the adversarial losses."""
-
     vae: Mapping[str, Weight]
     gan_start: Count
     gan_factor: Annotated[float, real(above=0)]
@@ -141,7 +115,6 @@ class VaeLoss(Section):
 @section
 class TokenizerLoss(VaeLoss):
     """Further settings of a tokenizer's losses."""
-
     pixel_reduction: Annotated[str, Choice(("mean", "sum"))]
     adaptive: Adaptive
     vf_margins: Annotated[tuple[float, float], Several(real(0, below=2), count=2)]
@@ -161,7 +134,6 @@ class TokenizerLoss(VaeLoss):
 @section
 class SitLoss(Section):
     """Terms of SiT's loss, and the schedule of the alignment's weights."""
-
     sit: Mapping[str, Weight]
     align_shape: str
     align_end: Positive | None
@@ -183,7 +155,6 @@ class Loss(VaeLoss, SitLoss):
 @section
 class Diffusion(Section):
     """The objective of the SiT or DiT."""
-
     path: Annotated[str, Choice(tuple(sorted((*interpolant.PATHS, "ddpm"))))]
     time_distribution: Annotated[str, Choice(tuple(sorted(interpolant.TIME_DISTRIBUTIONS)))]
     label_dropout: Annotated[float, real(0, below=1)]
@@ -191,15 +162,13 @@ class Diffusion(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.path == "ddpm" and self.time_distribution != "uniform":
-            raise FieldError(
-                f"time_distribution={self.time_distribution!r} does not go with path='ddpm', whose timesteps are uniform"
-            )
+            given = f"time_distribution={self.time_distribution!r}"
+            raise FieldError(f"{given} does not go with path='ddpm', whose timesteps are uniform")
 
 
 @section
 class JointDiffusion(Diffusion):
     """The objective, and the momentum of the latents' batch norm."""
-
     norm_momentum: Share
 
 
@@ -208,13 +177,9 @@ class JointDiffusion(Diffusion):
 
 @section
 class Data(Section):
-    """The images, and how they become batches.
-
-    Options that are None are left out: `options` holds those of the chosen source alone, which refuses others.
-    """
-
+    """The images, and how they become batches."""
     source: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # without those that are None: the chosen source refuses the others'
     image_size: Size
     num_classes: Size
     batch_size: Positive
@@ -227,7 +192,7 @@ class Data(Section):
         super().__post_init__()
         types, options = data.option_types(), data.given(self.options)
         for name in set(options) & set(types):
-            check(f"options.{name}", OrNone(types[name]), options[name])
+            ranges.check(f"options.{name}", ranges.OrNone(types[name]), options[name])
             if isinstance(options[name], str) and options[name].startswith("~/"):
                 options[name] = os.path.expanduser(options[name])
         object.__setattr__(self, "options", options)
@@ -236,7 +201,6 @@ class Data(Section):
 @section
 class VaeOptim(Section):
     """Optimizers of the VAE and the discriminator."""
-
     vae: AdamW
     disc: AdamW
 
@@ -244,7 +208,6 @@ class VaeOptim(Section):
 @section
 class SitOptim(Section):
     """Optimizer of the SiT."""
-
     sit: AdamW
 
 
@@ -256,7 +219,6 @@ class Optim(VaeOptim, SitOptim):
 @section
 class VaeInit(Section):
     """Files that the VAE and the discriminator start from."""
-
     vae: PathText
     disc: PathText
 
@@ -264,7 +226,6 @@ class VaeInit(Section):
 @section
 class SitInit(Section):
     """Files that a SiT and its latents' statistics start from, or the number of images that these are measured on."""
-
     checkpoint: PathText
     vae: PathText
     latent_stats: PathText
@@ -279,7 +240,6 @@ class Init(VaeInit, SitInit):
 @section
 class Mesh(Section):
     """Devices that share one copy of the parameters; slices, or nodes, among which none is shared."""
-
     fsdp: Positive
     slices: Positive
 
@@ -287,7 +247,6 @@ class Mesh(Section):
 @section
 class Checkpoint(Section):
     """Steps between checkpoints, and which of them are kept."""
-
     every: Positive
     keep_last: Positive
     keep_every: Positive | None
@@ -296,14 +255,12 @@ class Checkpoint(Section):
 @section
 class Log(Section):
     """Steps between lines of metrics."""
-
     every: Positive
 
 
 @section
 class VaeHooks(Section):
     """Pictures of reconstructions; 0 for none."""
-
     images: Size
     reconstructions_every: Count
 
@@ -311,7 +268,6 @@ class VaeHooks(Section):
 @section
 class SitHooks(Section):
     """Pictures of samples, and the FID of a few; 0 for none."""
-
     images: Size
     samples_every: Count
     fid_every: Count
@@ -323,9 +279,8 @@ class SitHooks(Section):
         super().__post_init__()
         for name in ("fid_reference", "fid_inception"):
             if self.fid_every and not getattr(self, name):
-                raise FieldError(
-                    f"fid_every={self.fid_every}, but config.hooks.{name} is empty: give its file, or set fid_every=0"
-                )
+                empty = f"config.hooks.{name} is empty"
+                raise FieldError(f"fid_every={self.fid_every}, but {empty}: give its file, or set fid_every=0")
 
 
 @section

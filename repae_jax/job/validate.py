@@ -1,6 +1,7 @@
 """Rules across the sections of a config; each section's own ranges are in its dataclass, see `sections.py`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from repae_jax.diffusion import ddpm
 from repae_jax.diffusion.samplers import check_sampler
 from repae_jax.losses import regularizers
 from repae_jax.models.encoders import check_grid
-from repae_jax.training.recipe import TokenizerRecipe
 
 
 def latent_shape(config, vae) -> tuple[int, int, int]:
@@ -32,13 +32,10 @@ def latent_shape(config, vae) -> tuple[int, int, int]:
 def check_job(job, state_shapes) -> None:
     """Raises ValueError for sections that contradict each other; warns of ablations.
 
-    Args:
-      job: Job.
-      state_shapes: () -> shapes of the TrainState; also checks what the networks do, when they are set up.
+    `state_shapes()` returns shapes of the TrainState; the networks check their own fields then, when they are set up.
     """
     _check_cache(job)
-    if isinstance(job.recipe, TokenizerRecipe):
-        _check_scales(job)
+    _check_scales(job)
     if job.nets.sit is not None:
         for encoder in job.encoders:
             check_grid(encoder, job.latent_shape[0] // job.nets.sit.patch_size)
@@ -47,7 +44,8 @@ def check_job(job, state_shapes) -> None:
     _check_vf(job)
     _check_discriminator(job)
     _check_fixed(job, state_shapes())
-    _warn_of_ablations(job)
+    if job.config["job"] == "repae":
+        _warn_of_ablations(job.recipe)
 
 
 def _check_cache(job):
@@ -60,9 +58,9 @@ def _check_cache(job):
 
 def _check_scales(job):
     """Raises ValueError unless images and latents can be resized to the scales of 'se' and EQ."""
-    factors = [("se_factors", [1 / factor for factor in job.recipe.se_factors]), ("eq_scales", job.recipe.eq_scales)]
-    sides = job.config["data"]["image_size"], job.latent_shape[0]
-    for name, scale, side in [(name, scale, side) for name, scales in factors for scale in scales for side in sides]:
+    scales = [("se_factors", 1 / factor) for factor in getattr(job.recipe, "se_factors", ())]
+    scales += [("eq_scales", scale) for scale in getattr(job.recipe, "eq_scales", ())]
+    for (name, scale), side in itertools.product(scales, (job.config["data"]["image_size"], job.latent_shape[0])):
         square = jax.ShapeDtypeStruct((1, side, side, 1), jnp.float32)
         try:
             jax.eval_shape(functools.partial(regularizers.downscale, scale=scale), square)
@@ -71,7 +69,7 @@ def _check_scales(job):
 
 
 def _check_sigma(job):
-    """Raises ValueError unless the network has a variance to learn exactly where the objective trains one."""
+    """Raises ValueError unless the network learns a variance exactly where the objective trains one."""
     learned = job.nets.sit.learned_sigma
     if isinstance(job.recipe.objective, ddpm.NoiseObjective) != learned:
         raise ValueError(
@@ -93,14 +91,12 @@ def _check_vf(job):
 
 def _check_discriminator(job):
     """Raises ValueError for settings of a discriminator that is not trained, or one with too many layers for the images."""
-    config, disc = job.config, job.nets.disc
-    scales = job.recipe.eq_scales if isinstance(job.recipe, TokenizerRecipe) else ()
+    config, disc, scales = job.config, job.nets.disc, getattr(job.recipe, "eq_scales", ())
     if disc is None and "disc" in config:
         for name, value in (("loss.lecam", config["loss"]["lecam"]), ("init.disc", config["init"]["disc"])):
             if value:
-                raise ValueError(
-                    f"config.{name}={value!r} needs a discriminator, but config.loss.vae.gan is 0: change one of them"
-                )
+                given = f"config.{name}={value!r}"
+                raise ValueError(f"{given} needs a discriminator, but config.loss.vae.gan is 0: change one of them")
     size = config["data"]["image_size"]
     if disc is not None and round(size * min(scales, default=1)) < disc.min_image_size:
         raise ValueError(
@@ -116,7 +112,7 @@ def _check_fixed(job, shapes):
         if net is not None and not fixed < set(net.params):
             allowed = sorted(net.params)
             raise ValueError(f"config.optim.{name}.fixed={sorted(fixed)}; allowed: some, not all, of {allowed}")
-    limits = job.recipe.adaptive if isinstance(job.recipe, TokenizerRecipe) else {}
+    limits = getattr(job.recipe, "adaptive", {})
     for term, part in (("gan", "decoder"), ("vf", "encoder")):
         if term in limits and part in job.config["optim"]["vae"]["fixed"]:
             raise ValueError(
@@ -125,12 +121,9 @@ def _check_fixed(job, shapes):
             )
 
 
-def _warn_of_ablations(job):
+def _warn_of_ablations(recipe):
     """Warns where joint training is one of the paper's ablations that lose or collapse."""
-    weights = job.recipe.vae_weights
-    if job.config["job"] != "repae":
-        return
-    lines = []
+    weights, lines = recipe.vae_weights, []
     if "diffusion" in weights:
         lines.append(
             "config.loss.vae.diffusion lets the diffusion loss reach the VAE: in the paper the latent space collapsed (spatial "
@@ -140,7 +133,7 @@ def _warn_of_ablations(job):
         lines.append("config.loss.vae has no reconstruction term: nothing holds the latents to the images")
     elif "gan" not in weights:
         lines.append("config.loss.vae.gan=0: in the paper gFID was 19.2 instead of 16.3 at 100k steps")
-    if not job.recipe.norm_momentum:
+    if not recipe.norm_momentum:
         lines.append("config.diffusion.norm_momentum=0, no latent batch norm: in the paper gFID was 18.1 instead of 16.3")
     for line in lines:
         logging.warning("ABLATION: %s", line)
