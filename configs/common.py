@@ -30,6 +30,7 @@ VAES = {
 
 # architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
 ENCODERS = {name: release.weights for family in FAMILIES.values() for name, release in family.architectures.items()}
+ENCODER_FAMILIES = {name: key for key, family in FAMILIES.items() for name in family.architectures}
 
 
 def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:
@@ -101,10 +102,11 @@ def vae_files(stem: str, *fields: str) -> dict[str, str]:
 
 def shrink(config: ConfigDict, preset: str) -> None:
     """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
+    families = {name: ENCODER_FAMILIES[encoder.architecture] for name, encoder in config.encoders.items()}
     if preset:
         _digits(config)
     if preset == "tiny":
-        _tiny(config)
+        _tiny(config, families)
 
 
 def _digits(config):
@@ -143,12 +145,13 @@ def _digits(config):
             config.loss.eq_scales = (1.0, 0.5)
 
 
-def _tiny(config):
+def _tiny(config, families):
     config.steps = 2
     config.data.batch_size = 8
     config.vae.update(latent_channels=4, channels=8, channel_multipliers=(1, 1, 2))
-    for encoder in config.encoders.values():
-        encoder.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    for name, encoder in config.encoders.items():
+        sizes = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+        encoder.architecture = {"family": families[name], **sizes}
         encoder.weights = "random"
     config.checkpoint.update(every=2, keep_last=1, keep_every=placeholder(int))
     config.log.every = 1

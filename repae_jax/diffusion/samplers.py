@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling method; subclasses define `step`, and whatever else differs from these defaults.
+    """A sampling method; subclasses define `step`, and whatever else differs from these defaults. Multistep: `integrate`.
 
     Attributes:
       objective: class of objectives whose networks it samples from.
