@@ -32,6 +32,7 @@ VAES = {
 
 # architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
 ENCODERS = {name: release.weights for family in FAMILIES.values() for name, release in family.architectures.items()}
+ENCODER_FAMILIES = {name: key for key, family in FAMILIES.items() for name in family.architectures}
 
 
 def parse_arg(arg: str, *words: Collection[str], **defaults: Any) -> tuple[Any, ...]:
@@ -135,6 +136,7 @@ def shrink(config: ConfigDict, preset: str) -> None:
     """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
     if not preset:
         return
+    families = {name: ENCODER_FAMILIES[encoder.architecture] for name, encoder in config.encoders.items()}
     change(config, _DIGITS)
     for encoder in config.encoders.values():
         encoder.update(architecture=placeholder(object), weights="", image_size=16)
@@ -145,8 +147,8 @@ def shrink(config: ConfigDict, preset: str) -> None:
         config.loss.eq_scales = (1.0, 0.5)
     if preset == "tiny":
         change(config, _TINY)
-        for encoder in config.encoders.values():
-            encoder.architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
-            encoder.weights = "random"
+        for name, encoder in config.encoders.items():
+            sizes = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+            encoder.update(architecture={"family": families[name], **sizes}, weights="random")
         if config.job == "ldm" or not any(config.loss.vae.values()):
             config.init.vae = "random"  # a frozen VAE

@@ -28,6 +28,7 @@ The paper's text says MSE where its code trains with L1; this config follows the
 from ml_collections import ConfigDict
 
 from configs import common, sections
+from repae_jax import train_step
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,8 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "disc": sections.DISC,
             "encoders": sections.encoders(args["encoder"]),
             "lpips": sections.LPIPS,
-            # diffusion: the ablation without stop-gradient
-            "loss": {**sections.vae_loss(align=1.5, diffusion=0.0), **sections.sit_loss()},
+            # vae.diffusion: the ablation without stop-gradient
+            "loss": {**sections.vae_loss(train_step.VAE_TERMS, align=1.5), **sections.sit_loss()},
             # norm_momentum: of the latents' batch norm; 0: none, the initial statistics throughout
             "diffusion": {**sections.diffusion(), "norm_momentum": 0.1},
             "optim": {name: sections.adamw() for name in ("vae", "disc", "sit")},

@@ -3,11 +3,13 @@
 Names, types and ranges are in `repae_jax/job/sections.py`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections.config_dict import placeholder
 
 from configs import common
+from repae_jax import tokenizer_step, train_step
 from repae_jax.data import option_types
 
 DISC = {"channels": 64, "num_layers": 3}
@@ -81,10 +83,10 @@ def encoders(names: str) -> dict[str, Any]:
     return entries
 
 
-def vae_loss(**weights: float) -> dict[str, Any]:
-    """Returns `config.loss` where a VAE is trained; `weights` are further terms. A term with weight 0 is not computed."""
+def vae_loss(terms: Iterable[str], **weights: float) -> dict[str, Any]:
+    """Returns `config.loss` where a VAE is trained, with a weight for each of the terms; one with weight 0 is not computed."""
     return {
-        "vae": {"l1": 1.0, "l2": 0.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, **weights},
+        "vae": {**dict.fromkeys(terms, 0.0), "l1": 1.0, "lpips": 1.0, "kl": 1e-6, "gan": 0.1, **weights},
         "gan_start": 0,  # first step with the adversarial losses
         "gan_factor": 1.0,
         "lecam": 0.0,  # weight of LeCam's regularizer of the discriminator
@@ -94,7 +96,7 @@ def vae_loss(**weights: float) -> dict[str, Any]:
 def tokenizer_loss() -> dict[str, Any]:
     """Returns `config.loss` of a tokenizer alone."""
     return {
-        **vae_loss(vf=0.0, se=0.0),
+        **vae_loss(tokenizer_step.TERMS),
         "pixel_reduction": "mean",  # reduction of l1, l2 and lpips; 'sum' over pixels, as LDM and VA-VAE do
         # largest factor by which a term's weight is adapted to the reconstruction's gradient; 0: the weight is fixed
         "adaptive": {"gan": 0.0, "vf": 0.0},
@@ -109,7 +111,7 @@ def sit_loss(*, align: float = 0.5, ddpm: bool = False) -> dict[str, Any]:
     """Returns `config.loss` where a SiT or DiT is trained."""
     objective = {"velocity": 0.0, "noise": 1.0, "bound": 1.0} if ddpm else {"velocity": 1.0, "noise": 0.0, "bound": 0.0}
     return {
-        "sit": {**objective, "align": align},
+        "sit": {**objective, **dict.fromkeys(train_step.SIT_TERMS, 0.0), "align": align},
         # the alignment's weights are multiplied by 1 until `align_end`, or decay to 0 until then ('linear', 'cosine')
         "align_shape": "constant",
         "align_end": placeholder(int),

@@ -1,7 +1,8 @@
 """The training step of a tokenizer, a VAE without a SiT, and of the discriminator of a frozen one.
 
 Beside REPA-E's reconstruction, KL and GAN there are VF (VA-VAE), scale equivariance, EQ-VAE's transform of latents and images,
-and weights that adapt to gradients.
+and weights that adapt to gradients. Phases have the numbers of `train_step`; there is no SiT, and so no phase 3. Phases 1 and 2
+run together on each micro-batch, because EQ-VAE's reconstructions differ in size from step to step.
 """
 
 import math
@@ -19,7 +20,9 @@ from repae_jax.training.inputs import Inputs, prepare
 from repae_jax.training.rng import named_keys
 from repae_jax.training.state import finish_step, update_latent_stats
 
-PIXEL_TERMS = ("l1", "l2", "lpips")  # terms of VAE_TERMS that adaptive weights compare with
+# the terms of VAE_TERMS that a tokenizer can have, besides 'kl' and 'gan': functions of images and reconstruction alone. Their
+# sum is the reference of adaptive weights
+PIXEL_TERMS = ("l1", "l2", "lpips")
 
 
 def vf(params, latents, x: Inputs, *, nets, frozen, recipe):
@@ -39,20 +42,22 @@ def scale_equivariance(params, latents, x: Inputs, *, nets, frozen, recipe):
 
 
 LATENT_TERMS = {"vf": vf, "se": scale_equivariance}  # name, as in config.loss.vae, -> loss of parameters, latents and inputs
-
-
-TERMS = (*PIXEL_TERMS, "kl", "gan", *LATENT_TERMS)
+TERMS = (*PIXEL_TERMS, "kl", "gan", *LATENT_TERMS)  # all terms that a tokenizer can have
 
 
 def pixel_weights(weights, images, recipe):
-    """Returns the weights of the pixel terms, all of which are means, for sums over an image if the recipe says so."""
+    """Returns the weights of the pixel terms, which are means; times H * W * 3 if the recipe wants sums over an image."""
     factor = math.prod(images.shape[1:]) if recipe.pixel_reduction == "sum" else 1
     return {name: factor * weights[name] for name in PIXEL_TERMS if name in weights}
 
 
 def pixel_loss(recon, images, weights, *, nets, frozen, recipe):
     """Returns the weighted sum of the pixel terms, float32, and the unweighted terms."""
-    v = VaePass(Inputs(images, *[None] * 6), None, None, recon, None, None, frozen, nets, recipe)
+    others = dict.fromkeys(("labels", "targets", "posterior_noise", "t", "noise", "label_drop"))
+    v = VaePass(
+        x=Inputs(images=images, **others), posterior=None, latents=None, recon=recon, logits_fake=None,
+        state=None, frozen=frozen, nets=nets, recipe=recipe,
+    )  # fmt: skip
     terms = {name: VAE_TERMS[name](v) for name in PIXEL_TERMS if name in weights}
     return jnp.float32(weighted_sum(pixel_weights(weights, images, recipe), terms)), terms
 
@@ -61,12 +66,15 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
     """Computes the gradients of VAE and discriminator on one micro-batch.
 
     Args:
-      transform: what is done to latents before the decoder, and to the images that it shall give.
+      transform: function applied to the latents before the decoder, and to the images that the decoder is to give.
       carry: the discriminator's running statistics and LeCam's averages; None each without one.
+      x: Inputs of the micro-batch.
+      state, frozen, nets, recipe: as in `vae_step`.
       weights: name -> weight of the VAE's terms.
+      gan_factor: factor of the discriminator's hinge loss; 0 before the GAN starts.
 
     Returns:
-      carry, (grads by network, metrics), latents before the transform.
+      carry, (grads by network, metrics), latents before the transform: what `accumulate` passes on, averages and joins.
     """
     disc_stats, lecam = carry
     images, grads, metrics = transform(x.images), {}, {}

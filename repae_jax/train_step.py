@@ -5,11 +5,17 @@ the VAE; the representation-alignment (REPA) loss trains both. Reference: REPA-E
 
     images ─┬─ encoders ─► targets                                                                              (frozen)
             └─ VAE.encode ─► posterior ─► latents ─► VAE.decode ─► recon
-      1  normalize(latents, running stats) ─► add_noise(t, noise) ─► SiT.align (frozen) ─► projections
+      1  normalize(latents, running stats) ─► add_noise(t, noise) ─► SiT.align (held fixed) ─► projections
       3  normalize(stop_gradient(latents), batch stats) ─► add_noise(same t, noise) ─► SiT ─► velocity, projections
 
-The published loop updates VAE, discriminator and SiT one after the other. Each of its losses uses tensors made before any of
-the three updates, so the simultaneous update written here gives the same numbers.
+    phase             updates         gradient of                                     SiT normalizes with          labels
+    1  vae_loss       VAE             reconstruction, KL, GAN, alignment through SiT  running stats, as they were  all
+    2  disc_loss      discriminator   hinge and LeCam on images and recon             -                            -
+    3  sit_loss       SiT             velocity, alignment                             stats of this batch          some dropped
+
+The published SiT is in evaluation mode in phase 1, in training mode in phase 3; hence the last two columns. The published loop
+updates VAE, discriminator and SiT one after the other. Each of its losses uses tensors made before any of the three updates,
+so the simultaneous update written here, phase 4, gives the same numbers.
 
 Letters in shapes: B batch, H W pixels, h w latent grid, C latent channels, T tokens, F features of an encoder.
 """
@@ -34,27 +40,27 @@ from repae_jax.training.networks import BoundNets
 from repae_jax.training.recipe import Recipe
 from repae_jax.training.state import TrainState, finish_step, update_latent_stats
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three losses: functions of one network's parameters, of the step's inputs, and of what micro-batches hand on.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- losses ---------------------------------------------------------------------------------------------------------
+# The three losses, (params, inputs, carry) -> (loss, Aux), are differentiated by params alone: every other network in them is
+# held fixed. The carry is what one micro-batch hands to the next, and phase 1 to phase 2.
 
 
 class VaePass(NamedTuple):
-    """The tensors that the terms of the VAE's loss are computed from."""
+    """What a term of the VAE's loss may be computed from; gradients flow through posterior, latents, recon and logits_fake."""
 
     x: Inputs
     posterior: DiagonalGaussian
     latents: Float[Array, "B h w C"]  # sampled, un-normalized
     recon: Float[Array, "B H W 3"]
-    logits_fake: Array | None  # the discriminator's, of recon
-    state: TrainState
-    frozen: dict[str, Any]
+    logits_fake: Array | None  # the discriminator's, of recon; None if the GAN has no weight
+    state: TrainState  # before the step: parameters of SiT and discriminator, running statistics
+    frozen: dict[str, Any]  # parameters of LPIPS and the encoders
     nets: BoundNets
     recipe: Recipe
 
 
 def align_through_sit(v: VaePass):
-    """REPA-E's own term: alignment of the latents as the frozen SiT sees them; running statistics, no label dropout."""
+    """REPA-E's own term: aligns the latents, as SiT sees them, with the encoders' targets. All labels are kept."""
     z_t = v.recipe.objective.add_noise(normalize(v.latents, v.state.latent_stats), v.x.noise, v.x.t)
     return alignment_loss(v.nets.sit.align(v.state.sit.params, z_t, v.x.t, v.x.labels), v.x.targets)
 
@@ -81,9 +87,10 @@ VAE_TERMS = {  # name, as in config.loss.vae, -> function of a VaePass
 
 
 def vae_loss(params, x: Inputs, disc_stats, *, state, frozen, weights, nets, recipe):
-    """1. Loss of the VAE: reconstruction + KL + GAN, and REPA through the frozen SiT. Returns (loss, Aux).
+    """1. Loss of the VAE: reconstruction + KL + GAN, and REPA through SiT, which is held fixed. Returns (loss, Aux).
 
-    Rows are latents and recon; the carry, like `disc_stats`, is the discriminator's running statistics.
+    Aux.rows are latents and recon, for phases 2 and 3. The carry is the discriminator's running statistics: each of its three
+    passes updates them (recon here, images and recon in phase 2), none normalizes with them.
     """
     posterior = nets.vae.encode(params, x.images)
     latents = posterior.sample(x.posterior_noise)
@@ -99,7 +106,7 @@ def vae_loss(params, x: Inputs, disc_stats, *, state, frozen, weights, nets, rec
 def disc_loss(params, x: Inputs, carry, *, gan_factor, nets, recipe):
     """2. Loss of the discriminator: hinge on real images against detached reconstructions, plus LeCam. Returns (loss, Aux).
 
-    The carry is its running statistics and LeCam's averages.
+    The carry is its running statistics and LeCam's averages. `gan_factor` is 0 before the GAN starts.
     """
     disc_stats, lecam = carry
     real, disc_stats = nets.disc(params, disc_stats, x.images)
@@ -122,7 +129,7 @@ SIT_TERMS = {  # name, as in config.loss.sit, -> function of the projections and
 def sit_loss(params, x: Inputs, carry, *, stats, weights, nets, recipe):
     """3. Loss of SiT: error of the velocity, or DiT's of the noise, plus REPA. Returns (loss, Aux).
 
-    The latents are normalized with `stats`; labels are dropped for guidance.
+    The latents are normalized with `stats`; some labels become the null label, for guidance. The carry is unused.
     """
     z = normalize(x.latents, stats)
     z_t = recipe.objective.add_noise(z, x.noise, x.t)
@@ -139,7 +146,7 @@ def weighted_sum(weights, terms):
 
 
 def scheduled(weights, factors):
-    """Returns the weights of a step, see `Recipe.factors`."""
+    """Returns the weights at this step: times the factors, which are 1 for terms that have none; see `Recipe.factors`."""
     return {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
 
 
@@ -148,9 +155,7 @@ def named(prefix, terms):
     return {f"{prefix}/{name}": value for name, value in terms.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The steps.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- steps ----------------------------------------------------------------------------------------------------------
 
 
 def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
@@ -160,9 +165,9 @@ def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
       state: TrainState.
       batch: {'image': uint8 [B, H, W, 3], 'label': int32 [B]}.
       frozen: {'encoders': tuple of parameters, 'lpips': parameters or None}.
-      key: the run's base key, the same at every step.
-      nets: BoundNets.
-      encoders: tuple of encoders.Encoder.
+      key: the run's base key, the same at every step; the step's number is folded in.
+      nets: BoundNets, applied to parameters that are passed in.
+      encoders: tuple of encoders.Encoder, in the order of their parameters.
       tx: Optimizers.
       recipe: Recipe.
 
@@ -170,18 +175,18 @@ def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
       state: TrainState after the step; unchanged but for its counters if a loss or gradient was not finite.
       metrics: name -> float32 scalar. Loss terms are unweighted; gradient norms are before clipping.
     """
-    # 0. Inputs. t and noise are shared by both SiT passes.
+    # 0. Inputs: targets of the encoders and all random numbers. t and noise are shared by both SiT passes.
     x = prepare(batch, state.step, frozen, key, nets=nets, encoders=encoders, recipe=recipe)
     factors = recipe.factors(state.step)  # the GAN starts late, the alignment may end early
-    grad = partial(accumulated_grad, micro_batches=recipe.accumulation)
+    grad_of = partial(accumulated_grad, micro_batches=recipe.accumulation)
     grads = {}
 
-    # 1. VAE: reconstruction + KL + GAN, and REPA seen through the frozen SiT. The diffusion loss never reaches it.
+    # 1. VAE: reconstruction + KL + GAN, and REPA seen through SiT, held fixed. The diffusion loss never reaches the VAE.
     with jax.named_scope("vae"):
         disc_stats = None if state.disc is None else state.disc.batch_stats
         weights = scheduled(recipe.vae_weights, factors)
         loss = partial(vae_loss, state=state, frozen=frozen, weights=weights, nets=nets, recipe=recipe)
-        grads["vae"], vae_terms, (latents, recon), disc_stats = grad(loss, state.vae.params, x, disc_stats)
+        grads["vae"], vae_terms, (latents, recon), disc_stats = grad_of(loss, state.vae.params, x, disc_stats)
         x = x.replace(latents=stop_gradient(latents), recon=stop_gradient(recon))
         metrics = named("vae", vae_terms)
 
@@ -190,24 +195,24 @@ def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
     if state.disc is not None:
         with jax.named_scope("discriminator"):
             loss = partial(disc_loss, gan_factor=factors["gan"], nets=nets, recipe=recipe)
-            grads["disc"], disc_terms, _, disc_carry = grad(loss, state.disc.params, x, (disc_stats, state.lecam))
+            grads["disc"], disc_terms, _, disc_carry = grad_of(loss, state.disc.params, x, (disc_stats, state.lecam))
             metrics |= named("disc", disc_terms)
 
-    # 3. SiT: velocity + REPA on the latents, normalized with the statistics of the whole batch. The same t and noise as in 1,
-    #    but other statistics: the two passes cannot be merged.
+    # 3. SiT: velocity + REPA on the detached latents, normalized with the statistics of the whole batch, not of a micro-batch.
+    #    The same t and noise as in 1, but other statistics and labels: the two passes cannot be merged.
     with jax.named_scope("sit"):
         stats, latent_stats, latent_metrics = update_latent_stats(state.latent_stats, x.latents, recipe.norm_momentum)
         loss = partial(sit_loss, stats=stats, weights=scheduled(recipe.sit_weights, factors), nets=nets, recipe=recipe)
-        grads["sit"], sit_terms, _, _ = grad(loss, state.sit.params, x)
+        grads["sit"], sit_terms, _, _ = grad_of(loss, state.sit.params, x)
         metrics |= named("sit", sit_terms) | latent_metrics
 
-    # 4. All gradients were taken at the old parameters; one that is not finite skips the whole update.
+    # 4. Optimizers and averages. All gradients were taken at the old parameters; one that is not finite skips the whole update.
     with jax.named_scope("update"):
         return finish_step(state, grads, metrics, tx=tx, recipe=recipe, latent_stats=latent_stats, disc_carry=disc_carry)
 
 
 def ldm_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
-    """Takes one step of a SiT, or a DiT, on a frozen VAE with fixed latent statistics.
+    """Takes one step of a SiT, or a DiT, on a frozen VAE with fixed latent statistics: phases 0, 3 and 4 of `repae_step`.
 
     Args:
       state: TrainState whose vae and disc are None.

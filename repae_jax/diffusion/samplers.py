@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling method; subclasses define `step`, and whatever else differs from these defaults."""
+    """A sampling method; subclasses define `step`, and whatever else differs from these defaults. Multistep: `integrate`."""
 
     objective: ClassVar[type] = VelocityObjective  # whose networks it samples from
     last_step: ClassVar[Callable | None] = None  # a method like `step` for the very last one, if that is an exception

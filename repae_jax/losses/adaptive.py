@@ -76,14 +76,16 @@ def adaptive_value_and_grad(
 ) -> AdaptiveGrad:
     """Computes the loss of a tokenizer and its gradient, with weights adapted on the way.
 
-    The chain rule is written out at the two places where terms meet, the reconstruction and the latents: there the weight of a
-    term can be adapted to the others' gradients for the price of one layer, out of the backward pass that is taken anyway.
+    The chain rule is written out at the two places where terms meet, the reconstruction and the latents. There each term's
+    gradient is still separate, and can be carried on to the kernel of one layer to adapt its weight. The GAN's costs that layer
+    alone, as XLA leaves out the rest of `decode_vjp`; VF's costs another backward pass through the decoder. Names that end in
+    `_ct` are cotangents: gradients with respect to the reconstruction or the latents.
 
     Args:
       params: the VAE's.
       encode: params -> (latents, KL).
       decode: (params, latents) -> reconstruction.
-      pixel_loss: reconstruction -> (weighted scalar, unweighted terms), the reference of adaptive weights.
+      pixel_loss: reconstruction -> (scalar weighted by `weights`, unweighted terms), the reference of adaptive weights.
       gan_loss: reconstruction -> (scalar, auxiliary output).
       latent_losses: name -> function of (params, latents), a scalar.
       weights: name -> weight; says which terms exist.

@@ -1,4 +1,7 @@
-"""Gradient accumulation: a batch in equal micro-batches, one after the other."""
+"""Gradient accumulation: a batch in equal micro-batches, one after the other.
+
+What a loss gives besides its gradient comes in three kinds, which are put together differently: means, rows and a carry.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +15,7 @@ class Aux(NamedTuple):
     Attributes:
       terms: name -> scalar, averaged over micro-batches.
       rows: tree of arrays with a leading batch axis, returned in the batch's order.
-      carry: tree that one micro-batch hands to the next, such as running statistics.
+      carry: tree that one micro-batch hands to the next, such as running statistics; of the same structure as the one received.
     """
 
     terms: dict[str, jax.Array]
@@ -27,7 +30,8 @@ def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
       loss: (params, x, carry) -> (scalar, Aux).
       params: what the gradient is taken of.
       x: tree of [B, ...], see `accumulate`.
-      carry: of the first micro-batch.
+      carry: what the first micro-batch receives; None if there is none.
+      micro_batches: their number, 1 for the whole batch at once.
 
     Returns:
       grads, terms with the loss itself as 'loss' (both means over micro-batches), rows, carry after the last micro-batch.

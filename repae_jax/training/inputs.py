@@ -1,4 +1,7 @@
-"""Inputs of a training step: the batch, the encoders' targets, and every random number."""
+"""Inputs of a training step: the batch, the encoders' targets, and every random number.
+
+The losses draw nothing themselves, so that two passes which have to see the same noise do, and a step is a pure function.
+"""
 
 from typing import Any
 
@@ -14,19 +17,19 @@ from repae_jax.training.rng import named_keys
 
 @struct.dataclass
 class Inputs:
-    """What the losses of one step are computed from.
+    """What the losses of one step are computed from; every array has the batch first, so that micro-batches are cut from all.
 
     Attributes:
-      images: in [-1, 1]; None if the step reads cached moments.
-      labels: class of each image.
+      images: in [-1, 1]; None if the step reads cached moments alone.
+      labels: class of each image; none is dropped yet.
       targets: the encoders' patch tokens, one array per encoder.
       posterior_noise: N(0, 1), samples the VAE's posterior.
-      t: diffusion times, shared by both SiT passes.
+      t: diffusion times, shared by both SiT passes: in [0, 1], where 1 is noise, or DiT's timesteps 0..999.
       noise: N(0, 1), shared by both SiT passes.
-      label_drop: True where the SiT phase sees the null label.
+      label_drop: True where SiT's own loss (phase 3) replaces the label by the null label.
       moments: mean and standard deviation of cached posteriors.
-      latents: un-normalized and detached; None until the VAE was applied.
-      recon: detached reconstruction, likewise.
+      latents: un-normalized, added once the VAE was applied; detached, except in the ablation without stop-gradient.
+      recon: detached reconstruction, added likewise.
     """
 
     images: Float[Array, "B H W 3"] | None
@@ -49,6 +52,9 @@ def prepare(batch, step, frozen, key, *, nets, encoders, recipe) -> Inputs:
       step: steps taken so far.
       frozen: 'encoders' holds their parameters.
       key: the run's base key, the same at every step.
+      nets: BoundNets, of which the VAE gives the shape of the latents.
+      encoders: tuple of encoders.Encoder, in the order of their parameters.
+      recipe: Recipe.
     """
     batch = flip(batch, key, step, recipe.flip_probability)
     image, moments = batch.get("image"), batch.get("moments")

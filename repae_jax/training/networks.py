@@ -1,4 +1,7 @@
-"""Networks as the losses see them: functions of parameters and arrays, which know nothing of shards or Flax collections."""
+"""Networks as the losses see them: functions of parameters and arrays, which hide shards and Flax collections.
+
+They hold no parameters. A loss differentiates with respect to one network's parameters and passes the others' as constants.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,13 +68,13 @@ class BoundSiT:
         return _apply(self.module, params, z_t, t, labels)
 
     def align(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
-        """Returns the projections alone; no block beyond the aligned depth is computed."""
+        """Returns the projections of `__call__` alone; no block beyond the one that they are taken from is computed."""
         return _apply(self.module, params, z_t, t, labels, method="align")
 
 
 @dataclass(frozen=True)
 class BoundDiscriminator:
-    """The discriminator; its batch norms normalize with the batch's own statistics, the running ones are kept for export."""
+    """The discriminator; its batch norms normalize with the batch's own statistics; the running ones are for export."""
 
     module: PatchDiscriminator
 

@@ -1,4 +1,4 @@
-"""Numbers and optimizers of a run."""
+"""The numbers that a training step needs, which `repae_jax/job/recipe.py` makes from a config, and the run's optimizers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +29,13 @@ class Recipe:
       objective: interpolant.VelocityObjective or ddpm.NoiseObjective.
       align_factor: step -> factor of both alignment weights; None is 1.
       lpips_input_range: see `reconstruction.perceptual`.
-      gan_start: first step with an adversarial loss.
-      gan_factor: multiplies both adversarial losses from then on.
+      gan_start: first step with an adversarial loss; the discriminator's hinge loss starts then, too.
+      gan_factor: multiplies both from then on, besides the weight 'gan' of the VAE's.
       lecam_weight: weight of LeCam in the discriminator's loss.
       label_dropout: share of labels replaced by the null label in the SiT phase.
       flip_probability: share of images that are mirrored.
-      norm_momentum: momentum of the latent batch norm, in torch's convention; 0 keeps the initial statistics.
+      norm_momentum: momentum of the latent batch norm, in torch's convention (the weight of the batch); 0 keeps the initial
+        statistics, which then normalize every pass.
       ema_decay: decay of the averages.
       accumulation: micro-batches per step.
       fixed: name of a network -> top-level names of its parameters that are not trained.
@@ -56,7 +57,10 @@ class Recipe:
     fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def factors(self, step) -> dict[str, jax.Array | float]:
-        """Returns the factors of 'gan' and 'align' after `step` steps: the GAN starts late, the alignment may end early."""
+        """Returns the factors of the terms 'gan' and 'align', in every network's loss, after `step` steps.
+
+        The GAN may start late, and the alignment may end early; other terms keep their weights.
+        """
         align = 1.0 if self.align_factor is None else self.align_factor(step)
         return {"gan": gan_factor(step, self.gan_start, self.gan_factor), "align": align}
 

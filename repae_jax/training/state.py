@@ -47,7 +47,7 @@ class TrainState:
       vae, disc, sit: the networks.
       latent_stats: running statistics of the un-normalized latents.
       lecam: averages of the discriminator's logits.
-      ema: averages, which sampling uses.
+      ema: averages, which sampling uses; None if only a discriminator is trained.
       skipped: number of updates skipped so far because a loss or gradient was not finite.
       skipped_in_a_row: number of these since the last good update.
     """
@@ -95,9 +95,11 @@ def apply_update(net: Net, grads, tx) -> Net:
 def update_latent_stats(
     running: ChannelStats, latents: Float[Array, "B h w C"], momentum: float
 ) -> tuple[ChannelStats, ChannelStats | None, dict[str, jax.Array]]:
-    """Returns the statistics that normalize this batch, the running ones after it, and their metrics.
+    """Returns the statistics that normalize this batch in SiT's own loss, the running ones after it, and their metrics.
 
     Args:
+      running: statistics before this batch.
+      latents: of the whole batch, un-normalized.
       momentum: weight of the batch; 0 is no batch norm: the initial statistics normalize, and None says that they stay.
     """
     of_batch = batch_stats(latents)
@@ -129,12 +131,14 @@ def keep_if_finite(finite, new: TrainState, old: TrainState) -> TrainState:
 
 
 def finish_step(state: TrainState, grads, metrics, *, tx, recipe, latent_stats=None, disc_carry=None):
-    """Applies the gradients of a step; one that is not finite, or a loss, skips the whole update.
+    """Ends a step: optimizers, running statistics, averages. A loss or gradient that is not finite skips all of it.
 
     Args:
       state: state at which all gradients were taken.
-      grads: name of a network -> its gradients.
+      grads: name of a network -> its gradients; networks that are not named stay.
       metrics: name -> scalar; those that end in '/loss' have to be finite.
+      tx: Optimizers.
+      recipe: Recipe.
       latent_stats: running statistics after the step; None if they are fixed.
       disc_carry: the discriminator's running statistics and LeCam's averages after the step, if there is one.
 
