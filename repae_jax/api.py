@@ -88,13 +88,8 @@ class Model:
 
     @functools.cached_property
     def _generators(self):
-        loaded = self.loaded
-
-        @functools.cache  # one program per setting
-        def generator(sampling):
-            return jax.jit(generate.make_generate(loaded.nets, loaded.objective, loaded.latent_shape, sampling))
-
-        return generator
+        make = functools.partial(generate.make_generate, self.loaded.nets, self.loaded.objective, self.loaded.latent_shape)
+        return functools.cache(lambda sampling: jax.jit(make(sampling)))  # one program per setting
 
     @functools.cached_property
     def vae(self) -> Vae:
@@ -118,8 +113,6 @@ class Model:
         """Returns one image for each label, 0 to num_classes - 1; image i depends on the seed, i and its label alone.
 
         Args:
-          labels: 0 to num_classes - 1.
-          seed: of the noise.
           batch_size: images at a time, if there are so many.
           **sampling: fields of `repae_jax.diffusion.samplers.Sampling` that differ from the run's config: `sampler`, `steps`,
             `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`.

@@ -125,9 +125,9 @@ class Run:
 
 
 def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
-    """Finds everything that can be wrong with a run, then loads or restores what it needs; arguments and errors as `train`.
+    """Finds everything that can be wrong with a run, then loads or restores what it needs; `stack` closes what is opened.
 
-    The stack closes what is opened here.
+    Arguments and errors are otherwise those of `train`.
     """
     # ---- config, workdir and images ---------------------------------------------------------------------------------
     began = time.monotonic()

@@ -56,10 +56,10 @@ def _single_process_handlers() -> dict[str, ocp.CheckpointHandler]:
     By Orbax's default each device gives a slice. That divides the copying, but compiles a program for every shape and device,
     for which the first save would keep training waiting.
     """
-    kinds = ocp.type_handlers
-    handlers: dict[Any, Any] = {kind: kinds.ScalarHandler() for kind in (int, float, np.number)}
-    handlers |= {np.ndarray: kinds.NumpyHandler(), jax.Array: kinds.ArrayHandler(use_replica_parallel=False)}
-    registry = kinds.create_type_handler_registry(*handlers.items())
+    types = ocp.type_handlers
+    handlers: dict[Any, Any] = {kind: types.ScalarHandler() for kind in (int, float, np.number)}
+    handlers |= {np.ndarray: types.NumpyHandler(), jax.Array: types.ArrayHandler(use_replica_parallel=False)}
+    registry = types.create_type_handler_registry(*handlers.items())
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
 
@@ -75,7 +75,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Checkpoints of one run, saved in the background while training goes on.
 
     With several processes all of them call every method with the same arguments. The newest `keep_last` checkpoints are kept,
-    and those whose step is divisible by `keep_every`; both are positive.
+    and, unless it is None, those whose step is divisible by `keep_every`; both are positive.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
@@ -105,7 +105,7 @@ class Checkpointer(contextlib.AbstractContextManager):
           step: number of finished training steps.
           state: pytree of arrays, any sharding; None leaves are allowed.
           data_state: state of the data iterator, JSON values, equal in all processes (process 0 writes it).
-          config: JSON values.
+          config: JSON values, too.
 
         Returns:
           False if this step is saved already (nothing is written then), otherwise True.

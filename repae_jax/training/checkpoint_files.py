@@ -31,9 +31,6 @@ class OlderCheckpointError(ValueError):
     """A checkpoint is not damaged, but cannot be checked."""
 
 
-# ---- checksums -------------------------------------------------------------------------------------------------------
-
-
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Returns leaves with dotted names, the same for structs, named tuples and the dicts that Orbax stores them as."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -98,9 +95,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 class StoredCheckpoint:
     """A checkpoint in storage; whatever is read is compared with its checksum, and ValueError if it is not what was saved."""
 
@@ -122,23 +116,22 @@ class StoredCheckpoint:
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns the JSON part 'config' or 'data'."""
-        content = _read_json(self._path, name)
-        self._check(name, content)
-        return content
+        return self._checked(name, _read_json(self._path, name))
 
     def metadata(self) -> Any:
         """Returns Orbax's metadata of the arrays, a tree."""
         tree = ocp.PyTreeCheckpointHandler().metadata(self._path / "state").tree
-        self._check("state", _kinds_as_json(tree))
+        self._checked("state", _kinds_as_json(tree))
         return tree
 
     def header(self) -> tuple[dict, dict, dict[str, Kind], dict[str, int]]:
         """Returns everything but the arrays: (config, data state, shapes and dtypes, checksums of the arrays)."""
         return self.part("config"), self.part("data"), kinds(self.metadata()), self.checksums["arrays"]
 
-    def _check(self, name, content):
+    def _checked(self, name, content):
         if self.checksums["parts"][name] != digest(content):
             raise ValueError(f"{name} has another checksum than when it was saved")
+        return content
 
 
 def _read_json(path: epath.Path, name: str) -> dict[str, Any]:
@@ -165,9 +158,6 @@ def _restore(path: epath.Path, abstract: Any, restore_args: Any) -> Any:
     args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
     # The bare handler: `ocp.Checkpointer` waits for all processes afterwards, in vain if one of them has failed.
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
-
-
-# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 def attempt(read: Callable[[], Any], path: epath.Path) -> tuple[Any, str | None]:

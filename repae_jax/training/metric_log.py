@@ -141,12 +141,10 @@ class Progress:
     compilation, and pause it for checkpoints and pictures.
 
     Args:
-      total_steps: the step at which the run ends.
-      start_step: the step it starts or resumes from.
+      start_step: the step the run starts or resumes from.
       batch_size: images per step, over all devices.
       arithmetic: function of images per second that returns further numbers, as `arithmetic_speed` does; None for none.
       waited: seconds that each process has waited for input so far, as `update` takes them.
-      clock: returns seconds; replaceable in tests.
     """
 
     def __init__(
@@ -246,8 +244,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
+    if days or hours:
+        return f"{days}d{hours:02d}h" if days else f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -154,8 +154,7 @@ class _Owner:
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(min(_POLL_SECONDS, WATCH_SECONDS / 10))
-            now = self._sign()
-            if now != sign:
+            if (now := self._sign()) != sign:
                 return now is not None
         return False
 
@@ -189,8 +188,7 @@ def _parse(sign):
 
 
 def _describe(sign):
-    about = _parse(sign)
-    if not about:
+    if not (about := _parse(sign)):
         return "a run that has not said yet who it is"
     job = "".join(f", {name}={value}" for name, value in about["job"].items())
     return f"the run of process {about['pid']} on host {about['host']}{job}, since {about['since']}"
