@@ -40,17 +40,11 @@ def _compiled(function):
 
 @dataclasses.dataclass(frozen=True)
 class Vae:
-    """A trained VAE.
-
-    Attributes:
-      module: the network.
-      params: its parameters.
-      latent_stats: mean and variance of each latent channel; None if the files hold none.
-    """
+    """A trained VAE."""
 
     module: AutoencoderKL
     params: Mapping[str, Any] = dataclasses.field(repr=False)
-    latent_stats: ChannelStats | None
+    latent_stats: ChannelStats | None  # mean and variance of each latent channel; None if the files hold none
 
     @functools.cached_property
     def _encode(self):
@@ -61,11 +55,7 @@ class Vae:
         return _compiled(lambda params, latents: self.module.apply({"params": params}, latents, method="decode"))
 
     def encode(self, images: UInt8[Array, "B H W 3"], key: Array | None = None) -> Float[Array, "B h w C"]:
-        """Returns un-normalized latents: the posterior's mean, or a sample of the posterior if a random key is given.
-
-        Raises:
-          ValueError: if the images are not uint8.
-        """
+        """Returns un-normalized latents: the posterior's mean, or a sample of the posterior if a random key is given."""
         posterior = self._encode(self.params, pixels.to_float(jnp.asarray(images)))
         return posterior.mode() if key is None else posterior.sample(jax.random.normal(key, posterior.mode().shape))
 
@@ -76,17 +66,12 @@ class Vae:
     def normalize(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         """Returns latents of mean 0 and variance 1 in each channel, as a diffusion model is trained on.
 
-        Raises:
-          ValueError: if the statistics are not known.
+        Raises ValueError if the statistics are not known, as `denormalize` does.
         """
         return latent_norm.normalize(latents, self._known_stats())
 
     def denormalize(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns un-normalized latents, which `decode` takes.
-
-        Raises:
-          ValueError: if the statistics are not known.
-        """
+        """Returns un-normalized latents, which `decode` takes."""
         return latent_norm.denormalize(z, self._known_stats())
 
     def _known_stats(self):
@@ -103,13 +88,8 @@ class Model:
 
     @functools.cached_property
     def _generators(self):
-        loaded = self.loaded
-
-        @functools.cache  # one program per setting
-        def generator(sampling):
-            return jax.jit(generate.make_generate(loaded.nets, loaded.objective, loaded.latent_shape, sampling))
-
-        return generator
+        make = functools.partial(generate.make_generate, self.loaded.nets, self.loaded.objective, self.loaded.latent_shape)
+        return functools.cache(lambda sampling: jax.jit(make(sampling)))  # one program per setting
 
     @functools.cached_property
     def vae(self) -> Vae:
@@ -130,11 +110,9 @@ class Model:
     def sample(
         self, labels: Int[Array, " N"] | Sequence[int], *, seed: int = 0, batch_size: int = 64, **sampling: Any
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Returns one image for each label; image i depends on the seed, i and its label alone.
+        """Returns one image for each label, 0 to num_classes - 1; image i depends on the seed, i and its label alone.
 
         Args:
-          labels: 0 to num_classes - 1.
-          seed: of the noise.
           batch_size: images at a time, if there are so many.
           **sampling: fields of `repae_jax.diffusion.samplers.Sampling` that differ from the run's config: `sampler`, `steps`,
             `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`.
@@ -154,14 +132,9 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A frozen vision encoder, whose features are what REPA aligns to.
+    """A frozen vision encoder, whose features are what REPA aligns to."""
 
-    Attributes:
-      encoder: the network and its preprocessing, `repae_jax.models.encoders.Encoder`.
-      params: its parameters.
-    """
-
-    encoder: encoders.Encoder
+    encoder: encoders.Encoder  # the network and its preprocessing
     params: Mapping[str, Any] = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -169,11 +142,7 @@ class Encoder:
         return _compiled(functools.partial(encoders.encode, self.encoder))
 
     def features(self, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
-        """Returns the patch tokens, row by row.
-
-        Raises:
-          ValueError: if the images are not square uint8 images.
-        """
+        """Returns the patch tokens, row by row."""
         return self._features(self.params, jnp.asarray(images))
 
 
@@ -185,8 +154,7 @@ def load_vae(source: str, step: int | None = None) -> Vae:
       step: checkpoint of a run; default the newest.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name.
-      ValueError: if there is no VAE in it, or it is damaged.
+      FileNotFoundError, ValueError: if there is nothing of that name, or no VAE in it, or it is damaged.
     """
     loaded = loading.load_vae(str(source), step)
     return Vae(loaded.module, jax.device_put(loaded.params), loaded.latent_stats)
@@ -202,8 +170,7 @@ def load_model(source: str, step: int | None = None, *, vae: str | None = None, 
       sampler: 'ancestral' marks published weights as a DiT's, whose files look like a plain SiT's.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name.
-      ValueError: if there is no such model in it, it is damaged, or its VAE is missing or another one.
+      FileNotFoundError, ValueError: if there is nothing of that name, or no such model in it, or its VAE is missing.
     """
     return Model(loading.load_model(str(source), step, jax.devices()[:1], vae, sampler))
 
@@ -216,8 +183,7 @@ def load_encoder(source: str, resolution: int = 256) -> Encoder:
       resolution: side of the images in pixels, on which the number of tokens depends.
 
     Raises:
-      FileNotFoundError: if there is nothing of that name.
-      ValueError: for a network of another kind, or weights that do not fit its config.
+      FileNotFoundError, ValueError: if there is nothing of that name, or a network of another kind.
     """
     encoder, params = vit.load_encoder(source, resolution)
     return Encoder(encoder, jax.device_put(params))

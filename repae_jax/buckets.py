@@ -25,11 +25,7 @@ def is_address(path) -> bool:
 
 
 def check(path) -> None:
-    """Checks that the bucket of a path is there and may be listed, as Orbax does; TensorFlow's client would ask for ever.
-
-    Raises:
-      OSError: if it is not, or may not.
-    """
+    """Raises OSError if the bucket of a path is not there or may not be listed: TensorFlow's client would ask for ever."""
     if not str(path).startswith("gs://"):
         return
     from google.cloud import storage  # takes a second
@@ -42,35 +38,25 @@ def check(path) -> None:
 def reached(path) -> Iterator[None]:
     """Context in which something in a bucket is read or written; for local paths it does nothing.
 
-    The clients of buckets try again for up to a quarter of an hour, most of them silently: the wait is logged meanwhile.
-
-    Args:
-      path: the path or address.
-
-    Raises:
-      OSError: in place of the clients' own types of errors, with advice.
+    The clients of buckets try again for up to a quarter of an hour, most of them silently: the wait is logged meanwhile. In
+    place of their own types of errors OSError is raised, with advice.
     """
     if not is_address(path):
         yield
         return
     _silence_given_up_reads()
-    with waiting.reporting(functools.partial(_warn, path), WARN_SECONDS):
+    text = "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes"
+    with waiting.reporting(functools.partial(logging.warning, text, path), WARN_SECONDS):
         try:
             yield
         except Exception as error:
             if not faults.is_of_a_client(error):
                 raise
-            reason = (str(error).splitlines() or [""])[0]
             raise OSError(
-                f"{path} cannot be reached ({type(error).__name__}: {reason}): does the bucket exist, has this machine "
-                "credentials (a service account, or `gcloud auth application-default login`), and may its account use the "
-                "bucket (roles storage.objectUser and storage.legacyBucketReader)?"
+                f"{path} cannot be reached ({type(error).__name__}: {faults.first_line(error)}): does the bucket exist, has "
+                "this machine credentials (a service account, or `gcloud auth application-default login`), and may its account "
+                "use the bucket (roles storage.objectUser and storage.legacyBucketReader)?"
             ) from error
-
-
-def _warn(path, seconds):
-    text = "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes"
-    logging.warning(text, path, seconds)
 
 
 @functools.cache
@@ -86,11 +72,7 @@ def _silence_given_up_reads():
 
 
 def scratch(path) -> Path:
-    """Returns a local folder for unfinished parts of a result, for an address one in the cache; creates its parent.
-
-    Args:
-      path: Path or address of the folder.
-    """
+    """Returns a local folder for unfinished parts of a result, for an address one in the cache; creates its parent."""
     if is_address(path):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repae_jax" / "unfinished"
         path = cache / str(path).replace("://", "/")
@@ -102,12 +84,8 @@ def scratch(path) -> Path:
 class Mirror:
     """Copies in a bucket of local files that grow.
 
-    Objects cannot be appended to, and one takes about one write a second: so files are uploaded whole, in the background, at
-    most every UPLOAD_SECONDS and for no more than a twentieth of the time.
-
-    Args:
-      folder: local folder; all files in it are copied, also later ones.
-      remote: address of the folder in the bucket.
+    Objects cannot be appended to, and one takes about one write a second: so all files of the local folder, later ones too, are
+    uploaded whole, in the background, at most every UPLOAD_SECONDS and for no more than a twentieth of the time.
     """
 
     def __init__(self, folder, remote):

@@ -16,7 +16,6 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -49,14 +48,8 @@ def command(parse_args: Callable, interrupted: str = "interrupted") -> Callable:
     """Decorates what a command does, a function of its arguments, and returns its main function.
 
     A command with the options of `add_processes` is connected with the other processes first, which fail together from then on.
-    One that takes a config logs information, not only warnings.
-
-    Args:
-      parse_args: function of the words of the command line, None for those of this process; returns the arguments.
-      interrupted: the line that Ctrl-C prints.
-
-    Returns:
-      Decorator; the main function takes the words, too, returns what the command returns, and ends as `ending` says.
+    One that takes a config logs information, not only warnings. The main function takes the words of the command line, None for
+    those of this process, as `parse_args` does, returns what the command returns, and ends as `ending` says.
     """
 
     def decorate(run: Callable) -> Callable:
@@ -96,23 +89,15 @@ def _log_information() -> None:
     logging.set_verbosity(logging.INFO)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The end.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the end ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def ending(interrupted: str = "interrupted") -> Iterator[None]:
     """Ends the program with one line and code 1 on errors that are not bugs; a context, or decorator.
 
-    Ctrl-C ends it with a line and INTERRUPTED, a closed output (`| head`) silently with UNREAD.
-
-    Args:
-      interrupted: the line that Ctrl-C prints.
-
-    Raises:
-      SystemExit: with the line. The error is its context.
-      Exception: the error itself if it is a bug, with a note that says so.
+    Ctrl-C ends it with the line given and INTERRUPTED, a closed output (`| head`) silently with UNREAD. The error is the
+    context of the SystemExit; one that is a bug gets a note that says so.
     """
     with contextlib.suppress(AttributeError):  # no file, in tests
         sys.stdout.reconfigure(errors="replace")  # in containers it may be ASCII
@@ -213,9 +198,7 @@ def _line_of_jax(message: str) -> str | None:
     return first if message.startswith(_STATUSES) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The beginning.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the beginning ---------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -241,18 +224,11 @@ class ConfigParser(Parser):
     def __init__(self, *args, **options):
         fields = "Fields of the config: --config.FIELD=VALUE, such as --config.data.batch_size=64 or --config.sit.qk_norm=True."
         super().__init__(*args, epilog=fields, **options)
-        self.add_argument(
-            "--config", type=path, required=True, metavar="FILE[:ARG]",
-            help="config file, such as configs/repae.py or configs/repae.py:digits",
-        )  # fmt: skip
+        text = "config file, such as configs/repae.py or configs/repae.py:digits"
+        self.add_argument("--config", type=path, required=True, metavar="FILE[:ARG]", help=text)
 
     def parse_args(self, words=None, namespace=None):  # type: ignore[override]
-        """Returns the arguments.
-
-        Raises:
-          SystemExit: with one line if a word is not understood, an option has a wrong value, or the config cannot be read; with
-            0 after --help.
-        """
+        """Returns the arguments; SystemExit with one line if a word is not understood, or the config cannot be read."""
         try:
             words = flags.FLAGS.read_flags_from_files(["", *(sys.argv[1:] if words is None else words)], force_gnu=False)[1:]
             arguments, left = self.parse_known_args(words, namespace)
@@ -273,8 +249,7 @@ def number(rule: ranges.Range) -> Callable[[str], float]:
             value = int(text) if rule.whole else float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if rule.whole else ''}number") from None
-        problem = rule.problem(value)
-        if problem:
+        if problem := rule.problem(value):
             raise argparse.ArgumentTypeError(f"{text} {problem}")
         return value
 
@@ -298,17 +273,11 @@ def path(text: str) -> str:
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds the options with which a command runs in several processes; `command` starts them."""
-    parser.add_argument(
-        "--distributed", action="store_true", help="one of several processes that find each other: TPU pod, SLURM, GKE"
-    )
+    text = "one of several processes that find each other: TPU pod, SLURM, GKE"
+    parser.add_argument("--distributed", action="store_true", help=text)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="by hand instead: of process 0")
     parser.add_argument("--num_processes", type=whole(1), help="by hand: number of processes")
     parser.add_argument("--process_id", type=whole(0), help="by hand: number of this process, from 0")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configs.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _NumberOrNone(flags.ArgumentParser):
@@ -326,11 +295,7 @@ class _NumberOrNone(flags.ArgumentParser):
 
 
 def _read_config(text: str, words: list[str]) -> tuple[ConfigDict, list[str]]:
-    """Returns (the config of FILE[:ARG] with the changes among the words, the words that are none).
-
-    Raises:
-      ValueError, flags.Error: if the file cannot be read, or a field does not exist or cannot have its value.
-    """
+    """Returns (the config of FILE[:ARG] with the changes among the words, the words that are none)."""
     config = _run_config_file(text)
     _check_fields(config, words)
     for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
@@ -365,9 +330,7 @@ def _run_config_file(text: str) -> ConfigDict:
 def _check_fields(config: ConfigDict, words: list[str]) -> None:
     """Raises ValueError if the config lacks a field that the command line names."""
     for word in words:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", word)
-        section: Any = config
-        above = "config"
+        match, section, above = re.match(r"--?(?:no)?config\.([^=]+)", word), config, "config"
         for name in match[1].split(".") if match else ():
             if not isinstance(section, ConfigDict | Mapping):
                 raise ValueError(f"{word}: {above} is a value, and has no fields")

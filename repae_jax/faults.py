@@ -28,16 +28,11 @@ _OF_THE_FILE = {
 _FILE_TYPES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # libraries raise them without errno
 _SYSTEM_TYPES = (MemoryError, ConnectionError, TimeoutError, BlockingIOError, InterruptedError)
 _SYSTEM_NAMES = {
-    # TensorFlow
-    "AbortedError", "DeadlineExceededError", "ResourceExhaustedError", "UnavailableError", "UnauthenticatedError",
-    # google.auth, credentials that expire included; google.api_core has codes
-    "GoogleAuthError", "RetryError",
-    # requests, urllib3
-    "ConnectionError", "Timeout", "TimeoutError", "ChunkedEncodingError", "ProtocolError", "MaxRetryError",
-    # aiohttp, httpx, http.client
-    "ClientConnectionError", "ClientPayloadError", "HTTPException",
-    # devices
-    "JaxRuntimeError", "XlaRuntimeError",
+    "AbortedError", "DeadlineExceededError", "ResourceExhaustedError", "UnavailableError", "UnauthenticatedError",  # TensorFlow
+    "GoogleAuthError", "RetryError",  # google.auth, credentials that expire included; google.api_core has codes
+    "ConnectionError", "Timeout", "TimeoutError", "ChunkedEncodingError", "ProtocolError", "MaxRetryError",  # requests, urllib3
+    "ClientConnectionError", "ClientPayloadError", "HTTPException",  # aiohttp, httpx, http.client
+    "JaxRuntimeError", "XlaRuntimeError",  # devices
 }  # fmt: skip
 _CLIENTS = (  # modules of clients of object stores, their credentials and their networks
     "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx.",
@@ -65,6 +60,11 @@ def is_of_a_client(error: BaseException) -> bool:
     return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, empty if it has none."""
+    return next(iter(str(error).splitlines()), "")
+
+
 def errnos(error: BaseException) -> set[int]:
     """Returns the errnos of an error and of the errors that caused it, given as numbers or in words."""
     return set().union(*map(_errnos, _causes(error)))
@@ -80,7 +80,6 @@ def read(function: Callable[..., T], *arguments: Any, name: Callable[[], str], t
 
     Raises:
       OSError: if the system goes on failing; `is_of_the_system` is true for it.
-      Exception: any other error of the function, at once.
     """
     pauses = _PAUSES[: tries and tries - 1]
     for pause in (*pauses, None):
@@ -89,13 +88,13 @@ def read(function: Callable[..., T], *arguments: Any, name: Callable[[], str], t
         except Exception as error:  # libraries raise nearly anything
             if not is_of_the_system(error):
                 raise
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            reason = first_line(error) or type(error).__name__
             if pause is None:
                 tried = f", tried {len(pauses) + 1} times" if pauses else ""
                 raise OSError(
                     min(errnos(error) - _OF_THE_FILE, default=errno.EIO),
-                    f"{name()} cannot be read{tried} ({reason}); once the disk, or "
-                    "whatever holds it, can be read, run the same command again; if it is this alone, put back a copy of it",
+                    f"{name()} cannot be read{tried} ({reason}); once the disk, or whatever holds it, can be read, run the "
+                    "same command again; if it is this alone, put back a copy of it",
                 ) from error
             logging.warning("%s cannot be read (%s); trying again in %s s", name(), reason, pause)
         time.sleep(pause)
@@ -138,7 +137,8 @@ def _errnos(error):
     if isinstance(number, int) and number:
         return {number}
     # ArrayRecord: 'pread() failed: Stale file handle; ...', tensorstore and TensorFlow: 'UNKNOWN: ...: Input/output error'
-    return {_words()[words] for words in _pattern().findall(_first_words(error))}
+    pattern, numbers = _words()
+    return {numbers[words] for words in pattern.findall(_first_words(error))}
 
 
 def _first_words(error):
@@ -147,13 +147,10 @@ def _first_words(error):
 
 @functools.cache
 def _words():
-    """Returns errno by its text in the C library."""
-    return {os.strerror(number): number for number in errno.errorcode}
-
-
-@functools.cache
-def _pattern():
-    return re.compile("|".join(rf"\b{re.escape(words)}\b" for words in sorted(_words(), key=len, reverse=True)))
+    """Returns (pattern of the texts of errnos in the C library, errno by its text)."""
+    numbers = {os.strerror(number): number for number in errno.errorcode}
+    longest_first = sorted(numbers, key=len, reverse=True)
+    return re.compile("|".join(rf"\b{re.escape(words)}\b" for words in longest_first)), numbers
 
 
 def _status(error):

@@ -25,31 +25,12 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def write_json(path, content, *, overwrite: bool = False) -> None:
-    """Writes a JSON file that is either complete or absent.
-
-    Args:
-      path: the file; its folder must exist.
-      content: JSON values.
-      overwrite: replace a file that exists.
-
-    Raises:
-      FileExistsError: if the file exists and `overwrite` is False.
-      ValueError: as `json_writer`.
-      OSError: as `write_all`.
-    """
+    """Writes a JSON file that is either complete or absent; errors as `write_all` and `json_writer`."""
     write_all({path: json_writer(content, path)}, overwrite=overwrite)
 
 
 def json_writer(content, source) -> Callable[[Path], object]:
-    """Returns the function for `write_all` that writes a JSON file.
-
-    Args:
-      content: JSON values.
-      source: the file's name, for errors.
-
-    Raises:
-      ValueError: if JSON cannot express it.
-    """
+    """Returns the function for `write_all` that writes a JSON file; ValueError, with its name, if JSON cannot express it."""
     try:
         text = json.dumps(content, indent=2) + "\n"
     except (TypeError, ValueError) as error:
@@ -59,8 +40,7 @@ def json_writer(content, source) -> Callable[[Path], object]:
 
 def check_absent(*paths) -> None:
     """Raises FileExistsError if one of the paths exists: before work whose result could then not be written."""
-    present = [str(path) for path in map(epath.Path, paths) if path.exists()]
-    if present:
+    if present := [str(path) for path in map(epath.Path, paths) if path.exists()]:
         raise FileExistsError(f"{', '.join(present)} exists; choose another name, remove it, or ask to overwrite (--overwrite)")
 
 
@@ -144,12 +124,7 @@ def _write_to_disk(temporary, write, path):
 
 
 def read_json(path) -> dict[str, Any]:
-    """Reads a JSON object from a path or an address.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is damaged, a Git LFS pointer, or no JSON object.
-    """
+    """Reads a JSON object from a path or an address; FileNotFoundError or ValueError if there is none."""
     path = epath.Path(path)
     check_file(path)
     try:
@@ -172,8 +147,8 @@ def npz_writer(arrays, streamed=None) -> Callable[[Path], None]:
     def write(path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name, (shape, parts) in (streamed or {}).items():
+                header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
                     np.lib.format.write_array_header_1_0(file, header)
                     for part in parts:
                         file.write(np.ascontiguousarray(part).tobytes())
@@ -185,15 +160,7 @@ def npz_writer(arrays, streamed=None) -> Callable[[Path], None]:
 
 
 def save_png(path, image: UInt8[np.ndarray, "H W 3"]) -> None:
-    """Writes a PNG that is either complete or absent, so that a reader never meets half an image.
-
-    Args:
-      path: the file to write; its folder must exist.
-
-    Raises:
-      ValueError: if the image is not uint8 `[H, W, 3]`.
-      OSError: as `write_all`.
-    """
+    """Writes a PNG that is either complete or absent, so that a reader never meets half an image; errors as `write_all`."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [H, W, 3]")

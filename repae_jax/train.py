@@ -49,20 +49,15 @@ def check_finite(step, metrics, limit):
         raise TrainingStopped(
             f"stopped at step {step}: {in_a_row} updates in a row (from step {step - in_a_row + 1}) were skipped because "
             f"these were not finite: {bad}. Parameters are those of step {step - in_a_row}; the last checkpoint is intact. "
-            f"Start a run in a new workdir with a lower learning rate for the network named, or with "
-            f"config.precision.compute='float32'; a term that is infinite from the first step on points at the data or at "
-            f"the weights of config.init"
+            "Start a run in a new workdir with a lower learning rate for the network named, or with config.precision.compute="
+            "'float32'; a term that is infinite from the first step on points at the data or at the weights of config.init"
         )
 
 
 def input_so_far(loader, source, max_bad_fraction):
-    """Returns the position in the data and the waiting times of all processes, in one exchange.
+    """Returns (the loader's state with the bad records of all processes, seconds that each waited for input so far).
 
-    Returns:
-      (the loader's state with the bad records of all processes, seconds that each process waited for input so far).
-
-    Raises:
-      TrainingStopped: if the bad records are too many, as in one loader.
+    Raises TrainingStopped if the bad records are too many, as in one loader.
     """
     position = loader.state()
     gathered = multihost.all_gather([position["bad_records"], loader.wait_seconds])
@@ -75,10 +70,8 @@ def input_so_far(loader, source, max_bad_fraction):
 def check_inputs(before, now, workdir):
     """Raises ValueError if a run would be continued on another frozen VAE or on other images than it began with.
 
-    Args:
-      before: {'frozen_vae': fingerprint of its weights or None, 'records': hash of the images' names and labels}.
-      now: the same of this start.
-      workdir: the run's folder.
+    `before` and `now`, of this start, are {'frozen_vae': fingerprint of its weights or None, 'records': hash of the images'
+    names and labels}.
     """
     for name, part in (("frozen_vae", "frozen VAE than config.init.vae"), ("records", "set of images than config.data")):
         if before[name] != now[name]:
@@ -88,9 +81,7 @@ def check_inputs(before, now, workdir):
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first step.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- before the first step -------------------------------------------------------------------------------------------
 
 
 class _StoppedEarly(Exception):
@@ -99,31 +90,22 @@ class _StoppedEarly(Exception):
 
 @dataclasses.dataclass
 class Run:
-    """A run that is ready for its next step.
-
-    Attributes:
-      start: number of finished steps, after which `state` is.
-      inputs: hashes of the frozen VAE and of the images, see `check_inputs`.
-      arithmetic: function of images per second, see `metric_log.arithmetic_speed`.
-      check_owner: raises WorkdirLost if the workdir has become another run's.
-      stopped: returns whether to stop, see `stopping.stop_requests`.
-      end_if_stopped: ends this start, which is busy with the activity named, if it was asked to stop.
-    """
+    """A run that is ready for its next step."""
 
     job: build.Job
     state: TrainState
-    start: int
+    start: int  # number of finished steps, after which `state` is
     frozen: dict[str, Any]
     source: Any
     loader: Loader
-    inputs: dict[str, str | None]
+    inputs: dict[str, str | None]  # hashes of the frozen VAE and of the images, see `check_inputs`
     writer: Any
     hooks: list[Hook]
     checkpointer: Checkpointer
-    arithmetic: Callable[[float], dict[str, float]]
-    check_owner: Callable[[], None]
-    stopped: Callable[[], bool]
-    end_if_stopped: Callable[[str], None]
+    arithmetic: Callable[[float], dict[str, float]]  # function of images per second, see `metric_log.arithmetic_speed`
+    check_owner: Callable[[], None]  # raises WorkdirLost if the workdir has become another run's
+    stopped: Callable[[], bool]  # see `stopping.stop_requests`
+    end_if_stopped: Callable[[str], None]  # ends this start, which is busy with the activity named, if it was asked to stop
     _is_read_back: bool = False
 
     def log(self, step: int, values: dict[str, float], speed: dict[str, float], progress: Progress) -> None:
@@ -136,27 +118,19 @@ class Run:
         """Saves a checkpoint; the first one is read back, unless that would take the time left before a kill."""
         self.check_owner()  # first: in a bucket, another run's metrics would be replaced
         self.writer.flush()
-        data_state = {"loader": position, "inputs": self.inputs}
-        saved = self.checkpointer.save(step, self.state, data_state, self.job.config)
+        saved = self.checkpointer.save(step, self.state, {"loader": position, "inputs": self.inputs}, self.job.config)
         if saved and not self._is_read_back and not is_stopping:
             self.checkpointer.read_back(step, self.state)
             self._is_read_back = True
 
 
 def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
-    """Finds everything that can be wrong with a run, then loads or restores what it needs.
+    """Finds everything that can be wrong with a run, then loads or restores what it needs; `stack` closes what is opened.
 
-    Args:
-      config: ConfigDict, see configs/.
-      workdir: folder of the run.
-      stack: closes what is opened here.
-
-    Raises:
-      ValueError, CollectiveError: as `train`.
+    Arguments and errors are otherwise those of `train`.
     """
-    began = time.monotonic()
-
     # ---- config, workdir and images ---------------------------------------------------------------------------------
+    began = time.monotonic()
     multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
     compilation.check_compiler_options(job)
@@ -196,10 +170,8 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
         logging.info("continuing from step %d", start)
 
     # ---- reports ----------------------------------------------------------------------------------------------------
-    cost = {
-        "flop_per_image": sum(flops.of_step(job).values()),
-        "peak": flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute),
-    }
+    peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
+    cost = {"flop_per_image": sum(flops.of_step(job).values()), "peak": peak}
     logging.info("%s", summary(job, state, source, **cost))
     writer = stack.enter_context(open_writer(workdir, start))
     hooks = make_hooks(job, frozen, source, workdir, writer, fid, stopped)
@@ -230,9 +202,7 @@ def _end_if_stopped(stopped, began, activity):
         raise _StoppedEarly
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The steps.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the steps -------------------------------------------------------------------------------------------------------
 
 
 def train(config, workdir):
@@ -243,7 +213,7 @@ def train(config, workdir):
       workdir: folder of the run.
 
     Returns:
-      (state, finished): the TrainState; False if SIGTERM or Ctrl-C ended the run early, its state saved. Both None and False if
+      (the TrainState, whether the run is finished): not if SIGTERM or Ctrl-C ended it early, its state saved. (None, False) if
         it ended before the first step of this start: there was nothing to save.
 
     Raises:
@@ -261,9 +231,8 @@ def train(config, workdir):
 
 def run_steps(run: Run) -> tuple[TrainState, bool]:
     """Trains a run to its end; returns what `train` returns."""
-    config = run.job.config
-    steps, step_fn, progress = config["steps"], None, None
-    key = jax.random.key(config["seed"])
+    config, step_fn = run.job.config, None
+    steps, key = config["steps"], jax.random.key(config["seed"])
     unchecked = collections.deque()  # metrics are read two steps late, so that the device never waits
     for step in range(run.start + 1, steps + 1):
         # ---- the step -----------------------------------------------------------------------------------------------
@@ -340,10 +309,8 @@ def summary(job, state, source, flop_per_image, peak):
 def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--workdir", type=cli.path, required=True,
-        help="folder of the run: checkpoints, metrics, pictures; continued if it exists",
-    )  # fmt: skip
+    workdir_help = "folder of the run: checkpoints, metrics, pictures; continued if it exists"
+    parser.add_argument("--workdir", type=cli.path, required=True, help=workdir_help)
     cli.add_processes(parser)
     return parser.parse_args(argv)
 

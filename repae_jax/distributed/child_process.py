@@ -15,24 +15,18 @@ from typing import Any
 
 
 class Crashed(RuntimeError):
-    """Raised when the process ended before the function did; the message is the reason that it printed.
-
-    Attributes:
-      exitcode: exit code of the process; negative number of the signal that ended it.
-    """
+    """Raised when the process ended before the function did; the message is the reason that it printed."""
 
     def __init__(self, message: str, exitcode: int | None):
         super().__init__(message)
-        self.exitcode = exitcode
+        self.exitcode = exitcode  # of the process; the negative number of the signal that ended it
 
 
 def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
     """Returns function(*arguments), called in a child process, whose standard error is shown once it has ended.
 
-    Whatever interrupts the wait, such as Ctrl-C, ends the process, too.
-
-    Args:
-      function: function at module level; its arguments and its result can be pickled.
+    Whatever interrupts the wait, such as Ctrl-C, ends the process, too. The function is at module level; its arguments and its
+    result can be pickled.
 
     Raises:
       Exception: that of the function, its traceback on standard error; a RuntimeError in place of one that cannot be pickled.

@@ -10,14 +10,7 @@ from repae_jax import buckets
 
 
 def use_compilation_cache(workdir) -> None:
-    """Keeps compiled programs in WORKDIR/compiled, unless the user has named a place.
-
-    Args:
-      workdir: a local path, or an address such as gs://bucket/run.
-
-    Raises:
-      OSError: if the bucket is not there, or may not be used.
-    """
+    """Keeps compiled programs in WORKDIR/compiled, unless the user has named a place; OSError if its bucket may not be used."""
     if jax.config.jax_compilation_cache_dir:
         return
     if buckets.is_address(workdir):  # XLA's own caches know paths only

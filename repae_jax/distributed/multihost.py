@@ -28,6 +28,7 @@ import jax
 from absl import logging
 from jax._src import distributed  # its client, and this process's number before devices exist, have no public name
 
+from repae_jax import faults
 from repae_jax.distributed import roll_call
 
 HEARTBEAT_SECONDS = 40  # JAX ends all other processes after so long without a sign of life from one
@@ -49,9 +50,7 @@ class CollectiveError(RuntimeError):
     """Error that all processes raise at once: none needs to be told, and what is being saved can be completed."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Start.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- start -----------------------------------------------------------------------------------------------------------
 
 
 def start(
@@ -60,15 +59,11 @@ def start(
     """Connects this process with the others, unless nothing is given; before anything else of JAX is used.
 
     If the processes do not find each other within START_SECONDS, each that has started ends with one line, and exit code 75.
+    Arguments that cannot work raise ValueError.
 
     Args:
       automatic: the processes find each other, on TPU pods, SLURM, GKE and whatever else jax.distributed knows.
-      coordinator: by hand instead: 'HOST:PORT' of process 0.
-      num_processes: by hand: number of processes.
-      process_id: by hand: number of this process, from 0.
-
-    Raises:
-      ValueError: if this cannot work.
+      coordinator: by hand instead: 'HOST:PORT' of process 0; with the number of processes, and that of this one, from 0.
     """
     by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     is_by_hand = any(value is not None for value in by_hand.values())
@@ -105,7 +100,6 @@ def start(
 
 
 def _start_seconds():
-    """Returns the seconds for which processes wait for each other, from the environment."""
     given = os.environ.get("START_SECONDS") or str(START_SECONDS)
     if not re.fullmatch(r"[1-9]\d{0,5}", given):
         raise ValueError(f"START_SECONDS={given}: expected whole seconds, 1..999999")
@@ -127,9 +121,7 @@ def is_multiprocess() -> bool:
     return distributed.global_state.num_processes > 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- agreement -------------------------------------------------------------------------------------------------------
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -165,21 +157,16 @@ def get_flag(name: str) -> str | None:
 
 
 def assert_same(**description: Any) -> None:
-    """Raises ValueError in all processes unless all call it with the same description.
+    """Raises ValueError in all processes unless all call it with the same description, nested dicts of JSON values.
 
-    Args:
-      **description: nested dicts of JSON values.
-
-    Raises:
-      ValueError: naming the processes that differ from process 0, the names in which they do, and both values.
+    It names the processes that differ from process 0, the names in which they do, and both values.
     """
     if not is_multiprocess():
         return
     first, host = broadcast_from_process_0([description, socket.gethostname()])
-    lines = [
-        f"\n  {name}: {value!r} in process 0, {own!r} in process {distributed.global_state.process_id}"
-        for name, value, own in differences(first, description)
-    ]
+    own = distributed.global_state.process_id
+    changes = differences(first, description)
+    lines = [f"\n  {name}: {value!r} in process 0, {here!r} in process {own}" for name, value, here in changes]
     differing = [(*process, lines) for *process, lines in all_gather([*_this_process(), lines]) if lines]
     if differing:
         raise ValueError(
@@ -192,13 +179,8 @@ def assert_same(**description: Any) -> None:
 def assert_same_config(config: dict[str, Any]) -> None:
     """Raises ValueError unless all processes run the same code on the same packages, config and number of devices.
 
-    A host with an older copy of the code or of a package would compile another program, and all would wait for each other.
-
-    Args:
-      config: nested dict of JSON values.
-
-    Raises:
-      ValueError: as `assert_same`; or if this is one of several processes, as on a TPU pod, started as if it were alone.
+    A host with an older copy of the code or of a package would compile another program, and all would wait for each other. So
+    would one of several processes, as on a TPU pod, that is started as if it were alone.
     """
     number = distributed.global_state.num_processes
     # before devices are used: that fails with others
@@ -210,14 +192,7 @@ def assert_same_config(config: dict[str, Any]) -> None:
 
 
 def check_shared(folder) -> None:
-    """Checks that all processes see one and the same folder.
-
-    Args:
-      folder: epath.Path of a folder that exists.
-
-    Raises:
-      ValueError: in all processes, naming those that do not see what process 0 wrote.
-    """
+    """Raises ValueError in all processes, naming those that do not see what process 0 writes to a folder that exists."""
     if not is_multiprocess():
         return
     probe = folder / f".shared-{broadcast_from_process_0(secrets.token_hex(8))}"
@@ -246,18 +221,14 @@ def is_seen(path) -> bool:
 def wait_for_files(paths: Sequence, is_done: Callable[[], bool] = lambda: False) -> bool:
     """Waits until files of other processes are there, and returns True; or until is_done(), and returns False.
 
-    Works between processes that are not connected, too, and unlike collective operations it may take hours.
-
-    Args:
-      paths: Path or epath.Path of each file.
-      is_done: function that returns whether the files are needed no more.
+    Works between processes that are not connected, too, and unlike collective operations it may take hours. When `is_done`
+    returns true, the files are needed no more.
     """
+    text = "waiting for %d files of the other processes, first %s; all must see one file system"
     missing, logged = [path for path in paths if not path.exists()], time.monotonic()
     while missing and not is_done():
         if time.monotonic() - logged > SEEN_SECONDS:
-            logging.warning(
-                "waiting for %d files of the other processes, first %s; all must see one file system", len(missing), missing[0]
-            )
+            logging.warning(text, len(missing), missing[0])
             logged = time.monotonic()
         time.sleep(_POLL_SECONDS)
         missing = [path for path in missing if not path.exists()]
@@ -276,8 +247,7 @@ def versions() -> dict[str, str | None]:
 def _sources():
     """Returns a hash of each file of our own code, by name."""
     here = Path(__file__).parents[1]
-    folders = (here, here.parent / "checkpoints_tools")
-    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    files = [path for folder in (here, here.parent / "checkpoints_tools") for path in sorted(folder.rglob("*.py"))]
     return {str(path.relative_to(here.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in files}
 
 
@@ -299,9 +269,7 @@ def _this_process():
     return [distributed.global_state.process_id, socket.gethostname()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Failing.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- failing ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -335,8 +303,7 @@ def _end_all(reason):
     if is_device_error(reason) and "RESOURCE_EXHAUSTED" not in str(reason):
         print("error: another process may be gone; JAX names it within a minute, if so", file=sys.stderr, flush=True)
         time.sleep(HEARTBEAT_SECONDS + 15)
-    first_line = (str(reason).splitlines() or [""])[0]
-    message = json.dumps([*_this_process(), f"{type(reason).__name__}: {first_line}"])
+    message = json.dumps([*_this_process(), f"{type(reason).__name__}: {faults.first_line(reason)}"])
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed, too
         distributed.global_state.client.key_value_set(_FAILED, message)
     _exit()

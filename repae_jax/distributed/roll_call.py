@@ -22,11 +22,9 @@ class RollCallError(ValueError):
 
 
 def check_options(options: dict[str, Any], automatic: bool) -> None:
-    """Raises ValueError if a process cannot be started with such options.
+    """Raises ValueError if a process cannot be started with --coordinator, --num_processes and --process_id, in this order.
 
-    Args:
-      options: values of --coordinator, --num_processes and --process_id, in this order; None for those not given.
-      automatic: --distributed is given, too.
+    Options that are not given are None; `automatic` says that --distributed is given, too.
     """
     missing = [name for name, value in options.items() if value is None]
     coordinator, count, index = options.values()
@@ -55,8 +53,7 @@ def check_options(options: dict[str, Any], automatic: bool) -> None:
 def call_roll(coordinator: str, count: int, index: int) -> None:
     """Waits until each of `count` processes has come to HOST:PORT of process 0.
 
-    Raises:
-      RollCallError: in all that have come, if a number comes twice, or with another count; or if a run has begun there already.
+    Raises RollCallError in all that have come if a number comes twice, or with another count, or if a run has begun there.
     """
     host, _, port = coordinator.rpartition(":")
     introduction, server_thread = _introduction(index, count), None
@@ -81,7 +78,6 @@ def call_roll(coordinator: str, count: int, index: int) -> None:
 
 
 def _introduction(index, count):
-    """Returns what a process says of itself."""
     return {"process": index, "of": count, "host": socket.gethostname(), "pid": os.getpid()}
 
 

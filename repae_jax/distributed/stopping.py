@@ -16,10 +16,7 @@ from repae_jax.distributed import multihost
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and the first Ctrl-C set, at once and with a line in the log, also while XLA compiles.
-
-    The previous handlers are restored afterwards.
-    """
+    """Yields an event that SIGTERM and the first Ctrl-C set, at once and with a line in the log, also while XLA compiles."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

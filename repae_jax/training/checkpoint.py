@@ -56,10 +56,10 @@ def _single_process_handlers() -> dict[str, ocp.CheckpointHandler]:
     By Orbax's default each device gives a slice. That divides the copying, but compiles a program for every shape and device,
     for which the first save would keep training waiting.
     """
-    handlers: dict[Any, Any] = {kind: ocp.type_handlers.ScalarHandler() for kind in (int, float, np.number)}
-    handlers |= {np.ndarray: ocp.type_handlers.NumpyHandler()}
-    handlers |= {jax.Array: ocp.type_handlers.ArrayHandler(use_replica_parallel=False)}
-    registry = ocp.type_handlers.create_type_handler_registry(*handlers.items())
+    types = ocp.type_handlers
+    handlers: dict[Any, Any] = {kind: types.ScalarHandler() for kind in (int, float, np.number)}
+    handlers |= {np.ndarray: types.NumpyHandler(), jax.Array: types.ArrayHandler(use_replica_parallel=False)}
+    registry = types.create_type_handler_registry(*handlers.items())
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
 
@@ -71,18 +71,11 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Checkpoints of one run, saved in the background while training goes on.
 
-    With several processes all of them call every method with the same arguments.
-
-    Args:
-      workdir: the run's folder; checkpoints go to `<workdir>/checkpoints/<step>`.
-      keep_last: how many of the newest checkpoints are kept.
-      keep_every: checkpoints whose step is divisible by this are kept besides; None keeps no others.
-
-    Raises:
-      ValueError: if `keep_last` or `keep_every` is not positive.
+    With several processes all of them call every method with the same arguments. The newest `keep_last` checkpoints are kept,
+    and, unless it is None, those whose step is divisible by `keep_every`; both are positive.
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
@@ -101,9 +94,6 @@ class Checkpointer:
                 item_handlers=None if multihost.is_multiprocess() else _single_process_handlers(),
             )
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, kind: type | None, *exception) -> None:
         if kind is None or not multihost.is_multiprocess() or issubclass(kind, multihost.CollectiveError):
             self.close()  # otherwise a save in progress cannot be completed, and nobody should wait for it
@@ -115,7 +105,7 @@ class Checkpointer:
           step: number of finished training steps.
           state: pytree of arrays, any sharding; None leaves are allowed.
           data_state: state of the data iterator, JSON values, equal in all processes (process 0 writes it).
-          config: the run's config as nested dicts of JSON values.
+          config: JSON values, too.
 
         Returns:
           False if this step is saved already (nothing is written then), otherwise True.
@@ -140,14 +130,11 @@ class Checkpointer:
                 f"{', '.join(not_finite[:5])}{', …' if len(not_finite) > 5 else ''}. That is not saved; {kept}. An update of "
                 "finite losses and gradients did this (others are skipped): look at the optimizers' settings (config.optim)."
             )
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
-            data=ocp.args.JsonSave(data_state),
-            config=ocp.args.JsonSave(config),
-            checksums=ocp.args.JsonSave(stored.stored_checksums(step, sums, state, data_state, config)),
-        )
+        parts = {"data": data_state, "config": config}
+        parts["checksums"] = stored.stored_checksums(step, sums, state, data_state, config)
+        items = {name: ocp.args.JsonSave(part) for name, part in parts.items()}
         with self._saving():
-            return self._manager.save(step, args=items)
+            return self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), **items))
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -167,13 +154,7 @@ class Checkpointer:
             ) from error
 
     def read_back(self, step: int, state: Any) -> None:
-        """Waits for a checkpoint, reads it and compares it with `state`, so that no run is lost unnoticed.
-
-        The arrays are read into host memory, each process its share.
-
-        Raises:
-          CheckpointLost: in all processes, if it cannot be read or is not `state`.
-        """
+        """Waits for a checkpoint and reads it, each process its share; CheckpointLost if that fails or it is not `state`."""
         self.wait()
         path = self._directory / str(step)
         multihost.is_seen(path)
@@ -199,9 +180,9 @@ class Checkpointer:
     def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:
         """Restores the newest checkpoint that can be read, bit for bit, onto the shardings asked for.
 
-        A newer one that is damaged is logged as an error and moved to `<workdir>/checkpoints_damaged`, because the
-        resumed run will save that step again; nothing is deleted. Damage is a missing, truncated or garbled file among
-        those that hold the state, the data position, the config or the checksums, and whatever has another checksum.
+        A newer one that is damaged is logged as an error and moved to `<workdir>/checkpoints_damaged`, because the resumed run
+        will save that step again; nothing is deleted. Damage is a file that is missing, truncated or garbled, and whatever has
+        another checksum.
 
         Args:
           abstract_state: the state as a pytree of `jax.ShapeDtypeStruct` with shardings (None: on one local device).
@@ -211,8 +192,8 @@ class Checkpointer:
           (state, data_state, step), or None if no checkpoint was ever completed here.
 
         Raises:
-          ValueError: if the workdir belongs to a run with another config; if the stored state differs from `abstract_state`
-            in names, shapes or dtypes; or if there are checkpoints and none can be read.
+          ValueError: if the workdir is a run's with another config; if the stored state differs from `abstract_state` in names,
+            shapes or dtypes; or if there are checkpoints and none can be read.
           OSError: if a checkpoint is out of reach, which is no damage: nothing is moved, and no older one is used.
         """
         damaged: dict[int, str | None] = {}
@@ -253,16 +234,11 @@ class Checkpointer:
         """Returns the steps with a checkpoint that process 0 sees, ascending, including one still being written."""
         return multihost.broadcast_from_process_0(sorted(self._manager.all_steps()))
 
-    @property
-    def latest_step(self) -> int | None:
-        """The newest step of `steps()`; None if there is none."""
-        return max(self.steps(), default=None)
-
     def _move_aside(self, damaged: Mapping[int, str | None]) -> None:
-        """Moves damaged checkpoints away, and logs it."""
         for step, reason in damaged.items():
             source = self._directory / str(step)
-            target = _free_name(self._workdir / "checkpoints_damaged", step)
+            names = (self._workdir / "checkpoints_damaged" / f"{step}-{number}" for number in itertools.count())
+            target = next(name for name in names if not name.exists())
             logging.error("checkpoint %s is damaged (%s): it is moved to %s, and an older one is used", source, reason, target)
             if jax.process_index() == 0:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -281,19 +257,12 @@ def _end_waiting_threads() -> None:
             future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
-def _free_name(directory: epath.Path, step: int) -> epath.Path:
-    names = (directory / f"{step}-{number}" for number in itertools.count())
-    return next(name for name in names if not name.exists())
-
-
 def _drop_orbax_progress(record) -> bool:
-    """Log filter that drops Orbax's progress messages (dozens per save), but keeps its warnings and everybody else's lines."""
+    """Log filter that drops Orbax's progress messages, dozens per save, but not its warnings."""
     return record.levelno >= logging.converter.STANDARD_WARNING or "orbax" not in record.pathname
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must match on resumption.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- what must match on resumption -----------------------------------------------------------------------------------
 
 
 def _check_same_run(stored_config: Mapping[str, Any], given: Mapping[str, Any], path: epath.Path) -> None:
@@ -305,8 +274,8 @@ def _check_same_run(stored_config: Mapping[str, Any], given: Mapping[str, Any], 
     ]
     if lines:
         raise ValueError(
-            f"checkpoint {str(path)!r} belongs to a run with another config; "
-            "use another workdir, or restore the values:" + "".join(lines)
+            f"checkpoint {str(path)!r} belongs to a run with another config; use another workdir, or restore the values:"
+            + "".join(lines)
         )
 
 
@@ -316,11 +285,10 @@ def _check_same_arrays(stored_kinds: Mapping[str, stored.Kind], abstract: Any, p
     problems = [f"\n  {name}: not in the checkpoint" for name in wanted if name not in stored_kinds]
     if not partial:
         problems += [f"\n  {name}: in the checkpoint, not in the state" for name in stored_kinds if name not in wanted]
-    problems += [
-        f"\n  {name}: stored {_describe(stored_kinds[name])}, expected {_describe(wanted[name])}"
-        for name in wanted
-        if name in stored_kinds and stored_kinds[name] != wanted[name]
-    ]
+    for name, (shape, dtype) in wanted.items():
+        before, dtype_before = stored_kinds.get(name, (shape, dtype))
+        if (before, dtype_before) != (shape, dtype):
+            problems.append(f"\n  {name}: stored {dtype_before.name}{list(before)}, expected {dtype.name}{list(shape)}")
     if problems:
         raise ValueError(
             f"the arrays in checkpoint {str(path)!r} are not those of this state; "
@@ -328,14 +296,7 @@ def _check_same_arrays(stored_kinds: Mapping[str, stored.Kind], abstract: Any, p
         )
 
 
-def _describe(kind: stored.Kind) -> str:
-    shape, dtype = kind
-    return f"{dtype.name}{list(shape)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of a run's checkpoints.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- parts of a run's checkpoints ------------------------------------------------------------------------------------
 
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
@@ -346,11 +307,7 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """Reads the config that a run was trained with.
-
-    Args:
-      workdir: the run's folder.
-      step: the checkpoint to read it from; None for the newest.
+    """Reads the config that a run was trained with, from the checkpoint of a step, None for the newest.
 
     Raises:
       ValueError: if there are no checkpoints, no such step, or the stored config cannot be read.
@@ -364,10 +321,9 @@ def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[st
 
 
 def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any, int]:
-    """Reads the tree of a checkpoint without its arrays; arguments and errors as `read_config`.
+    """Returns (the state as nested dicts and lists of `jax.ShapeDtypeStruct`, parts of which `restore_subset` takes, the step).
 
-    Returns:
-      (the state as nested dicts and lists of `jax.ShapeDtypeStruct`, parts of which `restore_subset` takes, the step).
+    Arguments and errors are those of `read_config`.
     """
     metadata, path = _read(workdir, step, lambda checkpoint: checkpoint.metadata())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata), int(path.name)
@@ -388,11 +344,7 @@ def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | N
     Raises:
       ValueError: as `read_config`, or if the checkpoint lacks a name or has it in another shape or dtype.
     """
-
-    def kinds_and_sums(checkpoint):
-        return stored.kinds(checkpoint.metadata()), checkpoint.checksums["arrays"]
-
-    (stored_kinds, sums), path = _read(workdir, step, kinds_and_sums)
+    (stored_kinds, sums), path = _read(workdir, step, lambda saved: (stored.kinds(saved.metadata()), saved.checksums["arrays"]))
     _check_same_arrays(stored_kinds, abstract_subtree, path, partial=True)
     with buckets.reached(workdir):
         subtree, damage = stored.read_arrays(path, abstract_subtree, sums)
@@ -401,9 +353,7 @@ def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | N
     return subtree, int(path.name)
 
 
-def _read(
-    workdir: epath.PathLike, step: int | None, read: Callable[[stored.StoredCheckpoint], Any]
-) -> tuple[Any, epath.Path]:
+def _read(workdir, step, read: Callable[[stored.StoredCheckpoint], Any]) -> tuple[Any, epath.Path]:
     """Returns (what `read` returns of the checkpoint of `step`, or of the newest, its folder)."""
     with buckets.reached(workdir):
         directory, steps = absolute(workdir) / "checkpoints", saved_steps(workdir)
@@ -423,14 +373,7 @@ def _damaged(path: epath.Path, damage: str) -> ValueError:
 
 
 def fingerprint(tree: Any) -> str:
-    """Returns a content hash of a parameter tree: of names, shapes, dtypes and checksums of all arrays.
-
-    Args:
-      tree: pytree of arrays, any sharding.
-
-    Returns:
-      16 hexadecimal digits, the same on any number of devices and processes.
-    """
+    """Returns a hash of the names, shapes, dtypes and checksums of all arrays of a tree, the same on any number of devices."""
     described = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in stored.named_leaves(tree)}
     content = json.dumps([described, stored.checksums(tree)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ A checkpoint is a folder with `state` (arrays), `data`, `config` and `checksums`
 files, but not changed bytes, so checksums of all arrays and of the JSON parts are stored beside them.
 """
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -30,11 +31,6 @@ class OlderCheckpointError(ValueError):
     """A checkpoint is not damaged, but cannot be checked."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checksums.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Returns leaves with dotted names, the same for structs, named tuples and the dicts that Orbax stores them as."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -46,7 +42,7 @@ def kinds(tree: Any) -> dict[str, Kind]:
     return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in named_leaves(tree)}
 
 
-def _kinds_as_json(tree: Any) -> dict[str, list]:
+def _kinds_as_json(tree):
     return {name: [list(shape), dtype.name] for name, (shape, dtype) in kinds(tree).items()}
 
 
@@ -63,7 +59,10 @@ def checksums_and_not_finite(tree: Any) -> tuple[dict[str, int], list[str]]:
 
 @jax.jit  # one program for the whole tree, not one per shape; both read every array once
 def _sums_and_finite(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    return jax.tree.map(_checksum, leaves), jax.tree.map(_is_finite, leaves)
+    def is_finite(array):
+        return jnp.all(jnp.isfinite(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else True
+
+    return jax.tree.map(_checksum, leaves), jax.tree.map(is_finite, leaves)
 
 
 def _checksum(array: jax.Array) -> UInt32[Array, ""]:
@@ -71,10 +70,6 @@ def _checksum(array: jax.Array) -> UInt32[Array, ""]:
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     return jnp.sum(jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]), dtype=jnp.uint32)
-
-
-def _is_finite(array: jax.Array) -> jax.Array | bool:
-    return jnp.all(jnp.isfinite(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else True
 
 
 def host_checksum(array: np.ndarray) -> int:
@@ -100,11 +95,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class StoredCheckpoint:
     """A checkpoint in storage; whatever is read is compared with its checksum, and ValueError if it is not what was saved."""
 
@@ -126,23 +116,22 @@ class StoredCheckpoint:
 
     def part(self, name: str) -> dict[str, Any]:
         """Returns the JSON part 'config' or 'data'."""
-        content = _read_json(self._path, name)
-        self._check(name, content)
-        return content
+        return self._checked(name, _read_json(self._path, name))
 
     def metadata(self) -> Any:
         """Returns Orbax's metadata of the arrays, a tree."""
         tree = ocp.PyTreeCheckpointHandler().metadata(self._path / "state").tree
-        self._check("state", _kinds_as_json(tree))
+        self._checked("state", _kinds_as_json(tree))
         return tree
 
     def header(self) -> tuple[dict, dict, dict[str, Kind], dict[str, int]]:
         """Returns everything but the arrays: (config, data state, shapes and dtypes, checksums of the arrays)."""
         return self.part("config"), self.part("data"), kinds(self.metadata()), self.checksums["arrays"]
 
-    def _check(self, name, content):
+    def _checked(self, name, content):
         if self.checksums["parts"][name] != digest(content):
             raise ValueError(f"{name} has another checksum than when it was saved")
+        return content
 
 
 def _read_json(path: epath.Path, name: str) -> dict[str, Any]:
@@ -151,7 +140,9 @@ def _read_json(path: epath.Path, name: str) -> dict[str, Any]:
 
 def read_arrays(path: epath.Path, abstract: Any, sums: Mapping[str, int]) -> tuple[Any, str | None]:
     """Returns (the arrays that `abstract` names, None), or (None, their damage); `sums` are the stored checksums."""
-    abstract = jax.tree.map(_with_sharding, abstract)
+    # Without a sharding Orbax would fall back on the devices the checkpoint was saved from, which may not exist here.
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default), abstract)
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     arrays, damage = attempt(lambda: _restore(path, abstract, restore_args), path)
     damage = damage or changed_arrays(checksums(arrays), sums)
@@ -169,22 +160,8 @@ def _restore(path: epath.Path, abstract: Any, restore_args: Any) -> Any:
     return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)
 
 
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Without one Orbax would fall back on the devices the checkpoint was saved from, which may not exist here.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def attempt(read: Callable[[], Any], path: epath.Path) -> tuple[Any, str | None]:
-    """Calls `read`, which reads the checkpoint at `path`, in all processes.
-
-    Returns:
-      (its result, None) if it succeeded in all processes, otherwise (None, the damage).
+    """Returns (read(), None), or (None, the damage) if that fails in any process; `path` is the checkpoint that it reads.
 
     Raises:
       OSError: if not the checkpoint is to blame, but the disk, the bucket or the memory, after some more attempts; or if this
@@ -206,8 +183,7 @@ def attempt(read: Callable[[], Any], path: epath.Path) -> tuple[Any, str | None]
             _open_all(path)  # libraries report files out of reach as missing
             return None, reason_of(error)
 
-    # the clients of buckets have tried again for a quarter of an hour
-    tries = 1 if buckets.is_address(path) else None
+    tries = 1 if buckets.is_address(path) else None  # the clients of buckets have tried again for a quarter of an hour
     result, damage = faults.read(result_or_damage, name=lambda: f"checkpoint {str(path)!r}", tries=tries)
     if isinstance(damage, Exception):
         raise damage
@@ -220,20 +196,17 @@ def attempt(read: Callable[[], Any], path: epath.Path) -> tuple[Any, str | None]
 
 def _open_all(folder: epath.Path) -> None:
     """Raises OSError if a file in a folder is there, but cannot be opened."""
-    try:
+    with contextlib.suppress(FileNotFoundError):  # damage
         for path in folder.iterdir():
             if path.is_dir():
                 _open_all(path)
             else:
                 with path.open("rb") as file:
                     file.read(1)
-    except FileNotFoundError:
-        pass  # damage
 
 
 def reason_of(error: BaseException) -> str:
     """Returns the first line of the innermost cause: Orbax and TensorStore wrap it in pages of their own state."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).splitlines() or [""])[0].split(" [tensorstore_spec=")[0]
-    return f"{type(error).__name__}: {line}"
+    return f"{type(error).__name__}: {faults.first_line(error).split(' [tensorstore_spec=')[0]}"

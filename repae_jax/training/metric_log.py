@@ -28,13 +28,9 @@ def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "met
     """Returns the writer of a run's metrics; in processes other than 0 it writes nothing.
 
     Scalars go to TensorBoard event files in `<workdir>/tensorboard` and to `<workdir>/metrics.jsonl` (see `JsonLines`);
-    images and everything else go to TensorBoard only. On resume the JSON lines continue without gap or duplicate.
+    images and everything else go to TensorBoard only. After `resume_step` the JSON lines continue without gap or duplicate;
     TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values. If the workdir
     is in a bucket, both are written to a local folder first, see `buckets.Mirror`; `flush` and `close` upload them.
-
-    Args:
-      workdir: the run's folder.
-      resume_step: the step that training continues from; None or 0 for a new run.
     """
     # TensorFlow takes seconds to import, which `--help` and other tests need not wait for.
     import tensorflow as tf
@@ -96,12 +92,9 @@ class JsonLines:
     """A file with one JSON object per write, complete on disk after each: {"step": 5, "time": 1.7e9, "loss": 0.3}.
 
     Numbers that are not finite become the strings "nan", "inf" and "-inf", which `float()` reads back: JSON has no
-    numbers for them. A step that is written twice (losses, then the metrics of a hook) has two lines.
-
-    Args:
-      path: the file. Lines of steps after `resume_step` are removed from it, since the resumed run writes them again,
-        and so is a last line that a kill left unfinished.
-      resume_step: the step that training continues from; at 0 an existing file is renamed to path.1, path.2, …
+    numbers for them. A step that is written twice (losses, then the metrics of a hook) has two lines. Lines of steps after
+    `resume_step` are removed, since the resumed run writes them again, and so is a last line that a kill left unfinished; at
+    step 0 an existing file is renamed to path.1, path.2, …
     """
 
     def __init__(self, path: epath.PathLike, resume_step: int = 0):
@@ -115,17 +108,8 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one line.
-
-        Args:
-          step: the training step.
-          scalars: name -> number or array of one element.
-
-        Raises:
-          ValueError: if a metric is called "step" or "time", as every line has these.
-        """
-        reserved = sorted({"step", "time"} & set(scalars))
-        if reserved:
+        """Appends one line of numbers or arrays of one element; ValueError if one is called "step" or "time"."""
+        if reserved := sorted({"step", "time"} & set(scalars)):
             raise ValueError(f"metric names {reserved} are taken by the step and time of each line; rename the metrics")
         values = {name: _json_number(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), "time": time.time(), **values}, allow_nan=False) + "\n")
@@ -137,16 +121,13 @@ class JsonLines:
 
 
 def arithmetic_speed(images_per_second: float, flop_per_image: float, devices: int, peak: float | None) -> dict[str, float]:
-    """Returns the arithmetic of training done in a second, and its share of what the devices could do.
+    """Returns 'tflops_per_device', 1e12 FLOP/s, and its share of the peak, 'mfu' (model FLOPs utilization).
 
     Args:
       images_per_second: images of all devices.
       flop_per_image: FLOP of a training step on one image, counted without recomputation.
       devices: number of devices.
-      peak: FLOP/s of one device; None if unknown, as for CPUs.
-
-    Returns:
-      'tflops_per_device', 1e12 FLOP/s; and, if the peak is known, 'mfu', model FLOPs utilization: its share of the peak.
+      peak: FLOP/s of one device; None if unknown, as for CPUs: then there is no 'mfu'.
     """
     per_device = flop_per_image * images_per_second / devices
     return {"tflops_per_device": per_device / 1e12} | ({"mfu": per_device / peak} if peak else {})
@@ -160,24 +141,16 @@ class Progress:
     compilation, and pause it for checkpoints and pictures.
 
     Args:
-      total_steps: the step at which the run ends.
-      start_step: the step it starts or resumes from.
+      start_step: the step the run starts or resumes from.
       batch_size: images per step, over all devices.
       arithmetic: function of images per second that returns further numbers, as `arithmetic_speed` does; None for none.
       waited: seconds that each process has waited for input so far, as `update` takes them.
-      clock: returns seconds; replaceable in tests.
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        start_step: int,
-        batch_size: int,
-        *,
-        arithmetic: Callable[[float], dict[str, float]] | None = None,
-        waited: Sequence[float] = (),
-        clock: Callable[[], float] = time.monotonic,
-    ):
+        self, total_steps: int, start_step: int, batch_size: int, *, arithmetic: Callable[[float], dict] | None = None,
+        waited: Sequence[float] = (), clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
         self._total_steps, self._batch_size, self._arithmetic, self._clock = total_steps, batch_size, arithmetic, clock
         self._last_step, self._last_time, self._paused_seconds, self._last_waited = start_step, clock(), 0.0, waited
         self._smooth_seconds_per_step: float | None = None
@@ -193,19 +166,16 @@ class Progress:
             self._paused_seconds += self._clock() - began
 
     def update(self, step: int, waited: Sequence[float] = ()) -> dict[str, float]:
-        """Measures the speed since the last update.
+        """Returns the speed since the last update; ValueError if no step was finished since.
 
         Args:
           step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
           waited: seconds that each process has waited for input since the run's beginning, see `Loader.wait_seconds`.
 
         Returns:
-          'images_per_second' and 'seconds_per_step' since the last update; 'eta_seconds' from a moving average; 'input_wait',
-          0..1, the share of the time since the last update without a batch to dispatch, in the process that waited longest,
-          for which all others wait; and the numbers of `arithmetic`.
-
-        Raises:
-          ValueError: if no step was finished since the last update.
+          'images_per_second' and 'seconds_per_step'; 'eta_seconds' from a moving average; 'input_wait', 0..1, the share of the
+          time without a batch to dispatch, in the process that waited longest, for which all others wait; and the numbers of
+          `arithmetic`.
         """
         if step <= self._last_step:
             raise ValueError(f"step={step} does not exceed {self._last_step}, the last one; update after a step is done")
@@ -231,22 +201,17 @@ class Progress:
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
         """Returns one line: 'step 500/2000 (25 %)  sit 0.812  vae 0.33  142 img/s  MFU 41 %  input wait 0 %  ETA 3m12s'.
 
-        Args:
-          step: number of finished steps.
-          metrics: name -> number, shown in this order; the names that `update` returns are shown once, at the end: the
-            arithmetic as MFU where that is known, else in TFLOP/s.
+        Metrics are shown in their order, and last what `update` returned: the arithmetic as MFU where known, else in TFLOP/s.
         """
         parts = [f"step {step}/{self._total_steps} ({100 * step // max(self._total_steps, 1)} %)"]
         parts += [f"{name} {float(value):.4g}" for name, value in metrics.items() if name not in SPEED_NAMES]
-        speed = self._speed
-        if speed:
+        if speed := self._speed:
             parts.append(f"{speed['images_per_second']:.3g} img/s")
             if "mfu" in speed:
                 parts.append(f"MFU {100 * speed['mfu']:.0f} %")
             elif "tflops_per_device" in speed:
                 parts.append(f"{speed['tflops_per_device']:.3g} TFLOP/s per device")
-            parts.append(f"input wait {100 * speed['input_wait']:.0f} %")
-            parts.append(f"ETA {_duration(speed['eta_seconds'])}")
+            parts += [f"input wait {100 * speed['input_wait']:.0f} %", f"ETA {_duration(speed['eta_seconds'])}"]
         return "  ".join(parts)
 
 
@@ -254,8 +219,7 @@ def _drop_lines_after(path: epath.Path, last_step: int) -> None:
     """Removes the lines of later steps, and broken lines, from a file."""
     lines = path.read_bytes().splitlines()  # a broken one may be no text
     kept = [line for line in lines if (step := step_of(line)) is not None and step <= last_step]
-    broken = sum(step_of(line) is None for line in lines)
-    if broken:
+    if broken := sum(step_of(line) is None for line in lines):
         logging.warning("%s: %d unfinished or broken line(s) removed", path, broken)
     rewritten = path.parent / f"{path.name}.tmp"
     rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
@@ -280,8 +244,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
+    if days or hours:
+        return f"{days}d{hours:02d}h" if days else f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -14,28 +14,19 @@ _Beta = Annotated[float, real(0, below=1)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW(Section):
-    """AdamW behind clipping by the network's global gradient norm.
+    """AdamW behind clipping by the network's global gradient norm; `b1` to `weight_decay` as in optax.adamw."""
 
-    Attributes:
-      learning_rate: the rate after the warm-up, which rises linearly from 0 over `warmup_steps`.
-      schedule: afterwards the rate is constant, or falls along a line or a cosine.
-      decay_steps: step at which it reaches `final_learning_rate`; None with a constant rate.
-      b1, b2, eps, weight_decay: as in optax.adamw.
-      clip_norm: largest norm of the gradient of the trained parts.
-      fixed: top-level names of parameters that are not trained: they have no moments and do not decay.
-    """
-
-    learning_rate: Weight
+    learning_rate: Weight  # after the warm-up, in which it rises linearly from 0
     warmup_steps: Count
-    schedule: Annotated[str, Choice(SCHEDULES)]
-    decay_steps: Positive | None
+    schedule: Annotated[str, Choice(SCHEDULES)]  # after the warm-up; "linear" and "cosine" fall
+    decay_steps: Positive | None  # step at which the rate reaches `final_learning_rate`; None with a constant rate
     final_learning_rate: Weight
     b1: _Beta
     b2: _Beta
     eps: Annotated[float, real(above=0)]
     weight_decay: Weight
-    clip_norm: Annotated[float, real(above=0)]
-    fixed: tuple[str, ...]
+    clip_norm: Annotated[float, real(above=0)]  # largest norm of the gradient of the trained parts
+    fixed: tuple[str, ...]  # top-level names of parameters that are not trained: they have no moments and do not decay
 
     def __post_init__(self):
         super().__post_init__()

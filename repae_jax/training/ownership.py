@@ -40,10 +40,7 @@ class WorkdirLost(multihost.CollectiveError):
 
 @contextlib.contextmanager
 def owned(workdir: epath.Path) -> Iterator[Callable[[], None]]:
-    """Makes this run the owner of a workdir while the context lasts; all processes of the run call it.
-
-    Args:
-      workdir: an existing folder, on a disk or in a bucket.
+    """Makes this run the owner of a workdir, a folder that exists, while the context lasts; all processes of the run call it.
 
     Yields:
       Function that all processes call before they save; it raises WorkdirLost if another run has become the owner.
@@ -88,18 +85,17 @@ class _Owner:
 
     def acquire(self) -> str | None:
         """Becomes the owner and returns None, or describes who is."""
-        if not self._create():
+        is_new = self._create()
+        if not is_new:
             sign = self._sign()
             if sign and self._is_alive(sign):
                 return _describe(self._sign() or sign)  # by now the name may be written
             logging.warning("%s: %s is not there any more; this run takes its place", self._path, _describe(sign))
             self._write()
-        elif self._is_on_disk:  # where only one can create it
-            self._beating.start()
-            return None
-        time.sleep(_SETTLE_SECONDS[self._is_on_disk])
-        if other := self.other():
-            return other
+        if not (is_new and self._is_on_disk):  # on a disk only one can create it
+            time.sleep(_SETTLE_SECONDS[self._is_on_disk])
+            if other := self.other():
+                return other
         self._beating.start()
         return None
 
@@ -124,50 +120,41 @@ class _Owner:
         """Writes the file unless there is one; returns whether it did."""
         if self._is_on_disk:
             try:
-                with open(self._path, "x") as file:  # noqa: PTH123 (etils has no such mode)
-                    file.write(self._text())
+                Path(self._path).touch(exist_ok=False)
             except FileExistsError:
                 return False
-            return True
-        if self._path.exists():
+        elif self._path.exists():
             return False
         self._write()
         return True
 
     def _write(self):
-        self._path.write_text(self._text())
-
-    def _text(self):
-        return json.dumps({**self._about, "beats": self._beats}, indent=1)
+        self._path.write_text(json.dumps({**self._about, "beats": self._beats}, indent=1))
 
     def _sign(self):
-        """Returns (content of the file, time of its last change by the clock of the disk); None if there is no file.
+        """Returns (content of the file, time of its last change by the clock of the disk); None if there is no file."""
 
-        It is opened each time, so that network file systems show the changes of others.
-        """
-        return faults.read(self._read, name=lambda: str(self._path))
+        def read():
+            try:
+                with self._path.open("rb") as file:  # opened each time: so network file systems show the changes of others
+                    content = file.read().decode(errors="replace")  # a crash of the machine may have left anything
+                    return content, os.fstat(file.fileno()).st_mtime_ns if self._is_on_disk else 0
+            except Exception:
+                if self._path.exists():
+                    raise
+                return None
 
-    def _read(self):
-        try:
-            with self._path.open("rb") as file:
-                content = file.read().decode(errors="replace")  # a crash of the machine may have left anything
-                return content, os.fstat(file.fileno()).st_mtime_ns if self._is_on_disk else 0
-        except Exception:
-            if self._path.exists():
-                raise
-            return None
+        return faults.read(read, name=lambda: str(self._path))
 
     def _is_alive(self, sign):
         """Returns whether the owner that gave a sign lives."""
-        alive = _is_alive_here(_parse(sign))
-        if alive is not None:
+        if (alive := _is_alive_here(_parse(sign))) is not None:
             return alive
         logging.warning("%s: %s; looking for signs of life for %d s", self._path, _describe(sign), WATCH_SECONDS)
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(min(_POLL_SECONDS, WATCH_SECONDS / 10))
-            now = self._sign()
-            if now != sign:
+            if (now := self._sign()) != sign:
                 return now is not None
         return False
 
@@ -185,7 +172,6 @@ class _Owner:
 
 @contextlib.contextmanager
 def _logged(problem, path):
-    """Context that turns an error into a warning."""
     try:
         yield
     except Exception as error:  # clients of buckets have types of their own
@@ -202,8 +188,7 @@ def _parse(sign):
 
 
 def _describe(sign):
-    about = _parse(sign)
-    if not about:
+    if not (about := _parse(sign)):
         return "a run that has not said yet who it is"
     job = "".join(f", {name}={value}" for name, value in about["job"].items())
     return f"the run of process {about['pid']} on host {about['host']}{job}, since {about['since']}"

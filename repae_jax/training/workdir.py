@@ -7,16 +7,13 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from repae_jax import buckets
+from repae_jax import buckets, faults
 
 _LONGEST = 3800  # bytes of a path: names below it need the rest of the 4095 that Linux allows
 
 
 def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
-    """Creates a workdir, proves that it can be written to, and returns its absolute path.
-
-    Args:
-      workdir: a local path (`~` and relative paths allowed) or a bucket, `gs://bucket/path`.
+    """Creates a workdir, a local path or `gs://bucket/path`, proves that it can be written to, and returns its absolute path.
 
     Raises:
       ValueError: if the workdir has a name that checkpoints would be lost under, or cannot be created or written to.
@@ -34,10 +31,9 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     except OSError as error:
         if buckets.is_address(path):
             raise
-        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
-            f"workdir {str(path)!r} cannot be written to ({type(error).__name__}: {reason}): give a folder that exists or can "
-            "be created, where this user may create files"
+            f"workdir {str(path)!r} cannot be written to ({type(error).__name__}: {faults.first_line(error)}): give a folder "
+            "that exists or can be created, where this user may create files"
         ) from error
     return path
 
