@@ -33,31 +33,19 @@ Images = UInt8[np.ndarray, "N H W 3"]
 
 
 class ImageSet(Protocol):
-    """A set of images.
-
-    Attributes:
-      count: number of images.
-      shape: [H, W].
-      description: plain values that identify the set.
-      warnings: reasons why its scores could mislead.
-    """
+    """A set of images."""
 
     count: int
-    shape: list[int]
-    description: dict[str, Any]
-    warnings: Sequence[str]
+    shape: list[int]  # [H, W]
+    description: dict[str, Any]  # plain values that identify the set
+    warnings: Sequence[str]  # reasons why its scores could mislead
 
     def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
         """Yields the images first..end - 1 for each of the ranges, which ascend."""
 
 
 class NpzImages:
-    """ADM's npz, key arr_0; read from the archive in order, whether compressed or not.
-
-    Raises:
-      FileNotFoundError: if it does not exist.
-      ValueError: if it is damaged, or arr_0 is not there or not uint8 [N, H, W, 3].
-    """
+    """ADM's npz, key arr_0: uint8 [N, H, W, 3], read from the archive in order, whether compressed or not."""
 
     def __init__(self, path: epath.PathLike):
         self._path = Path(path)
@@ -113,8 +101,7 @@ class NpzImages:
 class FolderImages:
     """All images below a folder, in the order of their paths, unchanged: never cropped or resized, all of one size.
 
-    Raises:
-      ValueError: if there is no image; when they are read, if one cannot be, has another size, or is not 8-bit gray or RGB.
+    When they are read, there is a ValueError if one cannot be, has another size, or is not 8-bit gray or RGB.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -177,14 +164,9 @@ class DatasetImages:
 
 
 class SampledImages:
-    """Images that a model draws as they are measured.
+    """Images that a model draws as they are measured; `description` identifies model and settings.
 
-    Args:
-      draw: function that yields (batch number, images) of the batches that its argument `skip` does not hold.
-      count: number of images.
-      shape: [H, W].
-      batch_size: size of all batches but the last.
-      description: plain values that identify model and settings.
+    `draw` yields (batch number, images) of the batches that its argument `skip` does not hold, all but the last of batch_size.
     """
 
     warnings = ()
@@ -204,12 +186,8 @@ class SampledImages:
 
 
 def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
-    """Returns the images in an npz or a folder; None for anything else, such as a workdir or weights of a model.
-
-    Raises:
-      ValueError: for samples that are not finished, and as the sets of images.
-    """
-    if _is_model(path):
+    """Returns the images in an npz or a folder; None for anything else, such as a workdir or weights of a model."""
+    if (path / "checkpoints").is_dir() or (path / "args.json").exists():  # a workdir of ours, or a published one
         return None
     unfinished = [path] if path.suffix == ".parts" else sorted(path.glob("*.parts")) if path.is_dir() else []
     if path.suffix == ".npz" and not path.exists() and path.with_suffix(".parts").is_dir():
@@ -229,14 +207,6 @@ def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
     return FolderImages(path)
 
 
-def _is_model(path: epath.Path) -> bool:
-    """Tells whether a folder is a workdir of ours or a published one."""
-    return (path / "checkpoints").is_dir() or (path / "args.json").exists()
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_image(source, record: int) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an image of a source of `repae_jax.data`; raises ValueError, with its name, if it cannot be decoded."""
     fields, error = reading.attempt(source, record)
@@ -252,24 +222,9 @@ def source_blocks(source, blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
 
 def read_blocks(read: Callable[[int], UInt8[np.ndarray, "H W 3"]], blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
     """Yields the stacked results of `read` for each block of records, read ahead in threads."""
-    images = loader.read_ahead(MapDataset.source(_Blocks(read, blocks)), workers=0)
-    try:
+    dataset = MapDataset.source(blocks).map(lambda block: np.stack(reading.at_once(read, block)))
+    with contextlib.closing(loader.read_ahead(dataset, workers=0)) as images:
         yield from images
-    finally:
-        images.close()
-
-
-class _Blocks:
-    """Item k holds the images of block k: for `loader.read_ahead`."""
-
-    def __init__(self, read, blocks):
-        self._read, self._blocks = read, blocks
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def __getitem__(self, k):
-        return np.stack(reading.at_once(self._read, self._blocks[k]))
 
 
 @contextlib.contextmanager

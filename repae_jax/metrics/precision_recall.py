@@ -14,10 +14,8 @@ Block = tuple[Float[Array, "b F"], Float[Array, " b"]]  # features and their squ
 
 
 def precision_recall(
-    reference: Float[np.ndarray, "M F"],
-    samples: Float[np.ndarray, "N F"],
-    neighbors: int = NEIGHBORS,
-    block_size: int = BLOCK_SIZE,
+    reference: Float[np.ndarray, "M F"], samples: Float[np.ndarray, "N F"],
+    neighbors: int = NEIGHBORS, block_size: int = BLOCK_SIZE,
 ) -> tuple[float, float]:
     """Computes the share of samples near the reference (precision), and of the reference near samples (recall).
 
@@ -25,17 +23,8 @@ def precision_recall(
     feature's `neighbors`-th nearest neighbor in the set, itself left out. Distances are computed block by block in float32;
     the published code computes them in float16, and in float32 where those overflow.
 
-    Args:
-      reference: finite, M > neighbors.
-      samples: finite, N > neighbors.
-      neighbors: see above.
-      block_size: features whose distances are in memory at a time.
-
     Returns:
-      (precision, recall), in [0, 1].
-
-    Raises:
-      ValueError: if the shapes do not fit, or something is not finite.
+      (precision, recall), in [0, 1]. ValueError if something is not finite, or M or N is not above `neighbors`.
 
     Reference: Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2; ADM `evaluations/evaluator.py` `ManifoldEstimator`.
     """
