@@ -95,15 +95,7 @@ def normalized_latents(trained: LoadedModel, name: str, source: Any, records, ba
 def measure_cknna(
     args: argparse.Namespace, source: Source, trained: LoadedModel, images_source: Any, records, encoders: Mapping[str, Encoded]
 ) -> list[dict[str, Any]]:
-    """Measures the agreement of a SiT's blocks with encoders.
-
-    Args:
-      args: the command line.
-      source: the SiT's source; messages name it.
-      trained: the SiT and its VAE.
-      images_source: images, see `repae_jax.data`.
-      records: records of it.
-      encoders: features of the same images by label.
+    """Measures the agreement of a SiT's blocks with encoders, given their features of the same images by label.
 
     Returns:
       [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}]; measures are CKNNA by both formulas,
@@ -132,7 +124,6 @@ def measure_cknna(
 
 
 def _states(run, trained, z, t, labels, batch_size, seed) -> Float[np.ndarray, "depth N D"]:
-    """Computes the hidden states of all images at one timestep."""
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
     states = np.empty((trained.nets.sit.depth, len(z), trained.nets.sit.hidden_size), np.float32)
     for first in range(0, len(z), batch_size):

@@ -14,10 +14,7 @@ from repae_jax.training.checkpoint import fingerprint
 def describe(model: Model, block: int, compared: set[str]) -> dict[str, Any]:
     """Computes the entry of a model in analysis.json, without CKNNA; numbers that collapsed latents do not define are nan.
 
-    Args:
-      model: the VAE and its latents.
-      block: side of the DCT's blocks.
-      compared: transforms that all models were measured under; mean equivariance errors are over these.
+    `block` is the side of the DCT's blocks; mean equivariance errors are over the transforms `compared`.
     """
     latents = model.latents
     stats, collapsed, shares = channels.channel_stats(latents), channels.collapsed(latents), channels.variance_shares(latents)

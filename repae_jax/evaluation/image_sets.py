@@ -207,17 +207,16 @@ def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
     return FolderImages(path)
 
 
-def read_image(source, record: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an image of a source of `repae_jax.data`; raises ValueError, with its name, if it cannot be decoded."""
-    fields, error = reading.attempt(source, record)
-    if error:
-        raise ValueError(f"{source.name(record)} cannot be read ({error}); repair or remove it")
-    return fields["image"]
-
-
 def source_blocks(source, blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
-    """Yields the images of each block of records of a source, decoded ahead in threads; errors as of `read_image`."""
-    return read_blocks(functools.partial(read_image, source), blocks)
+    """Yields the images of each block of records of a source, decoded ahead; ValueError, with its name, if one is broken."""
+
+    def read(record):
+        fields, error = reading.attempt(source, record)
+        if error:
+            raise ValueError(f"{source.name(record)} cannot be read ({error}); repair or remove it")
+        return fields["image"]
+
+    return read_blocks(read, blocks)
 
 
 def read_blocks(read: Callable[[int], UInt8[np.ndarray, "H W 3"]], blocks: Sequence[Sequence[int]]) -> Iterator[Images]:

@@ -18,9 +18,6 @@ from repae_jax.evaluation.metrics_file import Curve, read_metrics
 Picture = UInt8[np.ndarray, "H W 3"]
 
 
-# ---- computing ------------------------------------------------------------------------------------------------------
-
-
 def read_curves(metrics_jsonl: epath.PathLike) -> dict[str, Curve]:
     """Returns (steps, values) of every metric of a run's metrics.jsonl; raises ValueError if a line is broken."""
     metrics = read_metrics(metrics_jsonl)
@@ -45,11 +42,7 @@ def moving_average(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"], scale: int = 3) -> Picture:
-    """Lays images out with one row per class, in ascending order, enlarged by a whole number; short rows end in white.
-
-    Raises:
-      ValueError: if there are no images, or not as many labels as images.
-    """
+    """Lays images out with one row per class, in ascending order, enlarged by a whole number; short rows end in white."""
     images, labels = np.asarray(images), np.asarray(labels)
     if not len(images) or labels.shape != (len(images),):
         raise ValueError(
@@ -63,14 +56,10 @@ def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N
 
 
 def pca_colors(latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
-    """Maps latents to colors: their first three principal components over all positions of all images, each from 0 to 255.
-
-    Black where nothing varies. Raises ValueError if there are fewer than three channels.
-    """
+    """Maps latents to colors: three principal components over all positions of all images, each from 0 to 255."""
     components = principal_components(latents)
     low, high = components.min(axis=(0, 1, 2)), components.max(axis=(0, 1, 2))
-    scaled = (components - low) / np.maximum(high - low, 1e-12)
-    return np.round(255 * scaled).astype(np.uint8)
+    return np.round(255 * (components - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)  # black if nothing varies
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -78,13 +67,7 @@ def pca_colors(latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h 
 
 
 def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Mapping[str, Sequence[str]]) -> None:
-    """Draws one panel per group: raw values light, their moving average on top.
-
-    Args:
-      metrics_jsonl: the run's metrics.jsonl.
-      path: the PNG to write.
-      groups: names of the metrics by title of the panel.
-    """
+    """Draws one panel per group, its title with names of metrics: raw values light, their moving average on top."""
     _require("groups", groups, "panel title with the names of its metrics")
     curves = read_curves(metrics_jsonl)
     missing = sorted({name for names in groups.values() for name in names} - set(curves))
@@ -106,23 +89,10 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
 
 
 def plot_settings(
-    path: epath.PathLike,
-    values: Mapping[str, Sequence[float]],
-    value_title: str,
-    curves: Mapping[str, Curve],
-    curve_title: str,
-    log_scale: bool = False,
+    path: epath.PathLike, values: Mapping[str, Sequence[float]], value_title: str,
+    curves: Mapping[str, Curve], curve_title: str, log_scale: bool = False,
 ) -> None:
-    """Draws two panels: a bar with a dot for every run per setting, and a curve per setting.
-
-    Args:
-      path: the PNG to write.
-      values: numbers of the runs by setting; those that are not finite are left out.
-      value_title: title of the first panel.
-      curves: by setting; a setting may have none.
-      curve_title: title of the second panel.
-      log_scale: draws the curves' values on a logarithmic scale.
-    """
+    """Draws two panels: a bar per setting, with a dot for every finite number of it, and a curve per setting that has one."""
     _require("values", values, "setting with its numbers")
     size = 5, max(2.6, 0.42 * len(values) + 1)
     figure, ((left, _), (right, _)) = _panels({value_title: None, curve_title: None}, 2, size, dpi=80)
@@ -152,13 +122,7 @@ def show_pictures(path: epath.PathLike, pictures: Mapping[str, Picture], columns
 
 
 def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 3"] | str], size: int = 96) -> None:
-    """Draws labeled rows of pictures, all enlarged to about `size` pixels.
-
-    Args:
-      path: the PNG to write.
-      rows: pictures by label, whose H and W may differ from row to row; or a text to show in their place.
-      size: side of a picture in pixels, about.
-    """
+    """Draws labeled rows of pictures, or a text in their place, all enlarged to about `size` pixels, whatever their H and W."""
     _require("rows", rows, "label with its pictures")
     sheets = {
         label: image_tools.grid(row, columns=len(row), scale=max(1, round(size / row.shape[1])))
@@ -178,21 +142,17 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
 
 
 def plot_lines(
-    path: epath.PathLike,
-    panels: Mapping[str, Mapping[str, tuple]],
-    x_title: str,
-    y_titles: Sequence[str],
-    log_scale: bool = False,
-    reference: tuple[str, Sequence[float], Sequence[float]] | None = None,
+    path: epath.PathLike, panels: Mapping[str, Mapping[str, tuple]], x_title: str, y_titles: Sequence[str],
+    log_scale: bool = False, reference: tuple[str, Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Draws panels with lines, side by side, with one legend for all.
 
     Args:
       path: the PNG to write.
       panels: lines by title of the panel and name: (x, y), or (x, y, matplotlib's keywords for the line).
-      x_title: title of the x axis of all panels.
-      y_titles: titles of the y axis, one for each panel.
-      log_scale: draws y on a logarithmic scale.
+      x_title: of all panels.
+      y_titles: one for each panel.
+      log_scale: of y.
       reference: (name, x, y) of a dashed line in all panels.
     """
     _require("panels", panels, "title with its lines")
@@ -211,10 +171,7 @@ def plot_lines(
 def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws a panel per model: the histogram of every channel, upright, dark where values are frequent.
 
-    Args:
-      path: the PNG to write.
-      panels: by title; 'edges' of the bins [K + 1], 'shares' [C, K], and for each channel [C] the 'median' and the quantiles
-        'low' and 'high', drawn as ticks.
+    Of each panel, 'edges' of the bins [K + 1], 'shares' [C, K], and 'median', 'low' and 'high' quantiles [C], drawn as ticks.
     """
     _require("panels", panels, "model with its histograms")
     figure, drawn = _panels(panels, 2, (5.2, 3.4))
@@ -233,13 +190,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
 
 
 def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> None:
-    """Draws panels with groups of bars: a group per measure, in it a bar per model.
-
-    Args:
-      path: the PNG to write.
-      panels: values by title of the panel and measure, one per name; nan is no bar.
-      names: the models.
-    """
+    """Draws panels with groups of bars: a group per measure, in it a bar per model of `names`; nan is no bar."""
     if not panels or not names:
         raise ValueError(f"panels {list(panels)}, names {list(names)}; allowed: at least one of each")
     figure, drawn = _panels(panels, len(panels), (5.2, 3.8), fontsize="medium")
