@@ -36,11 +36,9 @@ def parse_args(argv=None):
     parser = cli.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("source", nargs="?", type=cli.path, help="workdir, published run or checkpoint; ADM's npz; folder of images")
-    add(
-        "--reference", type=cli.path,
+    add("--reference", type=cli.path,
         help="npz with statistics of real images, ADM's or made here; or real images, as folder:path=/data/train or "
-        "digits:split=train, cropped to the samples' size",
-    )
+        "digits:split=train, cropped to the samples' size")
     add("--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {files.RANDOM!r}: for tests only")
     add("--out", type=cli.path, help="path of the result, ending in .json")
     add("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")

@@ -43,15 +43,11 @@ def parse_args(argv=None):
     description = __doc__.split("\n\n")[0]
     parser = cli.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add(
-        "source", type=cli.path,
-        help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder"
-    )
-    add(
-        "--data", type=cli.path,
+    add("source", type=cli.path,
+        help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder")
+    add("--data", type=cli.path,
         help="folder of images, or NAME:FIELD=VALUE,… as in folder:path=/data/val or digits:split=test; default, for a run: "
-        "its training images",
-    )
+        "its training images")
     add("--image_size", type=cli.whole(1, 2**20), help="side of the images in pixels; default, for a run: that of training")
     add("--num_images", type=cli.whole(1), help="so many images, evenly spread over all; default all")
     add("--inception", type=cli.path, help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests")
@@ -62,10 +58,8 @@ def parse_args(argv=None):
     add("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
     add("--workers", type=cli.whole(0, 4096), default=0, help="processes that decode images; 0 decodes in threads")
     add("--step", type=cli.whole(0), help="checkpoint of a run; default the newest")
-    add(
-        "--out", type=cli.path,
-        help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…",
-    )
+    add("--out", type=cli.path,
+        help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…")
     return parser.parse_args(argv)
 
 
@@ -107,7 +101,6 @@ def _choose_out(args, vae, name, fields, source, count):
 
 
 def _load_lpips(args, side, warn):
-    """Loads the parameters of LPIPS; None if it is left out."""
     paths = args.lpips_vgg16, args.lpips_linear
     if not any(paths):
         warn("LPIPS is left out: no --lpips_vgg16 and --lpips_linear")
@@ -125,7 +118,6 @@ def _load_lpips(args, side, warn):
 
 
 def _load_inception(args, count, warn):
-    """Loads the InceptionNetwork for rFID; None if it is left out."""
     if not args.inception:
         warn("rFID is left out: no --inception")
     elif count < 2:
@@ -138,7 +130,6 @@ def _load_inception(args, count, warn):
 
 
 def _measure(args, vae, source, records, lpips, inception, warn):
-    """Returns the comparison and its metrics."""
     comparison = compare_all(
         vae.module, vae.params, source, records, mesh=sharding.make_mesh(1), batch_size=args.batch_size, latents=args.latents,
         seed=args.seed, lpips=lpips, features_fn=inception and (lambda pixels: inception(pixels).pool), workers=args.workers,

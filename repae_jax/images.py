@@ -39,12 +39,10 @@ def grid(
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height, width = images.shape[1] + padding, images.shape[2] + padding
-    sheet = np.full((rows * height + padding, columns * width + padding, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = padding + i // columns * height, padding + i % columns * width
-        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return sheet
+    tiles = np.pad(images, [(0, rows * columns - len(images)), (0, padding), (0, padding), (0, 0)], constant_values=255)
+    height, width = tiles.shape[1:3]
+    sheet = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return np.pad(sheet, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
 
 
 def viewing_scale(size: int) -> int:
@@ -62,7 +60,11 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3
     """
     if size < 1:
         raise ValueError(f"size is {size}; allowed: a positive number of pixels")
-    check_enlarged(*image.size, size)
+    short, long = sorted(image.size)
+    if long / short * size**2 > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, too narrow an image to be enlarged to {size} on its shorter side"
+        )
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white instead of scaling them
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = image.convert("RGB")
@@ -74,13 +76,6 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3
     pixels = np.array(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
-
-
-def check_enlarged(width: int, height: int, size: int) -> None:
-    """Raises ValueError if an image, with its shorter side of `size` pixels, would have more than MOST_PIXELS."""
-    short, long = sorted((width, height))
-    if long / short * size**2 > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, too narrow an image to be enlarged to {size} on its shorter side")
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -39,10 +39,9 @@ def psnr(expected: Images, actual: Images) -> Float[Array, " B"]:
 def difference_sums(
     encoded: Float[np.ndarray, "B h w C"], transformed: Float[np.ndarray, "B h w C"]
 ) -> Float[np.ndarray, "4 C"]:
-    """Computes the sums over a batch that `relative_error` needs; sums of several batches are added.
+    """Computes the sums over a batch that `relative_error` needs, in float64; sums of several batches are added.
 
-    Returns:
-      float64: number of values, sums of E(T x), of its squares, and of the squared differences from T E(x).
+    They are the number of values, sums of E(T x), of its squares, and of the squared differences from T E(x).
     """
     encoded, transformed = (np.asarray(x, np.float64) for x in (encoded, transformed))
     if encoded.shape != transformed.shape or encoded.ndim != 4:
@@ -54,8 +53,7 @@ def difference_sums(
 def relative_error(sums: Float[np.ndarray, "4 C"]) -> float:
     """Computes the root of the mean squared |E(T x) - T E(x)| over the variance of E(T x), both summed over the channels.
 
-    Returns:
-      0 if the transform and encoding commute, about sqrt(2) if both are unrelated; nan if E(T x) is the same everywhere.
+    It is 0 if the transform and encoding commute, about sqrt(2) if both are unrelated; nan if E(T x) is the same everywhere.
     """
     count, total, squares, differences = sums
     spread = (squares - total**2 / count).sum()

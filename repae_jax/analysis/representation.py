@@ -27,11 +27,6 @@ class Neighbors:
     similarities: Float[np.ndarray, "N k"]  # inner products with them, in float64
     row_means: Float[np.ndarray, " N"]  # mean inner product with all N images, itself included, in float64
 
-    @property
-    def size(self) -> int:
-        """The number of images N."""
-        return len(self.indices)
-
 
 def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -> Neighbors:
     """Finds the k nearest neighbors by inner product, in float32, with `rows` rows of the kernel in memory at a time."""
@@ -57,9 +52,13 @@ def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -
 
 def _mutual(a: Neighbors, b: Neighbors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the pairs (i, j) with j among i's neighbors by both: rows, columns, similarities by a and by b, row-major."""
-    of_a, of_b = ((np.arange(x.size)[:, None] * x.size + x.indices).ravel() for x in (a, b))
+    if a.indices.shape != b.indices.shape:
+        shapes = f"{list(a.indices.shape)} and {list(b.indices.shape)}"
+        raise ValueError(f"neighbors are {shapes}; allowed: the same images and k for both")
+    size = len(a.indices)
+    of_a, of_b = ((np.arange(size)[:, None] * size + x.indices).ravel() for x in (a, b))
     common, in_a, in_b = np.intersect1d(of_a, of_b, assume_unique=True, return_indices=True)
-    rows, columns = np.divmod(common, a.size)
+    rows, columns = np.divmod(common, size)
     return rows, columns, a.similarities.ravel()[in_a], b.similarities.ravel()[in_b]
 
 
@@ -71,7 +70,7 @@ def _centered_alignment(a: Neighbors, b: Neighbors) -> float:
 def _unbiased_alignment(a: Neighbors, b: Neighbors) -> float:
     """Computes Song et al.'s unbiased HSIC of the two kernels, each 0 but at mutual neighbors (and so not symmetric)."""
     rows, columns, by_a, by_b = _mutual(a, b)
-    size = a.size
+    size = len(a.indices)
     codes, mirrored = rows * size + columns, columns * size + rows
     at = np.searchsorted(codes, mirrored).clip(max=max(len(codes) - 1, 0))
     is_pair = codes[at] == mirrored
@@ -84,12 +83,9 @@ def _unbiased_alignment(a: Neighbors, b: Neighbors) -> float:
 def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> float:
     """Computes CKNNA of two representations from their neighbors, for the same images and k.
 
-    Args:
-      a: of the first representation.
-      b: of the second.
-      formula: 'paper', kernels centered by the mean of each row over all images, then summed over mutual neighbors; or
-        'platonic_code', the released code's: kernels set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and
-        the second is not quite symmetric in a and b.
+    By the formula 'paper', kernels are centered by the mean of each row over all images, then summed over mutual neighbors. By
+    'platonic_code', the released code's, they are set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and the
+    second is not quite symmetric in a and b.
 
     Returns:
       1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
@@ -100,25 +96,14 @@ def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> fl
     """
     if formula not in FORMULAS:
         raise ValueError(f"formula {formula!r} is unknown; allowed: {', '.join(FORMULAS)}")
-    _check_alike(a, b)
-    align = _centered_alignment if formula == "paper" else _unbiased_alignment
-    product = align(a, a) * align(b, b)
-    if product <= 0:
-        return np.nan
-    return float(align(a, b) / (np.sqrt(product) + (0 if formula == "paper" else EPSILON)))
+    align, epsilon = (_centered_alignment, 0) if formula == "paper" else (_unbiased_alignment, EPSILON)
+    alignment, product = align(a, b), align(a, a) * align(b, b)
+    return float(alignment / (np.sqrt(product) + epsilon)) if product > 0 else np.nan
 
 
 def neighbor_overlap(a: Neighbors, b: Neighbors) -> float:
     """Computes the mean share of an image's k neighbors that both representations have, in [0, 1]."""
-    _check_alike(a, b)
     return len(_mutual(a, b)[0]) / a.indices.size
-
-
-def _check_alike(a: Neighbors, b: Neighbors) -> None:
-    if a.indices.shape != b.indices.shape:
-        raise ValueError(
-            f"neighbors are {list(a.indices.shape)} and {list(b.indices.shape)}; allowed: the same images and k for both"
-        )
 
 
 def cknna(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int = 10, formula: str = "paper") -> float:

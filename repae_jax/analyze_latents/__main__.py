@@ -35,36 +35,26 @@ def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "sources", nargs="+", metavar="SOURCE",
-        help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint",
-    )  # fmt: skip
+    add("sources", nargs="+", metavar="SOURCE",
+        help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint")
     add("--step", type=cli.whole(0), help="checkpoint of all runs without @STEP; default the newest of each")
     add("--vae", type=cli.path, help="the VAE of a SOURCE that holds none; for one SOURCE")
-    add(
-        "--data", type=cli.path,
-        help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own",
-    )
+    add("--data", type=cli.path,
+        help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own")
     add("--image_size", type=cli.whole(1, 2**20), help="pixels of the images' sides; default: the first run's")
     add("--num_images", type=cli.whole(1), default=256, help="drawn from the data without repetition (default: 256)")
     add("--batch_size", type=cli.whole(1), default=32, help="images at a time, over all devices (default: 32)")
     add("--seed", type=cli.seed, default=0, help="of the images drawn, and of the noise (default: 0)")
     add("--out", type=cli.path, help="folder of the results; default WORKDIR/analysis for one run")
-    add(
-        "--cknna", nargs="*", metavar="ENCODER",
+    add("--cknna", nargs="*", metavar="ENCODER",
         help="compare the SiT of every SOURCE, block by block, with these encoders: Hugging Face names or folders, "
-        "ENCODER@PIXELS for another image size; none: those that the runs were aligned with",
-    )  # fmt: skip
-    add(
-        "--timesteps", type=cli.number(ranges.real(0, 1)), nargs="+", default=[0.1, 0.5, 0.9],
-        help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)",
-    )  # fmt: skip
+        "ENCODER@PIXELS for another image size; none: those that the runs were aligned with")
+    add("--timesteps", type=cli.number(ranges.real(0, 1)), nargs="+", default=[0.1, 0.5, 0.9],
+        help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)")
     add("--cknna_images", type=cli.whole(1), default=10_000, help="for --cknna, at most (default: 10000, as published)")
-    add(
-        "--labels", choices=LABELS, default="null",
+    add("--labels", choices=LABELS, default="null",
         help="for --cknna: what the SiT is told. null (default), no class, so that nothing but the noisy latent tells what the "
-        "image shows; own, the image's class",
-    )  # fmt: skip
+        "image shows; own, the image's class")
     return parser.parse_args(argv)
 
 

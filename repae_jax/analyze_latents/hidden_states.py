@@ -30,19 +30,9 @@ Encoded = tuple[Float[np.ndarray, "N F"], representation.Neighbors]  # features 
 def encoder_features(
     name: str, path: str, image_size: int | None, source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Float[np.ndarray, "N F"], str]:
-    """Computes the patch tokens of a vision encoder, averaged over each image.
+    """Computes the patch tokens of a vision encoder, averaged over each image: float32 rows of length 1; and its fingerprint.
 
-    Args:
-      name: label of the progress bar.
-      path: the weights, see `load_encoder`.
-      image_size: side of the encoder's images, None for its own.
-      source: images, see `repae_jax.data`.
-      records: records of it.
-      batch_size: images at a time.
-      mesh: device mesh.
-
-    Returns:
-      float32 rows of length 1; the fingerprint of the weights.
+    The weights at `path` are as of `load_encoder`; `image_size` is the side of the encoder's images, None for its own.
     """
     try:
         encoder, params = load_encoder(path, source.image_size, image_size)
@@ -135,7 +125,6 @@ def _states(run, trained, z, t, labels, batch_size, seed) -> Float[np.ndarray, "
 
 
 def _agreement(state: Float[np.ndarray, "N D"], encoders: Mapping[str, Encoded]) -> dict[tuple[str, str], float]:
-    """Computes all measures of one block's hidden states, by encoder and measure."""
     state = representation.unit_rows(state)
     neighbors, values = representation.nearest(state, NEIGHBORS), {}
     for encoder, (features, others) in encoders.items():

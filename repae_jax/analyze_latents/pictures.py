@@ -11,8 +11,6 @@ from repae_jax.analysis import channels
 from repae_jax.analyze_latents.encoding import Model
 from repae_jax.evaluation import plots
 
-_LINE_STYLES = ("-", "--", ":", "-.")
-
 
 def draw(
     folder: epath.Path, models: Sequence[Model], descriptions: Sequence[dict[str, Any]],
@@ -82,7 +80,7 @@ def _draw_cknna(path, descriptions):
             lines = {}
             for i, name, row in rows:
                 if row["encoder"] == encoder and row["measure"] == f"cknna_{formula}":
-                    line_style = _LINE_STYLES[timesteps.index(row["timestep"]) % len(_LINE_STYLES)]
+                    line_style = ("-", "--", ":", "-.")[timesteps.index(row["timestep"]) % 4]
                     style = {"color": f"C{i % 10}", "linestyle": line_style}
                     at = np.arange(1, len(row["blocks"]) + 1)
                     lines[f"{name}, t = {row['timestep']:g}"] = (at, row["blocks"], style)

@@ -59,8 +59,7 @@ def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source
         for name, path, at in parsed
     )
     names = [source.name for source in sources]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"sources have the same name: {', '.join(repeated)}; tell them apart with NAME=SOURCE")
     return sources
 
@@ -97,8 +96,7 @@ def out_folder(args: argparse.Namespace, sources: Sequence[Source], configs: Con
         out = f"{sources[0].path}/analysis"
     if not out:
         raise ValueError("give --out, the folder of the results; only those of one run have a default")
-    existing = [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]
-    if existing:
+    if existing := [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]:
         raise ValueError(f"{out} holds {', '.join(existing)}: give another --out, or move it away")
     return epath.Path(out)
 

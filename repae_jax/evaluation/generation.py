@@ -29,26 +29,15 @@ def open_real_images(text: str, image_size: int) -> NpzImages | DatasetImages:
     return DatasetImages(data.make_source(name, image_size, **fields), {"data": text})
 
 
-def open_reference(
-    text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone
-) -> Reference | None:
+def open_reference(text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone) -> Reference | None:
     """Returns the reference to compare images with, of their size, with features where the real images are at hand.
 
-    Args:
-      text: npz of statistics; or real images, see `open_real_images`.
-      images: the images to compare.
-      network: the feature network.
-      folder: holds unfinished work.
-      is_done: tells whether process 0 has removed the folder.
-
-    Returns:
-      None in processes other than the first if features had to be made.
+    `text` is an npz of statistics, or as of `open_real_images`. The folder holds unfinished work; `is_done` tells whether it
+    has been removed. None is returned in processes other than the first if features had to be made.
     """
     if not text.endswith(".npz"):
         if images.shape[0] != images.shape[1]:
-            raise ValueError(
-                f"the samples have {images.shape[0]} x {images.shape[1]} pixels; datasets are cropped to squares"
-            )
+            raise ValueError(f"the samples have {images.shape[0]} x {images.shape[1]} pixels; datasets are cropped to squares")
         measured = reference_stats.measure_reference(open_real_images(text, images.shape[0]), network, folder, is_done=is_done)
         return measured and measured[0]
     reference = reference_stats.read_reference(text, network)

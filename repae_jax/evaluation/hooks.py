@@ -82,17 +82,12 @@ class _Pictures:
     def save(self, step: int, shown: UInt8[np.ndarray, "N H W 3"], in_pairs: bool = False) -> None:
         if jax.process_index() == 0:
             columns = math.ceil(math.sqrt(self.config["hooks"]["images"]))
-            columns = 2 * math.ceil(columns / 2) if in_pairs else columns
-            scale = images.viewing_scale(self.config["data"]["image_size"])
-            picture = images.grid(shown, columns, scale=scale)
+            columns += in_pairs and columns % 2
+            picture = images.grid(shown, columns, scale=images.viewing_scale(self.config["data"]["image_size"]))
             with buckets.reached(self.workdir):
                 self.path(step).parent.mkdir(exist_ok=True)
                 files.save_png(self.path(step), picture)
             self.writer.write_images(step, {self.kind: picture[None]})
-
-
-def _replicated(job, array):
-    return sharding.put(array, sharding.replicated(job.mesh))
 
 
 def _jit_generate(job):
@@ -104,7 +99,8 @@ def _jit_generate(job):
 def _make_samples(job, frozen, pictures):
     """Returns the function of (step, state) that draws samples of all classes, always from the same noise."""
     count, num_classes = job.config["hooks"]["images"], job.config["data"]["num_classes"]
-    labels, ids = _replicated(job, np.arange(count, dtype=np.int32) * num_classes // count), _replicated(job, np.arange(count))
+    labels = np.arange(count, dtype=np.int32) * num_classes // count
+    labels, ids = sharding.put((labels, np.arange(count)), sharding.replicated(job.mesh))
     run = _jit_generate(job)
 
     def samples(step, state):
@@ -124,7 +120,7 @@ def _make_reconstructions(job, source, pictures):
 
     def reconstructions(step, state):
         params = state.ema.params if job.nets.sit is None else state.vae.params
-        recon = np.asarray(run(params, _replicated(job, images.to_float(originals))))
+        recon = np.asarray(run(params, sharding.put(images.to_float(originals), sharding.replicated(job.mesh))))
         pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
         pictures.save(step, pairs, in_pairs=True)
 

@@ -25,7 +25,6 @@ SORTED = (
     "the images come class by class: splits of consecutive ones hold few classes each, so the inception score is too low; "
     "shuffle them"
 )
-_LOSSY = (".jpg", ".jpeg", ".webp")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
 Range = tuple[int, int]  # first, end
@@ -113,7 +112,7 @@ class FolderImages:
         content = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in zip(self._names, stats)]
         digest = hashlib.sha256("\n".join(content).encode(errors="surrogateescape")).hexdigest()[:16]
         self.description = {"folder": self._root.name, "files": self.count, "listing": digest}
-        lossy = sum(name.lower().endswith(_LOSSY) for name in self._names)
+        lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self._names)
         self.warnings = [f"{lossy} of {self.count} images are JPEG or WebP, whose losses change all scores"] * bool(lossy)
         if len({Path(name).parent for name in self._names}) > 1:
             self.warnings.append(SORTED)
@@ -201,8 +200,7 @@ def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
         return NpzImages(path)
     if not path.is_dir():
         return None
-    archives = sorted(path.glob("*.npz"))
-    if archives:
+    if archives := sorted(path.glob("*.npz")):
         raise ValueError(f"{path} holds {archives[0].name}, not only images: give the npz, or a folder of nothing but samples")
     return FolderImages(path)
 

@@ -27,18 +27,13 @@ IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # features of an image in a part
 FEATURES = ("pool", "spatial", "logits")
 
 Devices = list[jax.Device] | None
-Kept = Bool[np.ndarray, " N"]
 IsDone = Callable[[], bool]
 
 
 class InceptionNetwork:
     """InceptionV3 with weights: pixels in, features out, in float32 without reduced-precision products.
 
-    Args:
-      params: parameters of InceptionV3.
-      batch_size: images at a time, over all devices; a multiple of these.
-      devices: default all of this process.
-      prepare: preprocessing of the images, see InceptionV3.
+    It takes `batch_size` images at a time, over all devices: by default, all of this process.
     """
 
     pool_features = 2048
@@ -95,7 +90,7 @@ class FeatureParts:
     """
 
     def __init__(
-        self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Kept | None = None,
+        self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Bool[np.ndarray, " N"] | None = None,
         is_done: IsDone = lambda: False,
     ):  # fmt: skip
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
@@ -143,8 +138,7 @@ class FeatureParts:
         if not multihost.wait_for_files([file], self._is_done):
             return False
         before, now = files.read_json(file), json.loads(json.dumps(self._settings))
-        differing = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-        if differing:
+        if differing := {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}:
             raise ValueError(
                 f"{self._folder} holds unfinished work with other settings (there, here): {differing}; choose another --out, "
                 "or the old settings, or remove the folder"
@@ -189,5 +183,4 @@ class FeatureParts:
 
 
 def _split(first: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Splits a range into ranges of `size`, the last one shorter."""
     return [(at, min(at + size, end)) for at in range(first, end, size)]

@@ -1,6 +1,7 @@
 """Pictures of runs: curves of their metrics, settings side by side, images sorted by class, latents in colors."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import ndimage
 
 from repae_jax import files
 from repae_jax import images as image_tools
@@ -31,14 +33,10 @@ def read_curves(metrics_jsonl: epath.PathLike) -> dict[str, Curve]:
 def moving_average(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Computes the centered mean over about a twentieth of the curve, of finite values; nan where there are none around."""
     values = np.asarray(values, np.float64)
-    half = len(values) // 40
     finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    start = np.clip(np.arange(len(values)) - half, 0, None)
-    stop = np.clip(np.arange(len(values)) + half + 1, None, len(values))
-    count = counts[stop] - counts[start]
-    return np.where(count > 0, (sums[stop] - sums[start]) / np.maximum(count, 1), np.nan)
+    window = functools.partial(ndimage.uniform_filter1d, size=2 * (len(values) // 40) + 1, mode="constant")
+    means, shares = window(np.where(finite, values, 0)), window(finite.astype(np.float64))
+    return np.divide(means, shares, out=np.full(len(values), np.nan), where=shares > 0)
 
 
 def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"], scale: int = 3) -> Picture:
@@ -70,13 +68,12 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
     """Draws one panel per group, its title with names of metrics: raw values light, their moving average on top."""
     _require("groups", groups, "panel title with the names of its metrics")
     curves = read_curves(metrics_jsonl)
-    missing = sorted({name for names in groups.values() for name in names} - set(curves))
-    if missing:
+    if missing := sorted({name for names in groups.values() for name in names} - set(curves)):
         raise ValueError(
             f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {', '.join(sorted(curves)) or 'none yet'}"
         )
     columns = int(np.ceil(np.sqrt(len(groups))))
-    figure, panels = _panels(groups, columns, (4.2, 3.2), dpi=120)
+    figure, panels = _panels(groups.items(), columns, (4.2, 3.2), dpi=120)
     for axes, names in panels:
         for i, name in enumerate(names):
             steps, values = curves[name]
@@ -95,7 +92,7 @@ def plot_settings(
     """Draws two panels: a bar per setting, with a dot for every finite number of it, and a curve per setting that has one."""
     _require("values", values, "setting with its numbers")
     size = 5, max(2.6, 0.42 * len(values) + 1)
-    figure, ((left, _), (right, _)) = _panels({value_title: None, curve_title: None}, 2, size, dpi=80)
+    figure, ((left, _), (right, _)) = _panels([(value_title, None), (curve_title, None)], 2, size, dpi=80)
     for i, (name, numbers) in enumerate(values.items()):
         finite = [x for x in numbers if np.isfinite(x)]
         if finite:
@@ -114,7 +111,7 @@ def show_pictures(path: epath.PathLike, pictures: Mapping[str, Picture], columns
     """Draws pictures of one size side by side, `columns` in a row, their names above."""
     _require("pictures", pictures, "name with its picture")
     height, width = next(iter(pictures.values())).shape[:2]
-    figure, panels = _panels(pictures, columns, (4, 4 * height / width + 0.3), dpi=80, fontsize="small")
+    figure, panels = _panels(pictures.items(), columns, (4, 4 * height / width + 0.3), dpi=80, fontsize="small")
     for axes, picture in panels:
         axes.imshow(picture, interpolation="nearest")
         axes.axis("off")
@@ -131,7 +128,7 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
     }
     width = max((sheet.shape[1] for sheet in sheets.values()), default=6 * size)
     height = max((sheet.shape[0] for sheet in sheets.values()), default=size)
-    figure, panels = _panels(rows, 1, (width / 100, (height + 26) / 100), fontsize="small", loc="left", pad=3)
+    figure, panels = _panels(rows.items(), 1, (width / 100, (height + 26) / 100), fontsize="small", loc="left", pad=3)
     for (axes, row), label in zip(panels, rows):
         axes.axis("off")
         if label in sheets:
@@ -147,16 +144,11 @@ def plot_lines(
 ) -> None:
     """Draws panels with lines, side by side, with one legend for all.
 
-    Args:
-      path: the PNG to write.
-      panels: lines by title of the panel and name: (x, y), or (x, y, matplotlib's keywords for the line).
-      x_title: of all panels.
-      y_titles: one for each panel.
-      log_scale: of y.
-      reference: (name, x, y) of a dashed line in all panels.
+    Lines, by title of the panel and name, are (x, y), or (x, y, matplotlib's keywords for the line). `reference` is a
+    dashed line in all panels, (name, x, y).
     """
     _require("panels", panels, "title with its lines")
-    figure, drawn = _panels(panels, len(panels), (5.2 + 2 / len(panels), 4))
+    figure, drawn = _panels(panels.items(), len(panels), (5.2 + 2 / len(panels), 4))
     for (axes, lines), y_title in zip(drawn, y_titles):
         for i, (name, (x, y, *style)) in enumerate(lines.items()):
             _draw_curve(axes, x, y, i, max_marked=39, label=name, **(style[0] if style else {}))
@@ -174,7 +166,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
     Of each panel, 'edges' of the bins [K + 1], 'shares' [C, K], and 'median', 'low' and 'high' quantiles [C], drawn as ticks.
     """
     _require("panels", panels, "model with its histograms")
-    figure, drawn = _panels(panels, 2, (5.2, 3.4))
+    figure, drawn = _panels(panels.items(), 2, (5.2, 3.4))
     for axes, panel in drawn:
         shares = np.asarray(panel["shares"])
         channels = np.arange(len(shares))
@@ -193,7 +185,7 @@ def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[f
     """Draws panels with groups of bars: a group per measure, in it a bar per model of `names`; nan is no bar."""
     if not panels or not names:
         raise ValueError(f"panels {list(panels)}, names {list(names)}; allowed: at least one of each")
-    figure, drawn = _panels(panels, len(panels), (5.2, 3.8), fontsize="medium")
+    figure, drawn = _panels(panels.items(), len(panels), (5.2, 3.8), fontsize="medium")
     for axes, groups in drawn:
         width = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -212,14 +204,14 @@ def _require(name: str, values: Any, needed: str) -> None:
 
 
 def _panels(
-    contents: Mapping[str, Any], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
+    contents: Collection[tuple[str, Any]], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
 ) -> tuple[Figure, list[tuple[Axes, Any]]]:
-    """Returns a figure of panels of `size` in inches, titled by the keys of `contents`, and (axes, content) of each."""
+    """Returns a figure of panels of `size` in inches, and (axes, content) of each (title, content)."""
     columns = min(columns, len(contents))
     rows = -(-len(contents) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=dpi, layout="constrained")
     panels = []
-    for i, (title, content) in enumerate(contents.items(), start=1):
+    for i, (title, content) in enumerate(contents, start=1):
         axes = figure.add_subplot(rows, columns, i)
         axes.set_title(title, **title_keywords)
         axes.grid(alpha=0.25)

@@ -40,11 +40,9 @@ def check_on_disk(path: epath.PathLike) -> None:
 
 
 def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference:
-    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`.
+    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`, whose weights the network must have.
 
-    Args:
-      path: the npz. Keys: mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall.
-      network: must have the weights that the file names, if it does.
+    Its keys are mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall.
     """
     check_on_disk(path)
     path = Path(path)
@@ -107,12 +105,8 @@ def measure_reference(
 ) -> tuple[Reference, FeatureParts] | None:
     """Measures the statistics of all images of a set; returns them and their parts, None in processes other than the first.
 
-    Args:
-      images: two at least.
-      network: the feature network.
-      folder: holds unfinished work; continued if it exists.
-      keep_images: keeps the images that `write_reference` needs.
-      is_done: tells whether process 0 has removed the folder.
+    The folder holds unfinished work, which is continued; `is_done` tells whether process 0 has removed it. `keep_images` keeps
+    the images that `write_reference` needs.
     """
     chosen = np.zeros(images.count, bool)
     chosen[np.random.default_rng(0).permutation(images.count)[:KEPT_IMAGES]] = True

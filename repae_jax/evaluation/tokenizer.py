@@ -130,23 +130,10 @@ def compare_all(
     latents: str, seed: int, lpips: Any = None, workers: int = 0,
     features_fn: Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b F"]] | None = None,
 ) -> Comparison:
-    """Compares images of a source with their reconstructions, one batch in memory at a time, over all devices of the mesh.
+    """Compares records of a source with their reconstructions, one batch in memory at a time, over all devices of the mesh.
 
-    Args:
-      vae: the network.
-      params: its parameters.
-      source: images, see `repae_jax.data`.
-      records: the records of the source to compare.
-      mesh: device mesh.
-      batch_size: images at a time; a multiple of the devices.
-      latents: 'sampled' or 'mode'.
-      seed: seed of the samples.
-      lpips: parameters of LPIPS; None leaves it out.
-      workers: processes that decode.
-      features_fn: computes features of pixels, for rFID; None leaves it out.
-
-    Raises:
-      ValueError: if no image can be decoded, or a reconstruction is not finite.
+    `batch_size` is a multiple of the devices; latents are as of `make_compare`, `lpips` are parameters, and `features_fn`
+    computes features of pixels, for rFID. ValueError if no image can be decoded, or a reconstruction is not finite.
     """
     placed = jax.device_put({"vae": params, "lpips": lpips}, sharding.replicated(mesh))
     compare = jax.jit(make_compare(vae, latents, source.image_size))

@@ -69,10 +69,8 @@ def gaussian_stats(features: Float[np.ndarray, "N F"]) -> Stats:
 def frechet_distance(mean1: Mean, cov1: Cov, mean2: Mean, cov2: Cov) -> float:
     """Computes the squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features.
-
-    Returns:
-      The distance, summed over the features; >= 0 up to rounding. ValueError if the sizes do not fit.
+    The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features. The
+    distance is summed over the features, and >= 0 up to rounding.
 
     Reference: Heusel et al., arXiv 1706.08500, eq. 6; ADM `evaluations/evaluator.py` `frechet_distance`, which takes a
       general matrix root instead. It is slower, and on singular covariances complex or not finite.

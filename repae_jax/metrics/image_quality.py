@@ -34,10 +34,9 @@ def ssim(images: Float[Array, "B H W C"], others: Float[Array, "B H W C"], data_
 
     Args:
       images: floats, H and W at least WINDOW; any dtype but float64 is computed in float32.
-      others: the images to compare them with.
+      others: as `images`.
       data_range: largest minus smallest value that images can have: 2 for [-1, 1], 255 for pixels. Values are not clipped.
-        Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray, and the result
-        is another number.
+        Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray.
 
     Returns:
       The mean over positions and channels, at most 1. ValueError for integers, of which products overflow, small images, or

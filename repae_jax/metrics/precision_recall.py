@@ -22,10 +22,7 @@ def precision_recall(
 
     A feature is near a set if it lies in the ball around any of the set's features, whose radius is the distance to that
     feature's `neighbors`-th nearest neighbor in the set, itself left out. Distances are computed block by block in float32;
-    the published code computes them in float16, and in float32 where those overflow.
-
-    Returns:
-      (precision, recall), in [0, 1]. ValueError if something is not finite, or M or N is not above `neighbors`.
+    the published code computes them in float16, and in float32 where those overflow. M and N must be above `neighbors`.
 
     Reference: Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2; ADM `evaluations/evaluator.py` `ManifoldEstimator`.
     """

@@ -14,8 +14,7 @@ from repae_jax.report.files import place_of, size_of, unreadable
 
 PICTURE_BYTES = (90_000, 800_000)  # (guaranteed, maximum) base64 bytes per picture
 SERIES_POINTS = 40  # most pictures of one series over training time
-# longest side in pixels, WebP quality
-_LADDER = ((1600, 85), (1200, 80), (900, 75), (700, 65), (500, 50), (350, 40), (200, 30))
+_LADDER = ((1600, 85), (1200, 80), (900, 75), (700, 65), (500, 50), (350, 40), (200, 30))  # longest side in pixels, quality
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +30,7 @@ def encode_picture(path: epath.Path, limit: int) -> dict[str, Any] | None:
 
     Returns:
       'src'; 'width', 'height' of the file; 'reduced': longest side in pixels that was kept, 0 for the unchanged file, -1 for
-      the same pixels compressed. None if it does not fit. A file that is no whole picture raises any of the errors that
-      `embed_pictures` catches.
+      the same pixels compressed. None if it does not fit. Damaged files raise any of the errors that `embed_pictures` catches.
     """
     raw = path.read_bytes()
     try:
