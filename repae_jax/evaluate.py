@@ -32,23 +32,16 @@ from repae_jax.training.checkpoint import fingerprint
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(
-        description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "source", nargs="?", type=cli.path, help="workdir, published run or checkpoint; ADM's npz; folder of images"
-    )
-    parser.add_argument(
-        "--reference", type=cli.path,
+    description = "\n\n".join(__doc__.split("\n\n")[:2])
+    parser = cli.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("source", nargs="?", type=cli.path, help="workdir, published run or checkpoint; ADM's npz; folder of images")
+    add("--reference", type=cli.path,
         help="npz with statistics of real images, ADM's or made here; or real images, as folder:path=/data/train or "
-        "digits:split=train, cropped to the samples' size",
-    )
-    parser.add_argument(
-        "--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {files.RANDOM!r}: for tests only"
-    )
-    parser.add_argument("--out", type=cli.path, help="path of the result, ending in .json")
-    parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")
+        "digits:split=train, cropped to the samples' size")
+    add("--inception", type=cli.path, required=True, help=f"weights of FID's Inception; {files.RANDOM!r}: for tests only")
+    add("--out", type=cli.path, help="path of the result, ending in .json")
+    add("--batch_size", type=cli.whole(1), default=64, help="images at a time, over the devices of a process")
     cli.add_processes(parser)
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", type=cli.path, metavar="NPZ", help="write this file, and nothing else")
@@ -65,8 +58,7 @@ def parse_args(argv=None):
     sample.check_arguments(parser, args)
     names = [action.dest for action in sampling._group_actions]
     args.model_options = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
-    needed = ("data", "image_size") if args.make_reference else ("source", "reference")
-    for name in needed:
+    for name in ("data", "image_size") if args.make_reference else ("source", "reference"):
         if getattr(args, name) is None:
             command = "--make_reference" if args.make_reference else "an evaluation"
             parser.error(f"{command} needs {'' if name == 'source' else '--'}{name}")
@@ -75,19 +67,12 @@ def parse_args(argv=None):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The images to evaluate.
-
-    Attributes:
-      images: the set of images.
-      protocol: settings of the model that draws them; empty if they exist already.
-      labels: int32 [N] of the images that are drawn, or None.
-      out: default path of the result; None if there is no place for it.
-    """
+    """The images to evaluate."""
 
     images: ImageSet
-    protocol: dict
-    labels: np.ndarray | None
-    out: epath.Path | None
+    protocol: dict  # settings of the model that draws them; empty if they exist already
+    labels: np.ndarray | None  # int32 [N] of the images that are drawn
+    out: epath.Path | None  # default path of the result; None if there is no place for it
 
 
 def _open_source(args):
@@ -115,13 +100,10 @@ def _open_model(args, path):
     }  # fmt: skip
     if args.out is None and not path.is_dir():
         raise ValueError(f"{path} is no folder to keep the result in: give --out")
-    images = SampledImages(
-        functools.partial(sample.sample_batches, trained, sampling, labels, args.batch_size, args.seed),
-        count=len(labels),
-        shape=[side * trained.nets.vae.factor for side in trained.latent_shape[:2]],
-        batch_size=args.batch_size,
-        description={name: value for name, value in protocol.items() if name != "model"},
-    )
+    draw = functools.partial(sample.sample_batches, trained, sampling, labels, args.batch_size, args.seed)
+    shape = [side * trained.nets.vae.factor for side in trained.latent_shape[:2]]
+    description = {name: value for name, value in protocol.items() if name != "model"}
+    images = SampledImages(draw, len(labels), shape, args.batch_size, description)
     name = sample.settings_name(trained.step, sampling, args)
     return Source(images, protocol, labels, path / "evaluations" / f"{name}.json" if path.is_dir() else None)
 
@@ -151,9 +133,8 @@ def run(args):
     multihost.check_shared(epath.Path(folder.parent))
     network = load_network(args.inception, args.batch_size)
     reference = open_reference(args.reference, images, network, folder / "reference", out.exists)
-    parts = FeatureParts(
-        folder / "samples", images, network, np.full(images.count, bool(args.keep_samples)), is_done=out.exists
-    )  # fmt: skip
+    kept = np.full(images.count, bool(args.keep_samples))
+    parts = FeatureParts(folder / "samples", images, network, kept, is_done=out.exists)
     parts.make("samples")
     if not is_first:
         multihost.wait_for_files([out])
@@ -162,9 +143,7 @@ def run(args):
     if args.inception == files.RANDOM:
         warnings.insert(0, "RANDOM Inception weights: the scores mean nothing")
     result = {
-        "kind": "generation",
-        "step": source.protocol.get("step"),
-        "metrics": metrics,
+        "kind": "generation", "step": source.protocol.get("step"), "metrics": metrics,
         "protocol": {
             **source.protocol, "num_samples": images.count, "image_size": list(images.shape), "source": str(args.source),
             "images": images.description, "inception": {"weights": str(args.inception), "checksum": network.checksum},
@@ -193,8 +172,7 @@ def make_reference(args):
         out.parent.mkdir(parents=True, exist_ok=True)
     multihost.check_shared(out.parent)
     network = load_network(args.inception, args.batch_size)
-    folder = out.with_suffix(".parts")
-    images = open_real_images(args.data, args.image_size)
+    folder, images = out.with_suffix(".parts"), open_real_images(args.data, args.image_size)
     measured = measure_reference(images, network, folder, keep_images=True, is_done=out.exists)
     if jax.process_index():
         multihost.wait_for_files([out])

@@ -40,50 +40,32 @@ PREPROCESSING = {
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "source", type=cli.path,
-        help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder"
-    )
-    parser.add_argument(
-        "--data", type=cli.path,
+    description = __doc__.split("\n\n")[0]
+    parser = cli.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("source", type=cli.path,
+        help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder")
+    add("--data", type=cli.path,
         help="folder of images, or NAME:FIELD=VALUE,… as in folder:path=/data/val or digits:split=test; default, for a run: "
-        "its training images",
-    )
-    parser.add_argument(
-        "--image_size", type=cli.whole(1, 2**20), help="side of the images in pixels; default, for a run: that of training"
-    )
-    parser.add_argument("--num_images", type=cli.whole(1), help="so many images, evenly spread over all; default all")
-    parser.add_argument(
-        "--inception", type=cli.path, help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests"
-    )
-    parser.add_argument(
-        "--lpips_vgg16", type=cli.path, help=f"torchvision's VGG16, or LPIPS as a whole; {RANDOM!r} (both) for tests"
-    )
-    parser.add_argument("--lpips_linear", type=cli.path, help="linear weights of LPIPS v0.1")
-    parser.add_argument(
-        "--latents", choices=LATENTS, default="sampled", help="of the posterior: a sample, as published, or its mean"
-    )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the samples; image i's depends on the seed and i alone")
-    parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
-    parser.add_argument(
-        "--workers", type=cli.whole(0, 4096), default=0, help="processes that decode images; 0 decodes in threads"
-    )
-    parser.add_argument("--step", type=cli.whole(0), help="checkpoint of a run; default the newest")
-    parser.add_argument(
-        "--out", type=cli.path,
-        help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…",
-    )
+        "its training images")
+    add("--image_size", type=cli.whole(1, 2**20), help="side of the images in pixels; default, for a run: that of training")
+    add("--num_images", type=cli.whole(1), help="so many images, evenly spread over all; default all")
+    add("--inception", type=cli.path, help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests")
+    add("--lpips_vgg16", type=cli.path, help=f"torchvision's VGG16, or LPIPS as a whole; {RANDOM!r} (both) for tests")
+    add("--lpips_linear", type=cli.path, help="linear weights of LPIPS v0.1")
+    add("--latents", choices=LATENTS, default="sampled", help="of the posterior: a sample, as published, or its mean")
+    add("--seed", type=cli.seed, default=0, help="of the samples; image i's depends on the seed and i alone")
+    add("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
+    add("--workers", type=cli.whole(0, 4096), default=0, help="processes that decode images; 0 decodes in threads")
+    add("--step", type=cli.whole(0), help="checkpoint of a run; default the newest")
+    add("--out", type=cli.path,
+        help="path of the result without its ending; default, for a run: WORKDIR/evaluations/tokenizer-…")
     return parser.parse_args(argv)
 
 
 def _choose_images(args, config, warn):
     """Returns the source to read, its name and its fields."""
-    size = args.image_size
-    if config is not None:
-        size = size or config["data"]["image_size"]
+    size = args.image_size or (config and config["data"]["image_size"])
     if size is None:
         raise ValueError(f"{args.source} is no run of ours, whose config tells the size of its images: give --image_size")
     if args.data:
@@ -119,7 +101,6 @@ def _choose_out(args, vae, name, fields, source, count):
 
 
 def _load_lpips(args, side, warn):
-    """Loads the parameters of LPIPS; None if it is left out."""
     paths = args.lpips_vgg16, args.lpips_linear
     if not any(paths):
         warn("LPIPS is left out: no --lpips_vgg16 and --lpips_linear")
@@ -137,7 +118,6 @@ def _load_lpips(args, side, warn):
 
 
 def _load_inception(args, count, warn):
-    """Loads the InceptionNetwork for rFID; None if it is left out."""
     if not args.inception:
         warn("rFID is left out: no --inception")
     elif count < 2:
@@ -149,23 +129,12 @@ def _load_inception(args, count, warn):
     return None
 
 
-def _check_size(vae, source):
-    factor = vae.module.factor
-    if source.image_size % factor:
-        raise ValueError(
-            f"images of {source.image_size} pixels: this VAE makes one latent of {factor} x {factor} pixels; allowed as "
-            f"--image_size: multiples of {factor}"
-        )
-
-
 def _measure(args, vae, source, records, lpips, inception, warn):
-    """Returns the comparison and its metrics."""
     comparison = compare_all(
         vae.module, vae.params, source, records, mesh=sharding.make_mesh(1), batch_size=args.batch_size, latents=args.latents,
         seed=args.seed, lpips=lpips, features_fn=inception and (lambda pixels: inception(pixels).pool), workers=args.workers,
     )  # fmt: skip
-    bad = comparison.bad_records
-    if bad:
+    if bad := comparison.bad_records:
         names = ", ".join(f"{source.name(record)} ({error})" for record, error in bad[:5])
         warn(f"{len(bad)} of {len(records)} images cannot be decoded and do not count, first {names}")
     metrics = mean_values(comparison.values, warn)
@@ -189,35 +158,31 @@ def run(args):
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
     vae = load_vae(args.source, args.step)
     source, name, fields = _choose_images(args, vae.config, warn)
-    _check_size(vae, source)
+    side, factor = source.image_size, vae.module.factor
+    if side % factor:
+        raise ValueError(
+            f"images of {side} pixels: this VAE makes one latent of {factor} x {factor} pixels; allowed as --image_size: "
+            f"multiples of {factor}"
+        )
     records = _choose_records(args.num_images, len(source))
     out = _choose_out(args, vae, name, fields, source, len(records))
     path, picture = (out.with_name(out.name + ending) for ending in (".json", ".png"))
-    existing = [str(file) for file in (path, picture) if file.exists()]
-    if existing:
+    if existing := [str(file) for file in (path, picture) if file.exists()]:
         raise ValueError(f"{', '.join(existing)} exists; choose another --out, or move it away")
-    side = source.image_size
     if side < image_quality.WINDOW:
         warn(f"SSIM is left out: its window has {image_quality.WINDOW} pixels, the images {side}")
     lpips, inception = _load_lpips(args, side, warn), _load_inception(args, len(records), warn)
     comparison, metrics = _measure(args, vae, source, records, lpips, inception, warn)
     bad = comparison.bad_records
     protocol = {
-        "source": args.source,
-        "vae_fingerprint": fingerprint(vae.params),
-        "data": {"source": name, **fields},
-        "image_size": side,
-        "images": len(comparison.records),
-        "images_of_the_source": len(source),
-        "undecodable": len(bad),
+        "source": args.source, "vae_fingerprint": fingerprint(vae.params), "data": {"source": name, **fields},
+        "image_size": side, "images": len(comparison.records), "images_of_the_source": len(source), "undecodable": len(bad),
         "preprocessing": PREPROCESSING.get(name, f"as the source {name!r} prepares images"),
-        "latents": args.latents,
-        "seed": args.seed if args.latents == "sampled" else None,
-        "rounding": "to the nearest of 0..255",
-        "computed": {metric: METRICS[metric].computed for metric in metrics},
+        "latents": args.latents, "seed": args.seed if args.latents == "sampled" else None,
+        "rounding": "to the nearest of 0..255", "computed": {metric: METRICS[metric].computed for metric in metrics},
         "inception": inception and {"weights": args.inception, "fingerprint": inception.checksum},
         "lpips": lpips and {"vgg16": args.lpips_vgg16, "linear": args.lpips_linear, "fingerprint": fingerprint(lpips)},
-    }
+    }  # fmt: skip
     result = {
         "kind": "tokenizer", "step": vae.step, "metrics": metrics, "protocol": protocol, "warnings": warnings,
         "worst": worst_images(comparison, source),

@@ -10,12 +10,8 @@ MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes no more
 
 
 def to_float(images: UInt8[Any, "*B H W C"]) -> Float[Any, "*B H W C"]:
-    """Maps pixels 0..255 of a NumPy or JAX array to float32 in [-1, 1], the range of the VAE.
-
-    Raises:
-      ValueError: if the images are not uint8 (a second conversion would silently give values near -1).
-    """
-    if images.dtype != np.uint8:
+    """Maps pixels 0..255 of a NumPy or JAX array to float32 in [-1, 1], the range of the VAE."""
+    if images.dtype != np.uint8:  # a second conversion would silently give values near -1
         raise ValueError(f"images have dtype {images.dtype}; allowed: uint8 with values 0..255")
     return images.astype(np.float32) / 127.5 - 1
 
@@ -25,9 +21,6 @@ def to_uint8(images: Float[Any, "*B H W C"]) -> UInt8[Any, "*B H W C"]:
 
     REPA and REPA-E truncate where DiT and SiT round to nearest. So these pixels are half a gray level darker on
     average, and `to_uint8(to_float(x))` is `x - 1` where float32 falls just below an integer (63 of the 256 levels).
-
-    Raises:
-      ValueError: if the images are integers, that is, already pixels.
     """
     if np.issubdtype(images.dtype, np.integer):
         raise ValueError(f"images have dtype {images.dtype}; allowed: a float type with values in [-1, 1]")
@@ -37,17 +30,7 @@ def to_uint8(images: Float[Any, "*B H W C"]) -> UInt8[Any, "*B H W C"]:
 def grid(
     images: UInt8[np.ndarray, "N H W 3"], columns: int, padding: int = 2, scale: int = 1
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Lays images out row by row on a white sheet.
-
-    Args:
-      images: at least one.
-      columns: images per row; fewer when N is smaller.
-      padding: white pixels around and between the images.
-      scale: whole number by which every image is enlarged (nearest neighbor).
-
-    Raises:
-      ValueError: if the images are not a non-empty uint8 `[N, H, W, 3]`, or a layout number is out of range.
-    """
+    """Lays images out row by row, `padding` white pixels around and between, each enlarged `scale` times (nearest neighbor)."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; allowed: uint8 [N, H, W, 3] with N >= 1")
@@ -56,12 +39,10 @@ def grid(
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height, width = images.shape[1] + padding, images.shape[2] + padding
-    sheet = np.full((rows * height + padding, columns * width + padding, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = padding + i // columns * height, padding + i % columns * width
-        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return sheet
+    tiles = np.pad(images, [(0, rows * columns - len(images)), (0, padding), (0, padding), (0, 0)], constant_values=255)
+    height, width = tiles.shape[1:3]
+    sheet = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return np.pad(sheet, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
 
 
 def viewing_scale(size: int) -> int:
@@ -72,17 +53,18 @@ def viewing_scale(size: int) -> int:
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Resizes the shorter side to `size` and cuts out the central square, exactly as ADM prepares ImageNet.
 
-    Images of any mode are converted to RGB. An alpha channel is dropped, as the published code does.
-
-    Raises:
-      ValueError: if the size is not positive, or as of `check_enlarged`.
-      Exception: anything that PIL raises when a file opened lazily turns out undecodable.
+    Images of any mode are converted to RGB. An alpha channel is dropped, as the published code does. A file opened lazily that
+    turns out undecodable may raise anything.
 
     Reference: ADM `guided_diffusion/image_datasets.py` `center_crop_arr`.
     """
     if size < 1:
         raise ValueError(f"size is {size}; allowed: a positive number of pixels")
-    check_enlarged(*image.size, size)
+    short, long = sorted(image.size)
+    if long / short * size**2 > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, too narrow an image to be enlarged to {size} on its shorter side"
+        )
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white instead of scaling them
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = image.convert("RGB")
@@ -94,13 +76,6 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3
     pixels = np.array(image)
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
-
-
-def check_enlarged(width: int, height: int, size: int) -> None:
-    """Raises ValueError if an image, with its shorter side of `size` pixels, would have more than MOST_PIXELS."""
-    short, long = sorted((width, height))
-    if long / short * size**2 > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, too narrow an image to be enlarged to {size} on its shorter side")
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

@@ -164,8 +164,8 @@ def test_cost():
 
 def test_speed_is_read_as_training_logs_it(tmp_path):
     clock = iter([0.0, 10.0])
-    arithmetic = functools.partial(metric_log.arithmetic_speed, flop_per_image=2e12, devices=4, peak=100e12)
-    progress = metric_log.Progress(100, 0, 64, waited=[0.0], arithmetic=arithmetic, clock=lambda: next(clock))
+    speed_of = functools.partial(metric_log.arithmetic_speed, flop_per_image=2e12, devices=4, peak=100e12)
+    progress = metric_log.Progress(100, 0, 64, waited=[0.0], arithmetic=speed_of, clock=lambda: next(clock))
     speed = progress.update(20, waited=[1.0])
     lines = metric_log.JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.write(20, speed)

@@ -11,10 +11,7 @@ def channel_stats(latents: Float[np.ndarray, "B h w C"]) -> dict[str, Float[np.n
 
     Returns:
       Values by name: 'mean', 'std' (biased), 'min', 'max', the names of QUANTILES, 'skewness' and 'kurtosis' (excess: 0 for a
-      Gaussian). The last two are nan for collapsed channels.
-
-    Raises:
-      ValueError: if the latents are not [B, h, w, C].
+      Gaussian). The last two are nan for collapsed channels. ValueError for latents of another shape.
     """
     tokens = _tokens(latents)
     mean, std = tokens.mean(axis=0), tokens.std(axis=0)
@@ -34,11 +31,7 @@ def _is_collapsed(tokens: Float[np.ndarray, "N C"]) -> Bool[np.ndarray, " C"]:
 
 
 def variance_shares(latents: Float[np.ndarray, "B h w C"]) -> Float[np.ndarray, " C"]:
-    """Computes the shares of the variance along the principal axes of the channels, over all positions of all images.
-
-    Returns:
-      float64, the largest first, sum 1; nan if every channel is collapsed.
-    """
+    """Computes the shares of the variance along the principal axes of the channels, largest first; nan if all are collapsed."""
     tokens = _tokens(latents)
     centered = tokens - tokens.mean(axis=0)
     variances = np.linalg.eigvalsh(centered.T @ centered / len(tokens))[::-1].clip(min=0)
@@ -66,14 +59,9 @@ def participation_ratio(shares: Float[np.ndarray, " C"]) -> float:
 def histograms(
     latents: Float[np.ndarray, "B h w C"], bins: int = 80
 ) -> tuple[Float[np.ndarray, " bins+1"], Float[np.ndarray, "C bins"]]:
-    """Computes the histogram of each channel, with the same bins for all.
+    """Computes the histogram of each channel: edges of the bins, the same for all, and shares of the channel's values per bin.
 
-    Args:
-      latents: any scale.
-      bins: number of bins between the 0.05 % and 99.95 % quantiles of all channels together; values outside are left out.
-
-    Returns:
-      Edges of the bins; shares of the channel's values per bin.
+    They lie between the 0.05 % and 99.95 % quantiles of all channels together; values outside are left out.
     """
     tokens = _tokens(latents)
     low, high = np.quantile(tokens, [0.0005, 0.9995])

@@ -17,20 +17,10 @@ Latents = Float[Array, "B h w C"]
 
 
 def compare(
-    encode: Callable[[Images], Latents],
-    decode: Callable[[Latents], Images],
-    transform: Callable[[Array], Array],
-    images: Images,
-    latents: Latents,
+    encode: Callable[[Images], Latents], decode: Callable[[Latents], Images], transform: Callable[[Array], Array],
+    images: Images, latents: Latents,
 ) -> tuple[Latents, Latents, Float[Array, " B"], Float[Array, " B"]]:
-    """Compares both sides of one transform, for a batch; to be jitted.
-
-    Args:
-      encode: function of images of any size.
-      decode: its inverse.
-      transform: function of images and of latents, such as a rotation.
-      images: in [-1, 1].
-      latents: encode(images).
+    """Compares both sides of one transform of images in [-1, 1] and of their latents, for a batch; to be jitted.
 
     Returns:
       E(T x) and T E(x); PSNR in dB and mean absolute error of D(T E(x)) against T x.
@@ -49,17 +39,9 @@ def psnr(expected: Images, actual: Images) -> Float[Array, " B"]:
 def difference_sums(
     encoded: Float[np.ndarray, "B h w C"], transformed: Float[np.ndarray, "B h w C"]
 ) -> Float[np.ndarray, "4 C"]:
-    """Computes the sums over a batch that `relative_error` needs; sums of several batches are added.
+    """Computes the sums over a batch that `relative_error` needs, in float64; sums of several batches are added.
 
-    Args:
-      encoded: E(T x).
-      transformed: T E(x).
-
-    Returns:
-      float64: number of values, sums of E(T x), of its squares, and of the squared differences.
-
-    Raises:
-      ValueError: if the shapes differ.
+    They are the number of values, sums of E(T x), of its squares, and of the squared differences from T E(x).
     """
     encoded, transformed = (np.asarray(x, np.float64) for x in (encoded, transformed))
     if encoded.shape != transformed.shape or encoded.ndim != 4:
@@ -71,11 +53,7 @@ def difference_sums(
 def relative_error(sums: Float[np.ndarray, "4 C"]) -> float:
     """Computes the root of the mean squared |E(T x) - T E(x)| over the variance of E(T x), both summed over the channels.
 
-    Args:
-      sums: see `difference_sums`.
-
-    Returns:
-      0 if the transform and encoding commute, about sqrt(2) if both are unrelated; nan if E(T x) is the same everywhere.
+    It is 0 if the transform and encoding commute, about sqrt(2) if both are unrelated; nan if E(T x) is the same everywhere.
     """
     count, total, squares, differences = sums
     spread = (squares - total**2 / count).sum()

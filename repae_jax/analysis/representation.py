@@ -21,30 +21,15 @@ def unit_rows(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbors:
-    """The nearest images of each image by one representation.
+    """The nearest images of each image by one representation."""
 
-    Attributes:
-      indices: the most similar images, not the image itself, in no order.
-      similarities: inner products with them, in float64.
-      row_means: mean inner product with all N images, itself included, in float64.
-    """
-
-    indices: Int[np.ndarray, "N k"]
-    similarities: Float[np.ndarray, "N k"]
-    row_means: Float[np.ndarray, " N"]
-
-    @property
-    def size(self) -> int:
-        """The number of images N."""
-        return len(self.indices)
+    indices: Int[np.ndarray, "N k"]  # the most similar images, not the image itself, in no order
+    similarities: Float[np.ndarray, "N k"]  # inner products with them, in float64
+    row_means: Float[np.ndarray, " N"]  # mean inner product with all N images, itself included, in float64
 
 
 def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -> Neighbors:
-    """Finds the k nearest neighbors by inner product, in float32, with `rows` rows of the kernel in memory at a time.
-
-    Raises:
-      ValueError: if there are too few images for k, features are not finite, or k is below 1.
-    """
+    """Finds the k nearest neighbors by inner product, in float32, with `rows` rows of the kernel in memory at a time."""
     features = np.asarray(features, np.float32)
     if features.ndim != 2 or k < 1 or len(features) < k + 2:
         raise ValueError(
@@ -52,10 +37,8 @@ def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -
             "images all are neighbors of all"
         )
     if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise ValueError(
-            f"features of {bad} of {len(features)} images are not finite; look for nan in the images or the weights"
-        )
+        bad = f"{(~np.isfinite(features)).any(axis=1).sum()} of {len(features)}"
+        raise ValueError(f"features of {bad} images are not finite; look for nan in the images or the weights")
     indices, similarities = [], []
     for first in range(0, len(features), rows):
         kernel = features[first : first + rows] @ features.T
@@ -69,9 +52,13 @@ def nearest(features: Float[np.ndarray, "N F"], k: int = 10, rows: int = 1024) -
 
 def _mutual(a: Neighbors, b: Neighbors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the pairs (i, j) with j among i's neighbors by both: rows, columns, similarities by a and by b, row-major."""
-    of_a, of_b = ((np.arange(x.size)[:, None] * x.size + x.indices).ravel() for x in (a, b))
+    if a.indices.shape != b.indices.shape:
+        shapes = f"{list(a.indices.shape)} and {list(b.indices.shape)}"
+        raise ValueError(f"neighbors are {shapes}; allowed: the same images and k for both")
+    size = len(a.indices)
+    of_a, of_b = ((np.arange(size)[:, None] * size + x.indices).ravel() for x in (a, b))
     common, in_a, in_b = np.intersect1d(of_a, of_b, assume_unique=True, return_indices=True)
-    rows, columns = np.divmod(common, a.size)
+    rows, columns = np.divmod(common, size)
     return rows, columns, a.similarities.ravel()[in_a], b.similarities.ravel()[in_b]
 
 
@@ -83,7 +70,7 @@ def _centered_alignment(a: Neighbors, b: Neighbors) -> float:
 def _unbiased_alignment(a: Neighbors, b: Neighbors) -> float:
     """Computes Song et al.'s unbiased HSIC of the two kernels, each 0 but at mutual neighbors (and so not symmetric)."""
     rows, columns, by_a, by_b = _mutual(a, b)
-    size = a.size
+    size = len(a.indices)
     codes, mirrored = rows * size + columns, columns * size + rows
     at = np.searchsorted(codes, mirrored).clip(max=max(len(codes) - 1, 0))
     is_pair = codes[at] == mirrored
@@ -94,46 +81,29 @@ def _unbiased_alignment(a: Neighbors, b: Neighbors) -> float:
 
 
 def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> float:
-    """Computes CKNNA of two representations from their neighbors.
+    """Computes CKNNA of two representations from their neighbors, for the same images and k.
 
-    Args:
-      a: of the first representation.
-      b: of the second, for the same images and k.
-      formula: 'paper', kernels centered by the mean of each row over all images, then summed over mutual neighbors; or
-        'platonic_code', the released code's: kernels set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and
-        the second is not quite symmetric in a and b.
+    By the formula 'paper', kernels are centered by the mean of each row over all images, then summed over mutual neighbors. By
+    'platonic_code', the released code's, they are set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and the
+    second is not quite symmetric in a and b.
 
     Returns:
       1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
       representation is the same for all images.
-
-    Raises:
-      ValueError: for an unknown formula, or other numbers of images or neighbors.
 
     Reference: Huh et al., arXiv 2405.07987, appendix A; REPA, arXiv 2410.06940, equations 22 to 24; platonic-rep `metrics.py`
       `AlignmentMetrics.cknna`.
     """
     if formula not in FORMULAS:
         raise ValueError(f"formula {formula!r} is unknown; allowed: {', '.join(FORMULAS)}")
-    _check_alike(a, b)
-    align = _centered_alignment if formula == "paper" else _unbiased_alignment
-    product = align(a, a) * align(b, b)
-    if product <= 0:
-        return np.nan
-    return float(align(a, b) / (np.sqrt(product) + (0 if formula == "paper" else EPSILON)))
+    align, epsilon = (_centered_alignment, 0) if formula == "paper" else (_unbiased_alignment, EPSILON)
+    alignment, product = align(a, b), align(a, a) * align(b, b)
+    return float(alignment / (np.sqrt(product) + epsilon)) if product > 0 else np.nan
 
 
 def neighbor_overlap(a: Neighbors, b: Neighbors) -> float:
     """Computes the mean share of an image's k neighbors that both representations have, in [0, 1]."""
-    _check_alike(a, b)
     return len(_mutual(a, b)[0]) / a.indices.size
-
-
-def _check_alike(a: Neighbors, b: Neighbors) -> None:
-    if a.indices.shape != b.indices.shape:
-        raise ValueError(
-            f"neighbors are {list(a.indices.shape)} and {list(b.indices.shape)}; allowed: the same images and k for both"
-        )
 
 
 def cknna(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int = 10, formula: str = "paper") -> float:
@@ -149,17 +119,11 @@ def mutual_knn(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int 
 def cka(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], unbiased: bool = False) -> float:
     """Computes the linear centered kernel alignment in float64, through feature covariances: no kernel is made.
 
-    Args:
-      a: one row per image.
-      b: features of the same images.
-      unbiased: uses Song et al.'s unbiased HSIC, for few images of many features; may be below 0.
+    With `unbiased` it uses Song et al.'s unbiased HSIC, for few images of many features, and may be below 0.
 
     Returns:
       1 for equal representations, but for the released code's 1e-6 in its denominator; nan if a representation is the
       same for all images.
-
-    Raises:
-      ValueError: if the images are not as many, or fewer than 4.
 
     Reference: Kornblith et al., arXiv 1905.00414; unbiased: Nguyen et al., arXiv 2010.15327, equation 3; platonic-rep
       `metrics.py` `AlignmentMetrics.cka`.
@@ -184,14 +148,10 @@ def _unbiased_hsic(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"]) -> 
 
 
 def principal_components(latents: Float[np.ndarray, "B h w C"], count: int = 3) -> Float[np.ndarray, "B h w count"]:
-    """Returns the first principal components of latents, fitted in float64 to all positions of all images together.
+    """Returns the first principal components of latents, fitted in float64 to all positions of all images together, mean 0.
 
-    Returns:
-      The component that varies most first, mean 0. The sign is the one with which the longer tail is
-      positive, so neither the order of the channels nor any rotation of them changes the result.
-
-    Raises:
-      ValueError: if there are too few channels.
+    The sign is the one with which the longer tail is positive, so neither the order of the channels nor any rotation of them
+    changes the result.
 
     Reference: https://github.com/End2End-Diffusion/REPA-E/issues/13.
     """

@@ -15,14 +15,7 @@ def spatial_variance(latents: Float[Array, "B h w C"]) -> Float[Array, ""]:
 
 
 def total_variation(latents: Float[Array, "B h w C"]) -> Float[Array, ""]:
-    """Computes the sum over positions of the absolute differences of neighbors in both directions.
-
-    Returns:
-      float32, averaged over channels and images.
-
-    Raises:
-      ValueError: if the latents have another shape.
-    """
+    """Computes the sum over positions of absolute differences of neighbors, both ways, averaged over channels and images."""
     latents = _in_float32(latents)
     rows, columns = (jnp.sum(jnp.abs(jnp.diff(latents, axis=axis)), axis=(1, 2)) for axis in (1, 2))
     return jnp.mean(rows + columns)

@@ -18,27 +18,15 @@ def zigzag(block: int) -> Int[np.ndarray, "block**2 2"]:
 
 
 def mean_amplitudes(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray, "block**2 C"]:
-    """Computes |D_uv| of the orthonormal DCT-II, averaged over blocks and images, in float64.
+    """Computes |D_uv| of the orthonormal DCT-II in the order of `zigzag`, averaged over blocks and images, in float64.
 
-    Args:
-      x: latents or images; rows and columns beyond the last whole block are left out.
-      block: side of the blocks, at most h and w.
-
-    Returns:
-      Amplitudes in the order of `zigzag`.
-
-    Raises:
-      ValueError: if no block fits.
+    Rows and columns beyond the last whole block are left out. ValueError if no block fits.
     """
     return np.abs(_blocks(x, block)).mean(axis=0)
 
 
 def mean_ratios(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray, "block**2 C"]:
-    """Computes |D_uv / D_00|, averaged over blocks and images; Args, Raises as `mean_amplitudes`.
-
-    Returns:
-      float64; blocks whose D_00 is exactly 0 are left out, nan if none is left.
-    """
+    """Computes |D_uv / D_00|, averaged as `mean_amplitudes` without blocks whose D_00 is exactly 0; nan if none is left."""
     amplitudes = np.abs(_blocks(x, block))
     usable = amplitudes[:, :1] > 0
     ratios = np.divide(amplitudes, amplitudes[:, :1], out=np.zeros_like(amplitudes), where=usable)
@@ -47,10 +35,7 @@ def mean_ratios(x: Float[np.ndarray, "B h w C"], block: int) -> Float[np.ndarray
 
 
 def relative_spectrum(amplitudes: Float[np.ndarray, "K C"]) -> Float[np.ndarray, " K"]:
-    """Divides `mean_amplitudes` by their first row, averaged over the channels: 1 first.
-
-    Channels that are 0 everywhere do not count; nan if all are.
-    """
+    """Divides `mean_amplitudes` by their first row, averaged over channels that are not 0 everywhere; nan if all are."""
     usable = amplitudes[0] > 0
     if not usable.any():
         return np.full(len(amplitudes), np.nan)

@@ -15,22 +15,12 @@ import numpy as np
 
 from repae_jax import cli, files, ranges
 from repae_jax.analysis import representation
+from repae_jax.analyze_latents import sources as choosing
 from repae_jax.analyze_latents.encoding import check_bytes, encode_images
 from repae_jax.analyze_latents.hidden_states import encoder_features, measure_cknna
 from repae_jax.analyze_latents.numbers import describe, plain, spectrum_of_images
 from repae_jax.analyze_latents.pictures import draw
-from repae_jax.analyze_latents.sources import (
-    NEIGHBORS,
-    PUBLISHED_COUNT,
-    RESULT,
-    check_cknna,
-    choose_encoders,
-    draw_records,
-    open_images,
-    out_folder,
-    parse_sources,
-    run_config,
-)
+from repae_jax.analyze_latents.sources import NEIGHBORS, PUBLISHED_COUNT, RESULT
 from repae_jax.data import reading
 from repae_jax.distributed import sharding
 from repae_jax.sampling.load_model import LoadedTokenizer, load_model, load_vae
@@ -44,44 +34,27 @@ SHOWN = 10  # images in pca.png
 def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE",
-        help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint",
-    )  # fmt: skip
-    parser.add_argument("--step", type=cli.whole(0), help="checkpoint of all runs without @STEP; default the newest of each")
-    parser.add_argument("--vae", type=cli.path, help="the VAE of a SOURCE that holds none; for one SOURCE")
-    parser.add_argument(
-        "--data", type=cli.path,
-        help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own",
-    )
-    parser.add_argument(
-        "--image_size", type=cli.whole(1, 2**20), help="pixels of the images' sides; default: the first run's"
-    )
-    parser.add_argument(
-        "--num_images", type=cli.whole(1), default=256, help="drawn from the data without repetition (default: 256)"
-    )
-    parser.add_argument(
-        "--batch_size", type=cli.whole(1), default=32, help="images at a time, over all devices (default: 32)"
-    )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of the images drawn, and of the noise (default: 0)")
-    parser.add_argument("--out", type=cli.path, help="folder of the results; default WORKDIR/analysis for one run")
-    parser.add_argument(
-        "--cknna", nargs="*", metavar="ENCODER",
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE",
+        help="run, published checkpoint, or VAE; NAME=SOURCE names it in the results, SOURCE@STEP takes that checkpoint")
+    add("--step", type=cli.whole(0), help="checkpoint of all runs without @STEP; default the newest of each")
+    add("--vae", type=cli.path, help="the VAE of a SOURCE that holds none; for one SOURCE")
+    add("--data", type=cli.path,
+        help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own")
+    add("--image_size", type=cli.whole(1, 2**20), help="pixels of the images' sides; default: the first run's")
+    add("--num_images", type=cli.whole(1), default=256, help="drawn from the data without repetition (default: 256)")
+    add("--batch_size", type=cli.whole(1), default=32, help="images at a time, over all devices (default: 32)")
+    add("--seed", type=cli.seed, default=0, help="of the images drawn, and of the noise (default: 0)")
+    add("--out", type=cli.path, help="folder of the results; default WORKDIR/analysis for one run")
+    add("--cknna", nargs="*", metavar="ENCODER",
         help="compare the SiT of every SOURCE, block by block, with these encoders: Hugging Face names or folders, "
-        "ENCODER@PIXELS for another image size; none: those that the runs were aligned with",
-    )  # fmt: skip
-    parser.add_argument(
-        "--timesteps", type=cli.number(ranges.real(0, 1)), nargs="+", default=[0.1, 0.5, 0.9],
-        help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cknna_images", type=cli.whole(1), default=10_000, help="for --cknna, at most (default: 10000, as published)"
-    )
-    parser.add_argument(
-        "--labels", choices=LABELS, default="null",
+        "ENCODER@PIXELS for another image size; none: those that the runs were aligned with")
+    add("--timesteps", type=cli.number(ranges.real(0, 1)), nargs="+", default=[0.1, 0.5, 0.9],
+        help="for --cknna: 0 is data, 1 is noise (default: 0.1 0.5 0.9)")
+    add("--cknna_images", type=cli.whole(1), default=10_000, help="for --cknna, at most (default: 10000, as published)")
+    add("--labels", choices=LABELS, default="null",
         help="for --cknna: what the SiT is told. null (default), no class, so that nothing but the noisy latent tells what the "
-        "image shows; own, the image's class",
-    )  # fmt: skip
+        "image shows; own, the image's class")
     return parser.parse_args(argv)
 
 
@@ -96,7 +69,7 @@ def _load(source, vae_path):
 def _encode_by_encoders(args, configs, images_source, records, mesh):
     """Returns features and neighbors of the images by each encoder for CKNNA, and the protocol of the encoders."""
     encoders, protocol = {}, {}
-    for label, (path, image_size) in choose_encoders(args.cknna, configs).items():
+    for label, (path, image_size) in choosing.choose_encoders(args.cknna, configs).items():
         features, checksum = encoder_features(label, path, image_size, images_source, records, args.batch_size, mesh)
         encoders[label] = features, representation.nearest(features, NEIGHBORS)
         protocol[label] = {"weights": path, "image_size": image_size, "fingerprint": checksum}
@@ -104,7 +77,6 @@ def _encode_by_encoders(args, configs, images_source, records, mesh):
 
 
 def _encode_by_vaes(args, sources, images_source, records, mesh):
-    """Returns a Model for each source."""
     models = []
     for source in sources:
         vae = _load(source, args.vae)
@@ -115,13 +87,6 @@ def _encode_by_vaes(args, sources, images_source, records, mesh):
     return models
 
 
-def _add_cknna(args, sources, descriptions, images_source, records, encoders):
-    for source, description in zip(sources, descriptions):
-        trained = load_model(source.path, source.step, vae_path=args.vae)
-        description["sit_fingerprint"] = fingerprint(trained.params["sit"])
-        description["cknna"] = measure_cknna(args, source, trained, images_source, records, encoders)
-
-
 def run(args):
     """Analyzes as the command line says; returns the path of analysis.json."""
     if jax.process_count() > 1:
@@ -129,17 +94,17 @@ def run(args):
     mesh = sharding.make_mesh(1)
     if args.batch_size % mesh.size:
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {mesh.size} devices")
-    sources = parse_sources(args.sources, args.step)
+    sources = choosing.parse_sources(args.sources, args.step)
     if args.vae and len(sources) > 1:
         raise ValueError("--vae is for one SOURCE; give a SiT's VAE as a SOURCE of its own")
-    configs = [run_config(source) for source in sources]
-    folder = out_folder(args, sources, configs)
-    images_source, data_description = open_images(args, configs)
-    records = draw_records(images_source, args.num_images, args.seed)
+    configs = [choosing.run_config(source) for source in sources]
+    folder = choosing.out_folder(args, sources, configs)
+    images_source, data_description = choosing.open_images(args, configs)
+    records = choosing.draw_records(images_source, args.num_images, args.seed)
     cknna_records, encoders = None, {}
     if args.cknna is not None:
-        cknna_records = draw_records(images_source, args.cknna_images, args.seed)
-        check_cknna(args, sources, configs, len(cknna_records))
+        cknna_records = choosing.draw_records(images_source, args.cknna_images, args.seed)
+        choosing.check_cknna(args, sources, configs, len(cknna_records))
         encoders, encoder_protocol = _encode_by_encoders(args, configs, images_source, cknna_records, mesh)
     models = _encode_by_vaes(args, sources, images_source, records, mesh)
     block = min([BLOCK] + [model.latents.shape[1] for model in models])
@@ -152,7 +117,10 @@ def run(args):
         "resampling": "bilinear, not antialiased", "mean_errors_over": sorted(compared - {"none"}),
     }  # fmt: skip
     if encoders:
-        _add_cknna(args, sources, descriptions, images_source, cknna_records, encoders)
+        for source, description in zip(sources, descriptions):
+            trained = load_model(source.path, source.step, vae_path=args.vae)
+            description["sit_fingerprint"] = fingerprint(trained.params["sit"])
+            description["cknna"] = measure_cknna(args, source, trained, images_source, cknna_records, encoders)
         protocol["cknna"] = {
             "num_images": len(cknna_records), "k": NEIGHBORS, "labels": args.labels, "timesteps": list(args.timesteps),
             "encoders": encoder_protocol,
@@ -170,12 +138,10 @@ def run(args):
 
 
 def _warnings(args, cknna_records):
-    """Returns reasons not to trust the numbers."""
     warnings = []
     if not args.data:
         warnings.append("no --data: these are the images that the first run trained on")
-    if cknna_records is not None and len(cknna_records) < PUBLISHED_COUNT:
-        count = len(cknna_records)
+    if cknna_records is not None and (count := len(cknna_records)) < PUBLISHED_COUNT:
         warnings.append(
             f"CKNNA of {count} images: it is the higher the fewer they are, published values are of {PUBLISHED_COUNT}; "
             f"mutual_knn is {NEIGHBORS / (count - 1):.2g} by chance"

@@ -31,30 +31,17 @@ TRANSFORMS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A VAE and its latents of the images.
-
-    Attributes:
-      source: where it is from.
-      vae: the VAE.
-      latents: posterior means, not normalized.
-      equivariance: [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first.
-    """
+    """A VAE and its latents of the images."""
 
     source: Source
     vae: LoadedTokenizer
-    latents: Float[np.ndarray, "N h w C"]
-    equivariance: list[dict[str, Any]]
+    latents: Float[np.ndarray, "N h w C"]  # posterior means, not normalized
+    equivariance: list[dict[str, Any]]  # [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first
 
 
 def jit_in_float32(function: Callable) -> Callable:
     """Compiles a function so that float32 means float32 on every platform."""
-
-    @functools.wraps(function)
-    def precise(*args):
-        with jax.default_matmul_precision("high"):
-            return function(*args)
-
-    return jax.jit(precise)
+    return jax.jit(jax.default_matmul_precision("high")(function))
 
 
 def check_bytes(count: int, arrays: str, allowed: int | None = None) -> None:
@@ -65,12 +52,7 @@ def check_bytes(count: int, arrays: str, allowed: int | None = None) -> None:
 
 
 def read_batches(source: Any, records, batch_size: int) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], int]]:
-    """Yields images of a source, and how many of them count: the last batch is padded, for one program to serve all.
-
-    Raises:
-      ValueError: for an image that cannot be decoded, by its name.
-      OSError: if the system fails.
-    """
+    """Yields images of a source, and how many of them count: the last batch is padded, for one program to serve all."""
     batches = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
     for pixels in source_blocks(source, batches):
         yield pixels[np.minimum(np.arange(batch_size), len(pixels) - 1)], len(pixels)
@@ -90,13 +72,6 @@ def transforms(grid: int) -> list[str]:
     """Returns the names of the TRANSFORMS that leave latents of grid x grid a whole size."""
     odd = [f"scale {scale:g}" for scale in SCALES if not (scale * grid).is_integer()]
     return [name for name in TRANSFORMS if name not in odd]
-
-
-def _check_size(factor: int, name: str, size: int) -> None:
-    if size % factor or size < factor:
-        below = size // factor * factor
-        allowed = " or ".join(str(n) for n in (below, below + factor) if n)
-        raise ValueError(f"{name}: image size {size} is not a multiple of the VAE's factor {factor}; allowed: e.g. {allowed}")
 
 
 def check_finite(latents: Float[np.ndarray, "N h w C"], name: str, source: Any, records) -> None:
@@ -140,10 +115,9 @@ class _Equivariance:
         self._sums, self._pixel_errors = 0, []
 
     def update(self, params, pixels, latents, count):
-        """Adds the first `count` images of a batch."""
-        encoded, transformed, psnr, l1 = (np.asarray(x)[:count] for x in self._compare(params, pixels, latents))
+        encoded, transformed, *pixel_errors = (np.asarray(x)[:count] for x in self._compare(params, pixels, latents))
         self._sums = self._sums + equivariance.difference_sums(encoded, transformed)
-        self._pixel_errors.append((psnr, l1))
+        self._pixel_errors.append(pixel_errors)
 
     def result(self):
         psnr, l1 = (float(np.concatenate(values).mean()) for values in zip(*self._pixel_errors))
@@ -153,21 +127,13 @@ class _Equivariance:
 def encode_images(
     source: Source, vae: LoadedTokenizer, images_source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
 ) -> Model:
-    """Encodes images with a VAE, and measures its equivariance.
-
-    Args:
-      source: the VAE's source; messages name it.
-      vae: the VAE.
-      images_source: images, see `repae_jax.data`.
-      records: records of it.
-      batch_size: images at a time, a multiple of the devices.
-      mesh: device mesh.
-
-    Raises:
-      ValueError: for an image size that the VAE cannot take, or latents that are not finite.
-    """
+    """Encodes records of images with a VAE, and measures its equivariance; ValueError if latents are not finite."""
     size, factor = images_source.image_size, vae.module.factor
-    _check_size(factor, source.name, size)
+    if size % factor:
+        allowed = " or ".join(str(n) for n in (size // factor * factor, (size // factor + 1) * factor) if n)
+        raise ValueError(
+            f"{source.name}: image size {size} is not a multiple of the VAE's factor {factor}; allowed: e.g. {allowed}"
+        )
     encode = make_encode(vae.module)
     errors = [_Equivariance(vae.module, name) for name in transforms(size // factor)]
     params = jax.device_put(vae.params, sharding.replicated(mesh))

@@ -30,19 +30,9 @@ Encoded = tuple[Float[np.ndarray, "N F"], representation.Neighbors]  # features 
 def encoder_features(
     name: str, path: str, image_size: int | None, source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Float[np.ndarray, "N F"], str]:
-    """Computes the patch tokens of a vision encoder, averaged over each image.
+    """Computes the patch tokens of a vision encoder, averaged over each image: float32 rows of length 1; and its fingerprint.
 
-    Args:
-      name: label of the progress bar.
-      path: the weights, see `load_encoder`.
-      image_size: side of the encoder's images, None for its own.
-      source: images, see `repae_jax.data`.
-      records: records of it.
-      batch_size: images at a time.
-      mesh: device mesh.
-
-    Returns:
-      float32 rows of length 1; the fingerprint of the weights.
+    The weights at `path` are as of `load_encoder`; `image_size` is the side of the encoder's images, None for its own.
     """
     try:
         encoder, params = load_encoder(path, source.image_size, image_size)
@@ -95,15 +85,7 @@ def normalized_latents(trained: LoadedModel, name: str, source: Any, records, ba
 def measure_cknna(
     args: argparse.Namespace, source: Source, trained: LoadedModel, images_source: Any, records, encoders: Mapping[str, Encoded]
 ) -> list[dict[str, Any]]:
-    """Measures the agreement of a SiT's blocks with encoders.
-
-    Args:
-      args: the command line.
-      source: the SiT's source; messages name it.
-      trained: the SiT and its VAE.
-      images_source: images, see `repae_jax.data`.
-      records: records of it.
-      encoders: features of the same images by label.
+    """Measures the agreement of a SiT's blocks with encoders, given their features of the same images by label.
 
     Returns:
       [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}]; measures are CKNNA by both formulas,
@@ -132,7 +114,6 @@ def measure_cknna(
 
 
 def _states(run, trained, z, t, labels, batch_size, seed) -> Float[np.ndarray, "depth N D"]:
-    """Computes the hidden states of all images at one timestep."""
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(trained.mesh))
     states = np.empty((trained.nets.sit.depth, len(z), trained.nets.sit.hidden_size), np.float32)
     for first in range(0, len(z), batch_size):
@@ -144,7 +125,6 @@ def _states(run, trained, z, t, labels, batch_size, seed) -> Float[np.ndarray, "
 
 
 def _agreement(state: Float[np.ndarray, "N D"], encoders: Mapping[str, Encoded]) -> dict[tuple[str, str], float]:
-    """Computes all measures of one block's hidden states, by encoder and measure."""
     state = representation.unit_rows(state)
     neighbors, values = representation.nearest(state, NEIGHBORS), {}
     for encoder, (features, others) in encoders.items():

@@ -14,10 +14,7 @@ from repae_jax.training.checkpoint import fingerprint
 def describe(model: Model, block: int, compared: set[str]) -> dict[str, Any]:
     """Computes the entry of a model in analysis.json, without CKNNA; numbers that collapsed latents do not define are nan.
 
-    Args:
-      model: the VAE and its latents.
-      block: side of the DCT's blocks.
-      compared: transforms that all models were measured under; mean equivariance errors are over these.
+    `block` is the side of the DCT's blocks; mean equivariance errors are over the transforms `compared`.
     """
     latents = model.latents
     stats, collapsed, shares = channels.channel_stats(latents), channels.collapsed(latents), channels.variance_shares(latents)
@@ -27,35 +24,26 @@ def describe(model: Model, block: int, compared: set[str]) -> dict[str, Any]:
     rows = [row for row in rows if row["transform"] in compared]
     errors = {kind: [row["latent_error"] for row in rows if row["transform"].startswith(kind)] for kind in ("scale", "turn")}
     numbers = {
-        "spatial_variance": smoothness.spatial_variance(latents),
-        "total_variation": smoothness.total_variation(latents),
+        "spatial_variance": smoothness.spatial_variance(latents), "total_variation": smoothness.total_variation(latents),
         "relative_spatial_variance": smoothness.spatial_variance(alive) if alive.size else np.nan,
         "relative_total_variation": smoothness.total_variation(alive) if alive.size else np.nan,
-        "std": np.sqrt(np.mean(stats["std"] ** 2)),
-        "collapsed_channels": int(collapsed.sum()),
-        "effective_rank": channels.effective_rank(shares),
-        "participation_ratio": channels.participation_ratio(shares),
-        "pca3_share": shares[:3].sum(),
-        "high_frequency_share": spectrum.high_frequency_share(amplitudes),
-        "scale_error": np.mean(errors["scale"]) if errors["scale"] else np.nan,
-        "rotation_error": np.mean(errors["turn"]),
-        "psnr": identity["psnr"],
-        "l1": identity["l1"],
-    }
+        "std": np.sqrt(np.mean(stats["std"] ** 2)), "collapsed_channels": int(collapsed.sum()),
+        "effective_rank": channels.effective_rank(shares), "participation_ratio": channels.participation_ratio(shares),
+        "pca3_share": shares[:3].sum(), "high_frequency_share": spectrum.high_frequency_share(amplitudes),
+        "scale_error": np.mean(errors["scale"]) if errors["scale"] else np.nan, "rotation_error": np.mean(errors["turn"]),
+        "psnr": identity["psnr"], "l1": identity["l1"],
+    }  # fmt: skip
     return {
-        "name": model.source.name,
-        "source": model.source.path,
+        "name": model.source.name, "source": model.source.path,
         "step": model.source.step if model.vae.step is None else model.vae.step,
         "vae_fingerprint": fingerprint(model.vae.params),
-        "latent_shape": list(latents.shape[1:]),
-        "collapsed": bool(collapsed.all()),
+        "latent_shape": list(latents.shape[1:]), "collapsed": bool(collapsed.all()),
         "numbers": {name: value if isinstance(value, int) else float(value) for name, value in numbers.items()},
         "spectrum": spectrum.relative_spectrum(amplitudes),
         "spectrum_of_ratios": spectrum.mean_ratios(latents, block).mean(axis=1),
         "channels": {**stats, "collapsed": collapsed, "variance_shares": shares},
-        "equivariance": model.equivariance,
-        "cknna": [],
-    }
+        "equivariance": model.equivariance, "cknna": [],
+    }  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -69,9 +57,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def spectrum_of_images(
-    source: Any, records, batch_size: int, block: int
-) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+def spectrum_of_images(source: Any, records, batch_size: int, block: int) -> tuple[Float[np.ndarray, " K"], ...]:
     """Computes the `relative_spectrum` and the mean ratios of the images themselves."""
     sums = np.zeros((2, block**2, 3))
     for pixels, count in read_batches(source, records, batch_size):

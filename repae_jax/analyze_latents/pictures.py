@@ -11,25 +11,12 @@ from repae_jax.analysis import channels
 from repae_jax.analyze_latents.encoding import Model
 from repae_jax.evaluation import plots
 
-_LINE_STYLES = ("-", "--", ":", "-.")
-
 
 def draw(
-    folder: epath.Path,
-    models: Sequence[Model],
-    descriptions: Sequence[dict[str, Any]],
-    originals: UInt8[np.ndarray, "n H W 3"],
-    rgb_spectrum: Float[np.ndarray, " K"],
+    folder: epath.Path, models: Sequence[Model], descriptions: Sequence[dict[str, Any]],
+    originals: UInt8[np.ndarray, "n H W 3"], rgb_spectrum: Float[np.ndarray, " K"],
 ) -> None:
-    """Writes all pictures.
-
-    Args:
-      folder: folder of the pictures.
-      models: the VAEs and their latents.
-      descriptions: `describe` of each, with CKNNA.
-      originals: the first images.
-      rgb_spectrum: spectrum of the images.
-    """
+    """Writes all pictures of models and `describe` of each, of the first images, and of their spectrum."""
     _draw_latents(folder / "pca.png", models, descriptions, originals)
     order = np.arange(len(rgb_spectrum))
     lines = {description["name"]: (order, description["spectrum"]) for description in descriptions}
@@ -77,14 +64,11 @@ def _draw_equivariance(path, descriptions):
     def bars(field, transforms):
         return {name: [rows.get(name, {}).get(field, np.nan) for rows in by_name] for name in transforms}
 
-    plots.plot_bars(
-        path,
-        {
-            "|E(Tx) - T E(x)| over the spread of E(Tx) (0: equivariant)": bars("latent_error", names[1:]),
-            "PSNR in dB of D(T E(x)) against Tx": bars("psnr", names),
-        },
-        [description["name"] for description in descriptions],
-    )
+    panels = {
+        "|E(Tx) - T E(x)| over the spread of E(Tx) (0: equivariant)": bars("latent_error", names[1:]),
+        "PSNR in dB of D(T E(x)) against Tx": bars("psnr", names),
+    }
+    plots.plot_bars(path, panels, [description["name"] for description in descriptions])
 
 
 def _draw_cknna(path, descriptions):
@@ -96,7 +80,7 @@ def _draw_cknna(path, descriptions):
             lines = {}
             for i, name, row in rows:
                 if row["encoder"] == encoder and row["measure"] == f"cknna_{formula}":
-                    line_style = _LINE_STYLES[timesteps.index(row["timestep"]) % len(_LINE_STYLES)]
+                    line_style = ("-", "--", ":", "-.")[timesteps.index(row["timestep"]) % 4]
                     style = {"color": f"C{i % 10}", "linestyle": line_style}
                     at = np.arange(1, len(row["blocks"]) + 1)
                     lines[f"{name}, t = {row['timestep']:g}"] = (at, row["blocks"], style)

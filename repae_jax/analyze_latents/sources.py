@@ -25,19 +25,14 @@ NEIGHBORS = 10
 
 Configs = Sequence[Mapping[str, Any] | None]
 
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A SOURCE of the command line.
+    """A SOURCE of the command line."""
 
-    Attributes:
-      name: name for people.
-      path: run, checkpoint or VAE.
-      step: checkpoint of a run, None for the newest.
-    """
-
-    name: str
-    path: str
-    step: int | None
+    name: str  # for people
+    path: str  # run, checkpoint or VAE
+    step: int | None  # checkpoint of a run, None for the newest
 
 
 def _split_number(text: str) -> tuple[str, int | None]:
@@ -47,17 +42,9 @@ def _split_number(text: str) -> tuple[str, int | None]:
 
 
 def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source, ...]:
-    """Parses sources 'PATH' or 'PATH@STEP', each perhaps after 'NAME='.
+    """Parses sources 'PATH' or 'PATH@STEP', each perhaps after 'NAME='; `step` is that of those without one.
 
-    Args:
-      texts: the sources.
-      step: checkpoint of those without one.
-
-    Returns:
-      Sources of different names: the given ones, or the last parts of the paths that tell them apart.
-
-    Raises:
-      ValueError: if two have the same name.
+    Names that are not given are the last parts of the paths that tell them apart. ValueError if two are the same.
     """
     parsed = []
     for text in texts:
@@ -72,8 +59,7 @@ def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source
         for name, path, at in parsed
     )
     names = [source.name for source in sources]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"sources have the same name: {', '.join(repeated)}; tell them apart with NAME=SOURCE")
     return sources
 
@@ -110,8 +96,7 @@ def out_folder(args: argparse.Namespace, sources: Sequence[Source], configs: Con
         out = f"{sources[0].path}/analysis"
     if not out:
         raise ValueError("give --out, the folder of the results; only those of one run have a default")
-    existing = [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]
-    if existing:
+    if existing := [name for name in (RESULT, *PICTURES) if (epath.Path(out) / name).exists()]:
         raise ValueError(f"{out} holds {', '.join(existing)}: give another --out, or move it away")
     return epath.Path(out)
 

@@ -8,16 +8,10 @@ import jax
 import numpy as np
 
 from repae_jax import data
+from repae_jax.evaluation import reference_stats
 from repae_jax.evaluation.image_sets import DatasetImages, ImageSet, NpzImages
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
-from repae_jax.evaluation.reference_stats import (
-    KEPT_IMAGES,
-    Reference,
-    check_shape,
-    count_warnings,
-    measure_reference,
-    read_reference,
-)
+from repae_jax.evaluation.reference_stats import KEPT_IMAGES, Reference
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
 from repae_jax.metrics.inception_score import SPLIT_SIZE, RunningInceptionScore
 from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
@@ -35,30 +29,19 @@ def open_real_images(text: str, image_size: int) -> NpzImages | DatasetImages:
     return DatasetImages(data.make_source(name, image_size, **fields), {"data": text})
 
 
-def open_reference(
-    text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone
-) -> Reference | None:
+def open_reference(text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone) -> Reference | None:
     """Returns the reference to compare images with, of their size, with features where the real images are at hand.
 
-    Args:
-      text: npz of statistics; or real images, see `open_real_images`.
-      images: the images to compare.
-      network: the feature network.
-      folder: holds unfinished work.
-      is_done: tells whether process 0 has removed the folder.
-
-    Returns:
-      None in processes other than the first if features had to be made.
+    `text` is an npz of statistics, or as of `open_real_images`. The folder holds unfinished work; `is_done` tells whether it
+    has been removed. None is returned in processes other than the first if features had to be made.
     """
     if not text.endswith(".npz"):
         if images.shape[0] != images.shape[1]:
-            raise ValueError(
-                f"the samples have {images.shape[0]} x {images.shape[1]} pixels; datasets are cropped to squares"
-            )
-        measured = measure_reference(open_real_images(text, images.shape[0]), network, folder, is_done=is_done)
+            raise ValueError(f"the samples have {images.shape[0]} x {images.shape[1]} pixels; datasets are cropped to squares")
+        measured = reference_stats.measure_reference(open_real_images(text, images.shape[0]), network, folder, is_done=is_done)
         return measured and measured[0]
-    reference = read_reference(text, network)
-    check_shape(images.shape, reference, text)
+    reference = reference_stats.read_reference(text, network)
+    reference_stats.check_shape(images.shape, reference, text)
     if reference.images is None:
         return reference
     parts = FeatureParts(folder, reference.images, network, is_done=is_done)
@@ -68,18 +51,11 @@ def open_reference(
 
 
 def score(features: Iterable[InceptionFeatures], reference: Reference) -> tuple[dict[str, float], list[str]]:
-    """Computes all scores that the reference allows.
-
-    Args:
-      features: in the order of the samples.
-      reference: statistics of real images.
+    """Computes all scores that the reference allows, from features in the order of the samples.
 
     Returns:
       'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; and
       warnings: which are missing or not to be compared, and why.
-
-    Raises:
-      ValueError: for features of fewer than two images, or not finite ones.
     """
     pool, spatial, inception, kept = RunningGaussian(), RunningGaussian(), RunningInceptionScore(), []
     for part in features:
@@ -89,7 +65,8 @@ def score(features: Iterable[InceptionFeatures], reference: Reference) -> tuple[
             spatial.update(part.spatial)
         if reference.features is not None:
             kept.append(part.pool)
-    metrics, warnings = {"fid": frechet_distance(*pool.stats(), *reference.pool)}, count_warnings(pool.count, reference)
+    metrics = {"fid": frechet_distance(*pool.stats(), *reference.pool)}
+    warnings = reference_stats.count_warnings(pool.count, reference)
     if pool.count < SPLIT_SIZE:
         warnings.append(
             f"inception_score: of {pool.count} samples; splits have {SPLIT_SIZE}, and shorter ones give lower scores"

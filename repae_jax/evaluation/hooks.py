@@ -6,7 +6,7 @@ All processes sample and reconstruct the same images, whole in each; process 0 w
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,17 +30,11 @@ FID_BATCH = 64  # least number of samples at a time, over all devices
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something that is done every so many training steps.
+    """Something that is done every so many training steps."""
 
-    Attributes:
-      every: steps between two runs.
-      run: function of (step, state).
-      is_done: function of a step that returns whether its result exists.
-    """
-
-    every: int
-    run: Callable[[int, Any], None]
-    is_done: Callable[[int], bool]
+    every: int  # steps between two runs
+    run: Callable[[int, Any], None]  # function of (step, state)
+    is_done: Callable[[int], bool]  # function of a step: does its result exist?
 
     def is_due(self, step: int, steps: int) -> bool:
         """Returns whether to run after this step of so many."""
@@ -50,24 +44,17 @@ class Hook:
 def make_hooks(job: build.Job, frozen, source, workdir: epath.Path, writer, fid, stopped: Callable[[], bool]) -> list[Hook]:
     """Returns the hooks of a run, for what its job trains.
 
-    Args:
-      job: the job.
-      frozen: frozen weights, as `frozen_weights.load_frozen` returns them.
-      source: source of the images.
-      workdir: the run's folder.
-      writer: the run's metric writer.
-      fid: result of `load_fid`.
-      stopped: `stopping.stop_requests` yields it; scores are given up once it returns True.
+    `frozen` is from `frozen_weights.load_frozen`, `fid` from `load_fid`; scores are given up once `stopped` returns True.
     """
     section, hooks = job.config["hooks"], []
     if section.get("fid_every"):
         run = _make_fid(job, frozen, writer, *(fid or (None, None)), stopped)
         hooks.append(Hook(section["fid_every"], run, functools.partial(_has_fid, workdir)))
     if section.get("samples_every"):
-        pictures = _Pictures("samples", workdir, writer)
+        pictures = _Pictures("samples", job.config, workdir, writer)
         hooks.append(Hook(section["samples_every"], _make_samples(job, frozen, pictures), pictures.exist))
     if section.get("reconstructions_every") and not job.frozen_vae:
-        pictures = _Pictures("reconstructions", workdir, writer)
+        pictures = _Pictures("reconstructions", job.config, workdir, writer)
         hooks.append(Hook(section["reconstructions_every"], _make_reconstructions(job, source, pictures), pictures.exist))
     return hooks
 
@@ -77,16 +64,12 @@ def pending_hooks(hooks: list[Hook], step: int, steps: int) -> list[Hook]:
     return [hook for hook in hooks if hook.is_due(step, steps) and not multihost.broadcast_from_process_0(hook.is_done(step))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class _Pictures:
-    """Pictures of one kind, WORKDIR/KIND/STEP.png and in TensorBoard."""
+    """Pictures of one kind, WORKDIR/KIND/STEP.png and in TensorBoard: grids of about as many rows as columns."""
 
     kind: str
+    config: Mapping[str, Any]
     workdir: epath.Path
     writer: Any
 
@@ -96,24 +79,15 @@ class _Pictures:
     def exist(self, step: int) -> bool:
         return self.path(step).exists()
 
-    def save(self, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+    def save(self, step: int, shown: UInt8[np.ndarray, "N H W 3"], in_pairs: bool = False) -> None:
         if jax.process_index() == 0:
+            columns = math.ceil(math.sqrt(self.config["hooks"]["images"]))
+            columns += in_pairs and columns % 2
+            picture = images.grid(shown, columns, scale=images.viewing_scale(self.config["data"]["image_size"]))
             with buckets.reached(self.workdir):
                 self.path(step).parent.mkdir(exist_ok=True)
                 files.save_png(self.path(step), picture)
             self.writer.write_images(step, {self.kind: picture[None]})
-
-
-def _grid_columns(job) -> int:
-    return math.ceil(math.sqrt(job.config["hooks"]["images"]))
-
-
-def _viewing_scale(job) -> int:
-    return images.viewing_scale(job.config["data"]["image_size"])
-
-
-def _replicated(job, array):
-    return sharding.put(array, sharding.replicated(job.mesh))
 
 
 def _jit_generate(job):
@@ -125,12 +99,13 @@ def _jit_generate(job):
 def _make_samples(job, frozen, pictures):
     """Returns the function of (step, state) that draws samples of all classes, always from the same noise."""
     count, num_classes = job.config["hooks"]["images"], job.config["data"]["num_classes"]
-    labels, ids = _replicated(job, np.arange(count, dtype=np.int32) * num_classes // count), _replicated(job, np.arange(count))
+    labels = np.arange(count, dtype=np.int32) * num_classes // count
+    labels, ids = sharding.put((labels, np.arange(count)), sharding.replicated(job.mesh))
     run = _jit_generate(job)
 
     def samples(step, state):
         drawn, _ = run(generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-        pictures.save(step, images.grid(np.asarray(drawn), _grid_columns(job), scale=_viewing_scale(job)))
+        pictures.save(step, np.asarray(drawn))
 
     return samples
 
@@ -145,16 +120,11 @@ def _make_reconstructions(job, source, pictures):
 
     def reconstructions(step, state):
         params = state.ema.params if job.nets.sit is None else state.vae.params
-        recon = np.asarray(run(params, _replicated(job, images.to_float(originals))))
+        recon = np.asarray(run(params, sharding.put(images.to_float(originals), sharding.replicated(job.mesh))))
         pairs = np.stack([originals, recon], axis=1).reshape(-1, *originals.shape[1:])
-        pictures.save(step, images.grid(pairs, 2 * math.ceil(_grid_columns(job) / 2), scale=_viewing_scale(job)))
+        pictures.save(step, pairs, in_pairs=True)
 
     return reconstructions
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FID.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fid_batch(job: build.Job) -> int:

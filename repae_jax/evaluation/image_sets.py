@@ -25,7 +25,6 @@ SORTED = (
     "the images come class by class: splits of consecutive ones hold few classes each, so the inception score is too low; "
     "shuffle them"
 )
-_LOSSY = (".jpg", ".jpeg", ".webp")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError)
 
 Range = tuple[int, int]  # first, end
@@ -33,31 +32,19 @@ Images = UInt8[np.ndarray, "N H W 3"]
 
 
 class ImageSet(Protocol):
-    """A set of images.
-
-    Attributes:
-      count: number of images.
-      shape: [H, W].
-      description: plain values that identify the set.
-      warnings: reasons why its scores could mislead.
-    """
+    """A set of images."""
 
     count: int
-    shape: list[int]
-    description: dict[str, Any]
-    warnings: Sequence[str]
+    shape: list[int]  # [H, W]
+    description: dict[str, Any]  # plain values that identify the set
+    warnings: Sequence[str]  # reasons why its scores could mislead
 
     def blocks(self, ranges: Sequence[Range]) -> Iterator[Images]:
         """Yields the images first..end - 1 for each of the ranges, which ascend."""
 
 
 class NpzImages:
-    """ADM's npz, key arr_0; read from the archive in order, whether compressed or not.
-
-    Raises:
-      FileNotFoundError: if it does not exist.
-      ValueError: if it is damaged, or arr_0 is not there or not uint8 [N, H, W, 3].
-    """
+    """ADM's npz, key arr_0: uint8 [N, H, W, 3], read from the archive in order, whether compressed or not."""
 
     def __init__(self, path: epath.PathLike):
         self._path = Path(path)
@@ -113,8 +100,7 @@ class NpzImages:
 class FolderImages:
     """All images below a folder, in the order of their paths, unchanged: never cropped or resized, all of one size.
 
-    Raises:
-      ValueError: if there is no image; when they are read, if one cannot be, has another size, or is not 8-bit gray or RGB.
+    When they are read, there is a ValueError if one cannot be, has another size, or is not 8-bit gray or RGB.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -126,7 +112,7 @@ class FolderImages:
         content = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}" for name, stat in zip(self._names, stats)]
         digest = hashlib.sha256("\n".join(content).encode(errors="surrogateescape")).hexdigest()[:16]
         self.description = {"folder": self._root.name, "files": self.count, "listing": digest}
-        lossy = sum(name.lower().endswith(_LOSSY) for name in self._names)
+        lossy = sum(name.lower().endswith((".jpg", ".jpeg", ".webp")) for name in self._names)
         self.warnings = [f"{lossy} of {self.count} images are JPEG or WebP, whose losses change all scores"] * bool(lossy)
         if len({Path(name).parent for name in self._names}) > 1:
             self.warnings.append(SORTED)
@@ -177,14 +163,9 @@ class DatasetImages:
 
 
 class SampledImages:
-    """Images that a model draws as they are measured.
+    """Images that a model draws as they are measured; `description` identifies model and settings.
 
-    Args:
-      draw: function that yields (batch number, images) of the batches that its argument `skip` does not hold.
-      count: number of images.
-      shape: [H, W].
-      batch_size: size of all batches but the last.
-      description: plain values that identify model and settings.
+    `draw` yields (batch number, images) of the batches that its argument `skip` does not hold, all but the last of batch_size.
     """
 
     warnings = ()
@@ -204,12 +185,8 @@ class SampledImages:
 
 
 def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
-    """Returns the images in an npz or a folder; None for anything else, such as a workdir or weights of a model.
-
-    Raises:
-      ValueError: for samples that are not finished, and as the sets of images.
-    """
-    if _is_model(path):
+    """Returns the images in an npz or a folder; None for anything else, such as a workdir or weights of a model."""
+    if (path / "checkpoints").is_dir() or (path / "args.json").exists():  # a workdir of ours, or a published one
         return None
     unfinished = [path] if path.suffix == ".parts" else sorted(path.glob("*.parts")) if path.is_dir() else []
     if path.suffix == ".npz" and not path.exists() and path.with_suffix(".parts").is_dir():
@@ -223,53 +200,28 @@ def open_images(path: epath.Path) -> NpzImages | FolderImages | None:
         return NpzImages(path)
     if not path.is_dir():
         return None
-    archives = sorted(path.glob("*.npz"))
-    if archives:
+    if archives := sorted(path.glob("*.npz")):
         raise ValueError(f"{path} holds {archives[0].name}, not only images: give the npz, or a folder of nothing but samples")
     return FolderImages(path)
 
 
-def _is_model(path: epath.Path) -> bool:
-    """Tells whether a folder is a workdir of ours or a published one."""
-    return (path / "checkpoints").is_dir() or (path / "args.json").exists()
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_image(source, record: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an image of a source of `repae_jax.data`; raises ValueError, with its name, if it cannot be decoded."""
-    fields, error = reading.attempt(source, record)
-    if error:
-        raise ValueError(f"{source.name(record)} cannot be read ({error}); repair or remove it")
-    return fields["image"]
-
-
 def source_blocks(source, blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
-    """Yields the images of each block of records of a source, decoded ahead in threads; errors as of `read_image`."""
-    return read_blocks(functools.partial(read_image, source), blocks)
+    """Yields the images of each block of records of a source, decoded ahead; ValueError, with its name, if one is broken."""
+
+    def read(record):
+        fields, error = reading.attempt(source, record)
+        if error:
+            raise ValueError(f"{source.name(record)} cannot be read ({error}); repair or remove it")
+        return fields["image"]
+
+    return read_blocks(read, blocks)
 
 
 def read_blocks(read: Callable[[int], UInt8[np.ndarray, "H W 3"]], blocks: Sequence[Sequence[int]]) -> Iterator[Images]:
     """Yields the stacked results of `read` for each block of records, read ahead in threads."""
-    images = loader.read_ahead(MapDataset.source(_Blocks(read, blocks)), workers=0)
-    try:
+    dataset = MapDataset.source(blocks).map(lambda block: np.stack(reading.at_once(read, block)))
+    with contextlib.closing(loader.read_ahead(dataset, workers=0)) as images:
         yield from images
-    finally:
-        images.close()
-
-
-class _Blocks:
-    """Item k holds the images of block k: for `loader.read_ahead`."""
-
-    def __init__(self, read, blocks):
-        self._read, self._blocks = read, blocks
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def __getitem__(self, k):
-        return np.stack(reading.at_once(self._read, self._blocks[k]))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Inception's features of many images: on all devices, kept in files part by part, so that interrupted work continues."""
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -28,54 +27,35 @@ IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # features of an image in a part
 FEATURES = ("pool", "spatial", "logits")
 
 Devices = list[jax.Device] | None
-Kept = Bool[np.ndarray, " N"]
 IsDone = Callable[[], bool]
-
-
-def never() -> bool:
-    """Returns False."""
-    return False
 
 
 class InceptionNetwork:
     """InceptionV3 with weights: pixels in, features out, in float32 without reduced-precision products.
 
-    Args:
-      params: parameters of InceptionV3.
-      batch_size: images at a time, over all devices; a multiple of these.
-      devices: default all of this process.
-      prepare: preprocessing of the images, see InceptionV3.
-
-    Attributes:
-      checksum: content hash of the weights.
-      pool_features, spatial_features: number of features, 2048 and 2023.
+    It takes `batch_size` images at a time, over all devices: by default, all of this process.
     """
 
     pool_features = 2048
-    spatial_features = 17 * 17 * SPATIAL_CHANNELS
+    spatial_features = 17 * 17 * SPATIAL_CHANNELS  # 2023
 
     def __init__(self, params: Any, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input):
         mesh = sharding.make_mesh(1, jax.local_devices() if devices is None else devices)
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
-        self.batch_size = batch_size
-        self.checksum = fingerprint(params)
+        self.batch_size, self.checksum = batch_size, fingerprint(params)
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._sharding = sharding.batch_sharding(mesh)
 
         @jax.jit
+        @jax.default_matmul_precision("highest")
         def run(params, images):
-            with jax.default_matmul_precision("highest"):
-                return InceptionV3(prepare=prepare).apply({"params": params}, images)
+            return InceptionV3(prepare=prepare).apply({"params": params}, images)
 
         self._run = run
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> InceptionFeatures:
-        """Returns features as numpy arrays; those of an image do not depend on the others.
-
-        Raises:
-          ValueError: for another shape or dtype, or no images.
-        """
+        """Returns features as numpy arrays; those of an image do not depend on the others. ValueError for no such images."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
             raise ValueError(
@@ -90,9 +70,7 @@ class InceptionNetwork:
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
 
 
-def load_network(
-    path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input
-) -> InceptionNetwork:
+def load_network(path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input) -> InceptionNetwork:
     """Loads an InceptionNetwork from a file as `load_inception`; its path may be 'random', for tests and to measure speed."""
     if path != files.RANDOM:
         return InceptionNetwork(load_inception(path), batch_size, devices, prepare)
@@ -107,42 +85,28 @@ class FeatureParts:
     A part that exists is whole, and never made again. Parts are the same, bit for bit, however often the work was
     interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ...
 
-    Args:
-      folder: created if need be.
-      images: the set of images.
-      network: InceptionNetwork, or an object with its call and attributes.
-      kept: marks the images that are kept beside their features; default none.
-      is_done: tells whether process 0 has used the parts already and removed them.
+    `kept` marks the images that are kept beside their features, by default none; `is_done` tells whether process 0 has used the
+    parts already and removed them.
     """
 
     def __init__(
-        self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Kept | None = None, is_done: IsDone = never
-    ):
+        self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Bool[np.ndarray, " N"] | None = None,
+        is_done: IsDone = lambda: False,
+    ):  # fmt: skip
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
         self._kept = np.zeros(images.count, bool) if kept is None else kept
         batch = network.batch_size
         self._ranges = _split(0, images.count, batch * -(-PART_SIZE // batch))
         self._paths = [self._folder / f"part-{part:05d}.npz" for part in range(len(self._ranges))]
         self._settings = {
-            "images": images.description,
-            "count": images.count,
-            "shape": list(images.shape),
-            "batch_size": batch,
-            "inception": network.checksum,
-            "kept": hashlib.sha256(np.packbits(self._kept)).hexdigest()[:16],
-        }
+            "images": images.description, "count": images.count, "shape": list(images.shape), "batch_size": batch,
+            "inception": network.checksum, "kept": hashlib.sha256(np.packbits(self._kept)).hexdigest()[:16],
+        }  # fmt: skip
 
     def make(self, description: str) -> bool:
-        """Makes the missing parts of this process, and waits for those of the others.
+        """Makes the missing parts of this process, and waits for those of the others; returns False if all work is done.
 
-        Args:
-          description: label of the progress bar.
-
-        Returns:
-          Whether all parts are there; False if the work is done already.
-
-        Raises:
-          ValueError: if the folder holds parts made with other settings, or the disk has too little space.
+        ValueError if the folder holds parts made with other settings, or the disk has too little space.
         """
         if not self._agree():
             return False
@@ -174,8 +138,7 @@ class FeatureParts:
         if not multihost.wait_for_files([file], self._is_done):
             return False
         before, now = files.read_json(file), json.loads(json.dumps(self._settings))
-        differing = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-        if differing:
+        if differing := {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}:
             raise ValueError(
                 f"{self._folder} holds unfinished work with other settings (there, here): {differing}; choose another --out, "
                 "or the old settings, or remove the folder"
@@ -205,24 +168,19 @@ class FeatureParts:
 
     def read(self) -> Iterator[InceptionFeatures]:
         """Yields the features as numpy arrays, part by part in order."""
-        for path in self._paths:
-            with _open(path) as arrays:
-                yield InceptionFeatures(**{name: arrays[name] for name in FEATURES})
+        return (InceptionFeatures(**arrays) for arrays in self._read(*FEATURES))
 
     def read_images(self) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """Yields the images that were kept, part by part in order."""
+        return (arrays["images"] for arrays in self._read("images"))
+
+    def _read(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         for path in self._paths:
-            with _open(path) as arrays:
-                yield arrays["images"]
-
-
-@contextlib.contextmanager
-def _open(path: Path):
-    advice = "remove it, and run the same command to make it again"
-    with naming_damage(path, advice), np.load(path, allow_pickle=False) as arrays:
-        yield arrays
+            advice = "remove it, and run the same command to make it again"
+            with naming_damage(path, advice), np.load(path, allow_pickle=False) as arrays:
+                part = {name: arrays[name] for name in names}
+            yield part
 
 
 def _split(first: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Splits a range into ranges of `size`, the last one shorter."""
     return [(at, min(at + size, end)) for at in range(first, end, size)]

@@ -13,19 +13,12 @@ Curve = tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"]]  # steps, values
 
 @dataclasses.dataclass(frozen=True)
 class MetricsFile:
-    """The content of a metrics.jsonl.
+    """The content of a metrics.jsonl."""
 
-    Attributes:
-      curves: by name of the metric; values may be nan or infinite.
-      steps: of every line.
-      times: of every line, in seconds since 1970.
-      broken: numbers of the lines, from 1, that hold no metrics, without an unfinished last one.
-    """
-
-    curves: dict[str, Curve]
-    steps: Int[np.ndarray, " L"]
-    times: Float[np.ndarray, " L"]
-    broken: list[int]
+    curves: dict[str, Curve]  # by name of the metric; values may be nan or infinite
+    steps: Int[np.ndarray, " L"]  # of every line
+    times: Float[np.ndarray, " L"]  # of every line, in seconds since 1970
+    broken: list[int]  # numbers of the lines, from 1, that hold no metrics, without an unfinished last one
 
 
 def read_metrics(path: epath.PathLike) -> MetricsFile:

@@ -1,6 +1,7 @@
 """Pictures of runs: curves of their metrics, settings side by side, images sorted by class, latents in colors."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import ndimage
 
 from repae_jax import files
 from repae_jax import images as image_tools
@@ -16,9 +18,6 @@ from repae_jax.analysis.representation import principal_components
 from repae_jax.evaluation.metrics_file import Curve, read_metrics
 
 Picture = UInt8[np.ndarray, "H W 3"]
-
-
-# ---- computing ------------------------------------------------------------------------------------------------------
 
 
 def read_curves(metrics_jsonl: epath.PathLike) -> dict[str, Curve]:
@@ -34,22 +33,14 @@ def read_curves(metrics_jsonl: epath.PathLike) -> dict[str, Curve]:
 def moving_average(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Computes the centered mean over about a twentieth of the curve, of finite values; nan where there are none around."""
     values = np.asarray(values, np.float64)
-    half = len(values) // 40
     finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    start = np.clip(np.arange(len(values)) - half, 0, None)
-    stop = np.clip(np.arange(len(values)) + half + 1, None, len(values))
-    count = counts[stop] - counts[start]
-    return np.where(count > 0, (sums[stop] - sums[start]) / np.maximum(count, 1), np.nan)
+    window = functools.partial(ndimage.uniform_filter1d, size=2 * (len(values) // 40) + 1, mode="constant")
+    means, shares = window(np.where(finite, values, 0)), window(finite.astype(np.float64))
+    return np.divide(means, shares, out=np.full(len(values), np.nan), where=shares > 0)
 
 
 def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N"], scale: int = 3) -> Picture:
-    """Lays images out with one row per class, in ascending order, enlarged by a whole number; short rows end in white.
-
-    Raises:
-      ValueError: if there are no images, or not as many labels as images.
-    """
+    """Lays images out with one row per class, in ascending order, enlarged by a whole number; short rows end in white."""
     images, labels = np.asarray(images), np.asarray(labels)
     if not len(images) or labels.shape != (len(images),):
         raise ValueError(
@@ -63,14 +54,10 @@ def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N
 
 
 def pca_colors(latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h w 3"]:
-    """Maps latents to colors: their first three principal components over all positions of all images, each from 0 to 255.
-
-    Black where nothing varies. Raises ValueError if there are fewer than three channels.
-    """
+    """Maps latents to colors: three principal components over all positions of all images, each from 0 to 255."""
     components = principal_components(latents)
     low, high = components.min(axis=(0, 1, 2)), components.max(axis=(0, 1, 2))
-    scaled = (components - low) / np.maximum(high - low, 1e-12)
-    return np.round(255 * scaled).astype(np.uint8)
+    return np.round(255 * (components - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)  # black if nothing varies
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -78,17 +65,10 @@ def pca_colors(latents: Float[np.ndarray, "B h w C"]) -> UInt8[np.ndarray, "B h 
 
 
 def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Mapping[str, Sequence[str]]) -> None:
-    """Draws one panel per group: raw values light, their moving average on top.
-
-    Args:
-      metrics_jsonl: the run's metrics.jsonl.
-      path: the PNG to write.
-      groups: names of the metrics by title of the panel.
-    """
+    """Draws one panel per group, its title with names of metrics: raw values light, their moving average on top."""
     _require("groups", groups, "panel title with the names of its metrics")
     curves = read_curves(metrics_jsonl)
-    missing = sorted({name for names in groups.values() for name in names} - set(curves))
-    if missing:
+    if missing := sorted({name for names in groups.values() for name in names} - set(curves)):
         raise ValueError(
             f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {', '.join(sorted(curves)) or 'none yet'}"
         )
@@ -106,23 +86,10 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
 
 
 def plot_settings(
-    path: epath.PathLike,
-    values: Mapping[str, Sequence[float]],
-    value_title: str,
-    curves: Mapping[str, Curve],
-    curve_title: str,
-    log_scale: bool = False,
+    path: epath.PathLike, values: Mapping[str, Sequence[float]], value_title: str,
+    curves: Mapping[str, Curve], curve_title: str, log_scale: bool = False,
 ) -> None:
-    """Draws two panels: a bar with a dot for every run per setting, and a curve per setting.
-
-    Args:
-      path: the PNG to write.
-      values: numbers of the runs by setting; those that are not finite are left out.
-      value_title: title of the first panel.
-      curves: by setting; a setting may have none.
-      curve_title: title of the second panel.
-      log_scale: draws the curves' values on a logarithmic scale.
-    """
+    """Draws two panels: a bar per setting, with a dot for every finite number of it, and a curve per setting that has one."""
     _require("values", values, "setting with its numbers")
     size = 5, max(2.6, 0.42 * len(values) + 1)
     figure, ((left, _), (right, _)) = _panels([(value_title, None), (curve_title, None)], 2, size, dpi=80)
@@ -152,13 +119,7 @@ def show_pictures(path: epath.PathLike, pictures: Mapping[str, Picture], columns
 
 
 def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 3"] | str], size: int = 96) -> None:
-    """Draws labeled rows of pictures, all enlarged to about `size` pixels.
-
-    Args:
-      path: the PNG to write.
-      rows: pictures by label, whose H and W may differ from row to row; or a text to show in their place.
-      size: side of a picture in pixels, about.
-    """
+    """Draws labeled rows of pictures, or a text in their place, all enlarged to about `size` pixels, whatever their H and W."""
     _require("rows", rows, "label with its pictures")
     sheets = {
         label: image_tools.grid(row, columns=len(row), scale=max(1, round(size / row.shape[1])))
@@ -178,22 +139,13 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
 
 
 def plot_lines(
-    path: epath.PathLike,
-    panels: Mapping[str, Mapping[str, tuple]],
-    x_title: str,
-    y_titles: Sequence[str],
-    log_scale: bool = False,
-    reference: tuple[str, Sequence[float], Sequence[float]] | None = None,
+    path: epath.PathLike, panels: Mapping[str, Mapping[str, tuple]], x_title: str, y_titles: Sequence[str],
+    log_scale: bool = False, reference: tuple[str, Sequence[float], Sequence[float]] | None = None,
 ) -> None:
     """Draws panels with lines, side by side, with one legend for all.
 
-    Args:
-      path: the PNG to write.
-      panels: lines by title of the panel and name: (x, y), or (x, y, matplotlib's keywords for the line).
-      x_title: title of the x axis of all panels.
-      y_titles: titles of the y axis, one for each panel.
-      log_scale: draws y on a logarithmic scale.
-      reference: (name, x, y) of a dashed line in all panels.
+    Lines, by title of the panel and name, are (x, y), or (x, y, matplotlib's keywords for the line). `reference` is a
+    dashed line in all panels, (name, x, y).
     """
     _require("panels", panels, "title with its lines")
     figure, drawn = _panels(panels.items(), len(panels), (5.2 + 2 / len(panels), 4))
@@ -211,10 +163,7 @@ def plot_lines(
 def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws a panel per model: the histogram of every channel, upright, dark where values are frequent.
 
-    Args:
-      path: the PNG to write.
-      panels: by title; 'edges' of the bins [K + 1], 'shares' [C, K], and for each channel [C] the 'median' and the quantiles
-        'low' and 'high', drawn as ticks.
+    Of each panel, 'edges' of the bins [K + 1], 'shares' [C, K], and 'median', 'low' and 'high' quantiles [C], drawn as ticks.
     """
     _require("panels", panels, "model with its histograms")
     figure, drawn = _panels(panels.items(), 2, (5.2, 3.4))
@@ -233,13 +182,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
 
 
 def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> None:
-    """Draws panels with groups of bars: a group per measure, in it a bar per model.
-
-    Args:
-      path: the PNG to write.
-      panels: values by title of the panel and measure, one per name; nan is no bar.
-      names: the models.
-    """
+    """Draws panels with groups of bars: a group per measure, in it a bar per model of `names`; nan is no bar."""
     if not panels or not names:
         raise ValueError(f"panels {list(panels)}, names {list(names)}; allowed: at least one of each")
     figure, drawn = _panels(panels.items(), len(panels), (5.2, 3.8), fontsize="medium")
@@ -261,10 +204,9 @@ def _require(name: str, values: Any, needed: str) -> None:
 
 
 def _panels(
-    contents: Iterable[tuple[str, Any]], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
+    contents: Collection[tuple[str, Any]], columns: int, size: tuple[float, float], dpi: int = 100, **title_keywords: Any
 ) -> tuple[Figure, list[tuple[Axes, Any]]]:
-    """Returns a figure of panels of `size` in inches, one for each (title, content), and (axes, content) of each."""
-    contents = list(contents)
+    """Returns a figure of panels of `size` in inches, and (axes, content) of each (title, content)."""
     columns = min(columns, len(contents))
     rows = -(-len(contents) // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=dpi, layout="constrained")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from repae_jax import buckets, files
 from repae_jax.evaluation.image_sets import ImageSet, NpzImages, naming_damage
-from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone, never
+from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
 from repae_jax.metrics.frechet import RunningGaussian, Stats
 
 PUBLISHED_COUNT = 50_000  # samples behind published scores
@@ -23,23 +23,14 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Statistics of real images.
+    """Statistics of real images; None is unknown."""
 
-    Attributes:
-      pool: of the 2048 features of pool_3, for FID.
-      spatial: of the 2023 spatial features, for sFID; None if unknown.
-      features: float32, pool_3 of some of the images, for precision and recall; None if unknown.
-      images: these images if there are no `features` yet; or None.
-      shape: [H, W] of the images, None if unknown.
-      description: plain values that identify the reference.
-    """
-
-    pool: Stats
-    spatial: Stats | None
-    features: Float[np.ndarray, "M F"] | None
-    images: NpzImages | None
-    shape: list[int] | None
-    description: dict[str, Any]
+    pool: Stats  # of the 2048 features of pool_3, for FID
+    spatial: Stats | None  # of the 2023 spatial features, for sFID
+    features: Float[np.ndarray, "M F"] | None  # float32, pool_3 of some of the images, for precision and recall
+    images: NpzImages | None  # these images if there are no `features` yet
+    shape: list[int] | None  # [H, W] of the images
+    description: dict[str, Any]  # plain values that identify the reference
 
 
 def check_on_disk(path: epath.PathLike) -> None:
@@ -49,15 +40,9 @@ def check_on_disk(path: epath.PathLike) -> None:
 
 
 def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference:
-    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`.
+    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`, whose weights the network must have.
 
-    Args:
-      path: the npz. Keys: mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall.
-      network: must have the weights that the file names, if it does.
-
-    Raises:
-      FileNotFoundError: if it does not exist.
-      ValueError: if it is damaged, lacks mu and sigma, or they have other sizes, are not finite, or are of other weights.
+    Its keys are mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall.
     """
     check_on_disk(path)
     path = Path(path)
@@ -80,10 +65,12 @@ def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference
         about = json.loads(str(archive["about"])) if "about" in archive else {}
         images = NpzImages(path) if "arr_0" in archive else None
     _check_content(path, features, about, network)
+    arrays = [array for array in (*pool, *(spatial or ()), features) if array is not None]
+    checksum = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
     return Reference(
         pool=pool, spatial=spatial, features=features, images=None if features is not None else images,
         shape=None if images is None else images.shape,
-        description={"npz": path.name, "checksum": _checksum(*pool, *(spatial or ()), features), **about},
+        description={"npz": path.name, "checksum": checksum, **about},
     )  # fmt: skip
 
 
@@ -113,27 +100,13 @@ def _check_content(path: Path, features: np.ndarray | None, about: Any, network:
         raise ValueError(f"pool of {path} is {features.dtype} {list(features.shape)}; needed: floats [M, {size}]")
 
 
-def _checksum(*arrays: np.ndarray | None) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def measure_reference(
-    images: ImageSet, network: InceptionNetwork, folder: Path, keep_images: bool = False, is_done: IsDone = never
+    images: ImageSet, network: InceptionNetwork, folder: Path, keep_images: bool = False, is_done: IsDone = lambda: False
 ) -> tuple[Reference, FeatureParts] | None:
-    """Measures the statistics of all images of a set; ValueError if images cannot be read, or there are fewer than two.
+    """Measures the statistics of all images of a set; returns them and their parts, None in processes other than the first.
 
-    Args:
-      images: the real images.
-      network: the feature network.
-      folder: holds unfinished work; continued if it exists.
-      keep_images: keeps the images that `write_reference` needs.
-      is_done: tells whether process 0 has removed the folder.
-
-    Returns:
-      The reference and its parts; None in processes other than the first.
+    The folder holds unfinished work, which is continued; `is_done` tells whether process 0 has removed it. `keep_images` keeps
+    the images that `write_reference` needs.
     """
     chosen = np.zeros(images.count, bool)
     chosen[np.random.default_rng(0).permutation(images.count)[:KEPT_IMAGES]] = True

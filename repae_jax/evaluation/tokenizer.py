@@ -58,21 +58,13 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Images compared with their reconstructions.
+    """Images compared with their reconstructions."""
 
-    Attributes:
-      records: the records of the source that were compared.
-      values: scores of each of them, float64, by name.
-      rfid: None if no feature function was given.
-      bad_records: (record, error) of those that could not be decoded.
-      pairs: the first originals, each followed by its reconstruction.
-    """
-
-    records: Int[np.ndarray, " N"]
-    values: Mapping[str, Float[np.ndarray, " N"]]
-    rfid: float | None
-    bad_records: list[tuple[int, str]]
-    pairs: UInt8[np.ndarray, "2n H W 3"]
+    records: Int[np.ndarray, " N"]  # the records of the source that were compared
+    values: Mapping[str, Float[np.ndarray, " N"]]  # scores of each of them, float64, by name
+    rfid: float | None  # None if no feature function was given
+    bad_records: list[tuple[int, str]]  # (record, error) of those that could not be decoded
+    pairs: UInt8[np.ndarray, "2n H W 3"]  # the first originals, each followed by its reconstruction
 
 
 class Blocks:
@@ -103,12 +95,8 @@ class Blocks:
 def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
     """Makes the function that reconstructs and compares, in float32, to be jitted.
 
-    Image i depends on (key, records[i]) alone, not on the batch it is in.
-
-    Args:
-      vae: the network.
-      latents: 'sampled' or 'mode'.
-      side: side of the images in pixels; images smaller than the window have no SSIM.
+    Image i depends on (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is
+    smaller than the window have no SSIM.
 
     Returns:
       Function of ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key),
@@ -116,6 +104,7 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
     """
     vae = vae.clone(dtype=jnp.float32)
 
+    @jax.default_matmul_precision("high")  # at least three bfloat16 passes on TPUs, TF32 on GPUs as published
     def compare(params, pixels, records, key):
         originals = images.to_float(pixels)
         posterior = vae.apply({"params": params["vae"]}, originals, method="encode")
@@ -133,45 +122,18 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
             values["lpips"] = LPIPS().apply({"params": params["lpips"]}, originals, recon)
         return rounded, values
 
-    def compare_precisely(params, pixels, records, key):
-        # at least three bfloat16 passes on TPUs, TF32 on GPUs as published
-        with jax.default_matmul_precision("high"):
-            return compare(params, pixels, records, key)
-
-    return compare_precisely
+    return compare
 
 
 def compare_all(
-    vae: AutoencoderKL,
-    params: Any,
-    source: Any,
-    records: Int[np.ndarray, " N"],
-    *,
-    mesh: jax.sharding.Mesh,
-    batch_size: int,
-    latents: str,
-    seed: int,
-    lpips: Any = None,
+    vae: AutoencoderKL, params: Any, source: Any, records: Int[np.ndarray, " N"], *, mesh: jax.sharding.Mesh, batch_size: int,
+    latents: str, seed: int, lpips: Any = None, workers: int = 0,
     features_fn: Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b F"]] | None = None,
-    workers: int = 0,
 ) -> Comparison:
-    """Compares images with their reconstructions, one batch in memory at a time, over all devices of the mesh.
+    """Compares records of a source with their reconstructions, one batch in memory at a time, over all devices of the mesh.
 
-    Args:
-      vae: the network.
-      params: its parameters.
-      source: images, see `repae_jax.data`.
-      records: the records of the source to compare.
-      mesh: device mesh.
-      batch_size: images at a time; a multiple of the devices.
-      latents: 'sampled' or 'mode'.
-      seed: seed of the samples.
-      lpips: parameters of LPIPS; None leaves it out.
-      features_fn: computes features of pixels, for rFID; None leaves it out.
-      workers: processes that decode.
-
-    Raises:
-      ValueError: if no image can be decoded, or a reconstruction is not finite.
+    `batch_size` is a multiple of the devices; latents are as of `make_compare`, `lpips` are parameters, and `features_fn`
+    computes features of pixels, for rFID. ValueError if no image can be decoded, or a reconstruction is not finite.
     """
     placed = jax.device_put({"vae": params, "lpips": lpips}, sharding.replicated(mesh))
     compare = jax.jit(make_compare(vae, latents, source.image_size))

@@ -12,25 +12,15 @@ class RunningGaussian:
     """Mean and covariance of features that come in batches, in float64; they need not fit in memory together.
 
     Nothing cancels when the mean is large against the spread: deviations from each batch's own mean are summed, and merged
-    by Chan's formula.
-
-    Attributes:
-      count: number of features so far.
-      mean: None before the first batch.
-      scatter: sum of the outer products of the deviations from the mean; None before the first batch.
-
-    Reference: Chan, Golub and LeVeque, 1983, Algorithms for computing the sample variance, eq. 1.3.
+    by Chan's formula: Chan, Golub and LeVeque, 1983, Algorithms for computing the sample variance, eq. 1.3.
     """
 
     def __init__(self, count: int = 0, mean: Mean | None = None, scatter: Cov | None = None):
-        self.count, self.mean, self.scatter = count, mean, scatter
+        self.count, self.mean = count, mean
+        self.scatter = scatter  # sum of the outer products of the deviations from the mean
 
     def update(self, features: Float[np.ndarray, "N F"]) -> None:
-        """Adds a batch of any dtype, which may be empty.
-
-        Raises:
-          ValueError: if the features are no matrix, not all finite, or of another size than those before.
-        """
+        """Adds a batch of any dtype, which may be empty; ValueError unless it is a finite matrix as wide as those before."""
         features = np.asarray(features, np.float64)
         if features.ndim != 2 or features.shape[1] < 1:
             raise ValueError(f"features have shape {list(features.shape)}; allowed: [N, F] with F >= 1, one row per image")
@@ -79,32 +69,20 @@ def gaussian_stats(features: Float[np.ndarray, "N F"]) -> Stats:
 def frechet_distance(mean1: Mean, cov1: Cov, mean2: Mean, cov2: Cov) -> float:
     """Computes the squared 2-Wasserstein distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features.
-
-    Returns:
-      The distance, summed over the features; >= 0 up to rounding.
-
-    Raises:
-      ValueError: if the sizes do not fit.
+    The covariances are symmetric and positive semi-definite: rank-deficient where there were fewer images than features. The
+    distance is summed over the features, and >= 0 up to rounding.
 
     Reference: Heusel et al., arXiv 1706.08500, eq. 6; ADM `evaluations/evaluator.py` `frechet_distance`, which takes a
       general matrix root instead. It is slower, and on singular covariances complex or not finite.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
-    size = mean1.shape[0] if mean1.ndim == 1 else None
-    if size is None or mean2.shape != (size,) or cov1.shape != (size, size) or cov2.shape != (size, size):
+    if mean1.ndim != 1 or mean1.shape != mean2.shape or not cov1.shape == cov2.shape == (mean1.size, mean1.size):
         raise ValueError(
             f"means have shapes {list(mean1.shape)} and {list(mean2.shape)}, covariances {list(cov1.shape)} and "
             f"{list(cov2.shape)}; allowed: [F] and [F, F] with one F; take both from the same feature network"
         )
-    # S1 S2 and the symmetric S1^(1/2) S2 S1^(1/2) have the same eigenvalues.
-    root1 = _sqrt(cov1)
-    eigenvalues = np.linalg.eigvalsh(root1 @ cov2 @ root1)
-    trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()
+    # S1 S2 and the symmetric S1^(1/2) S2 S1^(1/2) have the same eigenvalues; those that rounding made negative count as zero.
+    eigenvalues, vectors = np.linalg.eigh(cov1)
+    root1 = (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(root1 @ cov2 @ root1).clip(min=0)).sum()
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
-
-
-def _sqrt(cov: Cov) -> Cov:
-    """Returns the symmetric root of a covariance; eigenvalues that rounding made negative count as zero."""
-    eigenvalues, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T

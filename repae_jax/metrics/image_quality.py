@@ -4,9 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-# Wang et al.'s window: a Gaussian of 1.5 pixels, cut to 11 x 11
-SIGMA = 1.5
-RADIUS = 5
+SIGMA, RADIUS = 1.5, 5  # pixels, of Wang et al.'s window: a Gaussian, cut to 11 x 11
 WINDOW = 2 * RADIUS + 1
 
 
@@ -14,10 +12,7 @@ def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Fl
     """Computes the peak signal-to-noise ratio of each pair: 10 log10(255^2 / mean squared error).
 
     Returns:
-      float32, in dB, from the mean over pixels and channels; infinite for equal images.
-
-    Raises:
-      ValueError: for another dtype or shape, or if the shapes differ.
+      float32, in dB, from the mean over pixels and channels; infinite for equal images. ValueError for another dtype or shape.
     """
     _check_shapes(images, others)
     for array in (images, others):
@@ -38,18 +33,14 @@ def ssim(images: Float[Array, "B H W C"], others: Float[Array, "B H W C"], data_
     request 2721 of September 2024; since then it counts windows over the border, too, where the image is mirrored.
 
     Args:
-      images: H and W at least WINDOW; any dtype but float64 is computed in float32.
-      others: the images to compare them with.
+      images: floats, H and W at least WINDOW; any dtype but float64 is computed in float32.
+      others: as `images`.
       data_range: largest minus smallest value that images can have: 2 for [-1, 1], 255 for pixels. Values are not clipped.
-        Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray, and the result
-        is another number.
+        Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray.
 
     Returns:
-      The mean over positions and channels, at most 1.
-
-    Raises:
-      ValueError: if the images are integers, of which products overflow, smaller than the window, or differ in shape; or if the
-        range is not positive.
+      The mean over positions and channels, at most 1. ValueError for integers, of which products overflow, small images, or
+      shapes that differ.
 
     Reference: Wang et al. 2004, 'Image quality assessment: from error visibility to structural similarity', eq. 13, with
       K1 = 0.01 and K2 = 0.03.
@@ -78,14 +69,11 @@ def ssim(images: Float[Array, "B H W C"], others: Float[Array, "B H W C"], data_
 
 
 def _blur(x: Float[Array, "B H W C"]) -> Float[Array, "B H-10 W-10 C"]:
-    """Computes Gaussian means over the windows inside the image.
-
-    Sums of shifted images, because convolutions on accelerators round to fewer digits than float32 has.
-    """
+    """Computes Gaussian means over the windows inside the image."""
+    # Sums of shifted images, because convolutions on accelerators round to fewer digits than float32 has.
     weights = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
     weights /= weights.sum()
-    height, width = x.shape[1] - 2 * RADIUS, x.shape[2] - 2 * RADIUS
-    zero = jnp.zeros((), x.dtype)
+    height, width, zero = x.shape[1] - 2 * RADIUS, x.shape[2] - 2 * RADIUS, jnp.zeros((), x.dtype)
     x = sum((float(weight) * x[:, i : i + height] for i, weight in enumerate(weights)), zero)
     return sum((float(weight) * x[:, :, i : i + width] for i, weight in enumerate(weights)), zero)
 

@@ -8,10 +8,9 @@ SPLIT_SIZE = 5000  # as in published scores: ten splits of 50,000 samples
 
 
 class RunningInceptionScore:
-    """Inception score of logits that come in batches; keeps a few sums per split, all in float64.
+    """Inception score of logits that come in batches, in splits of consecutive samples, of which the last may be shorter.
 
-    Args:
-      split_size: consecutive samples in a split; the last split may be shorter.
+    A few sums are kept per split, all in float64.
 
     Reference: Salimans et al., arXiv 1606.03498, sec. 4; ADM `evaluations/evaluator.py` `compute_inception_score`, whose
       splits are of 5000 samples, and whose logits lack the bias of the last layer.
@@ -51,11 +50,7 @@ class RunningInceptionScore:
         return np.exp(self._sum_of_p_log_p / self._count - (mean * np.log(mean.clip(min=np.finfo(np.float64).tiny))).sum())
 
     def result(self) -> tuple[float, float]:
-        """Returns the mean (between 1 and the number of classes) and the standard deviation over the splits.
-
-        Raises:
-          ValueError: if there were no logits.
-        """
+        """Returns the mean (from 1 to the number of classes) and standard deviation over splits; ValueError without logits."""
         scores = self._scores + ([self._split_score()] if self._count else [])
         if not scores:
             raise ValueError("there are no logits; an inception score needs at least those of one image")

@@ -1,6 +1,7 @@
 """Precision and recall of generated images: the overlap of two sets of features, whose shapes nearest neighbors trace."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +15,14 @@ Block = tuple[Float[Array, "b F"], Float[Array, " b"]]  # features and their squ
 
 
 def precision_recall(
-    reference: Float[np.ndarray, "M F"],
-    samples: Float[np.ndarray, "N F"],
-    neighbors: int = NEIGHBORS,
-    block_size: int = BLOCK_SIZE,
+    reference: Float[np.ndarray, "M F"], samples: Float[np.ndarray, "N F"],
+    neighbors: int = NEIGHBORS, block_size: int = BLOCK_SIZE,
 ) -> tuple[float, float]:
     """Computes the share of samples near the reference (precision), and of the reference near samples (recall).
 
     A feature is near a set if it lies in the ball around any of the set's features, whose radius is the distance to that
     feature's `neighbors`-th nearest neighbor in the set, itself left out. Distances are computed block by block in float32;
-    the published code computes them in float16, and in float32 where those overflow.
-
-    Args:
-      reference: finite, M > neighbors.
-      samples: finite, N > neighbors.
-      neighbors: see above.
-      block_size: features whose distances are in memory at a time.
-
-    Returns:
-      (precision, recall), in [0, 1].
-
-    Raises:
-      ValueError: if the shapes do not fit, or something is not finite.
+    the published code computes them in float16, and in float32 where those overflow. M and N must be above `neighbors`.
 
     Reference: Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2; ADM `evaluations/evaluator.py` `ManifoldEstimator`.
     """
@@ -85,13 +72,6 @@ def _distances(a: Block, b: Block) -> Float[Array, "n m"]:
 
 
 @functools.partial(jax.jit, static_argnames="neighbors")
-def _nearest(a: Block, b: Block, neighbors: int) -> tuple[Float[Array, "n k"], Float[Array, "m k"]]:
-    """Returns the distances to the nearest features of the other block, nearest first."""
-    distances = _distances(a, b)
-    return _smallest(distances, neighbors), _smallest(distances.T, neighbors)
-
-
-@functools.partial(jax.jit, static_argnames="neighbors")
 def _nearest_others(a: Block, neighbors: int) -> Float[Array, "n k"]:
     """Returns the distances to the nearest features of the same block, without the feature itself."""
     distances = _distances(a, a)
@@ -104,9 +84,11 @@ def _smallest(distances: Float[Array, "n m"], neighbors: int) -> Float[Array, "n
 
 
 @jax.jit
-def _merge(a: Float[Array, "n k"], b: Float[Array, "n k"]) -> Float[Array, "n k"]:
-    """Returns the k smallest entries of both in each row."""
-    return _smallest(jnp.concatenate([a, b], axis=1), a.shape[1])
+def _nearest(a: Block, b: Block, of_a: Float[Array, "n k"], of_b: Float[Array, "m k"]) -> list[Float[Array, "_ k"]]:
+    """Returns the smallest distances of each block so far, of_a and of_b, or to features of the other block, nearest first."""
+    distances = _distances(a, b)
+    candidates = ((of_a, distances), (of_b, distances.T))
+    return [_smallest(jnp.concatenate([old, new], axis=1), old.shape[1]) for old, new in candidates]
 
 
 @jax.jit
@@ -121,8 +103,6 @@ def _near(
 def _radii(blocks: list[Block], neighbors: int) -> list[Float[Array, " b"]]:
     """Returns the squared distances to the k-th nearest neighbors per block; -1 for the padding of the last block."""
     nearest = [_nearest_others(block, neighbors) for block in blocks]
-    for i in range(len(blocks)):
-        for j in range(i):  # distances are symmetric: each block of them serves rows and columns
-            of_i, of_j = _nearest(blocks[i], blocks[j], neighbors)
-            nearest[i], nearest[j] = _merge(nearest[i], of_i), _merge(nearest[j], of_j)
+    for i, j in itertools.combinations(range(len(blocks)), 2):  # each block of distances serves rows and columns
+        nearest[i], nearest[j] = _nearest(blocks[i], blocks[j], nearest[i], nearest[j])
     return [jnp.where(jnp.isfinite(norms), distances[:, -1], -1) for distances, (_, norms) in zip(nearest, blocks)]

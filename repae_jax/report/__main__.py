@@ -30,8 +30,7 @@ def parse_args(argv=None):
 def names_of(workdirs):
     """Returns short names of the runs that tell them apart."""
     paths = [str(epath.Path(workdir).expanduser().absolute()) for workdir in workdirs]
-    repeated = sorted({str(workdir) for workdir, path in zip(workdirs, paths) if paths.count(path) > 1})
-    if repeated:
+    if repeated := sorted({str(workdir) for workdir, path in zip(workdirs, paths) if paths.count(path) > 1}):
         raise ValueError(f"{', '.join(repeated)} is given more than once; give every run once")
     names = short_names(paths)
     return [names[path] for path in paths]

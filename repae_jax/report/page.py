@@ -20,15 +20,10 @@ def make_page(runs: list[dict[str, Any]], now: float) -> str:
     """Returns the page of runs, see `read_run`, in less than PAGE_BYTES bytes; `now` is in seconds since 1970.
 
     The runs' curves and pictures are replaced in place.
-
-    Raises:
-      ValueError: if the runs' texts alone are longer than that.
     """
     data = {
-        "written": now, "titles": SERIES, "kinds": KINDS,
-        "notes": fit_curves(runs),
-        "differing": config_differences([run["config"] for run in runs]),
-        "runs": runs,
+        "written": now, "titles": SERIES, "kinds": KINDS, "notes": fit_curves(runs),
+        "differing": config_differences([run["config"] for run in runs]), "runs": runs,
     }  # fmt: skip
     title = " · ".join(run["name"] for run in runs)
     text = len(_fill(title, json.dumps(data, default=lambda picture: picture.alt)))

@@ -14,8 +14,7 @@ from repae_jax.report.files import place_of, size_of, unreadable
 
 PICTURE_BYTES = (90_000, 800_000)  # (guaranteed, maximum) base64 bytes per picture
 SERIES_POINTS = 40  # most pictures of one series over training time
-# longest side in pixels, WebP quality
-_LADDER = ((1600, 85), (1200, 80), (900, 75), (700, 65), (500, 50), (350, 40), (200, 30))
+_LADDER = ((1600, 85), (1200, 80), (900, 75), (700, 65), (500, 50), (350, 40), (200, 30))  # longest side in pixels, quality
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,10 +30,7 @@ def encode_picture(path: epath.Path, limit: int) -> dict[str, Any] | None:
 
     Returns:
       'src'; 'width', 'height' of the file; 'reduced': longest side in pixels that was kept, 0 for the unchanged file, -1 for
-      the same pixels compressed. None if it does not fit.
-
-    Raises:
-      OSError, ValueError, SyntaxError, Image.DecompressionBombError: if the file is no picture, or not a whole one.
+      the same pixels compressed. None if it does not fit. Damaged files raise any of the errors that `embed_pictures` catches.
     """
     raw = path.read_bytes()
     try:
@@ -65,15 +61,13 @@ def _address(file_format: str, raw: bytes) -> str:
 
 
 def thin_series(runs: list[dict[str, Any]], budget: int) -> list[str]:
-    """Drops time points, in place and evenly, until each picture has PICTURE_BYTES[0] of the budget of characters.
-
-    Returns:
-      Notes on the pictures dropped.
-    """
+    """Drops time points, in place and evenly, until each has PICTURE_BYTES[0] of the budget of characters; returns notes."""
     notes = []
     singles = [holder for run in runs for holder in _single_pictures(run)]
     series = [(run, kind) for run in runs for kind in run["series"]]
-    need = {id(holder): _need(holder["picture"]) for run in runs for holder in _all_pictures(run)}
+    need = {}
+    for holder in (holder for run in runs for holder in _all_pictures(run)):
+        need[id(holder)] = min(PICTURE_BYTES[0], size_of(holder["picture"].path) * 4 // 3 + 30)
 
     def total(limit):
         chosen = [point for run, kind in series for point in _evenly(run["series"][kind], limit)]
@@ -103,10 +97,7 @@ def embed_pictures(runs: list[dict[str, Any]], budget: int) -> list[str]:
     """Replaces every Picture, in place, by a dict with its data, all of them together within the budget of characters.
 
     Small files are kept unchanged; the rest of their share goes to the larger ones. A picture that cannot be read is dropped
-    and becomes a problem of its run.
-
-    Returns:
-      Notes on the pictures thinned out and compressed.
+    and becomes a problem of its run. Returns notes on the pictures thinned out and compressed.
     """
     notes = thin_series(runs, budget)
     places = [(run, holder) for run in runs for holder in _all_pictures(run)]
@@ -148,10 +139,4 @@ def _single_pictures(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _all_pictures(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns all dicts with a Picture."""
     return [*(point for series in run["series"].values() for point in series), *_single_pictures(run)]
-
-
-def _need(picture: Picture) -> int:
-    """Returns the characters that a picture needs at most, up to the guaranteed ones."""
-    return min(PICTURE_BYTES[0], size_of(picture.path) * 4 // 3 + 30)

@@ -27,26 +27,19 @@ ANALYSIS_PICTURES = {
     "equivariance": "Equivariance error under scaling and rotation",
     "cknna": "CKNNA of the SiT's hidden states with an encoder, by block and timestep",
 }
-_MODEL_FIELDS = ("name", "step", "source")
 KINDS = {"generation": "Generation", "tokenizer": "Tokenizer"}
 
 
 def read_run(workdir: epath.PathLike, name: str, now: float) -> dict[str, Any]:
-    """Reads everything that the page shows of one run.
+    """Reads everything that the page shows of one run, with `Picture` where a picture belongs and arrays in 'curves'.
 
-    Args:
-      workdir: its folder.
-      name: its name on the page.
-      now: seconds since 1970.
-
-    Returns:
-      dict for the page, with `Picture` where a picture belongs and arrays in 'curves'.
-
-    Raises:
-      FileNotFoundError: if the folder is not a run's.
+    `now` is in seconds since 1970. FileNotFoundError if the folder has nothing that training writes.
     """
     workdir = epath.Path(workdir)
-    check_run(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is no folder; give the --workdir of a training run")
+    if not (workdir / "metrics.jsonl").exists() and not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{workdir} is not the folder of a run: it has neither metrics.jsonl nor checkpoints/")
     problems: list[str] = []
     metrics = _read_metrics(workdir / "metrics.jsonl", problems)
     config, devices = read_checkpoint(workdir, problems)
@@ -61,14 +54,6 @@ def read_run(workdir: epath.PathLike, name: str, now: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_run(workdir: epath.Path) -> None:
-    """Raises FileNotFoundError if the folder has nothing that training writes."""
-    if not workdir.is_dir():
-        raise FileNotFoundError(f"{workdir} is no folder; give the --workdir of a training run")
-    if not (workdir / "metrics.jsonl").exists() and not (workdir / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{workdir} is not the folder of a run: it has neither metrics.jsonl nor checkpoints/")
-
-
 def _read_metrics(path: epath.Path, problems: list[str]) -> MetricsFile:
     try:
         metrics = read_metrics(path)
@@ -76,8 +61,7 @@ def _read_metrics(path: epath.Path, problems: list[str]) -> MetricsFile:
         is_missing = isinstance(error, FileNotFoundError)
         problems.append("metrics.jsonl is not there: no curves, no cost." if is_missing else unreadable(path, error))
         return MetricsFile({}, np.array([], np.int64), np.array([]), [])
-    broken = metrics.broken
-    if broken:
+    if broken := metrics.broken:
         problems.append(f"metrics.jsonl: {len(broken)} broken line(s) left out, the first is line {broken[0]}.")
     return metrics
 
@@ -107,22 +91,10 @@ def _count_devices(path: epath.Path) -> int | None:
 
 
 def run_cost(
-    curves: Mapping[str, Curve],
-    steps: Int[np.ndarray, " L"],
-    times: Float[np.ndarray, " L"],
-    config: Mapping[str, Any] | None,
-    devices: int | None,
-    now: float,
+    curves: Mapping[str, Curve], steps: Int[np.ndarray, " L"], times: Float[np.ndarray, " L"], config: Mapping[str, Any] | None,
+    devices: int | None, now: float,
 ) -> dict[str, Any]:
-    """Computes the cost of a run so far.
-
-    Args:
-      curves: by name of the metric.
-      steps: of the lines of metrics.jsonl.
-      times: of these lines, seconds since 1970.
-      config: the run's; None if unknown.
-      devices: number; None if unknown.
-      now: seconds since 1970.
+    """Computes the cost of a run so far from the lines of its metrics.jsonl; times are in seconds since 1970, None is unknown.
 
     Returns:
       step, total, state ('running', 'stopped', 'finished'), updated, eta_seconds, images_per_second, seconds_per_step,
@@ -180,7 +152,6 @@ def read_analysis(workdir: epath.Path, problems: list[str]) -> dict[str, Any]:
     order = [*(stem for stem in ANALYSIS_PICTURES if stem in paths), *sorted(set(paths) - set(ANALYSIS_PICTURES))]
     record = (read_json(folder / "analysis.json", problems) or {}) if (folder / "analysis.json").exists() else {}
     models = [model for model in record.get("models") or [] if isinstance(model, dict)]
-
     rows = [
         {
             "model": _leaf(model.get("name")), **{name: _leaf(row.get(name)) for name in ("encoder", "measure", "timestep")},
@@ -191,8 +162,8 @@ def read_analysis(workdir: epath.Path, problems: list[str]) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "models": [
-            {"numbers": flatten(model.get("numbers") or {})} | {key: _leaf(model.get(key)) for key in _MODEL_FIELDS}
-            for model in models
+            {name: _leaf(model.get(name)) for name in ("name", "step", "source")}
+            | {"numbers": flatten(model.get("numbers") or {})} for model in models
         ],
         "cknna": rows, "protocol": flatten(record.get("protocol") or {}),
         "warnings": [_leaf(text) for text in record.get("warnings") or []],
@@ -201,19 +172,16 @@ def read_analysis(workdir: epath.Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_series(folder: epath.Path, title: str) -> list[dict[str, Any]]:
-    """Returns step and picture of each file of a folder of pictures named by their step."""
     paths = sorted((int(path.stem), path) for path in listing(folder, ".png") if path.stem.isdigit())
     return [{"step": step, "picture": Picture(path, f"{title} at step {step}")} for step, path in paths]
 
 
 def _read_generated(path: epath.Path, problems: list[str]) -> dict[str, Any]:
-    """Returns a picture of samples, with the settings beside it if they are there."""
     settings = path.with_suffix(".json")
     return {
-        "name": path.stem,
-        "picture": Picture(path, f"Generated images {path.stem}"),
+        "name": path.stem, "picture": Picture(path, f"Generated images {path.stem}"),
         "settings": flatten(read_json(settings, problems) or {}) if settings.exists() else {},
-    }
+    }  # fmt: skip
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
