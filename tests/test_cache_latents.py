@@ -5,27 +5,21 @@ Most tests write with a stub for the VAE, see `caches`.
 
 import itertools
 import json
-import os
-import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from caches import Pictures, encode, encode_both, make_cache
+from caches import Pictures, encode, encode_both, frozen_config, make_cache
 from processes import contents, in_threads, run_script, script_env
 
 from checkpoints_tools import vae as vae_files
-from configs import ldm
 from repae_jax import cache_latents, cli, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost
@@ -76,46 +70,9 @@ def test_worker_processes_and_block_sizes_change_nothing(tmp_path):
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def interrupted_trials(folder, trials, seed):
-    """In a process of its own: each trial kills the writing at random times until it is done. Prints what happened."""
-    source = Pictures(90, bad=[17, 40])
-    folder = Path(folder)
-
-    def slow_encode(pixels):
-        time.sleep(0.002)
-        return encode(pixels)
-
-    def start(out):
-        pid = os.fork()  # importing jax takes seconds: that is done once
-        if not pid:
-            try:
-                make_cache(out, source, encode=slow_encode)
-            finally:
-                os._exit(0 if (out / shards.MANIFEST).exists() else 1)
-        return pid
-
-    began = time.perf_counter()
-    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
-    whole_seconds = time.perf_counter() - began
-    draw = random.Random(seed)
-    for trial in range(trials):
-        out, kills = folder / f"cut-{trial}", 0
-        while True:
-            pid = start(out)
-            if kills < 4:
-                time.sleep(draw.uniform(0, 0.6) * whole_seconds)
-                os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if status == 0:
-                break
-            assert os.WIFSIGNALED(status), status
-            kills += 1
-        print(json.dumps({"kills": kills, "files": sorted(path.name for path in out.iterdir())}))
-
-
 @pytest.mark.integration
 def test_killed_at_random_times_the_files_are_the_same(tmp_path):
-    script = f"import test_cache_latents as t; t.interrupted_trials({str(tmp_path)!r}, 6, 0)"
+    script = f"import caches; caches.interrupted_trials({str(tmp_path)!r}, 6, 0)"
     run = run_script(script)
     assert run.returncode == 0, run.stderr
     trials = [json.loads(line) for line in run.stdout.splitlines()]
@@ -298,19 +255,6 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 # ---- with a VAE -----------------------------------------------------------------------------------------------------
 
 
-def frozen_config(changes=None):
-    """The smallest run on a frozen VAE; dotted names -> values."""
-    config = ldm.get_config("tiny")
-    config.data.image_size = 8
-    config.vae.channel_multipliers = (1, 1)
-    config.vae.norm_groups = 4
-    config.init.vae = "random"
-    config.unlock()
-    config.data.options = {"split": "test"}
-    config.update_from_flattened_dict(changes or {})
-    return config
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize("flips", [False, True])
 def test_moments_are_those_of_the_vae(tmp_path, flips):
@@ -355,7 +299,7 @@ def test_training_takes_the_flags_that_it_prints(tmp_path):
 def test_two_processes_of_jax_and_the_command(tmp_path):
     """Two with four devices each, and the command line with eight: the same files."""
     config = tmp_path / "config.py"
-    config.write_text("import test_cache_latents as t\ndef get_config():\n    return t.frozen_config()\n")
+    config.write_text("from caches import frozen_config as get_config\n")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -363,9 +307,9 @@ def test_two_processes_of_jax_and_the_command(tmp_path):
 import sys, jax
 jax.distributed.initialize({address!r}, num_processes=2, process_id=int(sys.argv[1]))
 assert jax.device_count() == 8 and jax.local_device_count() == 4
-import test_cache_latents as t
+import caches
 from repae_jax import cache_latents
-print(cache_latents.cache_latents(t.frozen_config(), {str(tmp_path / "two")!r}, shard_size=40))
+print(cache_latents.cache_latents(caches.frozen_config(), {str(tmp_path / "two")!r}, shard_size=40))
 """
     arguments = [["-c", script, str(process)] for process in range(2)]
     arguments.append(["-m", "repae_jax.cache_latents", "--config", config, "--shard_size=40", "--out", tmp_path / "one"])

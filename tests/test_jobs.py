@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small
 import step_inputs
-from test_invariants import BATCH, KEY, make_job, sgd
+from sgd_jobs import BATCH, KEY, make_job, sgd
 
 from configs import ldm, vae
 from repae_jax import train_step

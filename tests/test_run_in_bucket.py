@@ -13,11 +13,10 @@ import kill_trials
 import numpy as np
 import pytest
 import small
-import test_cache_latents
-import test_evaluate
+from caches import Pictures, make_cache
 from command_line import call
 from etils import epath
-from feature_stub import Noise, StubNetwork
+from feature_stub import Noise, StubNetwork, write_adm
 from PIL import Image
 
 from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
@@ -250,9 +249,10 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
     save(job, workdir, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
-    test_evaluate.write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    given = f"--reference={tmp_path / 'real.npz'}", "--inception=weights.pth", "--batch_size=8"
     sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
-    path, result = evaluate.run(test_evaluate.arguments(workdir, tmp_path / "real.npz", *sampling))
+    path, result = evaluate.run(evaluate.parse_args([str(workdir), *given, *sampling]))
     assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
     assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
     path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))
@@ -335,7 +335,7 @@ def test_images_and_latents_from_a_bucket(gs, tmp_path):
         files.save_png(tmp_path / f"pictures/a/{number}.png", np.full((8, 8, 3), 50 * number, np.uint8))
     options = "--image_size=8", "--shard_size=2", "--workers=0", f"--out={tmp_path / 'images'}"
     prepare_images.run(prepare_images.parse_args([f"--data=folder:path={tmp_path / 'pictures'}", *options]))
-    test_cache_latents.make_cache(tmp_path / "latents", test_cache_latents.Pictures(9))
+    make_cache(tmp_path / "latents", Pictures(9))
     for name, opened in {"images": lambda path: PreparedImages(path, 8), "latents": CachedLatents}.items():
         upload(tmp_path / name, f"gs://bucket/{name}")
         remote, local = opened(f"gs://bucket/{name}"), opened(tmp_path / name)

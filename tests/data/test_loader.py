@@ -416,8 +416,6 @@ if __name__ == "__main__":
 ASKED = """
 import os, signal, sys, time
 from numbered import Slow
-from repae_jax.distributed import multihost
-from test_loader import Slow
 from repae_jax.distributed import stopping
 from repae_jax.data.loader import Loader
 
