@@ -134,7 +134,7 @@ class Model:
 
         Args:
           labels: 0 to num_classes - 1.
-          seed: of the noise.
+          seed: seed of the noise.
           batch_size: images at a time, if there are so many.
           **sampling: fields of `repae_jax.diffusion.samplers.Sampling` that differ from the run's config: `sampler`, `steps`,
             `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`.

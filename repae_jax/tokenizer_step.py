@@ -61,7 +61,7 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
     """Computes the gradients of VAE and discriminator on one micro-batch.
 
     Args:
-      transform: what is done to latents before the decoder, and to the images that it shall give.
+      transform: function applied to the latents before the decoder, and to the target images.
       carry: the discriminator's running statistics and LeCam's averages; None each without one.
       weights: name -> weight of the VAE's terms.
 

@@ -70,7 +70,7 @@ def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(
 
 
 def interrupted_trials(folder, trials, seed):
-    """In a process of its own: each trial kills the writing at random times until it is done. Prints what happened."""
+    """Kills the writing at random times until it is done, trial by trial, in a process of its own. Prints what happened."""
     source = Pictures(90, bad=[17, 40])
     folder = Path(folder)
 
@@ -107,7 +107,7 @@ def interrupted_trials(folder, trials, seed):
 
 
 def frozen_config(changes=None):
-    """The smallest run on a frozen VAE; dotted names -> values."""
+    """Returns the smallest run's config on a frozen VAE; `changes` maps dotted names to values."""
     config = ldm.get_config("tiny")
     config.data.image_size = 8
     config.vae.channel_multipliers = (1, 1)

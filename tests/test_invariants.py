@@ -1,4 +1,4 @@
-"""What must hold for every step, whatever the numbers: who gets which gradient, which statistics move, where it may run.
+"""Invariants of every step, whatever the numbers: who gets which gradient, which statistics move, where it may run.
 
 Tolerances, relative to the largest entry of an array: FLOAT is for the same float32 sums in another order (other devices,
 micro-batches, another program).

@@ -137,7 +137,7 @@ def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, m
 
 
 def killed_trials(pictures, folder, trials):
-    """In a process of its own: kills the work at random times until it is done. Prints how often."""
+    """Kills the work at random times until it is done, in a process of its own. Prints how often."""
     folder, draw = Path(folder), random.Random(0)
     encode = array_record.encode
     array_record.encode = lambda *given: time.sleep(0.05) or encode(*given)

@@ -62,7 +62,7 @@ def write_json(path, record):
 
 
 def write_results(folder):
-    """What evaluation, analysis and sampling leave beside a run."""
+    """Files that evaluation, analysis and sampling leave beside a run."""
     pixels = np.zeros((40, 60, 3), np.uint8)
     write_json(
         folder / "evaluations" / "fid.json",

@@ -36,7 +36,7 @@ SAVING_8 = "(POST|PUT) .*run/checkpoints/8"
 
 
 def train_there(environment, workdir, compiled, log):
-    """What each process does: the run in the bucket reads the digits there, prepared, the one on the disk makes them itself."""
+    """Trains in each process: the run in the bucket reads the digits there, prepared, the one on the disk makes them itself."""
     os.environ |= environment
     prepared = {"data__source": "array_record", "data__options": {"path": DIGITS}} if workdir == RUN else {}
     kill_trials.train_in(JOB, STEPS, workdir, compiled, log, **prepared)

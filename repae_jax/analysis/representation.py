@@ -97,8 +97,8 @@ def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> fl
     """Computes CKNNA of two representations from their neighbors.
 
     Args:
-      a: of the first representation.
-      b: of the second, for the same images and k.
+      a: neighbors in the first representation.
+      b: neighbors in the second, for the same images and k.
       formula: 'paper', kernels centered by the mean of each row over all images, then summed over mutual neighbors; or
         'platonic_code', the released code's: kernels set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and
         the second is not quite symmetric in a and b.

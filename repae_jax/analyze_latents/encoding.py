@@ -1,4 +1,4 @@
-"""From images to latents, and the equivariance of latents and pixels under transforms of the images."""
+"""Encodes images to latents, and measures the equivariance of latents and pixels under transforms of the images."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Model:
     """A VAE and its latents of the images.
 
     Attributes:
-      source: where it is from.
+      source: origin of the VAE.
       vae: the VAE.
       latents: posterior means, not normalized.
       equivariance: [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first.

@@ -234,7 +234,7 @@ def _moved_bytes(computation, instruction):
     operands = sum(array_bytes(computation.instructions[name].shape) for name in instruction.operands)
     result = array_bytes(instruction.shape)
     if instruction.opcode == "all-gather-start":
-        return result - operands  # its shape lists the operands, too
+        return result - operands  # this shape lists the operands, too
     return operands if instruction.opcode.endswith("-start") else max(operands, result)
 
 
@@ -273,7 +273,7 @@ def _follow(computation, instruction):
     """Returns the instruction whose value this one copies, or the instruction itself."""
     while instruction is not None and instruction.opcode in _SAME_VALUE:
         source = computation.instructions.get(instruction.operands[0])
-        if source is not None and instruction.opcode == "copy-done":  # its operand is the copy-start
+        if source is not None and instruction.opcode == "copy-done":  # the operand is the copy-start
             source = computation.instructions.get(source.operands[0])
         instruction = source
     return instruction

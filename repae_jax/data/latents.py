@@ -71,7 +71,7 @@ class WithMoments:
     Attributes:
       cache: the CachedLatents.
       labels, num_classes, image_size: those of the images.
-      records_hash: that of the images and the cache.
+      records_hash: hash of the images and the cache.
       contents_hash: hashes of the images' files, if they are prepared, and of the cache's.
     """
 

@@ -16,7 +16,7 @@ Times = Float[Array, " B"]
 
 
 class Coefficients(NamedTuple):
-    """alpha_t, sigma_t and their time derivatives, each with t's shape."""
+    """Returns alpha_t, sigma_t and their time derivatives, each with t's shape."""
 
     alpha: Array
     sigma: Array
@@ -111,7 +111,7 @@ class VelocityObjective:
     Attributes:
       path: 'linear' or 'cosine'.
       time_distribution: 'uniform' or 'lognormal'.
-      predicts: what the network learns to predict, in words.
+      predicts: name of the quantity that the network learns to predict.
     """
 
     path: str = "linear"

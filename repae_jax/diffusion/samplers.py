@@ -30,8 +30,8 @@ Segments = Sequence[tuple[np.ndarray, OutputFn]]  # (times [k + 1], output funct
 class Interval(NamedTuple):
     """One step of a sampler."""
 
-    t: Any  # where it starts, a scalar: float32, or int32 for DiT's timesteps
-    t_next: Any  # where it ends, nearer to data
+    t: Any  # start of the step, a scalar: float32, or int32 for DiT's timesteps
+    t_next: Any  # end of the step, nearer to data
     index: Any  # number of the step, from 0; names its noise
     coefficients: Any  # entry of `Sampler.coefficients`
 

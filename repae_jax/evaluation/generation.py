@@ -76,7 +76,7 @@ def score(features: Iterable[InceptionFeatures], reference: Reference) -> tuple[
 
     Returns:
       'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; and
-      warnings: which are missing or not to be compared, and why.
+      warnings: sentences on scores that are missing or not to be compared.
 
     Raises:
       ValueError: for features of fewer than two images, or not finite ones.

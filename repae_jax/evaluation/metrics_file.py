@@ -17,8 +17,8 @@ class MetricsFile:
 
     Attributes:
       curves: by name of the metric; values may be nan or infinite.
-      steps: of every line.
-      times: of every line, in seconds since 1970.
+      steps: step of every line.
+      times: time of every line, in seconds since 1970.
       broken: numbers of the lines, from 1, that hold no metrics, without an unfinished last one.
     """
 

@@ -26,8 +26,8 @@ class Reference:
     """Statistics of real images.
 
     Attributes:
-      pool: of the 2048 features of pool_3, for FID.
-      spatial: of the 2023 spatial features, for sFID; None if unknown.
+      pool: statistics of the 2048 features of pool_3, for FID.
+      spatial: statistics of the 2023 spatial features, for sFID; None if unknown.
       features: float32, pool_3 of some of the images, for precision and recall; None if unknown.
       images: these images if there are no `features` yet; or None.
       shape: [H, W] of the images, None if unknown.

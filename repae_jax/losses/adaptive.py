@@ -50,7 +50,7 @@ class AdaptiveGrad(NamedTuple):
       grads: tree like the parameters.
       terms: name -> unweighted scalar.
       weights: name -> weight, adapted.
-      latents, recon: what `encode` and `decode` returned.
+      latents, recon: results of `encode` and `decode`.
       gan_aux: auxiliary output of `gan_loss`; None without one.
     """
 

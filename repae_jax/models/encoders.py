@@ -153,7 +153,7 @@ ARCHITECTURES = {
     for name, release in members.architectures.items()
 }
 
-# of an architecture that is given as a mapping
+# fields of an architecture that is given as a mapping
 _REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
 _OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "no_bias", "norm_eps")
 _NUMBERS = {

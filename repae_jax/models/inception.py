@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 IMAGE_SIZE = 299
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
+SPATIAL_CHANNELS = 7  # channels of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
 
 max_pool_2 = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 

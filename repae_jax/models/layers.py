@@ -170,7 +170,7 @@ def scan_blocks(
       block: its call returns (x, None).
       length: number of layers.
       name: name of the stack in the parameter tree.
-      remat: what the backward pass recomputes: 'none' (nothing), 'dots' (all but matmul results), 'full'.
+      remat: parts that the backward pass recomputes: 'none' (nothing), 'dots' (all but matmul results), 'full'.
       unroll: layers per loop iteration; more compile longer and, on CPUs, run faster.
       num_broadcast: number of arguments after x that all layers share.
       **fields: the block's attributes.

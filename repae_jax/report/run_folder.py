@@ -118,8 +118,8 @@ def run_cost(
 
     Args:
       curves: by name of the metric.
-      steps: of the lines of metrics.jsonl.
-      times: of these lines, seconds since 1970.
+      steps: steps of the lines of metrics.jsonl.
+      times: times of these lines, in seconds since 1970.
       config: the run's; None if unknown.
       devices: number; None if unknown.
       now: seconds since 1970.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value.
+    """Auxiliary output of a loss.
 
     Attributes:
       terms: name -> scalar, averaged over micro-batches.
@@ -25,9 +25,9 @@ def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
 
     Args:
       loss: (params, x, carry) -> (scalar, Aux).
-      params: what the gradient is taken of.
+      params: tree that the gradient is taken with respect to.
       x: tree of [B, ...], see `accumulate`.
-      carry: of the first micro-batch.
+      carry: carry that the first micro-batch gets.
 
     Returns:
       grads, terms with the loss itself as 'loss' (both means over micro-batches), rows, carry after the last micro-batch.

@@ -14,7 +14,7 @@ from repae_jax.training.rng import named_keys
 
 @struct.dataclass
 class Inputs:
-    """What the losses of one step are computed from.
+    """Inputs of the losses of one step.
 
     Attributes:
       images: in [-1, 1]; None if the step reads cached moments.

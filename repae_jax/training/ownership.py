@@ -94,7 +94,7 @@ class _Owner:
                 return _describe(self._sign() or sign)  # by now the name may be written
             logging.warning("%s: %s is not there any more; this run takes its place", self._path, _describe(sign))
             self._write()
-        elif self._is_on_disk:  # where only one can create it
+        elif self._is_on_disk:  # on a disk only one can create it
             self._beating.start()
             return None
         time.sleep(_SETTLE_SECONDS[self._is_on_disk])

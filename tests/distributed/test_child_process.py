@@ -18,7 +18,7 @@ def divide(a, b):
 
 
 def abort():
-    """As libtpu does."""
+    """Aborts as libtpu does."""
     os.write(2, b"W0000 00:00:1 7 a.cc:1] careful\nF0000 00:00:1.5 7 b.cc:22] Check failed: shape.rank() == 2 (3 vs. 2)\n")
     os.write(2, b"*** Check failure stack trace: ***\n    @     0x7f0000000000  (unknown)\n")
     os.abort()

@@ -1,4 +1,4 @@
-"""launch/slurm.sh in a real SLURM cluster: a controller and two nodes on this machine, which see two GPUs each that are none.
+"""Tests of launch/slurm.sh in a real SLURM cluster: a controller and two nodes on this machine, with two fake GPUs each.
 
 Needs SLURM and MUNGE (apt-get install slurm-wlm munge), and may run as any user. Everything is in a folder of its own, on ports
 of its own, and ends with the tests. What SLURM starts stands in for training, but in the last test.
@@ -133,7 +133,7 @@ class Cluster:
 
 
 class Job:
-    """launch/slurm.sh with one or two processes on each of two nodes, whose behavior is set by the test."""
+    """Runs launch/slurm.sh with one or two processes on each of two nodes, whose behavior is set by the test."""
 
     def __init__(self, cluster, name, behavior, flags=("--config=c", "--workdir=run"), per_node=2):
         self.cluster, self.name = cluster, name

@@ -20,7 +20,7 @@ TINY = {
 
 
 def golden_sit(config, remat="none"):
-    """SiT with the sizes of a golden case."""
+    """Returns a SiT with the sizes of a golden case."""
     return SiT(
         num_classes=config["num_classes"],
         latent_channels=config["in_channels"],
@@ -37,7 +37,7 @@ def golden_sit(config, remat="none"):
 
 
 def abstract_tree(sit, size):
-    """Shapes of {'params', 'latent_stats'}."""
+    """Returns the shapes of {'params', 'latent_stats'}."""
     args = jnp.zeros((1, size, size, sit.latent_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
     params = jax.eval_shape(sit.init, jax.random.key(0), *args)["params"]
     channel = jax.ShapeDtypeStruct((sit.latent_channels,), jnp.float32)
@@ -45,7 +45,7 @@ def abstract_tree(sit, size):
 
 
 def draw(tree, seed=0):
-    """Weights of realistic size for an abstract tree: N(0, 1 / fan-in), biases 0.1 N(0, 1); nothing is zero."""
+    """Returns weights of realistic size for an abstract tree: N(0, 1 / fan-in), biases 0.1 N(0, 1); nothing is zero."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, abstract):
@@ -71,7 +71,7 @@ def load_sit(case, remat="none", weights=None):
 
 
 def golden_vae(meta, names):
-    """AutoencoderKL with the sizes of a golden case; attention levels are read off the state-dict names."""
+    """Returns an AutoencoderKL with the sizes of a golden case; attention levels are read off the state-dict names."""
     levels = {int(name.split(".")[2]) for name in names if name.startswith("encoder.down.") and ".attn." in name}
     return AutoencoderKL(
         latent_channels=meta["z_channels"],
@@ -89,7 +89,7 @@ def abstract_params(vae, size=None):
 
 
 def drawn_params(vae):
-    """Weights by the rule of the golden files."""
+    """Returns weights drawn by the rule of the golden files."""
     target, table = abstract_params(vae), vae_table(vae)
     shapes = mapping.to_torch(table, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), target))
     return mapping.to_flax(table, {name: reference.draw(name, x.shape, 0, "vae:") for name, x in shapes.items()}, target)
