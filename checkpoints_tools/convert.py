@@ -240,5 +240,5 @@ def extract_vae(source: str | Path, target: str | Path, *, step: int | None = No
       ValueError: if the source holds no VAE.
     """
     place = _target(target, overwrite)
-    found = find_vae(identify(source, step), step)
-    return _write_vae(place, found.module, found.params, found.latent_stats, found.discriminator)
+    vae = find_vae(identify(source, step), step)
+    return _write_vae(place, vae.module, vae.params, vae.latent_stats, vae.discriminator)

@@ -225,11 +225,11 @@ def parse_args(argv=None):
 @cli.command(parse_args)
 def main(args):
     """Entry point."""
-    made = cache_latents(args.config, args.out, args.flips, args.shard_size)
-    if made is None:
+    new_shards = cache_latents(args.config, args.out, args.flips, args.shard_size)
+    if new_shards is None:
         print("asked to stop: what is finished is kept; run the same command to continue")
     elif jax.process_index() == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+        print(("" if new_shards else "finished already; every shard is as it was written\n") + summary(args.out))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from repae_jax import faults, ranges
 
 _unraisablehook = sys.unraisablehook
 INTERRUPTED, UNREAD = 130, 141  # exit codes: 128 plus the number of the signal
-_OURS = ("repae_jax", "checkpoints_tools", "configs")
+_OURS = ("repae_jax", "checkpoints_tools", "configs", "launch")
 _BUG = "This is a mistake of the program, not of yours: please report it, with all of the lines above and the command."
 # Classes, and modules that end with a dot, of errors about files that are no OSError or ValueError.
 _FILE_ERRORS = (

@@ -137,11 +137,11 @@ def summary(folder: str | Path) -> str:
 @cli.command(parse_args)
 def main(args):
     """Entry point."""
-    made = run(args)
-    if made is None:
+    new_shards = run(args)
+    if new_shards is None:
         print("asked to stop: what is finished is kept; run the same command to continue")
     elif args.process_index == 0:
-        print(("" if made else "finished already; every shard is as it was written\n") + summary(args.out))
+        print(("" if new_shards else "finished already; every shard is as it was written\n") + summary(args.out))
 
 
 if __name__ == "__main__":

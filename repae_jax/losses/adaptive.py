@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ADAPTIVE = ("gan", "vf")  # terms whose weight can be adapted
-
 
 def adaptive_weight(reference_grad, grad, high: float, eps: float = 1e-4) -> jax.Array:
     """Returns the weight that gives a loss as large a gradient as the reference loss has.
