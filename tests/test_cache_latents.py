@@ -204,7 +204,7 @@ def test_files_may_move(tmp_path):
 def test_too_many_bad_images(tmp_path, warnings):
     source = Pictures(40, bad=[3, 11, 30])
     message = r"3 of 40 records \(7.50%\) cannot be decoded, 2 are allowed: picture-3, picture-11, picture-30. .* broken 30"
-    for _ in range(2):  # those of finished shards count
+    for _ in range(2):  # records of finished shards count
         with pytest.raises(RuntimeError, match=message):
             make_cache(tmp_path / "a", source, max_bad_fraction=0.05)
     assert any("picture-11: OSError: broken 11" in warning for warning in warnings)

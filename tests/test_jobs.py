@@ -402,7 +402,7 @@ def test_fixed_parts_stay():
     moved = {name.split(".")[0] for name in small.differing(new.vae.params, state.vae.params)}
     assert moved == {"decoder", "post_quant_conv"}
     whole = one_step(tokenizer({}))[3]["grad_norm/vae"]
-    assert 0 < metrics["grad_norm/vae"] < whole  # of the parts that move
+    assert 0 < metrics["grad_norm/vae"] < whole  # norm of the parts that move
 
 
 # ---- a further loss -------------------------------------------------------------------------------------------------

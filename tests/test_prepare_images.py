@@ -186,7 +186,7 @@ def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnin
         prepared = PreparedImages(tmp_path / "out", SIZE)
         with pytest.raises(ValueError, match=r"record \d of .*shard-00001.array_record is damaged .*prepare_images --out"):
             [prepared[i] for i in range(8, 16)]
-    elif (name, damage) != ("manifest.json", "byte"):  # which may be anywhere
+    elif (name, damage) != ("manifest.json", "byte"):  # that byte may be anywhere
         with pytest.raises(ValueError, match=name):
             PreparedImages(tmp_path / "out", SIZE)
     prepare(pictures, tmp_path / "out")

@@ -314,7 +314,7 @@ def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
         wait_until(lambda: writer.write_scalars(2, {"loss": 0.5}) or any("tried again later" in line for line in warnings))
         with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
             writer.flush()
-        raise RuntimeError("the first")  # what fails while closing does not hide it
+        raise RuntimeError("the first")  # a failure while closing does not hide it
     gs.answer()
     with metric_log.open_writer(folder, 1) as writer:
         for step in (2, 3):
@@ -322,7 +322,7 @@ def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
         writer.flush()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
         writer.write_scalars(4, {"loss": 0.5})
-    with metric_log.open_writer(folder) as writer:  # of a run without a checkpoint
+    with metric_log.open_writer(folder) as writer:  # a run without a checkpoint
         writer.write_scalars(1, {"loss": 0.5})
     lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("metrics.jsonl*")}
     assert lines == {"metrics.jsonl": 1, "metrics.jsonl.1": 4}

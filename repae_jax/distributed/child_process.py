@@ -64,7 +64,7 @@ def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
 
 def _work(sender, stderr, function, arguments):
     with stderr.open("w") as file:
-        os.dup2(file.fileno(), 2)  # for what is not Python, too
+        os.dup2(file.fileno(), 2)  # redirects output that is not Python's, too
     exit_with_parent()
     try:
         answer = function(*arguments), None

@@ -97,7 +97,7 @@ def is_running(pid):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_who_waits_for_it(by, tmp_path):
-    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # what runs in the background does not
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background processes ignore it
     script = f"{heeds}; import test_child_process as t; t.run_in_subprocess(t.sleep_long, {str(tmp_path / 'pid')!r})"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))}
     waiting = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
