@@ -60,11 +60,11 @@ def convert(
     """Converts a file, folder or run to another layout; returns the paths written.
 
     Args:
-      source: what `identify` takes.
+      source: path or name, as `identify` takes it.
       target: file ending in .pt or .safetensors, or a folder (no ending): a published run for a run or a training checkpoint, a
         diffusers or transformers folder for a VAE or an encoder. For a run, a file NAME-discriminator-ckpt.pt is its
         discriminator alone.
-      step: of a run's checkpoint; the newest by default.
+      step: which of a run's checkpoints to take; the newest by default.
       optimizers: False leaves the optimizer states out.
       plain_sit: the source is a plain SiT, whose t = 0 is noise: reverse its time, drop its unused sigma channels and add the
         statistics of the latents it was trained on, so that it is used as REPA's and ours are.
@@ -84,7 +84,7 @@ def convert(
             raise ValueError(f"{source} is a {KINDS[identified.kind]}: plain_sit is for the weights of a plain SiT alone")
         place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
         path = identified.path
-        del identified  # its arrays: the file is read again, so that no more than two copies are held at a time
+        del identified  # frees its arrays: the file is read again, so that no more than two copies are held at a time
         return place.write(convert_plain_sit(path))
     match identified.kind:
         case "run":
@@ -228,11 +228,11 @@ def extract_vae(source: str | Path, target: str | Path, *, step: int | None = No
     """Writes the VAE of a run or of a training checkpoint, its latent statistics and discriminator; returns the paths.
 
     Args:
-      source: what `identify` takes.
+      source: path or name, as `identify` takes it.
       target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
         ending), which diffusers reads, which carries the statistics as latents_mean and latents_std, and the discriminator
         as discriminator.safetensors.
-      step: of a run's checkpoint; the newest by default.
+      step: which of a run's checkpoints to take; the newest by default.
       overwrite: replace files that exist.
 
     Raises:
@@ -240,5 +240,5 @@ def extract_vae(source: str | Path, target: str | Path, *, step: int | None = No
       ValueError: if the source holds no VAE.
     """
     place = _target(target, overwrite)
-    found = find_vae(identify(source, step), step)
-    return _write_vae(place, found.module, found.params, found.latent_stats, found.discriminator)
+    vae = find_vae(identify(source, step), step)
+    return _write_vae(place, vae.module, vae.params, vae.latent_stats, vae.discriminator)

@@ -54,7 +54,7 @@ def identify(path: str | Path, step: int | None = None) -> Identified:
     """Identifies a file or folder by its content.
 
     Args:
-      path: what `locate.resolve` takes.
+      path: path or name, as `locate.resolve` takes it.
       step: which checkpoint of a published run to take; default the newest. For a run of ours, the reader chooses.
 
     Raises:

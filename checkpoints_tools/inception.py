@@ -105,7 +105,7 @@ def load_inception(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: Path, state_dict: StateDict | None) -> dict[str, Any]:
-    """As `load_inception`, of a local file and its arrays; None for a graph, which is read here."""
+    """Loads Inception from a local file and its arrays, see `load_inception`; None for a graph, which is read here."""
     table, arrays = (graph_table(), _read_graph(path)) if state_dict is None else (inception_table(), state_dict)
     target = mapping.abstract_variables(InceptionV3(), (1, 32, 32, 3))["params"]
     return mapping.to_flax(table, arrays, target, source=str(path))

@@ -201,7 +201,7 @@ def _fill(entry, state_dict, leaves, filled, problems):
             problems.append(f"filled twice: {path}")
         # one copy, at once of the right dtype and order, so that nothing keeps a file mapped
         leaf = filled[path] = np.empty(leaves[path].shape, leaves[path].dtype)
-        with np.errstate(over="ignore"):  # of float64; `_split` has reported it
+        with np.errstate(over="ignore"):  # `_split` has reported the overflow of float64
             for layer, part in zip(leaf if entry.stacked else [leaf], parts):
                 layer[...] = part
 

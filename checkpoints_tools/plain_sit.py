@@ -12,7 +12,7 @@ from checkpoints_tools.sit import from_state_dict, sit_table
 from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
-SD_VAE_STD = 1 / 0.18215  # of the latents that plain SiT, REPA and DiT were trained on; their mean is assumed to be 0
+SD_VAE_STD = 1 / 0.18215  # plain SiT, REPA and DiT were trained on latents of this std; their mean is assumed to be 0
 
 
 def convert_plain_sit(path: Path) -> dict[str, np.ndarray]:
@@ -46,7 +46,7 @@ def reverse_time(params: Tree) -> dict[str, Any]:
     embedder, final = params["t_embedder"], params["final_layer"]
     kernel = np.asarray(embedder["fc1"]["kernel"])
     half = kernel.shape[0] // 2
-    frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)[:, None]  # of layers.timestep_embedding, in float64
+    frequencies = np.exp(-math.log(10_000) * np.arange(half) / half)[:, None]  # as in layers.timestep_embedding, in float64
     cos, sin = np.cos(frequencies), np.sin(frequencies)
     cos_rows, sin_rows = kernel[:half].astype(np.float64), kernel[half:].astype(np.float64)
     reversed_kernel = np.concatenate([cos * cos_rows + sin * sin_rows, sin * cos_rows - cos * sin_rows]).astype(kernel.dtype)

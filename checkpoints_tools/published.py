@@ -107,9 +107,9 @@ def read(path: str | Path, step: int | None = None) -> TrainingCheckpoint:
     """Reads a training checkpoint.
 
     Args:
-      path: what `locate.resolve` takes: a .pt or .safetensors file, or the folder of a published run. A SiT's weights alone
+      path: path or name to `resolve`: a .pt or .safetensors file, or the folder of a published run. A SiT's weights alone
         count for both the model and its average. Where the file does not hold them, args are those of args.json.
-      step: of the checkpoint in a folder; the newest by default.
+      step: which checkpoint of a folder to take; the newest by default.
 
     Raises:
       FileNotFoundError: if there is none.
@@ -119,12 +119,12 @@ def read(path: str | Path, step: int | None = None) -> TrainingCheckpoint:
 
 
 def read_file(path: Path) -> TrainingCheckpoint:
-    """As `read`, of a local file."""
+    """Reads a local file, see `read`."""
     return _read_safetensors(path) if path.suffix == ".safetensors" else from_torch(weights.read_torch(path), path)
 
 
 def from_torch(content: Any, path: Path) -> TrainingCheckpoint:
-    """As `read`, of the content of a PyTorch file."""
+    """Converts the content of a PyTorch file, see `read`."""
     content = _unwrapped(content, path)
     if _is_sit(content):
         return _sit_alone(path, sit.rename_legacy(content))
@@ -173,13 +173,13 @@ def _sit_alone(path, arrays):
 
 
 def _args_beside(file):
-    """args.json of the published run that a file without args lies in; {} if there is none."""
+    """Returns args.json of the published run that a file without args lies in; {} if there is none."""
     path = file.parent.parent / "args.json"
     return files.read_json(path) if file.parent.name == "checkpoints" and path.exists() else {}
 
 
 def _adam(state, network, source):
-    """torch.optim.AdamW.state_dict() -> Adam: entries are numbered in the order of the module's parameters."""
+    """Converts torch.optim.AdamW.state_dict() to Adam: entries are numbered in the order of the module's parameters."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(state.get("state"), dict):
         raise ValueError(f"{source} is no state of AdamW with one group of parameters, as torch's optimizers save it")

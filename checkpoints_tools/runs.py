@@ -30,7 +30,7 @@ class Run:
     Attributes:
       workdir: folder of the run.
       config: nested dict.
-      step: of the checkpoint.
+      step: step of the checkpoint.
       shapes: the stored state, as ShapeDtypeStruct.
       networks: the modules that the run trains.
       vae: trained or frozen.

@@ -49,6 +49,6 @@ def parameter_order(names: Iterable[str]) -> list[str]:
 
 
 def to_ordered_torch(table: Table, tree: Tree) -> dict[str, np.ndarray]:
-    """As `mapping.to_torch`, the state dict in registration order."""
+    """Returns the state dict, see `mapping.to_torch`, in registration order."""
     state_dict = to_torch(table, tree)
     return {name: state_dict[name] for name in registration_order(state_dict)}

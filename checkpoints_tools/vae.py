@@ -25,10 +25,10 @@ class LoadedVAE(NamedTuple):
     Attributes:
       module: the network, of the file's sizes.
       params: its parameters, float32.
-      latent_stats: of un-normalized latents; None if nothing there says them.
-      layout: of a file or folder: 'compvis', 'diffusers' or 'diffusers of 2022'.
-      discriminator: of a checkpoint that holds one: its published state dict.
-      steps: of a checkpoint that says them: training steps done.
+      latent_stats: statistics of un-normalized latents; None if unknown.
+      layout: layout of a file or folder: 'compvis', 'diffusers' or 'diffusers of 2022'.
+      discriminator: published state dict, if a checkpoint holds one.
+      steps: training steps done, if a checkpoint says so.
     """
 
     module: AutoencoderKL
@@ -53,7 +53,7 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
     """Returns a VAE with all that its file says.
 
     Args:
-      path: what `locate.resolve` takes, being one of
+      path: path or name, see `locate.resolve`, of one of
         a file with CompVis names: REPA-E's, VA-VAE's, the original SD-VAE's, FLUX's ae.safetensors; or a whole
         Stable Diffusion file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the
         neighbor NAME-latents-stats.pt or .safetensors, if there is one;
@@ -72,7 +72,7 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
 
 
 def read_file(path: Path, state_dict: StateDict | None = None, **fields: Any) -> LoadedVAE:
-    """As `load_vae`, of a local file or folder, whose arrays may have been read already."""
+    """Loads a VAE from a local file or folder, whose arrays may have been read already; see `load_vae`."""
     stored = _read(path, state_dict, **fields)
     params = mapping.to_flax(
         vae_table(stored.module, stored.names), stored.state_dict, abstract_params(stored.module), source=str(path)
@@ -87,7 +87,7 @@ def read_file(path: Path, state_dict: StateDict | None = None, **fields: Any) ->
 
 
 def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_GROUPS) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """As `load_vae`, the module and parameters of a state dict such as the one in a training checkpoint."""
+    """Returns module and parameters from a state dict, such as that of a training checkpoint."""
     names, state_dict = vae_layouts.detect_layout(state_dict, source)
     module = vae_layouts.infer_module(state_dict, names, source, norm_groups)
     return module, mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=source)
@@ -127,7 +127,7 @@ def read_latent_stats(path: str | Path) -> dict[str, np.ndarray]:
     """Returns latent statistics by themselves, {'mean', 'var'}, float32 [C].
 
     Args:
-      path: what `locate.resolve` takes: REPA-E's NAME-latents-stats.pt (`latents_scale` = 1 / std, `latents_bias` = mean),
+      path: path or name to `resolve`: REPA-E's NAME-latents-stats.pt (`latents_scale` = 1 / std, `latents_bias` = mean),
         LightningDiT's latents_stats.pt (`mean`, `std`), the same as .safetensors, all [1, C, 1, 1] or [C]; or a diffusers
         folder, as `load_vae`.
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from checkpoints_tools.mapping import CONV, LINEAR, Entry, Layout, StateDict, Table, Tree, abstract_variables, linear, norm
 from repae_jax.models.autoencoder import AutoencoderKL
 
-NORM_GROUPS = 32  # of every published network; only diffusers' config.json can say otherwise
+NORM_GROUPS = 32  # every published network has 32; only diffusers' config.json can say otherwise
 # 1x1 convolution [1, 1, in, out] kept as a linear layer [out, in]
 _POINTWISE = Layout(lambda x: LINEAR.to_flax(x)[None, None], lambda x: LINEAR.to_torch(x[0, 0]))
 # and the other way round: our linear layer [in, out] kept as a 1x1 convolution [out, in, 1, 1]

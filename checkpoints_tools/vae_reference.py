@@ -1,4 +1,4 @@
-"""diffusers' own AutoencoderKL with the weights of ours, to compare ours with."""
+"""The AutoencoderKL of diffusers with the weights of ours, to compare ours with."""
 
 from typing import Any
 

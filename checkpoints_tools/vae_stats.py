@@ -112,7 +112,7 @@ def _vector(source, name, value):
 
 
 def _mean_and_std(latent_stats, channels):
-    """float64 [C] each, checked; the exact root, so that squaring and rounding it to float32 gives `var` again."""
+    """Returns both as float64 [C], checked; the exact root, so that squaring and rounding it to float32 gives `var` again."""
     stats = {name: np.asarray(latent_stats[name], np.float64) for name in ("mean", "var")}
     for name, array in stats.items():
         if array.shape != (channels or array.size,):

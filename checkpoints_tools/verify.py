@@ -30,10 +30,10 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     other files cannot be, and their weights are put into a module of the same sizes.
 
     Args:
-      path: what `identify` takes: a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
+      path: path or name of a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
         are compared.
       size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
-      seed: of the inputs.
+      seed: seed of the random inputs.
 
     Raises:
       ValueError: if the file is damaged, there is no independent implementation to compare with, or `size` is no size.
@@ -81,7 +81,7 @@ def _compare_training(training, size, rng):
 
 
 def _torch_vae(source, loaded):
-    """diffusers' own reading of its folders; of other files, its module of our sizes with our parameters."""
+    """Returns what diffusers reads from its folders; for other files, its module of our sizes with our parameters."""
     if not source.path.is_dir():
         return vae_reference.torch_vae(loaded.module, loaded.params)
     import diffusers

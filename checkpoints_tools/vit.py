@@ -231,7 +231,7 @@ def _dinov2_mlp_dim(hidden_size, mlp_ratio, gated):
 
 
 def _from_mocov3(state_dict, source):
-    """As `_from_config`, from the sizes of the weights."""
+    """Returns the same as `_from_config`, from the sizes of the weights."""
 
     def shape(name, rank):
         actual = np.shape(state_dict[name]) if name in state_dict else None

@@ -207,4 +207,4 @@ MOCOV3 = Format(
     },
     ignored=("momentum_encoder.", "predictor.", "head.", "fc."),
 )
-MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # by width; not in the file
+MOCOV3_HEADS = {384: 12, 768: 12, 1024: 16}  # heads by width; they are not in the file

@@ -31,7 +31,7 @@ def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.nda
     """Returns all arrays of a weight file, in the file's dtypes (ml_dtypes.bfloat16 among them).
 
     Args:
-      path: what `locate.resolve` takes, being a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
+      path: path or name to `resolve`, of a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
         Hugging Face folder with `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or
         in `.bin` files.
       entry: the state dict to take from a PyTorch file that holds several ('ema'), not for other files; or several names, of
@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.nda
 
 
 def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
-    """As `read_state_dict`, of a local file or folder."""
+    """Reads the state dict of a local file or folder, see `read_state_dict`."""
     path = weight_file(path)
     if path.suffix in TORCH_SUFFIXES:
         return unwrap(read_torch(path), entry, path)
@@ -108,7 +108,7 @@ def _read_safetensors(path):
                 f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
             )
         state_dict = safetensors.numpy.load_file(path)
-        # of tensors that share memory, safetensors.torch.save_model keeps one, and the other names in the header
+        # safetensors.torch.save_model keeps one of the tensors that share memory, and the other names in the header
         return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
     except safetensors.SafetensorError as error:
         raise files.unreadable(path, error) from error

@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     table: str  # number of the paper's table, or another source
     file: str  # one of FILES
-    arg: str  # of that config, after the colon
+    arg: str  # text after the colon of that config
     changes: dict[str, Any]  # dotted fields -> values that differ
     published: str  # numbers
 

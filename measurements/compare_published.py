@@ -425,7 +425,7 @@ def serve(side, config, options, connection):
             connection.send(time_steps(step, wait, steps))
     except EOFError:
         pass  # the parent process has ended
-    except Exception as error:  # of any kind: the parent reports it
+    except Exception as error:  # the parent reports any error
         connection.send(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 

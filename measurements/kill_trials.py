@@ -6,7 +6,6 @@ equal that of a run without a break bit by bit, with the position in the data, a
 times and speeds. Every start is a process of its own, forked from one that has imported everything and used no device.
 """
 
-import argparse
 import collections
 import json
 import math
@@ -20,6 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from repae_jax import cli
 
 ROOT = Path(__file__).parents[1]
 STEPS = 120
@@ -162,15 +163,20 @@ def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
     return moments
 
 
-def main():
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parse_args(words=None):
+    """Command line of this program."""
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--job", choices=("repae", "ldm"), default="repae", help="REPA-E, or the quicker SiT alone")
-    parser.add_argument("--trials", type=int, default=50, help="runs that are killed")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each run, a checkpoint every {EVERY}")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", help="for the runs; default a temporary one, removed if all is well")
-    args = parser.parse_args()
+    parser.add_argument("--trials", type=cli.whole(1), default=50, help="runs that are killed")
+    parser.add_argument("--steps", type=cli.whole(1), default=STEPS, help=f"steps of each run, a checkpoint every {EVERY}")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the moments")
+    parser.add_argument("--folder", help="folder of the runs; default a temporary one, removed if all is well")
+    return parser.parse_args(words)
+
+
+@cli.command(parse_args)
+def main(args):
+    """Kills runs, and prints at which moments."""
     folder = Path(args.folder or tempfile.mkdtemp(prefix="kill-trials-"))
     folder.mkdir(parents=True, exist_ok=True)
     moments = run(args.job, args.steps, args.trials, args.seed, folder, folder / "compiled")

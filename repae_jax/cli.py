@@ -1,4 +1,4 @@
-"""How every command begins and ends.
+"""The beginning and end of every command.
 
 `@command(parse_args)` makes the main function of a command. Words that it does not understand are refused. Whatever goes wrong
 for reasons outside the program (a wrong value, a full disk, no access, too little memory) ends in one line; `line_of` alone
@@ -24,7 +24,7 @@ from repae_jax import faults, ranges
 
 _unraisablehook = sys.unraisablehook
 INTERRUPTED, UNREAD = 130, 141  # exit codes: 128 plus the number of the signal
-_OURS = ("repae_jax", "checkpoints_tools", "configs")
+_OURS = ("repae_jax", "checkpoints_tools", "configs", "launch")
 _BUG = "This is a mistake of the program, not of yours: please report it, with all of the lines above and the command."
 # Classes, and modules that end with a dot, of errors about files that are no OSError or ValueError.
 _FILE_ERRORS = (
@@ -146,7 +146,7 @@ def _without_traceback(record) -> bool:
 
 
 def _without_closed_loops(unraisable) -> None:
-    """sys.unraisablehook that drops what TensorStore raises for each write that it had begun when Orbax gave up."""
+    """Drops, as sys.unraisablehook, what TensorStore raises for each write that it had begun when Orbax gave up."""
     if str(unraisable.exc_value) != "Event loop is closed":
         _unraisablehook(unraisable)
 
@@ -202,7 +202,7 @@ def _line_of_jax(message: str) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but names of options must be whole, and a mistake is one line."""
+    """A parser like argparse's, but names of options must be whole, and a mistake is one line."""
 
     def __init__(self, *args, **options):
         name = getattr(sys.modules["__main__"].__spec__, "name", "").removesuffix(".__main__")

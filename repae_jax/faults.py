@@ -38,7 +38,7 @@ _CLIENTS = (  # modules of clients of object stores, their credentials and their
     "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx.",
     "requests.", "urllib3.", "huggingface_hub.",
 )  # fmt: skip
-_STATUS_TO_RETRY = {401, 408, 425, 429}  # of HTTP, besides 500 and above; 401 concerns credentials, not the file
+_STATUS_TO_RETRY = {401, 408, 425, 429}  # HTTP statuses, besides 500 and above; 401 concerns credentials, not the file
 # first words of tensorstore's messages, and of Pillow's
 _CODES_IN_WORDS = re.compile(r"(UNAVAILABLE|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|out of memory)\b")
 

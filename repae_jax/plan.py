@@ -260,13 +260,13 @@ def main(args):
         raise ValueError(f"--images_per_chip={args.images_per_chip} is for sampling: {remedy}")
     images_per_chip = (args.images_per_chip or IMAGES_PER_CHIP) if args.sample else None
     settings = [prepare(args.config, name, images_per_chip)[1] for name in args.topology]  # mistakes first
-    found = []
+    plans = []
     for numbers in settings:
-        found.append(plan_apart(args.config, numbers, images_per_chip))
-        print("\n".join(lines_of(found[-1])) + "\n", flush=True)
+        plans.append(plan_apart(args.config, numbers, images_per_chip))
+        print("\n".join(lines_of(plans[-1])) + "\n", flush=True)
         if path is not None:
-            files.write_json(path, found, overwrite=bool(found[:-1]))
-    sys.exit(not all(numbers["fits"] for numbers in found))
+            files.write_json(path, plans, overwrite=bool(plans[:-1]))
+    sys.exit(not all(numbers["fits"] for numbers in plans))
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
     else:
         with jax.named_scope("vae"):
             options = {"nets": nets, "frozen": frozen, "recipe": recipe}
-            found = adaptive.adaptive_value_and_grad(
+            vae = adaptive.adaptive_value_and_grad(
                 state.vae.params,
                 encode=encode,
                 decode=decode,
@@ -107,10 +107,10 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
                 weights=weights | pixel_weights(weights, images, recipe),
                 limits=recipe.adaptive,
             )
-        grads["vae"], latents, recon = found.grads, found.latents, found.recon
-        metrics |= named("vae", {"loss": found.loss, **found.terms})
-        metrics |= {f"vae/weight_{name}": found.weights[name] for name in recipe.adaptive}
-        disc_stats = disc_stats if found.gan_aux is None else found.gan_aux
+        grads["vae"], latents, recon = vae.grads, vae.latents, vae.recon
+        metrics |= named("vae", {"loss": vae.loss, **vae.terms})
+        metrics |= {f"vae/weight_{name}": vae.weights[name] for name in recipe.adaptive}
+        disc_stats = disc_stats if vae.gan_aux is None else vae.gan_aux
 
     # 2. Discriminator.
     if state.disc is not None:

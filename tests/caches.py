@@ -1,11 +1,18 @@
 """Caches of latents of small pictures, written with a stub for the VAE."""
 
+import json
+import os
+import random
+import signal
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 
+from configs import ldm
 from repae_jax import cache_latents
-from repae_jax.data import latents, shard_writer
+from repae_jax.data import latents, shard_writer, shards
 
 
 class Pictures:
@@ -60,3 +67,53 @@ def make_cache(folder, source, flips=False, stopped=None, encode=None, changes=(
     maker = cache_latents.Latents(source.image_size, encode, 3, shape)
     writer = shard_writer.ShardWriter(folder, source, maker, settings, shard_size=shard_size, **options)
     return writer.run(stopped or threading.Event())
+
+
+def interrupted_trials(folder, trials, seed):
+    """Kills the writing at random times until it is done, trial by trial, in a process of its own. Prints what happened."""
+    source = Pictures(90, bad=[17, 40])
+    folder = Path(folder)
+
+    def slow_encode(pixels):
+        time.sleep(0.002)
+        return encode(pixels)
+
+    def start(out):
+        pid = os.fork()  # importing jax takes seconds: that is done once
+        if not pid:
+            try:
+                make_cache(out, source, encode=slow_encode)
+            finally:
+                os._exit(0 if (out / shards.MANIFEST).exists() else 1)
+        return pid
+
+    began = time.perf_counter()
+    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
+    whole_seconds = time.perf_counter() - began
+    draw = random.Random(seed)
+    for trial in range(trials):
+        out, kills = folder / f"cut-{trial}", 0
+        while True:
+            pid = start(out)
+            if kills < 4:
+                time.sleep(draw.uniform(0, 0.6) * whole_seconds)
+                os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status), status
+            kills += 1
+        print(json.dumps({"kills": kills, "files": sorted(path.name for path in out.iterdir())}))
+
+
+def frozen_config(changes=None):
+    """Returns the smallest run's config on a frozen VAE; `changes` maps dotted names to values."""
+    config = ldm.get_config("tiny")
+    config.data.image_size = 8
+    config.vae.channel_multipliers = (1, 1)
+    config.vae.norm_groups = 4
+    config.init.vae = "random"
+    config.unlock()
+    config.data.options = {"split": "test"}
+    config.update_from_flattened_dict(changes or {})
+    return config

@@ -13,7 +13,7 @@ def call(*arguments):
 
 
 def error_of(monkeypatch, *arguments):
-    """What a user sees when a command fails."""
+    """The end of commands that fail, as users see it."""
     monkeypatch.setattr(sys, "argv", ["checkpoints_tools", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         commands.main()

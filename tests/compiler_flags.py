@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 CACHE = Path(__file__).parents[1] / ".cache/xla"
-MOST_BYTES = 2**31  # of compiled programs, kept between sessions
+MOST_BYTES = 2**31  # limit of compiled programs that are kept between sessions
 # Most of the time goes into compiling. Without most optimizations and with the older code for fusions it takes a third; in one
 # part, because the other core has tests of its own, another fifth less.
 FLAGS = (

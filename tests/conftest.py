@@ -72,7 +72,7 @@ def object_store():
 
 @pytest.fixture
 def gs(object_store):
-    """That server as gs://bucket, for this process and those that it starts; each test uses a folder of its own."""
+    """The server as gs://bucket, for this process and those that it starts; each test uses a folder of its own."""
     with object_store.reached():
         yield object_store
     object_store.answer()

@@ -15,7 +15,7 @@ import numpy as np
 
 GOLDEN = Path(os.environ.get("REPAE_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
-NETWORK_RTOL = 2e-5  # of the largest entry
+NETWORK_RTOL = 2e-5  # relative to the largest entry
 LOSS_RTOL = 1e-5
 STEPS_RTOL = 1e-3  # three whole training steps
 

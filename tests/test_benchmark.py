@@ -193,7 +193,7 @@ def test_windows_follow_each_other_without_a_break(monkeypatch):
         return dispatched[-1]
 
     seconds = timing.time_calls(call, 45, ahead=2)
-    assert seconds.tolist() == [1.0] * 11  # of four calls
+    assert seconds.tolist() == [1.0] * 11  # each window has four calls
     assert dispatched == waited == list(range(48))
 
 
@@ -371,7 +371,7 @@ def test_two_processes(compiled, tmp_path):
     assert result["devices"]["count"] == result["devices"]["processes"] == 2
     assert result["input"]["processes"] == 2 and result["sampling"]["batch_size"] == 4
     assert set(result["parts"]) == {"vae_encoder", "sit", "update"}
-    printed = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # of the backend
+    printed = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # lines of the backend
     assert "img/s on 2 devices" in first and not printed, "process 0 alone prints"
 
 

@@ -5,26 +5,20 @@ Most tests write with a stub for the VAE, see `caches`.
 
 import itertools
 import json
-import os
-import random
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from caches import Pictures, encode, encode_both, make_cache
+from caches import Pictures, encode, encode_both, frozen_config, make_cache
 from processes import contents, in_threads, run_script, script_env
 
 from checkpoints_tools import vae as vae_files
-from configs import ldm
 from repae_jax import cache_latents, cli, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost
@@ -75,46 +69,9 @@ def test_worker_processes_and_block_sizes_change_nothing(tmp_path):
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def interrupted_trials(folder, trials, seed):
-    """In a process of its own: each trial kills the writing at random times until it is done. Prints what happened."""
-    source = Pictures(90, bad=[17, 40])
-    folder = Path(folder)
-
-    def slow_encode(pixels):
-        time.sleep(0.002)
-        return encode(pixels)
-
-    def start(out):
-        pid = os.fork()  # importing jax takes seconds: that is done once
-        if not pid:
-            try:
-                make_cache(out, source, encode=slow_encode)
-            finally:
-                os._exit(0 if (out / shards.MANIFEST).exists() else 1)
-        return pid
-
-    began = time.perf_counter()
-    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
-    whole_seconds = time.perf_counter() - began
-    draw = random.Random(seed)
-    for trial in range(trials):
-        out, kills = folder / f"cut-{trial}", 0
-        while True:
-            pid = start(out)
-            if kills < 4:
-                time.sleep(draw.uniform(0, 0.6) * whole_seconds)
-                os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if status == 0:
-                break
-            assert os.WIFSIGNALED(status), status
-            kills += 1
-        print(json.dumps({"kills": kills, "files": sorted(path.name for path in out.iterdir())}))
-
-
 @pytest.mark.integration
 def test_killed_at_random_times_the_files_are_the_same(tmp_path):
-    script = f"import test_cache_latents as t; t.interrupted_trials({str(tmp_path)!r}, 6, 0)"
+    script = f"import caches; caches.interrupted_trials({str(tmp_path)!r}, 6, 0)"
     run = run_script(script)
     assert run.returncode == 0, run.stderr
     trials = [json.loads(line) for line in run.stdout.splitlines()]
@@ -246,7 +203,7 @@ def test_files_may_move(tmp_path):
 def test_too_many_bad_images(tmp_path, warnings):
     source = Pictures(40, bad=[3, 11, 30])
     message = r"3 of 40 records \(7.50%\) cannot be decoded, 2 are allowed: picture-3, picture-11, picture-30. .* broken 30"
-    for _ in range(2):  # those of finished shards count
+    for _ in range(2):  # records of finished shards count
         with pytest.raises(RuntimeError, match=message):
             make_cache(tmp_path / "a", source, max_bad_fraction=0.05)
     assert any("picture-11: OSError: broken 11" in warning for warning in warnings)
@@ -288,19 +245,6 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 
 
 # ---- with a VAE -----------------------------------------------------------------------------------------------------
-
-
-def frozen_config(changes=None):
-    """The smallest run on a frozen VAE; dotted names -> values."""
-    config = ldm.get_config("tiny")
-    config.data.image_size = 8
-    config.vae.channel_multipliers = (1, 1)
-    config.vae.norm_groups = 4
-    config.init.vae = "random"
-    config.unlock()
-    config.data.options = {"split": "test"}
-    config.update_from_flattened_dict(changes or {})
-    return config
 
 
 @pytest.mark.integration
@@ -347,7 +291,7 @@ def test_training_takes_the_flags_that_it_prints(tmp_path):
 def test_two_processes_of_jax_and_the_command(tmp_path):
     """Two with four devices each, and the command line with eight: the same files."""
     config = tmp_path / "config.py"
-    config.write_text("import test_cache_latents as t\ndef get_config():\n    return t.frozen_config()\n")
+    config.write_text("from caches import frozen_config as get_config\n")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -355,9 +299,9 @@ def test_two_processes_of_jax_and_the_command(tmp_path):
 import sys, jax
 jax.distributed.initialize({address!r}, num_processes=2, process_id=int(sys.argv[1]))
 assert jax.device_count() == 8 and jax.local_device_count() == 4
-import test_cache_latents as t
+import caches
 from repae_jax import cache_latents
-print(cache_latents.cache_latents(t.frozen_config(), {str(tmp_path / "two")!r}, shard_size=40))
+print(cache_latents.cache_latents(caches.frozen_config(), {str(tmp_path / "two")!r}, shard_size=40))
 """
     arguments = [["-c", script, str(process)] for process in range(2)]
     arguments.append(["-m", "repae_jax.cache_latents", "--config", config, "--shard_size=40", "--out", tmp_path / "one"])

@@ -1,4 +1,4 @@
-"""How commands begin and end: unknown words are refused, and errors from outside the program are one line."""
+"""The beginning and end of commands: unknown words are refused, and errors from outside the program are one line."""
 
 import contextlib
 import importlib

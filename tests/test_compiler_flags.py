@@ -1,4 +1,4 @@
-"""What the tests do with XLA's flags and with compiled programs of earlier sessions."""
+"""The tests' use of XLA's flags, and of compiled programs of earlier sessions."""
 
 import os
 import subprocess

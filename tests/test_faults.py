@@ -1,4 +1,4 @@
-"""Whose fault an error is: the errors that libraries raise here, made for real where that is cheap."""
+"""Tells apart whose fault an error is: the errors that libraries raise here, made for real where that is cheap."""
 
 import errno
 import http.server
@@ -139,7 +139,7 @@ READERS = {
 
 @pytest.fixture
 def caught(tmp_path, request):
-    """What a reader raises for a file that may be opened no more, and for one that is not there."""
+    """Returns what a reader raises for a file that may be opened no more, and for one that is not there."""
     (tmp_path / "file").write_text("content")
     (tmp_path / ".zarray").write_text("{}")
 

@@ -1,4 +1,4 @@
-"""What must hold for every step, whatever the numbers: who gets which gradient, which statistics move, where it may run.
+"""Invariants of every step, whatever the numbers: who gets which gradient, which statistics move, where it may run.
 
 Tolerances, relative to the largest entry of an array: FLOAT is for the same float32 sums in another order (other devices,
 micro-batches, another program).
@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import small
 import step_inputs
+from sgd_jobs import BATCH, KEY, make_job
 
 from configs import ldm
 from repae_jax import train_step
@@ -28,25 +28,13 @@ from repae_jax.training import inputs
 from repae_jax.training.accumulation import accumulate
 from repae_jax.training.inputs import Inputs
 from repae_jax.training.networks import bind
-from repae_jax.training.recipe import Optimizers, Recipe
+from repae_jax.training.recipe import Recipe
 from repae_jax.training.state import apply_update, update_ema
 
 FLOAT = 5e-5  # measured: 6e-6 after two steps
-BATCH = 16
-KEY = jax.random.key(3)
 pytestmark = pytest.mark.integration
 MOVING = {"step", "skipped", "skipped_in_a_row"}
 
-
-
-def sgd():
-    """Unlike Adam's, its update is proportional to the gradient: rounding errors stay small, wherever a gradient is zero."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
-
-
-def make_job(devices=1, changes=None, **more):
-    job = build.build(small.config(changes, data__batch_size=BATCH, **more), jax.devices()[:devices])
-    return dataclasses.replace(job, tx=Optimizers(sgd(), sgd(), sgd()))
 
 
 def take_step(job, state, x, hyper=None):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small
 import step_inputs
-from test_invariants import BATCH, KEY, make_job, sgd
+from sgd_jobs import BATCH, KEY, make_job, sgd
 
 from configs import ldm, vae
 from repae_jax import train_step
@@ -402,7 +402,7 @@ def test_fixed_parts_stay():
     moved = {name.split(".")[0] for name in small.differing(new.vae.params, state.vae.params)}
     assert moved == {"decoder", "post_quant_conv"}
     whole = one_step(tokenizer({}))[3]["grad_norm/vae"]
-    assert 0 < metrics["grad_norm/vae"] < whole  # of the parts that move
+    assert 0 < metrics["grad_norm/vae"] < whole  # norm of the parts that move
 
 
 # ---- a further loss -------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ ORDER = GROUND + [
     "repae_jax.benchmark",
     "repae_jax.report",
 ]
-TOP = [*GROUND, "repae_jax.distributed.sharding"]  # what the pure pieces may import of ours
+TOP = [*GROUND, "repae_jax.distributed.sharding"]  # modules that the pure pieces may import
 SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "repae_jax.analysis")  # never import each other
 # conversion tables: what they convert for may import them, and they describe networks, so they know those
 TOOLS_MAY_IMPORT = (

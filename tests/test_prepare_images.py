@@ -137,7 +137,7 @@ def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, m
 
 
 def killed_trials(pictures, folder, trials):
-    """In a process of its own: kills the work at random times until it is done. Prints how often."""
+    """Kills the work at random times until it is done, in a process of its own. Prints how often."""
     folder, draw = Path(folder), random.Random(0)
     encode = array_record.encode
     array_record.encode = lambda *given: time.sleep(0.05) or encode(*given)
@@ -186,7 +186,7 @@ def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnin
         prepared = PreparedImages(tmp_path / "out", SIZE)
         with pytest.raises(ValueError, match=r"record \d of .*shard-00001.array_record is damaged .*prepare_images --out"):
             [prepared[i] for i in range(8, 16)]
-    elif (name, damage) != ("manifest.json", "byte"):  # which may be anywhere
+    elif (name, damage) != ("manifest.json", "byte"):  # that byte may be anywhere
         with pytest.raises(ValueError, match=name):
             PreparedImages(tmp_path / "out", SIZE)
     prepare(pictures, tmp_path / "out")

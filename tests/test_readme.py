@@ -142,5 +142,5 @@ def test_configs_can_be_built(words, monkeypatch):
     options = {name: value for name, value in build.plain_config(config)["data"]["options"].items() if value}
     if not config.data.cache:
         assert "://" not in options["path"]
-        with pytest.raises((OSError, ValueError), match=re.escape(options["path"])):  # it does not exist here
+        with pytest.raises((OSError, ValueError), match=re.escape(options["path"])):  # the path does not exist here
             data.make_source(config.data.source, config.data.image_size, **options)

@@ -62,7 +62,7 @@ def write_json(path, record):
 
 
 def write_results(folder):
-    """What evaluation, analysis and sampling leave beside a run."""
+    """Files that evaluation, analysis and sampling leave beside a run."""
     pixels = np.zeros((40, 60, 3), np.uint8)
     write_json(
         folder / "evaluations" / "fid.json",
@@ -469,7 +469,7 @@ class Browser:
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # of the session that was made for it
+            os.killpg(self.process.pid, signal.SIGKILL)  # ends the session that was made for it
         self.process.wait()
         self.commands.close()
         self.answers.close()
@@ -590,7 +590,7 @@ def test_browser_log_scale_smoothing_and_runs(opened):
     assert logarithmic != before
     note = "document.querySelector('.chart:has([data-metric=\"sit/align\"]) figcaption').textContent"
     assert "linear: not all positive" in opened.evaluate(note)
-    opened.evaluate("zoom([320, 340])")  # where no run has values
+    opened.evaluate("zoom([320, 340])")  # a range in which no run has values
     opened.settle()
     assert opened.evaluate("document.querySelectorAll('.chart .line').length") == 0
     opened.evaluate("zoom(null)")

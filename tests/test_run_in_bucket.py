@@ -13,11 +13,10 @@ import kill_trials
 import numpy as np
 import pytest
 import small
-import test_cache_latents
-import test_evaluate
+from caches import Pictures, make_cache
 from command_line import call
 from etils import epath
-from feature_stub import Noise, StubNetwork
+from feature_stub import Noise, StubNetwork, write_adm
 from PIL import Image
 
 from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
@@ -37,7 +36,7 @@ SAVING_8 = "(POST|PUT) .*run/checkpoints/8"
 
 
 def train_there(environment, workdir, compiled, log):
-    """What each process does: the run in the bucket reads the digits there, prepared, the one on the disk makes them itself."""
+    """Trains in each process: the run in the bucket reads the digits there, prepared, the one on the disk makes them itself."""
     os.environ |= environment
     prepared = {"data__source": "array_record", "data__options": {"path": DIGITS}} if workdir == RUN else {}
     kill_trials.train_in(JOB, STEPS, workdir, compiled, log, **prepared)
@@ -250,9 +249,10 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
     save(job, workdir, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
-    test_evaluate.write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
+    given = f"--reference={tmp_path / 'real.npz'}", "--inception=weights.pth", "--batch_size=8"
     sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
-    path, result = evaluate.run(test_evaluate.arguments(workdir, tmp_path / "real.npz", *sampling))
+    path, result = evaluate.run(evaluate.parse_args([str(workdir), *given, *sampling]))
     assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
     assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
     path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))
@@ -314,7 +314,7 @@ def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
         wait_until(lambda: writer.write_scalars(2, {"loss": 0.5}) or any("tried again later" in line for line in warnings))
         with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
             writer.flush()
-        raise RuntimeError("the first")  # what fails while closing does not hide it
+        raise RuntimeError("the first")  # a failure while closing does not hide it
     gs.answer()
     with metric_log.open_writer(folder, 1) as writer:
         for step in (2, 3):
@@ -322,7 +322,7 @@ def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
         writer.flush()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
         writer.write_scalars(4, {"loss": 0.5})
-    with metric_log.open_writer(folder) as writer:  # of a run without a checkpoint
+    with metric_log.open_writer(folder) as writer:  # a run without a checkpoint
         writer.write_scalars(1, {"loss": 0.5})
     lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("metrics.jsonl*")}
     assert lines == {"metrics.jsonl": 1, "metrics.jsonl.1": 4}
@@ -335,7 +335,7 @@ def test_images_and_latents_from_a_bucket(gs, tmp_path):
         files.save_png(tmp_path / f"pictures/a/{number}.png", np.full((8, 8, 3), 50 * number, np.uint8))
     options = "--image_size=8", "--shard_size=2", "--workers=0", f"--out={tmp_path / 'images'}"
     prepare_images.run(prepare_images.parse_args([f"--data=folder:path={tmp_path / 'pictures'}", *options]))
-    test_cache_latents.make_cache(tmp_path / "latents", test_cache_latents.Pictures(9))
+    make_cache(tmp_path / "latents", Pictures(9))
     for name, opened in {"images": lambda path: PreparedImages(path, 8), "latents": CachedLatents}.items():
         upload(tmp_path / name, f"gs://bucket/{name}")
         remote, local = opened(f"gs://bucket/{name}"), opened(tmp_path / name)

@@ -10,9 +10,8 @@ import optax
 import pytest
 import reference
 import step_inputs
-from test_autoencoder import abstract_params, golden_vae
-from test_sit import load_sit
-from test_vae_losses import APRIL_2025, load_discriminator, part
+from golden_losses import APRIL_2025, load_discriminator, part
+from golden_networks import abstract_params, golden_vae, load_sit
 
 from checkpoints_tools import mapping
 from checkpoints_tools.lpips import lpips_table

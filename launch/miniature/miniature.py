@@ -63,7 +63,7 @@ class Task:
     name: str
     kind: str  # 'encoder', 'classifier', or a run's job
     folder: Path  # holds result.json when the task is done
-    content: Mapping  # of task.json; its 'description' is all that the result depends on
+    content: Mapping  # content of task.json; its 'description' is all that the result depends on
     needs: tuple[str, ...] = ()  # names of tasks that must be done before
 
     def result(self):

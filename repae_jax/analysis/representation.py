@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 FORMULAS = ("paper", "platonic_code")
-EPSILON = 1e-6  # in the released code's denominators
+EPSILON = 1e-6  # added to denominators, as in the released code
 
 
 def unit_rows(features: Float[np.ndarray, "N F"]) -> Float[np.ndarray, "N F"]:

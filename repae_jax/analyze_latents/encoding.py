@@ -1,4 +1,4 @@
-"""From images to latents, and the equivariance of latents and pixels under transforms of the images."""
+"""Encodes images to latents, and measures the equivariance of latents and pixels under transforms of the images."""
 
 import dataclasses
 import functools

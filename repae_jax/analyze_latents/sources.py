@@ -75,8 +75,8 @@ def open_images(args: argparse.Namespace, configs: Configs) -> tuple[Any, str]:
     own = next((config["data"] for config in configs if config), None)
     if own is None and not (args.data and args.image_size):
         raise ValueError("no SOURCE is a run of ours, whose images would be the default: give --data and --image_size")
-    labelled = args.labels == "own"
-    name, fields = data.parse_source(args.data, labelled) if args.data else (own["source"], data.given(own["options"]))
+    labeled = args.labels == "own"
+    name, fields = data.parse_source(args.data, labeled) if args.data else (own["source"], data.given(own["options"]))
     size = args.image_size or own["image_size"]
     description = ",".join(f"{field}={value}" for field, value in dict(fields).items())
     return data.make_source(name, size, **fields), f"{name}:{description}" if description else name

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     function: Callable  # pure
     arguments: tuple[Any, ...]  # trees of arrays
-    out_shardings: Any  # of jax.jit
+    out_shardings: Any  # argument of jax.jit
     of_whole: bool = False  # the step runs it on the whole batch, once, and not on every micro-batch
 
 

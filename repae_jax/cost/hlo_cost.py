@@ -208,7 +208,7 @@ def _moved_bytes(computation, instruction):
     operands = sum(array_bytes(computation[name].shape) for name in instruction.operands)
     result = array_bytes(instruction.shape)
     if instruction.opcode == "all-gather-start":
-        return result - operands  # its shape lists the operands, too
+        return result - operands  # this shape lists the operands, too
     return operands if instruction.opcode.endswith("-start") else max(operands, result)
 
 

@@ -19,7 +19,7 @@ def encode(pixels: UInt8[np.ndarray, "H W 3"], encoding: str) -> bytes:
     if encoding == "raw":
         return pixels.tobytes()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, encoding, lossless=True)  # which PNG always is
+    Image.fromarray(pixels).save(buffer, encoding, lossless=True)  # PNG always is
     return buffer.getvalue()
 
 

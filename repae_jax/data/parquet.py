@@ -142,8 +142,8 @@ def _list_files(root, split):
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
     chosen = [file for file in files if _split_of(file) == split]
     if not chosen:
-        found = ", ".join(sorted({repr(_split_of(file)) for file in files})) or "none: no parquet files"
-        raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {found}")
+        splits = ", ".join(sorted({repr(_split_of(file)) for file in files})) or "none: no parquet files"
+        raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {splits}")
     folders = sorted({str(file.parent) for file in chosen})
     if len(folders) > 1:
         advice = "each is a configuration of the data set, or a copy: give one of them as path"

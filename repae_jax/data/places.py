@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-OPTIONS = "group_size:1,uncompressed"  # of ArrayRecord's writer: one record a chunk, for random access
+OPTIONS = "group_size:1,uncompressed"  # ArrayRecord's writer puts one record into a chunk, for random access
 PLACE = np.dtype([("first", "<i8"), ("end", "<i8"), ("crc32", "<u4")])  # bytes first..end-1 of the file hold the record
 _BLOCK, _HEADER = 1 << 16, 24
 _GAP = 512  # bytes, more than between the end of one record and the beginning of the next

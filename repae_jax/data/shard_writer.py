@@ -119,7 +119,7 @@ class ShardWriter:
         if not self._make(todo, stopped) or not multihost.wait_for_files(self._entries, stopped.is_set):
             return None
         entries = [files.read_json(file) for file in self._entries]
-        self._bad_records = [record for entry in entries for record, _ in entry["bad_records"]]  # of all processes
+        self._bad_records = [record for entry in entries for record, _ in entry["bad_records"]]  # from all processes
         self._check_bad("in the log of the process that met it")
         if self._process_index == 0:
             self._finish(entries)
@@ -170,7 +170,7 @@ class ShardWriter:
         return True
 
     def _check_space(self):
-        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]  # of all processes
+        missing = [shard for shard, file in enumerate(self._entries) if not file.exists()]  # shards of all processes
         needed = self._maker.record_bytes * self._count(missing)
         free = shutil.disk_usage(self._folder).free
         if needed > free:

@@ -45,7 +45,7 @@ class ShardFormat(NamedTuple):
     """Purpose of a folder of shards."""
 
     title: str  # its name in messages
-    command: str  # that makes it
+    command: str  # command that makes it
     version: int  # format number in its manifest
 
     def making(self, path: str | os.PathLike) -> str:

@@ -59,7 +59,7 @@ _EVERY_STEP = step_coefficients(np.arange(NUM_TIMESTEPS), np.arange(NUM_TIMESTEP
 
 
 def _at(table, t, like):
-    """table[t], of shape [B, 1, ...] to go with `like`; NaN where t is above the table."""
+    """Returns table[t] in the shape [B, 1, ...] to go with `like`; NaN where t is above the table."""
     return jnp.take(jnp.asarray(table), expand(t, like))
 
 

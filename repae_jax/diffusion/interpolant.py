@@ -16,7 +16,7 @@ Times = Float[Array, " B"]
 
 
 class Coefficients(NamedTuple):
-    """alpha_t, sigma_t and their time derivatives, each with t's shape."""
+    """Returns alpha_t, sigma_t and their time derivatives, each with t's shape."""
 
     alpha: Array
     sigma: Array

@@ -30,8 +30,8 @@ Segments = Sequence[tuple[np.ndarray, OutputFn]]  # (times [k + 1], output funct
 class Interval(NamedTuple):
     """One step of a sampler."""
 
-    t: Any  # where it starts, a scalar: float32, or int32 for DiT's timesteps
-    t_next: Any  # where it ends, nearer to data
+    t: Any  # start of the step, a scalar: float32, or int32 for DiT's timesteps
+    t_next: Any  # end of the step, nearer to data
     index: Any  # number of the step, from 0; names its noise
     coefficients: Any  # entry of `Sampler.coefficients`
 
@@ -40,7 +40,7 @@ class Interval(NamedTuple):
 class Sampler:
     """A sampling method; subclasses define `step`, and whatever else differs from these defaults. Multistep: `integrate`."""
 
-    objective: ClassVar[type] = VelocityObjective  # whose networks it samples from
+    objective: ClassVar[type] = VelocityObjective  # objective of the networks it samples from
     last_step: ClassVar[Callable | None] = None  # a method like `step` for the very last one, if that is an exception
 
     def times(self, steps: int) -> np.ndarray:

@@ -19,7 +19,7 @@ class Crashed(RuntimeError):
 
     def __init__(self, message: str, exitcode: int | None):
         super().__init__(message)
-        self.exitcode = exitcode  # of the process; the negative number of the signal that ended it
+        self.exitcode = exitcode  # exit code of the process, or the negative number of the signal that ended it
 
 
 def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
@@ -58,7 +58,7 @@ def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
 
 def _work(sender, stderr, function, arguments):
     with stderr.open("w") as file:
-        os.dup2(file.fileno(), 2)  # for what is not Python, too
+        os.dup2(file.fileno(), 2)  # redirects output that is not Python's, too
     exit_with_parent()
     try:
         answer = function(*arguments), None

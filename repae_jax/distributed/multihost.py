@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # its client, and this process's number before devices exist, have no public name
+from jax._src import distributed  # no public name gives the client, or this process's number before devices exist
 
 from repae_jax import faults
 from repae_jax.distributed import roll_call
@@ -339,7 +339,7 @@ def _exit():
         with contextlib.suppress(Exception):
             act()
     if distributed.global_state.process_id == 0:
-        time.sleep(3 * _POLL_SECONDS)  # it serves the message to the others
+        time.sleep(3 * _POLL_SECONDS)  # this process serves the message to the others
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():

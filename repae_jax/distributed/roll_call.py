@@ -112,7 +112,7 @@ def _serve(server, count):
             before = present.get(index)
             if caller["of"] != count:
                 problem = f"{name} has come to a run of {count} processes"
-            elif before and not _has_gone(before[0]):  # it may have ended since
+            elif before and not _has_gone(before[0]):  # the process may have ended since
                 problem = f"{before[2]} and {name} have the same number"
             present[index if not problem else (index, name)] = (connection, stream, name)
         for _, stream, _ in present.values():

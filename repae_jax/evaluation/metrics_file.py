@@ -16,8 +16,8 @@ class MetricsFile:
     """The content of a metrics.jsonl."""
 
     curves: dict[str, Curve]  # by name of the metric; values may be nan or infinite
-    steps: Int[np.ndarray, " L"]  # of every line
-    times: Float[np.ndarray, " L"]  # of every line, in seconds since 1970
+    steps: Int[np.ndarray, " L"]  # step of every line
+    times: Float[np.ndarray, " L"]  # time of every line, in seconds since 1970
     broken: list[int]  # numbers of the lines, from 1, that hold no metrics, without an unfinished last one
 
 

@@ -25,8 +25,8 @@ _FORMAT = 1
 class Reference:
     """Statistics of real images; None is unknown."""
 
-    pool: Stats  # of the 2048 features of pool_3, for FID
-    spatial: Stats | None  # of the 2023 spatial features, for sFID
+    pool: Stats  # statistics of the 2048 features of pool_3, for FID
+    spatial: Stats | None  # statistics of the 2023 spatial features, for sFID
     features: Float[np.ndarray, "M F"] | None  # float32, pool_3 of some of the images, for precision and recall
     images: NpzImages | None  # these images if there are no `features` yet
     shape: list[int] | None  # [H, W] of the images

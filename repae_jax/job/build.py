@@ -34,7 +34,7 @@ class Job:
     encoders: tuple[Encoder, ...]  # frozen; the alignment and VF compare with their tokens
     tx: Optimizers
     recipe: Recipe
-    sampling: Sampling | None  # of pictures during training; None without a SiT
+    sampling: Sampling | None  # settings of pictures during training; None without a SiT
     latent_shape: tuple[int, int, int]  # (h, w, C)
     mesh: jax.sharding.Mesh
 

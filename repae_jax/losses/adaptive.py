@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ADAPTIVE = ("gan", "vf")  # terms whose weight can be adapted
-
 
 def adaptive_weight(reference_grad, grad, high: float, eps: float = 1e-4) -> jax.Array:
     """Returns the weight that gives a loss as large a gradient as the reference loss has.
@@ -50,7 +48,7 @@ class AdaptiveGrad(NamedTuple):
       grads: tree like the parameters.
       terms: name -> unweighted scalar.
       weights: name -> weight, adapted.
-      latents, recon: what `encode` and `decode` returned.
+      latents, recon: results of `encode` and `decode`.
       gan_aux: auxiliary output of `gan_loss`; None without one.
     """
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-SPLIT_SIZE = 5000  # as in published scores: ten splits of 50,000 samples
+SPLIT_SIZE = 5000  # published scores have ten splits of 50,000 samples
 
 
 class RunningInceptionScore:

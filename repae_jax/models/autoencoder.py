@@ -152,7 +152,7 @@ class AutoencoderKL(nn.Module):
     attention_levels: tuple[int, ...] = ()  # 0 is full resolution; the middle has self-attention anyway
     norm_groups: int = 32  # divides every width
     quant_convs: bool = True  # 1x1 convolutions of the moments and of the latents, between encoder and decoder
-    feature_dim: int | None = None  # of the tokens that `project` maps latents to, for VA-VAE's VF loss
+    feature_dim: int | None = None  # width of the tokens that `project` maps latents to, for VA-VAE's VF loss
     remat: bool = False  # recompute whole residual blocks in the backward pass, not only their norms and activations
     dtype: jnp.dtype = jnp.float32
 

@@ -34,7 +34,7 @@ class Family:
     pixels: int  # side that an image of 256 pixels is resized to; in proportion for other sizes
     architectures: "Mapping[str, Release]"
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # shared by all, where they differ from the defaults
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of each channel, for pixels in [0, 1]
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # mean of each channel, for pixels in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
     module: Callable[..., nn.Module] = VisionTransformer
     tokens: Callable[[Any], Float[Array, "B T F"]] = operator.itemgetter(1)  # from the module's outputs, rows first
@@ -118,7 +118,7 @@ ARCHITECTURES = {
     for family, members in FAMILIES.items() for name, release in members.architectures.items()
 }  # fmt: skip
 
-# of an architecture that is given as a mapping
+# fields of an architecture that is given as a mapping
 _REQUIRED = ("patch_size", "hidden_size", "depth", "num_heads")
 _OPTIONAL = ("family", "mlp_dim", "activation", "num_registers", "rope_theta", "no_bias", "norm_eps")
 _NUMBERS = dict.fromkeys((*_REQUIRED, "mlp_dim"), whole(1, 2**20)) | {

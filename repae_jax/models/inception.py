@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 IMAGE_SIZE = 299
 NUM_CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
+SPATIAL_CHANNELS = 7  # channels of mixed_6/conv; 17 x 17 x 7 = 2023 numbers are few enough for a covariance matrix
 
 he_normal = nn.initializers.he_normal()  # keeps the activations' size where the weights are random
 max_pool_2 = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
@@ -200,7 +200,7 @@ class Classifier(nn.Module):
 class InceptionV3(nn.Module):
     """Features of images of any size."""
 
-    dtype: jnp.dtype = jnp.float32  # of convolutions and the last product; batch norms, averages and outputs are float32
+    dtype: jnp.dtype = jnp.float32  # compute dtype of convolutions and the last product; the rest is float32
     prepare: Callable[[jax.Array], jax.Array] = graph_input  # for samples; `pytorch_fid_input` for VAEs' reconstructions
 
     @nn.compact

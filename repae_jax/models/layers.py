@@ -107,7 +107,7 @@ class Attention(nn.Module):
     num_heads: int  # divides the width
     qk_norm: bool = False  # LayerNorm (eps 1e-5, affine) on each head's q and k, as timm does
     qkv_init: Initializer = xavier
-    no_bias: Sequence[str] = ()  # of 'query', 'key', 'value', 'out'
+    no_bias: Sequence[str] = ()  # any of 'query', 'key', 'value', 'out'
     rotate: Callable | None = None  # position encoding of q and k, [B, T, num_heads, D / num_heads] to the same shape
     dtype: jnp.dtype = jnp.float32
 

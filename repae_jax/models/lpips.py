@@ -30,7 +30,7 @@ def map_distance(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"], weights
 class LPIPS(nn.Module):
     """Perceptual distance of image pairs."""
 
-    dtype: jnp.dtype = jnp.float32  # of the convolutions; normalization and distances are float32
+    dtype: jnp.dtype = jnp.float32  # compute dtype of the convolutions; normalization and distances are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"], others: Float[Array, "B H W 3"]) -> Float[Array, " B"]:

@@ -36,7 +36,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """adaLN-zero transformer block, conditioned on c; returns (x, None), as `nn.scan` takes it."""
+    """An adaLN-zero transformer block, conditioned on c; returns (x, None), as `nn.scan` takes it."""
 
     num_heads: int
     mlp_ratio: float
@@ -60,7 +60,7 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear map to patches; zero at initialization."""
+    """The last layer: adaLN and a linear map to patches; zero at initialization."""
 
     out_dim: int
     dtype: jnp.dtype = jnp.float32
@@ -90,7 +90,7 @@ class Projector(nn.Module):
 
 
 class ConvProjector(nn.Module):
-    """iREPA's projector: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
+    """The projector of iREPA: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
 
     feature_dim: int
     dtype: jnp.dtype = jnp.float32

@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
     num_heads: int
     mlp_dim: int
     grid: Sequence[int]  # rows and columns of patches
-    activation: str = "gelu"  # of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one
+    activation: str = "gelu"  # activation of the MLPs, one of ACTIVATIONS; 'gelu' is the exact one
     num_class_tokens: int = 1  # or 0
     num_registers: int = 0  # tokens without positions
     rope_theta: float | None = None  # base of the periods of rotary positions; None is a learned table
@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
     final_norm: bool = True  # after the last block
     no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
     norm_eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32  # of matrix products; parameters, residual stream and norms are float32
+    dtype: jnp.dtype = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:

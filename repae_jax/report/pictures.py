@@ -37,7 +37,7 @@ def encode_picture(path: epath.Path, limit: int) -> dict[str, Any] | None:
         with Image.open(io.BytesIO(raw)) as image:
             file_format = image.format
             pixels = image.convert("RGB")
-    except UnidentifiedImageError:  # its message speaks of the buffer
+    except UnidentifiedImageError:  # Pillow's message speaks of the buffer
         raise OSError("it does not begin as a picture does") from None
     size = {"width": pixels.width, "height": pixels.height}
     if file_format == "PNG" and len(raw) * 4 / 3 + 30 <= limit:

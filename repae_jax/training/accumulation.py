@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its value.
+    """Auxiliary output of a loss.
 
     Attributes:
       terms: name -> scalar, averaged over micro-batches.
@@ -28,7 +28,7 @@ def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
 
     Args:
       loss: (params, x, carry) -> (scalar, Aux).
-      params: what the gradient is taken of.
+      params: tree that the gradient is taken with respect to.
       x: tree of [B, ...], see `accumulate`.
       carry: what the first micro-batch receives; None if there is none.
       micro_batches: their number, 1 for the whole batch at once.

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src.futures import future  # its waiting threads have no public name
+from orbax.checkpoint._src.futures import future  # Orbax's waiting threads have no public name
 
 from repae_jax import buckets, faults
 from repae_jax.distributed import multihost

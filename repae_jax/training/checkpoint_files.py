@@ -24,7 +24,7 @@ from repae_jax import buckets, faults
 from repae_jax.distributed import multihost
 
 Kind = tuple[tuple[int, ...], np.dtype]  # shape and dtype of an array
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # by size of an element in bytes
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}  # types by the bytes of an element
 
 
 class OlderCheckpointError(ValueError):
@@ -105,7 +105,7 @@ class StoredCheckpoint:
     def checksums(self) -> dict[str, Any]:
         """{'arrays': checksum of every array, 'parts': digests of the other parts}."""
         content = _read_json(self._path, "checksums")
-        if content and all(isinstance(value, int) for value in content.values()):  # of arrays alone
+        if content and all(isinstance(value, int) for value in content.values()):  # older files hold arrays alone
             raise OlderCheckpointError(
                 f"checkpoint {str(self._path)!r} was saved by an older version of this code, without checksums of its JSON "
                 "parts; use that version, or another workdir"

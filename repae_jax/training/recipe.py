@@ -12,7 +12,7 @@ from repae_jax.losses.adversarial import gan_factor
 
 
 class Optimizers(NamedTuple):
-    """optax transformations, clipping included; None for a network that is not trained."""
+    """Transformations of optax, clipping included; None for a network that is not trained."""
 
     vae: optax.GradientTransformation | None
     sit: optax.GradientTransformation | None

@@ -37,7 +37,7 @@ def test_scale_and_offset():
 
 
 def test_white_noise_as_in_the_paper_s_table():
-    """What the averaging was read from: of SD-VAE's 32 x 32 positions with its variance, noise has a little more than 6627."""
+    """The averaging was read off this: of SD-VAE's 32 x 32 positions with its variance, noise has a little more than 6627."""
     x = np.sqrt(17.06) * np.random.default_rng(2).normal(size=(8, 32, 32, 4))
     assert 1 < total_variation(x) / 6627.35 < 1.5
 

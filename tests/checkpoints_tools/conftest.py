@@ -1,4 +1,4 @@
-"""What the tests of weight files share: files that are removed at the end, and a bucket of remote storage."""
+"""Shared by the tests of weight files: files that are removed at the end, and a bucket of remote storage."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def bucket(tmp_path, monkeypatch):
     folder.mkdir()
 
     class Remote(PosixPath):
-        """What etils.epath gives for an address, of a local folder."""
+        """A local folder that looks like what etils.epath gives for an address."""
 
         def __new__(cls, path):
             return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))

@@ -92,10 +92,6 @@ def vae_folder(published_run, tmp_path_factory):
     return folder
 
 
-def same_bytes(a, b):
-    return Path(a).read_bytes() == Path(b).read_bytes()
-
-
 def same_checkpoint(path, expected):
     a, b = published.read(path), published.read(expected)
     assert (a.steps, a.args, a.networks.keys()) == (b.steps, b.args, b.networks.keys())

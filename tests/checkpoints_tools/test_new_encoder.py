@@ -19,7 +19,7 @@ ARCHITECTURE = {
 
 @pytest.fixture
 def new_kind(monkeypatch):
-    """Without class token, with a norm before the blocks, q, k and v in one array, and names of its own."""
+    """A network without class token, with a norm before the blocks, q, k and v in one array, and names of its own."""
     similar = encoders.FAMILIES["dinov2"]
     fields = {**similar.fields, "num_class_tokens": 0, "pre_norm": True, "activation": "gelu_tanh"}
     monkeypatch.setitem(encoders.FAMILIES, "new", dataclasses.replace(similar, fields=fields))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import reference
 from absl import logging
+from golden_networks import TINY, abstract_tree, draw, golden_sit
 from small_files import load_sit, published_shapes
-from test_sit import TINY, abstract_tree, draw, golden_sit
 
 from checkpoints_tools import weights
 from checkpoints_tools.mapping import to_flax

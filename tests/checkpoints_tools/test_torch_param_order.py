@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import reference
-from test_sit import abstract_tree, draw, golden_sit
+from golden_networks import abstract_tree, draw, golden_sit
 
 from checkpoints_tools import mapping
 from checkpoints_tools.discriminator import discriminator_table

@@ -7,8 +7,8 @@ import pytest
 import reference
 from absl import logging
 from flax import traverse_util
+from golden_networks import abstract_params, drawn_params, golden_vae
 from small_files import STATS
-from test_autoencoder import abstract_params, drawn_params, golden_vae
 
 from checkpoints_tools import mapping, vae, vae_layouts, vae_reference, vae_stats, weights
 from repae_jax import files

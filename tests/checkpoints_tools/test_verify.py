@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from golden_networks import TINY, abstract_tree, draw
 from small_files import TINY_DINOV2, moco_weights, save_vae, torch_model
-from test_sit import TINY, abstract_tree, draw
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import vae, verify, vit, weights

@@ -680,7 +680,7 @@ for i, net in enumerate((network, compiled, averaged, torch.compile(averaged), t
 """
 
 
-@pytest.mark.slow  # of torch's compiler, the import alone takes long
+@pytest.mark.slow  # importing torch's compiler takes long
 def test_the_names_that_pytorchs_own_wrappers_give(tmp_path):
     # in a process of its own: Triton and TensorFlow have libraries that crash each other
     subprocess.run([sys.executable, "-c", WRAPPED, tmp_path], check=True)

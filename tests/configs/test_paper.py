@@ -55,7 +55,7 @@ def test_all_can_be_built(case):
 
 
 def parts(config):
-    """Which networks a step puts together, but for their widths and depths; the tiny variants take every loss."""
+    """The networks that a step puts together, but for their widths and depths; the tiny variants take every loss."""
     trains_vae = any(config.loss.get("vae", {}).values())
     fields = [config.job, trains_vae, config.vae.to_dict(), config.data.image_size, len(config.encoders)]
     if "sit" in config:
@@ -322,7 +322,7 @@ def random_tree(shapes, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TINY.values(), ids=label)
 def test_a_step_of_the_tiny_variant(case):
-    """Those that are not here differ from one that is in numbers alone."""
+    """Rows that are not here differ from one that is in numbers alone."""
     job = build.build(smaller(tiny(case)), jax.devices()[:1])
     job = dataclasses.replace(job, tx=plain_descent(job.tx))
     frozen = random_tree(compilation.abstract_inputs(job)[1], 1)

@@ -228,7 +228,7 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     ],
 )
 def test_sampling(changes, calls):
-    """By the SiT's calls for one image, counted by hand for seven steps; a guided call is two."""
+    """Compares with the SiT's calls for one image, counted by hand for seven steps; a guided call is two."""
     job = make_job(ldm, "tiny") if changes["sampler"] != "ancestral" else make_job(ldm, "model=DiT-S/2,encoder=none")
     sit, latents = job.nets.sit, image(job.latent_shape[0], job.latent_shape[2])
     args = latents, jnp.zeros((BATCH,)), jnp.zeros((BATCH,), jnp.int32)

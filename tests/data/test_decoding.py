@@ -80,7 +80,7 @@ def huge_tiles():
         (encoded(np.zeros((60000, 1, 3), np.uint8)), "1 x 60000 pixels, too narrow an image to be enlarged to 256"),
         (encoded(np.zeros((4, 4), np.float32), "tiff"), "PIL's mode F"),
         (encoded(np.zeros((4, 4), np.int32), "tiff"), "PIL's mode I"),
-        (PROGRAMS, "cannot identify"),  # which Pillow would give to Ghostscript
+        (PROGRAMS, "cannot identify"),  # Pillow would give this to Ghostscript
     ],
     ids=["huge tiles", "wide PNG", "high JPEG", "floats", "integers", "EPS"],
 )

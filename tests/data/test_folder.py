@@ -65,8 +65,8 @@ def test_training_takes_it_from_flags(class_folders, file):
     (class_folders / "labels.csv").write_text("a/0.jpeg,1\n")
     labels_file = "--config.data.options.labels_file=labels.csv"
     assert training_data.make_images(small.from_flags(*given, labels_file, file=file)).labels.tolist() == [1]
-    unlabelled = "--config.data.options.labelled=false"
-    assert training_data.make_images(small.from_flags(*given, unlabelled, file=file)).labels.tolist() == [0] * 5
+    unlabeled = "--config.data.options.labelled=false"
+    assert training_data.make_images(small.from_flags(*given, unlabeled, file=file)).labels.tolist() == [0] * 5
 
 
 def test_no_path_at_all():

@@ -50,7 +50,7 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "label": 7 * i if label is None else label, "file_name": f"n{i}.JPEG"}
 
 
-class Unlabelled(tfds.core.GeneratorBasedBuilder):
+class Unlabeled(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = Path(__file__).parent
 
@@ -67,7 +67,7 @@ class Unlabelled(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (Imagenet2012, Unlabelled):
+    for builder in (Imagenet2012, Unlabeled):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 

@@ -33,7 +33,7 @@ WNIDS = (TABLES / "labels.txt").read_text().split()
 SIZE = 16
 # as the real set has them: TFDS knows their names, and encodes them anew
 CMYK, PNG = "n01739381/n01739381_1309.JPEG", "n02105855/n02105855_2933.JPEG"
-VAL_LABELS = [65, 970, 230, 809, 516, 57, 334, 415, 674, 332, 109, 286]  # of its first images, as is widely known
+VAL_LABELS = [65, 970, 230, 809, 516, 57, 334, 415, 674, 332, 109, 286]  # labels of the first images, as is widely known
 
 
 def special(name):

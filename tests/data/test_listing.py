@@ -73,7 +73,7 @@ def test_classes_may_be_links(png, tmp_path):
         (root / name).symlink_to(tmp_path / "elsewhere" / name)
     assert names(FolderSource(root, 8)) == ["cat/0.png", "dog/1.png"]
     (root / "again").symlink_to(tmp_path / "elsewhere/cat")
-    with pytest.raises(ValueError, match="class subfolders without images .*: cat"):  # which is the folder again
+    with pytest.raises(ValueError, match="class subfolders without images .*: cat"):  # a link to the folder itself
         FolderSource(root, 8)
 
 

@@ -156,7 +156,7 @@ def test_state_continues_exactly_counts_included(warnings):
     assert second.state() == state
     assert_batches_equal(begun + take(second, 19), whole)
     assert second.bad_records == 3
-    assert len(warnings) == 3 - len(state["bad_records"])  # those found before are not news
+    assert len(warnings) == 3 - len(state["bad_records"])  # records found before are not news
 
 
 def test_restore_rewinds_a_running_loader():
@@ -205,7 +205,7 @@ def test_another_number_of_processes_continues_the_stream(warnings, counts):
         joined += [{field: np.concatenate([part[field] for part in step]) for field in step[0]} for step in zip(*parts)]
         states = [loader.state() for loader in loaders]
         assert {each["next_batch"] for each in states} == {len(joined)}
-        state = json.loads(json.dumps(states[0]))  # that of process 0 is saved
+        state = json.loads(json.dumps(states[0]))  # process 0 saves its state
     assert_batches_equal(joined, expected)
     stream = np.concatenate([batch["label"] for batch in joined])[: 3 * 37].reshape(3, 37)
     for epoch in stream:
@@ -351,7 +351,7 @@ def test_workers_give_the_same_batches(warnings):
 
 @pytest.mark.integration
 def test_workers_stay_off_accelerators(monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # what a worker inherits
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")  # a worker inherits this
     with Loader(PlatformSource(8), batch_size=4, seed=0, workers=1) as loader:
         assert next(loader)["label"].tolist() == [1] * 4
 
@@ -416,8 +416,6 @@ if __name__ == "__main__":
 ASKED = """
 import os, signal, sys, time
 from numbered import Slow
-from repae_jax.distributed import multihost
-from test_loader import Slow
 from repae_jax.distributed import stopping
 from repae_jax.data.loader import Loader
 
@@ -451,7 +449,7 @@ def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, numb
     with subprocess.Popen([sys.executable, "-m", "script", when, end], cwd=tmp_path, env=env, **options) as process:
         assert process.stdout.readline() == "go\n"
         if when == "early":
-            time.sleep(1)  # its worker has begun, and imports
+            time.sleep(1)  # the worker has begun, and imports
         os.killpg(process.pid, number)
         said, errors = process.communicate(timeout=120)
     assert (process.returncode, said) == (0, "saved\n"), errors

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_sit import load_sit
+from golden_networks import load_sit
 
 from repae_jax.cost import flops
 from repae_jax.diffusion import guidance, interpolant

@@ -25,7 +25,7 @@ STEPS = 4
 
 
 def config(file="ldm"):
-    """Of the runs here: the quickest to compile, SiT alone on a frozen VAE; or REPA-E."""
+    """Returns the config of the runs here: the quickest to compile, SiT alone on a frozen VAE; or REPA-E."""
     if file == "ldm":
         return small.tiny_run()
     changes = {"steps": STEPS, "checkpoint.every": 2, "checkpoint.keep_last": 2, "hooks.samples_every": 0}
@@ -80,7 +80,7 @@ def agree(coordinator, process, folder):
         return found
 
     def restored():
-        """What is restored if process 1 does not see the newest checkpoint in the list, as with a network file system."""
+        """Restores as if process 1 did not see the newest checkpoint in the list, as with a network file system."""
         every = checkpoint._Manager.all_steps
         if process:
             checkpoint._Manager.all_steps = lambda self, read=False: every(self, read)[:-1]

@@ -18,7 +18,7 @@ def divide(a, b):
 
 
 def abort():
-    """As libtpu does."""
+    """Aborts as libtpu does."""
     os.write(2, b"W0000 00:00:1 7 a.cc:1] careful\nF0000 00:00:1.5 7 b.cc:22] Check failed: shape.rank() == 2 (3 vs. 2)\n")
     os.write(2, b"*** Check failure stack trace: ***\n    @     0x7f0000000000  (unknown)\n")
     os.abort()
@@ -97,7 +97,7 @@ def is_running(pid):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_who_waits_for_it(by, tmp_path):
-    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # what runs in the background does not
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background processes ignore it
     script = f"{heeds}; import test_child_process as t; t.run_in_subprocess(t.sleep_long, {str(tmp_path / 'pid')!r})"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))}
     waiting = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)

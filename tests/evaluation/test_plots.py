@@ -10,7 +10,7 @@ from repae_jax.evaluation import plots
 def write_metrics(path, last=""):
     lines = [{"step": i, "time": 1e9 + i, "vae/l1": 1 / (i + 1), "sit/velocity": 2.0} for i in range(50)]
     lines[7]["vae/l1"], lines[8]["vae/l1"] = "nan", "inf"
-    lines.append({"step": 49, "time": 2e9, "fid": 3.5})  # of a hook: one point
+    lines.append({"step": 49, "time": 2e9, "fid": 3.5})  # one point, as a hook writes
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + last)
     return path
 
@@ -66,7 +66,7 @@ def test_pca_colors():
     colors = plots.pca_colors(latents)
     assert colors.shape == (2, 4, 4, 3) and colors.dtype == np.uint8
     assert colors.min(axis=(0, 1, 2)).tolist() == [0] * 3 and colors.max(axis=(0, 1, 2)).tolist() == [255] * 3
-    np.testing.assert_array_equal(plots.pca_colors(3 * latents[..., ::-1] + 1), colors)  # of order, scale and offset
+    np.testing.assert_array_equal(plots.pca_colors(3 * latents[..., ::-1] + 1), colors)  # whatever order, scale and offset
     assert not plots.pca_colors(np.full((1, 2, 2, 4), 7.0)).any()
     with pytest.raises(ValueError, match="C >= 3"):
         plots.pca_colors(np.zeros((1, 2, 2, 2)))

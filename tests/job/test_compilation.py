@@ -29,7 +29,7 @@ def test_the_step_is_compiled_with_the_options(tmp_path):
     [
         ("", "", ["product", "sum"]),
         (f"{NAME}={KIND}INDIVIDUAL_CONVOLUTION,{KIND}REDUCE", "", ["sum", "convolution"]),
-        ("", f"--{NAME}=", ["product", "sum", "convolution"]),  # what XLA does by itself
+        ("", f"--{NAME}=", ["product", "sum", "convolution"]),  # XLA does this by itself
     ],
 )
 def test_what_ynnpack_computes_on_cpus(given, flags, expected, monkeypatch):

@@ -375,7 +375,7 @@ def test_run_reaches_the_workers_as_typed(place):
     assert done.returncode == 0 and "ended with exit code 3: step 1" in done.stdout
     assert on_worker(place, stop).returncode == 0
     assert "stopped: step 1" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
-    (place.home / "train.exit").write_text("0\n")  # it had finished before
+    (place.home / "train.exit").write_text("0\n")  # the run had finished before
     assert "ended with exit code 0" in place.bash("launch/tpu_worker.sh", "status", cwd=place.home / "repae").stdout
     assert on_worker(place, start).returncode == 0 and not (place.home / "train.stopped").exists()
 
@@ -470,7 +470,7 @@ def test_resume_leaves_a_healthy_run_alone(preempted):
 @pytest.mark.parametrize(
     ("answers", "again", "code", "message"),
     [
-        (["running", "not running"], True, 0, ""),  # its host was made again
+        (["running", "not running"], True, 0, ""),  # the host was made again
         (["ended with exit code 1: x", "ended with exit code 137: y"], True, 0, ""),  # the others end because of one
         (["ended with exit code 75: saved"] * 2, True, 0, ""),
         (["stopped: saved", "ended with exit code 1: the other has gone"], None, 0, ""),
@@ -582,7 +582,7 @@ def test_manifest(place):
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
     assert pod["terminationGracePeriodSeconds"] == 120 and pod["restartPolicy"] == "Never"
-    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (False, "ClusterFirst")  # else it had not its own service account
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (False, "ClusterFirst")  # otherwise it would lack its own service account
     (container,) = pod["containers"]
     assert pod["volumes"] == [{"name": "shared", "emptyDir": {"medium": "Memory"}}]
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/dev/shm"}]

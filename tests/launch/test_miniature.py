@@ -303,7 +303,7 @@ def test_report(partly_done, tmp_path):
     assert "“REPA-E” than with “SiT + REPA” (4.07 against 7.90): **disagrees**, 25.5 ± 0.7 against 20.5 ± 0.7." in text
     assert "0.3000 (1 of 2 diverged)" in text and "* Diverged: stopped at step 40: sit/loss=nan." in text
     assert "VAE by itself | 0 | – |" in text and f"**{report.NOT_RUN}**" in text
-    assert "## Alignment depth" in text  # its row of REPA-E
+    assert "## Alignment depth" in text  # from the row of REPA-E
     assert "Not run yet" not in text and "nan" not in text.replace("sit/loss=nan", "")
     for name in ("main.png", "main-samples.png", "collapse.png", "collapse-samples.png", "collapse-latents.png"):
         assert f"](results/{name})" in text

@@ -1,4 +1,4 @@
-"""launch/slurm.sh in a real SLURM cluster: a controller and two nodes on this machine, which see two GPUs each that are none.
+"""Tests of launch/slurm.sh in a real SLURM cluster: a controller and two nodes on this machine, with two fake GPUs each.
 
 Needs SLURM and MUNGE (apt-get install slurm-wlm munge), and may run as any user. Everything is in a folder of its own, on ports
 of its own, and ends with the tests. What SLURM starts stands in for training, but in the last test.
@@ -22,7 +22,7 @@ import pytest
 import small
 
 ROOT = Path(__file__).parents[2]
-HOST = socket.gethostname().partition(".")[0]  # of the first node, by which JAX finds process 0
+HOST = socket.gethostname().partition(".")[0]  # the first node's name, by which JAX finds process 0
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name, path=PATH)]
 pytestmark = [
@@ -133,7 +133,7 @@ class Cluster:
 
 
 class Job:
-    """launch/slurm.sh with one or two processes on each of two nodes, whose behavior is set by the test."""
+    """Runs launch/slurm.sh with one or two processes on each of two nodes, whose behavior is set by the test."""
 
     def __init__(self, cluster, name, behavior, flags=("--config=c", "--workdir=run"), per_node=2):
         self.cluster, self.name = cluster, name
@@ -276,7 +276,7 @@ def test_training_survives_what_ends_jobs_bit_for_bit(cluster, compiled, tmp_pat
     for name in ("stepd-1", "process-1"):
         kill(name)
     cluster.wait(lambda: "(exit code 134)" in job.log(), 300, job)
-    cluster.start("slurmd", "-D", "-N", cluster.nodes[1])  # else SLURM waits until it takes the node for dead
+    cluster.start("slurmd", "-D", "-N", cluster.nodes[1])  # otherwise SLURM waits until it takes the node for dead
     job.wait_for("PENDING", 2, 100)
     job.start_again(trains)
     wait_for_checkpoint(6)

@@ -7,29 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from golden_losses import APRIL_2025, load_discriminator, part
 
 from checkpoints_tools import mapping
-from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.lpips import lpips_table, merge_state_dicts
 from repae_jax.losses import adversarial, reconstruction
 from repae_jax.models.autoencoder import DiagonalGaussian
-from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.lpips import LPIPS
 
-APRIL_2025 = (0.0, 1.0)  # the range that the code of April 2025 took [-1, 1] images to have
-
 LPIPS_RTOL = 1e-4  # XLA's sums on CPUs add one entry after the other, which shows in distances as small as 3e-4
-
-
-def part(weights, prefix):
-    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def load_discriminator(weights):
-    disc = PatchDiscriminator()
-    table = discriminator_table(disc)
-    shapes = jax.eval_shape(disc.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    return disc, table, mapping.to_flax(table, part(weights, "discriminator."), shapes)
 
 
 def load_lpips(weights):

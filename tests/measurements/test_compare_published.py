@@ -1,4 +1,4 @@
-"""What measurements/compare_published.py does without the published code."""
+"""The parts of measurements/compare_published.py that do not need the published code."""
 
 import json
 

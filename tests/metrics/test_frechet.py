@@ -109,7 +109,7 @@ def test_diagonal_covariances():
     assert frechet_distance(mean1, np.diag(std1**2), mean2, np.diag(std2**2)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("count", [40, 4])  # of full rank, and singular
+@pytest.mark.parametrize("count", [40, 4])  # full rank, and singular
 def test_symmetric_and_zero_for_equal(count):
     rng = np.random.default_rng(1)
     one, two = (gaussian_stats(rng.normal(size=(count, 8)) * scale) for scale in (1, 3))

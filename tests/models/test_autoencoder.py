@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from golden_networks import abstract_params, drawn_params, golden_vae
 
 from checkpoints_tools import mapping
 from checkpoints_tools.vae_layouts import vae_table
@@ -10,30 +11,6 @@ from checkpoints_tools.vae_reference import torch_vae
 from configs import common
 from repae_jax.models.autoencoder import AutoencoderKL, ResnetBlock
 from repae_jax.models.fused_ops import DeferredBias, recompute_norms
-
-
-def golden_vae(meta, names):
-    """AutoencoderKL with the sizes of a golden case; attention levels are read off the state-dict names."""
-    levels = {int(name.split(".")[2]) for name in names if name.startswith("encoder.down.") and ".attn." in name}
-    return AutoencoderKL(
-        latent_channels=meta["z_channels"],
-        channels=meta["ch"],
-        channel_multipliers=tuple(meta["ch_mult"]),
-        attention_levels=tuple(sorted(levels)),
-    )
-
-
-def abstract_params(vae, size=None):
-    size = size or 2 * vae.factor
-    latents = jnp.zeros((1, size // vae.factor, size // vae.factor, vae.latent_channels))
-    return jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), latents)["params"]
-
-
-def drawn_params(vae):
-    """Weights by the rule of the golden files."""
-    target, table = abstract_params(vae), vae_table(vae)
-    shapes = mapping.to_torch(table, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), target))
-    return mapping.to_flax(table, {name: reference.draw(name, x.shape, 0, "vae:") for name, x in shapes.items()}, target)
 
 
 @pytest.mark.parametrize("name", reference.cases("vae_f"))

@@ -9,7 +9,7 @@ import pytest
 from repae_jax.models import fused_ops
 from repae_jax.models.fused_ops import NHWC, DeferredBias, channel_moments, conv_with_moments
 
-RTOL = 1e-5  # of the largest entry, in float32
+RTOL = 1e-5  # relative to the largest entry, in float32
 
 
 def plain(x, kernel):

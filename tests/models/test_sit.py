@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from golden_networks import TINY, abstract_tree, draw, load_sit
 
 from checkpoints_tools import mapping
-from checkpoints_tools.sit import sit_table
 from checkpoints_tools.sit_reference import torch_sit
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.diffusion.samplers import Sampling
@@ -16,56 +16,6 @@ from repae_jax.models.layers import sincos_position_embedding
 from repae_jax.models.sit import SiT
 from repae_jax.sampling import generate
 from repae_jax.training.networks import Nets
-
-
-def golden_sit(config, remat="none"):
-    """SiT with the sizes of a golden case."""
-    return SiT(
-        num_classes=config["num_classes"],
-        latent_channels=config["in_channels"],
-        patch_size=config["patch_size"],
-        hidden_size=config["hidden_size"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
-        encoder_depth=config["encoder_depth"],
-        feature_dims=tuple(config["z_dims"]),
-        projector_dim=config["projector_dim"],
-        qk_norm=config["qk_norm"],
-        remat=remat,
-    )
-
-
-def abstract_tree(sit, size):
-    """Shapes of {'params', 'latent_stats'}."""
-    args = jnp.zeros((1, size, size, sit.latent_channels)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
-    params = jax.eval_shape(sit.init, jax.random.key(0), *args)["params"]
-    channel = jax.ShapeDtypeStruct((sit.latent_channels,), jnp.float32)
-    return {"params": params, "latent_stats": {"mean": channel, "var": channel}}
-
-
-def draw(tree, seed=0):
-    """Weights of realistic size for an abstract tree: N(0, 1 / fan-in), biases 0.1 N(0, 1); nothing is zero."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, abstract):
-        name, shape = path[-1].key, abstract.shape
-        x = rng.standard_normal(shape, np.float32)
-        if name in ("kernel", "embedding"):
-            return x / np.float32(np.sqrt(shape[-2] if name == "kernel" else shape[-1]))
-        return {"scale": 1 + 0.1 * x, "var": 0.5 + np.abs(x)}.get(name, 0.1 * x).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def load_sit(case, remat="none", weights=None):
-    config = case.meta["config"]
-    sit = golden_sit(config, remat)
-    table = sit_table(sit)
-    grid = config["input_size"] // config["patch_size"]
-    positions = sincos_position_embedding(sit.hidden_size, grid, grid)[None]  # the only weight that is not drawn
-    state_dict = {"pos_embed": positions, **(weights or case.weights)}
-    tree = mapping.to_flax(table, state_dict, abstract_tree(sit, config["input_size"]))
-    return sit, table, {"params": tree["params"]}, ChannelStats(**tree["latent_stats"])
 
 
 def inputs(case):
@@ -168,10 +118,6 @@ def test_round_trip_is_the_identity(name):
     np.testing.assert_allclose(back["pos_embed"], case.arrays["pos_embed"], atol=1e-6)
 
 
-TINY = {
-    "num_classes": 10, "latent_channels": 4, "patch_size": 2, "hidden_size": 32, "depth": 4, "num_heads": 2,
-    "encoder_depth": 2, "feature_dims": (16,), "projector_dim": 32,
-}  # fmt: skip
 ARGS = (
     jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
     jnp.array([0.2, 0.7]),
