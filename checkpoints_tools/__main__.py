@@ -6,8 +6,7 @@
   verify       our network beside an independent PyTorch module, on the same input
   artefacts    the public weights that this project reads
 
-Sources are local paths, names on the Hugging Face hub ('facebook/dinov2-base', 'REPA-E/sdvae/sdvae-f8d4.pt') or gs://
-addresses.
+Sources are local paths, hub names ('facebook/dinov2-base', 'REPA-E/sdvae/sdvae-f8d4.pt') or addresses such as gs://bucket/file.
 """
 
 import argparse
@@ -21,9 +20,8 @@ from repae_jax import cli, ranges
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(
-        prog="python -m checkpoints_tools", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="python -m checkpoints_tools", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, text):
@@ -40,26 +38,20 @@ def parse_args(argv=None):
     )
     convert.add_argument("source", type=cli.path)
     convert.add_argument(
-        "target", type=cli.path,
-        help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model); of a run, "
-        "NAME-discriminator-ckpt.pt is its discriminator alone, for config.init.disc",
+        "target", type=cli.path, help="NAME.pt, NAME.safetensors, or a folder (a run, a diffusers or transformers model); of a "
+        "run, NAME-discriminator-ckpt.pt is its discriminator alone, for config.init.disc",
     )
-    convert.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
     convert.add_argument("--weights_only", action="store_true", help="leave the optimizer states out: a third of the size")
     convert.add_argument("--plain_sit", action="store_true", help="the source is a plain SiT, noise at t = 0: reverse its time")
-    convert.add_argument(
-        "--latent_stats", type=cli.path, help="statistics of a VAE's latents, where its file has none beside it"
-    )
+    convert.add_argument("--latent_stats", type=cli.path, help="statistics of a VAE's latents, if its file has none beside it")
 
     extract = add("extract-vae", "extract the VAE of a run or of a published training checkpoint, with its latent statistics")
     extract.add_argument(
         "source", type=cli.path, help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint"
     )
-    extract.add_argument(
-        "target", type=cli.path, help="NAME.pt or NAME.safetensors (three files), or a folder that diffusers reads"
-    )
-    extract.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
+    extract.add_argument("target", type=cli.path, help="NAME.pt or NAME.safetensors (three files), or a folder for diffusers")
     for command in (convert, extract):
+        command.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
@@ -78,17 +70,14 @@ def run(args):
     """Does what the command line says; returns the exit status."""
     if args.command == "artefacts":
         from checkpoints_tools import artefacts
-
         print(artefacts.table())
     elif args.command == "inspect":
         from checkpoints_tools.describe import describe, text
         from checkpoints_tools.identify import identify
-
         about = [describe(identify(source)) for source in args.source]
         print(json.dumps(about, indent=2, default=str) if args.json else "\n\n".join(map(text, about)))
     elif args.command == "verify":
         from checkpoints_tools.verify import report, verify
-
         status = 0
         for source in args.source:
             lines, passed = report(verify(source, args.image_size), args.tolerance)
@@ -97,7 +86,6 @@ def run(args):
         return int(status)
     else:
         from checkpoints_tools import convert
-
         start = time.time()
         options = {"step": args.step, "overwrite": args.overwrite}
         if args.command == "convert":

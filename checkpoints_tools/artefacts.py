@@ -1,7 +1,7 @@
-"""List of the public weights that this project reads: name, use, license.
+"""List of the public weights that this project reads: name, use, license; `python -m checkpoints_tools artefacts` prints it.
 
-`python -m checkpoints_tools artefacts` prints the list. Names like ORG/REPO and ORG/REPO/FILE are on the Hugging Face hub and
-can be given wherever a path can; the others are addresses to download from.
+Names like ORG/REPO and ORG/REPO/FILE are on the Hugging Face hub and can be given wherever a path can; the others are addresses
+to download from.
 """
 
 from typing import NamedTuple
@@ -10,21 +10,13 @@ GATED = "gated: accept the license on its page and log in (`hf auth login`) befo
 
 
 class Artefact(NamedTuple):
-    """One row of the list.
+    """One row of the list."""
 
-    Attributes:
-      name: hub name, or a URL.
-      file: the files that are read; for a URL, the best name for the download.
-      what: description.
-      fills: config field, command or function that takes it.
-      license: as its publisher states it, with '(gated)' where the hub asks for consent; 'see its page' where it is unsure.
-    """
-
-    name: str
-    file: str
+    name: str  # on the hub, or a URL
+    file: str  # the files that are read; for a URL, the best name for the download
     what: str
-    fills: str
-    license: str
+    fills: str  # config field, command or function that takes it
+    license: str  # as its publisher states it, with '(gated)' where the hub asks for consent; 'see its page' where it is unsure
 
 
 _CHECKPOINT, _LINEAR = "config.init.checkpoint", "config.lpips.linear"
@@ -37,7 +29,6 @@ _MOCO = "https://dl.fbaipublicfiles.com/moco-v3"
 
 
 def _vae_files(repository, stem, what):
-    """The three files of one of REPA-E's VAEs."""
     parts = {
         "vae": (f"{stem}.pt", what),
         "latent_stats": (f"{stem}-latents-stats.pt", f"{what}: latent statistics"),
@@ -50,6 +41,10 @@ def _file(name, what, fills, license):
     return Artefact(name, name.rpartition("/")[2], what, fills, license)
 
 
+def _run(name, steps, what):
+    return Artefact(f"REPA-E/{name}", f"args.json, checkpoints/{steps}.pt", what, _CHECKPOINT, "MIT")
+
+
 def _vae_folder(name, what, license):
     return Artefact(name, _DIFFUSERS, what, "config.init.vae", license)
 
@@ -58,7 +53,10 @@ def _encoder(name, what, license, file=_MODEL):
     return Artefact(name, file, what, "config.encoders.NAME.weights", license)
 
 
-_DINOV2_SIZES = {"small": "S", "base": "B", "large": "L", "giant": "g"}
+def _dinov2(prefix, kind):
+    sizes = {"small": "S", "base": "B", "large": "L", "giant": "g"}
+    return [_encoder(prefix + size, f"DINOv2-{letter}{kind}", "Apache-2.0") for size, letter in sizes.items()]
+
 
 ARTEFACTS = (
     *_vae_files("REPA-E/sdvae", "sdvae-f8d4", "SD-VAE f8d4 to start from"),
@@ -74,13 +72,10 @@ ARTEFACTS = (
     _vae_folder("REPA-E/e2e-vavae-hf", "E2E-VAVAE, statistics in config.json", "MIT"),
     _vae_folder("REPA-E/e2e-flux-vae", "FLUX VAE tuned end to end, 16 channels", "see its page"),
     _vae_folder("REPA-E/e2e-sd3.5-vae", "SD3.5 VAE tuned end to end, 16 channels", "see its page"),
-    *(
-        Artefact(f"REPA-E/sit-repae-{vae}", "args.json, checkpoints/0400000.pt", f"REPA-E, {text}, 400k", _CHECKPOINT, "MIT")
-        for vae, text in {"sdvae": "SD-VAE", "invae": "IN-VAE", "vavae": "VA-VAE"}.items()
-    ),
-    Artefact(
-        "REPA-E/sit-ldm-e2e-vavae", "args.json, checkpoints/4000000.pt", "SiT-XL/1 on the frozen E2E-VAVAE", _CHECKPOINT, "MIT"
-    ),
+    _run("sit-repae-sdvae", "0400000", "REPA-E, SD-VAE, 400k"),
+    _run("sit-repae-invae", "0400000", "REPA-E, IN-VAE, 400k"),
+    _run("sit-repae-vavae", "0400000", "REPA-E, VA-VAE, 400k"),
+    _run("sit-ldm-e2e-vavae", "4000000", "SiT-XL/1 on the frozen E2E-VAVAE"),
     _vae_folder("stabilityai/sd-vae-ft-mse", "SD-VAE f8d4", "MIT"),
     _vae_folder("stabilityai/sd-vae-ft-ema", "SD-VAE f8d4, the same encoder", "MIT"),
     _vae_folder("black-forest-labs/FLUX.1-schnell/vae", "FLUX VAE, 16 channels", "Apache-2.0"),
@@ -96,15 +91,9 @@ ARTEFACTS = (
         "?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0",
         "last.pt", "REPA SiT-XL/2", _CHECKPOINT, "MIT",
     ),
-    *(_encoder(f"facebook/dinov2-{size}", f"DINOv2-{letter}", "Apache-2.0") for size, letter in _DINOV2_SIZES.items()),
-    *(
-        _encoder(f"facebook/dinov2-with-registers-{size}", f"DINOv2-{letter} with registers", "Apache-2.0")
-        for size, letter in _DINOV2_SIZES.items()
-    ),
-    *(
-        _encoder(f"facebook/dinov3-vit{size}16-pretrain-lvd1689m", f"DINOv3-{size.upper()}", "DINOv3 License (gated)")
-        for size in "sbl"
-    ),
+    *_dinov2("facebook/dinov2-", ""),
+    *_dinov2("facebook/dinov2-with-registers-", " with registers"),
+    *(_encoder(f"facebook/dinov3-vit{s}16-pretrain-lvd1689m", f"DINOv3-{s.upper()}", "DINOv3 License (gated)") for s in "sbl"),
     _encoder("facebook/dino-vitb16", "DINO-B", "Apache-2.0"),
     _encoder("openai/clip-vit-large-patch14", "CLIP-L", "see its page"),
     _encoder("facebook/ijepa_vith14_1k", "I-JEPA-H", "CC-BY-NC-4.0"),
@@ -138,7 +127,7 @@ ARTEFACTS = (
         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
         "FID Inception, TensorFlow's graph", _INCEPTION, "Apache-2.0",
     ),
-)  # fmt: skip
+)
 
 
 def table() -> str:

@@ -20,10 +20,10 @@ DISCRIMINATOR = "-discriminator-ckpt"  # end of a name, as `vae.save_published` 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Place to write to; `ending` is '.pt' or '.safetensors', or '' for a folder, whose name may hold dots."""
+    """Place to write to."""
 
     path: str
-    ending: str
+    ending: str  # '.pt' or '.safetensors', or '' for a folder, whose name may hold dots
     overwrite: bool
 
     def check(self, fits: bool, source: Any, kind: str, needed: str) -> None:
@@ -48,14 +48,8 @@ def _target(path, overwrite):
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
-    *,
-    step: int | None = None,
-    optimizers: bool = True,
-    plain_sit: bool = False,
-    latent_stats: str | Path | None = None,
-    overwrite: bool = False,
+    source: str | Path, target: str | Path, *, step: int | None = None, optimizers: bool = True, plain_sit: bool = False,
+    latent_stats: str | Path | None = None, overwrite: bool = False,
 ) -> list[Any]:
     """Converts a file, folder or run to another layout; returns the paths written.
 
@@ -63,17 +57,13 @@ def convert(
       source: path or name, as `identify` takes it.
       target: file ending in .pt or .safetensors, or a folder (no ending): a published run for a run or a training checkpoint, a
         diffusers or transformers folder for a VAE or an encoder. For a run, a file NAME-discriminator-ckpt.pt is its
-        discriminator alone.
+        discriminator alone. It must not exist, unless `overwrite` is True.
       step: which of a run's checkpoints to take; the newest by default.
       optimizers: False leaves the optimizer states out.
       plain_sit: the source is a plain SiT, whose t = 0 is noise: reverse its time, drop its unused sigma channels and add the
         statistics of the latents it was trained on, so that it is used as REPA's and ours are.
       latent_stats: file with the statistics of a VAE's latents, see `vae.read_latent_stats`, if the source does not say them.
       overwrite: replace files that exist.
-
-    Raises:
-      FileExistsError: if a target exists and `overwrite` is False.
-      ValueError: if the source is damaged or unknown, or cannot become what the target's ending says.
     """
     place = _target(target, overwrite)
     identified = identify(source, step)
@@ -95,11 +85,17 @@ def convert(
             return _write_training(dataclasses.replace(identified.checkpoint, optimizers=kept), place)
         case "vae":
             loaded = vae.read_file(identified.path, identified.arrays)
-            stats = loaded.latent_stats if latent_stats is None else vae.read_latent_stats(latent_stats)
-            return _write_vae(place, loaded.module, loaded.params, stats)
+            if latent_stats is not None:
+                loaded = loaded._replace(latent_stats=vae.read_latent_stats(latent_stats))
+            return _write_vae(place, loaded)
         case "encoder" | "mocov3":
             place.check(not place.ending, source, identified.kind, "a folder, which transformers reads")
-            return _convert_encoder(source, identified, place)
+            stored = vit.read_file(identified.path, identified.arrays)
+            if not stored.module.final_norm:
+                warning = "%s: its final norm follows the tokens that are used here; it is written as the identity"
+                logging.warning(warning, source)
+            vit.save_encoder(place.path, stored.module, stored.params, overwrite=overwrite)
+            return [place.path]
         case _:
             place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
             return place.write(_checked_arrays(identified, str(source)))
@@ -118,14 +114,6 @@ def _convert_run(source, run, target, optimizers):
             f"NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
         )
     return _write_training(runs.training_checkpoint_of(run, optimizers), target)
-
-
-def _convert_encoder(source, identified, target):
-    stored = vit.read_file(identified.path, identified.arrays)
-    if not stored.module.final_norm:
-        logging.warning("%s: its final norm follows the tokens that are used here; it is written as the identity", source)
-    vit.save_encoder(target.path, stored.module, stored.params, overwrite=target.overwrite)
-    return [target.path]
 
 
 def _checked_arrays(identified, source):
@@ -185,10 +173,10 @@ def _write_training(training, target):
     return [args, file]
 
 
-def _write_vae(target, module, params, stats, discriminator_arrays=None):
-    """Writes a VAE's published files, or its diffusers folder."""
+def _write_vae(target, loaded):
     save = vae.save_published if target.ending else vae.save_diffusers
-    return save(target.path, module, params, stats, discriminator_arrays, overwrite=target.overwrite)
+    contents = (loaded.module, loaded.params, loaded.latent_stats, loaded.discriminator)
+    return save(target.path, *contents, overwrite=target.overwrite)
 
 
 def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
@@ -227,18 +215,9 @@ def _vae_of_run(run):
 def extract_vae(source: str | Path, target: str | Path, *, step: int | None = None, overwrite: bool = False) -> list[Any]:
     """Writes the VAE of a run or of a training checkpoint, its latent statistics and discriminator; returns the paths.
 
-    Args:
-      source: path or name, as `identify` takes it.
-      target: NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder (no
-        ending), which diffusers reads, which carries the statistics as latents_mean and latents_std, and the discriminator
-        as discriminator.safetensors.
-      step: which of a run's checkpoints to take; the newest by default.
-      overwrite: replace files that exist.
-
-    Raises:
-      FileExistsError: if a target exists and `overwrite` is False.
-      ValueError: if the source holds no VAE.
+    The target is NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder
+    (no ending), which diffusers reads, which carries the statistics as latents_mean and latents_std, and the discriminator as
+    discriminator.safetensors. The other arguments are those of `convert`.
     """
     place = _target(target, overwrite)
-    vae = find_vae(identify(source, step), step)
-    return _write_vae(place, vae.module, vae.params, vae.latent_stats, vae.discriminator)
+    return _write_vae(place, find_vae(identify(source, step), step))

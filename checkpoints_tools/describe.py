@@ -7,20 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from checkpoints_tools import mapping, vae, vae_stats, vit
+from checkpoints_tools import mapping, sit, vae, vae_layouts, vae_stats, vit
 from checkpoints_tools.identify import KINDS, Identified, naming
-from checkpoints_tools.mapping import StateDict
-from checkpoints_tools.sit import describe_sit, grid_of, layout_of
-from checkpoints_tools.vae_layouts import NORM_GROUPS, detect_layout, infer_module
 from repae_jax.training import checkpoint
 
 
 def describe(source: Identified) -> dict[str, Any]:
-    """Describes a file or folder in nested dicts of plain values.
-
-    Raises:
-      ValueError: if it is damaged, or its names and shapes do not imply its sizes.
-    """
+    """Describes a file or folder in nested dicts of plain values."""
     about = {"path": str(source.path), "kind": KINDS[source.kind]}
     if source.path.is_file():
         about["bytes"] = source.path.stat().st_size
@@ -57,10 +50,8 @@ def _training(training):
     about = {"steps": training.steps}
     for name, arrays in training.networks.items():
         kind = "sit" if name in ("model", "ema") else name
-        about[name] = _network(
-            kind, arrays, f"{training.source}: {name}",
-            *map(training.number, ("encoder_depth", "num_heads", "norm_groups")),
-        )  # fmt: skip
+        numbers = map(training.number, ("encoder_depth", "num_heads", "norm_groups"))
+        about[name] = _network(kind, arrays, f"{training.source}: {name}", *numbers)
     for name, adam in training.optimizers.items():
         about[name] = {"optimizer": "AdamW", "updates": adam.steps, "arrays": len(adam.exp_avg)}
     return about | {"args": dict(training.args)}
@@ -81,12 +72,14 @@ def _vae(source):
 def _network(kind, arrays, source, encoder_depth=None, num_heads=None, norm_groups=None):
     about = {}
     if kind == "sit":
-        about = {"layout": layout_of(arrays), "grid": grid_of(arrays), **describe_sit(arrays, encoder_depth, num_heads)}
+        about = {"layout": sit.layout_of(arrays), "grid": sit.grid_of(arrays)}
+        about |= sit.describe_sit(arrays, encoder_depth, num_heads)
         if "bn.running_mean" in arrays:
             about |= _latent_statistics({"mean": arrays["bn.running_mean"], "var": arrays["bn.running_var"]})
     elif kind == "vae":
-        names, arrays = detect_layout(arrays, source)
-        about = {"layout": names.layout, **_vae_sizes(infer_module(arrays, names, source, norm_groups or NORM_GROUPS))}
+        names, arrays = vae_layouts.detect_layout(arrays, source)
+        module = vae_layouts.infer_module(arrays, names, source, norm_groups or vae_layouts.NORM_GROUPS)
+        about = {"layout": names.layout, **_vae_sizes(module)}
     elif kind == "latent_stats":
         return _latent_statistics(vae_stats.from_arrays(arrays, source))
     return about | weight_statistics(arrays or {})
@@ -100,7 +93,7 @@ def _latent_statistics(stats):
     return {"latent_mean": np.asarray(stats["mean"]).tolist(), "latent_std": np.sqrt(stats["var"]).tolist()}
 
 
-def weight_statistics(arrays: StateDict) -> dict[str, Any]:
+def weight_statistics(arrays: mapping.StateDict) -> dict[str, Any]:
     """Counts and spread of a network's weights, without its counters."""
     floats = {name: array for name, array in arrays.items() if array.dtype in mapping.WEIGHT_DTYPES}
     count = sum(array.size for array in floats.values())
@@ -108,9 +101,7 @@ def weight_statistics(arrays: StateDict) -> dict[str, Any]:
     squares = {name: float(np.square(array, dtype=np.float64).sum()) for name, array in floats.items()}
     bad = [name for name, total in squares.items() if not np.isfinite(total)]
     about = {
-        "arrays": len(arrays),
-        "parameters": count,
-        "dtypes": sorted({array.dtype.name for array in floats.values()}),
+        "arrays": len(arrays), "parameters": count, "dtypes": sorted({array.dtype.name for array in floats.values()}),
         "rms": math.sqrt(sum(total for name, total in squares.items() if name not in bad) / max(count, 1)),
     }
     return about | ({"not_finite": bad} if bad else {})

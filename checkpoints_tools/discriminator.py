@@ -10,12 +10,7 @@ from repae_jax.models.discriminator import PatchDiscriminator
 
 
 def discriminator_table(discriminator: PatchDiscriminator, updates: int = 0) -> Table:
-    """Table between the published names and {'params', 'batch_stats'}.
-
-    Args:
-      discriminator: the module, which says the number of layers.
-      updates: value written for every batch norm's `num_batches_tracked`.
-    """
+    """Table between the published names and {'params', 'batch_stats'}; `updates` goes to all `num_batches_tracked`."""
     last = discriminator.num_layers + 1
     entries, constants = linear("main.0", "params/conv_0", CONV), {}
     for i in range(1, last):
@@ -28,11 +23,7 @@ def discriminator_table(discriminator: PatchDiscriminator, updates: int = 0) -> 
 
 
 def from_state_dict(state_dict: StateDict, source: str) -> tuple[PatchDiscriminator, dict[str, Any]]:
-    """Returns the discriminator of a published state dict, its sizes inferred, and its float32 variables.
-
-    Raises:
-      ValueError: listing all that does not fit; `source` names the file in it.
-    """
+    """Returns the discriminator of a published state dict, its sizes inferred, and its float32 variables."""
     shape = np.shape(state_dict.get("main.0.weight", 0))
     convolutions = mapping.count_layers(state_dict, "main") or 12
     module = PatchDiscriminator(channels=shape[0] if shape else 64, num_layers=max(convolutions // 3 - 1, 1))

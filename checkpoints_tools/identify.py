@@ -35,31 +35,18 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Identified:
-    """A file or folder of a known kind, read once.
+    """A file or folder of a known kind, read once."""
 
-    Attributes:
-      path: local path: the file with the weights, or the folder of an encoder, VAE or run; an epath.Path of a remote run.
-      kind: key of KINDS.
-      arrays: its state dict; None for a run, a training checkpoint, an encoder's folder and a TensorFlow graph.
-      checkpoint: content of a training checkpoint.
-    """
-
-    path: Path
-    kind: str
-    arrays: StateDict | None = None
-    checkpoint: published.TrainingCheckpoint | None = None
+    path: Path  # of the file with the weights, or the folder of an encoder, VAE or run; an epath.Path of a remote run
+    kind: str  # key of KINDS
+    arrays: StateDict | None = None  # but of a run, a training checkpoint, an encoder's folder and a TensorFlow graph
+    checkpoint: published.TrainingCheckpoint | None = None  # content of a training checkpoint
 
 
 def identify(path: str | Path, step: int | None = None) -> Identified:
-    """Identifies a file or folder by its content.
+    """Identifies a file or folder, given as `locate.resolve` takes it, by its content; ValueError if it is none of KINDS.
 
-    Args:
-      path: path or name, as `locate.resolve` takes it.
-      step: which checkpoint of a published run to take; default the newest. For a run of ours, the reader chooses.
-
-    Raises:
-      FileNotFoundError: if there is no such thing.
-      ValueError: if it cannot be read, is none of KINDS, or has no steps to choose from.
+    `step` is the checkpoint to take of a published run, by default the newest; of a run of ours, the reader chooses.
     """
     path = locate.resolve(path)
     with naming(path):

@@ -11,35 +11,33 @@ from repae_jax.models.inception import InceptionV3
 _A = {
     "branch1x1": "conv", "branch5x5_1": "tower/conv", "branch5x5_2": "tower/conv_1", "branch3x3dbl_1": "tower_1/conv",
     "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3": "tower_1/conv_2", "branch_pool": "tower_2/conv",
-}  # fmt: skip
-_B = {
-    "branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1", "branch3x3dbl_3": "tower/conv_2",
-}  # fmt: skip
+}
+_B = {"branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1", "branch3x3dbl_3": "tower/conv_2"}
 _C = {
     "branch1x1": "conv", "branch7x7_1": "tower/conv", "branch7x7_2": "tower/conv_1", "branch7x7_3": "tower/conv_2",
     "branch7x7dbl_1": "tower_1/conv", "branch7x7dbl_2": "tower_1/conv_1", "branch7x7dbl_3": "tower_1/conv_2",
     "branch7x7dbl_4": "tower_1/conv_3", "branch7x7dbl_5": "tower_1/conv_4", "branch_pool": "tower_2/conv",
-}  # fmt: skip
+}
 _D = {
     "branch3x3_1": "tower/conv", "branch3x3_2": "tower/conv_1", "branch7x7x3_1": "tower_1/conv",
     "branch7x7x3_2": "tower_1/conv_1", "branch7x7x3_3": "tower_1/conv_2", "branch7x7x3_4": "tower_1/conv_3",
-}  # fmt: skip
+}
 _E = {
     "branch1x1": "conv", "branch3x3_1": "tower/conv", "branch3x3_2a": "tower/mixed/conv", "branch3x3_2b": "tower/mixed/conv_1",
     "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3a": "tower_1/mixed/conv",
     "branch3x3dbl_3b": "tower_1/mixed/conv_1", "branch_pool": "tower_2/conv",
-}  # fmt: skip
+}
 _BLOCKS = {
     "Mixed_5b": ("mixed", _A), "Mixed_5c": ("mixed_1", _A), "Mixed_5d": ("mixed_2", _A), "Mixed_6a": ("mixed_3", _B),
     "Mixed_6b": ("mixed_4", _C), "Mixed_6c": ("mixed_5", _C), "Mixed_6d": ("mixed_6", _C), "Mixed_6e": ("mixed_7", _C),
     "Mixed_7a": ("mixed_8", _D), "Mixed_7b": ("mixed_9", _E), "Mixed_7c": ("mixed_10", _E),
-}  # fmt: skip
+}
 # our name of a convolution with its batch norm -> its scope in the graph; names as torch-fidelity's converter pairs them
 GRAPH_SCOPES = {
     "Conv2d_1a_3x3": "conv", "Conv2d_2a_3x3": "conv_1", "Conv2d_2b_3x3": "conv_2", "Conv2d_3b_1x1": "conv_3",
     "Conv2d_4a_3x3": "conv_4",
     **{f"{block}/{unit}": f"{scope}/{inner}" for block, (scope, units) in _BLOCKS.items() for unit, inner in units.items()},
-}  # fmt: skip
+}
 # last part of the names of the graph's weights; its other constants are sizes and axes
 _GRAPH_WEIGHTS = ("conv2d_params", "gamma", "beta", "moving_mean", "moving_variance", "weights", "biases")
 
@@ -74,7 +72,6 @@ def _read_graph(path):
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto import graph_pb2
     from tensorboard.util import tensor_util
-
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path, or download the file first")
     try:
@@ -91,14 +88,9 @@ def _read_graph(path):
 def load_inception(path: str | Path) -> dict[str, Any]:
     """Returns the float32 parameters of `InceptionV3`.
 
-    Args:
-      path: TensorFlow's classify_image_graph_def.pb (from inception-2015-12-05.tgz), or its PyTorch port:
-        pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or weights-inception-2015-12-05-6726825d.pth (torch-fidelity), also
-        as .safetensors.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
-      ValueError: if the file is damaged, or listing everything in it that does not fit the network.
+    The file is TensorFlow's classify_image_graph_def.pb (from inception-2015-12-05.tgz), or its PyTorch port, also as
+    .safetensors: pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or weights-inception-2015-12-05-6726825d.pth
+    (torch-fidelity).
     """
     path = locate.resolve(path)
     return read_file(path, None if path.suffix == ".pb" else weights.read_file(path))

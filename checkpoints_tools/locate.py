@@ -17,10 +17,10 @@ _SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".tar", ".ckpt", ".bin", ".
 SAFETENSORS = (
     "model.safetensors", "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-)  # fmt: skip
+)
 PICKLED = (  # only where there is no safetensors file
     "pytorch_model.bin", "pytorch_model.bin.index.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"
-)  # fmt: skip
+)
 # fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
 _WEIGHTS = ("config.json", *SAFETENSORS, "model-*.safetensors", "diffusion_pytorch_model-*.safetensors")
 _PICKLED = (*PICKLED, "pytorch_model-*.bin", "diffusion_pytorch_model-*.bin")
@@ -36,13 +36,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         an address such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a
         model's folder, a diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
 
-    Returns:
-      Path; for a diffusers pipeline that of its `vae`; for the workdir of a training run of ours in remote storage its
-      epath.Path, as it is read where it is.
-
-    Raises:
-      FileNotFoundError: if there is neither such a path nor such a model, or it cannot be fetched.
-      ValueError: for an address of a kind that cannot be read, such as https://.
+    Of a diffusers pipeline, the path is that of its `vae`; of a training run of ours in remote storage, its epath.Path, as it
+    is read where it is. Raises FileNotFoundError if there is no such thing, or it cannot be fetched.
     """
     name = str(name_or_path)
     if "://" in name:
@@ -65,7 +60,6 @@ def _model_folder(path):
 
 def _from_hub(repository, inside):
     import huggingface_hub
-
     try:
         if inside and inside.endswith(_SUFFIXES):
             return Path(huggingface_hub.hf_hub_download(repository, inside))

@@ -1,7 +1,6 @@
 """LPIPS: torchvision's VGG16 and the linear weights, or the whole module in one file <-> our parameters."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from repae_jax.models.lpips import LPIPS, VGG16_STAGES
 
 # [1, C, 1, 1] <-> [C]
 CHANNEL_WEIGHTS = Layout(lambda x: x.reshape(-1), lambda x: x.reshape(1, -1, 1, 1))
+_LINEARS = [Entry((f"lin{i}.model.1.weight",), (f"linear_{i}",), CHANNEL_WEIGHTS) for i in range(len(VGG16_STAGES))]
+_SCALING = {
+    "scaling_layer.shift": np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 3, 1, 1),
+    "scaling_layer.scale": np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 3, 1, 1),
+}
 
 
-def _vgg_indices() -> Iterator[tuple[int, int, int]]:
+def _vgg_indices():
     """Yields (stage, convolution, torchvision's index in `features`): a ReLU follows each convolution, a pooling each stage."""
     index = 0
     for stage, widths in enumerate(VGG16_STAGES):
@@ -30,47 +34,28 @@ def _convolutions(name):
     return [entry for stage, i, index in _vgg_indices() for entry in linear(name(stage, index), f"conv_{stage}_{i}", CONV)]
 
 
-def _linears():
-    return [Entry((f"lin{i}.model.1.weight",), (f"linear_{i}",), CHANNEL_WEIGHTS) for i in range(len(VGG16_STAGES))]
-
-
-def _scaling():
-    return {
-        "scaling_layer.shift": np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 3, 1, 1),
-        "scaling_layer.scale": np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 3, 1, 1),
-    }
-
-
 def lpips_table() -> Table:
     """Table of taming's LPIPS module: `net.slice1.0.weight` …, `lin0.model.1.weight` …"""
     convolutions = _convolutions(lambda stage, index: f"net.slice{stage + 1}.{index}")
-    return Table([*convolutions, *_linears()], _scaling(), checked=tuple(_scaling()))
+    return Table([*convolutions, *_LINEARS], _SCALING, checked=tuple(_SCALING))
 
 
 def _target():
-    """Shapes and dtypes of all parameters."""
     return abstract_variables(LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
 
 
 def check_files(arrays: StateDict, kind: str, source: str) -> None:
-    """Checks one of the files that LPIPS is made of, by itself.
+    """Checks one of the files that LPIPS is made of, by itself; ValueError lists all that does not fit.
 
-    Args:
-      arrays: content of the file.
-      kind: 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
-        the lpips package or taming, which has convolutions, too.
-      source: the file's name, for errors.
-
-    Raises:
-      ValueError: listing every array that is missing, unexpected, of a wrong shape or dtype, or not finite; or if the file
-        gives an array twice with different values; or for another kind.
+    Its kind is 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
+    the lpips package or taming, which has convolutions, too.
     """
     if kind == "vgg16":
         table = Table(_convolutions(lambda stage, index: f"features.{index}"), ignored=("classifier.",))
     elif kind == "lpips":
         arrays = merge_state_dicts(arrays, source=source)
         whole = any(name.startswith("net.") for name in arrays)
-        table = lpips_table() if whole else Table(_linears(), _scaling(), checked=tuple(_scaling()))
+        table = lpips_table() if whole else Table(_LINEARS, _SCALING, checked=tuple(_SCALING))
     else:
         raise ValueError(f"{source}: kind={kind!r}; allowed: 'vgg16', 'lpips'")
     filled = {path.partition("/")[0] for path in table.leaves}
@@ -83,11 +68,9 @@ def merge_state_dicts(*state_dicts: StateDict, source: str = "") -> dict[str, np
     Args:
       state_dicts: torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), `lin0.model.1.weight` … (the
         lpips package's and taming's vgg.pth agree on these names), or a whole module: the lpips package's has its linear
-        layers twice, as `lin0` and as `lins.0`. Names unknown here stay as they are, for the table to list.
+        layers twice, as `lin0` and as `lins.0`. Names unknown here stay as they are, for the table to list; arrays given
+        twice with different values are a ValueError.
       source: the file's name, for errors.
-
-    Raises:
-      ValueError: listing every array that is given more than once with different values.
     """
     merged, conflicts = {}, []
     slices = {str(index): stage + 1 for stage, _, index in _vgg_indices()}
@@ -116,11 +99,6 @@ def load_lpips(vgg16: str | Path, linear_weights: str | Path = "") -> dict[str, 
       vgg16: torchvision's VGG16 (vgg16-397923af.pth), or a state dict of the lpips package's or taming's whole module.
       linear_weights: the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; empty if `vgg16` holds the whole module. The
         two may also be given the other way round. Both may be any kind of file that `weights.read_state_dict` reads.
-
-    Raises:
-      FileNotFoundError: if a file does not exist.
-      ValueError: if a file is damaged, VGG16 or the linear weights are in none of the files, the files contradict each other,
-        or listing everything in them that does not fit the network.
     """
     paths = [str(path) for path in (vgg16, linear_weights) if path]
     if not paths:

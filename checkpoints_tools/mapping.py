@@ -46,37 +46,22 @@ def patch_embedding(patch: int) -> Layout:
 
 @dataclass(frozen=True)
 class Entry:
-    """One or several PyTorch arrays and the Flax leaves they fill.
+    """One or several PyTorch arrays and the Flax leaves they fill."""
 
-    Attributes:
-      torch: PyTorch names; several only if `stacked`, one per layer of a scanned stack.
-      flax: '/'-joined leaf paths; several share one PyTorch array, split evenly along its first axis.
-      layout: axis order.
-      stacked: the Flax leaf carries a leading layer axis.
-    """
-
-    torch: tuple[str, ...]
-    flax: tuple[str, ...]
+    torch: tuple[str, ...]  # names; several only if `stacked`, one per layer of a scanned stack
+    flax: tuple[str, ...]  # '/'-joined leaf paths; several share one PyTorch array, split evenly along its first axis
     layout: Layout = COPY
-    stacked: bool = False
+    stacked: bool = False  # the Flax leaf carries a leading layer axis
 
 
 @dataclass(frozen=True)
 class Table:
-    """All entries of one network.
-
-    Attributes:
-      entries: pairs of names that are converted into each other.
-      constants: PyTorch name -> value that the network itself fixes (position tables, counters). Written on the way out;
-        checked on the way in where `checked` names it.
-      ignored: prefixes of PyTorch names that a file may hold and that fill nothing ('text_model.', 'head.').
-      checked: constants whose value must agree (float32 tolerance 1e-5).
-    """
+    """All entries of one network."""
 
     entries: Sequence[Entry]
-    constants: StateDict = field(default_factory=dict)
-    ignored: Sequence[str] = ()
-    checked: Sequence[str] = ()
+    constants: StateDict = field(default_factory=dict)  # values that the network itself fixes (counters); written, not read
+    ignored: Sequence[str] = ()  # prefixes of PyTorch names that a file may hold and that fill nothing ('text_model.')
+    checked: Sequence[str] = ()  # constants whose value in a file must agree (float32 tolerance 1e-5)
 
     @property
     def leaves(self) -> set[str]:
@@ -111,17 +96,13 @@ def stack(entries: Iterable[Entry], stacks: Mapping[str, range]) -> list[Entry]:
       entries: entries of one block; PyTorch names contain '{i}', the layer's index, Flax paths '{stack}'.
       stacks: stack name -> range of PyTorch layer indices; empty ranges are left out.
     """
-    return [
-        Entry(
-            tuple(entry.torch[0].format(i=i) for i in layers),
-            tuple(path.format(stack=name) for path in entry.flax),
-            entry.layout,
-            stacked=True,
-        )
-        for name, layers in stacks.items()
-        if len(layers)
-        for entry in entries
-    ]
+    stacked = []
+    for name, layers in stacks.items():
+        for entry in entries if layers else ():
+            torch = tuple(entry.torch[0].format(i=i) for i in layers)
+            flax = tuple(path.format(stack=name) for path in entry.flax)
+            stacked.append(Entry(torch, flax, entry.layout, stacked=True))
+    return stacked
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -136,51 +117,32 @@ def count_layers(names: Iterable[str], stem: str) -> int:
 
 
 def abstract_variables(module: Any, *inputs: tuple[int, ...] | jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """Shapes and dtypes of a Flax module's variables; nothing is computed.
-
-    Args:
-      module: the network.
-      inputs: shapes of its arguments, which are float32 where no ShapeDtypeStruct says otherwise.
-    """
+    """Shapes and dtypes of a Flax module's variables for inputs of these shapes, float32 by default; nothing is computed."""
     arguments = [jax.ShapeDtypeStruct(shape, np.float32) if isinstance(shape, tuple) else shape for shape in inputs]
     return jax.eval_shape(module.init, jax.random.key(0), *arguments)
 
 
 def to_flax(table: Table, state_dict: StateDict, target: Tree, source: str = "state dict") -> dict[str, Any]:
-    """Converts a PyTorch state dict to a Flax tree.
+    """Converts a PyTorch state dict to a nested dict of numpy arrays with target's structure, shapes and dtypes.
 
-    Args:
-      table: the network's Table.
-      state_dict: content of the file.
-      target: tree of anything with .shape and .dtype (arrays or jax.eval_shape's result): the leaves to fill.
-      source: the file's name, for the error.
-
-    Returns:
-      Nested dict of numpy arrays with target's structure, shapes and dtypes.
-
-    Raises:
-      ValueError: listing every missing, unexpected, mis-shaped or non-finite entry, also values beyond float32's range, and
-        every dtype not in WEIGHT_DTYPES.
+    The leaves of `target` are anything with .shape and .dtype (arrays or jax.eval_shape's result). Raises ValueError, naming
+    the source and listing every missing, unexpected, mis-shaped or non-finite entry, also values beyond float32's range, and
+    every dtype not in WEIGHT_DTYPES.
     """
     leaves = flatten(target)
     filled: dict[str, np.ndarray] = {}
-    problems = _unexpected(table, state_dict)
-    for entry in table.entries:
-        _fill(entry, state_dict, leaves, filled, problems)
-    problems += [f"filled by no table entry: {path} {leaves[path].shape}" for path in set(leaves) - table.leaves]
-    _raise_all(problems, f"{source} does not fit the network")
-    _warn_of_precision([np.asarray(state_dict[name]).dtype for entry in table.entries for name in entry.torch], source)
-    return traverse_util.unflatten_dict(filled, sep="/")
-
-
-def _unexpected(table, state_dict):
     known = {name for entry in table.entries for name in entry.torch} | set(table.constants)
     unexpected = [name for name in set(state_dict) - known if not name.startswith(tuple(table.ignored))]
     problems = [f"unexpected in file: {name} {tuple(np.shape(state_dict[name]))}" for name in unexpected]
     for name in table.checked:
         if name in state_dict and not np.allclose(np.asarray(state_dict[name], np.float32), table.constants[name], atol=1e-5):
             problems.append(f"differs from the value this network fixes: {name}")
-    return problems
+    for entry in table.entries:
+        _fill(entry, state_dict, leaves, filled, problems)
+    problems += [f"filled by no table entry: {path} {leaves[path].shape}" for path in set(leaves) - table.leaves]
+    _raise_all(problems, f"{source} does not fit the network")
+    _warn_of_precision([np.asarray(state_dict[name]).dtype for entry in table.entries for name in entry.torch], source)
+    return traverse_util.unflatten_dict(filled, sep="/")
 
 
 def _fill(entry, state_dict, leaves, filled, problems):
@@ -242,14 +204,13 @@ def _warn_of_precision(dtypes, source):
             "%s: %d of %d arrays are %s, of relative precision %.0e and up to %.0e; %s float32, of %.0e and up to %.0e", source,
             dtypes.count(dtype), len(dtypes), dtype, info.eps, info.max, "rounded to" if info.bits > 32 else "widened to",
             float32.eps, float32.max,
-        )  # fmt: skip
+        )
 
 
 def to_torch(table: Table, tree: Tree) -> dict[str, np.ndarray]:
     """Converts a Flax tree to a PyTorch state dict of contiguous arrays, constants included. Inverse of `to_flax`.
 
-    Raises:
-      ValueError: listing every leaf that the tree lacks or that the table does not know.
+    Raises ValueError listing every leaf that the tree lacks or that the table does not know.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     problems = [f"not in the tree: {path}" for path in table.leaves - set(leaves)]

@@ -6,28 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools import weights
+from checkpoints_tools import sit, torch_param_order, weights
 from checkpoints_tools.mapping import Tree
-from checkpoints_tools.sit import from_state_dict, sit_table
-from checkpoints_tools.torch_param_order import to_ordered_torch
 from repae_jax.models.sit import SiT
 
 SD_VAE_STD = 1 / 0.18215  # plain SiT, REPA and DiT were trained on latents of this std; their mean is assumed to be 0
 
 
 def convert_plain_sit(path: Path) -> dict[str, np.ndarray]:
-    """Returns a plain SiT's file as a state dict of REPA-E's layout, with the statistics of SD-VAE's latents.
-
-    Raises:
-      ValueError: if the file is damaged, or holds another network.
-    """
-    loaded = from_state_dict(weights.read_file(path, weights.AVERAGED), str(path))
+    """Returns a plain SiT's file as a state dict of REPA-E's layout, with the statistics of SD-VAE's latents."""
+    loaded = sit.from_state_dict(weights.read_file(path, weights.AVERAGED), str(path))
     if loaded.layout != "sit-or-dit":
         raise ValueError(f"{path} is of layout {loaded.layout!r}, not a plain SiT: leave plain_sit out")
     module, params = without_sigma(loaded.module, reverse_time(loaded.variables["params"]))
     ones = np.ones(module.latent_channels, np.float32)
     variables = {"params": params, "latent_stats": {"mean": 0 * ones, "var": np.float32(SD_VAE_STD**2) * ones}}
-    return to_ordered_torch(sit_table(module), variables)
+    return torch_param_order.to_ordered_torch(sit.sit_table(module), variables)
 
 
 def reverse_time(params: Tree) -> dict[str, Any]:
@@ -35,13 +29,8 @@ def reverse_time(params: Tree) -> dict[str, Any]:
 
     Plain SiT calls noise t = 0 and data t = 1; we, like REPA and REPA-E, the other way round. The first layer of the time
     embedder sees cos(f t) and sin(f t), of which cos(f (1 - t)) and sin(f (1 - t)) are linear combinations, so the change of
-    time is a change of that layer's weights. For velocities only: DiT's noise prediction has no such symmetry.
-
-    Args:
-      params: SiT parameters, t in [0, 1].
-
-    Returns:
-      SiT parameters; unchanged leaves are shared with `params`.
+    time is a change of that layer's weights. For velocities only, t in [0, 1]: DiT's noise prediction has no such symmetry.
+    Unchanged leaves are shared with `params`.
     """
     embedder, final = params["t_embedder"], params["final_layer"]
     kernel = np.asarray(embedder["fc1"]["kernel"])

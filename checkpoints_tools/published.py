@@ -19,7 +19,6 @@ from absl import logging
 from checkpoints_tools import locate, sit, vae, weights
 from checkpoints_tools.mapping import StateDict
 from checkpoints_tools.torch_param_order import parameter_order, registration_order
-from checkpoints_tools.vae_layouts import NORM_GROUPS
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
@@ -27,7 +26,7 @@ NETWORKS = ("model", "ema", "vae", "discriminator")
 OPTIMIZERS = {"opt": "model", "opt_vae": "vae", "opt_disc": "discriminator"}  # name -> the network that it trains
 POSITIONS = "pos_embed"  # an optimizer has a state of them only where they are trained
 METADATA = "training_checkpoint"  # key in a .safetensors header: JSON of args, steps and the optimizers' steps
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # The published discriminator is optimized together with a scalar before it and with LPIPS behind it, both without gradients.
 _BEFORE_DISCRIMINATOR, _BEHIND_DISCRIMINATOR = 1, 31
 
@@ -44,30 +43,22 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCheckpoint:
-    """Content of one file; the mappings have no entries for what it lacks.
+    """Content of one file; the mappings have no entries for what it lacks."""
 
-    Attributes:
-      source: the file, for messages.
-      args: the command line.
-      steps: training steps done; None if the file does not say.
-      networks: name of NETWORKS -> state dict.
-      optimizers: name of OPTIMIZERS -> Adam.
-    """
-
-    source: str
-    args: Mapping[str, Any]
-    steps: int | None
-    networks: Mapping[str, StateDict]
-    optimizers: Mapping[str, Adam]
+    source: str  # the file, for messages
+    args: Mapping[str, Any]  # the command line
+    steps: int | None  # training steps done; None if the file does not say
+    networks: Mapping[str, StateDict]  # by names of NETWORKS
+    optimizers: Mapping[str, Adam]  # by names of OPTIMIZERS
 
     def load_sit(self, name: str) -> sit.LoadedSiT:
         """Returns the SiT that is called `name`; numbers that `args` do not hold are the published ones of its size."""
-        numbers = (self.number("encoder_depth"), self.number("num_heads"))
+        numbers = map(self.number, ("encoder_depth", "num_heads"))
         return sit.from_state_dict(self.networks[name], f"{self.source}: {name}", *numbers)
 
     def load_vae(self) -> tuple[AutoencoderKL, dict[str, Any]]:
         """Returns the VAE's module and parameters."""
-        return vae.from_state_dict(self.networks["vae"], f"{self.source}: vae", self.number("norm_groups") or NORM_GROUPS)
+        return vae.from_state_dict(self.networks["vae"], f"{self.source}: vae", self.number("norm_groups") or vae.NORM_GROUPS)
 
     def number(self, name: str) -> int | None:
         """Returns a number of `args` that no weight implies; None if they do not hold it."""
@@ -78,12 +69,7 @@ class TrainingCheckpoint:
 
 
 def checkpoint_file(path: Path, step: int | None = None) -> Path:
-    """Returns the file of a training checkpoint: itself, or one of a published run's folder, the newest by default.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if a step is asked of a file.
-    """
+    """Returns the file of a training checkpoint: itself, or one of a published run's folder, the newest by default."""
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"{path} is one checkpoint: step {step} can be chosen in the folder of a run only")
@@ -104,16 +90,12 @@ def is_training_checkpoint(content: Any) -> bool:
 
 
 def read(path: str | Path, step: int | None = None) -> TrainingCheckpoint:
-    """Reads a training checkpoint.
+    """Reads a training checkpoint; ValueError if it is none, or an optimizer state does not fit its network.
 
     Args:
       path: path or name to `resolve`: a .pt or .safetensors file, or the folder of a published run. A SiT's weights alone
         count for both the model and its average. Where the file does not hold them, args are those of args.json.
       step: which checkpoint of a folder to take; the newest by default.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if the file is no training checkpoint, or an optimizer state does not fit its network.
     """
     return read_file(checkpoint_file(locate.resolve(path), step))
 
@@ -190,7 +172,7 @@ def _adam(state, network, source):
     unexpected = [str(index) for index in state["state"] if not 0 <= index - first < len(names)]
     problems += [f"parameters {', '.join(unexpected)}: not of this network"] if unexpected else []
     for name, entry in entries.items():
-        for kind in _MOMENTS:
+        for kind in MOMENTS:
             shape = np.shape(entry.get(kind))
             if kind not in entry or shape != network[name].shape:
                 problems.append(f"{name}: {kind} has shape {shape}, the parameter {network[name].shape}")
@@ -201,7 +183,7 @@ def _adam(state, network, source):
         problems.append(f"parameters were updated {sorted(steps)} times; one number is needed")
     if problems or not entries:
         raise ValueError(f"{source} does not fit its network: {len(problems)} problems\n  " + "\n  ".join(problems))
-    moments = ({name: entry[kind] for name, entry in entries.items()} for kind in _MOMENTS)
+    moments = ({name: entry[kind] for name, entry in entries.items()} for kind in MOMENTS)
     return Adam(steps.pop(), *moments, {name: value for name, value in group.items() if name != "params"})
 
 
@@ -219,7 +201,7 @@ def _read_safetensors(path):
     parts = _nested(flat)
     optimizers = {}
     for name in [name for name in OPTIMIZERS if name in parts]:
-        moments = {kind: {} for kind in _MOMENTS} | _nested(parts.pop(name))
+        moments = {kind: {} for kind in MOMENTS} | _nested(parts.pop(name))
         optimizers[name] = Adam(updates[name], **moments, group=groups[name])
     networks = {name: parts.pop(name) for name in NETWORKS if name in parts}
     if parts or "model" not in networks:
@@ -242,20 +224,15 @@ def write(path: str | Path, checkpoint: TrainingCheckpoint, *, overwrite: bool =
 
 
 def writer(path: str | Path, checkpoint: TrainingCheckpoint) -> Callable[[Path], None]:
-    """Returns a function for `files.write_all` that writes a training checkpoint, as .pt or as .safetensors.
-
-    Raises:
-      ValueError: for another ending, or content that such a file cannot keep.
-    """
+    """Returns a function for `files.write_all` that writes a training checkpoint, as .pt or as .safetensors."""
     networks, optimizers = checkpoint.networks, checkpoint.optimizers
     if str(path).endswith(".safetensors"):
-        flat = {f"{part}/{name}": array for part, arrays in networks.items() for name, array in arrays.items()}
+        parts = dict(networks)
         for part, adam in optimizers.items():
-            for kind in _MOMENTS:
-                flat |= {f"{part}/{kind}/{name}": array for name, array in getattr(adam, kind).items()}
+            parts |= {f"{part}/{kind}": getattr(adam, kind) for kind in MOMENTS}
+        flat = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
         about = {
-            "args": dict(checkpoint.args),
-            "steps": checkpoint.steps,
+            "args": dict(checkpoint.args), "steps": checkpoint.steps,
             "optimizer_steps": {part: adam.steps for part, adam in optimizers.items()},
             "optimizer_groups": {part: dict(adam.group) for part, adam in optimizers.items()},
         }
@@ -275,15 +252,11 @@ def _torch_adam(part, adam, network):
     group = {
         "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
         "decoupled_weight_decay": True, **adam.group, "params": list(range(before + len(names) + behind)),
-    }  # fmt: skip
+    }
     group["betas"] = tuple(group["betas"])
     state = {
-        before + index: {
-            "step": np.asarray(adam.steps, np.float32),
-            "exp_avg": adam.exp_avg[name],
-            "exp_avg_sq": adam.exp_avg_sq[name],
-        }
-        for index, name in enumerate(names)
+        index: {"step": np.asarray(adam.steps, np.float32)} | {kind: getattr(adam, kind)[name] for kind in MOMENTS}
+        for index, name in enumerate(names, start=before)
         if name in adam.exp_avg
     }
     return {"state": state, "param_groups": [group]}

@@ -1,5 +1,6 @@
 """Command line of the published scripts, kept beside their checkpoints <-> our config."""
 
+import contextlib
 import functools
 import operator
 from collections.abc import Mapping
@@ -10,62 +11,47 @@ from typing import Any
 # that it continues, is warned about RECIPE, and may differ in OPERATION. The path_type of a DiT's run is 'ddpm', which they
 # do not know.
 MEANING = {
-    "num_classes": "data.num_classes",
-    "resolution": "data.image_size",
-    "encoder_depth": "sit.encoder_depth",
-    "qk_norm": "sit.qk_norm",
+    "num_classes": "data.num_classes", "resolution": "data.image_size",
+    "encoder_depth": "sit.encoder_depth", "qk_norm": "sit.qk_norm",
     "projection_layer_type": "sit.projector",  # iREPA's
     "path_type": "diffusion.path",
 }
 RECIPE = {
-    "batch_size": "data.batch_size",
-    "cfg_prob": "diffusion.label_dropout",
-    "bn_momentum": "diffusion.norm_momentum",
-    "weighting": "diffusion.time_distribution",
-    "proj_coeff": "loss.sit.align",
-    "vae_align_proj_coeff": "loss.vae.align",
-    "learning_rate": "optim.sit.learning_rate",
-    "vae_learning_rate": "optim.vae.learning_rate",
+    "batch_size": "data.batch_size", "cfg_prob": "diffusion.label_dropout",
+    "bn_momentum": "diffusion.norm_momentum", "weighting": "diffusion.time_distribution",
+    "proj_coeff": "loss.sit.align", "vae_align_proj_coeff": "loss.vae.align",
+    "learning_rate": "optim.sit.learning_rate", "vae_learning_rate": "optim.vae.learning_rate",
     "disc_learning_rate": "optim.disc.learning_rate",
-    "adam_beta1": "optim.sit.b1",
-    "adam_beta2": "optim.sit.b2",
-    "adam_weight_decay": "optim.sit.weight_decay",
-    "adam_epsilon": "optim.sit.eps",
-    "max_grad_norm": "optim.sit.clip_norm",
-    "gradient_accumulation_steps": "accumulation",
-    "seed": "seed",
+    "adam_beta1": "optim.sit.b1", "adam_beta2": "optim.sit.b2",
+    "adam_weight_decay": "optim.sit.weight_decay", "adam_epsilon": "optim.sit.eps",
+    "max_grad_norm": "optim.sit.clip_norm", "gradient_accumulation_steps": "accumulation", "seed": "seed",
 }
 OPERATION = {
-    "max_train_steps": "steps",
-    "checkpointing_steps": "checkpoint.every",
-    "sampling_steps": "hooks.samples_every",
-    "num_workers": "data.workers",
+    "max_train_steps": "steps", "checkpointing_steps": "checkpoint.every",
+    "sampling_steps": "hooks.samples_every", "num_workers": "data.workers",
 }
 # further arguments that the published scripts need, and what they do whatever our config says
 _FIXED = {
     "fused_attn": True, "compile": True, "allow_tf32": True, "mixed_precision": "bf16", "report_to": "wandb",
     "output_dir": "exps", "logging_dir": "logs", "data_dir": "data", "epochs": 1400, "resume_step": 0,
     "continue_train_exp_dir": None, "wandb_history_path": None,
-}  # fmt: skip
+}
 _TRAINED_VAE = {"vae_ckpt": None, "disc_pretrained_ckpt": None, "loss_cfg_path": "configs/l1_lpips_kl_gan.yaml"}
+_DINOV2_SIZES = ("small", "base", "large", "giant")
 ENCODER_TYPES = {  # our architecture -> the published `enc_type`
-    "dinov2-small": "dinov2-vit-s", "dinov2-base": "dinov2-vit-b", "dinov2-large": "dinov2-vit-l",
-    "dinov2-giant": "dinov2-vit-g",
-    "dinov2-small-with-registers": "dinov2reg-vit-s", "dinov2-base-with-registers": "dinov2reg-vit-b",
-    "dinov2-large-with-registers": "dinov2reg-vit-l", "dinov2-giant-with-registers": "dinov2reg-vit-g",
+    **{f"dinov2-{size}": f"dinov2-vit-{size[0]}" for size in _DINOV2_SIZES},
+    **{f"dinov2-{size}-with-registers": f"dinov2reg-vit-{size[0]}" for size in _DINOV2_SIZES},
     "dino-vitb16": "dinov1-vit-b", "clip-vit-large-patch14": "clip-vit-L", "ijepa_vith14_1k": "jepa-vit-h",
     "vit-mae-large": "mae-vit-l", "mocov3-small": "mocov3-vit-s", "mocov3-base": "mocov3-vit-b", "mocov3-large": "mocov3-vit-l",
-}  # fmt: skip
+}
 
 
 def _values(table, config):
     """Argument -> value of its field, without the fields that this config's job lacks."""
     values = {}
     for argument, field in table.items():
-        try:
+        with contextlib.suppress(KeyError):
             values[argument] = functools.reduce(operator.getitem, field.split("."), config)
-        except KeyError:
-            continue
     return values
 
 
@@ -76,11 +62,8 @@ def args_from_config(
 
     Args:
       config: nested dict of a run that trains a SiT or DiT.
-      model: published name of the SiT, such as 'SiT-XL/2'.
-      vae: published name of the VAE, 'f8d4' or 'f16d32'.
-      encoder_type: published name of the encoders, such as 'dinov2-vit-b'.
-      num_heads: attention heads of the SiT, which no weight implies.
-      norm_groups: group-norm groups of the VAE, likewise.
+      model, vae, encoder_type: published names, such as 'SiT-XL/2', 'f8d4' and 'dinov2-vit-b'.
+      num_heads, norm_groups: of the SiT's attention and of the VAE, which no weight implies.
     """
     frozen_vae = config["init"]["vae"]
     is_frozen = config["job"] == "ldm"
@@ -90,22 +73,13 @@ def args_from_config(
         **_FIXED, **vae_args, **_values(MEANING | RECIPE | OPERATION, config), "exp_name": "repae_jax",
         "prediction": "eps" if config["diffusion"]["path"] == "ddpm" else "v",
         "model": model, "vae": vae, "enc_type": encoder_type, "num_heads": num_heads, "norm_groups": norm_groups,
-    }  # fmt: skip
+    }
 
 
 def check_args(args: Mapping[str, Any], config: Mapping[str, Any], source: str) -> list[str]:
-    """Compares a published command line with the config of the run that continues it.
+    """Returns, in words, where a config changes the recipe of the published command line that its run continues.
 
-    Args:
-      args: TrainingCheckpoint.args.
-      config: nested dict.
-      source: the file's name, for the error.
-
-    Returns:
-      Differences that change the recipe only, in words.
-
-    Raises:
-      ValueError: if a field that gives the weights their meaning differs.
+    Raises ValueError, naming the source, if a field that gives the weights their meaning differs.
     """
 
     def differing(table):

@@ -10,13 +10,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from checkpoints_tools import published_args, sit, training_state
-from checkpoints_tools.discriminator import discriminator_table
+from checkpoints_tools import discriminator, published, published_args, sit, torch_param_order, training_state, vae_layouts
 from checkpoints_tools.mapping import Tree
-from checkpoints_tools.published import TrainingCheckpoint
-from checkpoints_tools.torch_param_order import to_ordered_torch
-from checkpoints_tools.training_state import Networks
-from checkpoints_tools.vae_layouts import published_name
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.sit import SiT
@@ -25,23 +20,14 @@ from repae_jax.training import checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One checkpoint of a run, whose arrays are read from disk when asked for.
-
-    Attributes:
-      workdir: folder of the run.
-      config: nested dict.
-      step: step of the checkpoint.
-      shapes: the stored state, as ShapeDtypeStruct.
-      networks: the modules that the run trains.
-      vae: trained or frozen.
-    """
+    """One checkpoint of a run, whose arrays are read from disk when asked for."""
 
     workdir: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # nested
     step: int
-    shapes: Tree
-    networks: Networks
-    vae: AutoencoderKL
+    shapes: Tree  # the stored state, as ShapeDtypeStruct
+    networks: training_state.Networks  # that the run trains
+    vae: AutoencoderKL  # trained or frozen
 
     def read(self, path: str) -> Any:
         """Reads a part of the state, such as 'ema.params'."""
@@ -68,62 +54,45 @@ def open_run(workdir: Path, step: int | None = None) -> Run:
         sit_module = SiT(
             num_classes=config["data"]["num_classes"], latent_channels=vae.latent_channels,
             feature_dims=tuple(last["bias"].shape[0] for last in lasts), **config["sit"],
-        )  # fmt: skip
-    networks = Networks(
-        sit=sit_module,
-        vae=vae if "vae" in trained else None,
-        disc=PatchDiscriminator(**config["disc"]) if "disc" in trained else None,
-    )
+        )
+    disc = PatchDiscriminator(**config["disc"]) if "disc" in trained else None
+    networks = training_state.Networks(sit_module, vae if "vae" in trained else None, disc)
     return Run(workdir, config, step, shapes, networks, vae)
 
 
 def discriminator_of(run: Run) -> dict[str, np.ndarray]:
     """Returns the published state dict of a run's discriminator."""
     tree = {"params": run.read("disc.params"), "batch_stats": run.read("disc.batch_stats")}
-    return to_ordered_torch(discriminator_table(run.networks.disc, run.step), tree)
+    return torch_param_order.to_ordered_torch(discriminator.discriminator_table(run.networks.disc, run.step), tree)
 
 
-def training_checkpoint_of(run: Run, optimizers: bool = True) -> TrainingCheckpoint:
+def training_checkpoint_of(run: Run, optimizers: bool = True) -> published.TrainingCheckpoint:
     """Returns the published training checkpoint of a run that trains a SiT, with or without its optimizer states."""
-    groups = {
-        optimizer: {
-            "lr": fields["learning_rate"], "betas": (fields["b1"], fields["b2"]), "eps": fields["eps"],
-            "weight_decay": fields["weight_decay"],
-        }
-        for optimizer, path in training_state.OPT_STATES.items()
-        for name, fields in run.config["optim"].items()
-        if name == path.partition(".")[0]
-    }  # fmt: skip
-    args, groups = _published_args(run), groups if optimizers else {}
-    return training_state.from_run(run.read, run.networks, run.step, args, str(run.workdir), groups)
+    groups = {}
+    for optimizer, path in training_state.OPT_STATES.items() if optimizers else ():
+        if fields := run.config["optim"].get(path.partition(".")[0]):
+            settings = {"lr": fields["learning_rate"], "betas": (fields["b1"], fields["b2"])}
+            groups[optimizer] = settings | {name: fields[name] for name in ("eps", "weight_decay")}
+    return training_state.from_run(run.read, run.networks, run.step, _published_args(run), str(run.workdir), groups)
 
 
 def _published_args(run):
     """The published command line of a run; warns of networks that the published code lacks."""
     config, networks = run.config, run.networks
-    model, vae = sit.model_name(networks.sit), published_name(run.vae)
+    model, vae = sit.model_name(networks.sit), vae_layouts.published_name(run.vae)
     fields = [entry for _, entry in sorted(config["encoders"].items())]
     architectures = [entry.get("architecture") or Path(entry["weights"]).name for entry in fields]
     encoders = [published_args.ENCODER_TYPES.get(str(architecture)) for architecture in architectures]
     is_unknown = {
-        "SiT": model is None,
-        "VAE": vae is None,
-        "encoders": None in encoders,
-        "SiT without projectors": not encoders,
-        "projector": networks.sit.projector != "mlp",
-        "DiT": networks.sit.learned_sigma,
+        "SiT": model is None, "VAE": vae is None, "encoders": None in encoders, "SiT without projectors": not encoders,
+        "projector": networks.sit.projector != "mlp", "DiT": networks.sit.learned_sigma,
         "map from the VAE's latents to tokens": run.vae.feature_dim,
     }
     if any(is_unknown.values()):
         logging.warning(
             "the published code has no such %s: its scripts will not build these networks, whose weights are written all the "
             "same", " and ".join(name for name, unknown in is_unknown.items() if unknown),
-        )  # fmt: skip
-    return published_args.args_from_config(
-        config,
-        model=model or "custom",
-        vae=vae or "custom",
-        encoder_type=",".join(name or "custom" for name in encoders) or "None",
-        num_heads=networks.sit.num_heads,
-        norm_groups=run.vae.norm_groups,
-    )
+        )
+    encoder_type = ",".join(name or "custom" for name in encoders) or "None"
+    sizes = {"num_heads": networks.sit.num_heads, "norm_groups": run.vae.norm_groups}
+    return published_args.args_from_config(config, model or "custom", vae or "custom", encoder_type, **sizes)

@@ -30,21 +30,17 @@ _MLP, _OUTPUT, _Q_NORM = "blocks.0.mlp.fc1.weight", "final_layer.linear.weight",
 def sit_table(sit: SiT, updates: int = 0, latent_norm: bool = True) -> Table:
     """Table between the published names and {'params': SiT parameters, 'latent_stats': {'mean', 'var'}}.
 
-    Args:
-      sit: the SiT module, which says the sizes.
-      updates: value written for the batch norm's `num_batches_tracked`.
-      latent_norm: False for files of REPA, SiT and DiT, which have no latent batch norm: without 'latent_stats'.
+    Files of REPA, SiT and DiT have no latent batch norm: without 'latent_stats' if `latent_norm` is False. `updates` is written
+    for its `num_batches_tracked`.
     """
+    tap = sit.encoder_depth
     entries = [
         *linear("x_embedder.proj", "params/x_embedder", mapping.patch_embedding(sit.patch_size)),
         *linear("t_embedder.mlp.0", "params/t_embedder/fc1"),
         *linear("t_embedder.mlp.2", "params/t_embedder/fc2"),
         Entry(("pos_embed",), ("params/pos_embed/table",)),
         Entry((_CLASSES,), ("params/y_embedder/embedding",)),
-        *mapping.stack(
-            _block(sit),
-            {"early_blocks": range(sit.encoder_depth), "late_blocks": range(sit.encoder_depth, sit.depth)},
-        ),
+        *mapping.stack(_block(sit), {"early_blocks": range(tap), "late_blocks": range(tap, sit.depth)}),
         *linear("final_layer.linear", "params/final_layer/linear"),
         *linear("final_layer.adaLN_modulation.1", "params/final_layer/adaLN_modulation"),
     ]
@@ -102,13 +98,7 @@ def check_time(layout: str, source: str) -> None:
 def rename_legacy(state_dict: StateDict, encoder_depth: int | None = None) -> dict[str, np.ndarray]:
     """Renames blocks after the alignment tap that are called `decoder_blocks.i`, from 0, to today's `blocks.i`.
 
-    Args:
-      state_dict: name -> array; returned as it is if it has no such blocks.
-      encoder_depth: blocks before the tap, to be checked; by default not checked.
-
-    Raises:
-      ValueError: if `blocks.*` does not end at encoder_depth.
-
+    Raises ValueError if the `blocks.*` before them do not end at `encoder_depth`, where that is given.
     Reference: REPA's `load_legacy_checkpoints`.
     """
     if not mapping.count_layers(state_dict, "decoder_blocks"):
@@ -116,11 +106,8 @@ def rename_legacy(state_dict: StateDict, encoder_depth: int | None = None) -> di
     early = mapping.count_layers(state_dict, "blocks")
     if encoder_depth not in (None, early):
         raise ValueError(f"encoder_depth={encoder_depth}, but the file has {early} blocks before its decoder_blocks")
-
-    def rename(match):
-        return f"blocks.{int(match[1]) + early}."
-
-    return {re.sub(r"^decoder_blocks\.(\d+)\.", rename, name): array for name, array in state_dict.items()}
+    pattern = re.compile(r"^decoder_blocks\.(\d+)\.")
+    return {pattern.sub(lambda m: f"blocks.{int(m[1]) + early}.", name): array for name, array in state_dict.items()}
 
 
 def grid_of(state_dict: StateDict) -> int:
@@ -132,20 +119,13 @@ def grid_of(state_dict: StateDict) -> int:
 
 
 def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_heads: int | None = None) -> dict[str, Any]:
-    """Fields of the SiT that a state dict belongs to, from names and shapes.
+    """Fields of the SiT that a state dict of any of the three kinds belongs to, from names and shapes.
 
     Args:
-      state_dict: name -> array, of any of the three kinds.
+      state_dict: name -> array.
       encoder_depth: blocks before the alignment tap. By default the number in legacy names; 4 for S and B, 8 for L and XL,
         as published, if there are projectors; otherwise all blocks.
       num_heads: by default the number that qk_norm's width implies, or the published one for S, B, L and XL.
-
-    Returns:
-      dict of SiT's fields: hidden_size, depth, num_heads, encoder_depth, patch_size, latent_channels, num_classes, mlp_ratio,
-      qk_norm, learned_sigma, feature_dims and, with projectors, projector_dim, or projector if it is 'conv'.
-
-    Raises:
-      ValueError: if arrays are missing or of impossible shapes, or a number is needed that the file does not hold.
     """
     projectors = mapping.count_layers(state_dict, "projectors")
     is_conv = f"projectors.0.{_CONV_PROJECTOR}.weight" in state_dict
@@ -164,16 +144,10 @@ def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_he
     num_heads, encoder_depth = _heads_and_tap(width, depth, num_heads, encoder_depth, shapes.get(_Q_NORM))
     last = _CONV_PROJECTOR if is_conv else "4"
     fields = {
-        "hidden_size": width,
-        "depth": depth,
-        "num_heads": num_heads,
-        "encoder_depth": encoder_depth,
-        "patch_size": patch,
-        "latent_channels": channels,
+        "hidden_size": width, "depth": depth, "num_heads": num_heads, "encoder_depth": encoder_depth,
+        "patch_size": patch, "latent_channels": channels,
         "num_classes": shapes[_CLASSES][0] - 1,  # the last row is "no class"
-        "mlp_ratio": shapes[_MLP][0] / width,
-        "qk_norm": _Q_NORM in shapes,
-        "learned_sigma": ratio == 2,
+        "mlp_ratio": shapes[_MLP][0] / width, "qk_norm": _Q_NORM in shapes, "learned_sigma": ratio == 2,
         "feature_dims": tuple(shapes[f"projectors.{i}.{last}.weight"][0] for i in range(projectors)),
     }
     if is_conv:
@@ -188,11 +162,8 @@ def _checked_shapes(state_dict, projectors, is_conv):
     ranks |= {f"projectors.{i}.{layer}.weight": rank for i in range(projectors) for layer, rank in layers.items()}
     shapes = {name: np.shape(state_dict[name]) for name in ranks if name in state_dict}
     problems = [f"missing: {name}" for name in ranks if name not in shapes]
-    problems += [
-        f"{name} {shape}: expected {ranks[name]} axes, none empty"
-        for name, shape in shapes.items()
-        if len(shape) != ranks[name] or 0 in shape
-    ]
+    unfit = {name: shape for name, shape in shapes.items() if len(shape) != ranks[name] or 0 in shape}
+    problems += [f"{name} {shape}: expected {ranks[name]} axes, none empty" for name, shape in unfit.items()]
     if problems:
         raise ValueError(f"no state dict of a SiT or DiT: {'; '.join(problems)}")
     return shapes
@@ -208,14 +179,11 @@ def _heads_and_tap(width, depth, num_heads, encoder_depth, q_norm):
         num_heads = implied
     num_heads = num_heads or published_heads
     encoder_depth = published_tap if encoder_depth is None else encoder_depth
-    for value, missing in (
-        (num_heads, "the number of heads: give num_heads"),
-        (encoder_depth, "after which block its projectors stand: give encoder_depth"),
-    ):
-        if value is None:
-            raise ValueError(
-                f"hidden size {width} and depth {depth} are none of S, B, L or XL, and the file does not tell {missing}"
-            )
+    if num_heads is None or encoder_depth is None:
+        tap = "after which block its projectors stand: give encoder_depth"
+        missing = "the number of heads: give num_heads" if num_heads is None else tap
+        size = f"hidden size {width} and depth {depth}"
+        raise ValueError(f"{size} are none of S, B, L or XL, and the file does not tell {missing}")
     return num_heads, encoder_depth
 
 
@@ -227,19 +195,12 @@ def model_name(sit: SiT) -> str | None:
 
 @dataclass(frozen=True)
 class LoadedSiT:
-    """A SiT or DiT read from a file.
-
-    Attributes:
-      module: the network.
-      variables: {'params': …}, float32, and of 'repae' files 'latent_stats': {'mean', 'var'}, each [C].
-      layout: 'repae', 'repa' or 'sit-or-dit'.
-      grid: tokens per side.
-    """
+    """A SiT or DiT read from a file."""
 
     module: SiT
-    variables: dict[str, Any]
-    layout: str
-    grid: int
+    variables: dict[str, Any]  # {'params': …}, float32, and of 'repae' files 'latent_stats': {'mean', 'var'}, each [C]
+    layout: str  # 'repae', 'repa' or 'sit-or-dit'
+    grid: int  # tokens per side
 
 
 def from_state_dict(
@@ -247,15 +208,7 @@ def from_state_dict(
 ) -> LoadedSiT:
     """Returns a SiT or DiT from a published state dict, its sizes inferred. Time runs as in the file, see plain_sit.py.
 
-    Args:
-      state_dict: content of a file, or of an entry of one.
-      source: its name, for errors.
-      encoder_depth: see `describe_sit`.
-      num_heads: see `describe_sit`.
-      dtype: compute dtype of the module.
-
-    Raises:
-      ValueError: if it is damaged, belongs to another network, or lacks a number that is needed.
+    Raises ValueError, naming the source, for a damaged or another network, or if a number is needed, see `describe_sit`.
     """
     try:
         fields = describe_sit(state_dict, encoder_depth, num_heads)
@@ -268,6 +221,7 @@ def from_state_dict(
         raise ValueError(f"{source}: {error}") from error
     variables = mapping.to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
     if has_norm and not (variables["latent_stats"]["var"] > 0).all():
-        smallest = variables["latent_stats"]["var"].min()
-        raise ValueError(f"{source}: bn.running_var must be positive; its smallest entry is {smallest}")
+        raise ValueError(
+            f"{source}: bn.running_var must be positive; its smallest entry is {variables['latent_stats']['var'].min()}"
+        )
     return LoadedSiT(module, variables, layout, grid)

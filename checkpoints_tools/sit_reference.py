@@ -13,9 +13,7 @@ from repae_jax.models.sit import SiT
 
 # layers' names -> diffusers'
 _ENDS = {
-    "x_embedder.proj": "pos_embed.proj",
-    "final_layer.linear": "proj_out_2",
-    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2", "final_layer.adaLN_modulation.1": "proj_out_1"
 }
 _EMBEDDERS = {  # in every block, with equal weights
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
@@ -23,50 +21,30 @@ _EMBEDDERS = {  # in every block, with equal weights
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
 _LAYERS = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "adaLN_modulation.1": "norm1.linear",
+    "attn.proj": "attn1.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"
 }
 
 
 def torch_sit(module: SiT, params: Tree, grid: int) -> Callable[[Any, Any, Any], Float[np.ndarray, "B h w C"]]:
-    """Returns the same network as an independent PyTorch implementation: diffusers' DiT, with our weights.
+    """Returns a function of z_t [B, h, w, C], t [B] and labels [B]: the velocity that diffusers' DiT has with our weights.
 
-    Args:
-      module: SiT without qk_norm, of mlp_ratio 4; its projectors are left out.
-      params: its parameters.
-      grid: tokens per side.
-
-    Returns:
-      Function of z_t [B, h, w, C], t [B] and labels [B] that returns the velocity as `module` does.
-
-    Raises:
-      ValueError: for qk_norm or another mlp_ratio, which diffusers' DiT lacks.
-      ImportError: if torch or diffusers is not installed.
+    Projectors are left out; `grid` is the number of tokens per side. ValueError for qk_norm or an mlp_ratio other than 4.
     """
     if module.qk_norm or module.mlp_ratio != 4:
         raise ValueError("diffusers' DiT has no qk_norm, and no mlp_ratio but 4: no independent implementation to compare with")
     import torch
     from diffusers import DiTTransformer2DModel
-
     network = DiTTransformer2DModel(
-        num_attention_heads=module.num_heads,
-        attention_head_dim=module.hidden_size // module.num_heads,
-        in_channels=module.latent_channels,
-        out_channels=(2 if module.learned_sigma else 1) * module.latent_channels,
-        num_layers=module.depth,
-        sample_size=grid * module.patch_size,
-        patch_size=module.patch_size,
-        num_embeds_ada_norm=module.num_classes,
-        norm_eps=1e-6,
+        num_attention_heads=module.num_heads, attention_head_dim=module.hidden_size // module.num_heads,
+        in_channels=module.latent_channels, out_channels=(2 if module.learned_sigma else 1) * module.latent_channels,
+        num_layers=module.depth, sample_size=grid * module.patch_size, patch_size=module.patch_size,
+        num_embeds_ada_norm=module.num_classes, norm_eps=1e-6,
     )
     embedding = network.transformer_blocks[0].norm1.emb
     embedding.time_proj.downscale_freq_shift = 0  # the frequencies of the published code
     for block in network.transformer_blocks:
         block.norm1.emb = embedding  # theirs embeds time and label in every block, with equal weights
-    table = sit_table(module, latent_norm=False)
-    weights = _diffusers_names(to_torch(table, {"params": params}), module.depth)
+    weights = _diffusers_names(to_torch(sit_table(module, latent_norm=False), {"params": params}), module.depth)
     network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     network.pos_embed.pos_embed.copy_(torch.tensor(np.asarray(params["pos_embed"]["table"])))  # a fixed buffer there
     network.eval()
@@ -84,7 +62,6 @@ def torch_projections(module: SiT, params: Tree, tokens: Float[np.ndarray, "B T 
     """Returns the projections of tokens as torch's own functions compute them."""
     import torch
     from torch.nn.functional import conv2d, linear, silu
-
     state_dict = to_torch(sit_table(module, latent_norm=False), {"params": params})
     state_dict = {name: torch.tensor(array) for name, array in state_dict.items() if name.startswith("projectors.")}
     projections, side = [], math.isqrt(tokens.shape[1])
@@ -103,7 +80,6 @@ def torch_projections(module: SiT, params: Tree, tokens: Float[np.ndarray, "B T 
 
 
 def _diffusers_names(state_dict, depth):
-    """SiT state dict -> that of diffusers' DiTTransformer2DModel."""
     renamed = {}
     for name, array in state_dict.items():
         stem, _, kind = name.rpartition(".")

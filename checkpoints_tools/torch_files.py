@@ -15,10 +15,8 @@ from absl import logging
 
 from repae_jax import files
 
-# kept by .safetensors and PyTorch files alike
-DTYPES = tuple(
-    map(np.dtype, ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", ml_dtypes.bfloat16))
-)
+_NAMES = ("bool", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8", "c8", "bfloat16")
+DTYPES = tuple(map(np.dtype, _NAMES))  # kept by .safetensors and PyTorch files alike; ml_dtypes adds the last
 _MAGIC = (b"PK", b"\x80")  # a zip archive, or a pickle as torch.save made them before 1.6
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)  # `read_torch` returns these, besides arrays and containers
 
@@ -34,7 +32,7 @@ class _Dtype:
 
 
 def _scalar(dtype, content):
-    """Returns the plain number of a numpy scalar in a pickle."""
+    """Replaces numpy's scalar in a pickle by a plain number."""
     kind = np.dtype(dtype.order.replace("|", "") + dtype.name)
     if kind not in DTYPES or not isinstance(content, bytes):
         raise pickle.UnpicklingError(f"a numpy scalar of {kind}, which is no number")
@@ -45,18 +43,15 @@ def _scalar(dtype, content):
 # under the names that numpy 1 and 2 have for them
 _NUMPY_SCALARS = [
     _Dtype, (_Dtype, "numpy.dtype"), (_scalar, "numpy.core.multiarray.scalar"), (_scalar, "numpy._core.multiarray.scalar")
-]  # fmt: skip
+]
 
 
 def read_torch(path: Path) -> Any:
     """Returns the content of a local PyTorch file.
 
-    Numpy arrays (views of the mapped file) replace tensors, a dict an argparse.Namespace and plain numbers numpy's.
-
-    Raises:
-      ValueError: if the file is damaged (zip archives, which all but the oldest are, hold checksums) or holds more than arrays
-        and plain values; nothing of it is run.
-      ImportError: if PyTorch is not installed.
+    Numpy arrays (views of the mapped file) replace tensors, a dict an argparse.Namespace and plain numbers numpy's. Raises
+    ValueError if the file is damaged (zip archives, which all but the oldest are, hold checksums) or holds more than arrays and
+    plain values; nothing of it is run.
     """
     try:
         import torch
@@ -70,8 +65,9 @@ def read_torch(path: Path) -> Any:
         raise ValueError(f"{path} is no PyTorch file, or damaged (it begins with {start!r}): check it, or download it again")
     try:
         records = _checked_records(path) if zipfile.is_zipfile(path) else []
-        script = _is_torchscript(records)
-        if not script:
+        inside = [record.filename.partition("/")[2] for record in records]
+        is_script = any(name == "constants.pkl" or name.startswith("code/") for name in inside)
+        if not is_script:
             # the bytes of compressed records are no arrays; torch maps them all the same
             stored = bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
             # published training checkpoints keep their command line beside the weights, an argparse.Namespace, others a score
@@ -86,7 +82,7 @@ def read_torch(path: Path) -> Any:
         raise
     except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
         raise files.unreadable(path, error) from error
-    if script:
+    if is_script:
         raise ValueError(
             f"{path} is a TorchScript archive, a network with its code, which is not run here; get the state dict, or a "
             ".safetensors file (torch.save(torch.jit.load(file).state_dict(), other) makes one of a file that you trust)"
@@ -106,16 +102,10 @@ def _checked_records(path):
     return records
 
 
-def _is_torchscript(records):
-    inside = [record.filename.partition("/")[2] for record in records]
-    return any(name == "constants.pkl" or name.startswith("code/") for name in inside)
-
-
 def _refusal(error):
     """The object that torch.load refused, without its advice to read the file as code."""
     text = str(error)
-    blocked = re.search(r"GLOBAL ([\w.]+)", text)
-    if blocked:
+    if blocked := re.search(r"GLOBAL ([\w.]+)", text):
         return f"holds more than arrays: it asks for {blocked[1]}"
     detail = (text.partition("WeightsUnpickler error:")[2].strip() or "not readable").splitlines()[0]
     return f"is damaged, or holds more than arrays ({detail})"
@@ -123,7 +113,6 @@ def _refusal(error):
 
 def _to_numpy(value, name, path):
     import torch
-
     if isinstance(value, torch.Tensor):
         try:
             if value.dtype == torch.bfloat16:  # unknown to numpy: pass the bits
@@ -151,17 +140,10 @@ def _map_container(value, name, change):
 def torch_writer(content: Any, source: str | Path) -> Callable[[Path], None]:
     """Returns a function for `files.write_all` that writes a PyTorch file, as `torch.save` does.
 
-    Args:
-      content: nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is kept,
-        and treated as a dict.
-      source: the file's name, for errors.
-
-    Raises:
-      ValueError: if something in it is of another type, which `read_torch` would refuse.
-      ImportError: if PyTorch is not installed.
+    Its content is nested dicts and lists of numpy arrays, which become tensors, and plain values; an argparse.Namespace is
+    kept, and treated as a dict. ValueError, naming the source, for all else, which `read_torch` would refuse.
     """
     import torch
-
     with warnings.catch_warnings():  # arrays that jax owns are read-only; nobody writes to these tensors
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         tensors = _to_tensors(content, "", source)
@@ -175,14 +157,10 @@ def torch_writer(content: Any, source: str | Path) -> Callable[[Path], None]:
 
 def _to_tensors(value, name, source):
     import torch
-
-    def inner(item, item_name):
-        return _to_tensors(item, item_name, source)
-
     if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**_map_container(vars(value), name, inner))
+        return argparse.Namespace(**_to_tensors(vars(value), name, source))
     if isinstance(value, dict | list | tuple):
-        return _map_container(value, name, inner)
+        return _map_container(value, name, lambda item, inner: _to_tensors(item, inner, source))
     if type(value) in _PLAIN or isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.generic) and value.dtype in DTYPES:

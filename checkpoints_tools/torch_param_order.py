@@ -20,17 +20,13 @@ _ORDER = (
     "main",
     # leaves: parameters, then buffers
     "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
-)  # fmt: skip
+)
 _RANK = {name: rank for rank, name in enumerate(_ORDER)}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def registration_order(names: Iterable[str]) -> list[str]:
-    """Sorts the names of a SiT's, an autoencoder's or a discriminator's state dict as PyTorch lists them.
-
-    Raises:
-      ValueError: listing the names of which a part is unknown.
-    """
+    """Sorts the names of a SiT's, an autoencoder's or a discriminator's state dict as PyTorch lists them."""
     names = list(names)
     unknown = [name for name in names if not all(part.isdigit() or part in _RANK for part in name.split("."))]
     if unknown:
@@ -39,11 +35,9 @@ def registration_order(names: Iterable[str]) -> list[str]:
 
 
 def parameter_order(names: Iterable[str]) -> list[str]:
-    """Names that `list(module.named_parameters())` has in PyTorch: entry i is parameter i of its optimizer.
+    """Sorts a state dict's names as `list(module.named_parameters())` has them: entry i is parameter i of its optimizer.
 
-    Args:
-      names: all of a state dict. A SiT's fixed positions are a parameter too, without gradient; a batch norm's statistics
-        and counter are none.
+    A SiT's fixed positions are a parameter too, without gradient; a batch norm's statistics and counter are none.
     """
     return [name for name in registration_order(names) if name.rpartition(".")[2] not in _BUFFERS]
 

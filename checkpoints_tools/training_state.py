@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints_tools.discriminator import discriminator_table
 from checkpoints_tools.mapping import Table, Tree, to_flax, to_torch
-from checkpoints_tools.published import NETWORKS, OPTIMIZERS, POSITIONS, Adam, TrainingCheckpoint
+from checkpoints_tools.published import MOMENTS, NETWORKS, OPTIMIZERS, POSITIONS, Adam, TrainingCheckpoint
 from checkpoints_tools.sit import check_time, layout_of, sit_table
 from checkpoints_tools.vae_layouts import vae_table
 from repae_jax.models.autoencoder import AutoencoderKL
@@ -35,32 +35,23 @@ class Networks:
     disc: PatchDiscriminator | None = None
 
 
-def _below(prefix, table):
-    """`table` for a network that sits in a tree under `prefix`."""
-    entries = [dataclasses.replace(entry, flax=tuple(f"{prefix}/{path}" for path in entry.flax)) for entry in table.entries]
-    return dataclasses.replace(table, entries=entries)
+def _moved(entries, change):
+    return [dataclasses.replace(entry, flax=tuple(map(change, entry.flax))) for entry in entries]
 
 
 def _moments(table):
     """The part of a table that AdamW's moments have: its parameters, without the prefix 'params/', and no constants."""
     entries = [entry for entry in table.entries if entry.flax[0].startswith("params/")]
-    return Table(
-        [dataclasses.replace(entry, flax=tuple(path.removeprefix("params/") for path in entry.flax)) for entry in entries]
-    )
+    return Table(_moved(entries, lambda path: path.removeprefix("params/")))
 
 
 def tables(networks: Networks, updates: int = 0, latent_norm: bool = True) -> dict[str, Table]:
-    """Tables by the published names of the networks; trees are {'params': …, and statistics}.
-
-    Args:
-      networks: our modules.
-      updates: value written for every batch norm's `num_batches_tracked`.
-      latent_norm: False for files of REPA, SiT and DiT, which have no latent batch norm.
-    """
+    """Tables by the published names of the networks, of trees {'params': …, and statistics}; arguments as `sit_table`."""
     sit = sit_table(networks.sit, updates, latent_norm)
     by_name = {"model": sit, "ema": sit}
     if networks.vae is not None:
-        by_name["vae"] = _below("params", vae_table(networks.vae))
+        vae = vae_table(networks.vae)
+        by_name["vae"] = dataclasses.replace(vae, entries=_moved(vae.entries, lambda path: f"params/{path}"))
     if networks.disc is not None:
         by_name["discriminator"] = discriminator_table(networks.disc, updates)
     return by_name
@@ -69,18 +60,12 @@ def tables(networks: Networks, updates: int = 0, latent_norm: bool = True) -> di
 def to_trees(
     checkpoint: TrainingCheckpoint, networks: Networks, targets: Mapping[str, Tree]
 ) -> tuple[dict[str, Tree], dict[str, tuple[int, Tree, Tree]]]:
-    """Converts a published training checkpoint to our trees, where both have the network.
+    """Converts a published training checkpoint to our trees, where both have the network; ValueError lists what does not fit.
 
-    Args:
-      checkpoint: content of the file.
-      networks: our modules.
-      targets: name of a published network -> tree of shapes and dtypes, as in `STATE_PATHS`; 'ema' as 'model'.
+    `targets` is name of a published network -> tree of shapes and dtypes, as in `STATE_PATHS`; 'ema' as 'model'.
 
     Returns:
       (name -> tree, name of an optimizer -> (updates, first moments, second moments)).
-
-    Raises:
-      ValueError: listing all that does not fit.
     """
     layout = layout_of(checkpoint.networks["model"])
     if not networks.sit.learned_sigma:  # one that is trained with sigma is a DiT
@@ -90,28 +75,21 @@ def to_trees(
     trees, moments = {}, {}
     for name, table in by_name.items():
         if name in checkpoint.networks:
-            target = dict(targets[name])
-            if not latent_norm:
-                target.pop("latent_stats", None)
+            target = {branch: tree for branch, tree in targets[name].items() if latent_norm or branch != "latent_stats"}
             trees[name] = to_flax(table, checkpoint.networks[name], target, f"{checkpoint.source}: {name}")
     for optimizer, name in OPTIMIZERS.items():
         if optimizer in checkpoint.optimizers and name in by_name:
             adam, target, table = checkpoint.optimizers[optimizer], targets[name]["params"], _moments(by_name[name])
             untrained = {POSITIONS: np.zeros_like(checkpoint.networks[name][POSITIONS])} if name == "model" else {}
-            pair = [
-                to_flax(table, untrained | dict(arrays), target, f"{checkpoint.source}: {optimizer} {kind}")
-                for kind, arrays in (("exp_avg", adam.exp_avg), ("exp_avg_sq", adam.exp_avg_sq))
-            ]
-            moments[optimizer] = (adam.steps, *pair)
+            moments[optimizer] = adam.steps, *(
+                to_flax(table, untrained | dict(getattr(adam, kind)), target, f"{checkpoint.source}: {optimizer} {kind}")
+                for kind in MOMENTS
+            )
     return trees, moments
 
 
 def from_run(
-    read: Callable[[str], Any],
-    networks: Networks,
-    steps: int,
-    args: Mapping[str, Any],
-    source: str,
+    read: Callable[[str], Any], networks: Networks, steps: int, args: Mapping[str, Any], source: str,
     groups: Mapping[str, Mapping[str, Any]],
 ) -> TrainingCheckpoint:
     """Converts the state of a run to a published training checkpoint.
@@ -119,10 +97,7 @@ def from_run(
     Args:
       read: path in the state, such as 'ema.params' -> that subtree; called once for each, so that it may read from disk and
         no more than one of them is held beside the result.
-      networks: our modules.
-      steps: training steps of the state.
-      args: the published command line.
-      source: name of the run, for messages.
+      networks, steps, args, source: of the run; see `TrainingCheckpoint`.
       groups: name of an optimizer -> its settings, see `Adam`; without any, AdamW's moments, two thirds of the file, stay out.
     """
     by_name = tables(networks, updates=steps)
@@ -144,7 +119,7 @@ def from_run(
 
 
 def _with_fixed(moments, shapes):
-    """Returns moments with zeros for the parts that are not trained, which have none."""
+    """Adds zeros for the parts that are not trained, which have no moments."""
     fixed = {name: tree for name, tree in shapes.items() if not moments.get(name)}
     zeros = jax.tree.map(lambda shape: np.zeros(shape, np.float32), fixed, is_leaf=lambda node: isinstance(node, tuple))
     return {**moments, **zeros}
@@ -152,13 +127,10 @@ def _with_fixed(moments, shapes):
 
 def find_adam(tree: Any) -> dict[str, Any]:
     """Returns optax's {'count', 'mu', 'nu'} somewhere in a stored optimizer state; ValueError if there is none."""
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            if {"count", "mu", "nu"} <= set(node):
-                return node
-            stack += node.values()
-        elif isinstance(node, list | tuple):
-            stack += node
+
+    def is_adam(node):
+        return isinstance(node, dict) and {"count", "mu", "nu"} <= set(node)
+
+    if adam := next(filter(is_adam, jax.tree.leaves(tree, is_leaf=is_adam)), None):
+        return adam
     raise ValueError("the optimizer state holds no moments of Adam; only AdamW states can be converted")

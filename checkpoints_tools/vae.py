@@ -20,32 +20,21 @@ DISCRIMINATOR = "discriminator.safetensors"  # beside them in a folder that we w
 
 
 class LoadedVAE(NamedTuple):
-    """A VAE as read from a file, a folder, or a checkpoint.
+    """A VAE as read from a file, a folder, or a checkpoint."""
 
-    Attributes:
-      module: the network, of the file's sizes.
-      params: its parameters, float32.
-      latent_stats: statistics of un-normalized latents; None if unknown.
-      layout: layout of a file or folder: 'compvis', 'diffusers' or 'diffusers of 2022'.
-      discriminator: published state dict, if a checkpoint holds one.
-      steps: training steps done, if a checkpoint says so.
-    """
-
-    module: AutoencoderKL
-    params: Tree
-    latent_stats: vae_stats.Stats | None
-    layout: str | None = None
-    discriminator: StateDict | None = None
-    steps: int | None = None
+    module: AutoencoderKL  # the network, of the file's sizes
+    params: Tree  # float32
+    latent_stats: vae_stats.Stats | None  # statistics of un-normalized latents; None if unknown
+    layout: str | None = None  # layout of a file or folder: 'compvis', 'diffusers' or 'diffusers of 2022'
+    discriminator: StateDict | None = None  # published state dict, if a checkpoint holds one
+    steps: int | None = None  # training steps done, if a checkpoint says so
 
 
 class _StoredVAE(NamedTuple):
-    """Content of a VAE's file; `config` is the config.json beside it, or None."""
-
     state_dict: StateDict
     names: Names
     module: AutoencoderKL
-    config: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None  # the config.json beside the file
     file: Path
 
 
@@ -53,20 +42,15 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
     """Returns a VAE with all that its file says.
 
     Args:
-      path: path or name, see `locate.resolve`, of one of
-        a file with CompVis names: REPA-E's, VA-VAE's, the original SD-VAE's, FLUX's ae.safetensors; or a whole
-        Stable Diffusion file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the
-        neighbor NAME-latents-stats.pt or .safetensors, if there is one;
+      path: what `locate.resolve` takes, being one of
+        a file with CompVis names: REPA-E's, VA-VAE's, the original SD-VAE's, FLUX's ae.safetensors; or a whole Stable Diffusion
+        file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the neighbor
+        NAME-latents-stats.pt or .safetensors, if there is one;
         a folder of diffusers' AutoencoderKL, or of a pipeline with such a folder in it, `vae`; or the weight file therein.
         Statistics are `latents_mean` and `latents_std`, else `scaling_factor` and `shift_factor`.
       dtype: compute dtype of the module. Its parameters are float32 whatever the file holds: float16 and bfloat16 are widened,
         exactly, so that a file written from them is twice as large.
       remat: the module's.
-
-    Raises:
-      FileNotFoundError: if there is no such thing.
-      ValueError: for another kind of network, an unknown layout, or anything missing, unexpected, of a wrong shape or dtype, or
-        not finite; the message lists all of it.
     """
     return read_file(locate.resolve(path), dtype=dtype, remat=remat)
 
@@ -74,16 +58,14 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
 def read_file(path: Path, state_dict: StateDict | None = None, **fields: Any) -> LoadedVAE:
     """Loads a VAE from a local file or folder, whose arrays may have been read already; see `load_vae`."""
     stored = _read(path, state_dict, **fields)
-    params = mapping.to_flax(
-        vae_table(stored.module, stored.names), stored.state_dict, abstract_params(stored.module), source=str(path)
-    )
-    channels = stored.module.latent_channels
+    module, file = stored.module, stored.file
+    params = mapping.to_flax(vae_table(module, stored.names), stored.state_dict, abstract_params(module), source=str(path))
     if stored.config is not None:
-        stats = vae_stats.from_config(stored.config, stored.file.parent / _CONFIG, channels)
+        stats = vae_stats.from_config(stored.config, file.parent / _CONFIG, module.latent_channels)
     else:
-        beside = next((file for file in _stats_beside(stored.file) if file.exists()), None)
-        stats = vae_stats.from_arrays(weights.read_file(beside), beside, channels) if beside else None
-    return LoadedVAE(stored.module, params, stats, stored.names.layout)
+        beside = next((candidate for candidate in _stats_beside(file) if candidate.exists()), None)
+        stats = vae_stats.from_arrays(weights.read_file(beside), beside, module.latent_channels) if beside else None
+    return LoadedVAE(module, params, stats, stored.names.layout)
 
 
 def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_GROUPS) -> tuple[AutoencoderKL, dict[str, Any]]:
@@ -94,19 +76,10 @@ def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_
 
 
 def read_vae_params(path: str | Path, module: AutoencoderKL, target: Tree) -> dict[str, Any]:
-    """Returns parameters for a network that is already described.
+    """Returns parameters for a network that is already described, of target's structure, shapes and dtypes.
 
-    Args:
-      path: as `load_vae`.
-      module: the network.
-      target: its parameter tree, of arrays or ShapeDtypeStruct.
-
-    Returns:
-      Tree of target's structure, shapes and dtypes; without 'vf_projection' if the file has no such map from latents to tokens
-      of module.feature_dim, which then has to start afresh.
-
-    Raises:
-      FileNotFoundError, ValueError: as `load_vae`; also if the file's network is another than `module`.
+    They are without 'vf_projection' if the file has no such map from latents to tokens of module.feature_dim, which then has
+    to start afresh. Raises as `load_vae`, and ValueError if the file's network is another than `module`.
     """
     # no shape implies the groups, so that only a config.json can contradict the module's
     stored = _read(locate.resolve(path), norm_groups=module.norm_groups)
@@ -118,22 +91,17 @@ def read_vae_params(path: str | Path, module: AutoencoderKL, target: Tree) -> di
         logging.warning(
             "the map from latents to tokens of width %s starts afresh: that of %s is of width %s", module.feature_dim, path,
             stored.module.feature_dim,
-        )  # fmt: skip
+        )
         module, target = without_projection(module, target)
     return mapping.to_flax(vae_table(module, stored.names), stored.state_dict, target, source=str(path))
 
 
 def read_latent_stats(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns latent statistics by themselves, {'mean', 'var'}, float32 [C].
+    """Returns latent statistics by themselves, {'mean', 'var'}, float32 [C]; raises as `vae_stats.from_arrays`.
 
     Args:
-      path: path or name to `resolve`: REPA-E's NAME-latents-stats.pt (`latents_scale` = 1 / std, `latents_bias` = mean),
-        LightningDiT's latents_stats.pt (`mean`, `std`), the same as .safetensors, all [1, C, 1, 1] or [C]; or a diffusers
-        folder, as `load_vae`.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: for other names or shapes, a scale that is not positive, or anything not finite.
+      path: what `locate.resolve` takes: REPA-E's NAME-latents-stats.pt, LightningDiT's latents_stats.pt, the same as
+        .safetensors, see `vae_stats.from_arrays`; or a diffusers folder, as `load_vae`.
     """
     path = locate.resolve(path)
     if not path.is_dir():
@@ -145,29 +113,14 @@ def read_latent_stats(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def save_diffusers(
-    folder: str | Path,
-    module: AutoencoderKL,
-    params: Tree,
-    latent_stats: vae_stats.Stats | None,
-    discriminator: StateDict | None = None,
-    *,
-    overwrite: bool = False,
+    folder: str | Path, module: AutoencoderKL, params: Tree, latent_stats: vae_stats.Stats | None,
+    discriminator: StateDict | None = None, *, overwrite: bool = False,
 ) -> list[Path]:
     """Writes a folder that `diffusers.AutoencoderKL.from_pretrained` loads; returns the paths written, the VAE's first.
 
-    Args:
-      folder: created if absent.
-      module: the network.
-      params: its parameters; a map from latents to tokens is left out.
-      latent_stats: entries of config.json, see `vae_stats.to_config`.
-      discriminator: written beside the model as discriminator.safetensors.
-      overwrite: replace files that exist.
-
-    Raises:
-      FileExistsError: if there is such a model and `overwrite` is False; nothing is written then.
-      ValueError: if the parameters are not the module's, the statistics missing or not its latents', or the network is one
-        that diffusers cannot express.
-      OSError: as `files.write_all`: if there is no space, the files stay as they were.
+    Statistics become entries of config.json, see `vae_stats.to_config`; the discriminator is written beside the model as
+    discriminator.safetensors; a map from latents to tokens is left out. Raises as `files.write_all`, and ValueError if the
+    parameters are not the module's, the statistics missing or not its latents', or diffusers cannot express the network.
     """
     if latent_stats is None:
         raise ValueError(
@@ -190,31 +143,19 @@ def save_diffusers(
 
 
 def save_published(
-    stem: str | Path,
-    module: AutoencoderKL,
-    params: Tree,
-    latent_stats: vae_stats.Stats | None,
-    discriminator: StateDict | None = None,
-    *,
-    overwrite: bool = False,
+    stem: str | Path, module: AutoencoderKL, params: Tree, latent_stats: vae_stats.Stats | None,
+    discriminator: StateDict | None = None, *, overwrite: bool = False,
 ) -> list[Path]:
     """Writes NAME.pt, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt, as REPA-E does; returns the paths.
 
     Args:
-      stem: path of NAME, its folder created if absent; `.safetensors` at its end (or `.pt`, the default) says the kind of all
-        files.
-      module: the network.
-      params: its parameters.
-      latent_stats: without them, as without discriminator, their file is left out.
-      discriminator: published state dict.
+      stem: path of NAME; `.safetensors` at its end (or `.pt`, the default) says the kind of all files.
+      module, params, latent_stats, discriminator: the contents; without the last two, their files are left out.
       overwrite: replace files that exist.
 
     Raises:
-      FileExistsError: if one of the files exists and `overwrite` is False, or if there are no statistics to write but those
-        of the VAE that would be replaced would stay beside the new one; nothing is written then.
-      ValueError: if the parameters are not the module's, the statistics not its latents', or the network is one that this
-        layout cannot express.
-      OSError: as `files.write_all`: if there is no space, the files stay as they were.
+      FileExistsError: as `files.write_all`, and if there are no statistics to write but those of the VAE that would be replaced
+        would stay beside the new one.
 
     Reference: REPA-E `save_vae_weights.py`.
     """
@@ -245,7 +186,6 @@ def _stats_beside(file):
 
 
 def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
-    """_StoredVAE of a local file or folder, checked against the config.json beside it."""
     if path.is_dir():
         _read_config(path)  # before the weights: the class may be another
     file = weights.weight_file(path)
@@ -288,19 +228,12 @@ def diffusers_config(module: AutoencoderKL) -> dict[str, Any]:
         return [f"Attn{name}" if level in module.attention_levels else name for level in levels]
 
     return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": module.latent_channels,
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": module.latent_channels,
         "block_out_channels": [module.channels * multiplier for multiplier in module.channel_multipliers],
         "layers_per_block": module.num_res_blocks,
-        "down_block_types": blocks("DownEncoderBlock2D"),
-        "up_block_types": blocks("UpDecoderBlock2D")[::-1],
-        "act_fn": "silu",
-        "norm_num_groups": module.norm_groups,
-        "use_quant_conv": module.quant_convs,
-        "use_post_quant_conv": module.quant_convs,
-        "mid_block_add_attention": True,
+        "down_block_types": blocks("DownEncoderBlock2D"), "up_block_types": blocks("UpDecoderBlock2D")[::-1],
+        "act_fn": "silu", "norm_num_groups": module.norm_groups,
+        "use_quant_conv": module.quant_convs, "use_post_quant_conv": module.quant_convs, "mid_block_add_attention": True,
     }
 
 

@@ -4,7 +4,7 @@ One description of the network's modules (`_entries`), and for each layout the n
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,71 +26,49 @@ _Contents = TypeVar("_Contents", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class Names:
-    """Names of our modules in one layout.
+    """Names of our modules in one layout."""
 
-    Attributes:
-      layout: its name, for messages.
-      modules: our path -> the name there; {depth} counts the decoder's levels from the lowest resolution.
-      shortcut: the 1x1 convolution of a residual block.
-      attention: (norm, q, k, v, proj_out) of an attention block.
-      projection: layout of the weights of the last four.
-      vf_projection: our map from latents to an encoder's tokens, of LightningDiT's training; None if the layout has none.
-      ignored: prefixes of names that a file may hold besides.
-    """
-
-    layout: str
-    modules: Mapping[str, str]
-    shortcut: str
-    attention: tuple[str, str, str, str, str]
-    projection: Layout
-    vf_projection: str | None = None
-    ignored: tuple[str, ...] = ()
+    layout: str  # its name, for messages
+    modules: Mapping[str, str]  # our path -> the name there; {depth} counts the decoder's levels from the lowest resolution
+    shortcut: str  # the 1x1 convolution of a residual block
+    attention: tuple[str, str, str, str, str]  # norm, q, k, v, proj_out
+    projection: Layout  # of the weights of the last four
+    vf_projection: str | None = None  # our map from latents to an encoder's tokens, of LightningDiT's training
+    ignored: tuple[str, ...] = ()  # prefixes of names that a file may hold besides
 
 
+_IN_BOTH = {name: name.replace("/", ".") for name in ("{half}/conv_in", "{half}/conv_out", "quant_conv", "post_quant_conv")}
 COMPVIS = Names(
     layout="compvis",
-    modules={
-        "{half}/conv_in": "{half}.conv_in",
+    modules=_IN_BOTH | {
         "{half}/mid_block_{i}": "{half}.mid.block_{i}",
         "{half}/mid_attn_{i}": "{half}.mid.attn_{i}",
         "{half}/norm_out": "{half}.norm_out",
-        "{half}/conv_out": "{half}.conv_out",
         "encoder/down_{level}_block_{i}": "encoder.down.{level}.block.{i}",
         "encoder/down_{level}_attn_{i}": "encoder.down.{level}.attn.{i}",
         "encoder/down_{level}_downsample": "encoder.down.{level}.downsample.conv",
         "decoder/up_{level}_block_{i}": "decoder.up.{level}.block.{i}",
         "decoder/up_{level}_attn_{i}": "decoder.up.{level}.attn.{i}",
         "decoder/up_{level}_upsample": "decoder.up.{level}.upsample.conv",
-        "quant_conv": "quant_conv",
-        "post_quant_conv": "post_quant_conv",
     },
-    shortcut="nin_shortcut",
-    attention=("norm", "q", "k", "v", "proj_out"),
-    projection=CONV,
-    vf_projection="linear_proj",
+    shortcut="nin_shortcut", attention=("norm", "q", "k", "v", "proj_out"), projection=CONV, vf_projection="linear_proj",
     # losses and averages of the original training; VA-VAE's encoder, and the other way round, its map from tokens to latents
     ignored=("loss.", "model_ema.", "foundation_model.", "linear_proj."),
 )
 DIFFUSERS = Names(
     layout="diffusers",
-    modules={
-        "{half}/conv_in": "{half}.conv_in",
+    modules=_IN_BOTH | {
         "{half}/mid_block_{i}": "{half}.mid_block.resnets.{before}",
         "{half}/mid_attn_{i}": "{half}.mid_block.attentions.{before}",
         "{half}/norm_out": "{half}.conv_norm_out",
-        "{half}/conv_out": "{half}.conv_out",
         "encoder/down_{level}_block_{i}": "encoder.down_blocks.{level}.resnets.{i}",
         "encoder/down_{level}_attn_{i}": "encoder.down_blocks.{level}.attentions.{i}",
         "encoder/down_{level}_downsample": "encoder.down_blocks.{level}.downsamplers.0.conv",
         "decoder/up_{level}_block_{i}": "decoder.up_blocks.{depth}.resnets.{i}",
         "decoder/up_{level}_attn_{i}": "decoder.up_blocks.{depth}.attentions.{i}",
         "decoder/up_{level}_upsample": "decoder.up_blocks.{depth}.upsamplers.0.conv",
-        "quant_conv": "quant_conv",
-        "post_quant_conv": "post_quant_conv",
     },
-    shortcut="conv_shortcut",
-    attention=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
-    projection=_POINTWISE,
+    shortcut="conv_shortcut", attention=("group_norm", "to_q", "to_k", "to_v", "to_out.0"), projection=_POINTWISE,
 )
 # files of 2022, such as stabilityai/sd-vae-ft-mse
 DIFFUSERS_2022 = replace(DIFFUSERS, layout="diffusers of 2022", attention=("group_norm", "query", "key", "value", "proj_attn"))
@@ -102,7 +80,7 @@ _PUBLISHED = {
 # fields of AutoencoderKL that say which weights it has
 SIZES = (
     "latent_channels", "channels", "channel_multipliers", "num_res_blocks", "attention_levels", "norm_groups", "quant_convs"
-)  # fmt: skip
+)
 
 
 def published_name(vae: AutoencoderKL) -> str | None:
@@ -127,8 +105,7 @@ def without_projection(vae: AutoencoderKL, params: Tree) -> tuple[AutoencoderKL,
     return vae.clone(feature_dim=None), {name: tree for name, tree in params.items() if name != "vf_projection"}
 
 
-def _entries(vae: AutoencoderKL, names: Names) -> Iterator[Entry]:
-    """Yields the entry of every parameter of the network."""
+def _entries(vae, names):
     widths = [vae.channels * multiplier for multiplier in vae.channel_multipliers]
     top, blocks = len(widths) - 1, vae.num_res_blocks
 
@@ -184,10 +161,8 @@ def _entries(vae: AutoencoderKL, names: Names) -> Iterator[Entry]:
 def detect_layout(state_dict: _Contents, source: str | Path) -> tuple[Names, _Contents]:
     """Returns the layout of a state dict, from its names alone, and the part of it that belongs to the VAE.
 
-    That part is all, or within a whole Stable Diffusion file the names after its prefix.
-
-    Raises:
-      ValueError: if it is in none that is known; `source` names the file in it.
+    That part is all, or within a whole Stable Diffusion file the names after its prefix. Raises ValueError, naming the
+    source, if the layout is unknown.
     """
     prefix = "first_stage_model."
     inside = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -203,24 +178,17 @@ def detect_layout(state_dict: _Contents, source: str | Path) -> tuple[Names, _Co
     )
 
 
-def _has(names: Collection[str], *prefixes: str) -> bool:
+def _has(names, *prefixes):
     return any(name.startswith(prefixes) for name in names)
 
 
 def infer_module(
     state_dict: StateDict, names: Names, source: str | Path, norm_groups: int = NORM_GROUPS, **fields: Any
 ) -> AutoencoderKL:
-    """Returns the AutoencoderKL of these weights, by names and shapes. Whether all are there is the table's to check.
+    """Returns the AutoencoderKL of these weights, by names and shapes; no shape implies its group-norm groups.
 
-    Args:
-      state_dict: in the layout of `names`.
-      names: a layout.
-      source: the file's name, for errors.
-      norm_groups: group-norm groups, which no shape implies.
-      **fields: AutoencoderKL's `remat` and `dtype`.
-
-    Raises:
-      ValueError: if an array is missing that says a size, or the sizes are none of AutoencoderKL's.
+    Raises ValueError, naming the source, if an array is missing that says a size, or the sizes are none of AutoencoderKL's.
+    Whether all other arrays are there is the table's to check.
     """
 
     def has(path, **at):
@@ -245,20 +213,14 @@ def infer_module(
         raise ValueError(f"{source}: the encoder's levels have widths {widths}, which are no multiples of the base {channels}")
     if any(width % norm_groups for width in widths):
         raise ValueError(f"{source}: {norm_groups} group-norm groups do not divide the widths {widths}")
+    to_tokens = np.shape(state_dict.get(f"{names.vf_projection}.weight", 0))
+    # VA-VAE's `linear_proj` of the other direction has a bias
+    has_map = len(to_tokens) == 4 and f"{names.vf_projection}.bias" not in state_dict
     return AutoencoderKL(
         latent_channels=size("{half}/conv_in", "weight", 1, half="decoder"),
-        channels=channels,
-        channel_multipliers=tuple(width // channels for width in widths),
+        channels=channels, channel_multipliers=tuple(width // channels for width in widths),
         num_res_blocks=count(lambda i: has("encoder/down_{level}_block_{i}", level=0, i=i)),
         attention_levels=tuple(n for n in range(levels) if has("encoder/down_{level}_attn_{i}", level=n, i=0)),
-        norm_groups=norm_groups,
         quant_convs=has("quant_conv") or has("post_quant_conv"),
-        feature_dim=_feature_dim(state_dict, names.vf_projection),
-        **fields,
+        norm_groups=norm_groups, feature_dim=to_tokens[0] if has_map else None, **fields,
     )
-
-
-def _feature_dim(state_dict, projection):
-    """Width of the map from latents to tokens; None without one. VA-VAE's `linear_proj` of the other direction has a bias."""
-    shape = np.shape(state_dict.get(f"{projection}.weight", 0))
-    return shape[0] if len(shape) == 4 and f"{projection}.bias" not in state_dict else None

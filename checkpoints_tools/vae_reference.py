@@ -14,7 +14,6 @@ def torch_vae(module: AutoencoderKL, params: Tree) -> Any:
     """Returns diffusers' AutoencoderKL with the same weights, in eval mode. NCHW; needs torch and diffusers."""
     import diffusers
     import torch
-
     module, params = without_projection(module, params)
     config = {name: value for name, value in diffusers_config(module).items() if name != "_class_name"}
     vae = diffusers.AutoencoderKL(**config)

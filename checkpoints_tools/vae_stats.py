@@ -15,20 +15,14 @@ _SCALING = 0.18215  # diffusers' default for a config.json without scaling_facto
 
 
 def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = None) -> dict[str, np.ndarray]:
-    """Returns the statistics in a file's arrays.
+    """Returns the statistics in a file's arrays; `channels` is C, if known.
 
-    Args:
-      arrays: REPA-E's latents_scale (1 / std) and latents_bias (mean), or LightningDiT's mean and std; [1, C, 1, 1] or [C].
-      source: the file's name, for errors.
-      channels: C, if known.
-
-    Raises:
-      ValueError: for other names or shapes, a scale that is not positive, or anything not finite.
+    They are REPA-E's latents_scale (1 / std) and latents_bias (mean), or LightningDiT's mean and std; [1, C, 1, 1] or [C].
+    ValueError, naming the source, for other names or shapes, a scale that is not positive, or anything not finite.
     """
-    if set(arrays) == {"latents_bias", "latents_scale"}:
-        return _stats(source, channels, _pair(arrays, "latents_bias", "latents_scale"), inverse=True)
-    if set(arrays) == {"mean", "std"}:
-        return _stats(source, channels, _pair(arrays, "mean", "std"))
+    for names in (("latents_bias", "latents_scale"), ("mean", "std")):
+        if set(arrays) == set(names):
+            return _stats(source, channels, {name: arrays[name] for name in names}, inverse="latents_scale" in arrays)
     raise ValueError(
         f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; latent statistics are latents_scale and latents_bias, "
         "or mean and std"
@@ -36,17 +30,14 @@ def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = No
 
 
 def from_config(config: Mapping[str, Any], source: str | Path, channels: int | None = None) -> dict[str, np.ndarray] | None:
-    """Returns the statistics in diffusers' config.json, None if it has a scaling_factor of null and nothing else.
-
-    Raises:
-      ValueError: as `from_arrays`.
-    """
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if (mean is None) != (std is None):
+    """Returns the statistics in diffusers' config.json, None if it has a scaling_factor of null and nothing else."""
+    named = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+    absent = [name for name, value in named.items() if value is None]
+    if len(absent) == 1:
         raise ValueError(f"{source} has only one of latents_mean and latents_std")
     channels = channels or config.get("latent_channels", 4)
-    if mean is not None:
-        return _stats(source, channels, _pair(config, "latents_mean", "latents_std"))
+    if not absent:
+        return _stats(source, channels, named)
     scale, shift = config.get("scaling_factor", _SCALING), config.get("shift_factor")
     if scale is None:
         return None
@@ -59,9 +50,6 @@ def to_config(latent_stats: Stats, channels: int) -> dict[str, Any]:
 
     `latents_mean` and `latents_std` beside a `scaling_factor` of 1, for diffusers' pipelines multiply by both; `shift_factor`
     and `scaling_factor` alone if all channels have the same.
-
-    Raises:
-      ValueError: as `to_arrays`.
     """
     mean, std = _mean_and_std(latent_stats, channels)
     if np.ptp(mean) == np.ptp(std) == 0:
@@ -70,18 +58,10 @@ def to_config(latent_stats: Stats, channels: int) -> dict[str, Any]:
 
 
 def to_arrays(latent_stats: Stats, channels: int | None = None) -> dict[str, Float[np.ndarray, "1 C 1 1"]]:
-    """Returns the content of a published -latents-stats file, float32.
-
-    Raises:
-      ValueError: if they are not finite, not positive, or not of `channels`, where that is given.
-    """
+    """Returns the content of a published -latents-stats file, float32; ValueError if they cannot be statistics."""
     mean, std = _mean_and_std(latent_stats, channels)
     arrays = {"latents_scale": 1 / std, "latents_bias": mean}
     return {name: array.astype(np.float32).reshape(1, -1, 1, 1) for name, array in arrays.items()}
-
-
-def _pair(mapping, *names):
-    return {name: mapping[name] for name in names}
 
 
 def _stats(source, channels, named, inverse=False):

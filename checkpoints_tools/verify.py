@@ -30,14 +30,10 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     other files cannot be, and their weights are put into a module of the same sizes.
 
     Args:
-      path: path or name of a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
-        are compared.
+      path: what `identify` takes: a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
+        are compared. ValueError for others, which have no independent implementation to compare with.
       size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
       seed: seed of the random inputs.
-
-    Raises:
-      ValueError: if the file is damaged, there is no independent implementation to compare with, or `size` is no size.
-      ImportError: if torch, diffusers or transformers is not installed.
     """
     if size < 1:
         raise ValueError(f"image_size is {size}; allowed: a positive number of pixels, such as 256")
@@ -59,12 +55,14 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     )
 
 
-def _compare(name, expected, run):
-    """Difference of `run(dtype)` from the PyTorch output."""
+def _compare(name, expected, module, params, *inputs, pick=lambda output: output, **options):
+    """Compares what `pick` takes from the module's output, in float32 and bfloat16, with the PyTorch output."""
     expected = np.asarray(expected, np.float64)
-    scale = max(np.abs(expected).max(), 1e-30)
-    errors = (np.abs(np.asarray(run(dtype), np.float64) - expected).max() / scale for dtype in (jnp.float32, jnp.bfloat16))
-    return Difference(name, *map(float, errors))
+    scale, errors = max(np.abs(expected).max(), 1e-30), []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        output = pick(_apply(module.clone(dtype=dtype), params, *inputs, **options))
+        errors.append(float(np.abs(np.asarray(output, np.float64) - expected).max() / scale))
+    return Difference(name, *errors)
 
 
 def _apply(module, params, *args, **options):
@@ -85,28 +83,25 @@ def _torch_vae(source, loaded):
     if not source.path.is_dir():
         return vae_reference.torch_vae(loaded.module, loaded.params)
     import diffusers
-
     return diffusers.AutoencoderKL.from_pretrained(source.path, local_files_only=True).float().eval()
 
 
 def _compare_vae(module, params, reference, size, rng):
     import torch
-
     side = max(size // module.factor, 1) * module.factor
     images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
-
-    def moments(dtype):
-        posterior = _apply(module.clone(dtype=dtype), params, images, method="encode")
-        return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
-
     with torch.inference_mode():
         distribution = reference.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
         expected = torch.cat([distribution.mean, distribution.logvar], dim=1).permute(0, 2, 3, 1).numpy()
         latents = np.ascontiguousarray(expected[..., : module.latent_channels])
         recon = reference.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample.permute(0, 2, 3, 1).numpy()
+
+    def moments(posterior):
+        return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
     return [
-        _compare("VAE encoder, mean and log-variance", expected, moments),
-        _compare("VAE decoder", recon, lambda dtype: _apply(module.clone(dtype=dtype), params, latents, method="decode")),
+        _compare("VAE encoder, mean and log-variance", expected, module, params, images, method="encode", pick=moments),
+        _compare("VAE decoder", recon, module, params, latents, method="decode"),
     ]
 
 
@@ -117,16 +112,13 @@ def _compare_sit(loaded, rng):
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
     expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
-    velocity = _compare("SiT velocity", expected, lambda dtype: _apply(module.clone(dtype=dtype), params, z, t, labels)[0])
-    if not module.feature_dims:
-        return [velocity]
-    tokens = _apply(module, params, z, t, labels, method="tap_tokens")
-
-    def projections(dtype):
-        return jnp.concatenate(_apply(module.clone(dtype=dtype), params, tokens, method="_project"), axis=-1)
-
-    expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
-    return [velocity, _compare("SiT projections", expected, projections)]
+    differences = [_compare("SiT velocity", expected, module, params, z, t, labels, pick=lambda output: output[0])]
+    if module.feature_dims:
+        tokens = _apply(module, params, z, t, labels, method="tap_tokens")
+        expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
+        join = functools.partial(jnp.concatenate, axis=-1)
+        differences.append(_compare("SiT projections", expected, module, params, tokens, method="_project", pick=join))
+    return differences
 
 
 def _compare_encoder(source, size, rng):
@@ -139,12 +131,9 @@ def _compare_encoder(source, size, rng):
     for encoder, params in at_sizes:
         images = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
         pixels = np.asarray(encoders.preprocess(encoder, jnp.asarray(images)))
-
-        def tokens(dtype, module=encoder.module, params=params, pixels=pixels):
-            return _apply(module.clone(dtype=dtype), params, pixels)[1]
-
         expected = _torch_tokens(source, encoder.module, params, pixels.transpose(0, 3, 1, 2))
-        differences.append(_compare(f"encoder tokens at {encoder.image_size} px", expected, tokens))
+        name = f"encoder tokens at {encoder.image_size} px"
+        differences.append(_compare(name, expected, encoder.module, params, pixels, pick=lambda output: output[1]))
     return differences
 
 

@@ -23,14 +23,9 @@ from repae_jax.models.vit import SWIGLU, VisionTransformer
 
 # key of config.json -> field of VisionTransformer, where a format has the key
 _FIELDS = {
-    "patch_size": "patch_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "layer_norm_eps": "norm_eps",
-    "num_register_tokens": "num_registers",
-    "rope_theta": "rope_theta",
+    "patch_size": "patch_size", "hidden_size": "hidden_size", "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads", "intermediate_size": "mlp_dim", "layer_norm_eps": "norm_eps",
+    "num_register_tokens": "num_registers", "rope_theta": "rope_theta",
 }
 _MAY_BE_ZERO = ("layer_norm_eps", "num_register_tokens")
 _TOKENS = ("cls_token", "register_tokens", "pos_embed")
@@ -56,13 +51,9 @@ def _entries(vit, format, names, torch_prefix="", flax_prefix=""):
     """Entries of the parameters and layers in `names` that the module has."""
     layouts = {"patch_embed": mapping.patch_embedding(vit.patch_size), **format.layouts}
     absent = {
-        "cls_token": not vit.num_class_tokens,
-        "register_tokens": not vit.num_registers,
-        "pos_embed": vit.rope_theta is not None,
-        "pre_norm": not vit.pre_norm,
-        "norm": not vit.final_norm,
-        "layer_scale1": not vit.layer_scale,
-        "layer_scale2": not vit.layer_scale,
+        "cls_token": not vit.num_class_tokens, "register_tokens": not vit.num_registers,
+        "pos_embed": vit.rope_theta is not None, "pre_norm": not vit.pre_norm, "norm": not vit.final_norm,
+        "layer_scale1": not vit.layer_scale, "layer_scale2": not vit.layer_scale,
     }
     entries = []
     for ours, theirs in names.items():
@@ -85,15 +76,9 @@ def _entries(vit, format, names, torch_prefix="", flax_prefix=""):
 
 
 class StoredEncoder(NamedTuple):
-    """An encoder as its files hold it, in float32, on the grid of its stored positions.
+    """An encoder as its files hold it, in float32, on the grid of its stored positions."""
 
-    Attributes:
-      architecture: as `encoders.make_encoder` takes it.
-      module: the network.
-      params: its parameters.
-    """
-
-    architecture: Mapping[str, Any]
+    architecture: Mapping[str, Any]  # as `encoders.make_encoder` takes it
     module: VisionTransformer
     params: dict[str, Any]
 
@@ -109,22 +94,13 @@ def load_encoder(
       resolution: height and width of the training images in pixels.
       image_size: pixels that the network receives; by default as published, see encoders.FAMILIES.
       dtype: compute dtype; the parameters are float32.
-
-    Raises:
-      FileNotFoundError: if the folder or one of its files cannot be had.
-      ValueError: for another kind of model, weights that do not fit config.json, or an image_size that does not divide.
     """
     encoder, params = at_resolution(read_file(locate.resolve(path)), resolution, image_size, dtype)
     return dataclasses.replace(encoder, name=str(path)), params
 
 
 def read_file(path: Path, state_dict: StateDict | None = None) -> StoredEncoder:
-    """Returns an encoder as its local file or folder holds it, whose arrays may have been read already.
-
-    Raises:
-      FileNotFoundError: if one of its files is missing.
-      ValueError: for another kind of model, or weights that do not fit config.json.
-    """
+    """Returns an encoder as its local file or folder holds it, whose arrays may have been read already."""
     format, config = format_of(path) if path.is_dir() else (MOCOV3, None)
     state_dict = _renamed(weights.read_file(path) if state_dict is None else state_dict, format, path)
     if config is None:
@@ -154,18 +130,12 @@ def at_resolution(
 
 
 def _stored_module(architecture, side):
-    """The VisionTransformer of an architecture on a grid of side * side tokens."""
     size = side * architecture["patch_size"]
     return encoders.make_encoder(architecture, size, image_size=size).module
 
 
 def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
-    """Returns the Format of a local Hugging Face folder, and the part of config.json that describes the vision transformer.
-
-    Raises:
-      FileNotFoundError: if there is no config.json.
-      ValueError: if it is damaged, or of another kind.
-    """
+    """Returns the Format of a local Hugging Face folder, and the part of config.json that describes the vision transformer."""
     config = weights.read_config(folder)
     model_type = config.get("model_type")
     if model_type in VISION_PARTS:
@@ -176,7 +146,6 @@ def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
 
 
 def _renamed(state_dict, format, source):
-    """The state dict under the names of the format's table."""
     renamed = {}
     for name, array in state_dict.items():
         new = name
@@ -249,27 +218,16 @@ def _from_mocov3(state_dict, source):
     side = math.isqrt(max(positions - 1, 0))
     if positions != 1 + side**2:
         raise ValueError(f"{source} has {positions} positions in pos_embed; allowed: 1 + a square number")
-    fields = {
-        "family": MOCOV3.family,
-        "patch_size": patch_size,
-        "hidden_size": hidden_size,
-        "depth": max(mapping.count_layers(state_dict, "blocks"), 1),
-        "num_heads": MOCOV3_HEADS[hidden_size],
-        "mlp_dim": shape("blocks.0.mlp.fc1.weight", 2)[0],
-    }
-    return fields, side
+    depth, mlp_dim = max(mapping.count_layers(state_dict, "blocks"), 1), shape("blocks.0.mlp.fc1.weight", 2)[0]
+    fields = {"family": MOCOV3.family, "patch_size": patch_size, "hidden_size": hidden_size, "mlp_dim": mlp_dim}
+    return fields | {"depth": depth, "num_heads": MOCOV3_HEADS[hidden_size]}, side
 
 
 def save_encoder(folder: str | Path, module: VisionTransformer, params: Tree, *, overwrite: bool = False) -> None:
     """Writes a folder that `load_encoder` and transformers' from_pretrained read, of the first model_type that fits.
 
-    MoCo v3 becomes a 'vit', and NaFlex a 'siglip_vision_model' of its grid's size.
-
-    Args:
-      folder: local, or an address such as gs://bucket/folder; created if absent.
-      module: the network.
-      params: its parameters.
-      overwrite: replace files that exist.
+    MoCo v3 becomes a 'vit', and NaFlex a 'siglip_vision_model' of its grid's size. The folder is local or an address such as
+    gs://bucket/folder, and is created if absent.
 
     Raises:
       FileExistsError: if the folder holds an encoder and `overwrite` is False.
@@ -279,10 +237,8 @@ def save_encoder(folder: str | Path, module: VisionTransformer, params: Tree, *,
     state_dict = mapping.to_torch(encoder_table(module, format), params)
     weights_file, config_file = epath.Path(folder) / "model.safetensors", epath.Path(folder) / "config.json"
     # config.json last: a folder without it does not count as an encoder. transformers asks for the format.
-    writes = {
-        weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"}),
-        config_file: files.json_writer(config, config_file),
-    }
+    save_weights = weights.safetensors_writer(state_dict, weights_file, {"format": "pt"})
+    writes = {weights_file: save_weights, config_file: files.json_writer(config, config_file)}
     weights.write_files(writes, overwrite=overwrite)
 
 
@@ -311,13 +267,9 @@ def _config_values(module, format):
         activations = [format.gate[1]]
     ratios = (ratio for ratio in range(1, 33) if _dinov2_mlp_dim(module.hidden_size, ratio, gated) == module.mlp_dim)
     values = {
-        "num_channels": 3,
-        "image_size": rows * module.patch_size,
-        "num_patches": rows * columns,
-        "mlp_ratio": next(ratios, None),
-        "hidden_act": activations[0] if activations else None,
+        "num_channels": 3, "image_size": rows * module.patch_size, "num_patches": rows * columns,
+        "mlp_ratio": next(ratios, None), "mlp_bias": True, "hidden_act": activations[0] if activations else None,
         **{key: getattr(module, ours) for key, ours in _FIELDS.items()},
-        "mlp_bias": True,
         **{key: not set(names) & set(module.no_bias) for key, names in format.biases.items()},
         **({format.gate[0]: gated} if format.gate is not None else {}),
     }

@@ -18,15 +18,9 @@ def torch_tokens(folder: Path, pixel_values: Float[np.ndarray, "B 3 S S"]) -> Fl
       folder: local folder, of a kind that `vit.load_encoder` reads.
       pixel_values: as `encoders.preprocess` gives them, channels first; S may differ from the size that the folder's positions
         are for, which are then resampled as for our encoder.
-
-    Raises:
-      FileNotFoundError: if there is no config.json or no weights.
-      ValueError: for a kind of model that `vit.load_encoder` does not know, or another shape of pixels.
-      ImportError: if torch or transformers is not installed.
     """
     import torch
     import transformers
-
     format, _ = format_of(folder)
     model_class = getattr(transformers, format.model_class)
     options = {"local_files_only": True, "dtype": torch.float32, **format.torch_options}
@@ -54,12 +48,10 @@ def torch_tokens(folder: Path, pixel_values: Float[np.ndarray, "B 3 S S"]) -> Fl
 def _inputs(model, pixels, grid):
     """Arguments of the module's forward pass; a MAE without masking and without the norm behind the tokens."""
     import torch
-
     if model.config.model_type == "vit_mae":
         model.config.mask_ratio = 0.0
         model.layernorm = torch.nn.Identity()
-        in_order = torch.arange(grid**2, dtype=torch.float32).expand(len(pixels), -1)
-        return {"pixel_values": pixels, "noise": in_order}
+        return {"pixel_values": pixels, "noise": torch.arange(grid**2, dtype=torch.float32).expand(len(pixels), -1)}
     if model.config.model_type == "siglip2_vision_model":
         patches = pixels.unflatten(3, (grid, -1)).unflatten(2, (grid, -1))  # [B, 3, grid, p, grid, p]
         return {
@@ -78,7 +70,6 @@ def _positions(model):
 def _on_grid(positions, grid):
     """The table for grid ** 2 patches, resampled by timm's rule, as [T, D]; None if that is its own grid."""
     import torch
-
     table = positions.detach().reshape(-1, positions.shape[-1])
     old = math.isqrt(len(table))
     prefix = len(table) - old**2  # 1 with a class token

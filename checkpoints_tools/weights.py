@@ -19,8 +19,6 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")  # the last for NAME.p
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema")  # entries of averaged weights
 _ENTRIES = ("state_dict", "model", "model_state_dict", "module", "net", "params", "weights", *AVERAGED)  # used if alone
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and AveragedModel, and of torch.compile
-_AVERAGED_MODEL_COUNTER = "n_averaged"
-_FOLDER_FILES = (*SAFETENSORS, *PICKLED)
 # `torch_files.DTYPES` by the names of a .safetensors header
 _HEADER_DTYPES = ("BOOL", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64", "F16", "F32", "F64", "C64", "BF16")
 
@@ -28,7 +26,7 @@ Entries = str | Sequence[str] | None
 
 
 def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.ndarray]:
-    """Returns all arrays of a weight file, in the file's dtypes (ml_dtypes.bfloat16 among them).
+    """Returns all arrays of a weight file by name, in the file's dtypes (ml_dtypes.bfloat16 among them).
 
     Args:
       path: path or name to `resolve`, of a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
@@ -37,16 +35,9 @@ def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.nda
       entry: the state dict to take from a PyTorch file that holds several ('ema'), not for other files; or several names, of
         which the first that is there counts where a file is no single state dict.
 
-    Returns:
-      dict name -> array; names as in the network itself, see `without_wrappers`.
-
-    Raises:
-      FileNotFoundError: if the file, or a shard, does not exist.
-      ValueError: if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
-        that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant; also as
-        `without_wrappers`.
-      OSError: if the disk fails, which says nothing about the file.
-      ImportError: for a PyTorch file when PyTorch is not installed.
+    Raises ValueError if the file is damaged, of an unknown kind, a Git LFS pointer, holds more than arrays, arrays of a kind
+    that numpy lacks (float8, sparse), or none, or if it is unclear which of its state dicts is meant; OSError if the disk
+    fails, which says nothing about the file.
     """
     return read_file(resolve(path), entry)
 
@@ -58,37 +49,28 @@ def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
         return unwrap(read_torch(path), entry, path)
     if isinstance(entry, str):
         raise ValueError(f"{path}: entry={entry!r} is for {', '.join(TORCH_SUFFIXES)} files only; leave it out")
-    if path.name.endswith(".index.json"):
-        state_dict = _read_shards(path)
-    elif path.suffix == ".safetensors":
-        state_dict = _read_safetensors(path)
-    elif path.suffix == ".npz":
-        state_dict = _read_npz(path)
-    else:
+    readers = {".index.json": _read_shards, ".safetensors": _read_safetensors, ".npz": _read_npz}
+    read = next((reader for ending, reader in readers.items() if path.name.endswith(ending)), None)
+    if read is None:
         raise ValueError(
             f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
             "or a folder with model.safetensors"
         )
+    state_dict = read(path)
     if not state_dict:
         raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
     return without_wrappers(state_dict, path)
 
 
 def weight_file(path: Path) -> Path:
-    """Returns the file that holds the weights of a local path: itself, or the one in a Hugging Face folder.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is a Git LFS pointer.
-    """
+    """Returns the file that holds the weights of a local path: itself, or the one in a Hugging Face folder."""
     if path.is_dir():
-        present = [path / name for name in _FOLDER_FILES if (path / name).exists()]
+        names = (*SAFETENSORS, *PICKLED)
+        present = [path / name for name in names if (path / name).exists()]
         if not present:
             listing = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-            raise FileNotFoundError(
-                f"{path} has none of {', '.join(_FOLDER_FILES)}, but {listing}; name the weight file itself, or download the "
-                "folder again"
-            )
+            advice = "name the weight file itself, or download the folder again"
+            raise FileNotFoundError(f"{path} has none of {', '.join(names)}, but {listing}; {advice}")
         path = present[0]
     files.check_file(path)
     return path
@@ -96,7 +78,6 @@ def weight_file(path: Path) -> Path:
 
 def _read_safetensors(path):
     import safetensors.numpy
-
     try:
         with safetensors.safe_open(path, "np") as file:
             names = file.keys()
@@ -161,20 +142,17 @@ def _read_npz(path):
 
 def is_state_dict(value: Any) -> bool:
     """Returns True for a dict of names -> arrays that is not empty."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
-    )
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
 
 
 def without_wrappers(state_dict: StateDict, source: str | Path) -> StateDict:
     """Returns a state dict without the prefixes of DistributedDataParallel, AveragedModel and torch.compile in its names.
 
-    Raises:
-      ValueError: if only some of the names have such a prefix, or two become the same; `source` names the file in it.
+    Raises ValueError, naming the source, if only some of the names have such a prefix, or two become the same.
     """
-    names, prefix = [name for name in state_dict if name.rpartition(".")[2] != _AVERAGED_MODEL_COUNTER], ""
+    names, prefix = [name for name in state_dict if name.rpartition(".")[2] != "n_averaged"], ""  # AveragedModel's counter
     while wrapper := next((w for w in _WRAPPERS if any(name.startswith(prefix + w) for name in names)), None):
         prefix += wrapper
         if bare := [name for name in names if not name.startswith(prefix)]:
@@ -247,18 +225,11 @@ def writer(state_dict: StateDict, path: str | Path) -> Callable[[Path], None]:
 def safetensors_writer(
     state_dict: StateDict, source: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Callable[[Path], None]:
-    """Returns a function for `files.write_all` that writes a .safetensors file.
+    """Returns a function for `files.write_all` that writes a .safetensors file, `metadata` as text in its header.
 
-    Args:
-      state_dict: name -> array.
-      source: the file's name, for errors.
-      metadata: text kept in the file's header.
-
-    Raises:
-      ValueError: if something is no array of numbers, or the metadata is no text.
+    Raises ValueError, naming the source, if something is no array of numbers, or the metadata is no text.
     """
     import safetensors.numpy
-
     bad = [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]
     if bad:
         raise ValueError(f"{source}: the header keeps text only; {', '.join(map(str, bad))} is none: make it a string")
@@ -270,7 +241,6 @@ def safetensors_writer(
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the header's text of a .safetensors file."""
     import safetensors
-
     files.check_file(path)
     try:
         with safetensors.safe_open(path, "np") as file:
