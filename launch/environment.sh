@@ -14,7 +14,8 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
     echo "installing into .venv …"
     requirements=(--quiet --constraint constraints.txt --editable ".${1:+[$1]}")
     if command -v uv >/dev/null; then # many times faster than pip
-        uv pip install --python .venv/bin/python "${requirements[@]}"
+        links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}} # uv itself reads none of pip's settings
+        uv pip install --python .venv/bin/python ${links:+--find-links "$links"} "${requirements[@]}"
     else
         .venv/bin/python -m pip install "${requirements[@]}"
     fi
