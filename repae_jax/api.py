@@ -30,6 +30,13 @@ from repae_jax.sampling import generate
 from repae_jax.sampling import load_model as loading
 
 
+def _batch(images):
+    """Returns images as an array; ValueError if one axis is missing or there are other channels than three."""
+    if np.ndim(images) != 4 or np.shape(images)[-1] != 3:
+        raise ValueError(f"images have the shape {np.shape(images)}; allowed: uint8 [B, H, W, 3], also of a single image")
+    return jnp.asarray(images)
+
+
 def _compiled(function):
     def precise(*args):
         with jax.default_matmul_precision("high"):  # float32 on every platform, as in `generate`
@@ -56,7 +63,7 @@ class Vae:
 
     def encode(self, images: UInt8[Array, "B H W 3"], key: Array | None = None) -> Float[Array, "B h w C"]:
         """Returns un-normalized latents: the posterior's mean, or a sample of the posterior if a random key is given."""
-        posterior = self._encode(self.params, pixels.to_float(jnp.asarray(images)))
+        posterior = self._encode(self.params, pixels.to_float(_batch(images)))
         return posterior.mode() if key is None else posterior.sample(jax.random.normal(key, posterior.mode().shape))
 
     def decode(self, latents: Float[Array, "B h w C"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -143,7 +150,7 @@ class Encoder:
 
     def features(self, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
         """Returns the patch tokens, row by row."""
-        return self._features(self.params, jnp.asarray(images))
+        return self._features(self.params, _batch(images))
 
 
 def load_vae(source: str, step: int | None = None) -> Vae:

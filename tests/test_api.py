@@ -112,6 +112,8 @@ def test_wrong_samplings(model, arguments, error, message):
 def test_pixels_must_be_uint8(vae):
     with pytest.raises(ValueError, match="allowed: uint8"):
         vae.encode(pixels.to_float(draw_images()))
+    with pytest.raises(ValueError, match=r"images have the shape \(8, 8, 3\); allowed: uint8 \[B, H, W, 3\]"):
+        vae.encode(draw_images()[0])
 
 
 def test_an_encoder_gives_the_tokens_that_training_aligns_to(tmp_path):

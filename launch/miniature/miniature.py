@@ -229,8 +229,11 @@ def main(args):
         log = tasks[name].folder / "log.txt"
         if undone[name].startswith("failed") and log.exists():
             print(f"--- {name}, {log}:", *log.read_text().splitlines()[-LOG_LINES:], sep="\n", file=sys.stderr)
-    report.write(args.results, every, args.seeds)
-    print(args.results)
+    if any(workdir.glob("*/result.json")) or not args.results.exists():
+        report.write(args.results, every, args.seeds)
+        print(args.results)
+    else:
+        print(f"no run is finished: {args.results} is left as it is", file=sys.stderr)
     if interrupted:
         print("interrupted; run the same command to continue", file=sys.stderr)
     return 130 if interrupted else bool(undone)

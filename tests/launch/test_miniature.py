@@ -348,3 +348,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "start_task", None)
     arguments = ["--workdir", str(tmp_path / "work"), "--results", str(tmp_path / "R.md"), "--report"]
     assert miniature.main(arguments) == 0 and (tmp_path / "R.md").exists()
+    (tmp_path / "R.md").write_text("results of other runs")
+    assert miniature.main(arguments) == 0 and (tmp_path / "R.md").read_text() == "results of other runs"
+    assert "no run is finished: " in capsys.readouterr().err
