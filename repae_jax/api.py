@@ -182,15 +182,16 @@ def load_model(source: str, step: int | None = None, *, vae: str | None = None, 
     return Model(loading.load_model(str(source), step, jax.devices()[:1], vae, sampler))
 
 
-def load_encoder(source: str, resolution: int = 256) -> Encoder:
+def load_encoder(source: str, resolution: int = 256, image_size: int | None = None) -> Encoder:
     """Returns a frozen vision encoder with its published preprocessing.
 
     Args:
       source: folder or name such as 'facebook/dinov2-base', or MoCo v3's file.
       resolution: side of the images in pixels, on which the number of tokens depends.
+      image_size: side in pixels to which the encoder's input is resized; default as published for the resolution.
 
     Raises:
       FileNotFoundError, ValueError: if there is nothing of that name, or a network of another kind.
     """
-    encoder, params = vit.load_encoder(source, resolution)
+    encoder, params = vit.load_encoder(source, resolution, image_size)
     return Encoder(encoder, jax.device_put(params))

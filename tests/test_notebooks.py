@@ -23,7 +23,10 @@ MOST_BYTES = 200_000
 @pytest.fixture
 def workdir(tmp_path):
     """A folder like the quickstart's: a run on digits and its encoder, with random weights."""
-    job = build.build(build.plain_config(small.config({"data.image_size": 16})), jax.devices()[:1])
+    config = small.config({"data.image_size": 16})
+    for encoder in config.encoders.values():
+        encoder.image_size = 16
+    job = build.build(build.plain_config(config), jax.devices()[:1])
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
     architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
