@@ -26,7 +26,7 @@ def config(changes=None, file=repae, arg="tiny", **more):
     if "disc" in made:
         made.disc.num_layers = 1
     for encoder in made.encoders.values():
-        encoder.architecture = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+        encoder.architecture = {"family": "dinov2", "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
         encoder.image_size = 8
     for name, value in {**(changes or {}), **{name.replace("__", "."): value for name, value in more.items()}}.items():
         *sections, field = name.split(".")

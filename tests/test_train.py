@@ -99,7 +99,7 @@ def test_a_run_logs_every_step_and_leaves_its_checkpoints(whole):
     first, *others = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
     told = set(metric_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
     assert not told & set(first) and all(set(line) & set(metric_log.SPEED_NAMES) == told for line in others)
-    flop = flops.per_image(config(4).to_dict())
+    flop = sum(flops.of_step(build.build(config(4))).values())
     for line in others:
         assert line["tflops_per_device"] == pytest.approx(line["images_per_second"] * flop / 8 / 1e12)
         assert 0 <= line["input_wait"] <= 1

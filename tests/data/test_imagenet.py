@@ -206,7 +206,7 @@ def test_a_place_for_labels(prepared, labels_file, tmp_path):
         ({"split": "test"}, "3 of 3 labels are out of range, first imagenet2012/5.1.0 test #0: -1; allowed: 0..999.*no labels"),
         ({"dataset": "imagenette_of_nobody"}, "'imagenette_of_nobody' cannot be opened in .*not found"),
         ({"dataset": "imagenet2012:3.0.0"}, "'imagenet2012:3.0.0' cannot be opened in .*3.0.0"),
-        ({"dataset": "unlabelled"}, "unlabelled/1.0.0 has no label; its features: image"),
+        ({"dataset": "unlabeled"}, "unlabeled/1.0.0 has no label; its features: image"),
         ({"image_size": 0}, "image_size is 0"),
     ],
 )
