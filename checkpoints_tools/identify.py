@@ -37,7 +37,7 @@ KINDS = {
 class Identified:
     """A file or folder of a known kind, read once."""
 
-    path: Path  # of the file with the weights, or the folder of an encoder, VAE or run; an epath.Path of a remote run
+    path: Path  # the file with the weights, or the folder of an encoder, VAE or run; an epath.Path of a remote run
     kind: str  # key of KINDS
     arrays: StateDict | None = None  # but of a run, a training checkpoint, an encoder's folder and a TensorFlow graph
     checkpoint: published.TrainingCheckpoint | None = None  # content of a training checkpoint

@@ -26,7 +26,7 @@ class Run:
     config: Mapping[str, Any]  # nested
     step: int
     shapes: Tree  # the stored state, as ShapeDtypeStruct
-    networks: training_state.Networks  # that the run trains
+    networks: training_state.Networks  # modules that the run trains
     vae: AutoencoderKL  # trained or frozen
 
     def read(self, path: str) -> Any:

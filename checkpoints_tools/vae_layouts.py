@@ -32,7 +32,7 @@ class Names:
     modules: Mapping[str, str]  # our path -> the name there; {depth} counts the decoder's levels from the lowest resolution
     shortcut: str  # the 1x1 convolution of a residual block
     attention: tuple[str, str, str, str, str]  # norm, q, k, v, proj_out
-    projection: Layout  # of the weights of the last four
+    projection: Layout  # layout of the weights of the last four
     vf_projection: str | None = None  # our map from latents to an encoder's tokens, of LightningDiT's training
     ignored: tuple[str, ...] = ()  # prefixes of names that a file may hold besides
 

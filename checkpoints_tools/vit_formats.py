@@ -36,7 +36,7 @@ class Format:
     gate: tuple[str, str] | None = None  # key of config.json that says whether the MLP is a SwiGLU, and hidden_act if it is
     biases: Mapping[str, Sequence[str]] = _mapping()  # keys of config.json that say whether these projections have a bias
     extra: Mapping[str, object] = _mapping()  # further content of a config.json that we write
-    torch_options: Mapping[str, object] = _mapping()  # of from_pretrained, for modules that the files may lack
+    torch_options: Mapping[str, object] = _mapping()  # options of from_pretrained, for modules that the files may lack
 
 
 def _attention(names, joint):

@@ -46,7 +46,7 @@ from repae_jax.training.state import TrainState, finish_step, update_latent_stat
 
 
 class VaePass(NamedTuple):
-    """What a term of the VAE's loss may be computed from; gradients flow through posterior, latents, recon and logits_fake."""
+    """Tensors that a term of the VAE's loss may use; gradients flow through posterior, latents, recon and logits_fake."""
 
     x: Inputs
     posterior: DiagonalGaussian

@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import signal
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+from processes import end_with_kills
 
 from configs import ldm
 from repae_jax import cache_latents
@@ -92,17 +92,8 @@ def interrupted_trials(folder, trials, seed):
     whole_seconds = time.perf_counter() - began
     draw = random.Random(seed)
     for trial in range(trials):
-        out, kills = folder / f"cut-{trial}", 0
-        while True:
-            pid = start(out)
-            if kills < 4:
-                time.sleep(draw.uniform(0, 0.6) * whole_seconds)
-                os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if status == 0:
-                break
-            assert os.WIFSIGNALED(status), status
-            kills += 1
+        out = folder / f"cut-{trial}"
+        kills = end_with_kills(lambda out=out: start(out), 4, lambda: draw.uniform(0, 0.6) * whole_seconds)
         print(json.dumps({"kills": kills, "files": sorted(path.name for path in out.iterdir())}))
 
 

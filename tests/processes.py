@@ -1,6 +1,7 @@
 """Several processes that share a folder: as threads, or as scripts of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -33,3 +34,23 @@ def run_script(script):
 def contents(folder):
     """Returns name -> bytes of all files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def end_with_kills(start, most_kills, seconds):
+    """Starts processes until one ends well, killing the first `most_kills` of them; returns the number that were killed.
+
+    Args:
+      start: function that forks a process and returns its id.
+      seconds: function that returns the time after which the next one is killed.
+    """
+    kills = 0
+    while True:
+        pid = start()
+        if kills < most_kills:
+            time.sleep(seconds())
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if status == 0:
+            return kills
+        assert os.WIFSIGNALED(status), status
+        kills += 1

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
-from processes import contents, in_threads, run_script
+from processes import contents, end_with_kills, in_threads, run_script
 
 from repae_jax import data, faults, prepare_images
 from repae_jax.data import array_record, shards
@@ -142,23 +142,18 @@ def killed_trials(pictures, folder, trials):
     encode = array_record.encode
     array_record.encode = lambda *given: time.sleep(0.05) or encode(*given)
     for trial in range(trials):
-        kills = 0
-        while True:
+        out = folder / f"cut-{trial}"
+
+        def start(out=out):
             pid = os.fork()  # importing takes seconds: that is done once
             if not pid:
-                out = folder / f"cut-{trial}"
                 try:
                     prepare(pictures, out)
                 finally:
                     os._exit(0 if (out / shards.MANIFEST).exists() else 1)
-            if kills < 3:
-                time.sleep(draw.uniform(0.01, 0.15))
-                os.kill(pid, signal.SIGKILL)
-            status = os.waitpid(pid, 0)[1]
-            if status == 0:
-                break
-            assert os.WIFSIGNALED(status), status
-            kills += 1
+            return pid
+
+        kills = end_with_kills(start, 3, lambda: draw.uniform(0.01, 0.15))
         print(json.dumps({"kills": kills}))
 
 

@@ -17,7 +17,7 @@ from repae_jax.training.rng import named_keys
 
 @struct.dataclass
 class Inputs:
-    """What the losses of one step are computed from; every array has the batch first, so that micro-batches are cut from all.
+    """Inputs of the losses of one step; every array has the batch first, so that micro-batches are cut from all.
 
     Attributes:
       images: in [-1, 1]; None if the step reads cached moments alone.
