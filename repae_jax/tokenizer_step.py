@@ -35,7 +35,7 @@ def scale_equivariance(params, latents, x: Inputs, *, nets, frozen, recipe):
     decode = partial(nets.vae.decode, params)
 
     def pixel_loss_of(images, recon):
-        return pixel_loss(recon, images, recipe.vae_weights, nets=nets, frozen=frozen, recipe=recipe)[0]
+        return pixel_loss(recon, x.replace(images=images), recipe.vae_weights, nets=nets, frozen=frozen, recipe=recipe)[0]
 
     losses = [regularizers.scale_equivariance_loss(x.images, latents, decode, pixel_loss_of, f) for f in recipe.se_factors]
     return sum(losses) / len(losses)
@@ -51,15 +51,11 @@ def pixel_weights(weights, images, recipe):
     return {name: factor * weights[name] for name in PIXEL_TERMS if name in weights}
 
 
-def pixel_loss(recon, images, weights, *, nets, frozen, recipe):
+def pixel_loss(recon, x: Inputs, weights, *, nets, frozen, recipe):
     """Returns the weighted sum of the pixel terms, float32, and the unweighted terms."""
-    others = dict.fromkeys(("labels", "targets", "posterior_noise", "t", "noise", "label_drop"))
-    v = VaePass(
-        x=Inputs(images=images, **others), posterior=None, latents=None, recon=recon, logits_fake=None,
-        state=None, frozen=frozen, nets=nets, recipe=recipe,
-    )  # fmt: skip
+    v = VaePass(x, recon, frozen, nets, recipe)
     terms = {name: VAE_TERMS[name](v) for name in PIXEL_TERMS if name in weights}
-    return jnp.float32(weighted_sum(pixel_weights(weights, images, recipe), terms)), terms
+    return jnp.float32(weighted_sum(pixel_weights(weights, x.images, recipe), terms)), terms
 
 
 def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_factor, nets, recipe):
@@ -101,7 +97,7 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
                 state.vae.params,
                 encode=encode,
                 decode=decode,
-                pixel_loss=partial(pixel_loss, images=images, weights=weights, **options),
+                pixel_loss=partial(pixel_loss, x=x.replace(images=images), weights=weights, **options),
                 gan_loss=gan_loss,
                 latent_losses={name: partial(LATENT_TERMS[name], x=x, **options) for name in LATENT_TERMS if name in weights},
                 weights=weights | pixel_weights(weights, images, recipe),

@@ -46,17 +46,20 @@ from repae_jax.training.state import TrainState, finish_step, update_latent_stat
 
 
 class VaePass(NamedTuple):
-    """Tensors that a term of the VAE's loss may use; gradients flow through posterior, latents, recon and logits_fake."""
+    """Tensors that a term of the VAE's loss may use; gradients flow through posterior, latents, recon and logits_fake.
+
+    A tokenizer's terms of the pixels get the first five alone.
+    """
 
     x: Inputs
-    posterior: DiagonalGaussian
-    latents: Float[Array, "B h w C"]  # sampled, un-normalized
     recon: Float[Array, "B H W 3"]
-    logits_fake: Array | None  # the discriminator's, of recon; None if the GAN has no weight
-    state: TrainState  # before the step: parameters of SiT and discriminator, running statistics
     frozen: dict[str, Any]  # parameters of LPIPS and the encoders
     nets: BoundNets
     recipe: Recipe
+    posterior: DiagonalGaussian | None = None
+    latents: Float[Array, "B h w C"] | None = None  # sampled, un-normalized
+    logits_fake: Array | None = None  # the discriminator's, of recon; None if the GAN has no weight
+    state: TrainState | None = None  # before the step: parameters of SiT and discriminator, running statistics
 
 
 def align_through_sit(v: VaePass):
@@ -98,7 +101,7 @@ def vae_loss(params, x: Inputs, disc_stats, *, state, frozen, weights, nets, rec
     logits_fake = None
     if "gan" in weights:
         logits_fake, disc_stats = nets.disc(state.disc.params, disc_stats, recon)
-    v = VaePass(x, posterior, latents, recon, logits_fake, state, frozen, nets, recipe)
+    v = VaePass(x, recon, frozen, nets, recipe, posterior, latents, logits_fake, state)
     terms = {name: VAE_TERMS[name](v) for name in weights}
     return weighted_sum(weights, terms), Aux(terms, rows=(latents, recon), carry=disc_stats)
 

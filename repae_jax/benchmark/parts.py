@@ -122,7 +122,7 @@ def _vae_terms(c, nets):
 
     def grads_of_pass(term, state, frozen, x):
         def loss(latents, recon):
-            return VAE_TERMS[term](VaePass(x, None, latents, recon, None, state, frozen, nets, recipe))
+            return VAE_TERMS[term](VaePass(x, recon, frozen, nets, recipe, latents=latents, state=state))
 
         return jax.grad(loss, (0, 1))(x.latents, x.recon)
 
