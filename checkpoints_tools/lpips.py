@@ -100,8 +100,7 @@ def load_lpips(vgg16: str | Path, linear_weights: str | Path = "") -> dict[str, 
       linear_weights: the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; empty if `vgg16` holds the whole module. The
         two may also be given the other way round. Both may be any kind of file that `weights.read_state_dict` reads.
     """
-    paths = [str(path) for path in (vgg16, linear_weights) if path]
-    if not paths:
+    if not (paths := [str(path) for path in (vgg16, linear_weights) if path]):
         raise ValueError("LPIPS needs torchvision's VGG16 weights and the linear weights of LPIPS v0.1, or both in one file")
     source = " with ".join(paths)
     state_dict = merge_state_dicts(*map(weights.read_state_dict, paths))

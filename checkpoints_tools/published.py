@@ -74,8 +74,7 @@ def checkpoint_file(path: Path, step: int | None = None) -> Path:
         if step is not None:
             raise ValueError(f"{path} is one checkpoint: step {step} can be chosen in the folder of a run only")
         return path
-    by_step = locate.training_files(path)
-    if not by_step:
+    if not (by_step := locate.training_files(path)):
         raise FileNotFoundError(f"{path} has no checkpoints/NNNNNNN.pt or .safetensors; name the file itself")
     if step is not None and step not in by_step:
         raise FileNotFoundError(f"{path} has no checkpoint of step {step}; there are {', '.join(map(str, sorted(by_step)))}")

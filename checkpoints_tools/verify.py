@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import sit, sit_reference, vae, vae_reference, vit, vit_reference
+from checkpoints_tools import sit, torch_reference, vae, vit
 from checkpoints_tools.identify import KINDS, identify
 from repae_jax.models import encoders
 
@@ -74,14 +74,14 @@ def _compare_training(training, size, rng):
     networks, differences = training.networks, []
     if "vae" in networks:
         module, params = training.load_vae()
-        differences += _compare_vae(module, params, vae_reference.torch_vae(module, params), size, rng)
+        differences += _compare_vae(module, params, torch_reference.torch_vae(module, params), size, rng)
     return differences + _compare_sit(training.load_sit("ema" if "ema" in networks else "model"), rng)
 
 
 def _torch_vae(source, loaded):
     """Returns what diffusers reads from its folders; for other files, its module of our sizes with our parameters."""
     if not source.path.is_dir():
-        return vae_reference.torch_vae(loaded.module, loaded.params)
+        return torch_reference.torch_vae(loaded.module, loaded.params)
     import diffusers
     return diffusers.AutoencoderKL.from_pretrained(source.path, local_files_only=True).float().eval()
 
@@ -111,11 +111,11 @@ def _compare_sit(loaded, rng):
     z = rng.standard_normal((2, side, side, module.latent_channels)).astype(np.float32)
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
-    expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
+    expected = torch_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
     differences = [_compare("SiT velocity", expected, module, params, z, t, labels, pick=lambda output: output[0])]
     if module.feature_dims:
         tokens = _apply(module, params, z, t, labels, method="tap_tokens")
-        expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
+        expected = np.concatenate(torch_reference.torch_projections(module, params, tokens), axis=-1)
         join = functools.partial(jnp.concatenate, axis=-1)
         differences.append(_compare("SiT projections", expected, module, params, tokens, method="_project", pick=join))
     return differences
@@ -140,10 +140,10 @@ def _compare_encoder(source, size, rng):
 def _torch_tokens(source, module, params, pixels: Any):
     """Tokens of transformers' module; MoCo v3, whose files it does not read, is saved as a ViT of its own."""
     if source.kind != "mocov3":
-        return vit_reference.torch_tokens(source.path, pixels)
+        return torch_reference.torch_tokens(source.path, pixels)
     with tempfile.TemporaryDirectory() as folder:
         vit.save_encoder(folder, module, params)
-        return vit_reference.torch_tokens(Path(folder), pixels)
+        return torch_reference.torch_tokens(Path(folder), pixels)
 
 
 def report(differences: Iterable[Difference], tolerance: float) -> tuple[str, bool]:

@@ -56,8 +56,7 @@ def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
             f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
             "or a folder with model.safetensors"
         )
-    state_dict = read(path)
-    if not state_dict:
+    if not (state_dict := read(path)):
         raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
     return without_wrappers(state_dict, path)
 
@@ -66,8 +65,7 @@ def weight_file(path: Path) -> Path:
     """Returns the file that holds the weights of a local path: itself, or the one in a Hugging Face folder."""
     if path.is_dir():
         names = (*SAFETENSORS, *PICKLED)
-        present = [path / name for name in names if (path / name).exists()]
-        if not present:
+        if not (present := [path / name for name in names if (path / name).exists()]):
             listing = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
             advice = "name the weight file itself, or download the folder again"
             raise FileNotFoundError(f"{path} has none of {', '.join(names)}, but {listing}; {advice}")
@@ -83,8 +81,7 @@ def _read_safetensors(path):
             names = file.keys()
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
             metadata = file.metadata() or {}
-        unknown = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
-        if unknown:
+        if unknown := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]:
             raise ValueError(
                 f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
             )
@@ -101,18 +98,14 @@ def _read_shards(index):
         shards = weight_map.values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise files.unreadable(index, error) from error
-    nameless = [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]
-    if nameless:
+    if nameless := [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise ValueError(f"{index} is damaged: weight_map has {', '.join(nameless)}, no file name; download it again")
     shards = sorted(set(shards))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; do not trust it")
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them")
-    unknown = [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]
-    if unknown:
+    if unknown := [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]:
         raise ValueError(f"{index} names {', '.join(unknown)}; allowed endings: .safetensors, {', '.join(TORCH_SUFFIXES)}")
     state_dict = {}
     for shard in shards:
@@ -120,8 +113,7 @@ def _read_shards(index):
         files.check_file(file)
         is_torch = file.suffix != ".safetensors"
         state_dict |= _single_state_dict(read_torch(file), None, file) if is_torch else _read_safetensors(file)
-    absent = sorted(set(weight_map) - set(state_dict))
-    if absent:
+    if absent := sorted(set(weight_map) - set(state_dict)):
         raise ValueError(f"the shards of {index} lack {', '.join(absent)}; download all of them again")
     return state_dict
 
@@ -204,11 +196,6 @@ def write_safetensors(
     files.write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
 
 
-def write_torch(path: str | Path, content: Any, *, overwrite: bool = False) -> None:
-    """Writes a file that is either complete or absent; raises as `files.write_all` and `torch_files.torch_writer`."""
-    files.write_all({path: torch_writer(content, path)}, overwrite=overwrite)
-
-
 def write_files(writes: Mapping[Any, Callable[[Path], None]], *, overwrite: bool) -> list[Any]:
     """Writes files as `files.write_all`, their folders made where they do not exist; returns their paths."""
     for path in writes:
@@ -230,8 +217,7 @@ def safetensors_writer(
     Raises ValueError, naming the source, if something is no array of numbers, or the metadata is no text.
     """
     import safetensors.numpy
-    bad = [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]
-    if bad:
+    if bad := [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]:
         raise ValueError(f"{source}: the header keeps text only; {', '.join(map(str, bad))} is none: make it a string")
     # safetensors copies the memory as it lies, so transposed views must be laid out first
     arrays = {name: checked_array(value, name, source) for name, value in state_dict.items()}

@@ -87,8 +87,7 @@ class FolderSource(EncodedImages):
 
 def _check_others(root, others):
     """Raises ValueError for images of formats that are not read; logs the extensions of all other files."""
-    refused = [path for path in others if path.lower().endswith(_REFUSED)]
-    if refused:
+    if refused := [path for path in others if path.lower().endswith(_REFUSED)]:
         advice = f"convert or move them; these extensions are read: {_EXTENSIONS}"
         raise ValueError(f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; {advice}")
     if others:
@@ -103,12 +102,10 @@ def _labels_from_subfolders(root, paths, classes):
         allowed = "allowed: one subfolder per class, or a labels_file (JSON, CSV or TSV)"
         raise ValueError(f"{str(root)!r} holds {len(paths)} images but no class subfolders; {allowed}")
     class_of_path = [path.partition("/")[0] for path in paths]
-    outside = [path for path in paths if "/" not in path]
-    if outside:
+    if outside := [path for path in paths if "/" not in path]:
         raise ValueError(f"images outside the class subfolders of {str(root)!r}: {_some(outside)}; move them into one")
     # An empty class is most often an unfinished copy; leaving it out would shift the labels of the others.
-    empty = sorted(set(classes) - set(class_of_path))
-    if empty:
+    if empty := sorted(set(classes) - set(class_of_path)):
         raise ValueError(f"class subfolders without images ({_EXTENSIONS}): {_some(empty)}; fill or remove them")
     if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
         other = next(label for label, name in enumerate(classes) if int(name) != label)
@@ -129,15 +126,12 @@ def _labels_from_file(file, paths):
     if not entries:
         raise ValueError(f"labels file {str(file)!r} lists no images; allowed: at least one [path, label]")
     listed = [path for path, _ in entries]
-    missing = sorted(set(listed) - set(paths))
-    if missing:
+    if missing := sorted(set(listed) - set(paths)):
         found = f"names files that are not images ({_EXTENSIONS}) below the folder: {_some(missing)}"
         raise ValueError(f"labels file {str(file)!r} {found}; paths in it are relative to the folder")
-    repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
-    if repeated:
+    if repeated := sorted(path for path, count in Counter(listed).items() if count > 1):
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
-    wrong = [f"{path}: {label}" for path, label in entries if not 0 <= label <= MAX_LABEL]
-    if wrong:
+    if wrong := [f"{path}: {label}" for path, label in entries if not 0 <= label <= MAX_LABEL]:
         raise ValueError(f"labels file {str(file)!r} has labels out of range: {_some(wrong)}; allowed: 0..{MAX_LABEL}")
     entries.sort()
     return [path for path, _ in entries], [label for _, label in entries]

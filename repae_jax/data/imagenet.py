@@ -57,8 +57,7 @@ class ImagenetSource(EncodedImages):
         info = self._opened.dataset_info
         self._name = f"{info.full_name} {self.split}"
         self._labels_key = f"labels of {self._name}"
-        missing = {"image", "label"} - set(info.features)
-        if missing:
+        if missing := {"image", "label"} - set(info.features):
             absent, features = " and no ".join(sorted(missing)), ", ".join(info.features)
             raise ValueError(f"{info.full_name} has no {absent}; its features: {features}")
         self.num_classes = info.features["label"].num_classes

@@ -140,8 +140,7 @@ def _list_files(root, split):
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
-    chosen = [file for file in files if _split_of(file) == split]
-    if not chosen:
+    if not (chosen := [file for file in files if _split_of(file) == split]):
         splits = ", ".join(sorted({repr(_split_of(file)) for file in files})) or "none: no parquet files"
         raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {splits}")
     folders = sorted({str(file.parent) for file in chosen})
@@ -164,12 +163,10 @@ def _check_numbers(folder, split, names):
         raise ValueError(f"split {split!r} in {str(folder)!r} is {found}: keep those of one download")
     if len(totals) > 1:
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
-    repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
-    if repeated:
+    if repeated := sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1):
         where = f"file {repeated[0]} of split {split!r} is in {str(folder)!r}"
         raise ValueError(f"{where} more than once: keep those of one download")
-    missing = sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers})
-    if missing:
+    if missing := sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers}):
         count = f"{len(missing)} of {totals[0]} files of split {split!r}"
         raise ValueError(f"{count} are missing in {str(folder)!r}, first number {missing[0]}; download them")
 

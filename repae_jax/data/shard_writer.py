@@ -184,8 +184,7 @@ class ShardWriter:
     def _make(self, todo, stopped):
         """Makes shards; returns False if stopped."""
         cuts = {shard: _cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
-        ranges = [block for cut in cuts.values() for block in cut]
-        if not ranges:
+        if not (ranges := [block for cut in cuts.values() for block in cut]):
             return True
         read = functools.partial(read_block, self._source, self._maker.read, self._maker.missing)
         blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)

@@ -149,8 +149,7 @@ class Shards(ReopenedByWorkers):
         self._shard_size = self.manifest["shard_size"]
         with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
             damages = list(pool.map(functools.partial(shard_damage, self._path, check_content=False), entries))
-        damaged = [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]
-        if damaged:
+        if damaged := [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]:
             count = f"{len(damaged)} of {len(entries)} shards, first {', '.join(damaged[:5])}"
             raise ValueError(f"{shard_format.title} {self._path!r} is damaged, {count}; {self._repair}")
 

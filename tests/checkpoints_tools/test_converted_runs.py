@@ -10,7 +10,7 @@ import optax
 import pytest
 import small
 from command_line import call, error_of
-from small_files import published_shapes
+from small_files import published_shapes, write_torch
 
 from checkpoints_tools import published, published_args, vae, vae_layouts, weights
 from configs import ldm
@@ -201,7 +201,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
     """DiT-XL-2-256x256.pt holds weights alone: only who samples can say that they are not a plain SiT's."""
     ema = dict(published.read(converted["dit"]).networks["ema"])
     bare = {name: array for name, array in ema.items() if not name.startswith("bn.")}
-    weights.write_torch(tmp_path / "DiT.pt", bare)
+    write_torch(tmp_path / "DiT.pt", bare)
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise.*convert --plain_sit.*--sampler ancestral"):
         images(tmp_path / "DiT.pt", vae_path=frozen_vae)
     with pytest.raises(ValueError, match="as REPA and DiT have none: give --vae as diffusers' folder"):
@@ -232,7 +232,7 @@ def _without_stats(folder, tmp_path):
 
 def test_a_dits_file_is_none_for_a_velocity(sit_run, converted, tmp_path):
     ema = dict(published.read(converted["dit"]).networks["ema"])
-    weights.write_torch(tmp_path / "DiT.pt", {name: array for name, array in ema.items() if not name.startswith("bn.")})
+    write_torch(tmp_path / "DiT.pt", {name: array for name, array in ema.items() if not name.startswith("bn.")})
     with pytest.raises(ValueError, match="for training with config.diffusion.path='ddpm'"):
         continued(sit_run, tmp_path / "DiT.pt")
     with pytest.raises(ValueError, match="config.diffusion.path='linear', but path_type='ddpm'"):

@@ -12,6 +12,7 @@ import optax
 import pytest
 import reference
 import small
+from small_files import write_torch
 
 from checkpoints_tools import identify, published, published_args, training_state, weights
 from checkpoints_tools.sit import abstract_sit
@@ -237,7 +238,7 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
     files.write_json(tmp_path / "args.json", dict(checkpoint.args))
     for name in ("0000003.pt", "0000003.safetensors"):
         path = tmp_path / "checkpoints" / name
-        write = weights.write_torch if path.suffix == ".pt" else weights.write_safetensors
+        write = write_torch if path.suffix == ".pt" else weights.write_safetensors
         write(path, dict(checkpoint.networks["ema"]))
         read = published.read(tmp_path)
         assert read.steps is None and read.number("num_heads") == 2 and read.args == json.loads(json.dumps(checkpoint.args))
@@ -253,7 +254,7 @@ def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
     del wrapped["ema"]
     for name, prefix in (("model", "module."), ("ema_model", "module._orig_mod."), ("vae", "_orig_mod.")):
         wrapped[name] = {prefix + key: array for key, array in wrapped[name].items()}
-    weights.write_torch(tmp_path / "wrapped.pt", wrapped)
+    write_torch(tmp_path / "wrapped.pt", wrapped)
     for read in (published.read(tmp_path / "wrapped.pt"), identify.identify(tmp_path / "wrapped.pt").checkpoint):
         assert read.networks.keys() == checkpoint.networks.keys()
         for name, arrays in checkpoint.networks.items():
@@ -261,13 +262,13 @@ def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
         for name, adam in checkpoint.optimizers.items():
             assert_same_arrays(read.optimizers[name].exp_avg, adam.exp_avg)
 
-    weights.write_torch(tmp_path / "sit.pt", {"model": wrapped["model"]})
+    write_torch(tmp_path / "sit.pt", {"model": wrapped["model"]})
     assert_same_arrays(published.read(tmp_path / "sit.pt").networks["model"], checkpoint.networks["model"])
-    weights.write_torch(tmp_path / "both.pt", {**wrapped, "ema": content["model"]})
+    write_torch(tmp_path / "both.pt", {**wrapped, "ema": content["model"]})
     with pytest.raises(ValueError, match="both.pt holds several averages, ema, ema_model: save it again with one"):
         published.read(tmp_path / "both.pt")
     wrapped["vae"]["more"] = np.ones(1)
-    weights.write_torch(tmp_path / "mixed.pt", wrapped)
+    write_torch(tmp_path / "mixed.pt", wrapped)
     with pytest.raises(ValueError, match="mixed.pt: vae: [0-9]+ names begin with _orig_mod., 1 do not"):
         published.read(tmp_path / "mixed.pt")
 
@@ -279,7 +280,7 @@ def test_bad_optimizer_states(checkpoint, tmp_path):
     del content["opt_vae"]["state"][4]
     content["opt_vae"]["state"][0]["exp_avg"] = np.zeros((3, 3), np.float32)
     content["opt_vae"]["state"][1]["step"] = np.asarray(9.0, np.float32)
-    weights.write_torch(path, content, overwrite=True)
+    write_torch(path, content, overwrite=True)
     with pytest.raises(ValueError, match="x.pt: opt_vae does not fit its network: 3 problems") as error:
         published.read(path)
     for line in ("no state", "exp_avg has shape (3, 3), the parameter", "were updated [3, 9] times"):
@@ -287,7 +288,7 @@ def test_bad_optimizer_states(checkpoint, tmp_path):
 
 
 def test_not_a_training_checkpoint(checkpoint, tmp_path):
-    weights.write_torch(tmp_path / "x.pt", dict(checkpoint.networks["vae"]))
+    write_torch(tmp_path / "x.pt", dict(checkpoint.networks["vae"]))
     with pytest.raises(ValueError, match="x.pt is no training checkpoint.*it holds .*conv_in"):
         published.read(tmp_path / "x.pt")
     weights.write_safetensors(tmp_path / "x.safetensors", checkpoint.networks["vae"])

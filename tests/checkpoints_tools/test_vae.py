@@ -8,9 +8,9 @@ import reference
 from absl import logging
 from flax import traverse_util
 from golden_networks import abstract_params, drawn_params, golden_vae
-from small_files import STATS
+from small_files import STATS, write_torch
 
-from checkpoints_tools import mapping, vae, vae_layouts, vae_reference, vae_stats, weights
+from checkpoints_tools import mapping, torch_reference, vae, vae_layouts, vae_stats, weights
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
@@ -127,7 +127,7 @@ def test_golden_through_diffusers_and_back(tmp_path, name, record_property):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_what_diffusers_saves_is_read(tmp_path, drawn, network):
     pytest.importorskip("diffusers")
-    theirs = vae_reference.torch_vae(NETWORKS[network], drawn[network])
+    theirs = torch_reference.torch_vae(NETWORKS[network], drawn[network])
     theirs.save_pretrained(tmp_path / "pipeline" / "vae")
     loaded = vae.load_vae(tmp_path / "pipeline")
     assert (loaded.module, loaded.layout) == (NETWORKS[network], "diffusers")
@@ -152,7 +152,7 @@ def test_a_whole_stable_diffusion_file(tmp_path, module, params, state_dict):
 def test_extras_of_the_training_are_ignored(tmp_path, module, params, state_dict, extras):
     pytest.importorskip("torch")
     content = {"state_dict": {**state_dict, **{name: np.ones(2, np.float32) for name in extras}}, "global_step": 3}
-    weights.write_torch(tmp_path / "vavae.ckpt", content)
+    write_torch(tmp_path / "vavae.ckpt", content)
     same_tree(vae.load_vae(tmp_path / "vavae.ckpt").params, params)
     same_tree(vae.read_vae_params(tmp_path / "vavae.ckpt", module, abstract_params(module)), params)
 
@@ -239,7 +239,7 @@ def test_statistics_files(tmp_path, suffix, shape):
     }
     for name, arrays in forms.items():
         arrays = {key: array.reshape(shape) for key, array in arrays.items()}
-        write = weights.write_torch if suffix == ".pt" else weights.write_safetensors
+        write = write_torch if suffix == ".pt" else weights.write_safetensors
         write(tmp_path / (name + suffix), arrays)
         stats = vae.read_latent_stats(tmp_path / (name + suffix))
         np.testing.assert_array_equal(stats["mean"], STATS["mean"])
