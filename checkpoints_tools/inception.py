@@ -72,8 +72,6 @@ def _read_graph(path):
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto import graph_pb2
     from tensorboard.util import tensor_util
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the path, or download the file first")
     try:
         graph = graph_pb2.GraphDef.FromString(path.read_bytes())
         nodes = [node for node in graph.node if node.op == "Const" and node.name.rpartition("/")[2] in _GRAPH_WEIGHTS]

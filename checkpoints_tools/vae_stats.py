@@ -66,17 +66,29 @@ def to_arrays(latent_stats: Stats, channels: int | None = None) -> dict[str, Flo
 
 def _stats(source, channels, named, inverse=False):
     """{'mean', 'var'} of a named mean and, after it, a named standard deviation, or its inverse."""
+    mean, scale = _checked(source, channels, named)
+    with np.errstate(over="ignore", under="ignore"):
+        stats = {"mean": mean.astype(np.float32), "var": np.square(1 / scale if inverse else scale).astype(np.float32)}
+    if not (np.isfinite(stats["mean"]).all() and np.isfinite(stats["var"]).all() and stats["var"].all()):
+        raise ValueError(f"{source}: {' or '.join(named)} is beyond the range of float32 variances")
+    return stats
+
+
+def _mean_and_std(latent_stats, channels):
+    """Both as float64 [C]; the exact root, so that squaring and rounding it to float32 gives `var` again."""
+    mean, var = _checked("latent statistics", channels, {name: latent_stats[name] for name in ("mean", "var")})
+    return mean, np.sqrt(var)
+
+
+def _checked(source, channels, named):
+    """A named mean and, after it, a named measure of spread, as float64 [C]."""
     (mean_name, mean), (scale_name, scale) = ((name, _vector(source, name, value)) for name, value in named.items())
     if len(mean) != len(scale) or len(mean) != (channels or len(mean)):
         needed = f"; the VAE has {channels} channels" if channels else ""
         raise ValueError(f"{source}: {mean_name} has {len(mean)} entries, {scale_name} {len(scale)}{needed}")
     if not (scale > 0).all():
         raise ValueError(f"{source}: {scale_name} must be positive; its smallest entry is {scale.min()}")
-    with np.errstate(over="ignore", under="ignore"):
-        stats = {"mean": mean.astype(np.float32), "var": np.square(1 / scale if inverse else scale).astype(np.float32)}
-    if not (np.isfinite(stats["mean"]).all() and np.isfinite(stats["var"]).all() and stats["var"].all()):
-        raise ValueError(f"{source}: {mean_name} or {scale_name} is beyond the range of float32 variances")
-    return stats
+    return mean, scale
 
 
 def _vector(source, name, value):
@@ -89,16 +101,3 @@ def _vector(source, name, value):
     if not np.isfinite(array).all():
         raise ValueError(f"{source}: {name} is not finite")
     return array.reshape(-1)
-
-
-def _mean_and_std(latent_stats, channels):
-    """Returns both as float64 [C], checked; the exact root, so that squaring and rounding it to float32 gives `var` again."""
-    stats = {name: np.asarray(latent_stats[name], np.float64) for name in ("mean", "var")}
-    for name, array in stats.items():
-        if array.shape != (channels or array.size,):
-            raise ValueError(f"latent statistics: {name} has shape {array.shape}; needed: ({channels or 'C'},)")
-        if not np.isfinite(array).all():
-            raise ValueError(f"latent statistics: {name} is not finite")
-    if not (stats["var"] > 0).all():
-        raise ValueError(f"latent statistics: var must be positive; its smallest entry is {stats['var'].min()}")
-    return stats["mean"], np.sqrt(stats["var"])

@@ -136,7 +136,7 @@ def _stored_module(architecture, side):
 
 def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     """Returns the Format of a local Hugging Face folder, and the part of config.json that describes the vision transformer."""
-    config = weights.read_config(folder)
+    config = files.read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type in VISION_PARTS:
         model_type, config = VISION_PARTS[model_type], config.get("vision_config") or {}

@@ -29,9 +29,7 @@ def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.nda
     """Returns all arrays of a weight file by name, in the file's dtypes (ml_dtypes.bfloat16 among them).
 
     Args:
-      path: path or name to `resolve`, of a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
-        Hugging Face folder with `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or
-        in `.bin` files.
+      path: path or name to `resolve`, of a file of weights, or of a folder as transformers or diffusers write it.
       entry: the state dict to take from a PyTorch file that holds several ('ema'), not for other files; or several names, of
         which the first that is there counts where a file is no single state dict.
 
@@ -192,7 +190,7 @@ def _single_state_dict(content, entry, path):
 def write_safetensors(
     path: str | Path, state_dict: StateDict, metadata: Mapping[str, str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Writes a file that is either complete or absent; raises as `files.write_all` and `safetensors_writer`."""
+    """Writes a file by `files.write_all` and `safetensors_writer`."""
     files.write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
 
 
@@ -233,8 +231,3 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise files.unreadable(path, error) from error
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Returns the config.json of a Hugging Face folder, see `files.read_json`."""
-    return files.read_json(Path(folder) / "config.json")

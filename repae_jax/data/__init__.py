@@ -53,15 +53,9 @@ def given(options: dict) -> dict:
 
 
 def make_source(source: str, image_size: int, **fields):
-    """Returns a new source.
+    """Returns a new source, a key of SOURCES, with its options, such as `split` or `path`; None counts as not given.
 
-    Args:
-      source: a key of SOURCES.
-      image_size: side of the images in pixels.
-      **fields: the source's options, such as `split` or `path`; None counts as not given.
-
-    Raises:
-      ValueError: for an unknown name or option, a missing option, or a value that the source refuses.
+    Raises ValueError for an unknown name or option, a missing option, or a value that the source refuses.
     """
     options = options_of(source)
     fields = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in given(fields).items()}

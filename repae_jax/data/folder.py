@@ -33,26 +33,20 @@ _ENCODINGS = {
 class FolderSource(EncodedImages):
     """Random access to the images below a folder, center-cropped as they are read.
 
-    The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
+    The records are sorted by their path, so they do not depend on the file system or on the order of a labels file. Without
+    such a file each subfolder is a class; sorted by name they get the labels 0, 1, ...; images may lie deeper inside them.
 
-    Attributes:
-      path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the labels 0, 1, ...;
-        images may lie deeper inside them.
-      labels_file: path of a labels file, relative to the folder or absolute. Either JSON `{"labels": [["sub/a.png", 3], ...]}`,
-        or `.csv` / `.tsv` with two columns, path and label. The paths in it are relative to the folder; images that it does not
-        list are left out.
-      labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
-      paths: paths of the records, relative to the folder, with forward slashes.
+    A labels file is either JSON `{"labels": [["sub/a.png", 3], ...]}`, or `.csv` / `.tsv` with two columns, path and label. The
+    paths in it are relative to the folder; images that it does not list are left out.
 
-    Raises:
-      ValueError: from the constructor, if the folder or its classes are missing, it cannot be listed, holds no images or some
-        of a format that is not read, or if the labels file is malformed, names missing files or has labels out of range.
+    The constructor raises ValueError if the folder or its classes are missing, it cannot be listed, holds no images or some of
+    a format that is not read, or if the labels file is malformed, names missing files or has labels out of range.
     """
 
     path: str | os.PathLike
     image_size: int
-    labels_file: str | os.PathLike | None = None
-    labelled: bool = True
+    labels_file: str | os.PathLike | None = None  # absolute, or relative to the folder
+    labelled: bool = True  # whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0
 
     def __post_init__(self):
         check_image_size(self.image_size)
@@ -72,8 +66,7 @@ class FolderSource(EncodedImages):
             labels = _labels_from_subfolders(self._root, paths, classes)
         else:
             paths, labels = _labels_from_file(self._root / self.labels_file, paths)
-        self.paths = paths
-        self.labels = np.asarray(labels, np.int32)
+        self.paths, self.labels = paths, np.asarray(labels, np.int32)  # paths are relative to the folder, with forward slashes
         self.num_classes = int(self.labels.max()) + 1
 
     def content(self, i: int) -> bytes:

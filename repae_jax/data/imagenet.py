@@ -34,23 +34,15 @@ class ImagenetSource(EncodedImages):
     kept in a file. Process 0 of a run reads them, and the others wait for the file: it has to be on a disk that they share,
     unless every host has its own already.
 
-    Attributes:
-      split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
-      data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      dataset: with the features `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'.
-      labels_file: .npy for the labels; '' for a file beside the images.
-
-    Raises:
-      ValueError: from the constructor, if the data set is not prepared as ArrayRecords, has no such split or features, or
-        labels out of range.
-      ImportError: without tensorflow_datasets.
+    The constructor raises ValueError if the data set is not prepared as ArrayRecords, has no such split or features, or labels
+    out of range; and ImportError without tensorflow_datasets.
     """
 
     image_size: int
-    split: str = "train"
-    data_dir: str | os.PathLike = ""
-    dataset: str = "imagenet2012"
-    labels_file: str | os.PathLike = ""
+    split: str = "train"  # or 'validation', or any other that TFDS understands, such as 'train[:1%]'
+    data_dir: str | os.PathLike = ""  # folder of TFDS' data sets; '' for its choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    dataset: str = "imagenet2012"  # has `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'
+    labels_file: str | os.PathLike = ""  # .npy for the labels; '' for a file beside the images
 
     def __post_init__(self):
         check_image_size(self.image_size)

@@ -31,11 +31,9 @@ class ParquetSource(EncodedImages):
     The records are in the order of the files' names, and of the rows. `path` is a folder with the files SPLIT-*.parquet or
     SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth, but all of one split in one folder.
 
-    Raises:
-      ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in
-        several folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out
-        of range.
-      ImportError: without pyarrow.
+    The constructor raises ValueError if folder, split, columns or files of a numbered set are missing, the split is in several
+    folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out of range;
+    and ImportError without pyarrow.
     """
 
     path: str | os.PathLike

@@ -45,10 +45,7 @@ class RecordMaker(abc.ABC):
     def pack(self, name: Callable, encoded: list, good: Bool[np.ndarray, " n"]) -> tuple[Iterable[bytes], dict]:
         """Returns the records of a shard, and additional fields of its entry.
 
-        Args:
-          name: function of an image's number in the shard.
-          encoded: results of `encode`, one for each image.
-          good: whether each image could be decoded.
+        `name` is a function of an image's number in the shard, `good` tells whether each could be decoded.
         """
         return encoded, {}
 
@@ -105,11 +102,8 @@ class ShardWriter:
         """Makes the shards that are missing or damaged, and once those of all processes exist, the manifest.
 
         Returns the number of shards made here, or None if it was `stopped` before, which gives up the shard in progress.
-
-        Raises:
-          ValueError: if the folder was, or is to be, made with other settings, or its disk has not enough space.
-          RuntimeError: if too many images cannot be decoded, or from the maker.
-          OSError: if something cannot be written.
+        ValueError if the folder was made with other settings, or its disk has too little space; RuntimeError if too many images
+        cannot be decoded, or from the maker.
         """
         if not self._agree_on_settings(stopped):
             return None

@@ -67,29 +67,12 @@ class Comparison:
     pairs: UInt8[np.ndarray, "2n H W 3"]  # the first originals, each followed by its reconstruction
 
 
-class Blocks:
-    """Blocks of a source's images, without those that cannot be decoded: for `loader.read_ahead`.
-
-    Item k is (uint8 [n, H, W, 3], int32 [n] records, [(record, error), ...]), n <= block_size.
-    """
-
-    def __init__(self, source: Any, records: Int[np.ndarray, " N"], block_size: int):
-        self._source = source
-        self._blocks = [records[first : first + block_size] for first in range(0, len(records), block_size)]
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def __getitem__(self, k):
-        side, records = self._source.image_size, self._blocks[k].tolist()
-        decoded, good, failures = np.zeros((len(records), side, side, 3), np.uint8), [], []
-        for record, (fields, error) in zip(records, reading.at_once(functools.partial(reading.attempt, self._source), records)):
-            if error:
-                failures.append((record, error))
-            else:
-                decoded[len(good)] = fields["image"]
-                good.append(record)
-        return decoded[: len(good)], np.asarray(good, np.int32), failures
+def read_images(source: Any, records: Sequence[int]) -> tuple[UInt8[np.ndarray, "n H W 3"], Int[np.ndarray, " n"], list]:
+    """Returns (images, their records, [(record, error), ...] of those that cannot be decoded) of records of a source."""
+    results = reading.at_once(functools.partial(reading.attempt, source), records)
+    decoded = {record: fields["image"] for record, (fields, error) in zip(records, results) if not error}
+    images = np.array([*decoded.values()], np.uint8).reshape(-1, source.image_size, source.image_size, 3)
+    return images, np.array([*decoded], np.int32), [(record, error) for record, (_, error) in zip(records, results) if error]
 
 
 def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
@@ -140,7 +123,8 @@ def compare_all(
     compare = functools.partial(compare, placed, key=jax.random.key(seed))
     of_originals, of_recons = RunningGaussian(), RunningGaussian()
     compared, parts, failures, pairs = [], [], [], []
-    blocks = loader.read_ahead(MapDataset.source(Blocks(source, records, batch_size)), workers)
+    batches = [records[first : first + batch_size].tolist() for first in range(0, len(records), batch_size)]
+    blocks = loader.read_ahead(MapDataset.source(batches).map(functools.partial(read_images, source)), workers)
     with contextlib.closing(blocks), tqdm(total=len(records), unit="img", desc="reconstructing") as bar:
         for pixels, good, failed in blocks:
             bar.update(len(good) + len(failed))
@@ -148,7 +132,12 @@ def compare_all(
             if not len(good):
                 continue
             recon, values = _run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
-            _check_finite(values.pop("finite"), good, source)
+            if len(broken := good[~values.pop("finite")]):
+                first = ", ".join(source.name(int(record)) for record in broken[:5])
+                raise ValueError(
+                    f"the reconstructions of {len(broken)} of {len(good)} images hold nan or infinity, first {first}; the "
+                    "VAE's weights are damaged, or its training has diverged: take an earlier --step"
+                )
             if features_fn is not None:
                 of_originals.update(features_fn(pixels))
                 of_recons.update(features_fn(recon))
@@ -174,15 +163,6 @@ def _run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, pla
     count = len(arrays[0])
     padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
     return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
-
-
-def _check_finite(finite, records, source) -> None:
-    if not finite.all():
-        first = ", ".join(source.name(int(record)) for record in records[~finite][:5])
-        raise ValueError(
-            f"the reconstructions of {int((~finite).sum())} of {len(finite)} images hold nan or infinity, first {first}; the "
-            "VAE's weights are damaged, or its training has diverged: take an earlier --step"
-        )
 
 
 def mean_values(values: Mapping[str, Float[np.ndarray, " N"]], warn: Callable[[str], None]) -> dict[str, float | None]:

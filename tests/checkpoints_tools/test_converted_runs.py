@@ -289,12 +289,12 @@ def test_the_vae_of_a_tokenizers_run(vae_run, tmp_path):
     np.testing.assert_array_equal(content["linear_proj.weight"][:, :, 0, 0].T, state.ema.params["vf_projection"]["kernel"])
     np.testing.assert_array_equal(vae.read_latent_stats(tmp_path / "e2e-latents-stats.pt")["mean"], state.latent_stats.mean)
     assert job.nets.vae.feature_dim == 16
-    params = vae.read_vae_params(tmp_path / "e2e.pt", job.nets.vae, state.vae.params)
+    params = vae.read_vae_params(tmp_path / "e2e.pt", job.nets.vae)
     assert small.differing(params, state.ema.params) == []
 
     call("extract-vae", workdir, tmp_path / "folder")  # diffusers knows no such map
     assert not any("proj." in name and "linear" in name for name in weights.read_state_dict(tmp_path / "folder"))
-    params = vae.read_vae_params(tmp_path / "folder", job.nets.vae, state.vae.params)
+    params = vae.read_vae_params(tmp_path / "folder", job.nets.vae)
     assert "vf_projection" not in params
     assert small.differing(params, {name: tree for name, tree in state.ema.params.items() if name != "vf_projection"}) == []
 

@@ -285,7 +285,7 @@ def test_remote_folder(bucket, arrays):
     (bucket / "model" / "config.json").write_text("{}")
     safetensors.numpy.save_file(arrays, bucket / "model" / "model.safetensors")
     assert_same(weights.read_state_dict("gs://bucket/model"), arrays)
-    assert weights.read_config(locate.resolve("gs://bucket/model")) == {}
+    assert files.read_json(locate.resolve("gs://bucket/model") / "config.json") == {}
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
@@ -750,13 +750,13 @@ def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
     (model / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text('{"model_type": "dinov2"}')
     assert locate.resolve("organisation/name").samefile(snapshot)
-    assert weights.read_config(locate.resolve("organisation/name")) == {"model_type": "dinov2"}
+    assert files.read_json(locate.resolve("organisation/name") / "config.json") == {"model_type": "dinov2"}
 
 
 @pytest.mark.parametrize("content, message", [(POINTER, "Git LFS"), ("{", "damaged"), (json.dumps([1]), "no JSON object")])
 def test_bad_config(tmp_path, content, message):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        weights.read_config(tmp_path)
+        files.read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        weights.read_config(tmp_path)
+        files.read_json(tmp_path / "config.json")

@@ -165,7 +165,7 @@ READERS = {
     "attempt": lambda source: attempt(source, 1),
     "loader": lambda source: next(Loader(source, batch_size=2, seed=0, max_bad_fraction=1)),
     "prepare_images, cache_latents": lambda source: read_block(source, lambda fields: fields, None, (0, 2)),
-    "evaluate_tokenizer": lambda source: tokenizer.Blocks(source, np.arange(2), 2)[0],
+    "evaluate_tokenizer": lambda source: tokenizer.read_images(source, [0, 1]),
     "analyze_latents": lambda source: list(read_batches(source, np.arange(2), 2)),
     "evaluate, a source": lambda source: list(DatasetImages(source, {}).blocks([(0, 2)])),
     "evaluate, a folder": lambda source: list(FolderImages(source._root).blocks([(0, 2)])),
