@@ -109,10 +109,8 @@ def _convert_run(source, run, target, optimizers):
         return target.write(runs.discriminator_of(run))
     if run.networks.sit is None:
         vae_too = "" if run.networks.vae is None else "; extract-vae writes its VAE"
-        raise ValueError(
-            f"{source} is a run without a SiT, which cannot become a published training checkpoint: convert it to "
-            f"NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
-        )
+        advice = f"convert it to NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
+        raise ValueError(f"{source} is a run without a SiT, which cannot become a published training checkpoint: {advice}")
     return _write_training(runs.training_checkpoint_of(run, optimizers), target)
 
 
@@ -194,10 +192,8 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
             raise ValueError(f"{training.source} has no averaged latent statistics (ema: bn.running_mean), which its VAE needs")
         stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
         return vae.LoadedVAE(module, params, stats, discriminator=training.networks.get("discriminator"), steps=training.steps)
-    raise ValueError(
-        f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; give the workdir of a run, or a published "
-        "checkpoint with a VAE in it"
-    )
+    advice = "give the workdir of a run, or a published checkpoint with a VAE in it"
+    raise ValueError(f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; {advice}")
 
 
 def _vae_of_run(run):

@@ -90,11 +90,9 @@ def counter(torch: str, updates: int = 0) -> dict[str, np.ndarray]:
 
 
 def stack(entries: Iterable[Entry], stacks: Mapping[str, range]) -> list[Entry]:
-    """Repeats a block's entries over scanned stacks.
+    """Repeats a block's entries over scanned stacks, by name the ranges of PyTorch's layer indices; empty ones are left out.
 
-    Args:
-      entries: entries of one block; PyTorch names contain '{i}', the layer's index, Flax paths '{stack}'.
-      stacks: stack name -> range of PyTorch layer indices; empty ranges are left out.
+    In the entries, PyTorch names contain '{i}', the layer's index, and Flax paths '{stack}'.
     """
     stacked = []
     for name, layers in stacks.items():

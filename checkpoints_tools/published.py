@@ -91,10 +91,8 @@ def is_training_checkpoint(content: Any) -> bool:
 def read(path: str | Path, step: int | None = None) -> TrainingCheckpoint:
     """Reads a training checkpoint; ValueError if it is none, or an optimizer state does not fit its network.
 
-    Args:
-      path: path or name to `resolve`: a .pt or .safetensors file, or the folder of a published run. A SiT's weights alone
-        count for both the model and its average. Where the file does not hold them, args are those of args.json.
-      step: which checkpoint of a folder to take; the newest by default.
+    The path or name to `resolve` is of a .pt or .safetensors file, or of a published run's folder. A SiT's weights alone count
+    for both the model and its average. Where the file does not hold them, args are those of args.json.
     """
     return read_file(checkpoint_file(locate.resolve(path), step))
 

@@ -58,12 +58,9 @@ def _values(table, config):
 def args_from_config(
     config: Mapping[str, Any], model: str, vae: str, encoder_type: str, num_heads: int, norm_groups: int
 ) -> dict[str, Any]:
-    """Returns the published command line that expresses a config, as JSON values.
+    """Returns the published command line that expresses the config of a run that trains a SiT or DiT, as JSON values.
 
-    Args:
-      config: nested dict of a run that trains a SiT or DiT.
-      model, vae, encoder_type: published names, such as 'SiT-XL/2', 'f8d4' and 'dinov2-vit-b'.
-      num_heads, norm_groups: of the SiT's attention and of the VAE, which no weight implies.
+    Names are the published ones, such as 'SiT-XL/2', 'f8d4' and 'dinov2-vit-b'; numbers are those that no weight implies.
     """
     frozen_vae = config["init"]["vae"] if config["job"] == "ldm" else None
     vae_args = {"vae_ckpt": frozen_vae, "vae_latents_name": Path(frozen_vae).stem} if frozen_vae else _TRAINED_VAE

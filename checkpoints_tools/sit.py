@@ -133,10 +133,8 @@ def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_he
     width, channels, patch, patch_width = shapes[_PATCHES]
     ratio, rest = divmod(shapes[_OUTPUT][0], patch * patch * channels)
     if patch != patch_width or rest or ratio not in (1, 2):
-        raise ValueError(
-            f"{_PATCHES} {shapes[_PATCHES]} and {_OUTPUT} {shapes[_OUTPUT]} do not fit: expected square patches and one or two "
-            "times as many outputs"
-        )
+        advice = "expected square patches and one or two times as many outputs"
+        raise ValueError(f"{_PATCHES} {shapes[_PATCHES]} and {_OUTPUT} {shapes[_OUTPUT]} do not fit: {advice}")
     early, late = mapping.count_layers(state_dict, "blocks"), mapping.count_layers(state_dict, "decoder_blocks")
     depth = early + late
     if encoder_depth is None and (late or not projectors):

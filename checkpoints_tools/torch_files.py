@@ -74,10 +74,8 @@ def read_torch(path: Path) -> Any:
             with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_SCALARS]):
                 content = torch.load(path, weights_only=True, map_location="cpu", mmap=stored)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} {_refusal(error)}, which could run code when read; nothing was run. "
-            "Get the weights as .safetensors, or save only the state dict"
-        ) from error
+        advice = "Get the weights as .safetensors, or save only the state dict"
+        raise ValueError(f"{path} {_refusal(error)}, which could run code when read; nothing was run. {advice}") from error
     except MemoryError:
         raise
     except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over

@@ -112,10 +112,8 @@ def torch_projections(module: SiT, params: Tree, tokens: Float[np.ndarray, "B T 
 def torch_tokens(folder: Path, pixel_values: Float[np.ndarray, "B 3 S S"]) -> Float[np.ndarray, "B T F"]:
     """Returns the tokens of the PyTorch encoder in a Hugging Face folder: of patches only, rows first, as `encoders.encode`'s.
 
-    Args:
-      folder: local folder, of a kind that `vit.load_encoder` reads.
-      pixel_values: as `encoders.preprocess` gives them, channels first; S may differ from the size that the folder's positions
-        are for, which are then resampled as for our encoder.
+    Pixels are as `encoders.preprocess` gives them, channels first. S may differ from the size that the folder's positions are
+    for, which are then resampled as for our encoder.
     """
     import torch
     import transformers

@@ -23,10 +23,8 @@ def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = No
     for names in (("latents_bias", "latents_scale"), ("mean", "std")):
         if set(arrays) == set(names):
             return _stats(source, channels, {name: arrays[name] for name in names}, inverse="latents_scale" in arrays)
-    raise ValueError(
-        f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; latent statistics are latents_scale and latents_bias, "
-        "or mean and std"
-    )
+    advice = "latent statistics are latents_scale and latents_bias, or mean and std"
+    raise ValueError(f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; {advice}")
 
 
 def from_config(config: Mapping[str, Any], source: str | Path, channels: int | None = None) -> dict[str, np.ndarray] | None:

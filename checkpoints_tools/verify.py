@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,9 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     """Compares our network with an independent PyTorch implementation (diffusers' or transformers'), with these weights.
 
     Folders of diffusers and transformers are loaded by these libraries themselves, so that a config.json read wrongly shows;
-    other files cannot be, and their weights are put into a module of the same sizes.
-
-    Args:
-      path: what `identify` takes: a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
-        are compared. ValueError for others, which have no independent implementation to compare with.
-      size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
-      seed: seed of the random inputs.
+    other files cannot be, and their weights are put into a module of the same sizes. Of a training checkpoint, the averaged SiT
+    and the VAE are compared; encoders both for images of `size` pixels and at the size that they are stored for. ValueError for
+    other networks, which have no independent implementation to compare with.
     """
     if size < 1:
         raise ValueError(f"image_size is {size}; allowed: a positive number of pixels, such as 256")
@@ -41,18 +37,20 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     rng = np.random.default_rng(seed)
     match source.kind:
         case "training":
-            return _compare_training(source.checkpoint, size, rng)
+            networks, differences = source.checkpoint.networks, []
+            if "vae" in networks:
+                module, params = source.checkpoint.load_vae()
+                differences = _compare_vae(module, params, torch_reference.torch_vae(module, params), size, rng)
+            return differences + _compare_sit(source.checkpoint.load_sit("ema" if "ema" in networks else "model"), rng)
         case "vae":
-            loaded = vae.read_file(source.path, source.arrays)
-            return _compare_vae(loaded.module, loaded.params, _torch_vae(source, loaded), size, rng)
+            module, params = vae.read_file(source.path, source.arrays)[:2]
+            return _compare_vae(module, params, _torch_vae(source.path, module, params), size, rng)
         case "sit":
             return _compare_sit(sit.from_state_dict(source.arrays, str(path)), rng)
         case "encoder" | "mocov3":
             return _compare_encoder(source, size, rng)
-    raise ValueError(
-        f"{path} is a {KINDS[source.kind]}: verify compares SiT, VAEs and encoders with diffusers and transformers; the "
-        "others are pinned by the tests"
-    )
+    advice = "verify compares SiT, VAEs and encoders with diffusers and transformers; the others are pinned by the tests"
+    raise ValueError(f"{path} is a {KINDS[source.kind]}: {advice}")
 
 
 def _compare(name, expected, module, params, *inputs, pick=lambda output: output, **options):
@@ -70,20 +68,12 @@ def _apply(module, params, *args, **options):
         return jax.jit(functools.partial(module.apply, **options))({"params": params}, *args)
 
 
-def _compare_training(training, size, rng):
-    networks, differences = training.networks, []
-    if "vae" in networks:
-        module, params = training.load_vae()
-        differences += _compare_vae(module, params, torch_reference.torch_vae(module, params), size, rng)
-    return differences + _compare_sit(training.load_sit("ema" if "ema" in networks else "model"), rng)
-
-
-def _torch_vae(source, loaded):
+def _torch_vae(path, module, params):
     """Returns what diffusers reads from its folders; for other files, its module of our sizes with our parameters."""
-    if not source.path.is_dir():
-        return torch_reference.torch_vae(loaded.module, loaded.params)
+    if not path.is_dir():
+        return torch_reference.torch_vae(module, params)
     import diffusers
-    return diffusers.AutoencoderKL.from_pretrained(source.path, local_files_only=True).float().eval()
+    return diffusers.AutoencoderKL.from_pretrained(path, local_files_only=True).float().eval()
 
 
 def _compare_vae(module, params, reference, size, rng):
@@ -146,9 +136,8 @@ def _torch_tokens(source, module, params, pixels: Any):
         return torch_reference.torch_tokens(Path(folder), pixels)
 
 
-def report(differences: Iterable[Difference], tolerance: float) -> tuple[str, bool]:
+def report(differences: Sequence[Difference], tolerance: float) -> tuple[str, bool]:
     """Returns the differences as text, and whether all of them are within the tolerance in float32."""
-    differences = list(differences)
     lines = [f"{'largest difference / largest entry':40}  {'float32':>9}  {'bfloat16':>9}"]
     lines += [f"{d.output:40}  {d.float32:9.1e}  {d.bfloat16:9.1e}" for d in differences]
     passed = all(difference.float32 <= tolerance for difference in differences)

@@ -50,10 +50,8 @@ def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
     readers = {".index.json": _read_shards, ".safetensors": _read_safetensors, ".npz": _read_npz}
     read = next((reader for ending, reader in readers.items() if path.name.endswith(ending)), None)
     if read is None:
-        raise ValueError(
-            f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
-            "or a folder with model.safetensors"
-        )
+        allowed = f".safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, or a folder with model.safetensors"
+        raise ValueError(f"{path}: unknown kind of weight file {path.suffix!r}; allowed: {allowed}")
     if not (state_dict := read(path)):
         raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
     return without_wrappers(state_dict, path)

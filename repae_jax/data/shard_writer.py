@@ -92,7 +92,7 @@ class ShardWriter:
         }  # fmt: skip
         self._workers, self._process_index = workers, process_index
         self._max_bad = int(max_bad_fraction * len(source))
-        self._ranges = _cut(0, len(source), shard_size)
+        self._ranges = reading.cut(0, len(source), shard_size)
         self._shards = [self._folder / shards.shard_file(shard) for shard, _ in enumerate(self._ranges)]
         self._entries = [file.with_suffix(".json") for file in self._shards]
         self._own_shards = range(process_index, len(self._ranges), process_count)
@@ -177,7 +177,7 @@ class ShardWriter:
 
     def _make(self, todo, stopped):
         """Makes shards; returns False if stopped."""
-        cuts = {shard: _cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
+        cuts = {shard: reading.cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
         if not (ranges := [block for cut in cuts.values() for block in cut]):
             return True
         read = functools.partial(read_block, self._source, self._maker.read, self._maker.missing)
@@ -264,11 +264,6 @@ def print_outcome(made: int | None, index: int, summary: Callable[[], str]) -> N
         print("asked to stop: what is finished is kept; run the same command to continue")
     elif index == 0:
         print(("" if made else "finished already; every shard is as it was written\n") + summary())
-
-
-def _cut(first, end, size):
-    """Returns the range first..end-1 in parts of `size`: [(first, end), ...]."""
-    return [(at, min(at + size, end)) for at in range(first, end, size)]
 
 
 def _npy(array):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.inception import load_inception
 from repae_jax import files
+from repae_jax.data import reading
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation.image_sets import ImageSet, naming_damage
 from repae_jax.models.inception import SPATIAL_CHANNELS, InceptionFeatures, InceptionV3, graph_input
@@ -96,7 +97,7 @@ class FeatureParts:
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
         self._kept = np.zeros(images.count, bool) if kept is None else kept
         batch = network.batch_size
-        self._ranges = _split(0, images.count, batch * -(-PART_SIZE // batch))
+        self._ranges = reading.cut(0, images.count, batch * -(-PART_SIZE // batch))
         self._paths = [self._folder / f"part-{part:05d}.npz" for part in range(len(self._ranges))]
         self._settings = {
             "images": images.description, "count": images.count, "shape": list(images.shape), "batch_size": batch,
@@ -113,7 +114,7 @@ class FeatureParts:
         self._check_space(description)
         own = range(jax.process_index(), len(self._ranges), jax.process_count())
         todo = [part for part in own if not self._paths[part].exists()]
-        batches = {part: _split(*self._ranges[part], self._network.batch_size) for part in todo}
+        batches = {part: reading.cut(*self._ranges[part], self._network.batch_size) for part in todo}
         blocks = self._images.blocks([batch for part in todo for batch in batches[part]])
         total, missing = (sum(end - first for first, end in (self._ranges[part] for part in parts)) for parts in (own, todo))
         bar = tqdm(total=total, initial=total - missing, unit="img", desc=description, disable=jax.process_index() != 0)
@@ -139,10 +140,8 @@ class FeatureParts:
             return False
         before, now = files.read_json(file), json.loads(json.dumps(self._settings))
         if differing := {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}:
-            raise ValueError(
-                f"{self._folder} holds unfinished work with other settings (there, here): {differing}; choose another --out, "
-                "or the old settings, or remove the folder"
-            )
+            advice = "choose another --out, or the old settings, or remove the folder"
+            raise ValueError(f"{self._folder} holds unfinished work with other settings (there, here): {differing}; {advice}")
         return True
 
     def _check_space(self, description: str) -> None:
@@ -180,7 +179,3 @@ class FeatureParts:
             with naming_damage(path, advice), np.load(path, allow_pickle=False) as arrays:
                 part = {name: arrays[name] for name in names}
             yield part
-
-
-def _split(first: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(at, min(at + size, end)) for at in range(first, end, size)]

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float
 
 from repae_jax import buckets, files
-from repae_jax.evaluation.image_sets import ImageSet, NpzImages, naming_damage
+from repae_jax.evaluation.image_sets import ImageSet, naming_damage, npz_images
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
 from repae_jax.metrics.frechet import RunningGaussian, Stats
 
@@ -28,7 +28,7 @@ class Reference:
     pool: Stats  # statistics of the 2048 features of pool_3, for FID
     spatial: Stats | None  # statistics of the 2023 spatial features, for sFID
     features: Float[np.ndarray, "M F"] | None  # float32, pool_3 of some of the images, for precision and recall
-    images: NpzImages | None  # these images if there are no `features` yet
+    images: ImageSet | None  # these images if there are no `features` yet
     shape: list[int] | None  # [H, W] of the images
     description: dict[str, Any]  # plain values that identify the reference
 
@@ -63,7 +63,7 @@ def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference
             spatial = _read_stats(path, archive, "mu_s", "sigma_s", network.spatial_features)
         features = np.asarray(archive["pool"]) if "pool" in archive else None
         about = json.loads(str(archive["about"])) if "about" in archive else {}
-        images = NpzImages(path) if "arr_0" in archive else None
+        images = npz_images(path) if "arr_0" in archive else None
     _check_content(path, features, about, network)
     arrays = [array for array in (*pool, *(spatial or ()), features) if array is not None]
     checksum = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
