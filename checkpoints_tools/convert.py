@@ -183,7 +183,14 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
     Of a run that trains the VAE without a SiT it is the averaged one.
     """
     if source.kind == "run":
-        return _vae_of_run(runs.open_run(source.path, step))
+        run = runs.open_run(source.path, step)
+        if run.networks.vae is None:
+            other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
+            frozen = f"config.init.vae={run.config['init']['vae']!r}"
+            raise ValueError(f"{run.workdir} is a run on a frozen VAE and holds none: it is {frozen}{other}")
+        paths = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
+        disc = None if run.networks.disc is None else runs.discriminator_of(run)
+        return vae.LoadedVAE(run.networks.vae, *map(run.read, paths), discriminator=disc, steps=run.step)
     if source.kind == "training" and "vae" in source.checkpoint.networks:
         training = source.checkpoint
         module, params = training.load_vae()
@@ -194,18 +201,6 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
         return vae.LoadedVAE(module, params, stats, discriminator=training.networks.get("discriminator"), steps=training.steps)
     advice = "give the workdir of a run, or a published checkpoint with a VAE in it"
     raise ValueError(f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; {advice}")
-
-
-def _vae_of_run(run):
-    if run.networks.vae is None:
-        other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
-        raise ValueError(
-            f"{run.workdir} is a run on a frozen VAE and holds none: it is config.init.vae={run.config['init']['vae']!r}{other}"
-        )
-    paths = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
-    params, stats = map(run.read, paths)
-    disc = None if run.networks.disc is None else runs.discriminator_of(run)
-    return vae.LoadedVAE(run.networks.vae, params, stats, discriminator=disc, steps=run.step)
 
 
 def extract_vae(source: str | Path, target: str | Path, *, step: int | None = None, overwrite: bool = False) -> list[Any]:

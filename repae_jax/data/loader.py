@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
+from repae_jax import ranges
 from repae_jax.data.reading import at_once, attempt
 from repae_jax.distributed import child_process
 
@@ -57,14 +58,14 @@ class Loader(contextlib.AbstractContextManager, Iterator):
           process_index: number of this process' block in every batch.
           max_bad_fraction: largest share of the records that may be undecodable, 0..1; with 0 the first one ends the run.
         """
-        _check_range("len(source)", len(source), 1)
-        _check_range("batch_size", batch_size, 1)
-        _check_range("seed", seed, 0, 2**32 - 1)
-        _check_range("start_batch", start_batch, 0)
-        _check_range("workers", workers, 0)
-        _check_range("process_count", process_count, 1)
-        _check_range("process_index", process_index, 0, process_count - 1)
-        _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
+        ranges.check("len(source)", ranges.whole(1), len(source))
+        ranges.check("batch_size", ranges.whole(1), batch_size)
+        ranges.check("seed", ranges.SEED, seed)
+        ranges.check("start_batch", ranges.whole(0), start_batch)
+        ranges.check("workers", ranges.whole(0), workers)
+        ranges.check("process_count", ranges.whole(1), process_count)
+        ranges.check("process_index", ranges.whole(0, process_count - 1), process_index)
+        ranges.check("max_bad_fraction", ranges.real(0, 1), max_bad_fraction)
         if batch_size % process_count:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
         self.next_batch, self.wait_seconds = int(start_batch), 0.0
@@ -112,9 +113,9 @@ class Loader(contextlib.AbstractContextManager, Iterator):
         if state["records"] != len(self._source):
             counts = f"the run was trained on {state['records']} records, this source has {len(self._source)}"
             raise ValueError(f"{counts}: the order would be another one; point it at the same data")
-        _check_range("next_batch", state["next_batch"], 0)
+        ranges.check("next_batch", ranges.whole(0), state["next_batch"])
         for record in state["bad_records"]:
-            _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)
+            ranges.check("a bad record of the loader state", ranges.whole(0, len(self._source) - 1), record)
         self.close()
         self.next_batch = state["next_batch"]
         self._bad_records = set(state["bad_records"])
@@ -210,8 +211,3 @@ def _begin_worker(_index, _count):
     child_process.exit_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
-
-
-def _check_range(name, value, low, high=None):
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; allowed: " + (f"{low} and above" if high is None else f"{low}..{high}"))

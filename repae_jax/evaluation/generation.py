@@ -53,9 +53,8 @@ def open_reference(text: str, images: ImageSet, network: InceptionNetwork, folde
 def score(features: Iterable[InceptionFeatures], reference: Reference) -> tuple[dict[str, float], list[str]]:
     """Computes all scores that the reference allows, from features in the order of the samples.
 
-    Returns:
-      'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; and
-      warnings: which are missing or not to be compared, and why.
+    They are 'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; with
+    warnings: which are missing or not to be compared, and why.
     """
     pool, spatial, inception, kept = RunningGaussian(), RunningGaussian(), RunningInceptionScore(), []
     for part in features:

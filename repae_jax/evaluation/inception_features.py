@@ -1,9 +1,10 @@
 """Inception's features of many images: on all devices, kept in files part by part, so that interrupted work continues."""
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +46,26 @@ class InceptionNetwork:
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
         self.batch_size, self.checksum = batch_size, fingerprint(params)
-        self._params = jax.device_put(params, sharding.replicated(mesh))
+        apply = jax.jit(jax.default_matmul_precision("highest")(InceptionV3(prepare=prepare).apply))
+        self._run = functools.partial(apply, {"params": jax.device_put(params, sharding.replicated(mesh))})
         self._sharding = sharding.batch_sharding(mesh)
-
-        @jax.jit
-        @jax.default_matmul_precision("highest")
-        def run(params, images):
-            return InceptionV3(prepare=prepare).apply({"params": params}, images)
-
-        self._run = run
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> InceptionFeatures:
         """Returns features as numpy arrays; those of an image do not depend on the others. ValueError for no such images."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-            raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}; needed: uint8 [N, H, W, 3] with values 0..255, N >= 1"
-            )
-        batches = []
-        for first in range(0, len(images), self.batch_size):
-            batch = images[first : first + self.batch_size]
-            # The last batch is padded, so that one program serves all.
-            padded = np.pad(batch, ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            batches.append(self._run(self._params, jax.device_put(padded, self._sharding)))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
+            needed = "uint8 [N, H, W, 3] with values 0..255, N >= 1"
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed: {needed}")
+        batches = [images[first:end] for first, end in reading.cut(0, len(images), self.batch_size)]
+        features = [run_padded(self._run, [batch], self.batch_size, self._sharding) for batch in batches]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+
+
+def run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
+    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
+    count = len(arrays[0])
+    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
 
 
 def load_network(path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input) -> InceptionNetwork:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from repae_jax import images
 from repae_jax.data import loader, reading
 from repae_jax.distributed import sharding
+from repae_jax.evaluation.inception_features import run_padded
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
@@ -78,12 +79,10 @@ def read_images(source: Any, records: Sequence[int]) -> tuple[UInt8[np.ndarray, 
 def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
     """Makes the function that reconstructs and compares, in float32, to be jitted.
 
-    Image i depends on (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is
-    smaller than the window have no SSIM.
-
-    Returns:
-      Function of ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key),
-      which returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}.
+    It takes ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key), and
+    returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}. Image i depends on
+    (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is smaller than the
+    window have no SSIM.
     """
     vae = vae.clone(dtype=jnp.float32)
 
@@ -131,7 +130,7 @@ def compare_all(
             failures += failed
             if not len(good):
                 continue
-            recon, values = _run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
+            recon, values = run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
             if len(broken := good[~values.pop("finite")]):
                 first = ", ".join(source.name(int(record)) for record in broken[:5])
                 raise ValueError(
@@ -156,13 +155,6 @@ def compare_all(
         bad_records=failures,
         pairs=np.concatenate(pairs)[:SHOWN].reshape(-1, *pairs[0].shape[2:]),
     )
-
-
-def _run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
-    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
-    count = len(arrays[0])
-    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
-    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
 
 
 def mean_values(values: Mapping[str, Float[np.ndarray, " N"]], warn: Callable[[str], None]) -> dict[str, float | None]:
