@@ -90,12 +90,14 @@ def load_inception(path: str | Path) -> dict[str, Any]:
     .safetensors: pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or weights-inception-2015-12-05-6726825d.pth
     (torch-fidelity).
     """
-    path = locate.resolve(path)
-    return read_file(path, None if path.suffix == ".pb" else weights.read_file(path))
+    return read_file(locate.resolve(path))
 
 
-def read_file(path: Path, state_dict: StateDict | None) -> dict[str, Any]:
-    """Loads Inception from a local file and its arrays, see `load_inception`; None for a graph, which is read here."""
-    table, arrays = (graph_table(), _read_graph(path)) if state_dict is None else (inception_table(), state_dict)
+def read_file(path: Path, state_dict: StateDict | None = None) -> dict[str, Any]:
+    """Loads Inception from a local file, whose arrays may have been read already; see `load_inception`."""
+    if path.suffix == ".pb":
+        table, arrays = graph_table(), _read_graph(path)
+    else:
+        table, arrays = inception_table(), state_dict or weights.read_file(path)
     target = mapping.abstract_variables(InceptionV3(), (1, 32, 32, 3))["params"]
     return mapping.to_flax(table, arrays, target, source=str(path))

@@ -47,8 +47,7 @@ def _target():
 def check_files(arrays: StateDict, kind: str, source: str) -> None:
     """Checks one of the files that LPIPS is made of, by itself; ValueError lists all that does not fit.
 
-    Its kind is 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
-    the lpips package or taming, which has convolutions, too.
+    Files of the kind 'lpips' are the linear weights, or a whole module of the lpips package or taming.
     """
     if kind == "vgg16":
         table = Table(_convolutions(lambda stage, index: f"features.{index}"), ignored=("classifier.",))

@@ -206,10 +206,7 @@ def _warn_of_precision(dtypes, source):
 
 
 def to_torch(table: Table, tree: Tree) -> dict[str, np.ndarray]:
-    """Converts a Flax tree to a PyTorch state dict of contiguous arrays, constants included. Inverse of `to_flax`.
-
-    Raises ValueError listing every leaf that the tree lacks or that the table does not know.
-    """
+    """Converts a Flax tree to a PyTorch state dict, contiguous and with constants; ValueError lists what does not fit."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     problems = [f"not in the tree: {path}" for path in table.leaves - set(leaves)]
     problems += [f"not in the table: {path}" for path in set(leaves) - table.leaves]

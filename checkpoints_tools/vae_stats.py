@@ -15,10 +15,9 @@ _SCALING = 0.18215  # diffusers' default for a config.json without scaling_facto
 
 
 def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = None) -> dict[str, np.ndarray]:
-    """Returns the statistics in a file's arrays; `channels` is C, if known.
+    """Returns the statistics in a file's arrays; `channels` is C, if known. ValueError if they cannot be statistics.
 
     They are REPA-E's latents_scale (1 / std) and latents_bias (mean), or LightningDiT's mean and std; [1, C, 1, 1] or [C].
-    ValueError, naming the source, for other names or shapes, a scale that is not positive, or anything not finite.
     """
     for names in (("latents_bias", "latents_scale"), ("mean", "std")):
         if set(arrays) == set(names):

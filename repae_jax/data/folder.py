@@ -1,6 +1,5 @@
 """Any folder of image files, labeled by class subfolders or by a labels file."""
 
-import codecs
 import csv
 import dataclasses
 import io
@@ -24,9 +23,6 @@ _REFUSED = (
     ".apng", ".arw", ".cr2", ".cr3", ".dds", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".icns", ".ico",
     ".jxl", ".jxr", ".mpo", ".nef", ".pcx", ".pfm", ".psd", ".qoi", ".raf", ".sgi", ".svg", ".tga", ".xcf",
 )  # fmt: skip
-_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
-}  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -167,10 +163,9 @@ def _read_table(file):
 def _read_text(file):
     """Returns the text of a UTF-8 labels file without its byte-order mark; other bytes become surrogates, as in file names."""
     content = faults.read(file.read_bytes, name=lambda: f"labels file {str(file)!r}")
-    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
-    if encoding or b"\0" in content:
-        raise ValueError(f"labels file {str(file)!r} is in {encoding or 'UTF-16, or no text'}; save it as UTF-8")
-    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    if b"\0" in content:
+        raise ValueError(f"labels file {str(file)!r} is in UTF-16 or UTF-32, or no text; save it as UTF-8")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _some(names):

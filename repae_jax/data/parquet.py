@@ -154,17 +154,17 @@ def _check_numbers(folder, split, names):
     """Raises ValueError unless all files are numbered as one set, 'train-00000-of-00002.parquet', or none is."""
     matches = {name: re.fullmatch(r".*-(\d+)-of-(\d+)(-.*)?\.parquet", name) for name in names}
     plain = [name for name, match in matches.items() if not match]
-    numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
-    totals = sorted({total for _, total in numbers})
-    if plain and numbers:
+    counts = Counter(int(match[1]) for match in matches.values() if match)
+    totals = sorted({int(match[2]) for match in matches.values() if match})
+    if plain and totals:
         found = f"in files numbered up to {totals[0]}, and in others, such as {plain[0]}"
         raise ValueError(f"split {split!r} in {str(folder)!r} is {found}: keep those of one download")
     if len(totals) > 1:
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
-    if repeated := sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1):
+    if repeated := sorted(number for number, count in counts.items() if count > 1):
         where = f"file {repeated[0]} of split {split!r} is in {str(folder)!r}"
         raise ValueError(f"{where} more than once: keep those of one download")
-    if missing := sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers}):
+    if missing := sorted(set(range(max(totals, default=0))) - set(counts)):
         count = f"{len(missing)} of {totals[0]} files of split {split!r}"
         raise ValueError(f"{count} are missing in {str(folder)!r}, first number {missing[0]}; download them")
 

@@ -69,16 +69,14 @@ def read_block(source, read: Callable, missing, block: tuple[int, int]) -> tuple
 
 
 class ShardWriter:
-    """Makes the shards of one process in a folder of shards.
+    """Makes the shards of one process in an existing folder: process p makes the shards p, p + process_count, ...
 
     Args:
-      folder: an existing folder.
       settings: identify the folder's content, besides format, source and shard size.
       shard_size: images in a shard.
       notes: names of settings that may differ when a folder is continued.
       workers: processes that read blocks; 0 reads in threads.
       max_bad_fraction: share of undecodable images above which the work ends.
-      process_index, process_count: process p makes the shards p, p + process_count, ...
     """
 
     def __init__(
@@ -193,21 +191,17 @@ class ShardWriter:
                         writing.result()  # raises the error of the previous shard
                         return False
                     contents, failures = next(blocks)
-                    bad += self._note_failures(failures)
+                    for record, error in failures:
+                        logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
+                        self._bad_records.append(record)
+                        self._check_bad(error)
+                    bad += [record for record, _ in failures]
                     encoded += list(self._maker.encode(contents)[: end - first])
                     bar.update(end - first)
                 writing.result()
                 writing = pool.submit(self._write_shard, shard, encoded, bad)
             writing.result()
         return True
-
-    def _note_failures(self, failures):
-        """Logs and counts undecodable records; returns their numbers."""
-        for record, error in failures:
-            self._bad_records.append(record)
-            logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
-            self._check_bad(error)
-        return [record for record, _ in failures]
 
     def _check_bad(self, last_error="found before this run"):
         if len(self._bad_records) > self._max_bad:

@@ -81,10 +81,8 @@ class FeatureParts:
     """A folder of features, one file per part of a set of images, made by one process or by several in turns.
 
     A part that exists is whole, and never made again. Parts are the same, bit for bit, however often the work was
-    interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ...
-
-    `kept` marks the images that are kept beside their features, by default none; `is_done` tells whether process 0 has used the
-    parts already and removed them.
+    interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ... `kept` marks the images
+    that are kept beside their features; `is_done` tells whether process 0 has used the parts already and removed them.
     """
 
     def __init__(
