@@ -77,10 +77,8 @@ def _read_graph(path):
         nodes = [node for node in graph.node if node.op == "Const" and node.name.rpartition("/")[2] in _GRAPH_WEIGHTS]
         return {node.name: tensor_util.make_ndarray(node.attr["value"].tensor) for node in nodes}
     except (DecodeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no TensorFlow graph, or it is damaged or incomplete ({type(error).__name__}: {error}); "
-            "needed: classify_image_graph_def.pb"
-        ) from error
+        found = f"no TensorFlow graph, or it is damaged or incomplete ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} is {found}; needed: classify_image_graph_def.pb") from error
 
 
 def load_inception(path: str | Path) -> dict[str, Any]:

@@ -113,10 +113,8 @@ def _from_storage(address):
         else:
             folder, files = remote, _weight_files(remote)
         if not files:
-            raise FileNotFoundError(
-                f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints "
-                "of a run; give the address of the file itself"
-            )
+            sought = f"none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints of a run"
+            raise FileNotFoundError(f"{address} holds no weights: {sought}; give the address of the file itself")
         names = [str(file.relative_to(folder)) for file in files]
         stats = [(name, file.stat().length, file.stat().mtime) for name, file in zip(names, files)]
         is_file = remote.is_file()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from checkpoints_tools import locate, sit, vae, weights
 from checkpoints_tools.mapping import StateDict
@@ -195,10 +196,10 @@ def _read_safetensors(path):
         args, steps, groups, updates = (about[name] for name in ("args", "steps", "optimizer_groups", "optimizer_steps"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the header's {METADATA!r} is damaged ({error!r}); convert the original again") from error
-    parts = _nested(flat)
+    parts = traverse_util.unflatten_dict(flat, sep="/")
     optimizers = {}
     for name in [name for name in OPTIMIZERS if name in parts]:
-        moments = {kind: {} for kind in MOMENTS} | _nested(parts.pop(name))
+        moments = {kind: {} for kind in MOMENTS} | parts.pop(name)
         optimizers[name] = Adam(updates[name], **moments, group=groups[name])
     networks = {name: parts.pop(name) for name in NETWORKS if name in parts}
     if parts or "model" not in networks:
@@ -206,28 +207,12 @@ def _read_safetensors(path):
     return TrainingCheckpoint(str(path), args, steps, networks, optimizers)
 
 
-def _nested(flat):
-    """{'a/b': x} -> {'a': {'b': x}}, at the first slash."""
-    parts = {}
-    for name, array in flat.items():
-        part, _, rest = name.partition("/")
-        parts.setdefault(part, {})[rest] = array
-    return parts
-
-
-def write(path: str | Path, checkpoint: TrainingCheckpoint, *, overwrite: bool = False) -> None:
-    """Writes a training checkpoint to one file; raises as `files.write_all` and `writer`."""
-    files.write_all({path: writer(path, checkpoint)}, overwrite=overwrite)
-
-
 def writer(path: str | Path, checkpoint: TrainingCheckpoint) -> Callable[[Path], None]:
     """Returns a function for `files.write_all` that writes a training checkpoint, as .pt or as .safetensors."""
     networks, optimizers = checkpoint.networks, checkpoint.optimizers
     if str(path).endswith(".safetensors"):
-        parts = dict(networks)
-        for part, adam in optimizers.items():
-            parts |= {f"{part}/{kind}": getattr(adam, kind) for kind in MOMENTS}
-        flat = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        moments = {part: {kind: getattr(adam, kind) for kind in MOMENTS} for part, adam in optimizers.items()}
+        flat = traverse_util.flatten_dict({**networks, **moments}, sep="/")
         about = {
             "args": dict(checkpoint.args), "steps": checkpoint.steps,
             "optimizer_steps": {part: adam.steps for part, adam in optimizers.items()},

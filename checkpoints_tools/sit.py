@@ -216,8 +216,6 @@ def from_state_dict(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     variables = mapping.to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
-    if has_norm and not (variables["latent_stats"]["var"] > 0).all():
-        raise ValueError(
-            f"{source}: bn.running_var must be positive; its smallest entry is {variables['latent_stats']['var'].min()}"
-        )
+    if has_norm and not (smallest := variables["latent_stats"]["var"].min()) > 0:
+        raise ValueError(f"{source}: bn.running_var must be positive; its smallest entry is {smallest}")
     return LoadedSiT(module, variables, layout, grid)

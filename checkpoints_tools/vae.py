@@ -141,10 +141,8 @@ def save_published(
     write but those of the VAE that would be replaced would stay beside the new one. Reference: REPA-E `save_vae_weights.py`.
     """
     if module.norm_groups != NORM_GROUPS:
-        raise ValueError(
-            f"norm_groups={module.norm_groups} cannot be told by this layout, whose readers take {NORM_GROUPS}: "
-            "write a diffusers folder"
-        )
+        layout = f"this layout, whose readers take {NORM_GROUPS}"
+        raise ValueError(f"norm_groups={module.norm_groups} cannot be told by {layout}: write a diffusers folder")
     contents = {"": torch_param_order.to_ordered_torch(vae_table(module), params)}
     if latent_stats is not None:
         contents["-latents-stats"] = vae_stats.to_arrays(latent_stats, module.latent_channels)
@@ -179,12 +177,11 @@ def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
         if not isinstance(norm_groups, int) or norm_groups < 1:
             raise ValueError(f"{file.parent / _CONFIG}: norm_num_groups is {norm_groups!r}, no positive number")
     module = vae_layouts.infer_module(state_dict, names, path, norm_groups, **fields)
-    differences = [
+    if differences := [
         f"{name}: {config[name]} in {_CONFIG}, {value} by the weights or as all that is supported"
         for name, value in (diffusers_config(module) if config is not None else {}).items()
         if name in config and config[name] != value
-    ]
-    if differences:
+    ]:
         raise ValueError(f"{file.parent / _CONFIG} does not fit the weights beside it\n  " + "\n  ".join(differences))
     params = mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=str(path))
     return LoadedVAE(module, params, None, names.layout), config, file
@@ -193,18 +190,16 @@ def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
 def _read_config(folder):
     config = files.read_json(Path(folder) / _CONFIG)
     if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(
-            f"{Path(folder) / _CONFIG} is of class {config.get('_class_name')!r}; the only VAE known is 'AutoencoderKL'"
-        )
+        found = f"of class {config.get('_class_name')!r}"
+        raise ValueError(f"{Path(folder) / _CONFIG} is {found}; the only VAE known is 'AutoencoderKL'")
     return config
 
 
 def diffusers_config(module: AutoencoderKL) -> dict[str, Any]:
     """Returns the arguments of diffusers' AutoencoderKL that describe the network; ValueError if there are none."""
     if module.channel_multipliers[0] != 1:
-        raise ValueError(
-            f"channel_multipliers={module.channel_multipliers}: diffusers' first level is as wide as conv_in, multiplier 1"
-        )
+        theirs = "diffusers' first level is as wide as conv_in, multiplier 1"
+        raise ValueError(f"channel_multipliers={module.channel_multipliers}: {theirs}")
     levels = range(len(module.channel_multipliers))
 
     def blocks(name):

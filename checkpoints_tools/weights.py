@@ -78,9 +78,8 @@ def _read_safetensors(path):
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
             metadata = file.metadata() or {}
         if unknown := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]:
-            raise ValueError(
-                f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
-            )
+            allowed = ", ".join(_HEADER_DTYPES)
+            raise ValueError(f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {allowed}. Save as F32")
         state_dict = safetensors.numpy.load_file(path)
         # safetensors.torch.save_model keeps one of the tensors that share memory, and the other names in the header
         return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
@@ -179,10 +178,8 @@ def _single_state_dict(content, entry, path):
         logging.info("%s holds several state dicts: taking the averaged weights", path)
         return inner[preferred[0]]
     advice = "; torch.save(torch.load(FILE)[ENTRY], OTHER) saves it by itself" if inner else " (none: it holds no state dict)"
-    raise ValueError(
-        f"{path}: {f'no state dict {entry!r}' if isinstance(entry, str) else 'no single state dict'} in it; "
-        f"choose an entry of {sorted(inner)}{advice}"
-    )
+    found = f"no state dict {entry!r}" if isinstance(entry, str) else "no single state dict"
+    raise ValueError(f"{path}: {found} in it; choose an entry of {sorted(inner)}{advice}")
 
 
 def write_safetensors(

@@ -133,12 +133,11 @@ class ShardWriter:
         if not multihost.wait_for_files([file], stopped.is_set):
             return False
         stored = files.read_json(file)
-        differing = [
+        if differing := [
             f"\n  {name}: {stored.get(name)!r} there, {self._settings.get(name)!r} here"
             for name in sorted((stored.keys() | self._settings.keys()) - set(self._notes))
             if stored.get(name) != self._settings.get(name)
-        ]
-        if differing:
+        ]:
             found = f"{self._folder} holds a {self._maker.format.title} made with other settings"
             raise ValueError(f"{found}; choose another --out, or use the old ones:{''.join(differing)}")
         self._settings = stored  # with the notes of the process that began

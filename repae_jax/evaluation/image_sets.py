@@ -62,9 +62,8 @@ def _is_sorted(path: Path) -> bool:
             return False
         with archive.open("arr_1.npy") as file:
             labels = np.lib.format.read_array(file, allow_pickle=False)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        return False
-    return len(set(labels.tolist())) > 1 and bool((np.diff(labels) >= 0).all())
+    are_labels = labels.ndim == 1 and labels.dtype.kind in "iu"
+    return are_labels and len(set(labels.tolist())) > 1 and bool((np.diff(labels) >= 0).all())
 
 
 @contextlib.contextmanager
@@ -206,6 +205,5 @@ def naming_damage(path: epath.PathLike, advice: str = "make it or download it ag
     except _ZIP_ERRORS as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(
-            f"{path} is no npz, or it is damaged or incomplete ({type(error).__name__}: {error}); {advice}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no npz, or it is damaged or incomplete ({reason}); {advice}") from error

@@ -149,10 +149,8 @@ class FeatureParts:
         )
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise ValueError(
-                f"the features of the {description} take {needed / 1e9:.1f} GB in {self._folder}, which has {free / 1e9:.1f} "
-                "GB free: make space, or choose another place for the result"
-            )
+            found = f"take {needed / 1e9:.1f} GB in {self._folder}, which has {free / 1e9:.1f} GB free"
+            raise ValueError(f"the features of the {description} {found}: make space, or choose another place for the result")
 
     def _write(self, part: int, features: InceptionFeatures, images: UInt8[np.ndarray, "n H W 3"]) -> None:
         for leftover in self._folder.glob(f".{self._paths[part].name}.*.tmp"):  # a killed process left it

@@ -145,9 +145,8 @@ def compare_all(
             compared.append(np.array(good))
             parts.append(values)
     if not compared:
-        raise ValueError(
-            f"none of the {len(records)} images can be decoded, first {source.name(failures[0][0])}: {failures[0][1]}"
-        )
+        record, error = failures[0]
+        raise ValueError(f"none of the {len(records)} images can be decoded, first {source.name(record)}: {error}")
     return Comparison(
         records=np.concatenate(compared),
         values={name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]},

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 
-from checkpoints_tools import sit, torch_files, vae, vae_layouts, vit, weights
+from checkpoints_tools import sit, vae, vae_layouts, vit, weights
 from checkpoints_tools.mapping import abstract_variables
-from repae_jax import files
 from repae_jax.models import encoders
 from repae_jax.models.autoencoder import AutoencoderKL
 
@@ -13,11 +12,6 @@ STATS = {"mean": np.asarray([0.5, -1.0, 0.0, 2.0], np.float32), "var": np.asarra
 # configuration of transformers
 TINY_DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 7, "image_size": 28}
 TOKENS = ("token", "tokens", "class_embedding", "position_embeddings", "position_embedding.weight")
-
-
-def write_torch(path, content, *, overwrite=False):
-    """A PyTorch file, by the writer that all commands use."""
-    files.write_all({path: torch_files.torch_writer(content, path)}, overwrite=overwrite)
 
 
 def save_vae(folder):

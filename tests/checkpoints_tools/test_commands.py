@@ -14,7 +14,8 @@ import optax
 import pytest
 import small
 from command_line import call, error_of
-from small_files import STATS, TINY_DINOV2, load_sit, torch_model, write_torch
+from small_files import STATS, TINY_DINOV2, load_sit, torch_model
+from weight_files import write_checkpoint, write_torch
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import (
@@ -483,7 +484,7 @@ def test_a_damaged_network_in_a_training_checkpoint(published_run, tmp_path, mon
         arrays = {**taken.networks[part], name: array}
         networks = {**taken.networks, part: {n: a for n, a in arrays.items() if a is not None}}
         source = tmp_path / "bad.safetensors"
-        published.write(source, published.dataclasses.replace(taken, networks=networks, optimizers={}), overwrite=True)
+        write_checkpoint(source, published.dataclasses.replace(taken, networks=networks, optimizers={}), overwrite=True)
         message = error_of(monkeypatch, "convert", source, tmp_path / "target.pt")
         assert f"{source}: {part}" in message and name in message
         assert not (tmp_path / "target.pt").exists()

@@ -10,7 +10,8 @@ import optax
 import pytest
 import small
 from command_line import call, error_of
-from small_files import published_shapes, write_torch
+from small_files import published_shapes
+from weight_files import write_torch
 
 from checkpoints_tools import published, published_args, vae, vae_layouts, weights
 from configs import ldm

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from command_line import call
 from google.api_core.exceptions import Forbidden
-from small_files import save_encoder, save_vae, write_torch
+from small_files import save_encoder, save_vae
+from weight_files import write_torch
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import identify, inception, locate, vae, vit, weights

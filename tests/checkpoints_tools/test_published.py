@@ -12,7 +12,7 @@ import optax
 import pytest
 import reference
 import small
-from small_files import write_torch
+from weight_files import write_checkpoint, write_torch
 
 from checkpoints_tools import identify, published, published_args, training_state, weights
 from checkpoints_tools.sit import abstract_sit
@@ -84,7 +84,7 @@ def checkpoint(job, state, networks):
 @pytest.fixture(params=[".pt", ".safetensors"])
 def file(request, checkpoint, tmp_path):
     path = tmp_path / f"0000003{request.param}"
-    published.write(path, checkpoint)
+    write_checkpoint(path, checkpoint)
     return path
 
 
@@ -139,7 +139,7 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
     weights_of = {name: reference.draw(name, tuple(spec["shape"]), 0, "") for name, spec in case["state_dict"]["sit"].items()}
     tree = training_state.to_flax(table, weights_of, abstract_sit(sit, grid, True))
     again = published.TrainingCheckpoint("x", {}, 0, {"model": training_state.to_torch(table, tree)}, {})
-    published.write(tmp_path / "x.pt", again)
+    write_checkpoint(tmp_path / "x.pt", again)
     stored = torch.load(tmp_path / "x.pt", weights_only=False)["model"]
     assert list(stored) == case["meta"]["state_dict_order"]["sit"]
     for name, spec in case["state_dict"]["sit"].items():
@@ -168,7 +168,7 @@ class Parameters(torch.nn.Module):
 )
 def test_torch_continues_as_optax_does(job, state, networks, checkpoint, tmp_path, optimizer, place, padding):
     """The exported optimizer state loads strictly into torch's AdamW, and the next update is the same on both sides."""
-    published.write(tmp_path / "x.pt", checkpoint)
+    write_checkpoint(tmp_path / "x.pt", checkpoint)
     content = torch.load(tmp_path / "x.pt", weights_only=False)
     assert isinstance(content["args"], argparse.Namespace) and content["steps"] == 3
     name = published.OPTIMIZERS[optimizer]
@@ -217,7 +217,7 @@ def test_a_checkpoint_on_a_frozen_vae(checkpoint, networks, state, tmp_path):
     """sit-ldm-*: model, ema, opt, args and steps."""
     content = {name: dict(checkpoint.networks[name]) for name in ("model", "ema")}
     only = dataclasses.replace(checkpoint, networks=content, optimizers={"opt": checkpoint.optimizers["opt"]})
-    published.write(tmp_path / "x.pt", only)
+    write_checkpoint(tmp_path / "x.pt", only)
     trees, moments = training_state.to_trees(published.read(tmp_path / "x.pt"), networks, targets_of(state))
     assert set(trees) == {"model", "ema"} and set(moments) == {"opt"}
 
@@ -227,10 +227,10 @@ def test_newest_of_a_run(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoints/NNNNNNN.pt"):
         published.read(tmp_path)
     for name in ("0000003.pt", "0000020.pt", "notes.pt"):
-        published.write(tmp_path / "checkpoints" / name, checkpoint)
+        write_checkpoint(tmp_path / "checkpoints" / name, checkpoint)
     assert published.checkpoint_file(tmp_path).name == "0000020.pt"
     with pytest.raises(ValueError, match="ends in .pt or .safetensors"):
-        published.write(tmp_path / "x.ckpt", checkpoint)
+        write_checkpoint(tmp_path / "x.ckpt", checkpoint)
 
 
 def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
@@ -248,7 +248,7 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
 
 
 def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
-    published.write(tmp_path / "plain.pt", checkpoint)
+    write_checkpoint(tmp_path / "plain.pt", checkpoint)
     content = weights.read_torch(tmp_path / "plain.pt")
     wrapped = {**content, "ema_model": content["ema"]}
     del wrapped["ema"]
@@ -275,7 +275,7 @@ def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
 
 def test_bad_optimizer_states(checkpoint, tmp_path):
     path = tmp_path / "x.pt"
-    published.write(path, checkpoint)
+    write_checkpoint(path, checkpoint)
     content = weights.read_torch(path)
     del content["opt_vae"]["state"][4]
     content["opt_vae"]["state"][0]["exp_avg"] = np.zeros((3, 3), np.float32)

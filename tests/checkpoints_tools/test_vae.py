@@ -8,7 +8,8 @@ import reference
 from absl import logging
 from flax import traverse_util
 from golden_networks import drawn_params, golden_vae
-from small_files import STATS, write_torch
+from small_files import STATS
+from weight_files import write_torch
 
 from checkpoints_tools import mapping, torch_reference, vae, vae_layouts, vae_stats, weights
 from repae_jax import files

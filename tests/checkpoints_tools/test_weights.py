@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from small_files import write_torch
+from weight_files import write_torch
 
 from checkpoints_tools import locate, weights
 from repae_jax import files
