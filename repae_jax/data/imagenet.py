@@ -6,6 +6,7 @@ to TFDS as in this folder's README, once. TFDS' command line, `tfds build`, woul
 
 import dataclasses
 import functools
+import io
 import os
 import resource
 import socket
@@ -119,12 +120,9 @@ class ImagenetSource(EncodedImages):
         with ThreadPool(_READ_THREADS) as pool:
             labels = pool.imap(self._read_label, range(count), _CHUNK)
             labels = np.fromiter(tqdm(labels, total=count, unit="img", desc="reading labels, once"), np.int32)
-
-        def write(temporary):
-            with temporary.open("wb") as opened:  # np.save adds .npy to the name of a file that it opens itself
-                np.save(opened, labels)
-
-        files.write_all({file: write}, overwrite=True)
+        content = io.BytesIO()
+        np.save(content, labels)
+        files.write_all({file: lambda temporary: temporary.write_bytes(content.getbuffer())}, overwrite=True)
 
     def _read_label(self, i):
         return faults.read(self._record, i, name=functools.partial(self.name, i))["label"]
