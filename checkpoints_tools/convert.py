@@ -26,9 +26,10 @@ class Target:
     ending: str  # '.pt' or '.safetensors', or '' for a folder, whose name may hold dots
     overwrite: bool
 
-    def check(self, fits: bool, source: Any, kind: str, needed: str) -> None:
-        """Raises ValueError unless the target fits the source's kind."""
-        if not fits:
+    def check_is_file(self, is_file: bool, source: Any, kind: str) -> None:
+        """Raises ValueError unless the target is a file where the source's kind needs one, a folder where it does not."""
+        if is_file != bool(self.ending):
+            needed = "a file ending in .pt or .safetensors" if is_file else "a folder, which transformers reads"
             raise ValueError(f"{source} is a {KINDS[kind]}, so the target {self.path} must be {needed}")
 
     def write(self, state_dict: StateDict) -> list[str]:
@@ -57,13 +58,13 @@ def convert(
       source: path or name, as `identify` takes it.
       target: file ending in .pt or .safetensors, or a folder (no ending): a published run for a run or a training checkpoint, a
         diffusers or transformers folder for a VAE or an encoder. For a run, a file NAME-discriminator-ckpt.pt is its
-        discriminator alone. It must not exist, unless `overwrite` is True.
+        discriminator alone.
       step: which of a run's checkpoints to take; the newest by default.
-      optimizers: False leaves the optimizer states out.
+      optimizers: whether to write the optimizer states.
       plain_sit: the source is a plain SiT, whose t = 0 is noise: reverse its time, drop its unused sigma channels and add the
         statistics of the latents it was trained on, so that it is used as REPA's and ours are.
       latent_stats: file with the statistics of a VAE's latents, see `vae.read_latent_stats`, if the source does not say them.
-      overwrite: replace files that exist.
+      overwrite: replace the target if it exists.
     """
     place = _target(target, overwrite)
     identified = identify(source, step)
@@ -72,7 +73,7 @@ def convert(
     if plain_sit:
         if identified.kind not in ("sit", "training"):
             raise ValueError(f"{source} is a {KINDS[identified.kind]}: plain_sit is for the weights of a plain SiT alone")
-        place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
+        place.check_is_file(True, source, identified.kind)
         path = identified.path
         del identified  # frees its arrays: the file is read again, so that no more than two copies are held at a time
         return place.write(convert_plain_sit(path))
@@ -89,15 +90,14 @@ def convert(
                 loaded = loaded._replace(latent_stats=vae.read_latent_stats(latent_stats))
             return _write_vae(place, loaded)
         case "encoder" | "mocov3":
-            place.check(not place.ending, source, identified.kind, "a folder, which transformers reads")
+            place.check_is_file(False, source, identified.kind)
             stored = vit.read_file(identified.path, identified.arrays)
             if not stored.module.final_norm:
-                warning = "%s: its final norm follows the tokens that are used here; it is written as the identity"
-                logging.warning(warning, source)
+                logging.warning("%s: its final norm follows the tokens used here; it is written as the identity", source)
             vit.save_encoder(place.path, stored.module, stored.params, overwrite=overwrite)
             return [place.path]
         case _:
-            place.check(bool(place.ending), source, identified.kind, "a file ending in .pt or .safetensors")
+            place.check_is_file(True, source, identified.kind)
             return place.write(_checked_arrays(identified, str(source)))
 
 
@@ -109,10 +109,8 @@ def _convert_run(source, run, target, optimizers):
         return target.write(runs.discriminator_of(run))
     if run.networks.sit is None:
         vae_too = "" if run.networks.vae is None else "; extract-vae writes its VAE"
-        raise ValueError(
-            f"{source} is a run without a SiT, which cannot become a published training checkpoint: convert it to "
-            f"NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
-        )
+        advice = f"convert it to NAME{DISCRIMINATOR}.pt to have its discriminator{vae_too}"
+        raise ValueError(f"{source} is a run without a SiT, which cannot become a published training checkpoint: {advice}")
     return _write_training(runs.training_checkpoint_of(run, optimizers), target)
 
 
@@ -185,7 +183,14 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
     Of a run that trains the VAE without a SiT it is the averaged one.
     """
     if source.kind == "run":
-        return _vae_of_run(runs.open_run(source.path, step))
+        run = runs.open_run(source.path, step)
+        if run.networks.vae is None:
+            other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
+            frozen = f"config.init.vae={run.config['init']['vae']!r}"
+            raise ValueError(f"{run.workdir} is a run on a frozen VAE and holds none: it is {frozen}{other}")
+        paths = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
+        disc = None if run.networks.disc is None else runs.discriminator_of(run)
+        return vae.LoadedVAE(run.networks.vae, *map(run.read, paths), discriminator=disc, steps=run.step)
     if source.kind == "training" and "vae" in source.checkpoint.networks:
         training = source.checkpoint
         module, params = training.load_vae()
@@ -194,30 +199,14 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
             raise ValueError(f"{training.source} has no averaged latent statistics (ema: bn.running_mean), which its VAE needs")
         stats = {"mean": average["bn.running_mean"], "var": average["bn.running_var"]}
         return vae.LoadedVAE(module, params, stats, discriminator=training.networks.get("discriminator"), steps=training.steps)
-    raise ValueError(
-        f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; give the workdir of a run, or a published "
-        "checkpoint with a VAE in it"
-    )
-
-
-def _vae_of_run(run):
-    if run.networks.vae is None:
-        other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
-        raise ValueError(
-            f"{run.workdir} is a run on a frozen VAE and holds none: it is config.init.vae={run.config['init']['vae']!r}{other}"
-        )
-    paths = ("ema.params", "latent_stats") if run.networks.sit is None else ("vae.params", "ema.latent_stats")
-    params, stats = map(run.read, paths)
-    disc = None if run.networks.disc is None else runs.discriminator_of(run)
-    return vae.LoadedVAE(run.networks.vae, params, stats, discriminator=disc, steps=run.step)
+    advice = "give the workdir of a run, or a published checkpoint with a VAE in it"
+    raise ValueError(f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; {advice}")
 
 
 def extract_vae(source: str | Path, target: str | Path, *, step: int | None = None, overwrite: bool = False) -> list[Any]:
     """Writes the VAE of a run or of a training checkpoint, its latent statistics and discriminator; returns the paths.
 
-    The target is NAME.pt or NAME.safetensors, beside which NAME-latents-stats and NAME-discriminator-ckpt appear; or a folder
-    (no ending), which diffusers reads, which carries the statistics as latents_mean and latents_std, and the discriminator as
-    discriminator.safetensors. The other arguments are those of `convert`.
+    The target is a file of `vae.save_published` or a folder of `vae.save_diffusers`; the other arguments are as of `convert`.
     """
     place = _target(target, overwrite)
     return _write_vae(place, find_vae(identify(source, step), step))

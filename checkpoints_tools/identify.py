@@ -7,6 +7,7 @@ from pathlib import Path
 
 from checkpoints_tools import locate, published, weights
 from checkpoints_tools.mapping import StateDict
+from repae_jax import files
 
 # kind -> prefixes of names that only its files have; the first that fits decides
 SIGNATURES = {
@@ -75,7 +76,7 @@ def _identify(path, step):
             return Identified(file, "training", checkpoint=published.read_file(file))
         if (path / "checkpoints").is_dir():
             return Identified(path, "run")
-        if "model_type" in (weights.read_config(path) if (path / "config.json").exists() else {}):
+        if (path / "config.json").exists() and "model_type" in files.read_json(path / "config.json"):
             return Identified(path, "encoder")
     if path.suffix == ".pb":
         return Identified(path, "inception")

@@ -72,17 +72,13 @@ def _read_graph(path):
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto import graph_pb2
     from tensorboard.util import tensor_util
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the path, or download the file first")
     try:
         graph = graph_pb2.GraphDef.FromString(path.read_bytes())
         nodes = [node for node in graph.node if node.op == "Const" and node.name.rpartition("/")[2] in _GRAPH_WEIGHTS]
         return {node.name: tensor_util.make_ndarray(node.attr["value"].tensor) for node in nodes}
     except (DecodeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no TensorFlow graph, or it is damaged or incomplete ({type(error).__name__}: {error}); "
-            "needed: classify_image_graph_def.pb"
-        ) from error
+        found = f"no TensorFlow graph, or it is damaged or incomplete ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} is {found}; needed: classify_image_graph_def.pb") from error
 
 
 def load_inception(path: str | Path) -> dict[str, Any]:
@@ -92,12 +88,14 @@ def load_inception(path: str | Path) -> dict[str, Any]:
     .safetensors: pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or weights-inception-2015-12-05-6726825d.pth
     (torch-fidelity).
     """
-    path = locate.resolve(path)
-    return read_file(path, None if path.suffix == ".pb" else weights.read_file(path))
+    return read_file(locate.resolve(path))
 
 
-def read_file(path: Path, state_dict: StateDict | None) -> dict[str, Any]:
-    """Loads Inception from a local file and its arrays, see `load_inception`; None for a graph, which is read here."""
-    table, arrays = (graph_table(), _read_graph(path)) if state_dict is None else (inception_table(), state_dict)
+def read_file(path: Path, state_dict: StateDict | None = None) -> dict[str, Any]:
+    """Loads Inception from a local file, whose arrays may have been read already; see `load_inception`."""
+    if path.suffix == ".pb":
+        table, arrays = graph_table(), _read_graph(path)
+    else:
+        table, arrays = inception_table(), state_dict or weights.read_file(path)
     target = mapping.abstract_variables(InceptionV3(), (1, 32, 32, 3))["params"]
     return mapping.to_flax(table, arrays, target, source=str(path))

@@ -30,11 +30,10 @@ _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where
 def resolve(name_or_path: str | os.PathLike) -> Path:
     """Returns the local path of weights, fetched if need be. Called once, where a name enters; the rest takes its paths.
 
-    Args:
-      name_or_path: a file or folder that exists; a model of the Hugging Face hub, 'organization/name', or a folder or file
-        in it, 'organization/name/vae' or 'organization/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or
-        an address such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a
-        model's folder, a diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
+    A name is a file or folder that exists; a model of the Hugging Face hub, 'organization/name', or a folder or file in it,
+    'organization/name/vae' or 'organization/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or an address
+    such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a model's folder, a
+    diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
 
     Of a diffusers pipeline, the path is that of its `vae`; of a training run of ours in remote storage, its epath.Path, as it
     is read where it is. Raises FileNotFoundError if there is no such thing, or it cannot be fetched.
@@ -114,10 +113,8 @@ def _from_storage(address):
         else:
             folder, files = remote, _weight_files(remote)
         if not files:
-            raise FileNotFoundError(
-                f"{address} holds no weights: none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints "
-                "of a run; give the address of the file itself"
-            )
+            sought = f"none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints of a run"
+            raise FileNotFoundError(f"{address} holds no weights: {sought}; give the address of the file itself")
         names = [str(file.relative_to(folder)) for file in files]
         stats = [(name, file.stat().length, file.stat().mtime) for name, file in zip(names, files)]
         is_file = remote.is_file()

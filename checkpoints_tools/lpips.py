@@ -47,30 +47,25 @@ def _target():
 def check_files(arrays: StateDict, kind: str, source: str) -> None:
     """Checks one of the files that LPIPS is made of, by itself; ValueError lists all that does not fit.
 
-    Its kind is 'vgg16', torchvision's VGG16 (`classifier.*` may be there); or 'lpips', the linear weights, or a whole module of
-    the lpips package or taming, which has convolutions, too.
+    Files of the kind 'lpips' are the linear weights, or a whole module of the lpips package or taming.
     """
     if kind == "vgg16":
         table = Table(_convolutions(lambda stage, index: f"features.{index}"), ignored=("classifier.",))
-    elif kind == "lpips":
+    else:
         arrays = merge_state_dicts(arrays, source=source)
         whole = any(name.startswith("net.") for name in arrays)
         table = lpips_table() if whole else Table(_LINEARS, _SCALING, checked=tuple(_SCALING))
-    else:
-        raise ValueError(f"{source}: kind={kind!r}; allowed: 'vgg16', 'lpips'")
     filled = {path.partition("/")[0] for path in table.leaves}
     to_flax(table, arrays, {name: leaves for name, leaves in _target().items() if name in filled}, source=source)
 
 
-def merge_state_dicts(*state_dicts: StateDict, source: str = "") -> dict[str, np.ndarray]:
+def merge_state_dicts(*state_dicts: StateDict, source: str) -> dict[str, np.ndarray]:
     """Returns taming's LPIPS module's state dict, for `lpips_table`, from those that people have.
 
-    Args:
-      state_dicts: torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), `lin0.model.1.weight` … (the
-        lpips package's and taming's vgg.pth agree on these names), or a whole module: the lpips package's has its linear
-        layers twice, as `lin0` and as `lins.0`. Names unknown here stay as they are, for the table to list; arrays given
-        twice with different values are a ValueError.
-      source: the file's name, for errors.
+    They have torchvision's VGG16 (`features.0.weight` …; its `classifier.*` is not used), `lin0.model.1.weight` … (the lpips
+    package's and taming's vgg.pth agree on these names), or a whole module: the lpips package's has its linear layers twice, as
+    `lin0` and as `lins.0`. Names unknown here stay as they are, for the table to list. ValueError, naming the source, for
+    arrays given twice with different values.
     """
     merged, conflicts = {}, []
     slices = {str(index): stage + 1 for stage, _, index in _vgg_indices()}
@@ -87,24 +82,20 @@ def merge_state_dicts(*state_dicts: StateDict, source: str = "") -> dict[str, np
             merged[name] = array
     if conflicts:
         names = ", ".join(sorted(conflicts))
-        where = f"{source}: " if source else ""
-        raise ValueError(f"{where}given twice, with different values: {names}; these weights do not belong together")
+        raise ValueError(f"{source}: given twice, with different values: {names}; these weights do not belong together")
     return merged
 
 
 def load_lpips(vgg16: str | Path, linear_weights: str | Path = "") -> dict[str, Any]:
-    """Returns the float32 parameters of `LPIPS`.
+    """Returns the float32 parameters of `LPIPS` from files that `weights.read_state_dict` reads, in either order.
 
-    Args:
-      vgg16: torchvision's VGG16 (vgg16-397923af.pth), or a state dict of the lpips package's or taming's whole module.
-      linear_weights: the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; empty if `vgg16` holds the whole module. The
-        two may also be given the other way round. Both may be any kind of file that `weights.read_state_dict` reads.
+    They are torchvision's VGG16 (vgg16-397923af.pth), and the lpips package's weights/v0.1/vgg.pth or taming's vgg.pth; or one
+    with the whole module, and the other empty.
     """
-    paths = [str(path) for path in (vgg16, linear_weights) if path]
-    if not paths:
+    if not (paths := [str(path) for path in (vgg16, linear_weights) if path]):
         raise ValueError("LPIPS needs torchvision's VGG16 weights and the linear weights of LPIPS v0.1, or both in one file")
     source = " with ".join(paths)
-    state_dict = merge_state_dicts(*map(weights.read_state_dict, paths))
+    state_dict = merge_state_dicts(*map(weights.read_state_dict, paths), source=source)
     parts = {"net.slice": "VGG16's convolutions (features.0.weight …)", "lin": "the linear weights (lin0.model.1.weight …)"}
     for prefix, part in parts.items():
         if not any(name.startswith(prefix) for name in state_dict):

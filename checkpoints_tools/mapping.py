@@ -90,11 +90,9 @@ def counter(torch: str, updates: int = 0) -> dict[str, np.ndarray]:
 
 
 def stack(entries: Iterable[Entry], stacks: Mapping[str, range]) -> list[Entry]:
-    """Repeats a block's entries over scanned stacks.
+    """Repeats a block's entries over scanned stacks, by name the ranges of PyTorch's layer indices; empty ones are left out.
 
-    Args:
-      entries: entries of one block; PyTorch names contain '{i}', the layer's index, Flax paths '{stack}'.
-      stacks: stack name -> range of PyTorch layer indices; empty ranges are left out.
+    In the entries, PyTorch names contain '{i}', the layer's index, and Flax paths '{stack}'.
     """
     stacked = []
     for name, layers in stacks.items():
@@ -208,10 +206,7 @@ def _warn_of_precision(dtypes, source):
 
 
 def to_torch(table: Table, tree: Tree) -> dict[str, np.ndarray]:
-    """Converts a Flax tree to a PyTorch state dict of contiguous arrays, constants included. Inverse of `to_flax`.
-
-    Raises ValueError listing every leaf that the tree lacks or that the table does not know.
-    """
+    """Converts a Flax tree to a PyTorch state dict, contiguous and with constants; ValueError lists what does not fit."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
     problems = [f"not in the tree: {path}" for path in table.leaves - set(leaves)]
     problems += [f"not in the table: {path}" for path in set(leaves) - table.leaves]

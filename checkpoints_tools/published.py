@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from checkpoints_tools import locate, sit, vae, weights
 from checkpoints_tools.mapping import StateDict
@@ -74,8 +75,7 @@ def checkpoint_file(path: Path, step: int | None = None) -> Path:
         if step is not None:
             raise ValueError(f"{path} is one checkpoint: step {step} can be chosen in the folder of a run only")
         return path
-    by_step = locate.training_files(path)
-    if not by_step:
+    if not (by_step := locate.training_files(path)):
         raise FileNotFoundError(f"{path} has no checkpoints/NNNNNNN.pt or .safetensors; name the file itself")
     if step is not None and step not in by_step:
         raise FileNotFoundError(f"{path} has no checkpoint of step {step}; there are {', '.join(map(str, sorted(by_step)))}")
@@ -92,10 +92,8 @@ def is_training_checkpoint(content: Any) -> bool:
 def read(path: str | Path, step: int | None = None) -> TrainingCheckpoint:
     """Reads a training checkpoint; ValueError if it is none, or an optimizer state does not fit its network.
 
-    Args:
-      path: path or name to `resolve`: a .pt or .safetensors file, or the folder of a published run. A SiT's weights alone
-        count for both the model and its average. Where the file does not hold them, args are those of args.json.
-      step: which checkpoint of a folder to take; the newest by default.
+    The path or name to `resolve` is of a .pt or .safetensors file, or of a published run's folder. A SiT's weights alone count
+    for both the model and its average. Where the file does not hold them, args are those of args.json.
     """
     return read_file(checkpoint_file(locate.resolve(path), step))
 
@@ -198,10 +196,10 @@ def _read_safetensors(path):
         args, steps, groups, updates = (about[name] for name in ("args", "steps", "optimizer_groups", "optimizer_steps"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the header's {METADATA!r} is damaged ({error!r}); convert the original again") from error
-    parts = _nested(flat)
+    parts = traverse_util.unflatten_dict(flat, sep="/")
     optimizers = {}
     for name in [name for name in OPTIMIZERS if name in parts]:
-        moments = {kind: {} for kind in MOMENTS} | _nested(parts.pop(name))
+        moments = {kind: {} for kind in MOMENTS} | parts.pop(name)
         optimizers[name] = Adam(updates[name], **moments, group=groups[name])
     networks = {name: parts.pop(name) for name in NETWORKS if name in parts}
     if parts or "model" not in networks:
@@ -209,28 +207,12 @@ def _read_safetensors(path):
     return TrainingCheckpoint(str(path), args, steps, networks, optimizers)
 
 
-def _nested(flat):
-    """{'a/b': x} -> {'a': {'b': x}}, at the first slash."""
-    parts = {}
-    for name, array in flat.items():
-        part, _, rest = name.partition("/")
-        parts.setdefault(part, {})[rest] = array
-    return parts
-
-
-def write(path: str | Path, checkpoint: TrainingCheckpoint, *, overwrite: bool = False) -> None:
-    """Writes a training checkpoint to one file; raises as `files.write_all` and `writer`."""
-    files.write_all({path: writer(path, checkpoint)}, overwrite=overwrite)
-
-
 def writer(path: str | Path, checkpoint: TrainingCheckpoint) -> Callable[[Path], None]:
     """Returns a function for `files.write_all` that writes a training checkpoint, as .pt or as .safetensors."""
     networks, optimizers = checkpoint.networks, checkpoint.optimizers
     if str(path).endswith(".safetensors"):
-        parts = dict(networks)
-        for part, adam in optimizers.items():
-            parts |= {f"{part}/{kind}": getattr(adam, kind) for kind in MOMENTS}
-        flat = {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+        moments = {part: {kind: getattr(adam, kind) for kind in MOMENTS} for part, adam in optimizers.items()}
+        flat = traverse_util.flatten_dict({**networks, **moments}, sep="/")
         about = {
             "args": dict(checkpoint.args), "steps": checkpoint.steps,
             "optimizer_steps": {part: adam.steps for part, adam in optimizers.items()},

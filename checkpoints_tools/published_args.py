@@ -58,16 +58,12 @@ def _values(table, config):
 def args_from_config(
     config: Mapping[str, Any], model: str, vae: str, encoder_type: str, num_heads: int, norm_groups: int
 ) -> dict[str, Any]:
-    """Returns the published command line that expresses a config, as JSON values.
+    """Returns the published command line that expresses the config of a run that trains a SiT or DiT, as JSON values.
 
-    Args:
-      config: nested dict of a run that trains a SiT or DiT.
-      model, vae, encoder_type: published names, such as 'SiT-XL/2', 'f8d4' and 'dinov2-vit-b'.
-      num_heads, norm_groups: of the SiT's attention and of the VAE, which no weight implies.
+    Names are the published ones, such as 'SiT-XL/2', 'f8d4' and 'dinov2-vit-b'; numbers are those that no weight implies.
     """
-    frozen_vae = config["init"]["vae"]
-    is_frozen = config["job"] == "ldm"
-    vae_args = {"vae_ckpt": frozen_vae, "vae_latents_name": Path(frozen_vae).stem} if is_frozen else _TRAINED_VAE
+    frozen_vae = config["init"]["vae"] if config["job"] == "ldm" else None
+    vae_args = {"vae_ckpt": frozen_vae, "vae_latents_name": Path(frozen_vae).stem} if frozen_vae else _TRAINED_VAE
     return {
         "bn_momentum": 0.1,  # the published sampling asks for it, also where the statistics were fixed
         **_FIXED, **vae_args, **_values(MEANING | RECIPE | OPERATION, config), "exp_name": "repae_jax",
@@ -96,5 +92,4 @@ def check_args(args: Mapping[str, Any], config: Mapping[str, Any], source: str) 
 
 def same_recipe(args: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Compares two published command lines, their length and how often they save aside."""
-    first, second = ({name: value for name, value in each.items() if name not in OPERATION} for each in (args, other))
-    return first == second
+    return {**args, **dict.fromkeys(OPERATION)} == {**other, **dict.fromkeys(OPERATION)}

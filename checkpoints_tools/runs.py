@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from checkpoints_tools import discriminator, published, published_args, sit, torch_param_order, training_state, vae_layouts
 from checkpoints_tools.mapping import Tree
@@ -32,10 +33,8 @@ class Run:
     def read(self, path: str) -> Any:
         """Reads a part of the state, such as 'ema.params'."""
         names = path.split(".")
-        wanted = functools.reduce(operator.getitem, names, self.shapes)
-        for name in reversed(names):
-            wanted = {name: wanted}
-        restored, _ = checkpoint.restore_subset(self.workdir, wanted, self.step)
+        wanted = {path: functools.reduce(operator.getitem, names, self.shapes)}
+        restored, _ = checkpoint.restore_subset(self.workdir, traverse_util.unflatten_dict(wanted, sep="."), self.step)
         return functools.reduce(operator.getitem, names, restored)
 
 

@@ -98,8 +98,7 @@ def check_time(layout: str, source: str) -> None:
 def rename_legacy(state_dict: StateDict, encoder_depth: int | None = None) -> dict[str, np.ndarray]:
     """Renames blocks after the alignment tap that are called `decoder_blocks.i`, from 0, to today's `blocks.i`.
 
-    Raises ValueError if the `blocks.*` before them do not end at `encoder_depth`, where that is given.
-    Reference: REPA's `load_legacy_checkpoints`.
+    ValueError if there are not `encoder_depth` blocks before them. Reference: REPA's `load_legacy_checkpoints`.
     """
     if not mapping.count_layers(state_dict, "decoder_blocks"):
         return dict(state_dict)
@@ -122,7 +121,6 @@ def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_he
     """Fields of the SiT that a state dict of any of the three kinds belongs to, from names and shapes.
 
     Args:
-      state_dict: name -> array.
       encoder_depth: blocks before the alignment tap. By default the number in legacy names; 4 for S and B, 8 for L and XL,
         as published, if there are projectors; otherwise all blocks.
       num_heads: by default the number that qk_norm's width implies, or the published one for S, B, L and XL.
@@ -133,10 +131,8 @@ def describe_sit(state_dict: StateDict, encoder_depth: int | None = None, num_he
     width, channels, patch, patch_width = shapes[_PATCHES]
     ratio, rest = divmod(shapes[_OUTPUT][0], patch * patch * channels)
     if patch != patch_width or rest or ratio not in (1, 2):
-        raise ValueError(
-            f"{_PATCHES} {shapes[_PATCHES]} and {_OUTPUT} {shapes[_OUTPUT]} do not fit: expected square patches and one or two "
-            "times as many outputs"
-        )
+        advice = "expected square patches and one or two times as many outputs"
+        raise ValueError(f"{_PATCHES} {shapes[_PATCHES]} and {_OUTPUT} {shapes[_OUTPUT]} do not fit: {advice}")
     early, late = mapping.count_layers(state_dict, "blocks"), mapping.count_layers(state_dict, "decoder_blocks")
     depth = early + late
     if encoder_depth is None and (late or not projectors):
@@ -220,8 +216,6 @@ def from_state_dict(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     variables = mapping.to_flax(sit_table(module, latent_norm=has_norm), state_dict, target, source=source)
-    if has_norm and not (variables["latent_stats"]["var"] > 0).all():
-        raise ValueError(
-            f"{source}: bn.running_var must be positive; its smallest entry is {variables['latent_stats']['var'].min()}"
-        )
+    if has_norm and not (smallest := variables["latent_stats"]["var"].min()) > 0:
+        raise ValueError(f"{source}: bn.running_var must be positive; its smallest entry is {smallest}")
     return LoadedSiT(module, variables, layout, grid)

@@ -56,9 +56,8 @@ def read_torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"{path} is a PyTorch file: `pip install repae_jax[torch]`, or convert it to .safetensors elsewhere"
-        ) from error
+        advice = "`pip install repae_jax[torch]`, or convert it to .safetensors elsewhere"
+        raise ImportError(f"{path} is a PyTorch file: {advice}") from error
     with Path(path).open("rb") as file:
         start = file.read(12)
     if not start.startswith(_MAGIC):
@@ -74,10 +73,8 @@ def read_torch(path: Path) -> Any:
             with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY_SCALARS]):
                 content = torch.load(path, weights_only=True, map_location="cpu", mmap=stored)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} {_refusal(error)}, which could run code when read; nothing was run. "
-            "Get the weights as .safetensors, or save only the state dict"
-        ) from error
+        advice = "Get the weights as .safetensors, or save only the state dict"
+        raise ValueError(f"{path} {_refusal(error)}, which could run code when read; nothing was run. {advice}") from error
     except MemoryError:
         raise
     except Exception as error:  # on bytes that are no pickle, the reader raises whatever it happens to stumble over
@@ -119,10 +116,9 @@ def _to_numpy(value, name, path):
                 return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
             return value.numpy(force=True)
         except (TypeError, RuntimeError) as error:  # float8, quantized, sparse, or on no device
-            raise ValueError(
-                f"{path}: {name} is a tensor that numpy lacks ({value.dtype}, {value.layout}, device {value.device}); "
-                "save it as a dense float32 tensor"
-            ) from error
+            kind = f"{value.dtype}, {value.layout}, device {value.device}"
+            advice = "save it as a dense float32 tensor"
+            raise ValueError(f"{path}: {name} is a tensor that numpy lacks ({kind}); {advice}") from error
     value = vars(value) if isinstance(value, argparse.Namespace) else value
     return _map_container(value, name, lambda item, inner: _to_numpy(item, inner, path))
 
@@ -183,7 +179,6 @@ def checked_array(value: Any, name: str, source: str | Path) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source}: {name} is {type(value).__name__}, no numpy array ({error}); give one") from error
     if array.dtype not in DTYPES:
-        raise ValueError(
-            f"{source}: {name} is {type(value).__name__} of {array.dtype}; allowed: arrays of {', '.join(map(str, DTYPES))}"
-        )
+        allowed = f"arrays of {', '.join(map(str, DTYPES))}"
+        raise ValueError(f"{source}: {name} is {type(value).__name__} of {array.dtype}; allowed: {allowed}")
     return array

@@ -28,8 +28,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def registration_order(names: Iterable[str]) -> list[str]:
     """Sorts the names of a SiT's, an autoencoder's or a discriminator's state dict as PyTorch lists them."""
     names = list(names)
-    unknown = [name for name in names if not all(part.isdigit() or part in _RANK for part in name.split("."))]
-    if unknown:
+    if unknown := [name for name in names if not all(part.isdigit() or part in _RANK for part in name.split("."))]:
         raise ValueError(f"their place in PyTorch's order is unknown: {', '.join(sorted(unknown))}")
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else _RANK[part] for part in name.split(".")])
 

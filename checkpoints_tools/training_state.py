@@ -62,10 +62,8 @@ def to_trees(
 ) -> tuple[dict[str, Tree], dict[str, tuple[int, Tree, Tree]]]:
     """Converts a published training checkpoint to our trees, where both have the network; ValueError lists what does not fit.
 
-    `targets` is name of a published network -> tree of shapes and dtypes, as in `STATE_PATHS`; 'ema' as 'model'.
-
-    Returns:
-      (name -> tree, name of an optimizer -> (updates, first moments, second moments)).
+    `targets` is name of a published network -> tree of shapes and dtypes, as in `STATE_PATHS`; 'ema' as 'model'. The result is
+    (name -> tree, name of an optimizer -> (updates, first moments, second moments)).
     """
     layout = layout_of(checkpoint.networks["model"])
     if not networks.sit.learned_sigma:  # one that is trained with sigma is a DiT
@@ -94,11 +92,9 @@ def from_run(
 ) -> TrainingCheckpoint:
     """Converts the state of a run to a published training checkpoint.
 
-    Args:
-      read: path in the state, such as 'ema.params' -> that subtree; called once for each, so that it may read from disk and
-        no more than one of them is held beside the result.
-      networks, steps, args, source: of the run; see `TrainingCheckpoint`.
-      groups: name of an optimizer -> its settings, see `Adam`; without any, AdamW's moments, two thirds of the file, stay out.
+    `read` maps a path in the state, such as 'ema.params', to that subtree; it is called once for each, so that it may read from
+    disk and no more than one of them is held beside the result. `groups` has settings by name of an optimizer, see `Adam`;
+    without any, AdamW's moments, two thirds of the file, stay out.
     """
     by_name = tables(networks, updates=steps)
     converted, shapes = {}, {}

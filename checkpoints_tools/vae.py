@@ -1,6 +1,5 @@
 """VAE files of every layout: reading them, and writing those that diffusers and the published code load."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from etils import epath
 
 from checkpoints_tools import locate, mapping, torch_param_order, vae_layouts, vae_stats, weights
 from checkpoints_tools.mapping import StateDict, Tree
-from checkpoints_tools.vae_layouts import DIFFUSERS, NORM_GROUPS, SIZES, Names, abstract_params, vae_table, without_projection
+from checkpoints_tools.vae_layouts import DIFFUSERS, NORM_GROUPS, SIZES, abstract_params, vae_table, without_projection
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
 
@@ -30,42 +29,32 @@ class LoadedVAE(NamedTuple):
     steps: int | None = None  # training steps done, if a checkpoint says so
 
 
-class _StoredVAE(NamedTuple):
-    state_dict: StateDict
-    names: Names
-    module: AutoencoderKL
-    config: Mapping[str, Any] | None  # the config.json beside the file
-    file: Path
-
-
 def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) -> LoadedVAE:
     """Returns a VAE with all that its file says.
 
-    Args:
-      path: what `locate.resolve` takes, being one of
-        a file with CompVis names: REPA-E's, VA-VAE's, the original SD-VAE's, FLUX's ae.safetensors; or a whole Stable Diffusion
-        file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the neighbor
-        NAME-latents-stats.pt or .safetensors, if there is one;
-        a folder of diffusers' AutoencoderKL, or of a pipeline with such a folder in it, `vae`; or the weight file therein.
-        Statistics are `latents_mean` and `latents_std`, else `scaling_factor` and `shift_factor`.
-      dtype: compute dtype of the module. Its parameters are float32 whatever the file holds: float16 and bfloat16 are widened,
-        exactly, so that a file written from them is twice as large.
-      remat: the module's.
+    The path, which `locate.resolve` takes, is one of
+      a file with CompVis names: REPA-E's, VA-VAE's, the original SD-VAE's, FLUX's ae.safetensors; or a whole Stable Diffusion
+      file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the neighbor
+      NAME-latents-stats.pt or .safetensors, if there is one;
+      a folder of diffusers' AutoencoderKL, or of a pipeline with such a folder in it, `vae`; or the weight file therein.
+      Statistics are `latents_mean` and `latents_std`, else `scaling_factor` and `shift_factor`.
+
+    Dtype and remat are the module's. Parameters are float32 whatever the file holds: float16 and bfloat16 are widened, exactly,
+    so that a file written from them is twice as large.
     """
     return read_file(locate.resolve(path), dtype=dtype, remat=remat)
 
 
 def read_file(path: Path, state_dict: StateDict | None = None, **fields: Any) -> LoadedVAE:
     """Loads a VAE from a local file or folder, whose arrays may have been read already; see `load_vae`."""
-    stored = _read(path, state_dict, **fields)
-    module, file = stored.module, stored.file
-    params = mapping.to_flax(vae_table(module, stored.names), stored.state_dict, abstract_params(module), source=str(path))
-    if stored.config is not None:
-        stats = vae_stats.from_config(stored.config, file.parent / _CONFIG, module.latent_channels)
-    else:
-        beside = next((candidate for candidate in _stats_beside(file) if candidate.exists()), None)
-        stats = vae_stats.from_arrays(weights.read_file(beside), beside, module.latent_channels) if beside else None
-    return LoadedVAE(module, params, stats, stored.names.layout)
+    loaded, config, file = _read(path, state_dict, **fields)
+    channels = loaded.module.latent_channels
+    if config is not None:
+        return loaded._replace(latent_stats=vae_stats.from_config(config, file.parent / _CONFIG, channels))
+    for beside in _stats_beside(file):
+        if beside.exists():
+            return loaded._replace(latent_stats=vae_stats.from_arrays(weights.read_file(beside), beside, channels))
+    return loaded
 
 
 def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_GROUPS) -> tuple[AutoencoderKL, dict[str, Any]]:
@@ -75,33 +64,32 @@ def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_
     return module, mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=source)
 
 
-def read_vae_params(path: str | Path, module: AutoencoderKL, target: Tree) -> dict[str, Any]:
-    """Returns parameters for a network that is already described, of target's structure, shapes and dtypes.
+def read_vae_params(path: str | Path, module: AutoencoderKL) -> Tree:
+    """Returns parameters for a network that is already described; ValueError if the file's is another.
 
     They are without 'vf_projection' if the file has no such map from latents to tokens of module.feature_dim, which then has
-    to start afresh. Raises as `load_vae`, and ValueError if the file's network is another than `module`.
+    to start afresh.
     """
     # no shape implies the groups, so that only a config.json can contradict the module's
-    stored = _read(locate.resolve(path), norm_groups=module.norm_groups)
+    stored, _, _ = _read(locate.resolve(path), norm_groups=module.norm_groups)
     in_file, here = vae_sizes(stored.module), vae_sizes(module)
     differences = [f"{name}: {in_file[name]} in the file, {here[name]} here" for name in SIZES if in_file[name] != here[name]]
     if differences:
         raise ValueError(f"{path} holds another VAE than the one described\n  " + "\n  ".join(differences))
-    if module.feature_dim is not None and stored.module.feature_dim != module.feature_dim:
-        logging.warning(
-            "the map from latents to tokens of width %s starts afresh: that of %s is of width %s", module.feature_dim, path,
-            stored.module.feature_dim,
-        )
-        module, target = without_projection(module, target)
-    return mapping.to_flax(vae_table(module, stored.names), stored.state_dict, target, source=str(path))
+    needed, width = module.feature_dim, stored.module.feature_dim
+    if needed == width:
+        return stored.params
+    if needed is not None:
+        message = "the map from latents to tokens of width %s starts afresh: that of %s is of width %s"
+        logging.warning(message, needed, path, width)
+    return without_projection(module, stored.params)[1]
 
 
 def read_latent_stats(path: str | Path) -> dict[str, np.ndarray]:
     """Returns latent statistics by themselves, {'mean', 'var'}, float32 [C]; raises as `vae_stats.from_arrays`.
 
-    Args:
-      path: what `locate.resolve` takes: REPA-E's NAME-latents-stats.pt, LightningDiT's latents_stats.pt, the same as
-        .safetensors, see `vae_stats.from_arrays`; or a diffusers folder, as `load_vae`.
+    The path, which `locate.resolve` takes, is REPA-E's NAME-latents-stats.pt, LightningDiT's latents_stats.pt, the same as
+    .safetensors, or a diffusers folder.
     """
     path = locate.resolve(path)
     if not path.is_dir():
@@ -148,22 +136,13 @@ def save_published(
 ) -> list[Path]:
     """Writes NAME.pt, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt, as REPA-E does; returns the paths.
 
-    Args:
-      stem: path of NAME; `.safetensors` at its end (or `.pt`, the default) says the kind of all files.
-      module, params, latent_stats, discriminator: the contents; without the last two, their files are left out.
-      overwrite: replace files that exist.
-
-    Raises:
-      FileExistsError: as `files.write_all`, and if there are no statistics to write but those of the VAE that would be replaced
-        would stay beside the new one.
-
-    Reference: REPA-E `save_vae_weights.py`.
+    `stem` is the path of NAME; `.safetensors` at its end (or `.pt`, the default) says the kind of all files. Without statistics
+    or discriminator, their files are left out. Raises as `files.write_all`, and FileExistsError if there are no statistics to
+    write but those of the VAE that would be replaced would stay beside the new one. Reference: REPA-E `save_vae_weights.py`.
     """
     if module.norm_groups != NORM_GROUPS:
-        raise ValueError(
-            f"norm_groups={module.norm_groups} cannot be told by this layout, whose readers take {NORM_GROUPS}: "
-            "write a diffusers folder"
-        )
+        layout = f"this layout, whose readers take {NORM_GROUPS}"
+        raise ValueError(f"norm_groups={module.norm_groups} cannot be told by {layout}: write a diffusers folder")
     contents = {"": torch_param_order.to_ordered_torch(vae_table(module), params)}
     if latent_stats is not None:
         contents["-latents-stats"] = vae_stats.to_arrays(latent_stats, module.latent_channels)
@@ -186,6 +165,7 @@ def _stats_beside(file):
 
 
 def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
+    """(VAE without its statistics, the config.json beside the file or None, the file)."""
     if path.is_dir():
         _read_config(path)  # before the weights: the class may be another
     file = weights.weight_file(path)
@@ -197,31 +177,29 @@ def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
         if not isinstance(norm_groups, int) or norm_groups < 1:
             raise ValueError(f"{file.parent / _CONFIG}: norm_num_groups is {norm_groups!r}, no positive number")
     module = vae_layouts.infer_module(state_dict, names, path, norm_groups, **fields)
-    differences = [
+    if differences := [
         f"{name}: {config[name]} in {_CONFIG}, {value} by the weights or as all that is supported"
         for name, value in (diffusers_config(module) if config is not None else {}).items()
         if name in config and config[name] != value
-    ]
-    if differences:
+    ]:
         raise ValueError(f"{file.parent / _CONFIG} does not fit the weights beside it\n  " + "\n  ".join(differences))
-    return _StoredVAE(state_dict, names, module, config, file)
+    params = mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=str(path))
+    return LoadedVAE(module, params, None, names.layout), config, file
 
 
 def _read_config(folder):
-    config = weights.read_config(folder)
+    config = files.read_json(Path(folder) / _CONFIG)
     if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError(
-            f"{Path(folder) / _CONFIG} is of class {config.get('_class_name')!r}; the only VAE known is 'AutoencoderKL'"
-        )
+        found = f"of class {config.get('_class_name')!r}"
+        raise ValueError(f"{Path(folder) / _CONFIG} is {found}; the only VAE known is 'AutoencoderKL'")
     return config
 
 
 def diffusers_config(module: AutoencoderKL) -> dict[str, Any]:
     """Returns the arguments of diffusers' AutoencoderKL that describe the network; ValueError if there are none."""
     if module.channel_multipliers[0] != 1:
-        raise ValueError(
-            f"channel_multipliers={module.channel_multipliers}: diffusers' first level is as wide as conv_in, multiplier 1"
-        )
+        theirs = "diffusers' first level is as wide as conv_in, multiplier 1"
+        raise ValueError(f"channel_multipliers={module.channel_multipliers}: {theirs}")
     levels = range(len(module.channel_multipliers))
 
     def blocks(name):

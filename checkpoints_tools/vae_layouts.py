@@ -159,10 +159,9 @@ def _entries(vae, names):
 
 
 def detect_layout(state_dict: _Contents, source: str | Path) -> tuple[Names, _Contents]:
-    """Returns the layout of a state dict, from its names alone, and the part of it that belongs to the VAE.
+    """Returns the layout of a state dict, from its names alone, and the part that belongs to the VAE; ValueError if unknown.
 
-    That part is all, or within a whole Stable Diffusion file the names after its prefix. Raises ValueError, naming the
-    source, if the layout is unknown.
+    That part is all, or within a whole Stable Diffusion file the names after its prefix.
     """
     prefix = "first_stage_model."
     inside = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -187,8 +186,7 @@ def infer_module(
 ) -> AutoencoderKL:
     """Returns the AutoencoderKL of these weights, by names and shapes; no shape implies its group-norm groups.
 
-    Raises ValueError, naming the source, if an array is missing that says a size, or the sizes are none of AutoencoderKL's.
-    Whether all other arrays are there is the table's to check.
+    Only arrays that say a size have to be there; the others are the table's to check.
     """
 
     def has(path, **at):

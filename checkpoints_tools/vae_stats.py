@@ -15,18 +15,15 @@ _SCALING = 0.18215  # diffusers' default for a config.json without scaling_facto
 
 
 def from_arrays(arrays: StateDict, source: str | Path, channels: int | None = None) -> dict[str, np.ndarray]:
-    """Returns the statistics in a file's arrays; `channels` is C, if known.
+    """Returns the statistics in a file's arrays; `channels` is C, if known. ValueError if they cannot be statistics.
 
     They are REPA-E's latents_scale (1 / std) and latents_bias (mean), or LightningDiT's mean and std; [1, C, 1, 1] or [C].
-    ValueError, naming the source, for other names or shapes, a scale that is not positive, or anything not finite.
     """
     for names in (("latents_bias", "latents_scale"), ("mean", "std")):
         if set(arrays) == set(names):
             return _stats(source, channels, {name: arrays[name] for name in names}, inverse="latents_scale" in arrays)
-    raise ValueError(
-        f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; latent statistics are latents_scale and latents_bias, "
-        "or mean and std"
-    )
+    advice = "latent statistics are latents_scale and latents_bias, or mean and std"
+    raise ValueError(f"{source} holds {', '.join(sorted(arrays)[:8]) or 'nothing'}; {advice}")
 
 
 def from_config(config: Mapping[str, Any], source: str | Path, channels: int | None = None) -> dict[str, np.ndarray] | None:
@@ -66,17 +63,29 @@ def to_arrays(latent_stats: Stats, channels: int | None = None) -> dict[str, Flo
 
 def _stats(source, channels, named, inverse=False):
     """{'mean', 'var'} of a named mean and, after it, a named standard deviation, or its inverse."""
+    mean, scale = _checked(source, channels, named)
+    with np.errstate(over="ignore", under="ignore"):
+        stats = {"mean": mean.astype(np.float32), "var": np.square(1 / scale if inverse else scale).astype(np.float32)}
+    if not (np.isfinite(stats["mean"]).all() and np.isfinite(stats["var"]).all() and stats["var"].all()):
+        raise ValueError(f"{source}: {' or '.join(named)} is beyond the range of float32 variances")
+    return stats
+
+
+def _mean_and_std(latent_stats, channels):
+    """Both as float64 [C]; the exact root, so that squaring and rounding it to float32 gives `var` again."""
+    mean, var = _checked("latent statistics", channels, {name: latent_stats[name] for name in ("mean", "var")})
+    return mean, np.sqrt(var)
+
+
+def _checked(source, channels, named):
+    """A named mean and, after it, a named measure of spread, as float64 [C]."""
     (mean_name, mean), (scale_name, scale) = ((name, _vector(source, name, value)) for name, value in named.items())
     if len(mean) != len(scale) or len(mean) != (channels or len(mean)):
         needed = f"; the VAE has {channels} channels" if channels else ""
         raise ValueError(f"{source}: {mean_name} has {len(mean)} entries, {scale_name} {len(scale)}{needed}")
     if not (scale > 0).all():
         raise ValueError(f"{source}: {scale_name} must be positive; its smallest entry is {scale.min()}")
-    with np.errstate(over="ignore", under="ignore"):
-        stats = {"mean": mean.astype(np.float32), "var": np.square(1 / scale if inverse else scale).astype(np.float32)}
-    if not (np.isfinite(stats["mean"]).all() and np.isfinite(stats["var"]).all() and stats["var"].all()):
-        raise ValueError(f"{source}: {mean_name} or {scale_name} is beyond the range of float32 variances")
-    return stats
+    return mean, scale
 
 
 def _vector(source, name, value):
@@ -89,16 +98,3 @@ def _vector(source, name, value):
     if not np.isfinite(array).all():
         raise ValueError(f"{source}: {name} is not finite")
     return array.reshape(-1)
-
-
-def _mean_and_std(latent_stats, channels):
-    """Returns both as float64 [C], checked; the exact root, so that squaring and rounding it to float32 gives `var` again."""
-    stats = {name: np.asarray(latent_stats[name], np.float64) for name in ("mean", "var")}
-    for name, array in stats.items():
-        if array.shape != (channels or array.size,):
-            raise ValueError(f"latent statistics: {name} has shape {array.shape}; needed: ({channels or 'C'},)")
-        if not np.isfinite(array).all():
-            raise ValueError(f"latent statistics: {name} is not finite")
-    if not (stats["var"] > 0).all():
-        raise ValueError(f"latent statistics: var must be positive; its smallest entry is {stats['var'].min()}")
-    return stats["mean"], np.sqrt(stats["var"])

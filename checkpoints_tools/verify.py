@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_tools import sit, sit_reference, vae, vae_reference, vit, vit_reference
+from checkpoints_tools import sit, torch_reference, vae, vit
 from checkpoints_tools.identify import KINDS, identify
 from repae_jax.models import encoders
 
@@ -27,13 +27,9 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     """Compares our network with an independent PyTorch implementation (diffusers' or transformers'), with these weights.
 
     Folders of diffusers and transformers are loaded by these libraries themselves, so that a config.json read wrongly shows;
-    other files cannot be, and their weights are put into a module of the same sizes.
-
-    Args:
-      path: what `identify` takes: a SiT, a VAE, an encoder, or a training checkpoint, of which the averaged SiT and the VAE
-        are compared. ValueError for others, which have no independent implementation to compare with.
-      size: height and width in pixels of the images; encoders are compared at the size that they are stored for, too.
-      seed: seed of the random inputs.
+    other files cannot be, and their weights are put into a module of the same sizes. Of a training checkpoint, the averaged SiT
+    and the VAE are compared; encoders both for images of `size` pixels and at the size that they are stored for. ValueError for
+    other networks, which have no independent implementation to compare with.
     """
     if size < 1:
         raise ValueError(f"image_size is {size}; allowed: a positive number of pixels, such as 256")
@@ -41,18 +37,20 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
     rng = np.random.default_rng(seed)
     match source.kind:
         case "training":
-            return _compare_training(source.checkpoint, size, rng)
+            networks, differences = source.checkpoint.networks, []
+            if "vae" in networks:
+                module, params = source.checkpoint.load_vae()
+                differences = _compare_vae(module, params, torch_reference.torch_vae(module, params), size, rng)
+            return differences + _compare_sit(source.checkpoint.load_sit("ema" if "ema" in networks else "model"), rng)
         case "vae":
-            loaded = vae.read_file(source.path, source.arrays)
-            return _compare_vae(loaded.module, loaded.params, _torch_vae(source, loaded), size, rng)
+            module, params = vae.read_file(source.path, source.arrays)[:2]
+            return _compare_vae(module, params, _torch_vae(source.path, module, params), size, rng)
         case "sit":
             return _compare_sit(sit.from_state_dict(source.arrays, str(path)), rng)
         case "encoder" | "mocov3":
             return _compare_encoder(source, size, rng)
-    raise ValueError(
-        f"{path} is a {KINDS[source.kind]}: verify compares SiT, VAEs and encoders with diffusers and transformers; the "
-        "others are pinned by the tests"
-    )
+    advice = "verify compares SiT, VAEs and encoders with diffusers and transformers; the others are pinned by the tests"
+    raise ValueError(f"{path} is a {KINDS[source.kind]}: {advice}")
 
 
 def _compare(name, expected, module, params, *inputs, pick=lambda output: output, **options):
@@ -70,20 +68,12 @@ def _apply(module, params, *args, **options):
         return jax.jit(functools.partial(module.apply, **options))({"params": params}, *args)
 
 
-def _compare_training(training, size, rng):
-    networks, differences = training.networks, []
-    if "vae" in networks:
-        module, params = training.load_vae()
-        differences += _compare_vae(module, params, vae_reference.torch_vae(module, params), size, rng)
-    return differences + _compare_sit(training.load_sit("ema" if "ema" in networks else "model"), rng)
-
-
-def _torch_vae(source, loaded):
+def _torch_vae(path, module, params):
     """Returns what diffusers reads from its folders; for other files, its module of our sizes with our parameters."""
-    if not source.path.is_dir():
-        return vae_reference.torch_vae(loaded.module, loaded.params)
+    if not path.is_dir():
+        return torch_reference.torch_vae(module, params)
     import diffusers
-    return diffusers.AutoencoderKL.from_pretrained(source.path, local_files_only=True).float().eval()
+    return diffusers.AutoencoderKL.from_pretrained(path, local_files_only=True).float().eval()
 
 
 def _compare_vae(module, params, reference, size, rng):
@@ -99,10 +89,8 @@ def _compare_vae(module, params, reference, size, rng):
     def moments(posterior):
         return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
-    return [
-        _compare("VAE encoder, mean and log-variance", expected, module, params, images, method="encode", pick=moments),
-        _compare("VAE decoder", recon, module, params, latents, method="decode"),
-    ]
+    encoder = _compare("VAE encoder, mean and log-variance", expected, module, params, images, method="encode", pick=moments)
+    return [encoder, _compare("VAE decoder", recon, module, params, latents, method="decode")]
 
 
 def _compare_sit(loaded, rng):
@@ -111,11 +99,11 @@ def _compare_sit(loaded, rng):
     z = rng.standard_normal((2, side, side, module.latent_channels)).astype(np.float32)
     # DiT's times would do as well: the network takes any number
     t, labels = np.asarray([0.3, 0.9], np.float32), np.asarray([0, module.null_label], np.int32)
-    expected = sit_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
+    expected = torch_reference.torch_sit(module, params, loaded.grid)(z, t, labels)
     differences = [_compare("SiT velocity", expected, module, params, z, t, labels, pick=lambda output: output[0])]
     if module.feature_dims:
         tokens = _apply(module, params, z, t, labels, method="tap_tokens")
-        expected = np.concatenate(sit_reference.torch_projections(module, params, tokens), axis=-1)
+        expected = np.concatenate(torch_reference.torch_projections(module, params, tokens), axis=-1)
         join = functools.partial(jnp.concatenate, axis=-1)
         differences.append(_compare("SiT projections", expected, module, params, tokens, method="_project", pick=join))
     return differences
@@ -140,15 +128,14 @@ def _compare_encoder(source, size, rng):
 def _torch_tokens(source, module, params, pixels: Any):
     """Tokens of transformers' module; MoCo v3, whose files it does not read, is saved as a ViT of its own."""
     if source.kind != "mocov3":
-        return vit_reference.torch_tokens(source.path, pixels)
+        return torch_reference.torch_tokens(source.path, pixels)
     with tempfile.TemporaryDirectory() as folder:
         vit.save_encoder(folder, module, params)
-        return vit_reference.torch_tokens(Path(folder), pixels)
+        return torch_reference.torch_tokens(Path(folder), pixels)
 
 
-def report(differences: Iterable[Difference], tolerance: float) -> tuple[str, bool]:
+def report(differences: Sequence[Difference], tolerance: float) -> tuple[str, bool]:
     """Returns the differences as text, and whether all of them are within the tolerance in float32."""
-    differences = list(differences)
     lines = [f"{'largest difference / largest entry':40}  {'float32':>9}  {'bfloat16':>9}"]
     lines += [f"{d.output:40}  {d.float32:9.1e}  {d.bfloat16:9.1e}" for d in differences]
     passed = all(difference.float32 <= tolerance for difference in differences)

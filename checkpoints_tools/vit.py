@@ -93,7 +93,6 @@ def load_encoder(
         'siglip2'), and its weights; or a hub name such as 'facebook/dinov2-base'; or MoCo v3's .pth file.
       resolution: height and width of the training images in pixels.
       image_size: pixels that the network receives; by default as published, see encoders.FAMILIES.
-      dtype: compute dtype; the parameters are float32.
     """
     encoder, params = at_resolution(read_file(locate.resolve(path)), resolution, image_size, dtype)
     return dataclasses.replace(encoder, name=str(path)), params
@@ -136,7 +135,7 @@ def _stored_module(architecture, side):
 
 def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     """Returns the Format of a local Hugging Face folder, and the part of config.json that describes the vision transformer."""
-    config = weights.read_config(folder)
+    config = files.read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type in VISION_PARTS:
         model_type, config = VISION_PARTS[model_type], config.get("vision_config") or {}
@@ -205,10 +204,8 @@ def _from_mocov3(state_dict, source):
     def shape(name, rank):
         actual = np.shape(state_dict[name]) if name in state_dict else None
         if actual is None or len(actual) != rank:
-            raise ValueError(
-                f"{source} is no MoCo v3 checkpoint of a vision transformer: {name} has shape {actual}, needed are {rank} "
-                "axes; of other encoders, give the folder with config.json"
-            )
+            problem = f"{name} has shape {actual}, needed are {rank} axes; of other encoders, give the folder with config.json"
+            raise ValueError(f"{source} is no MoCo v3 checkpoint of a vision transformer: {problem}")
         return actual
 
     hidden_size, _, patch_size, _ = shape("patch_embed.proj.weight", 4)
@@ -227,18 +224,13 @@ def save_encoder(folder: str | Path, module: VisionTransformer, params: Tree, *,
     """Writes a folder that `load_encoder` and transformers' from_pretrained read, of the first model_type that fits.
 
     MoCo v3 becomes a 'vit', and NaFlex a 'siglip_vision_model' of its grid's size. The folder is local or an address such as
-    gs://bucket/folder, and is created if absent.
-
-    Raises:
-      FileExistsError: if the folder holds an encoder and `overwrite` is False.
-      ValueError: if the parameters do not fit the module, or no config.json can express it.
+    gs://bucket/folder, and is created if absent. ValueError if no config.json can express the module.
     """
     format, config = _config_of(module)
     state_dict = mapping.to_torch(encoder_table(module, format), params)
     weights_file, config_file = epath.Path(folder) / "model.safetensors", epath.Path(folder) / "config.json"
-    # config.json last: a folder without it does not count as an encoder. transformers asks for the format.
-    save_weights = weights.safetensors_writer(state_dict, weights_file, {"format": "pt"})
-    writes = {weights_file: save_weights, config_file: files.json_writer(config, config_file)}
+    writes = {weights_file: weights.safetensors_writer(state_dict, weights_file, {"format": "pt"})}  # transformers asks for it
+    writes[config_file] = files.json_writer(config, config_file)  # last: a folder without it does not count as an encoder
     weights.write_files(writes, overwrite=overwrite)
 
 
@@ -252,10 +244,8 @@ def _config_of(module):
             continue
         if _stored_module(architecture, side) == module.clone(dtype=jnp.float32):
             return format, {"architectures": [format.model_class], "model_type": model_type, **config, **format.extra}
-    raise ValueError(
-        f"no config.json of {', '.join(FORMATS)} can express {module}; all know square grids only, and DINOv2's an mlp_dim "
-        "that is a whole multiple of hidden_size"
-    )
+    advice = "all know square grids only, and DINOv2's an mlp_dim that is a whole multiple of hidden_size"
+    raise ValueError(f"no config.json of {', '.join(FORMATS)} can express {module}; {advice}")
 
 
 def _config_values(module, format):

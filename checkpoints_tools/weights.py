@@ -29,9 +29,7 @@ def read_state_dict(path: str | Path, entry: Entries = None) -> dict[str, np.nda
     """Returns all arrays of a weight file by name, in the file's dtypes (ml_dtypes.bfloat16 among them).
 
     Args:
-      path: path or name to `resolve`, of a `.safetensors`, `.npz`, `.pt`, `.pth`, `.pth.tar`, `.ckpt` or `.bin` file, or a
-        Hugging Face folder with `model.safetensors`, `model.safetensors.index.json` and its shards, the same of diffusers, or
-        in `.bin` files.
+      path: path or name to `resolve`, of a file of weights, or of a folder as transformers or diffusers write it.
       entry: the state dict to take from a PyTorch file that holds several ('ema'), not for other files; or several names, of
         which the first that is there counts where a file is no single state dict.
 
@@ -52,12 +50,9 @@ def read_file(path: Path, entry: Entries = None) -> dict[str, np.ndarray]:
     readers = {".index.json": _read_shards, ".safetensors": _read_safetensors, ".npz": _read_npz}
     read = next((reader for ending, reader in readers.items() if path.name.endswith(ending)), None)
     if read is None:
-        raise ValueError(
-            f"{path}: unknown kind of weight file {path.suffix!r}; allowed: .safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, "
-            "or a folder with model.safetensors"
-        )
-    state_dict = read(path)
-    if not state_dict:
+        allowed = f".safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, or a folder with model.safetensors"
+        raise ValueError(f"{path}: unknown kind of weight file {path.suffix!r}; allowed: {allowed}")
+    if not (state_dict := read(path)):
         raise ValueError(f"{path} holds no arrays; write it again from the original, or download it again")
     return without_wrappers(state_dict, path)
 
@@ -66,8 +61,7 @@ def weight_file(path: Path) -> Path:
     """Returns the file that holds the weights of a local path: itself, or the one in a Hugging Face folder."""
     if path.is_dir():
         names = (*SAFETENSORS, *PICKLED)
-        present = [path / name for name in names if (path / name).exists()]
-        if not present:
+        if not (present := [path / name for name in names if (path / name).exists()]):
             listing = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
             advice = "name the weight file itself, or download the folder again"
             raise FileNotFoundError(f"{path} has none of {', '.join(names)}, but {listing}; {advice}")
@@ -83,11 +77,9 @@ def _read_safetensors(path):
             names = file.keys()
             dtypes = {name: file.get_slice(name).get_dtype() for name in names}
             metadata = file.metadata() or {}
-        unknown = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]
-        if unknown:
-            raise ValueError(
-                f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {', '.join(_HEADER_DTYPES)}. Save as F32"
-            )
+        if unknown := [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _HEADER_DTYPES]:
+            allowed = ", ".join(_HEADER_DTYPES)
+            raise ValueError(f"{path}: numpy has no such type: {', '.join(unknown)}; allowed: {allowed}. Save as F32")
         state_dict = safetensors.numpy.load_file(path)
         # safetensors.torch.save_model keeps one of the tensors that share memory, and the other names in the header
         return {alias: state_dict[name] for alias, name in metadata.items() if name in state_dict} | state_dict
@@ -101,18 +93,14 @@ def _read_shards(index):
         shards = weight_map.values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise files.unreadable(index, error) from error
-    nameless = [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]
-    if nameless:
+    if nameless := [f"{shard!r} for {name}" for name, shard in weight_map.items() if not isinstance(shard, str)]:
         raise ValueError(f"{index} is damaged: weight_map has {', '.join(nameless)}, no file name; download it again")
     shards = sorted(set(shards))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}; do not trust it")
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, named by {index.name}; download them")
-    unknown = [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]
-    if unknown:
+    if unknown := [shard for shard in shards if not shard.endswith((".safetensors", *TORCH_SUFFIXES))]:
         raise ValueError(f"{index} names {', '.join(unknown)}; allowed endings: .safetensors, {', '.join(TORCH_SUFFIXES)}")
     state_dict = {}
     for shard in shards:
@@ -120,8 +108,7 @@ def _read_shards(index):
         files.check_file(file)
         is_torch = file.suffix != ".safetensors"
         state_dict |= _single_state_dict(read_torch(file), None, file) if is_torch else _read_safetensors(file)
-    absent = sorted(set(weight_map) - set(state_dict))
-    if absent:
+    if absent := sorted(set(weight_map) - set(state_dict)):
         raise ValueError(f"the shards of {index} lack {', '.join(absent)}; download all of them again")
     return state_dict
 
@@ -191,22 +178,15 @@ def _single_state_dict(content, entry, path):
         logging.info("%s holds several state dicts: taking the averaged weights", path)
         return inner[preferred[0]]
     advice = "; torch.save(torch.load(FILE)[ENTRY], OTHER) saves it by itself" if inner else " (none: it holds no state dict)"
-    raise ValueError(
-        f"{path}: {f'no state dict {entry!r}' if isinstance(entry, str) else 'no single state dict'} in it; "
-        f"choose an entry of {sorted(inner)}{advice}"
-    )
+    found = f"no state dict {entry!r}" if isinstance(entry, str) else "no single state dict"
+    raise ValueError(f"{path}: {found} in it; choose an entry of {sorted(inner)}{advice}")
 
 
 def write_safetensors(
     path: str | Path, state_dict: StateDict, metadata: Mapping[str, str] | None = None, *, overwrite: bool = False
 ) -> None:
-    """Writes a file that is either complete or absent; raises as `files.write_all` and `safetensors_writer`."""
+    """Writes a file by `files.write_all` and `safetensors_writer`."""
     files.write_all({path: safetensors_writer(state_dict, path, metadata)}, overwrite=overwrite)
-
-
-def write_torch(path: str | Path, content: Any, *, overwrite: bool = False) -> None:
-    """Writes a file that is either complete or absent; raises as `files.write_all` and `torch_files.torch_writer`."""
-    files.write_all({path: torch_writer(content, path)}, overwrite=overwrite)
 
 
 def write_files(writes: Mapping[Any, Callable[[Path], None]], *, overwrite: bool) -> list[Any]:
@@ -230,8 +210,7 @@ def safetensors_writer(
     Raises ValueError, naming the source, if something is no array of numbers, or the metadata is no text.
     """
     import safetensors.numpy
-    bad = [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]
-    if bad:
+    if bad := [name for name, value in (metadata or {}).items() if not isinstance(name, str) or not isinstance(value, str)]:
         raise ValueError(f"{source}: the header keeps text only; {', '.join(map(str, bad))} is none: make it a string")
     # safetensors copies the memory as it lies, so transposed views must be laid out first
     arrays = {name: checked_array(value, name, source) for name, value in state_dict.items()}
@@ -247,8 +226,3 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise files.unreadable(path, error) from error
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Returns the config.json of a Hugging Face folder, see `files.read_json`."""
-    return files.read_json(Path(folder) / "config.json")

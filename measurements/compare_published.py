@@ -278,13 +278,12 @@ def published_networks(config, encoder):
 def make_published(config, options, folder):
     """Returns the published step: `step` and `wait` as `time_steps` takes them (losses are TERMS), and a description."""
     import torch
-    from torch.nn import functional as F
 
     from repae_jax.benchmark.measure import NOISE
     from repae_jax.models import encoders
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    absent, cuda = make_importable(folder), options.device == "cuda"
+    absent = make_importable(folder)
     (target,) = config["encoders"].values()
     encoder = encoders.make_encoder(target["architecture"], config["data"]["image_size"], image_size=target["image_size"])
     nets = published_networks(config, encoder)
@@ -292,82 +291,9 @@ def make_published(config, options, folder):
     counted |= {"disc": nets["loss"].discriminator, "lpips": nets["loss"].perceptual_loss}
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in counted.items()}
     with torch.no_grad():
-        for trained in (nets["vae"], nets["sit"], nets["loss"].discriminator):
-            for p in trained.parameters():
-                p.add_(NOISE * torch.randn_like(p))
-    nets = {name: net.to(options.device) for name, net in nets.items()}
-    sit, ema = nets["sit"], copy.deepcopy(nets["sit"]).requires_grad_(False)
-    optimizers = {}
-    for name, section in (("vae", "vae"), ("loss", "disc"), ("sit", "sit")):
-        rule = config["optim"][section]
-        options_of_adam = {"lr": rule["learning_rate"], "betas": (rule["b1"], rule["b2"]), "eps": rule["eps"]}
-        optimizers[name] = torch.optim.AdamW(nets[name].parameters(), weight_decay=rule["weight_decay"], **options_of_adam)
-    if options.compile:
-        torch._dynamo.config.cache_size_limit = 64
-        nets |= {name: torch.compile(nets[name]) for name in optimizers}
-    if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    half = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.published_precision]
-    scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
-
-    def mixed():
-        return torch.autocast(options.device, half) if half else contextlib.nullcontext()
-
-    def apply_gradients(name, loss):
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizers[name])
-        torch.nn.utils.clip_grad_norm_(nets[name].parameters(), 1.0)
-        scaler.step(optimizers[name])
-        scaler.update()
-        optimizers[name].zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def average():
-        for averages, values in ((ema.named_parameters(), sit.named_parameters()), (ema.named_buffers(), sit.named_buffers())):
-            averages = dict(averages)
-            for name, x in values:
-                if x.is_floating_point():
-                    averages[name].mul_(config["ema_decay"]).add_(x, alpha=1 - config["ema_decay"])
-                else:
-                    averages[name].copy_(x)
-
-    size, batch_size, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
-    images = torch.tensor(generator.integers(0, 256, (batch_size, 3, size, size), np.uint8), device=options.device)
-    labels = torch.tensor(generator.integers(0, config["data"]["num_classes"], batch_size), device=options.device)
-    mean, std = (torch.tensor(x, device=options.device).view(3, 1, 1) for x in (encoder.family.mean, encoder.family.std))
-    weights = {"vae": config["loss"]["vae"]["align"], "sit": config["loss"]["sit"]["align"]}
-
-    def step(index):
-        vae, model, criterion = nets["vae"], nets["sit"], nets["loss"]
-        with mixed(), torch.no_grad():
-            resized = F.interpolate((images / 255.0 - mean) / std, encoder.image_size, mode="bicubic")
-            targets = [nets["encoder"](resized).last_hidden_state[:, 1:]]
-        vae.train()
-        with mixed():
-            # VAE: its alignment loss goes through the frozen SiT with running statistics
-            real = images.float() / 127.5 - 1.0
-            posterior, latents, recon = vae(real)
-            model.requires_grad_(False)
-            model.eval()
-            loss_kwargs = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
-            vae_loss, terms = criterion(real, recon, posterior, index, "generator")
-            aligned = model(x=latents, y=labels, zs=targets, loss_kwargs=loss_kwargs)
-            apply_gradients("vae", vae_loss.mean() + weights["vae"] * aligned["proj_loss"].mean())
-            # discriminator
-            disc_loss, _ = criterion(real, recon, posterior, index, "discriminator")
-            apply_gradients("loss", disc_loss.mean())
-            # SiT: the same times and noises, detached latents
-            model.requires_grad_(True)
-            model.train()
-            same_noise = {"time_input": aligned["time_input"], "noises": aligned["noises"]}
-            loss_kwargs["align_only"] = False
-            sit_terms = model(x=latents.detach(), y=labels, zs=targets, loss_kwargs=loss_kwargs, **same_noise)
-            sit_loss = sit_terms["denoising_loss"].mean() + weights["sit"] * sit_terms["proj_loss"].mean()
-            apply_gradients("sit", sit_loss)
-            average()
-        kl = terms["kl_loss"] / config["loss"]["vae"]["kl"]
-        compared = terms["reconstruction_loss"], kl, disc_loss, sit_terms["denoising_loss"].mean()
-        return torch.stack([x.detach().float() for x in (*compared, vae_loss, sit_loss)])
+        for p in itertools.chain.from_iterable(counted[name].parameters() for name in ("vae", "sit", "disc")):
+            p.add_(NOISE * torch.randn_like(p))
+    step = PublishedStep(config, options, nets, encoder)
 
     def wait(losses):
         values = losses.tolist()
@@ -375,9 +301,93 @@ def make_published(config, options, folder):
             raise RuntimeError(f"the published step's losses are not finite: {values}")
         return dict(zip(TERMS, values))  # the last two are not compared
 
-    indices = itertools.count()
-    description = {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
-    return lambda: step(next(indices)), wait, description
+    return step, wait, {"parameters": counts, "version": f"torch {torch.__version__}", "stood_in_for": absent}
+
+
+class PublishedStep:
+    """The loop body of the published train_repae.py without logging, on images that are on the device already."""
+
+    def __init__(self, config, options, nets, encoder):
+        import torch
+
+        self.config, self.encoder, self.indices = config, encoder, itertools.count()
+        self.nets = {name: net.to(options.device) for name, net in nets.items()}
+        self.sit, self.ema = self.nets["sit"], copy.deepcopy(self.nets["sit"]).requires_grad_(False)
+        self.optimizers = {}
+        for name, section in (("vae", "vae"), ("loss", "disc"), ("sit", "sit")):
+            rule = config["optim"][section]
+            settings = {"lr": rule["learning_rate"], "betas": (rule["b1"], rule["b2"]), "eps": rule["eps"]}
+            parameters = self.nets[name].parameters()
+            self.optimizers[name] = torch.optim.AdamW(parameters, weight_decay=rule["weight_decay"], **settings)
+        if options.compile:
+            torch._dynamo.config.cache_size_limit = 64
+            self.nets |= {name: torch.compile(self.nets[name]) for name in self.optimizers}
+        if options.device == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        half = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.published_precision]
+        self.mixed = functools.partial(torch.autocast, options.device, half, enabled=half is not None)
+        self.scaler = torch.amp.GradScaler(options.device, enabled=half == torch.float16)
+        size, batch_size, generator = config["data"]["image_size"], config["data"]["batch_size"], np.random.default_rng(0)
+        put = functools.partial(torch.tensor, device=options.device)
+        self.images = put(generator.integers(0, 256, (batch_size, 3, size, size), np.uint8))
+        self.labels = put(generator.integers(0, config["data"]["num_classes"], batch_size))
+        self.mean, self.std = (put(x).view(3, 1, 1) for x in (encoder.family.mean, encoder.family.std))
+
+    def __call__(self):
+        """Dispatches a step; returns its losses."""
+        import torch
+        from torch.nn import functional as F
+
+        vae, model, criterion = self.nets["vae"], self.nets["sit"], self.nets["loss"]
+        index, weights = next(self.indices), self.config["loss"]
+        with self.mixed(), torch.no_grad():
+            resized = F.interpolate((self.images / 255.0 - self.mean) / self.std, self.encoder.image_size, mode="bicubic")
+            targets = [self.nets["encoder"](resized).last_hidden_state[:, 1:]]
+        vae.train()
+        with self.mixed():
+            # VAE: its alignment loss goes through the frozen SiT with running statistics
+            real = self.images.float() / 127.5 - 1.0
+            posterior, latents, recon = vae(real)
+            model.requires_grad_(False)
+            model.eval()
+            loss_kwargs = {"path_type": "linear", "prediction": "v", "weighting": "uniform", "align_only": True}
+            vae_loss, terms = criterion(real, recon, posterior, index, "generator")
+            aligned = model(x=latents, y=self.labels, zs=targets, loss_kwargs=loss_kwargs)
+            self._apply_gradients("vae", vae_loss.mean() + weights["vae"]["align"] * aligned["proj_loss"].mean())
+            # discriminator
+            disc_loss, _ = criterion(real, recon, posterior, index, "discriminator")
+            self._apply_gradients("loss", disc_loss.mean())
+            # SiT: the same times and noises, detached latents
+            model.requires_grad_(True)
+            model.train()
+            same_noise = {"time_input": aligned["time_input"], "noises": aligned["noises"]}
+            loss_kwargs["align_only"] = False
+            sit_terms = model(x=latents.detach(), y=self.labels, zs=targets, loss_kwargs=loss_kwargs, **same_noise)
+            sit_loss = sit_terms["denoising_loss"].mean() + weights["sit"]["align"] * sit_terms["proj_loss"].mean()
+            self._apply_gradients("sit", sit_loss)
+            with torch.no_grad():
+                self._average()
+        compared = terms["reconstruction_loss"], terms["kl_loss"] / weights["vae"]["kl"], disc_loss
+        return torch.stack([x.detach().float() for x in (*compared, sit_terms["denoising_loss"].mean(), vae_loss, sit_loss)])
+
+    def _apply_gradients(self, name, loss):
+        import torch
+
+        optimizer = self.optimizers[name]
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(self.nets[name].parameters(), 1.0)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _average(self):
+        decay, averages = self.config["ema_decay"], self.ema.state_dict()  # which shares the module's memory
+        for name, x in self.sit.state_dict().items():
+            if x.is_floating_point():
+                averages[name].mul_(decay).add_(x, alpha=1 - decay)
+            else:
+                averages[name].copy_(x)
 
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
@@ -497,24 +507,17 @@ def compare(size, options, say):
     return {**result, "batch_size": batch_size, "seconds_per_step": seconds, **described}
 
 
-def positive(text):
-    """Returns the text as a positive integer."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
 def parse_args(arguments=None):
     """Returns the parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--published", required=True, metavar="FOLDER", help="checkout of End2End-Diffusion/REPA-E")
     sizes = f"{', '.join(SIZES)}, or sizes of configs/repae.py such as sit=XL/2,vae=f8d4; default both small ones"
     add("--sizes", nargs="+", default=list(SIZES), metavar="SIZE", help=sizes)
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--batch", type=positive, help="images; default 8 of the small sizes, 32 of the others")
-    add("--repeats", type=positive, default=7, help="turns of both; default 7")
-    add("--steps", type=positive, help="timed in each turn, after one that is not; default 3, on CUDA 20")
+    add("--batch", type=cli.whole(1), help="images; default 8 of the small sizes, 32 of the others")
+    add("--repeats", type=cli.whole(1), default=7, help="turns of both; default 7")
+    add("--steps", type=cli.whole(1), help="timed in each turn, after one that is not; default 3, on CUDA 20")
     compiling = "torch.compile for the published networks and losses; default on CUDA only"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     precision = "default float32 on the CPU, on CUDA bfloat16, as ours; float16 is the published default"

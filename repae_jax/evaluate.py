@@ -23,7 +23,7 @@ from etils import epath
 from repae_jax import buckets, cli, files, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation.generation import open_real_images, open_reference, score
-from repae_jax.evaluation.image_sets import ImageSet, SampledImages, open_images
+from repae_jax.evaluation.image_sets import ImageSet, open_images, sampled_images
 from repae_jax.evaluation.inception_features import FeatureParts, load_network
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT, check_on_disk, measure_reference, write_reference
 from repae_jax.sampling.load_model import load_model
@@ -103,7 +103,7 @@ def _open_model(args, path):
     draw = functools.partial(sample.sample_batches, trained, sampling, labels, args.batch_size, args.seed)
     shape = [side * trained.nets.vae.factor for side in trained.latent_shape[:2]]
     description = {name: value for name, value in protocol.items() if name != "model"}
-    images = SampledImages(draw, len(labels), shape, args.batch_size, description)
+    images = sampled_images(draw, len(labels), shape, args.batch_size, description)
     name = sample.settings_name(trained.step, sampling, args)
     return Source(images, protocol, labels, path / "evaluations" / f"{name}.json" if path.is_dir() else None)
 

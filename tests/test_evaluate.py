@@ -15,6 +15,7 @@ import pytest
 import small
 from feature_stub import Noise, StubNetwork, save_images, write_adm
 from processes import script_env
+from weight_files import write_checkpoint
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
@@ -201,7 +202,7 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
     networks = {name: arrays for name, arrays in taken.networks.items() if name != "ema"}
     without = dataclasses.replace(taken, networks=networks, optimizers={})
     for ending in ("safetensors", "pt"):
-        published.write(tmp_path / f"raw.{ending}", without)
+        write_checkpoint(tmp_path / f"raw.{ending}", without)
         with pytest.raises(ValueError, match="but no ema, the averaged weights that samples are made with"):
             evaluate.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
 

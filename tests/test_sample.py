@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 from PIL import Image
+from weight_files import write_checkpoint
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
@@ -279,14 +280,14 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     networks = {name: dict(taken.networks[name]) for name in ("model", "ema")}
     arguments_ = ("--num_samples", "8", "--batch_size", "8", "--vae", str(tmp_path / "vae"))
     frozen = tmp_path / "frozen.pt"
-    published.write(frozen, dataclasses.replace(taken, networks=networks))
+    write_checkpoint(frozen, dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="holds no VAE: give --vae"):
         load_model(frozen)
     expected = load(sample.run(arguments(frozen, *arguments_, "--out", str(tmp_path / "frozen"))))
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("bn.")]:
             del arrays[name]
-    published.write(tmp_path / "repa.pt", dataclasses.replace(taken, networks=networks))
+    write_checkpoint(tmp_path / "repa.pt", dataclasses.replace(taken, networks=networks))
     made = load(sample.run(arguments(tmp_path / "repa.pt", *arguments_, "--out", str(tmp_path / "repa"))))
     for actual, array in zip(made, expected):
         np.testing.assert_array_equal(actual, array)
@@ -296,6 +297,6 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("projectors.")]:
             del arrays[name]
-    published.write(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
+    write_checkpoint(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
         load_model(tmp_path / "sit.pt", vae_path=tmp_path / "vae")

@@ -53,23 +53,15 @@ def given(options: dict) -> dict:
 
 
 def make_source(source: str, image_size: int, **fields):
-    """Returns a new source.
+    """Returns a new source, a key of SOURCES, with its options, such as `split` or `path`; None counts as not given.
 
-    Args:
-      source: a key of SOURCES.
-      image_size: side of the images in pixels.
-      **fields: the source's options, such as `split` or `path`; None counts as not given.
-
-    Raises:
-      ValueError: for an unknown name or option, a missing option, or a value that the source refuses.
+    Raises ValueError for an unknown name or option, a missing option, or a value that the source refuses.
     """
     options = options_of(source)
     fields = {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in given(fields).items()}
-    unknown = sorted(set(fields) - set(options))
-    if unknown:
+    if unknown := sorted(set(fields) - set(options)):
         raise ValueError(f"source {source!r} has no argument {', '.join(unknown)}; allowed: {', '.join(options)}")
-    missing = [name for name, option in options.items() if option.default is option.empty and fields.get(name, "") == ""]
-    if missing:
+    if missing := [name for name, option in options.items() if option.default is option.empty and fields.get(name, "") == ""]:
         advice = f"set config.data.options.{missing[0]}, or where a command takes a source, {source}:{missing[0]}=VALUE"
         raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}: {advice}")
     _check_local(source, fields)
@@ -81,8 +73,7 @@ def _check_local(source, fields):
     if getattr(SOURCES[source], "reads_addresses", False):
         return
     for name, value in fields.items():
-        bucket = re.match(r"\w+://([^/]*)", str(value))
-        if bucket:
+        if bucket := re.match(r"\w+://([^/]*)", str(value)):
             raise ValueError(
                 f"source {source!r} reads from disks, not from {value}: mount the bucket (with Cloud Storage FUSE: `gcsfuse "
                 f"--implicit-dirs {bucket[1]} FOLDER`) or copy what it holds (`gcloud storage cp -r {value} FOLDER`), and give "

@@ -29,10 +29,7 @@ class BeyondTheEndError(ValueError):
 def read(address: str, first: int | None = None, end: int | None = None) -> bytes | None:
     """Returns the bytes first..end-1 of the object gs://BUCKET/NAME, or all without both; None if there is no such object.
 
-    Raises:
-      BeyondTheEndError: if the object ends before `end`.
-      ValueError: if Cloud Storage allows no bucket of that name.
-      OSError: if the bucket cannot be reached, or reading is not permitted.
+    Raises BeyondTheEndError if it ends before `end`, OSError if the bucket cannot be reached, or reading is not permitted.
     """
     bucket, _, name = address.removeprefix("gs://").partition("/")
     seconds = _SECONDS_WHOLE if first is None else _SECONDS

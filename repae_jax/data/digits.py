@@ -23,7 +23,6 @@ class DigitsSource:
 
     def __post_init__(self):
         from sklearn.datasets import load_digits  # here: only this source needs scikit-learn
-
         if self.split not in _SPLITS:
             raise ValueError(f"split is {self.split!r}; allowed: {', '.join(map(repr, _SPLITS))}")
         check_image_size(self.image_size)

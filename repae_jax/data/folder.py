@@ -1,6 +1,5 @@
 """Any folder of image files, labeled by class subfolders or by a labels file."""
 
-import codecs
 import csv
 import dataclasses
 import io
@@ -24,35 +23,26 @@ _REFUSED = (
     ".apng", ".arw", ".cr2", ".cr3", ".dds", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".icns", ".ico",
     ".jxl", ".jxr", ".mpo", ".nef", ".pcx", ".pfm", ".psd", ".qoi", ".raf", ".sgi", ".svg", ".tga", ".xcf",
 )  # fmt: skip
-_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
-}  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
 class FolderSource(EncodedImages):
     """Random access to the images below a folder, center-cropped as they are read.
 
-    The records are sorted by their path, so they do not depend on the file system or on the order of a labels file.
+    The records are sorted by their path, so they do not depend on the file system or on the order of a labels file. Without
+    such a file each subfolder is a class; sorted by name they get the labels 0, 1, ...; images may lie deeper inside them.
 
-    Attributes:
-      path: the folder. Without a labels file each of its subfolders is a class; sorted by name they get the labels 0, 1, ...;
-        images may lie deeper inside them.
-      labels_file: path of a labels file, relative to the folder or absolute. Either JSON `{"labels": [["sub/a.png", 3], ...]}`,
-        or `.csv` / `.tsv` with two columns, path and label. The paths in it are relative to the folder; images that it does not
-        list are left out.
-      labelled: whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0.
-      paths: paths of the records, relative to the folder, with forward slashes.
+    A labels file is either JSON `{"labels": [["sub/a.png", 3], ...]}`, or `.csv` / `.tsv` with two columns, path and label. The
+    paths in it are relative to the folder; images that it does not list are left out.
 
-    Raises:
-      ValueError: from the constructor, if the folder or its classes are missing, it cannot be listed, holds no images or some
-        of a format that is not read, or if the labels file is malformed, names missing files or has labels out of range.
+    The constructor raises ValueError if the folder or its classes are missing, it cannot be listed, holds no images or some of
+    a format that is not read, or if the labels file is malformed, names missing files or has labels out of range.
     """
 
     path: str | os.PathLike
     image_size: int
-    labels_file: str | os.PathLike | None = None
-    labelled: bool = True
+    labels_file: str | os.PathLike | None = None  # absolute, or relative to the folder
+    labelled: bool = True  # whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0
 
     def __post_init__(self):
         check_image_size(self.image_size)
@@ -72,8 +62,7 @@ class FolderSource(EncodedImages):
             labels = _labels_from_subfolders(self._root, paths, classes)
         else:
             paths, labels = _labels_from_file(self._root / self.labels_file, paths)
-        self.paths = paths
-        self.labels = np.asarray(labels, np.int32)
+        self.paths, self.labels = paths, np.asarray(labels, np.int32)  # paths are relative to the folder, with forward slashes
         self.num_classes = int(self.labels.max()) + 1
 
     def content(self, i: int) -> bytes:
@@ -87,8 +76,7 @@ class FolderSource(EncodedImages):
 
 def _check_others(root, others):
     """Raises ValueError for images of formats that are not read; logs the extensions of all other files."""
-    refused = [path for path in others if path.lower().endswith(_REFUSED)]
-    if refused:
+    if refused := [path for path in others if path.lower().endswith(_REFUSED)]:
         advice = f"convert or move them; these extensions are read: {_EXTENSIONS}"
         raise ValueError(f"images of kinds that are not read, below {str(root)!r}: {_some(refused)}; {advice}")
     if others:
@@ -103,12 +91,10 @@ def _labels_from_subfolders(root, paths, classes):
         allowed = "allowed: one subfolder per class, or a labels_file (JSON, CSV or TSV)"
         raise ValueError(f"{str(root)!r} holds {len(paths)} images but no class subfolders; {allowed}")
     class_of_path = [path.partition("/")[0] for path in paths]
-    outside = [path for path in paths if "/" not in path]
-    if outside:
+    if outside := [path for path in paths if "/" not in path]:
         raise ValueError(f"images outside the class subfolders of {str(root)!r}: {_some(outside)}; move them into one")
     # An empty class is most often an unfinished copy; leaving it out would shift the labels of the others.
-    empty = sorted(set(classes) - set(class_of_path))
-    if empty:
+    if empty := sorted(set(classes) - set(class_of_path)):
         raise ValueError(f"class subfolders without images ({_EXTENSIONS}): {_some(empty)}; fill or remove them")
     if all(map(str.isdecimal, classes)) and classes != sorted(classes, key=int):
         other = next(label for label, name in enumerate(classes) if int(name) != label)
@@ -129,15 +115,12 @@ def _labels_from_file(file, paths):
     if not entries:
         raise ValueError(f"labels file {str(file)!r} lists no images; allowed: at least one [path, label]")
     listed = [path for path, _ in entries]
-    missing = sorted(set(listed) - set(paths))
-    if missing:
+    if missing := sorted(set(listed) - set(paths)):
         found = f"names files that are not images ({_EXTENSIONS}) below the folder: {_some(missing)}"
         raise ValueError(f"labels file {str(file)!r} {found}; paths in it are relative to the folder")
-    repeated = sorted(path for path, count in Counter(listed).items() if count > 1)
-    if repeated:
+    if repeated := sorted(path for path, count in Counter(listed).items() if count > 1):
         raise ValueError(f"labels file {str(file)!r} lists a file more than once: {_some(repeated)}; allowed: once")
-    wrong = [f"{path}: {label}" for path, label in entries if not 0 <= label <= MAX_LABEL]
-    if wrong:
+    if wrong := [f"{path}: {label}" for path, label in entries if not 0 <= label <= MAX_LABEL]:
         raise ValueError(f"labels file {str(file)!r} has labels out of range: {_some(wrong)}; allowed: 0..{MAX_LABEL}")
     entries.sort()
     return [path for path, _ in entries], [label for _, label in entries]
@@ -180,10 +163,9 @@ def _read_table(file):
 def _read_text(file):
     """Returns the text of a UTF-8 labels file without its byte-order mark; other bytes become surrogates, as in file names."""
     content = faults.read(file.read_bytes, name=lambda: f"labels file {str(file)!r}")
-    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), None)
-    if encoding or b"\0" in content:
-        raise ValueError(f"labels file {str(file)!r} is in {encoding or 'UTF-16, or no text'}; save it as UTF-8")
-    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    if b"\0" in content:
+        raise ValueError(f"labels file {str(file)!r} is in UTF-16 or UTF-32, or no text; save it as UTF-8")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _some(names):

@@ -6,6 +6,7 @@ to TFDS as in this folder's README, once. TFDS' command line, `tfds build`, woul
 
 import dataclasses
 import functools
+import io
 import os
 import resource
 import socket
@@ -34,31 +35,22 @@ class ImagenetSource(EncodedImages):
     kept in a file. Process 0 of a run reads them, and the others wait for the file: it has to be on a disk that they share,
     unless every host has its own already.
 
-    Attributes:
-      split: 'train', 'validation' or any other that TFDS understands, such as 'train[:1%]'.
-      data_dir: folder of TFDS' data sets; '' for its own choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-      dataset: with the features `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'.
-      labels_file: .npy for the labels; '' for a file beside the images.
-
-    Raises:
-      ValueError: from the constructor, if the data set is not prepared as ArrayRecords, has no such split or features, or
-        labels out of range.
-      ImportError: without tensorflow_datasets.
+    The constructor raises ValueError if the data set is not prepared as ArrayRecords, has no such split or features, or labels
+    out of range; and ImportError without tensorflow_datasets.
     """
 
     image_size: int
-    split: str = "train"
-    data_dir: str | os.PathLike = ""
-    dataset: str = "imagenet2012"
-    labels_file: str | os.PathLike = ""
+    split: str = "train"  # or 'validation', or any other that TFDS understands, such as 'train[:1%]'
+    data_dir: str | os.PathLike = ""  # folder of TFDS' data sets; '' for its choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    dataset: str = "imagenet2012"  # has `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'
+    labels_file: str | os.PathLike = ""  # .npy for the labels; '' for a file beside the images
 
     def __post_init__(self):
         check_image_size(self.image_size)
         info = self._opened.dataset_info
         self._name = f"{info.full_name} {self.split}"
         self._labels_key = f"labels of {self._name}"
-        missing = {"image", "label"} - set(info.features)
-        if missing:
+        if missing := {"image", "label"} - set(info.features):
             absent, features = " and no ".join(sorted(missing)), ", ".join(info.features)
             raise ValueError(f"{info.full_name} has no {absent}; its features: {features}")
         self.num_classes = info.features["label"].num_classes
@@ -128,12 +120,9 @@ class ImagenetSource(EncodedImages):
         with ThreadPool(_READ_THREADS) as pool:
             labels = pool.imap(self._read_label, range(count), _CHUNK)
             labels = np.fromiter(tqdm(labels, total=count, unit="img", desc="reading labels, once"), np.int32)
-
-        def write(temporary):
-            with temporary.open("wb") as opened:  # np.save adds .npy to the name of a file that it opens itself
-                np.save(opened, labels)
-
-        files.write_all({file: write}, overwrite=True)
+        content = io.BytesIO()
+        np.save(content, labels)
+        files.write_all({file: lambda temporary: temporary.write_bytes(content.getbuffer())}, overwrite=True)
 
     def _read_label(self, i):
         return faults.read(self._record, i, name=functools.partial(self.name, i))["label"]

@@ -123,8 +123,7 @@ class ImagenetTarSource(EncodedImages):
         label_of_wnid = {wnid: label for label, wnid in enumerate(self._wnids)}
         label_of_number = [label_of_wnid[wnid] for wnid in _table("validation_labels.txt")]
         numbers = [int(self._match(_VALIDATION, name.decode())[1]) for name in names]
-        wrong = [number for number in numbers if not 1 <= number <= len(label_of_number)]
-        if wrong:
+        if wrong := [number for number in numbers if not 1 <= number <= len(label_of_number)]:
             raise ValueError(f"{self._path} holds validation image {wrong[0]}; they have the numbers 1..{len(label_of_number)}")
         labels = np.array([label_of_number[number - 1] for number in numbers], np.int32)
         order = np.argsort(labels, kind="stable")  # by name within a class
@@ -132,8 +131,7 @@ class ImagenetTarSource(EncodedImages):
 
     def _match(self, pattern, name, where=None):
         """Returns the pattern's match of a member's name; raises ValueError if the challenge's archive has no such name."""
-        match = pattern.fullmatch(name)
-        if not match:
+        if not (match := pattern.fullmatch(name)):
             raise ValueError(f"{where or self._path} holds {name}, which the challenge's archive has not there; {_WHOLE}")
         return match
 
@@ -171,8 +169,7 @@ def _columns(members, where):
 
 
 def _check_unique(where, names):
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{where} holds {len(repeated)} names more than once, first {repeated[0]}; {_WHOLE}")
 
 

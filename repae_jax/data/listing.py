@@ -23,19 +23,13 @@ class Listing(NamedTuple):
 
 
 def list_below(root: str | os.PathLike, endings: tuple[str, ...]) -> Listing:
-    """Returns the Listing of a folder.
+    """Returns the Listing of an existing folder; `endings` are those of wanted files, with dots, in lower case for either case.
 
     Names that begin with a dot are hidden, with all that such folders contain. Links are followed, but no folder is entered
     twice: not by a link to a folder above it, nor by two links; a folder's own path is preferred to links to it.
 
-    Args:
-      root: an existing folder.
-      endings: of the names of wanted files, with their dots, in lower case; the names' case does not matter.
-
-    Raises:
-      ValueError: if a folder may not be listed, a link that may have led to a folder is broken, or a pipe or a device has a
-        wanted file's name.
-      OSError: if the system fails, naming the folder.
+    Raises ValueError if a folder may not be listed, a link that may have led to a folder is broken, or a pipe or a device has a
+    wanted file's name; and OSError, naming the folder, if the system fails.
     """
     files, others, folders = [], [], []
     above = map(os.stat, Path(os.path.realpath(root)).parents)

@@ -1,6 +1,7 @@
 """Endless batches from a source: shuffled, split over processes, resumable, and tolerant of a few bad files."""
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
+from repae_jax import ranges
 from repae_jax.data.reading import at_once, attempt
 from repae_jax.distributed import child_process
 
@@ -35,11 +37,10 @@ class Loader(contextlib.AbstractContextManager, Iterator):
 
     A record that cannot be decoded is replaced by the next decodable one in source order, which keeps all of the above true. It
     is logged once by name and counted; too many of them end the run.
-
-    Attributes:
-      next_batch: number of the batch that `next` returns next.
-      wait_seconds: total time for which `next` has waited for batches, because reading ahead could not hide it.
     """
+
+    next_batch: int  # number of the batch that `next` returns next
+    wait_seconds: float  # total time for which `next` has waited for batches, because reading ahead could not hide it
 
     def __init__(
         self, source, *, batch_size: int, seed: int, start_batch: int = 0, workers: int = 0,
@@ -50,24 +51,21 @@ class Loader(contextlib.AbstractContextManager, Iterator):
         Args:
           source: a source as described in `repae_jax.data`; its records may have any fields, the same in all records, each
             an array or a number of one shape and type.
-          batch_size: global batch size, over all processes.
+          batch_size: images over all processes, a multiple of `process_count`.
           seed: of the shuffling, 0..2**32-1.
           workers: processes that decode; 0 decodes in threads of this process. Workers are spawned, so the main script needs
             its `if __name__ == '__main__'`, and they hand batches over in shared memory, a few batches each.
-          process_index, process_count: number of this process' block in every batch, and of processes that share a batch.
+          process_index: number of this process' block in every batch.
           max_bad_fraction: largest share of the records that may be undecodable, 0..1; with 0 the first one ends the run.
-
-        Raises:
-          ValueError: if a number is out of range, the source is empty, or `process_count` does not divide `batch_size`.
         """
-        _check_range("len(source)", len(source), 1)
-        _check_range("batch_size", batch_size, 1)
-        _check_range("seed", seed, 0, 2**32 - 1)
-        _check_range("start_batch", start_batch, 0)
-        _check_range("workers", workers, 0)
-        _check_range("process_count", process_count, 1)
-        _check_range("process_index", process_index, 0, process_count - 1)
-        _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
+        ranges.check("len(source)", ranges.whole(1), len(source))
+        ranges.check("batch_size", ranges.whole(1), batch_size)
+        ranges.check("seed", ranges.SEED, seed)
+        ranges.check("start_batch", ranges.whole(0), start_batch)
+        ranges.check("workers", ranges.whole(0), workers)
+        ranges.check("process_count", ranges.whole(1), process_count)
+        ranges.check("process_index", ranges.whole(0, process_count - 1), process_index)
+        ranges.check("max_bad_fraction", ranges.real(0, 1), max_bad_fraction)
         if batch_size % process_count:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the number of processes, {process_count}")
         self.next_batch, self.wait_seconds = int(start_batch), 0.0
@@ -76,7 +74,7 @@ class Loader(contextlib.AbstractContextManager, Iterator):
         records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         # The stream has no remainder, but with drop_remainder grain knows its exact length (and a block of 1 is possible).
         blocks = records.batch(batch_size // process_count, drop_remainder=True)
-        self._batches = blocks[process_index::process_count].map(_ReplacingRecords(source, self._max_bad))
+        self._batches = blocks[process_index::process_count].map(functools.partial(_read_batch, source, self._max_bad))
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Returns the next batch; RuntimeError if too many records are undecodable, OSError if they cannot be reached."""
@@ -109,19 +107,15 @@ class Loader(contextlib.AbstractContextManager, Iterator):
         return {"next_batch": self.next_batch, "bad_records": sorted(self._bad_records), "records": len(self._source)}
 
     def restore(self, state: dict) -> None:
-        """Continues exactly where the loader of the same source, seed and batch size stopped whose `state()` this is.
-
-        Raises:
-          ValueError: if the state has other fields, or values that do not fit the source.
-        """
+        """Continues exactly where the loader of the same source, seed and batch size stopped whose `state()` this is."""
         if set(state) != {"next_batch", "bad_records", "records"}:
             raise ValueError(f"loader state has the fields {sorted(state)}; allowed: bad_records, next_batch and records")
         if state["records"] != len(self._source):
             counts = f"the run was trained on {state['records']} records, this source has {len(self._source)}"
             raise ValueError(f"{counts}: the order would be another one; point it at the same data")
-        _check_range("next_batch", state["next_batch"], 0)
+        ranges.check("next_batch", ranges.whole(0), state["next_batch"])
         for record in state["bad_records"]:
-            _check_range("a bad record of the loader state", record, 0, len(self._source) - 1)
+            ranges.check("a bad record of the loader state", ranges.whole(0, len(self._source) - 1), record)
         self.close()
         self.next_batch = state["next_batch"]
         self._bad_records = set(state["bad_records"])
@@ -178,35 +172,29 @@ def _from_workers(batches):
         iterator.close()
 
 
-class _ReplacingRecords:
-    """Reads a source whose undecodable records are replaced by their next decodable neighbor.
+def _read_batch(source, max_bad, records):
+    """Returns the fields of records of a source, stacked, and `[(record, error), ...]` of the undecodable ones.
 
-    The replacement depends on the source alone, never on earlier reads: random access, and with it resuming, stays exact.
+    Those are replaced by their next decodable neighbors. The replacement depends on the source alone, never on earlier reads:
+    random access, and with it resuming, stays exact.
     """
+    examples, failures = zip(*at_once(functools.partial(_read_decodable, source, max_bad), records.tolist()))
+    fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    if "label" in fields:  # a source may return a Python int
+        fields["label"] = fields["label"].astype(np.int32)
+    return fields, list(itertools.chain.from_iterable(failures))
 
-    def __init__(self, source, max_bad):
-        self._source, self._max_bad = source, max_bad
 
-    def __call__(self, records):
-        """Returns the fields of the records, stacked, and `[(record, error), ...]` of the undecodable records."""
-        examples, failures = zip(*at_once(self._read_one, records.tolist()))
-        fields = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        if "label" in fields:  # a source may return a Python int
-            fields["label"] = fields["label"].astype(np.int32)
-        return fields, list(itertools.chain.from_iterable(failures))
-
-    def _read_one(self, i):
-        failures = []
-        while True:
-            record = (i + len(failures)) % len(self._source)
-            fields, error = attempt(self._source, record)
-            if error is None:
-                return fields, failures
-            failures.append((record, error))
-            # An unbroken run of too many bad records, or of all records, ends the search.
-            if len(failures) > self._max_bad or len(failures) == len(self._source):
-                bad = [record for record, _ in failures]
-                raise RuntimeError(too_many_bad(self._source, bad, self._max_bad, failures[-1][1]))
+def _read_decodable(source, max_bad, i):
+    failures = []
+    # an unbroken run of too many bad records, or of all records, ends the search
+    while len(failures) <= max_bad and len(failures) < len(source):
+        record = (i + len(failures)) % len(source)
+        fields, error = attempt(source, record)
+        if error is None:
+            return fields, failures
+        failures.append((record, error))
+    raise RuntimeError(too_many_bad(source, [record for record, _ in failures], max_bad, failures[-1][1]))
 
 
 def too_many_bad(source, bad: list[int], max_bad: int, last_error: str) -> str:
@@ -223,8 +211,3 @@ def _begin_worker(_index, _count):
     child_process.exit_with_parent()
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")  # grain has imported jax already, too early for the variable
-
-
-def _check_range(name, value, low, high=None):
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} is {value}; allowed: " + (f"{low} and above" if high is None else f"{low}..{high}"))

@@ -31,11 +31,9 @@ class ParquetSource(EncodedImages):
     The records are in the order of the files' names, and of the rows. `path` is a folder with the files SPLIT-*.parquet or
     SPLIT.parquet, or with numbered ones in a subfolder SPLIT; at any depth, but all of one split in one folder.
 
-    Raises:
-      ValueError: from the constructor, if folder, split, columns or files of a numbered set are missing, the split is in
-        several folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out
-        of range.
-      ImportError: without pyarrow.
+    The constructor raises ValueError if folder, split, columns or files of a numbered set are missing, the split is in several
+    folders, a file is damaged, has too large a row group, or names its classes unlike the first, or a label is out of range;
+    and ImportError without pyarrow.
     """
 
     path: str | os.PathLike
@@ -140,8 +138,7 @@ def _list_files(root, split):
     if not root.is_dir():
         raise ValueError(f"path is {str(root)!r}, which is not a folder; give the folder that holds the parquet files")
     files = [PurePosixPath(file) for file in list_below(root, (".parquet",)).files]
-    chosen = [file for file in files if _split_of(file) == split]
-    if not chosen:
+    if not (chosen := [file for file in files if _split_of(file) == split]):
         splits = ", ".join(sorted({repr(_split_of(file)) for file in files})) or "none: no parquet files"
         raise ValueError(f"split is {split!r}; splits in {str(root)!r}: {splits}")
     folders = sorted({str(file.parent) for file in chosen})
@@ -157,19 +154,17 @@ def _check_numbers(folder, split, names):
     """Raises ValueError unless all files are numbered as one set, 'train-00000-of-00002.parquet', or none is."""
     matches = {name: re.fullmatch(r".*-(\d+)-of-(\d+)(-.*)?\.parquet", name) for name in names}
     plain = [name for name, match in matches.items() if not match]
-    numbers = [(int(match[1]), int(match[2])) for match in matches.values() if match]
-    totals = sorted({total for _, total in numbers})
-    if plain and numbers:
+    counts = Counter(int(match[1]) for match in matches.values() if match)
+    totals = sorted({int(match[2]) for match in matches.values() if match})
+    if plain and totals:
         found = f"in files numbered up to {totals[0]}, and in others, such as {plain[0]}"
         raise ValueError(f"split {split!r} in {str(folder)!r} is {found}: keep those of one download")
     if len(totals) > 1:
         raise ValueError(f"files of split {split!r} are numbered up to {totals}: keep those of one download")
-    repeated = sorted(number for number, count in Counter(number for number, _ in numbers).items() if count > 1)
-    if repeated:
+    if repeated := sorted(number for number, count in counts.items() if count > 1):
         where = f"file {repeated[0]} of split {split!r} is in {str(folder)!r}"
         raise ValueError(f"{where} more than once: keep those of one download")
-    missing = sorted(set(range(max(totals, default=0))) - {number for number, _ in numbers})
-    if missing:
+    if missing := sorted(set(range(max(totals, default=0))) - set(counts)):
         count = f"{len(missing)} of {totals[0]} files of split {split!r}"
         raise ValueError(f"{count} are missing in {str(folder)!r}, first number {missing[0]}; download them")
 

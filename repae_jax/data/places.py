@@ -23,12 +23,7 @@ def open_shard(file: str | Path) -> ArrayRecordReader:
 
 
 def find(file: str | Path) -> np.ndarray:
-    """Returns the places of all records of an ArrayRecord, PLACE `[records]`.
-
-    Raises:
-      RuntimeError: if a record is damaged.
-      ValueError: if the file was written with other options than OPTIONS.
-    """
+    """Returns the places of all records of an ArrayRecord, PLACE `[records]`; RuntimeError if a record is damaged."""
     reader = open_shard(file)
     places = np.zeros(reader.num_records(), PLACE)
     at = 0  # position in the file without its headers

@@ -9,6 +9,11 @@ from repae_jax import faults
 _THREADS = 8  # enough for 200 records a second that each take 40 ms to arrive
 
 
+def cut(first: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Returns the range first..end-1 in parts of `size`: [(first, end), ...]."""
+    return [(at, min(at + size, end)) for at in range(first, end, size)]
+
+
 def read(source, i: int) -> dict:
     """Returns source[i], retried by `faults.read`; OSError, naming the record, if the system goes on failing."""
     return faults.read(source.__getitem__, i, name=lambda: source.name(i))

@@ -45,10 +45,7 @@ class RecordMaker(abc.ABC):
     def pack(self, name: Callable, encoded: list, good: Bool[np.ndarray, " n"]) -> tuple[Iterable[bytes], dict]:
         """Returns the records of a shard, and additional fields of its entry.
 
-        Args:
-          name: function of an image's number in the shard.
-          encoded: results of `encode`, one for each image.
-          good: whether each image could be decoded.
+        `name` is a function of an image's number in the shard, `good` tells whether each could be decoded.
         """
         return encoded, {}
 
@@ -72,16 +69,14 @@ def read_block(source, read: Callable, missing, block: tuple[int, int]) -> tuple
 
 
 class ShardWriter:
-    """Makes the shards of one process in a folder of shards.
+    """Makes the shards of one process in an existing folder: process p makes the shards p, p + process_count, ...
 
     Args:
-      folder: an existing folder.
       settings: identify the folder's content, besides format, source and shard size.
       shard_size: images in a shard.
       notes: names of settings that may differ when a folder is continued.
       workers: processes that read blocks; 0 reads in threads.
       max_bad_fraction: share of undecodable images above which the work ends.
-      process_index, process_count: process p makes the shards p, p + process_count, ...
     """
 
     def __init__(
@@ -95,7 +90,7 @@ class ShardWriter:
         }  # fmt: skip
         self._workers, self._process_index = workers, process_index
         self._max_bad = int(max_bad_fraction * len(source))
-        self._ranges = _cut(0, len(source), shard_size)
+        self._ranges = reading.cut(0, len(source), shard_size)
         self._shards = [self._folder / shards.shard_file(shard) for shard, _ in enumerate(self._ranges)]
         self._entries = [file.with_suffix(".json") for file in self._shards]
         self._own_shards = range(process_index, len(self._ranges), process_count)
@@ -105,11 +100,8 @@ class ShardWriter:
         """Makes the shards that are missing or damaged, and once those of all processes exist, the manifest.
 
         Returns the number of shards made here, or None if it was `stopped` before, which gives up the shard in progress.
-
-        Raises:
-          ValueError: if the folder was, or is to be, made with other settings, or its disk has not enough space.
-          RuntimeError: if too many images cannot be decoded, or from the maker.
-          OSError: if something cannot be written.
+        ValueError if the folder was made with other settings, or its disk has too little space; RuntimeError if too many images
+        cannot be decoded, or from the maker.
         """
         if not self._agree_on_settings(stopped):
             return None
@@ -141,12 +133,11 @@ class ShardWriter:
         if not multihost.wait_for_files([file], stopped.is_set):
             return False
         stored = files.read_json(file)
-        differing = [
+        if differing := [
             f"\n  {name}: {stored.get(name)!r} there, {self._settings.get(name)!r} here"
             for name in sorted((stored.keys() | self._settings.keys()) - set(self._notes))
             if stored.get(name) != self._settings.get(name)
-        ]
-        if differing:
+        ]:
             found = f"{self._folder} holds a {self._maker.format.title} made with other settings"
             raise ValueError(f"{found}; choose another --out, or use the old ones:{''.join(differing)}")
         self._settings = stored  # with the notes of the process that began
@@ -183,9 +174,8 @@ class ShardWriter:
 
     def _make(self, todo, stopped):
         """Makes shards; returns False if stopped."""
-        cuts = {shard: _cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
-        ranges = [block for cut in cuts.values() for block in cut]
-        if not ranges:
+        cuts = {shard: reading.cut(*self._ranges[shard], self._maker.block_size) for shard in todo}
+        if not (ranges := [block for cut in cuts.values() for block in cut]):
             return True
         read = functools.partial(read_block, self._source, self._maker.read, self._maker.missing)
         blocks = loader.read_ahead(MapDataset.source(ranges).map(read), self._workers)
@@ -200,21 +190,17 @@ class ShardWriter:
                         writing.result()  # raises the error of the previous shard
                         return False
                     contents, failures = next(blocks)
-                    bad += self._note_failures(failures)
+                    for record, error in failures:
+                        logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
+                        self._bad_records.append(record)
+                        self._check_bad(error)
+                    bad += [record for record, _ in failures]
                     encoded += list(self._maker.encode(contents)[: end - first])
                     bar.update(end - first)
                 writing.result()
                 writing = pool.submit(self._write_shard, shard, encoded, bad)
             writing.result()
         return True
-
-    def _note_failures(self, failures):
-        """Logs and counts undecodable records; returns their numbers."""
-        for record, error in failures:
-            self._bad_records.append(record)
-            logging.warning("Leaving out undecodable record %s: %s", self._source.name(record), error)
-            self._check_bad(error)
-        return [record for record, _ in failures]
 
     def _check_bad(self, last_error="found before this run"):
         if len(self._bad_records) > self._max_bad:
@@ -271,11 +257,6 @@ def print_outcome(made: int | None, index: int, summary: Callable[[], str]) -> N
         print("asked to stop: what is finished is kept; run the same command to continue")
     elif index == 0:
         print(("" if made else "finished already; every shard is as it was written\n") + summary())
-
-
-def _cut(first, end, size):
-    """Returns the range first..end-1 in parts of `size`: [(first, end), ...]."""
-    return [(at, min(at + size, end)) for at in range(first, end, size)]
 
 
 def _npy(array):

@@ -73,12 +73,9 @@ def file_hash(path: str | os.PathLike) -> str:
 
 
 def shard_damage(folder: str | os.PathLike, entry: dict, check_content: bool) -> str | None:
-    """Returns a description of a shard's damage, None if it is whole.
+    """Returns a description of a shard's damage, None if it is whole; `entry` is its entry in the manifest.
 
-    Args:
-      folder: folder of the shards; an address only without `check_content`.
-      entry: {'file', 'bytes', 'sha256', ...}, its entry in the manifest.
-      check_content: whether to read the whole file and compare its checksum, too.
+    With `check_content`, which is for folders on disks, the whole file is read and its checksum compared, too.
     """
     expected = entry["bytes"]
     if is_address(folder):  # the last byte is there; damage of a longer object shows when its records are read
@@ -99,11 +96,8 @@ def read_manifest(path: str | os.PathLike, shard_format: ShardFormat) -> dict:
 
     It has `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file', 'records', 'bytes',
     'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`; `image_size`;
-    `records_hash` and `images`, {'source', 'options'}, of the original source; and others.
-
-    Raises:
-      ValueError: if there is no finished folder, or the manifest is damaged or of another version.
-      OSError: if the disk or bucket cannot be read.
+    `records_hash` and `images`, {'source', 'options'}, of the original source; and others. ValueError if there is no finished
+    folder, or the manifest is damaged or of another version.
     """
     if is_address(path) and not str(path).startswith("gs://"):
         raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
@@ -149,8 +143,7 @@ class Shards(ReopenedByWorkers):
         self._shard_size = self.manifest["shard_size"]
         with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
             damages = list(pool.map(functools.partial(shard_damage, self._path, check_content=False), entries))
-        damaged = [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]
-        if damaged:
+        if damaged := [f"{entry['file']}: {damage}" for entry, damage in zip(entries, damages) if damage]:
             count = f"{len(damaged)} of {len(entries)} shards, first {', '.join(damaged[:5])}"
             raise ValueError(f"{shard_format.title} {self._path!r} is damaged, {count}; {self._repair}")
 

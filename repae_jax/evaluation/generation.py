@@ -9,7 +9,7 @@ import numpy as np
 
 from repae_jax import data
 from repae_jax.evaluation import reference_stats
-from repae_jax.evaluation.image_sets import DatasetImages, ImageSet, NpzImages
+from repae_jax.evaluation.image_sets import ImageSet, dataset_images, npz_images
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
 from repae_jax.evaluation.reference_stats import KEPT_IMAGES, Reference
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
@@ -18,15 +18,15 @@ from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
 from repae_jax.models.inception import InceptionFeatures
 
 
-def open_real_images(text: str, image_size: int) -> NpzImages | DatasetImages:
+def open_real_images(text: str, image_size: int) -> ImageSet:
     """Returns the images of an npz of this size, or of a source as `data.parse_source` takes it, cropped to this size."""
     if text.endswith(".npz"):
-        images = NpzImages(text)
+        images = npz_images(text)
         if images.shape != [image_size] * 2:
             raise ValueError(f"the images of {text} have {images.shape[0]} x {images.shape[1]} pixels, not {image_size}")
         return images
     name, fields = data.parse_source(text, labelled=False)
-    return DatasetImages(data.make_source(name, image_size, **fields), {"data": text})
+    return dataset_images(data.make_source(name, image_size, **fields), {"data": text})
 
 
 def open_reference(text: str, images: ImageSet, network: InceptionNetwork, folder: Path, is_done: IsDone) -> Reference | None:
@@ -53,9 +53,8 @@ def open_reference(text: str, images: ImageSet, network: InceptionNetwork, folde
 def score(features: Iterable[InceptionFeatures], reference: Reference) -> tuple[dict[str, float], list[str]]:
     """Computes all scores that the reference allows, from features in the order of the samples.
 
-    Returns:
-      'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; and
-      warnings: which are missing or not to be compared, and why.
+    They are 'fid', 'sfid', 'inception_score', 'inception_score_std', 'precision' and 'recall', as far as they are known; with
+    warnings: which are missing or not to be compared, and why.
     """
     pool, spatial, inception, kept = RunningGaussian(), RunningGaussian(), RunningInceptionScore(), []
     for part in features:

@@ -1,9 +1,10 @@
 """Inception's features of many images: on all devices, kept in files part by part, so that interrupted work continues."""
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.inception import load_inception
 from repae_jax import files
+from repae_jax.data import reading
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation.image_sets import ImageSet, naming_damage
 from repae_jax.models.inception import SPATIAL_CHANNELS, InceptionFeatures, InceptionV3, graph_input
@@ -44,30 +46,26 @@ class InceptionNetwork:
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {mesh.size} devices")
         self.batch_size, self.checksum = batch_size, fingerprint(params)
-        self._params = jax.device_put(params, sharding.replicated(mesh))
+        apply = jax.jit(jax.default_matmul_precision("highest")(InceptionV3(prepare=prepare).apply))
+        self._run = functools.partial(apply, {"params": jax.device_put(params, sharding.replicated(mesh))})
         self._sharding = sharding.batch_sharding(mesh)
-
-        @jax.jit
-        @jax.default_matmul_precision("highest")
-        def run(params, images):
-            return InceptionV3(prepare=prepare).apply({"params": params}, images)
-
-        self._run = run
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> InceptionFeatures:
         """Returns features as numpy arrays; those of an image do not depend on the others. ValueError for no such images."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-            raise ValueError(
-                f"images are {images.dtype} {list(images.shape)}; needed: uint8 [N, H, W, 3] with values 0..255, N >= 1"
-            )
-        batches = []
-        for first in range(0, len(images), self.batch_size):
-            batch = images[first : first + self.batch_size]
-            # The last batch is padded, so that one program serves all.
-            padded = np.pad(batch, ((0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)))
-            batches.append(self._run(self._params, jax.device_put(padded, self._sharding)))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *batches)
+            needed = "uint8 [N, H, W, 3] with values 0..255, N >= 1"
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed: {needed}")
+        batches = [images[first:end] for first, end in reading.cut(0, len(images), self.batch_size)]
+        features = [run_padded(self._run, [batch], self.batch_size, self._sharding) for batch in batches]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *features)
+
+
+def run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
+    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
+    count = len(arrays[0])
+    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
 
 
 def load_network(path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input) -> InceptionNetwork:
@@ -83,10 +81,8 @@ class FeatureParts:
     """A folder of features, one file per part of a set of images, made by one process or by several in turns.
 
     A part that exists is whole, and never made again. Parts are the same, bit for bit, however often the work was
-    interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ...
-
-    `kept` marks the images that are kept beside their features, by default none; `is_done` tells whether process 0 has used the
-    parts already and removed them.
+    interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ... `kept` marks the images
+    that are kept beside their features; `is_done` tells whether process 0 has used the parts already and removed them.
     """
 
     def __init__(
@@ -96,7 +92,7 @@ class FeatureParts:
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
         self._kept = np.zeros(images.count, bool) if kept is None else kept
         batch = network.batch_size
-        self._ranges = _split(0, images.count, batch * -(-PART_SIZE // batch))
+        self._ranges = reading.cut(0, images.count, batch * -(-PART_SIZE // batch))
         self._paths = [self._folder / f"part-{part:05d}.npz" for part in range(len(self._ranges))]
         self._settings = {
             "images": images.description, "count": images.count, "shape": list(images.shape), "batch_size": batch,
@@ -113,7 +109,7 @@ class FeatureParts:
         self._check_space(description)
         own = range(jax.process_index(), len(self._ranges), jax.process_count())
         todo = [part for part in own if not self._paths[part].exists()]
-        batches = {part: _split(*self._ranges[part], self._network.batch_size) for part in todo}
+        batches = {part: reading.cut(*self._ranges[part], self._network.batch_size) for part in todo}
         blocks = self._images.blocks([batch for part in todo for batch in batches[part]])
         total, missing = (sum(end - first for first, end in (self._ranges[part] for part in parts)) for parts in (own, todo))
         bar = tqdm(total=total, initial=total - missing, unit="img", desc=description, disable=jax.process_index() != 0)
@@ -139,10 +135,8 @@ class FeatureParts:
             return False
         before, now = files.read_json(file), json.loads(json.dumps(self._settings))
         if differing := {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}:
-            raise ValueError(
-                f"{self._folder} holds unfinished work with other settings (there, here): {differing}; choose another --out, "
-                "or the old settings, or remove the folder"
-            )
+            advice = "choose another --out, or the old settings, or remove the folder"
+            raise ValueError(f"{self._folder} holds unfinished work with other settings (there, here): {differing}; {advice}")
         return True
 
     def _check_space(self, description: str) -> None:
@@ -155,10 +149,8 @@ class FeatureParts:
         )
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise ValueError(
-                f"the features of the {description} take {needed / 1e9:.1f} GB in {self._folder}, which has {free / 1e9:.1f} "
-                "GB free: make space, or choose another place for the result"
-            )
+            found = f"take {needed / 1e9:.1f} GB in {self._folder}, which has {free / 1e9:.1f} GB free"
+            raise ValueError(f"the features of the {description} {found}: make space, or choose another place for the result")
 
     def _write(self, part: int, features: InceptionFeatures, images: UInt8[np.ndarray, "n H W 3"]) -> None:
         for leftover in self._folder.glob(f".{self._paths[part].name}.*.tmp"):  # a killed process left it
@@ -180,7 +172,3 @@ class FeatureParts:
             with naming_damage(path, advice), np.load(path, allow_pickle=False) as arrays:
                 part = {name: arrays[name] for name in names}
             yield part
-
-
-def _split(first: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(at, min(at + size, end)) for at in range(first, end, size)]

@@ -43,9 +43,8 @@ def label_rows(images: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, " N
     """Lays images out with one row per class, in ascending order, enlarged by a whole number; short rows end in white."""
     images, labels = np.asarray(images), np.asarray(labels)
     if not len(images) or labels.shape != (len(images),):
-        raise ValueError(
-            f"{len(images)} images and labels of shape {list(labels.shape)}; allowed: at least one image, one label each"
-        )
+        allowed = "at least one image, one label each"
+        raise ValueError(f"{len(images)} images and labels of shape {list(labels.shape)}; allowed: {allowed}")
     classes, counts = np.unique(labels, return_counts=True)
     sheet = np.full((len(classes), counts.max(), *images.shape[1:]), 255, images.dtype)
     for row, label in zip(sheet, classes):
@@ -69,9 +68,8 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
     _require("groups", groups, "panel title with the names of its metrics")
     curves = read_curves(metrics_jsonl)
     if missing := sorted({name for names in groups.values() for name in names} - set(curves)):
-        raise ValueError(
-            f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {', '.join(sorted(curves)) or 'none yet'}"
-        )
+        allowed = ", ".join(sorted(curves)) or "none yet"
+        raise ValueError(f"{metrics_jsonl} has no metric {', '.join(missing)}; allowed: {allowed}")
     columns = int(np.ceil(np.sqrt(len(groups))))
     figure, panels = _panels(groups.items(), columns, (4.2, 3.2), dpi=120)
     for axes, names in panels:

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Float
 
 from repae_jax import buckets, files
-from repae_jax.evaluation.image_sets import ImageSet, NpzImages, naming_damage
+from repae_jax.evaluation.image_sets import ImageSet, naming_damage, npz_images
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
 from repae_jax.metrics.frechet import RunningGaussian, Stats
 
@@ -28,7 +28,7 @@ class Reference:
     pool: Stats  # statistics of the 2048 features of pool_3, for FID
     spatial: Stats | None  # statistics of the 2023 spatial features, for sFID
     features: Float[np.ndarray, "M F"] | None  # float32, pool_3 of some of the images, for precision and recall
-    images: NpzImages | None  # these images if there are no `features` yet
+    images: ImageSet | None  # these images if there are no `features` yet
     shape: list[int] | None  # [H, W] of the images
     description: dict[str, Any]  # plain values that identify the reference
 
@@ -63,7 +63,7 @@ def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference
             spatial = _read_stats(path, archive, "mu_s", "sigma_s", network.spatial_features)
         features = np.asarray(archive["pool"]) if "pool" in archive else None
         about = json.loads(str(archive["about"])) if "about" in archive else {}
-        images = NpzImages(path) if "arr_0" in archive else None
+        images = npz_images(path) if "arr_0" in archive else None
     _check_content(path, features, about, network)
     arrays = [array for array in (*pool, *(spatial or ()), features) if array is not None]
     checksum = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
@@ -78,9 +78,8 @@ def _read_stats(path: Path, archive: Any, mean: str, cov: str, size: int) -> Sta
     arrays = archive[mean].astype(np.float64), archive[cov].astype(np.float64)
     shapes = [list(array.shape) for array in arrays]
     if shapes != [[size], [size, size]]:
-        raise ValueError(
-            f"{mean} and {cov} of {path} have shapes {shapes[0]} and {shapes[1]}; needed: [{size}] and [{size}, {size}]"
-        )
+        needed = f"[{size}] and [{size}, {size}]"
+        raise ValueError(f"{mean} and {cov} of {path} have shapes {shapes[0]} and {shapes[1]}; needed: {needed}")
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError(f"{mean} or {cov} of {path} is not finite everywhere; make it or download it again")
     return arrays
@@ -91,10 +90,8 @@ def _check_content(path: Path, features: np.ndarray | None, about: Any, network:
     if not isinstance(about, dict) or (about and "inception" not in about):
         raise ValueError(f"about of {path} is {about!r}, which does not tell of Inception's weights; make the file again")
     if about and about["inception"] != network.checksum:
-        raise ValueError(
-            f"{path} was made with Inception weights of checksum {about['inception']}, these have {network.checksum}: "
-            "give the same weights, or make the reference again"
-        )
+        found = f"Inception weights of checksum {about['inception']}, these have {network.checksum}"
+        raise ValueError(f"{path} was made with {found}: give the same weights, or make the reference again")
     size = network.pool_features
     if features is not None and (features.ndim != 2 or features.shape[1] != size or features.dtype.kind != "f"):
         raise ValueError(f"pool of {path} is {features.dtype} {list(features.shape)}; needed: floats [M, {size}]")
@@ -139,10 +136,8 @@ def write_reference(path: epath.PathLike, reference: Reference, parts: FeaturePa
 def check_shape(shape: list[int], reference: Reference, name: str) -> None:
     """Raises ValueError unless images [H, W] have the size of the reference `name`, if that is known."""
     if reference.shape is not None and list(reference.shape) != list(shape):
-        raise ValueError(
-            f"the samples have {shape[0]} x {shape[1]} pixels, the images of {name} {reference.shape[0]} x "
-            f"{reference.shape[1]}; scores compare equal sizes only"
-        )
+        theirs = f"the images of {name} {reference.shape[0]} x {reference.shape[1]}"
+        raise ValueError(f"the samples have {shape[0]} x {shape[1]} pixels, {theirs}; scores compare equal sizes only")
 
 
 def count_warnings(count: int, reference: Reference) -> list[str]:

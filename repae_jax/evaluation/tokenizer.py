@@ -21,6 +21,7 @@ from tqdm import tqdm
 from repae_jax import images
 from repae_jax.data import loader, reading
 from repae_jax.distributed import sharding
+from repae_jax.evaluation.inception_features import run_padded
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
@@ -67,40 +68,21 @@ class Comparison:
     pairs: UInt8[np.ndarray, "2n H W 3"]  # the first originals, each followed by its reconstruction
 
 
-class Blocks:
-    """Blocks of a source's images, without those that cannot be decoded: for `loader.read_ahead`.
-
-    Item k is (uint8 [n, H, W, 3], int32 [n] records, [(record, error), ...]), n <= block_size.
-    """
-
-    def __init__(self, source: Any, records: Int[np.ndarray, " N"], block_size: int):
-        self._source = source
-        self._blocks = [records[first : first + block_size] for first in range(0, len(records), block_size)]
-
-    def __len__(self):
-        return len(self._blocks)
-
-    def __getitem__(self, k):
-        side, records = self._source.image_size, self._blocks[k].tolist()
-        decoded, good, failures = np.zeros((len(records), side, side, 3), np.uint8), [], []
-        for record, (fields, error) in zip(records, reading.at_once(functools.partial(reading.attempt, self._source), records)):
-            if error:
-                failures.append((record, error))
-            else:
-                decoded[len(good)] = fields["image"]
-                good.append(record)
-        return decoded[: len(good)], np.asarray(good, np.int32), failures
+def read_images(source: Any, records: Sequence[int]) -> tuple[UInt8[np.ndarray, "n H W 3"], Int[np.ndarray, " n"], list]:
+    """Returns (images, their records, [(record, error), ...] of those that cannot be decoded) of records of a source."""
+    results = reading.at_once(functools.partial(reading.attempt, source), records)
+    decoded = {record: fields["image"] for record, (fields, error) in zip(records, results) if not error}
+    images = np.array([*decoded.values()], np.uint8).reshape(-1, source.image_size, source.image_size, 3)
+    return images, np.array([*decoded], np.int32), [(record, error) for record, (_, error) in zip(records, results) if error]
 
 
 def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
     """Makes the function that reconstructs and compares, in float32, to be jitted.
 
-    Image i depends on (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is
-    smaller than the window have no SSIM.
-
-    Returns:
-      Function of ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key),
-      which returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}.
+    It takes ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key), and
+    returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}. Image i depends on
+    (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is smaller than the
+    window have no SSIM.
     """
     vae = vae.clone(dtype=jnp.float32)
 
@@ -140,15 +122,21 @@ def compare_all(
     compare = functools.partial(compare, placed, key=jax.random.key(seed))
     of_originals, of_recons = RunningGaussian(), RunningGaussian()
     compared, parts, failures, pairs = [], [], [], []
-    blocks = loader.read_ahead(MapDataset.source(Blocks(source, records, batch_size)), workers)
+    batches = [records[first : first + batch_size].tolist() for first in range(0, len(records), batch_size)]
+    blocks = loader.read_ahead(MapDataset.source(batches).map(functools.partial(read_images, source)), workers)
     with contextlib.closing(blocks), tqdm(total=len(records), unit="img", desc="reconstructing") as bar:
         for pixels, good, failed in blocks:
             bar.update(len(good) + len(failed))
             failures += failed
             if not len(good):
                 continue
-            recon, values = _run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
-            _check_finite(values.pop("finite"), good, source)
+            recon, values = run_padded(compare, (pixels, good), batch_size, sharding.batch_sharding(mesh))
+            if len(broken := good[~values.pop("finite")]):
+                first = ", ".join(source.name(int(record)) for record in broken[:5])
+                raise ValueError(
+                    f"the reconstructions of {len(broken)} of {len(good)} images hold nan or infinity, first {first}; the "
+                    "VAE's weights are damaged, or its training has diverged: take an earlier --step"
+                )
             if features_fn is not None:
                 of_originals.update(features_fn(pixels))
                 of_recons.update(features_fn(recon))
@@ -157,9 +145,8 @@ def compare_all(
             compared.append(np.array(good))
             parts.append(values)
     if not compared:
-        raise ValueError(
-            f"none of the {len(records)} images can be decoded, first {source.name(failures[0][0])}: {failures[0][1]}"
-        )
+        record, error = failures[0]
+        raise ValueError(f"none of the {len(records)} images can be decoded, first {source.name(record)}: {error}")
     return Comparison(
         records=np.concatenate(compared),
         values={name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]},
@@ -167,22 +154,6 @@ def compare_all(
         bad_records=failures,
         pairs=np.concatenate(pairs)[:SHOWN].reshape(-1, *pairs[0].shape[2:]),
     )
-
-
-def _run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
-    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
-    count = len(arrays[0])
-    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
-    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
-
-
-def _check_finite(finite, records, source) -> None:
-    if not finite.all():
-        first = ", ".join(source.name(int(record)) for record in records[~finite][:5])
-        raise ValueError(
-            f"the reconstructions of {int((~finite).sum())} of {len(finite)} images hold nan or infinity, first {first}; the "
-            "VAE's weights are damaged, or its training has diverged: take an earlier --step"
-        )
 
 
 def mean_values(values: Mapping[str, Float[np.ndarray, " N"]], warn: Callable[[str], None]) -> dict[str, float | None]:

@@ -127,4 +127,4 @@ def load_frozen_vae(job):
             f"config.init.vae is empty, but the VAE is not trained (config.job={job.config['job']!r}): give its "
             f"file, such as REPA-E/e2e-vavae/e2e-vavae-400k.pt, or {RANDOM!r} for tests and benchmarks"
         )
-    return put_weights(job, read_vae_params(path, job.nets.vae, jax.eval_shape(init, jax.random.key(0))), replicated)
+    return put_weights(job, read_vae_params(path, job.nets.vae), replicated)

@@ -110,7 +110,7 @@ def _read_init(job, abstract):
             if init.get(name) and path in trees:
                 raise ValueError(f"config.init.{name}={init[name]!r}, but {init['checkpoint']} holds it too: empty one of them")
     if init["vae"] and not job.frozen_vae:
-        trees["vae.params"] = vae.read_vae_params(init["vae"], job.nets.vae, abstract.vae.params)
+        trees["vae.params"] = vae.read_vae_params(init["vae"], job.nets.vae)
     if init.get("disc"):
         target = {"params": abstract.disc.params, "batch_stats": abstract.disc.batch_stats}
         state_dict = weights.read_state_dict(init["disc"])

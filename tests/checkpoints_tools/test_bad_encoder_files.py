@@ -7,6 +7,7 @@ import pytest
 from small_files import assert_same_bits, save_encoder
 
 from checkpoints_tools import vit, weights
+from repae_jax import files
 from repae_jax.models.vit import VisionTransformer
 
 
@@ -32,7 +33,7 @@ from repae_jax.models.vit import VisionTransformer
 )
 def test_bad_configs(tmp_path, family, change, message):
     save_encoder(tmp_path, family=family)
-    config = weights.read_config(tmp_path) | change
+    config = files.read_json(tmp_path / "config.json") | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"(?s)^{tmp_path}.*{message}"):
         vit.load_encoder(tmp_path, 32)

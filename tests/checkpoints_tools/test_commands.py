@@ -15,6 +15,7 @@ import pytest
 import small
 from command_line import call, error_of
 from small_files import STATS, TINY_DINOV2, load_sit, torch_model
+from weight_files import write_checkpoint, write_torch
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import (
@@ -207,7 +208,7 @@ def save_plain_sit(path):
     rng = np.random.default_rng(0)
     target = sit.abstract_sit(module, 2, False)
     variables = jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), target)
-    weights.write_torch(path, to_torch(sit.sit_table(module, latent_norm=False), variables))
+    write_torch(path, to_torch(sit.sit_table(module, latent_norm=False), variables))
     return module, variables
 
 
@@ -237,7 +238,7 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
     networks = [jax.tree.map(lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), target) for _ in range(2)]
     table = sit.sit_table(module, latent_norm=False)
     model, ema = (torch_param_order.to_ordered_torch(table, variables) for variables in networks)
-    weights.write_torch(tmp_path / "training.pt", {"model": model, "ema": ema, "args": commands.argparse.Namespace(lr=1)})
+    write_torch(tmp_path / "training.pt", {"model": model, "ema": ema, "args": commands.argparse.Namespace(lr=1)})
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
         load_model(tmp_path / "training.pt")
     call("convert", tmp_path / "training.pt", tmp_path / "turned.safetensors", "--plain_sit")
@@ -256,7 +257,7 @@ def test_legacy_names_in_a_training_file(published_run, tmp_path, caplog):
 
     old = {name: legacy(taken.networks[name]) for name in ("model", "ema")}
     args = commands.argparse.Namespace(**taken.args)
-    weights.write_torch(tmp_path / "legacy.pt", {**old, "opt": {}, "args": args, "steps": 7})
+    write_torch(tmp_path / "legacy.pt", {**old, "opt": {}, "args": args, "steps": 7})
     read = published.read(tmp_path / "legacy.pt")
     for name in ("model", "ema"):
         same_arrays(read.networks[name], dict(taken.networks[name]))
@@ -293,7 +294,7 @@ def test_a_sit_xl_in_a_minute_and_two_and_a_half_times_its_size(tmp_path, option
     target = sit.abstract_sit(module, 16, False)
     variables = jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), target)
     source = tmp_path / "sit.pt"
-    weights.write_torch(source, torch_param_order.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
+    write_torch(source, torch_param_order.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
     del variables
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out.safetensors"), *options]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -483,7 +484,7 @@ def test_a_damaged_network_in_a_training_checkpoint(published_run, tmp_path, mon
         arrays = {**taken.networks[part], name: array}
         networks = {**taken.networks, part: {n: a for n, a in arrays.items() if a is not None}}
         source = tmp_path / "bad.safetensors"
-        published.write(source, published.dataclasses.replace(taken, networks=networks, optimizers={}), overwrite=True)
+        write_checkpoint(source, published.dataclasses.replace(taken, networks=networks, optimizers={}), overwrite=True)
         message = error_of(monkeypatch, "convert", source, tmp_path / "target.pt")
         assert f"{source}: {part}" in message and name in message
         assert not (tmp_path / "target.pt").exists()
@@ -558,7 +559,7 @@ def test_statistics_are_not_invented(published_run, tmp_path, monkeypatch):
     """A published VAE file without its statistics cannot become a diffusers folder, which would take Stable Diffusion's."""
     weights.write_safetensors(tmp_path / "vae.safetensors", network(published_run, "vae"))
     assert "latent statistics are missing" in error_of(monkeypatch, "convert", tmp_path / "vae.safetensors", tmp_path / "out")
-    weights.write_torch(tmp_path / "elsewhere.pt", vae_stats.to_arrays(STATS))
+    write_torch(tmp_path / "elsewhere.pt", vae_stats.to_arrays(STATS))
     call("convert", tmp_path / "vae.safetensors", tmp_path / "given", "--latent_stats", tmp_path / "elsewhere.pt")
     np.testing.assert_array_equal(vae.read_latent_stats(tmp_path / "given")["mean"], STATS["mean"])
     weights.write_safetensors(tmp_path / "vae-latents-stats.safetensors", vae_stats.to_arrays(STATS))

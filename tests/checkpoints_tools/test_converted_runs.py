@@ -11,6 +11,7 @@ import pytest
 import small
 from command_line import call, error_of
 from small_files import published_shapes
+from weight_files import write_torch
 
 from checkpoints_tools import published, published_args, vae, vae_layouts, weights
 from configs import ldm
@@ -201,7 +202,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
     """DiT-XL-2-256x256.pt holds weights alone: only who samples can say that they are not a plain SiT's."""
     ema = dict(published.read(converted["dit"]).networks["ema"])
     bare = {name: array for name, array in ema.items() if not name.startswith("bn.")}
-    weights.write_torch(tmp_path / "DiT.pt", bare)
+    write_torch(tmp_path / "DiT.pt", bare)
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise.*convert --plain_sit.*--sampler ancestral"):
         images(tmp_path / "DiT.pt", vae_path=frozen_vae)
     with pytest.raises(ValueError, match="as REPA and DiT have none: give --vae as diffusers' folder"):
@@ -232,7 +233,7 @@ def _without_stats(folder, tmp_path):
 
 def test_a_dits_file_is_none_for_a_velocity(sit_run, converted, tmp_path):
     ema = dict(published.read(converted["dit"]).networks["ema"])
-    weights.write_torch(tmp_path / "DiT.pt", {name: array for name, array in ema.items() if not name.startswith("bn.")})
+    write_torch(tmp_path / "DiT.pt", {name: array for name, array in ema.items() if not name.startswith("bn.")})
     with pytest.raises(ValueError, match="for training with config.diffusion.path='ddpm'"):
         continued(sit_run, tmp_path / "DiT.pt")
     with pytest.raises(ValueError, match="config.diffusion.path='linear', but path_type='ddpm'"):
@@ -289,12 +290,12 @@ def test_the_vae_of_a_tokenizers_run(vae_run, tmp_path):
     np.testing.assert_array_equal(content["linear_proj.weight"][:, :, 0, 0].T, state.ema.params["vf_projection"]["kernel"])
     np.testing.assert_array_equal(vae.read_latent_stats(tmp_path / "e2e-latents-stats.pt")["mean"], state.latent_stats.mean)
     assert job.nets.vae.feature_dim == 16
-    params = vae.read_vae_params(tmp_path / "e2e.pt", job.nets.vae, state.vae.params)
+    params = vae.read_vae_params(tmp_path / "e2e.pt", job.nets.vae)
     assert small.differing(params, state.ema.params) == []
 
     call("extract-vae", workdir, tmp_path / "folder")  # diffusers knows no such map
     assert not any("proj." in name and "linear" in name for name in weights.read_state_dict(tmp_path / "folder"))
-    params = vae.read_vae_params(tmp_path / "folder", job.nets.vae, state.vae.params)
+    params = vae.read_vae_params(tmp_path / "folder", job.nets.vae)
     assert "vf_projection" not in params
     assert small.differing(params, {name: tree for name, tree in state.ema.params.items() if name != "vf_projection"}) == []
 

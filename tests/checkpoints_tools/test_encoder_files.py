@@ -9,7 +9,7 @@ from small_files import assert_same_bits, moco_weights, save_encoder, torch_mode
 
 from checkpoints_tools import vit, vit_formats, weights
 from checkpoints_tools.mapping import to_torch
-from checkpoints_tools.vit_reference import torch_tokens
+from checkpoints_tools.torch_reference import torch_tokens
 from repae_jax.models import encoders
 
 torch = pytest.importorskip("torch")

@@ -13,6 +13,7 @@ import pytest
 from command_line import call
 from google.api_core.exceptions import Forbidden
 from small_files import save_encoder, save_vae
+from weight_files import write_torch
 
 from checkpoints_tools import __main__ as commands
 from checkpoints_tools import identify, inception, locate, vae, vit, weights
@@ -74,7 +75,7 @@ def test_a_published_run(bucket, tmp_path):
     for steps in (9, 10):
         networks = {name: {"x_embedder.proj.weight": np.full(2, steps, np.float32)} for name in ("model", "ema")}
         content = {**networks, "args": argparse.Namespace(seed=0), "steps": steps}
-        weights.write_torch(folder / "checkpoints" / f"{steps:07d}.pt", content)
+        write_torch(folder / "checkpoints" / f"{steps:07d}.pt", content)
     found = identify.identify("gs://bucket/published")
     assert found.kind == "training" and found.checkpoint.steps == 10
     assert cached(tmp_path) == ["args.json", "checkpoints/0000010.pt"]
@@ -180,7 +181,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_inspect_of_damaged_files(tmp_path, monkeypatch, name):
-    write = weights.write_safetensors if name.endswith(".safetensors") else weights.write_torch
+    write = weights.write_safetensors if name.endswith(".safetensors") else write_torch
     write(tmp_path / name, DAMAGED[name])
     monkeypatch.setattr(sys, "argv", ["checkpoints_tools", "inspect", str(tmp_path / name)])
     with pytest.raises(SystemExit, match=f"error: .*{name}"):

@@ -12,6 +12,7 @@ import optax
 import pytest
 import reference
 import small
+from weight_files import write_checkpoint, write_torch
 
 from checkpoints_tools import identify, published, published_args, training_state, weights
 from checkpoints_tools.sit import abstract_sit
@@ -83,7 +84,7 @@ def checkpoint(job, state, networks):
 @pytest.fixture(params=[".pt", ".safetensors"])
 def file(request, checkpoint, tmp_path):
     path = tmp_path / f"0000003{request.param}"
-    published.write(path, checkpoint)
+    write_checkpoint(path, checkpoint)
     return path
 
 
@@ -138,7 +139,7 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
     weights_of = {name: reference.draw(name, tuple(spec["shape"]), 0, "") for name, spec in case["state_dict"]["sit"].items()}
     tree = training_state.to_flax(table, weights_of, abstract_sit(sit, grid, True))
     again = published.TrainingCheckpoint("x", {}, 0, {"model": training_state.to_torch(table, tree)}, {})
-    published.write(tmp_path / "x.pt", again)
+    write_checkpoint(tmp_path / "x.pt", again)
     stored = torch.load(tmp_path / "x.pt", weights_only=False)["model"]
     assert list(stored) == case["meta"]["state_dict_order"]["sit"]
     for name, spec in case["state_dict"]["sit"].items():
@@ -167,7 +168,7 @@ class Parameters(torch.nn.Module):
 )
 def test_torch_continues_as_optax_does(job, state, networks, checkpoint, tmp_path, optimizer, place, padding):
     """The exported optimizer state loads strictly into torch's AdamW, and the next update is the same on both sides."""
-    published.write(tmp_path / "x.pt", checkpoint)
+    write_checkpoint(tmp_path / "x.pt", checkpoint)
     content = torch.load(tmp_path / "x.pt", weights_only=False)
     assert isinstance(content["args"], argparse.Namespace) and content["steps"] == 3
     name = published.OPTIMIZERS[optimizer]
@@ -216,7 +217,7 @@ def test_a_checkpoint_on_a_frozen_vae(checkpoint, networks, state, tmp_path):
     """sit-ldm-*: model, ema, opt, args and steps."""
     content = {name: dict(checkpoint.networks[name]) for name in ("model", "ema")}
     only = dataclasses.replace(checkpoint, networks=content, optimizers={"opt": checkpoint.optimizers["opt"]})
-    published.write(tmp_path / "x.pt", only)
+    write_checkpoint(tmp_path / "x.pt", only)
     trees, moments = training_state.to_trees(published.read(tmp_path / "x.pt"), networks, targets_of(state))
     assert set(trees) == {"model", "ema"} and set(moments) == {"opt"}
 
@@ -226,10 +227,10 @@ def test_newest_of_a_run(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoints/NNNNNNN.pt"):
         published.read(tmp_path)
     for name in ("0000003.pt", "0000020.pt", "notes.pt"):
-        published.write(tmp_path / "checkpoints" / name, checkpoint)
+        write_checkpoint(tmp_path / "checkpoints" / name, checkpoint)
     assert published.checkpoint_file(tmp_path).name == "0000020.pt"
     with pytest.raises(ValueError, match="ends in .pt or .safetensors"):
-        published.write(tmp_path / "x.ckpt", checkpoint)
+        write_checkpoint(tmp_path / "x.ckpt", checkpoint)
 
 
 def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
@@ -237,7 +238,7 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
     files.write_json(tmp_path / "args.json", dict(checkpoint.args))
     for name in ("0000003.pt", "0000003.safetensors"):
         path = tmp_path / "checkpoints" / name
-        write = weights.write_torch if path.suffix == ".pt" else weights.write_safetensors
+        write = write_torch if path.suffix == ".pt" else weights.write_safetensors
         write(path, dict(checkpoint.networks["ema"]))
         read = published.read(tmp_path)
         assert read.steps is None and read.number("num_heads") == 2 and read.args == json.loads(json.dumps(checkpoint.args))
@@ -247,13 +248,13 @@ def test_weights_alone_are_model_and_average(checkpoint, tmp_path):
 
 
 def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
-    published.write(tmp_path / "plain.pt", checkpoint)
+    write_checkpoint(tmp_path / "plain.pt", checkpoint)
     content = weights.read_torch(tmp_path / "plain.pt")
     wrapped = {**content, "ema_model": content["ema"]}
     del wrapped["ema"]
     for name, prefix in (("model", "module."), ("ema_model", "module._orig_mod."), ("vae", "_orig_mod.")):
         wrapped[name] = {prefix + key: array for key, array in wrapped[name].items()}
-    weights.write_torch(tmp_path / "wrapped.pt", wrapped)
+    write_torch(tmp_path / "wrapped.pt", wrapped)
     for read in (published.read(tmp_path / "wrapped.pt"), identify.identify(tmp_path / "wrapped.pt").checkpoint):
         assert read.networks.keys() == checkpoint.networks.keys()
         for name, arrays in checkpoint.networks.items():
@@ -261,25 +262,25 @@ def test_networks_that_were_saved_in_their_wrappers(checkpoint, tmp_path):
         for name, adam in checkpoint.optimizers.items():
             assert_same_arrays(read.optimizers[name].exp_avg, adam.exp_avg)
 
-    weights.write_torch(tmp_path / "sit.pt", {"model": wrapped["model"]})
+    write_torch(tmp_path / "sit.pt", {"model": wrapped["model"]})
     assert_same_arrays(published.read(tmp_path / "sit.pt").networks["model"], checkpoint.networks["model"])
-    weights.write_torch(tmp_path / "both.pt", {**wrapped, "ema": content["model"]})
+    write_torch(tmp_path / "both.pt", {**wrapped, "ema": content["model"]})
     with pytest.raises(ValueError, match="both.pt holds several averages, ema, ema_model: save it again with one"):
         published.read(tmp_path / "both.pt")
     wrapped["vae"]["more"] = np.ones(1)
-    weights.write_torch(tmp_path / "mixed.pt", wrapped)
+    write_torch(tmp_path / "mixed.pt", wrapped)
     with pytest.raises(ValueError, match="mixed.pt: vae: [0-9]+ names begin with _orig_mod., 1 do not"):
         published.read(tmp_path / "mixed.pt")
 
 
 def test_bad_optimizer_states(checkpoint, tmp_path):
     path = tmp_path / "x.pt"
-    published.write(path, checkpoint)
+    write_checkpoint(path, checkpoint)
     content = weights.read_torch(path)
     del content["opt_vae"]["state"][4]
     content["opt_vae"]["state"][0]["exp_avg"] = np.zeros((3, 3), np.float32)
     content["opt_vae"]["state"][1]["step"] = np.asarray(9.0, np.float32)
-    weights.write_torch(path, content, overwrite=True)
+    write_torch(path, content, overwrite=True)
     with pytest.raises(ValueError, match="x.pt: opt_vae does not fit its network: 3 problems") as error:
         published.read(path)
     for line in ("no state", "exp_avg has shape (3, 3), the parameter", "were updated [3, 9] times"):
@@ -287,7 +288,7 @@ def test_bad_optimizer_states(checkpoint, tmp_path):
 
 
 def test_not_a_training_checkpoint(checkpoint, tmp_path):
-    weights.write_torch(tmp_path / "x.pt", dict(checkpoint.networks["vae"]))
+    write_torch(tmp_path / "x.pt", dict(checkpoint.networks["vae"]))
     with pytest.raises(ValueError, match="x.pt is no training checkpoint.*it holds .*conv_in"):
         published.read(tmp_path / "x.pt")
     weights.write_safetensors(tmp_path / "x.safetensors", checkpoint.networks["vae"])

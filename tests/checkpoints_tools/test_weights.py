@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from weight_files import write_torch
 
 from checkpoints_tools import locate, weights
 from repae_jax import files
@@ -78,9 +79,9 @@ def test_write_refuses_to_overwrite_and_leaves_nothing_half_written(tmp_path, ar
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-@pytest.mark.parametrize("write", [weights.write_safetensors, weights.write_torch, files.write_json])
+@pytest.mark.parametrize("write", [weights.write_safetensors, write_torch, files.write_json])
 def test_no_space_left(tmp_path, monkeypatch, write):
-    if write is weights.write_torch:
+    if write is write_torch:
         pytest.importorskip("torch")
     path = tmp_path / "w"
     path.write_bytes(b"before")
@@ -99,7 +100,7 @@ def test_writes_that_really_fail(tmp_path):
     pytest.importorskip("torch")
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     big = {"a": np.zeros(10**6)}
-    writes = ((weights.write_safetensors, big), (weights.write_torch, big), (files.write_json, {"a": "x" * 10**6}))
+    writes = ((weights.write_safetensors, big), (write_torch, big), (files.write_json, {"a": "x" * 10**6}))
     for write, content in writes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
@@ -227,7 +228,7 @@ def test_torch_round_trip(tmp_path, arrays):
     arrays["transposed"] = arrays["a.weight"].T
     arrays["brain"] = arrays["a.weight"].astype(ml_dtypes.bfloat16)
     content = {"model": arrays, "args": argparse.Namespace(seed=0, names=["a", "b"]), "steps": 7, "betas": (0.9, 0.999)}
-    weights.write_torch(tmp_path / "w.pt", content)
+    write_torch(tmp_path / "w.pt", content)
     assert_same(weights.read_state_dict(tmp_path / "w.pt", entry="model"), arrays)
     read = weights.read_torch(tmp_path / "w.pt")
     assert read["args"] == {"seed": 0, "names": ["a", "b"]} and read["steps"] == 7 and read["betas"] == (0.9, 0.999)
@@ -284,7 +285,7 @@ def test_remote_folder(bucket, arrays):
     (bucket / "model" / "config.json").write_text("{}")
     safetensors.numpy.save_file(arrays, bucket / "model" / "model.safetensors")
     assert_same(weights.read_state_dict("gs://bucket/model"), arrays)
-    assert weights.read_config(locate.resolve("gs://bucket/model")) == {}
+    assert files.read_json(locate.resolve("gs://bucket/model") / "config.json") == {}
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
@@ -507,7 +508,7 @@ def test_tensors_that_numpy_lacks(tmp_path, torch):
 
 def test_arrays_within_the_command_line(tmp_path, torch):
     content = {"args": argparse.Namespace(scale=np.ones(2), nested=[torch.ones(1)], steps=np.int64(3))}
-    weights.write_torch(tmp_path / "w.pt", content)
+    write_torch(tmp_path / "w.pt", content)
     args = weights.read_torch(tmp_path / "w.pt")["args"]
     np.testing.assert_array_equal(args["scale"], np.ones(2))
     np.testing.assert_array_equal(args["nested"][0], np.ones(1))
@@ -517,8 +518,8 @@ def test_arrays_within_the_command_line(tmp_path, torch):
 def test_what_cannot_be_written(tmp_path, torch):
     path = tmp_path / "w"
     for write, content, message in (
-        (weights.write_torch, {"args": argparse.Namespace(out=[Path("x")])}, r"w: args.out\[0\] is PosixPath, which could not"),
-        (weights.write_torch, {"a": np.ones(1, ml_dtypes.float8_e4m3fn)}, "w: a is ndarray of float8_e4m3fn; allowed: "),
+        (write_torch, {"args": argparse.Namespace(out=[Path("x")])}, r"w: args.out\[0\] is PosixPath, which could not"),
+        (write_torch, {"a": np.ones(1, ml_dtypes.float8_e4m3fn)}, "w: a is ndarray of float8_e4m3fn; allowed: "),
         (weights.write_safetensors, {"args": argparse.Namespace(a=1)}, "w: args is Namespace of object; allowed: "),
         (weights.write_safetensors, {"a": torch.ones(1).bfloat16()}, "w: a is Tensor, no numpy array"),
         (files.write_json, {"args": {"a": np.ones(1)}}, "w: JSON cannot express the content .*ndarray"),
@@ -749,13 +750,13 @@ def test_resolve_uses_the_cache_when_offline(tmp_path, monkeypatch):
     (model / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text('{"model_type": "dinov2"}')
     assert locate.resolve("organisation/name").samefile(snapshot)
-    assert weights.read_config(locate.resolve("organisation/name")) == {"model_type": "dinov2"}
+    assert files.read_json(locate.resolve("organisation/name") / "config.json") == {"model_type": "dinov2"}
 
 
 @pytest.mark.parametrize("content, message", [(POINTER, "Git LFS"), ("{", "damaged"), (json.dumps([1]), "no JSON object")])
 def test_bad_config(tmp_path, content, message):
     with pytest.raises(FileNotFoundError, match="config.json does not exist"):
-        weights.read_config(tmp_path)
+        files.read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        weights.read_config(tmp_path)
+        files.read_json(tmp_path / "config.json")

@@ -126,7 +126,7 @@ def read_by_a_loader(source):
 
 READERS = {
     "training": read_by_a_loader,
-    "evaluate_tokenizer": lambda source: tokenizer.Blocks(source, np.arange(8), 8)[0][0],
+    "evaluate_tokenizer": lambda source: tokenizer.read_images(source, range(8))[0],
     "analyze_latents": lambda source: next(encoding.read_batches(source, np.arange(8), 8))[0],
 }
 

@@ -230,7 +230,7 @@ def test_labels_file_with_a_byte_order_mark(class_folders, kind):
     assert FolderSource(class_folders, 8, labels_file=f"l.{kind}").labels.tolist() == [7]
     for encoding, named in {"utf-16": "UTF-16", "utf-16-le": "UTF-16", "utf-32": "UTF-32"}.items():
         (class_folders / f"l.{kind}").write_bytes(content.encode(encoding))
-        with pytest.raises(ValueError, match=rf"labels file .*l.{kind}' is in {named}.*; save it as UTF-8"):
+        with pytest.raises(ValueError, match=rf"labels file .*l.{kind}' is in .*{named}.*; save it as UTF-8"):
             FolderSource(class_folders, 8, labels_file=f"l.{kind}")
 
 

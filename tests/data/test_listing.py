@@ -18,7 +18,7 @@ from repae_jax.data.loader import Loader
 from repae_jax.data.reading import attempt
 from repae_jax.data.shard_writer import read_block
 from repae_jax.evaluation import tokenizer
-from repae_jax.evaluation.image_sets import DatasetImages, FolderImages
+from repae_jax.evaluation.image_sets import dataset_images, folder_images
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR4nGNkYGDgYGEiHpGgdFTDqIahpgEAgIEOEiEMTFYAAAAASUVORK5CYII="
@@ -46,7 +46,7 @@ def test_a_link_to_a_folder_above(png):
     (root / "a/up").symlink_to("..")
     source = FolderSource(root, 8)
     assert names(source) == ["a/0.png", "b/0.png"] and source.labels.tolist() == [0, 1]
-    assert FolderImages(root).count == 2
+    assert folder_images(root).count == 2
 
 
 @pytest.mark.timeout(20)
@@ -62,7 +62,7 @@ def test_a_link_to_itself_is_no_class(png):
     root = png("b/0.png")
     (root / "a").symlink_to(".")
     source = FolderSource(root, 8)
-    assert names(source) == ["b/0.png"] and source.num_classes == 1 and FolderImages(root).count == 1
+    assert names(source) == ["b/0.png"] and source.num_classes == 1 and folder_images(root).count == 1
 
 
 def test_classes_may_be_links(png, tmp_path):
@@ -92,7 +92,7 @@ def test_dangling_links(png):
     assert names(source) == ["a/0.png", "a/1.png", "a/2.png"]
     assert [attempt(source, i)[1] is None for i in range(3)] == [True, False, False]
     with pytest.raises(OSError, match="1.png"):
-        FolderImages(root)
+        folder_images(root)
     (root / "b").symlink_to("unmounted")
     with pytest.raises(ValueError, match="b' is a link that leads to nothing"):
         FolderSource(root, 8)
@@ -103,8 +103,8 @@ def test_names_that_are_not_utf8(png):
     root = png("a/0.png", f"a/{latin}")
     source = FolderSource(root, 8)
     assert names(source) == ["a/0.png", "a/caf\\xe9.png"] and source[1]["image"].shape == (8, 8, 3)
-    assert records_hash(source) and FolderImages(root).description["files"] == 2
-    assert sum(len(block) for block in FolderImages(root).blocks([(0, 2)])) == 2
+    assert records_hash(source) and folder_images(root).description["files"] == 2
+    assert sum(len(block) for block in folder_images(root).blocks([(0, 2)])) == 2
     (root / "labels.csv").write_bytes(b"a/0.png,1\na/caf\xe9.png,2\n")
     assert FolderSource(root, 8, labels_file="labels.csv").labels.tolist() == [1, 2]
 
@@ -114,7 +114,7 @@ def test_names_with_odd_letters(png, name):
     png(f"{name}/a/0.png", "other/a/0.png")
     root = png() / name
     assert names(FolderSource(root, 8)) == ["a/0.png"] and FolderSource(root, 8)[0]["image"].shape == (8, 8, 3)
-    assert FolderImages(root).count == 1
+    assert folder_images(root).count == 1
 
 
 def test_a_folder_that_may_not_be_listed(png, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_folder_that_may_not_be_listed(png, monkeypatch):
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-    for listed in (lambda: FolderSource(root, 8), lambda: FolderImages(root)):
+    for listed in (lambda: FolderSource(root, 8), lambda: folder_images(root)):
         with pytest.raises(ValueError, match="/b' cannot be listed .Permission denied.: make it readable"):
             listed()
 
@@ -165,10 +165,10 @@ READERS = {
     "attempt": lambda source: attempt(source, 1),
     "loader": lambda source: next(Loader(source, batch_size=2, seed=0, max_bad_fraction=1)),
     "prepare_images, cache_latents": lambda source: read_block(source, lambda fields: fields, None, (0, 2)),
-    "evaluate_tokenizer": lambda source: tokenizer.Blocks(source, np.arange(2), 2)[0],
+    "evaluate_tokenizer": lambda source: tokenizer.read_images(source, [0, 1]),
     "analyze_latents": lambda source: list(read_batches(source, np.arange(2), 2)),
-    "evaluate, a source": lambda source: list(DatasetImages(source, {}).blocks([(0, 2)])),
-    "evaluate, a folder": lambda source: list(FolderImages(source._root).blocks([(0, 2)])),
+    "evaluate, a source": lambda source: list(dataset_images(source, {}).blocks([(0, 2)])),
+    "evaluate, a folder": lambda source: list(folder_images(source._root).blocks([(0, 2)])),
 }
 
 

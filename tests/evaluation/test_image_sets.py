@@ -9,7 +9,7 @@ from feature_stub import save_images
 from PIL import Image
 
 from repae_jax.data import records_hash
-from repae_jax.evaluation.image_sets import SORTED, DatasetImages, FolderImages, NpzImages
+from repae_jax.evaluation.image_sets import SORTED, dataset_images, folder_images, npz_images
 from repae_jax.files import npz_writer
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 6, 4, 3), np.uint8)
@@ -26,13 +26,13 @@ def check_blocks(images, pixels=PIXELS):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, save):
     save(tmp_path / "x.npz", PIXELS, np.arange(11))
-    check_blocks(NpzImages(tmp_path / "x.npz"))
+    check_blocks(npz_images(tmp_path / "x.npz"))
 
 
 def test_written_npz(tmp_path):
     labels = np.arange(11)
     npz_writer({"arr_1": labels}, {"arr_0": (PIXELS.shape, iter(np.split(PIXELS, [2, 2, 7])))})(tmp_path / "x.npz")
-    check_blocks(NpzImages(tmp_path / "x.npz"))
+    check_blocks(npz_images(tmp_path / "x.npz"))
     with np.load(tmp_path / "x.npz") as archive:
         np.testing.assert_array_equal(archive["arr_0"], PIXELS)
         np.testing.assert_array_equal(archive["arr_1"], labels)
@@ -52,22 +52,22 @@ def test_written_npz(tmp_path):
 def test_another_npz(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        NpzImages(tmp_path / "x.npz")
+        npz_images(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_damaged_npz(tmp_path, save):
     with pytest.raises(FileNotFoundError, match="absent.npz does not exist"):
-        NpzImages(tmp_path / "absent.npz")
+        npz_images(tmp_path / "absent.npz")
     buffer = io.BytesIO()
     save(buffer, PIXELS)
     content = buffer.getvalue()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut.npz is no npz, or it is damaged"):
-        NpzImages(tmp_path / "cut.npz")
+        npz_images(tmp_path / "cut.npz")
     (tmp_path / "changed.npz").write_bytes(content[:400] + bytes(300) + content[700:])
     with pytest.raises(ValueError, match="changed.npz is no npz, or it is damaged"):
-        list(NpzImages(tmp_path / "changed.npz").blocks([(0, 11)]))
+        list(npz_images(tmp_path / "changed.npz").blocks([(0, 11)]))
 
 
 def test_npz_that_ends_early(tmp_path):
@@ -76,16 +76,16 @@ def test_npz_that_ends_early(tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", content.getvalue()[:-1])
     with pytest.raises(ValueError, match="short.npz.*ends before image 11"):
-        list(NpzImages(tmp_path / "short.npz").blocks(RANGES))
+        list(npz_images(tmp_path / "short.npz").blocks(RANGES))
 
 
 def test_folder(tmp_path):
-    images = FolderImages(save_images(tmp_path / "made", PIXELS))
+    images = folder_images(save_images(tmp_path / "made", PIXELS))
     check_blocks(images)
     assert images.warnings == []
-    assert images.description == FolderImages(tmp_path / "made").description
+    assert images.description == folder_images(tmp_path / "made").description
     Image.fromarray(PIXELS[0]).save(tmp_path / "made" / "999.jpg")
-    more = FolderImages(tmp_path / "made")
+    more = folder_images(tmp_path / "made")
     assert more.warnings == ["1 of 12 images are JPEG or WebP, whose losses change all scores"]
     assert more.description != images.description
 
@@ -94,19 +94,19 @@ def test_images_class_by_class(tmp_path):
     """Splits of the inception score are consecutive images."""
     (tmp_path / "made").mkdir()
     save_images(tmp_path / "made" / "a", PIXELS)
-    assert FolderImages(tmp_path / "made").warnings == []
+    assert folder_images(tmp_path / "made").warnings == []
     save_images(tmp_path / "made" / "b", PIXELS)
-    assert FolderImages(tmp_path / "made").warnings == [SORTED]
+    assert folder_images(tmp_path / "made").warnings == [SORTED]
     names = np.array(list("aaaabbbbccc"))
     for labels, warnings in ((np.arange(11) // 4, [SORTED]), (np.arange(11) % 4, []), (np.zeros(11, int), []), (names, [])):
         np.savez(tmp_path / "made.npz", PIXELS, labels)
-        assert NpzImages(tmp_path / "made.npz").warnings == warnings
+        assert npz_images(tmp_path / "made.npz").warnings == warnings
 
 
 def test_gray_images(tmp_path):
     tmp_path.joinpath("gray").mkdir()
     Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "gray" / "0.png")
-    made = next(FolderImages(tmp_path / "gray").blocks([(0, 1)]))
+    made = next(folder_images(tmp_path / "gray").blocks([(0, 1)]))
     np.testing.assert_array_equal(made[0], np.repeat(PIXELS[0, :, :, :1], 3, axis=-1))
 
 
@@ -123,7 +123,7 @@ def test_images_that_do_not_belong(tmp_path, name, image, message):
     folder = save_images(tmp_path / "made", PIXELS)
     image.save(folder / name) if image else (folder / name).write_bytes(b"no picture")
     with pytest.raises(ValueError, match=message):
-        list(FolderImages(folder).blocks([(0, 12)]))
+        list(folder_images(folder).blocks([(0, 12)]))
 
 
 def test_dataset():
@@ -142,7 +142,7 @@ def test_dataset():
         def name(self, i):
             return f"picture-{i}"
 
-    images = DatasetImages(Source(), {"data": "here"})
+    images = dataset_images(Source(), {"data": "here"})
     expected = {"data": "here", "images": 11, "image_size": 4, "records": records_hash(Source())}
     assert images.description == expected and images.shape == [4, 4]
     np.testing.assert_array_equal(next(images.blocks([(3, 5)])), PIXELS[3:5, :4])

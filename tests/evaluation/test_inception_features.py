@@ -14,7 +14,7 @@ from checkpoints_tools.inception import inception_table
 from repae_jax import files
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features
-from repae_jax.evaluation.image_sets import DatasetImages
+from repae_jax.evaluation.image_sets import dataset_images
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, load_network
 from repae_jax.models.inception import InceptionV3
 
@@ -88,7 +88,7 @@ COUNT = 70
 
 
 def make_parts(folder, network=None, images=None, **options):
-    parts = FeatureParts(folder, images or DatasetImages(Noise(COUNT), {"data": "noise"}), network or StubNetwork(), **options)
+    parts = FeatureParts(folder, images or dataset_images(Noise(COUNT), {"data": "noise"}), network or StubNetwork(), **options)
     parts.make("test")
     return parts
 
@@ -146,8 +146,8 @@ def test_processes_take_turns(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"network": StubNetwork(4)}, r"'batch_size': \(8, 4\)"),
-        ({"images": DatasetImages(Noise(COUNT + 1), {"data": "noise"})}, r"'count': \(70, 71\)"),
-        ({"images": DatasetImages(Noise(COUNT), {"data": "other"})}, "'data': 'noise'.*'data': 'other'"),
+        ({"images": dataset_images(Noise(COUNT + 1), {"data": "noise"})}, r"'count': \(70, 71\)"),
+        ({"images": dataset_images(Noise(COUNT), {"data": "other"})}, "'data': 'noise'.*'data': 'other'"),
         ({"kept": np.ones(COUNT, bool)}, "'kept'"),
     ],
 )
@@ -161,7 +161,7 @@ def test_other_settings_do_not_mix(tmp_path, change, message):
 
 def test_a_process_that_comes_too_late(tmp_path, monkeypatch):
     """Process 0 has finished and removed everything: there is nothing to wait for."""
-    images = DatasetImages(Noise(COUNT), {"data": "noise"})
+    images = dataset_images(Noise(COUNT), {"data": "noise"})
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert FeatureParts(tmp_path / "gone", images, StubNetwork(), is_done=lambda: True).make("test") is False

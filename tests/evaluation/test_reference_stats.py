@@ -8,7 +8,7 @@ import pytest
 from feature_stub import Noise, StubNetwork
 
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.evaluation.image_sets import DatasetImages
+from repae_jax.evaluation.image_sets import dataset_images
 from repae_jax.evaluation.reference_stats import (
     KEPT_IMAGES,
     PUBLISHED_COUNT,
@@ -39,7 +39,7 @@ def stats(features):
 
 
 def measured(folder, count=COUNT, **options):
-    return measure_reference(DatasetImages(Noise(count), {"data": "noise"}), StubNetwork(), folder, **options)
+    return measure_reference(dataset_images(Noise(count), {"data": "noise"}), StubNetwork(), folder, **options)
 
 
 def test_measured(tmp_path, features):

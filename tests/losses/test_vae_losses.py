@@ -125,7 +125,7 @@ def test_lpips_from_torchvision_names(case):
     linear = {k: v for k, v in weights.items() if k.startswith("lin")}
     vgg["classifier.0.weight"] = np.zeros((1, 1))
     assert len(vgg) == 27
-    merged = merge_state_dicts(vgg, linear)
+    merged = merge_state_dicts(vgg, linear, source="drawn")
     assert {k for k in weights if not k.startswith("scaling")} == set(merged)
     for name, value in merged.items():
         np.testing.assert_array_equal(value, weights[name])

@@ -110,10 +110,10 @@ def test_defaults_follow_the_device():
 
 
 def test_numbers_must_be_whole(capsys):
-    for value in ("0", "-1", "1.5"):
+    for value, problem in (("0", "0 must be at least 1"), ("-1", "-1 must be at least 1"), ("1.5", "'1.5' is no whole number")):
         with pytest.raises(SystemExit):
             compare_published.parse_args(["--published", "x", f"--steps={value}"])
-        assert f"'{value}' is not a whole number from 1" in capsys.readouterr().err
+        assert f"error: argument --steps: {problem}" in capsys.readouterr().err
 
 
 def test_a_failing_process_is_told(tmp_path):

@@ -6,8 +6,8 @@ import reference
 from golden_networks import abstract_params, drawn_params, golden_vae
 
 from checkpoints_tools import mapping
+from checkpoints_tools.torch_reference import torch_vae
 from checkpoints_tools.vae_layouts import vae_table
-from checkpoints_tools.vae_reference import torch_vae
 from configs import common
 from repae_jax.models.autoencoder import AutoencoderKL, ResnetBlock
 from repae_jax.models.fused_ops import DeferredBias, recompute_norms

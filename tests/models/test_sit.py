@@ -6,7 +6,7 @@ import reference
 from golden_networks import TINY, abstract_tree, draw, load_sit
 
 from checkpoints_tools import mapping
-from checkpoints_tools.sit_reference import torch_sit
+from checkpoints_tools.torch_reference import torch_sit
 from repae_jax.diffusion import interpolant, latent_norm
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.losses.alignment import alignment_loss
