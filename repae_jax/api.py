@@ -71,14 +71,11 @@ class Vae:
         return np.asarray(pixels.to_uint8(self._decode(self.params, jnp.asarray(latents))))
 
     def normalize(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns latents of mean 0 and variance 1 in each channel, as a diffusion model is trained on.
-
-        Raises ValueError if the statistics are not known, as `denormalize` does.
-        """
+        """Returns latents of mean 0 and variance 1 in each channel; ValueError if the statistics are unknown."""
         return latent_norm.normalize(latents, self._known_stats())
 
     def denormalize(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns un-normalized latents, which `decode` takes."""
+        """Returns un-normalized latents, which `decode` takes; ValueError if the statistics are unknown."""
         return latent_norm.denormalize(z, self._known_stats())
 
     def _known_stats(self):
@@ -101,8 +98,8 @@ class Model:
     @functools.cached_property
     def vae(self) -> Vae:
         """The VAE that the model was trained with or on."""
-        module = self.loaded.nets.vae.clone(dtype=jnp.float32)
-        return Vae(module, self.loaded.params["vae"], self.loaded.params["latent_stats"])
+        vae = self.loaded.tokenizer
+        return Vae(vae.module, vae.params, vae.latent_stats)
 
     @property
     def num_classes(self) -> int:
@@ -156,12 +153,7 @@ class Encoder:
 def load_vae(source: str, step: int | None = None) -> Vae:
     """Returns the VAE of a run or of a published checkpoint, or one in a file, a folder or on the Hugging Face hub.
 
-    Args:
-      source: path or name.
-      step: checkpoint of a run; default the newest.
-
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or no VAE in it, or it is damaged.
+    `step` is that of a run's checkpoint, by default the newest. FileNotFoundError or ValueError if there is no such VAE.
     """
     loaded = loading.load_vae(str(source), step)
     return Vae(loaded.module, jax.device_put(loaded.params), loaded.latent_stats)
@@ -176,8 +168,7 @@ def load_model(source: str, step: int | None = None, *, vae: str | None = None, 
       vae: path or name of the VAE where `source` holds none.
       sampler: 'ancestral' marks published weights as a DiT's, whose files look like a plain SiT's.
 
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or no such model in it, or its VAE is missing.
+    FileNotFoundError or ValueError if there is no such model, or its VAE is missing.
     """
     return Model(loading.load_model(str(source), step, jax.devices()[:1], vae, sampler))
 

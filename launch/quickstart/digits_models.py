@@ -66,16 +66,8 @@ class ConvClassifier(nn.Module):
 def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
     """Trains a small vision transformer to classify digits and saves it, without its head, in Hugging Face's layout.
 
-    The folder is created if absent; an encoder in it is kept if it was trained with the same settings, else ValueError.
-
-    Args:
-      folder: read it with `checkpoints_tools.vit.load_encoder`.
-      image_size: height and width of the digits, a multiple of 4.
-      steps: updates, at least 1.
-      seed: of parameters, batches and augmentation.
-
-    Returns:
-      dict with 'accuracy' on the held-out digits, 'seconds', 'image_size', 'steps', 'seed'.
+    The folder is created if absent; an encoder in it is kept if it was trained with the same settings, else ValueError. Images
+    have a multiple of 4 pixels. Returns 'accuracy' on the held-out digits, 'seconds' and the settings.
     """
     folder = Path(folder)
     settings = {"image_size": image_size, "steps": steps, "seed": seed}

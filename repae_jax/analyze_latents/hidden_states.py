@@ -87,9 +87,8 @@ def measure_cknna(
 ) -> list[dict[str, Any]]:
     """Measures the agreement of a SiT's blocks with encoders, given their features of the same images by label.
 
-    Returns:
-      [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}]; measures are CKNNA by both formulas,
-      mutual kNN and linear CKA (biased).
+    Returns [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}], of CKNNA by both formulas, mutual kNN
+    and linear CKA (biased).
     """
     sit = trained.nets.sit
     size = 4 * sit.depth * len(records) * sit.hidden_size

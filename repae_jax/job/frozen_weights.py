@@ -72,9 +72,6 @@ def put_weights(job, tree, shardings):
     return sharding.put(tree, shardings)
 
 
-# ---- encoders and LPIPS ---------------------------------------------------------------------------------------------
-
-
 def _encoder_params(name, described, config):
     fields = config["encoders"][name]
     if fields["weights"] == RANDOM:
@@ -105,9 +102,6 @@ def _lpips_params(job):
 
 def _random_lpips(job, key):
     return job.nets.lpips.init(key, *[jnp.zeros((1, 32, 32, 3))] * 2)["params"]
-
-
-# ---- the VAE --------------------------------------------------------------------------------------------------------
 
 
 def initial_vae(job, key):
