@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 from checkpoints_tools import vit
@@ -181,8 +182,12 @@ def load_encoder(source: str, resolution: int = 256, image_size: int | None = No
       resolution: side of the images in pixels, on which the number of tokens depends.
       image_size: side in pixels to which the encoder's input is resized; default as published for the resolution.
 
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or a network of another kind.
+    FileNotFoundError or ValueError if there is nothing of that name, or a network of another kind.
     """
+    if (epath.Path(source).expanduser() / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is the folder of a run, which holds no vision encoder: give the folder or name of one, such as "
+            "'facebook/dinov2-base' or what the run's config.encoders names; load_vae takes a run, for its VAE's encoder"
+        )
     encoder, params = vit.load_encoder(source, resolution, image_size)
     return Encoder(encoder, jax.device_put(params))

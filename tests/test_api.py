@@ -128,6 +128,11 @@ def test_an_encoder_gives_the_tokens_that_training_aligns_to(tmp_path):
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_run_is_no_encoder(workdir):
+    with pytest.raises(ValueError, match="run[0-9]* is the folder of a run, which holds no vision encoder: give .*; load_vae"):
+        repae_jax.load_encoder(workdir)
+
+
 def test_a_missing_run(tmp_path):
     with pytest.raises(FileNotFoundError):
         repae_jax.load_vae(tmp_path / "nothing")
