@@ -117,9 +117,9 @@ def test_pixels_must_be_uint8(vae):
 
 
 def test_an_encoder_gives_the_tokens_that_training_aligns_to(tmp_path):
-    made = encoders.make_encoder({"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}, 8, image_size=8)
-    params = made.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    save_encoder(tmp_path / "encoder", made.module, jax.device_get(params))
+    original = encoders.make_encoder({"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}, 8, image_size=8)
+    params = original.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    save_encoder(tmp_path / "encoder", original.module, jax.device_get(params))
     encoder = repae_jax.load_encoder(tmp_path / "encoder", resolution=19)
     images = draw_images(size=16)
     features = encoder.features(images)
