@@ -38,14 +38,6 @@ def _batch(images):
     return jnp.asarray(images)
 
 
-def _compiled(function):
-    def precise(*args):
-        with jax.default_matmul_precision("high"):  # float32 on every platform, as in `generate`
-            return function(*args)
-
-    return jax.jit(precise)
-
-
 @dataclasses.dataclass(frozen=True)
 class Vae:
     """A trained VAE."""
@@ -56,11 +48,11 @@ class Vae:
 
     @functools.cached_property
     def _encode(self):
-        return _compiled(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
+        return loading.jit_in_float32(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
 
     @functools.cached_property
     def _decode(self):
-        return _compiled(lambda params, latents: self.module.apply({"params": params}, latents, method="decode"))
+        return loading.jit_in_float32(lambda params, latents: self.module.apply({"params": params}, latents, method="decode"))
 
     def encode(self, images: UInt8[Array, "B H W 3"], key: Array | None = None) -> Float[Array, "B h w C"]:
         """Returns un-normalized latents: the posterior's mean, or a sample of the posterior if a random key is given."""
@@ -144,7 +136,7 @@ class Encoder:
 
     @functools.cached_property
     def _features(self):
-        return _compiled(functools.partial(encoders.encode, self.encoder))
+        return loading.jit_in_float32(functools.partial(encoders.encode, self.encoder))
 
     def features(self, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
         """Returns the patch tokens, row by row."""

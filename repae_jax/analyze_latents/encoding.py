@@ -17,7 +17,7 @@ from repae_jax.analyze_latents.sources import Source
 from repae_jax.distributed import sharding
 from repae_jax.evaluation.image_sets import source_blocks
 from repae_jax.losses.regularizers import downscale
-from repae_jax.sampling.load_model import LoadedTokenizer
+from repae_jax.sampling.load_model import LoadedTokenizer, jit_in_float32
 
 SCALES = (0.75, 0.5, 0.25)
 MAX_BYTES = 2**30  # most bytes of latents; some numbers take four times as much for a while
@@ -37,11 +37,6 @@ class Model:
     vae: LoadedTokenizer
     latents: Float[np.ndarray, "N h w C"]  # posterior means, not normalized
     equivariance: list[dict[str, Any]]  # [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first
-
-
-def jit_in_float32(function: Callable) -> Callable:
-    """Compiles a function so that float32 means float32 on every platform."""
-    return jax.jit(jax.default_matmul_precision("high")(function))
 
 
 def check_bytes(count: int, arrays: str, allowed: int | None = None) -> None:

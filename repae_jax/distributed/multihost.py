@@ -205,9 +205,7 @@ def check_shared(folder) -> None:
 def is_seen(path) -> bool:
     """Returns whether a file of another process is there, after the time that network file systems take to show it."""
     deadline = time.monotonic() + SEEN_SECONDS
-    while not (seen := path.exists()) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    return seen
+    return wait_for_files([path], lambda: time.monotonic() >= deadline)
 
 
 def wait_for_files(paths: Sequence, is_done: Callable[[], bool] = lambda: False) -> bool:

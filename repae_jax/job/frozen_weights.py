@@ -42,11 +42,10 @@ def _describe_encoder(name, config):
 
 def load_frozen(job) -> dict[str, Any]:
     """Returns {'encoders': tuple of parameters, 'lpips': parameters or None, 'vae': likewise}, sharded on the mesh."""
+    named = zip(sorted(job.config["encoders"]), job.encoders)
     frozen = {
         "vae": load_frozen_vae(job) if job.frozen_vae else None,
-        "encoders": tuple(
-            _encoder_params(name, encoder, job.config) for name, encoder in zip(sorted(job.config["encoders"]), job.encoders)
-        ),
+        "encoders": tuple(_encoder_params(name, encoder, job.config) for name, encoder in named),
         "lpips": None if job.nets.lpips is None else _lpips_params(job),
     }
     return put_weights(job, frozen, sharding.tree_sharding(job.mesh, frozen))

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -24,6 +24,11 @@ from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.training import checkpoint
 from repae_jax.training.networks import Nets
 from repae_jax.training.state import Ema
+
+
+def jit_in_float32(function: Callable) -> Callable:
+    """Compiles a function so that float32 means float32 on every platform, as in `generate`."""
+    return jax.jit(jax.default_matmul_precision("high")(function))
 
 
 @dataclasses.dataclass(frozen=True)
