@@ -314,7 +314,7 @@ def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any
 
 
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
-    """Returns (a part of a train state, for instance only what sampling needs, the step it comes from); the rest is not read.
+    """Restores a part of a train state, for instance what sampling needs; returns it and the step that it comes from.
 
     `abstract_subtree` is a pytree of `jax.ShapeDtypeStruct` whose keys are those of the saved state, for instance
     `{"ema": ..., "vae": {"params": ...}}`. Leaves without a sharding go to one local device. ValueError as of `read_config`, or
