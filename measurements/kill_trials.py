@@ -122,18 +122,11 @@ def check(found, expected, which):
 
 
 def run(job, steps, trials, seed, folder, compiled, say=print, most=math.inf):
-    """Runs all trials, and returns a Counter of the moments at which runs were killed.
+    """Runs all trials, and returns a Counter of the moments at which runs were killed, which the seed draws.
 
-    Args:
-      job: 'repae' or 'ldm', see `config`.
-      seed: of the moments.
-      folder: for workdirs; those of trials that succeed are removed.
-      compiled: folder of compiled programs.
-      say: called with a line for each trial.
-      most: a run that was killed so often is left to finish, as soon as there is a checkpoint to continue from.
-
-    Raises:
-      AssertionError: if a killed run left other results than the run without a break.
+    AssertionError if a killed run left other results than the run without a break. Workdirs of trials that succeed are removed
+    from the folder; `compiled` is that of compiled programs. A run that was killed as often as `most` is left to finish, as
+    soon as there is a checkpoint to continue from. `say` is called with a line for each trial.
     """
     context, rng, moments = processes(), np.random.default_rng(seed), collections.Counter()
     whole = Path(folder) / "whole"

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
 from checkpoints_tools import vit
@@ -37,14 +38,6 @@ def _batch(images):
     return jnp.asarray(images)
 
 
-def _compiled(function):
-    def precise(*args):
-        with jax.default_matmul_precision("high"):  # float32 on every platform, as in `generate`
-            return function(*args)
-
-    return jax.jit(precise)
-
-
 @dataclasses.dataclass(frozen=True)
 class Vae:
     """A trained VAE."""
@@ -55,11 +48,11 @@ class Vae:
 
     @functools.cached_property
     def _encode(self):
-        return _compiled(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
+        return loading.jit_in_float32(lambda params, images: self.module.apply({"params": params}, images, method="encode"))
 
     @functools.cached_property
     def _decode(self):
-        return _compiled(lambda params, latents: self.module.apply({"params": params}, latents, method="decode"))
+        return loading.jit_in_float32(lambda params, latents: self.module.apply({"params": params}, latents, method="decode"))
 
     def encode(self, images: UInt8[Array, "B H W 3"], key: Array | None = None) -> Float[Array, "B h w C"]:
         """Returns un-normalized latents: the posterior's mean, or a sample of the posterior if a random key is given."""
@@ -71,14 +64,11 @@ class Vae:
         return np.asarray(pixels.to_uint8(self._decode(self.params, jnp.asarray(latents))))
 
     def normalize(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns latents of mean 0 and variance 1 in each channel, as a diffusion model is trained on.
-
-        Raises ValueError if the statistics are not known, as `denormalize` does.
-        """
+        """Returns latents of mean 0 and variance 1 in each channel; ValueError if the statistics are unknown."""
         return latent_norm.normalize(latents, self._known_stats())
 
     def denormalize(self, z: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        """Returns un-normalized latents, which `decode` takes."""
+        """Returns un-normalized latents, which `decode` takes; ValueError if the statistics are unknown."""
         return latent_norm.denormalize(z, self._known_stats())
 
     def _known_stats(self):
@@ -101,8 +91,8 @@ class Model:
     @functools.cached_property
     def vae(self) -> Vae:
         """The VAE that the model was trained with or on."""
-        module = self.loaded.nets.vae.clone(dtype=jnp.float32)
-        return Vae(module, self.loaded.params["vae"], self.loaded.params["latent_stats"])
+        vae = self.loaded.tokenizer
+        return Vae(vae.module, vae.params, vae.latent_stats)
 
     @property
     def num_classes(self) -> int:
@@ -146,7 +136,7 @@ class Encoder:
 
     @functools.cached_property
     def _features(self):
-        return _compiled(functools.partial(encoders.encode, self.encoder))
+        return loading.jit_in_float32(functools.partial(encoders.encode, self.encoder))
 
     def features(self, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
         """Returns the patch tokens, row by row."""
@@ -156,12 +146,7 @@ class Encoder:
 def load_vae(source: str, step: int | None = None) -> Vae:
     """Returns the VAE of a run or of a published checkpoint, or one in a file, a folder or on the Hugging Face hub.
 
-    Args:
-      source: path or name.
-      step: checkpoint of a run; default the newest.
-
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or no VAE in it, or it is damaged.
+    `step` is that of a run's checkpoint, by default the newest. FileNotFoundError or ValueError if there is no such VAE.
     """
     loaded = loading.load_vae(str(source), step)
     return Vae(loaded.module, jax.device_put(loaded.params), loaded.latent_stats)
@@ -176,8 +161,7 @@ def load_model(source: str, step: int | None = None, *, vae: str | None = None, 
       vae: path or name of the VAE where `source` holds none.
       sampler: 'ancestral' marks published weights as a DiT's, whose files look like a plain SiT's.
 
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or no such model in it, or its VAE is missing.
+    FileNotFoundError or ValueError if there is no such model, or its VAE is missing.
     """
     return Model(loading.load_model(str(source), step, jax.devices()[:1], vae, sampler))
 
@@ -190,8 +174,12 @@ def load_encoder(source: str, resolution: int = 256, image_size: int | None = No
       resolution: side of the images in pixels, on which the number of tokens depends.
       image_size: side in pixels to which the encoder's input is resized; default as published for the resolution.
 
-    Raises:
-      FileNotFoundError, ValueError: if there is nothing of that name, or a network of another kind.
+    FileNotFoundError or ValueError if there is nothing of that name, or a network of another kind.
     """
+    if (epath.Path(source).expanduser() / "checkpoints").is_dir():
+        raise ValueError(
+            f"{source} is the folder of a run, which holds no vision encoder: give the folder or name of one, such as "
+            "'facebook/dinov2-base' or what the run's config.encoders names; load_vae takes a run, for its VAE's encoder"
+        )
     encoder, params = vit.load_encoder(source, resolution, image_size)
     return Encoder(encoder, jax.device_put(params))

@@ -38,8 +38,8 @@ def check(path) -> None:
 def reached(path) -> Iterator[None]:
     """Context in which something in a bucket is read or written; for local paths it does nothing.
 
-    The clients of buckets try again for up to a quarter of an hour, most of them silently: the wait is logged meanwhile. In
-    place of their own types of errors OSError is raised, with advice.
+    Clients of buckets try again for up to a quarter of an hour, mostly in silence: the wait is logged. Errors of their own
+    types become OSErrors, with advice.
     """
     if not is_address(path):
         yield

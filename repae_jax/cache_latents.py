@@ -92,10 +92,7 @@ def _merge(sums):
 
 
 def make_encode(job: build.Job, params: dict, flips: bool) -> Callable:
-    """Returns a function for Latents that encodes as training does, `params` being those of the job's VAE.
-
-    It maps uint8 `[b, H, W, 3]` to float32 numpy `[b, h, w, 2C]`, or `[b, 2, h, w, 2C]` with flips.
-    """
+    """Returns the function that encodes as training does: uint8 `[b, H, W, 3]` -> `[b, h, w, 2C]`, with flips `[b, 2, …]`."""
 
     @jax.jit
     def moments(params, pixels):
@@ -135,7 +132,6 @@ def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD
       config: ConfigDict of a run on a frozen VAE, see configs/.
       out: folder; continued if it exists.
       flips: whether to encode the mirrored images, too.
-      shard_size: records of a shard.
 
     Returns:
       Number of shards that this process made; None if SIGTERM or Ctrl-C ended the work early.

@@ -193,7 +193,7 @@ def line_of(error: BaseException) -> str | None:
 
 def _line_of_jax(message: str) -> str | None:
     first = message.splitlines()[0]
-    if "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
+    if faults.is_out_of_memory(message):
         return f"the memory of the device ran out ({first}): {_SMALLER}"
     return first if message.startswith(_STATUSES) else None
 

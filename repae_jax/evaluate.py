@@ -50,9 +50,7 @@ def parse_args(argv=None):
     sampling = parser.add_argument_group("models only")
     sample.add_arguments(sampling, num_samples=PUBLISHED_COUNT)
     sampling.add_argument("--keep_samples", type=cli.path, metavar="NPZ", help="keep the images, too, in ADM's layout")
-    sampling.add_argument(
-        "--vae", type=cli.path, help="the VAE of a run that holds none, or of published weights that hold none"
-    )
+    sampling.add_argument("--vae", type=cli.path, help="the VAE of a run, or of published weights, that hold none")
     sampling.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
     args = parser.parse_args(argv)
     sample.check_arguments(parser, args)

@@ -160,10 +160,8 @@ def run(args):
     source, name, fields = _choose_images(args, vae.config, warn)
     side, factor = source.image_size, vae.module.factor
     if side % factor:
-        raise ValueError(
-            f"images of {side} pixels: this VAE makes one latent of {factor} x {factor} pixels; allowed as --image_size: "
-            f"multiples of {factor}"
-        )
+        makes = f"this VAE makes one latent of {factor} x {factor} pixels"
+        raise ValueError(f"images of {side} pixels: {makes}; allowed as --image_size: multiples of {factor}")
     records = _choose_records(args.num_images, len(source))
     out = _choose_out(args, vae, name, fields, source, len(records))
     path, picture = (out.with_name(out.name + ending) for ending in (".json", ".png"))

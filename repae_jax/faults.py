@@ -60,6 +60,11 @@ def is_of_a_client(error: BaseException) -> bool:
     return isinstance(error, ValueError) and ("[http_response_code=" in str(error) or "[tensorstore_spec=" in str(error))
 
 
+def is_out_of_memory(message: str) -> bool:
+    """Returns whether a message of JAX says that a program does not fit into the memory of a device."""
+    return "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower()
+
+
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, empty if it has none."""
     return next(iter(str(error).splitlines()), "")
@@ -71,15 +76,9 @@ def errnos(error: BaseException) -> set[int]:
 
 
 def read(function: Callable[..., T], *arguments: Any, name: Callable[[], str], tries: int | None = None) -> T:
-    """Returns function(*arguments), tried again after some pauses while the system fails.
+    """Returns function(*arguments), tried again after some pauses while the system fails, at most `tries` times.
 
-    Args:
-      function: reads something.
-      name: function that returns the name of what is read, for messages.
-      tries: most attempts; None for one more than there are pauses.
-
-    Raises:
-      OSError: if the system goes on failing; `is_of_the_system` is true for it.
+    `name` returns the name of what is read, for messages. OSError if the system goes on failing: `is_of_the_system` tells so.
     """
     pauses = _PAUSES[: tries and tries - 1]
     for pause in (*pauses, None):

@@ -64,8 +64,6 @@ def tokenizer_grads(transform, carry, x: Inputs, *, state, frozen, weights, gan_
     Args:
       transform: function applied to the latents before the decoder, and to the images that the decoder is to give.
       carry: the discriminator's running statistics and LeCam's averages; None each without one.
-      x: Inputs of the micro-batch.
-      state, frozen, nets, recipe: as in `vae_step`.
       weights: name -> weight of the VAE's terms.
       gan_factor: factor of the discriminator's hinge loss; 0 before the GAN starts.
 
@@ -132,18 +130,13 @@ def at_drawn_scale(grads_at, key, step, recipe):
 
 
 def vae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
-    """Takes one step of a tokenizer, or of the discriminator of a frozen one.
+    """Takes one step of a tokenizer, or of the discriminator of a frozen one; otherwise as `train_step.repae_step`.
 
     Args:
       state: TrainState whose sit is None, and whose vae is None if only the discriminator is trained.
-      batch: {'image': uint8 [B, H, W, 3], 'label': int32 [B]}.
       frozen: {'encoders': tuple of parameters, 'lpips': parameters or None, 'vae': parameters if it is frozen}.
       encoders: tuple of encoders.Encoder, for VF.
       recipe: TokenizerRecipe.
-      key, nets, tx: as in `train_step.repae_step`.
-
-    Returns:
-      As `train_step.repae_step`.
     """
     # 0. Inputs.
     x = prepare(batch, state.step, frozen, key, nets=nets, encoders=encoders, recipe=recipe)

@@ -57,7 +57,7 @@ def check_finite(step, metrics, limit):
 def input_so_far(loader, source, max_bad_fraction):
     """Returns (the loader's state with the bad records of all processes, seconds that each waited for input so far).
 
-    Raises TrainingStopped if the bad records are too many, as in one loader.
+    TrainingStopped if the bad records are too many.
     """
     position = loader.state()
     gathered = multihost.all_gather([position["bad_records"], loader.wait_seconds])
@@ -79,9 +79,6 @@ def check_inputs(before, now, workdir):
                 f"the run in {workdir} was trained on another {part} gives now (hash {before[name]}, now {now[name]}): give "
                 "the same, or another workdir"
             )
-
-
-# ---- before the first step -------------------------------------------------------------------------------------------
 
 
 class _StoppedEarly(Exception):
@@ -125,11 +122,7 @@ class Run:
 
 
 def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
-    """Finds everything that can be wrong with a run, then loads or restores what it needs; `stack` closes what is opened.
-
-    Arguments and errors are otherwise those of `train`.
-    """
-    # ---- config, workdir and images ---------------------------------------------------------------------------------
+    """Finds everything that can be wrong with a run, then loads or restores what it needs; `stack` closes what is opened."""
     began = time.monotonic()
     multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
@@ -202,15 +195,8 @@ def _end_if_stopped(stopped, began, activity):
         raise _StoppedEarly
 
 
-# ---- the steps -------------------------------------------------------------------------------------------------------
-
-
 def train(config, workdir):
-    """Trains until config.steps, from the newest checkpoint of the workdir if it has one.
-
-    Args:
-      config: ConfigDict, see configs/.
-      workdir: folder of the run.
+    """Trains by a ConfigDict, see configs/, until config.steps, from the newest checkpoint of the workdir if it has one.
 
     Returns:
       (the TrainState, whether the run is finished): not if SIGTERM or Ctrl-C ended it early, its state saved. (None, False) if
@@ -235,7 +221,6 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
     steps, key = config["steps"], jax.random.key(config["seed"])
     unchecked = collections.deque()  # metrics are read two steps late, so that the device never waits
     for step in range(run.start + 1, steps + 1):
-        # ---- the step -----------------------------------------------------------------------------------------------
         batch = sharding.put_batch(run.job.mesh, next(run.loader))
         if step_fn is None:
             step_fn = compilation.jit_step(run.job, run.state).lower(run.state, batch, run.frozen, key).compile()

@@ -79,10 +79,10 @@ class Bucket:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
-    def _ask(self, what, told=None):
-        data = None if told is None else json.dumps(told).encode()
+    def _ask(self, path, content=None):
+        data = None if content is None else json.dumps(content).encode()
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(urllib.request.Request(self._url + what, data), timeout=60) as reply:
+        with opener.open(urllib.request.Request(self._url + path, data), timeout=60) as reply:
             return json.loads(reply.read())
 
 
@@ -184,7 +184,7 @@ class _Proxy(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         pass  # clients are killed
 
-    def told(self, request):
+    def answer_to(self, request):
         """Returns the answer of the rule for it, 'pass' if there is none, once it says something else than 'wait'."""
         with self.changed:
             while True:
@@ -216,7 +216,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._reply(200, [], self._control(path.removeprefix(CONTROL), body))
         seen, number = self.server.requests, len(self.server.requests)
         seen.append(Request(self.command, path, self.headers.get("Range"), 0, len(body), 0))
-        do = self.server.told(f"{self.command} {path}")
+        do = self.server.answer_to(f"{self.command} {path}")
         if do == "drop":
             self.close_connection = True
             return
@@ -228,12 +228,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _any
 
-    def _control(self, what, body):
-        if what == "rules":
+    def _control(self, path, body):
+        if path == "rules":
             with self.server.changed:
                 self.server.rules = json.loads(body)
                 self.server.changed.notify_all()
-        return json.dumps(self.server.requests if what == "requests" else None).encode()
+        return json.dumps(self.server.requests if path == "requests" else None).encode()
 
     def _reply(self, status, headers, content):
         self.send_response_only(status)
@@ -271,12 +271,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = response.read()
         drop = ("transfer-encoding", "connection", *(("content-length",) if self.command != "HEAD" else ()))
         here = f"https://{STORE[1]}" if self._in_tunnel else f"http://{self.headers['Host']}"
-        found = [
+        kept = [
             (name, re.sub(r"^https?://[^/]*", here, value) if name.lower() == "location" else value)
             for name, value in response.getheaders()
             if name.lower() not in drop
         ]
-        return response.status, found, content
+        return response.status, kept, content
 
     def log_message(self, *_):
         pass

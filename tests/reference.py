@@ -72,10 +72,10 @@ def relative_error(actual, expected):
     return float(np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30))
 
 
-def check(actual, expected, rtol, what, record=None):
+def check(actual, expected, rtol, name, record=None):
     """Assert `relative_error` <= rtol; the error is recorded with the test (see --junitxml or -rP)."""
     error = relative_error(actual, expected)
-    print(f"{what}: relative error {error:.1e} (tolerance {rtol:.0e})")
+    print(f"{name}: relative error {error:.1e} (tolerance {rtol:.0e})")
     if record is not None:
-        record(what, float(error))
-    assert error <= rtol, f"{what}: relative error {error:.2e} > {rtol:.0e}"
+        record(name, float(error))
+    assert error <= rtol, f"{name}: relative error {error:.2e} > {rtol:.0e}"

@@ -18,23 +18,23 @@ SIT_ALONE = {"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}
 
 def config(changes=None, file=repae, arg="tiny", **more):
     """The tiny preset at 8 x 8 pixels; changes are dotted names -> values, those of `more` with __ for the dot."""
-    made = file.get_config(arg)
-    made.unlock()
-    made.data.image_size = 8
-    made.vae.channel_multipliers = (1, 1)
-    made.vae.norm_groups = 4
-    if "disc" in made:
-        made.disc.num_layers = 1
-    for encoder in made.encoders.values():
+    result = file.get_config(arg)
+    result.unlock()
+    result.data.image_size = 8
+    result.vae.channel_multipliers = (1, 1)
+    result.vae.norm_groups = 4
+    if "disc" in result:
+        result.disc.num_layers = 1
+    for encoder in result.encoders.values():
         encoder.architecture = {"family": "dinov2", "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
         encoder.image_size = 8
     for name, value in {**(changes or {}), **{name.replace("__", "."): value for name, value in more.items()}}.items():
         *sections, field = name.split(".")
-        section = made
+        section = result
         for part in sections:
             section = section[part]
         section[field] = value
-    return made
+    return result
 
 
 def tiny_run():

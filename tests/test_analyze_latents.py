@@ -72,7 +72,7 @@ def trained(workdir):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, workdir, vae):
+def analysis(tmp_path_factory, workdir, vae):
     """Folder of an analysis of three."""
     out = tmp_path_factory.mktemp("made") / "deep" / "analysis"
     analyze(f"early={workdir}@2", workdir, vae, "--num_images", "40", "--out", out)
@@ -95,8 +95,8 @@ def numbers_of(folder):
 
 
 @pytest.mark.integration
-def test_what_is_written(made):
-    content = json.loads((made / "analysis.json").read_text())
+def test_what_is_written(analysis):
+    content = json.loads((analysis / "analysis.json").read_text())
     assert content["kind"] == "analysis" and len(content["rgb_spectrum"]) == 16
     assert [about["name"] for about in content["models"]] == ["early", "repae", "vae"]
     assert [about["step"] for about in content["models"]] == [2, 4, None]
@@ -112,28 +112,28 @@ def test_what_is_written(made):
         assert 1 <= about["numbers"]["participation_ratio"] <= about["numbers"]["effective_rank"] <= 4
         assert [row["transform"] for row in about["equivariance"]] == TRANSFORMS
         assert about["equivariance"][0]["latent_error"] == 0 < about["equivariance"][1]["latent_error"]
-    assert sorted(path.name for path in made.iterdir()) == [
+    assert sorted(path.name for path in analysis.iterdir()) == [
         "analysis.json", "channels.png", "equivariance.png", "pca.png", "spectrum.png"
     ]  # fmt: skip
-    for picture in made.glob("*.png"):
+    for picture in analysis.glob("*.png"):
         pixels = np.asarray(Image.open(picture))
         assert pixels.shape[1] > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, picture.name
 
 
 @pytest.mark.integration
-def test_an_exported_vae_has_the_numbers_of_its_run_and_an_older_checkpoint_has_others(made):
-    by_name = numbers_of(made)
+def test_an_exported_vae_has_the_numbers_of_its_run_and_an_older_checkpoint_has_others(analysis):
+    by_name = numbers_of(analysis)
     for name, value in by_name["repae"]["numbers"].items():
         assert by_name["vae"]["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert by_name["early"]["numbers"]["spatial_variance"] != by_name["repae"]["numbers"]["spatial_variance"]
 
 
 @pytest.mark.integration
-def test_numbers_do_not_depend_on_the_batch_size(made, vae, tmp_path):
+def test_numbers_do_not_depend_on_the_batch_size(analysis, vae, tmp_path):
     same = ("--data", "digits:split=train", "--image_size", "8", "--num_images", "40")
     analyze(vae, *same, "--batch_size", "16", "--out", tmp_path)
     for name, value in numbers_of(tmp_path)["vae"]["numbers"].items():
-        assert numbers_of(made)["vae"]["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert numbers_of(analysis)["vae"]["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.integration
@@ -258,7 +258,7 @@ def test_bad_arguments(workdir, loaded, tmp_path, monkeypatch, extra, message):
 
 
 @pytest.mark.integration
-def test_a_vae_alone(vae, made, tmp_path):
+def test_a_vae_alone(vae, analysis, tmp_path):
     whole = ("--data", "digits", "--image_size", "8")
     with pytest.raises(ValueError, match="no SOURCE is a run of ours.*give --data and --image_size"):
         analyze(vae, "--out", tmp_path)
@@ -269,7 +269,7 @@ def test_a_vae_alone(vae, made, tmp_path):
     with pytest.raises(ValueError, match="vae is a AutoencoderKL: it has no SiT for --cknna"):
         analyze(vae, *whole, "--out", tmp_path, "--cknna")
     with pytest.raises(ValueError, match="analysis holds analysis.json, pca.png, .*: give another --out, or move it away"):
-        analyze(vae, *whole, "--out", made)
+        analyze(vae, *whole, "--out", analysis)
 
 
 @pytest.mark.integration

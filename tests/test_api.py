@@ -117,15 +117,20 @@ def test_pixels_must_be_uint8(vae):
 
 
 def test_an_encoder_gives_the_tokens_that_training_aligns_to(tmp_path):
-    made = encoders.make_encoder({"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}, 8, image_size=8)
-    params = made.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    save_encoder(tmp_path / "encoder", made.module, jax.device_get(params))
+    original = encoders.make_encoder({"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}, 8, image_size=8)
+    params = original.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    save_encoder(tmp_path / "encoder", original.module, jax.device_get(params))
     encoder = repae_jax.load_encoder(tmp_path / "encoder", resolution=19)
     images = draw_images(size=16)
     features = encoder.features(images)
     assert features.shape == (3, 16, 16)
     expected = encoders.encode(encoder.encoder, encoder.params, images)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_is_no_encoder(workdir):
+    with pytest.raises(ValueError, match="run[0-9]* is the folder of a run, which holds no vision encoder: give .*; load_vae"):
+        repae_jax.load_encoder(workdir)
 
 
 def test_a_missing_run(tmp_path):

@@ -104,8 +104,8 @@ def test_a_part_counts_as_often_as_a_step_runs_it(monkeypatch):
     monkeypatch.setattr(measure, "time_part", lambda *_: np.ones(3))
     monkeypatch.setattr(measure, "time_update", lambda *_: np.ones(3))
     job = build.build(small.config({**NO_ENCODER, "init.vae": "random", "accumulation": 2, "data.batch_size": 16}, ldm))
-    found = measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 3, 1.0)
-    seconds = {name: part["seconds_per_step"]["median"] for name, part in found}
+    parts = measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 3, 1.0)
+    seconds = {name: part["seconds_per_step"]["median"] for name, part in parts}
     assert seconds == {"vae_encoder": 1, "sit": 2, "update": 1}, "the step encodes the whole batch at once"
 
 
@@ -118,16 +118,16 @@ def test_a_trace_is_written(whole):
 
 @pytest.mark.integration
 def test_input(whole):
-    found = whole[0]["input"]
-    assert found["images_per_second"] > 0 and found["with_step"]["images_per_second"] > 0
-    assert 0 <= found["with_step"]["input_wait"] <= 1 and found["workers"] == 0
+    speed = whole[0]["input"]
+    assert speed["images_per_second"] > 0 and speed["with_step"]["images_per_second"] > 0
+    assert 0 <= speed["with_step"]["input_wait"] <= 1 and speed["workers"] == 0
 
 
 def test_data_that_is_not_there_is_skipped(tmp_path):
     config = small.config({"data.source": "folder", "data.options": {"path": str(tmp_path / "no"), "labels_file": None}})
-    found = measure.measure_input(build.build(config), None, {}, 1)
-    assert list(found) == ["skipped"] and str(tmp_path / "no") in found["skipped"]
-    assert command.input_line(found).startswith("input skipped: ")
+    result = measure.measure_input(build.build(config), None, {}, 1)
+    assert list(result) == ["skipped"] and str(tmp_path / "no") in result["skipped"]
+    assert command.input_line(result).startswith("input skipped: ")
 
 
 # ---- parts of other jobs, uncompiled --------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_data_that_is_not_there_is_skipped(tmp_path):
     ],
 )
 def test_the_parts_of_every_job_cost_what_the_step_does(config):
-    """With the gradients' shapes and places: outputs of a part are as its shardings say."""
+    """Gradients have their shapes and places, too: outputs of a part are as its shardings say."""
     config, _ = measure.without_files(config().to_dict())
     job = build.build(config)
     state, (_, frozen, _) = initial_state.abstract_state(job), compilation.abstract_inputs(job)
@@ -159,11 +159,11 @@ def test_the_parts_of_every_job_cost_what_the_step_does(config):
         pixels = jax.ShapeDtypeStruct((count, *[config["data"]["image_size"]] * 2, 3), np.uint8)
         return jax.eval_shape(lambda pixels: measure.parts.make_batch(job, pixels, jax.random.key(0)), pixels)
 
-    made = measure.parts.make_parts(job, state, frozen, batch_of(whole), batch_of(micro))
-    counts = {name: whole if part.of_whole else micro for name, part in made.items()}
-    costs = {name: sum(flops.count(part.function, *part.arguments).values()) / counts[name] for name, part in made.items()}
+    parts = measure.parts.make_parts(job, state, frozen, batch_of(whole), batch_of(micro))
+    counts = {name: whole if part.of_whole else micro for name, part in parts.items()}
+    costs = {name: sum(flops.count(part.function, *part.arguments).values()) / counts[name] for name, part in parts.items()}
     assert sum(costs.values()) == pytest.approx(step_flop(job), rel=0.02) and all(costs.values())
-    for name, part in made.items():
+    for name, part in parts.items():
         lowered = jax.jit(part.function, out_shardings=part.out_shardings).lower(*part.arguments)
         assert part.of_whole == (name.startswith("encoder_") or (name == "vae_encoder" and config["job"] == "ldm"))
         if name.startswith("encoder_") or name in ("vae_encoder", "vae_decoder"):
@@ -204,14 +204,14 @@ def test_spread():
 def test_frozen_weights_that_are_not_here_become_random(tmp_path):
     (tmp_path / "encoder").mkdir()
     changes = {"loss.vae.lpips": 1.0, "encoders.target.weights": "facebook/dinov2-base", "lpips.vgg16": "vgg16.pth"}
-    made = small.config(changes).to_dict()
-    config, random = measure.without_files(made)
+    given = small.config(changes).to_dict()
+    config, random = measure.without_files(given)
     assert random == ["encoders.target.weights", "lpips"] and config["lpips"]["linear"] == frozen_weights.RANDOM
     assert config["encoders"]["target"]["weights"] == frozen_weights.RANDOM
-    assert made["encoders"]["target"]["weights"] == "facebook/dinov2-base"  # untouched
-    made["encoders"]["target"]["weights"] = str(tmp_path / "encoder")
-    made["lpips"]["vgg16"] = "gs://bucket/vgg16.pth"
-    assert measure.without_files(made) == (made, [])
+    assert given["encoders"]["target"]["weights"] == "facebook/dinov2-base"  # untouched
+    given["encoders"]["target"]["weights"] = str(tmp_path / "encoder")
+    given["lpips"]["vgg16"] = "gs://bucket/vgg16.pth"
+    assert measure.without_files(given) == (given, [])
     config, random = measure.without_files(small.config({"init.vae": ""}, ldm).to_dict())
     assert random == ["encoders.target.weights", "init.vae"] and config["init"]["vae"] == frozen_weights.RANDOM
 
@@ -276,8 +276,8 @@ def test_what_was_measured_before_a_failure_is_kept(monkeypatch, tmp_path):
     out = tmp_path / "x.json"
     with pytest.raises(jax.errors.JaxRuntimeError, match="lost"):
         command.benchmark(small.config(NO_ENCODER, ldm), sample_batch=0, say=lambda line: None, keep=command.keeper(out))
-    found = json.loads(out.read_text())
-    assert found["step"]["images_per_second"] == 8.0 and found["parts"] == {"sit": {"failed": "out of memory"}}
+    numbers = json.loads(out.read_text())
+    assert numbers["step"]["images_per_second"] == 8.0 and numbers["parts"] == {"sit": {"failed": "out of memory"}}
     with pytest.raises(FileExistsError):
         command.keeper(out)({})
 
@@ -291,8 +291,8 @@ def test_parts_that_alone_do_not_fit_are_left_out(monkeypatch):
 
     monkeypatch.setattr(measure, "_compile", fail)
     job = build.build(small.config(NO_ENCODER, ldm))
-    found = dict(measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 1, 1.0))
-    assert found == dict.fromkeys(("vae_encoder", "sit", "update"), {"failed": "out of memory"})
+    results = dict(measure.measure_parts(job, small.random_state(job), frozen_weights.load_frozen(job), 1, 1.0))
+    assert results == dict.fromkeys(("vae_encoder", "sit", "update"), {"failed": "out of memory"})
 
 
 @pytest.mark.integration
@@ -303,9 +303,9 @@ def test_what_alone_does_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr(measure, "_compile", fail)
     job = build.build(small.config(NO_ENCODER, ldm))
     state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
-    found = measure.measure_sampling(job, state, frozen, 8)
-    assert found == {"batch_size": 8, "sampler": "sde", "steps": 2, "guidance_scale": 1.5, "failed": "out of memory"}
-    assert command.sampling_line(found) == "sampling out of memory: lower --sample_batch=8"
+    result = measure.measure_sampling(job, state, frozen, 8)
+    assert result == {"batch_size": 8, "sampler": "sde", "steps": 2, "guidance_scale": 1.5, "failed": "out of memory"}
+    assert command.sampling_line(result) == "sampling out of memory: lower --sample_batch=8"
     with pytest.raises(jax.errors.JaxRuntimeError):
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         measure.measure_sampling(job, state, frozen, 8)

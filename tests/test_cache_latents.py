@@ -143,13 +143,13 @@ def test_damaged_files_are_made_again(tmp_path, warnings, name, damage):
 
 def test_every_process_makes_its_own_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
-    source, made = Pictures(50, bad=[9]), {}
+    source, counts = Pictures(50, bad=[9]), {}
 
     def work(process):
-        made[process] = make_cache(tmp_path / "three", source, process_index=process, process_count=3)
+        counts[process] = make_cache(tmp_path / "three", source, process_index=process, process_count=3)
 
     in_threads(work)
-    assert made == {0: 3, 1: 2, 2: 2}
+    assert counts == {0: 3, 1: 2, 2: 2}
     make_cache(tmp_path / "one", source)
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
@@ -220,9 +220,9 @@ def test_latents_that_are_not_finite(tmp_path):
     source = Pictures(20)
 
     def overflow(pixels):
-        made = encode(pixels)
-        made[(pixels == source.pixels[12]).all((1, 2, 3))] = np.inf
-        return made
+        moments = encode(pixels)
+        moments[(pixels == source.pixels[12]).all((1, 2, 3))] = np.inf
+        return moments
 
     with pytest.raises(RuntimeError, match="latents of 1 images are not finite, first picture-12; .*config.init.vae"):
         make_cache(tmp_path / "a", source, encode=overflow)
@@ -251,8 +251,8 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flips", [False, True])
 def test_moments_are_those_of_the_vae(tmp_path, flips):
     config = frozen_config()
-    made = cache_latents.cache_latents(config, tmp_path / "a", flips, shard_size=200)
-    assert made == 2
+    count = cache_latents.cache_latents(config, tmp_path / "a", flips, shard_size=200)
+    assert count == 2
     job, source = build.build(config), training_data.make_images(config)
     params = frozen_weights.load_frozen(job)["vae"]
     cache = latents.CachedLatents(tmp_path / "a")

@@ -37,9 +37,9 @@ METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision",
 def stub(monkeypatch):
     monkeypatch.setattr(inception_features, "PART_SIZE", 16)
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
-    made = []
-    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: made.append(StubNetwork(batch_size)) or made[-1])
-    return made
+    stubs = []
+    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: stubs.append(StubNetwork(batch_size)) or stubs[-1])
+    return stubs
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,15 @@ def npz(tmp_path):
 
 def test_scores_of_an_npz(npz, real):
     result = result_of(npz, real)
-    made, expected = StubNetwork(COUNT)(Noise(COUNT, 8).pixels), StubNetwork(90)(Noise(90, 8, seed=1).pixels)
+    features, expected = StubNetwork(COUNT)(Noise(COUNT, 8).pixels), StubNetwork(90)(Noise(90, 8, seed=1).pixels)
     score = RunningInceptionScore()
-    score.update(made.logits)
+    score.update(features.logits)
     mean, std = score.result()
-    precision, recall = precision_recall(expected.pool, made.pool)
+    precision, recall = precision_recall(expected.pool, features.pool)
     assert result["metrics"] == pytest.approx(
         {
-            "fid": frechet_distance(*gaussian_stats(made.pool), *gaussian_stats(expected.pool)),
-            "sfid": frechet_distance(*gaussian_stats(made.spatial), *gaussian_stats(expected.spatial)),
+            "fid": frechet_distance(*gaussian_stats(features.pool), *gaussian_stats(expected.pool)),
+            "sfid": frechet_distance(*gaussian_stats(features.spatial), *gaussian_stats(expected.spatial)),
             "inception_score": mean, "inception_score_std": std, "precision": precision, "recall": recall,
         }, rel=1e-5,
     )  # fmt: skip
@@ -119,8 +119,8 @@ def test_a_folder_scores_as_the_npz(npz, real, tmp_path):
 @pytest.mark.parametrize("size", [4, 32, 128])
 def test_batches_change_nothing(npz, real, tmp_path, size):
     expected = result_of(npz, real, "--out", tmp_path / "a.json")
-    made = result_of(npz, real, "--out", tmp_path / "b.json", size=size)
-    assert made["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
+    result = result_of(npz, real, "--out", tmp_path / "b.json", size=size)
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-9)
 
 
 def test_reference_of_our_own_and_of_a_dataset(npz, tmp_path, stub):
@@ -131,8 +131,8 @@ def test_reference_of_our_own_and_of_a_dataset(npz, tmp_path, stub):
     assert not (tmp_path / "ours.parts").exists()
     expected = result_of(npz, ours, "--out", tmp_path / "a.json")
     assert stub[-1].images == COUNT, "features of the reference are not made again"
-    made = result_of(npz, folder, "--out", tmp_path / "b.json")
-    assert made["metrics"] == expected["metrics"] and set(made["metrics"]) == METRICS
+    result = result_of(npz, folder, "--out", tmp_path / "b.json")
+    assert result["metrics"] == expected["metrics"] and set(result["metrics"]) == METRICS
     assert expected["protocol"]["reference"]["source"]["data"] == str(folder)
     with pytest.raises(ValueError, match="ours.npz exists; choose another name"):
         evaluate.make_reference(evaluate.parse_args(list(map(str, given))))
@@ -190,17 +190,17 @@ def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
 def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monkeypatch):
     convert(workdir, tmp_path / "weights.safetensors", optimizers=False)
     given = (*MODEL, "--guidance_scale", "1.5")
-    made = result_of(tmp_path / "weights.safetensors", real, *given, "--out", tmp_path / "a.json")
+    result = result_of(tmp_path / "weights.safetensors", real, *given, "--out", tmp_path / "a.json")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load_model", lambda *_, **__: trained)
         expected = result_of(workdir, real, *given, "--out", tmp_path / "b.json")
-    assert made["metrics"] == expected["metrics"]
+    assert result["metrics"] == expected["metrics"]
     with pytest.raises(ValueError, match="is no folder to keep the result in: give --out"):
         evaluate.run(arguments(tmp_path / "weights.safetensors", real, *MODEL))
 
-    taken = published.read(tmp_path / "weights.safetensors")
-    networks = {name: arrays for name, arrays in taken.networks.items() if name != "ema"}
-    without = dataclasses.replace(taken, networks=networks, optimizers={})
+    checkpoint = published.read(tmp_path / "weights.safetensors")
+    networks = {name: arrays for name, arrays in checkpoint.networks.items() if name != "ema"}
+    without = dataclasses.replace(checkpoint, networks=networks, optimizers={})
     for ending in ("safetensors", "pt"):
         write_checkpoint(tmp_path / f"raw.{ending}", without)
         with pytest.raises(ValueError, match="but no ema, the averaged weights that samples are made with"):
@@ -259,7 +259,7 @@ def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch
 
 
 def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
-    """As three processes that look at one folder; threads here, which are told which one they are."""
+    """Three threads, each with the index of a process, stand for processes that look at one folder."""
     whole = result_of(npz, real, "--out", tmp_path / "one.json")
     which = threading.local()
     monkeypatch.setattr(evaluate.jax, "process_index", lambda: which.index)
@@ -332,7 +332,7 @@ def test_a_mistake_in_one_process_ends_the_other(npz, real, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_differ_are_refused(npz, real, tmp_path):
-    """In what they were told, or in the disk they write to."""
+    """They differ in their arguments, or in the disk that they write to."""
     for out, message in (
         (("x.json", "y.json"), f"out: '{tmp_path}/x.json' in process 0, '{tmp_path}/y.json' in process 1"),
         (None, f"what process 0 wrote to {Path('.')} is not seen by process 1"),
@@ -360,7 +360,7 @@ def test_an_existing_result_is_kept(npz, real, tmp_path):
 
 @pytest.mark.integration
 def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
-    """Not even when the evaluation was interrupted before."""
+    """It is kept even when the evaluation was interrupted before."""
     monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
     out, mine = tmp_path / "x.json", tmp_path / "mine.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -492,7 +492,7 @@ print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxr
 
 @pytest.mark.slow
 def test_the_cost_of_50000_samples(record_property):
-    """Of features that are there: five minutes and 8 GB at most, on two cores."""
+    """Scores of features that are there take five minutes and 8 GB at most, on two cores."""
     done = subprocess.run([sys.executable, "-c", COST], env=script_env(), capture_output=True, text=True, check=True)
     seconds, gigabytes = map(float, done.stdout.split())
     record_property("seconds, GB", (round(seconds), round(gigabytes, 1)))

@@ -157,7 +157,7 @@ def test_the_gradient_of_the_whole_sit_loss_by_the_vae_is_exactly_zero(base):
 
 
 def test_both_passes_see_the_same_t_and_noise(base, latents):
-    """With the batch's own statistics as the running ones and no label dropped, the two alignments are one number."""
+    """The two alignments are one number if the running statistics are the batch's own and no label is dropped."""
     stats = base.state.latent_stats.replace(
         mean=jnp.asarray(latents.mean((0, 1, 2)), jnp.float32), var=jnp.asarray(latents.var((0, 1, 2)), jnp.float32)
     )

@@ -86,7 +86,7 @@ def test_ldm_moves_sit_and_its_average_alone(sit_run):
 
 
 def test_ldm_is_the_second_half_of_repae(sit_run):
-    """On REPA-E's VAE without batch norm, its SiT phase has the same loss and gradient."""
+    """Its SiT phase has the same loss and gradient on REPA-E's VAE without batch norm."""
     _, _, _, _, metrics = sit_run
     job = make_job(diffusion__norm_momentum=0.0, sit__learned_positions=False)
     ldm_job, state, frozen, _, _ = sit_run
@@ -237,7 +237,7 @@ def test_adaptive_weights_are_clipped():
 
 @pytest.mark.parametrize(("scales", "side"), [pytest.param((), 8, marks=pytest.mark.slow), ((1.0, 0.5), 4)])
 def test_summing_pixels_counts_those_that_are_there(scales, side):
-    """Also where EQ-VAE's transform has made them fewer; the metrics stay means."""
+    """EQ-VAE's transform makes them fewer; the metrics stay means."""
     changes = {"loss.pixel_reduction": "sum", "loss.vae.gan": 0.0, "loss.eq_scales": scales, "loss.eq_prior": 0.0}
     job = tokenizer(changes)
     _, _, _, metrics = one_step(job)

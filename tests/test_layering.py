@@ -84,7 +84,7 @@ def imports(name):
                 return True
         return False
 
-    found = []
+    entries = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -94,8 +94,8 @@ def imports(name):
             names = [name if name in MODULES else node.module for name in inside]
         else:
             continue
-        found += [(imported, not is_inside(node, (ast.FunctionDef, ast.AsyncFunctionDef))) for imported in names]
-    return found
+        entries += [(imported, not is_inside(node, (ast.FunctionDef, ast.AsyncFunctionDef))) for imported in names]
+    return entries
 
 
 def ours(name):

@@ -194,8 +194,9 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
 
     job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
     monkeypatch.setattr(initial_state, "abstract_state", lambda job: state_on(job.mesh))
-    found = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
-    assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
+    proposal = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
+    nothing = (None, None)
+    assert proposal == (nothing if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
 @pytest.mark.integration
@@ -262,7 +263,7 @@ def test_a_compiler_that_fails_leaves_the_other_topologies_their_plans(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("error", "exitcode", "said"),
+    ("error", "exitcode", "text"),
     [
         (
             plan.Crashed("killed by SIGKILL", -signal.SIGKILL), -signal.SIGKILL,
@@ -274,14 +275,14 @@ def test_a_compiler_that_fails_leaves_the_other_topologies_their_plans(monkeypat
         ),
     ],
 )  # fmt: skip
-def test_why_it_is_not_known(error, exitcode, said, monkeypatch):
+def test_why_it_is_not_known(error, exitcode, text, monkeypatch):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(plan, "run_in_subprocess", fail)
-    found = plan.plan_apart(small.config(), too_large()[1])
-    assert found["fits"] is None and found["exitcode"] == exitcode and found["message"] == str(error)
-    assert f"NOT KNOWN whether it fits: {said}" in " ".join(" ".join(plan_text.lines_of(found)).split())
+    result = plan.plan_apart(small.config(), too_large()[1])
+    assert result["fits"] is None and result["exitcode"] == exitcode and result["message"] == str(error)
+    assert f"NOT KNOWN whether it fits: {text}" in " ".join(" ".join(plan_text.lines_of(result)).split())
 
 
 def test_our_own_mistakes_are_not_the_compilers(monkeypatch):
@@ -322,9 +323,9 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     job, numbers = setting_of(file=vae, arg="eqvae,tiny", data__image_size=16)
     assert numbers["branch_shares"] == flops.branch_shares(job.config) == [0.5, 0.5]
     numbers |= {"flop_per_image": {"vae": 1e9}, "runs": 1}
-    found = plan.outcome(numbers, STATS, BRANCHES)
-    assert found["estimated_cycles"] == 0.5 * 10 + 0.5 * 30 + 10
-    text = " ".join(" ".join(plan_text.lines_of(numbers | found | {"fits": True, "runs": 1})).split())
+    outcome = plan.outcome(numbers, STATS, BRANCHES)
+    assert outcome["estimated_cycles"] == 0.5 * 10 + 0.5 * 30 + 10
+    text = " ".join(" ".join(plan_text.lines_of(numbers | outcome | {"fits": True, "runs": 1})).split())
     assert "Of the 2 scales of which a step draws one, FLOP, cycles and collectives are the mean." in text
 
 
@@ -352,7 +353,7 @@ def test_sampling_is_planned_as_it_runs():
 @pytest.mark.integration
 @pytest.mark.parametrize("changes", [{}, {"data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}])
 def test_a_step_is_lowered_without_weights_or_data(changes):
-    """On latents from a cache; tests of configs trace the others."""
+    """The step reads latents from a cache; tests of configs trace the others."""
     job = build.build(small.config(file=ldm, data__cache="latents", **changes))
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), initial_state.abstract_state(job))
     state, metrics = plan.lower_step(job).out_info
@@ -392,7 +393,7 @@ def test_plans_of_all_jobs(file, changes):
 def test_a_plan_of_sampling():
     numbers = [plan.plan(*plan.prepare(small.config(sampling__steps=steps), "v6e:2x2", 2)) for steps in (4, 16)]
     assert numbers[0]["images"] == 8 and numbers[0]["runs"] == 6250
-    cycles = [found["estimated_cycles"] for found in numbers]
+    cycles = [entry["estimated_cycles"] for entry in numbers]
     assert 2 < cycles[1] / cycles[0] < 4, "a loop over the steps"
 
 
@@ -401,8 +402,8 @@ def test_a_plan_of_sampling():
 def test_a_plan_in_a_process_of_its_own(capsys):
     config = small.config(file=ldm)
     _, numbers = plan.prepare(config, "v5e:2x2")
-    found = plan.plan_apart(config, numbers)
-    assert found["fits"] and {name: found[name] for name in numbers} == numbers
+    result = plan.plan_apart(config, numbers)
+    assert result["fits"] and {name: result[name] for name in numbers} == numbers
     assert "compiling for 4 chips" in capsys.readouterr().err
 
 

@@ -58,7 +58,7 @@ def prepare(pictures, out, *more):
 
 
 @pytest.fixture(scope="module")
-def made(pictures, tmp_path_factory):
+def prepared_folder(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("prepared")
     assert prepare(pictures, out) == 3
     return out
@@ -67,14 +67,14 @@ def made(pictures, tmp_path_factory):
 # ---- the files, and reading them ------------------------------------------------------------------------------------
 
 
-def test_files(pictures, made):
+def test_files(pictures, prepared_folder):
     named = [f"shard-{i:05d}{ending}" for i in range(3) for ending in (".array_record", ".json")]
-    assert sorted(contents(made)) == sorted([*named, "labels.npy", "manifest.json", "places.npy", "settings.json"])
-    manifest = shards.read_manifest(made, array_record.FORMAT)
+    assert sorted(contents(prepared_folder)) == sorted([*named, "labels.npy", "manifest.json", "places.npy", "settings.json"])
+    manifest = shards.read_manifest(prepared_folder, array_record.FORMAT)
     assert manifest["records"] == COUNT and [shard["records"] for shard in manifest["shards"]] == [8, 8, 4]
     assert manifest["bad_records"] == [[6, "class1/06.png"]] and manifest["images"]["source"] == "folder"
     for shard in manifest["shards"]:
-        assert shards.shard_damage(made, shard, check_content=True) is None
+        assert shards.shard_damage(prepared_folder, shard, check_content=True) is None
 
 
 @pytest.mark.parametrize("encoding", array_record.ENCODINGS)
@@ -95,19 +95,19 @@ def test_pixels_and_labels_are_those_of_the_source(pictures, tmp_path, encoding)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
-def test_batches_are_those_of_the_source(pictures, made, workers):
-    prepared = PreparedImages(made, SIZE)
+def test_batches_are_those_of_the_source(pictures, prepared_folder, workers):
+    prepared = PreparedImages(prepared_folder, SIZE)
     prepared[0]  # a file is open
     assert pickle.loads(pickle.dumps(prepared)).name(3) == prepared.name(3)
     options = {"batch_size": 6, "seed": 3, "max_bad_fraction": 0.05}
-    with Loader(FolderSource(pictures, SIZE), **options) as one, Loader(prepared, workers=workers, **options) as other:
-        for expected, batch in itertools.islice(zip(one, other), 8):
+    with Loader(FolderSource(pictures, SIZE), **options) as batches, Loader(prepared, workers=workers, **options) as others:
+        for expected, batch in itertools.islice(zip(batches, others), 8):
             for field in expected:
                 np.testing.assert_array_equal(batch[field], expected[field])
 
 
-def test_training_takes_the_flags_that_are_printed(made):
-    text = prepare_images.summary(made)
+def test_training_takes_the_flags_that_are_printed(prepared_folder):
+    text = prepare_images.summary(prepared_folder)
     assert "20 images of 8 pixels in 4 classes (1 undecodable, their records are empty, first class1/06.png), 3 shards" in text
     config = small.from_flags(*[word for word in text.split() if word.startswith("--config.")])
     source = training_data.make_images(config)
@@ -118,14 +118,14 @@ def test_training_takes_the_flags_that_are_printed(made):
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_folder_is_left_alone(pictures, made):
-    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert prepare(pictures, made) == 0
-    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+def test_a_finished_folder_is_left_alone(pictures, prepared_folder):
+    before = {path: path.stat().st_mtime_ns for path in prepared_folder.iterdir()}
+    assert prepare(pictures, prepared_folder) == 0
+    assert {path: path.stat().st_mtime_ns for path in prepared_folder.iterdir()} == before
 
 
-def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, made, tmp_path):
-    old = shutil.copytree(made, tmp_path / "old")
+def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, prepared_folder, tmp_path):
+    old = shutil.copytree(prepared_folder, tmp_path / "old")
     (old / shards.PLACES).unlink()
     for file in (old / shards.MANIFEST, *old.glob("shard-*.json")):
         fields = json.loads(file.read_text())
@@ -133,7 +133,7 @@ def test_a_folder_of_an_older_version_gets_the_places_of_its_records(pictures, m
         file.write_text(json.dumps(fields, indent=2) + "\n")
     assert prepare(pictures, old) == 0
     named = (shards.MANIFEST, shards.PLACES, shards.LABELS)
-    assert [contents(old)[name] for name in named] == [contents(made)[name] for name in named]
+    assert [contents(old)[name] for name in named] == [contents(prepared_folder)[name] for name in named]
 
 
 def killed_trials(pictures, folder, trials):
@@ -158,18 +158,18 @@ def killed_trials(pictures, folder, trials):
 
 
 @pytest.mark.integration
-def test_killed_at_random_times_the_files_are_the_same(pictures, made, tmp_path):
+def test_killed_at_random_times_the_files_are_the_same(pictures, prepared_folder, tmp_path):
     run = run_script(f"import test_prepare_images as t; t.killed_trials({str(pictures)!r}, {str(tmp_path)!r}, 4)")
     assert run.returncode == 0, run.stderr
     assert sum(json.loads(line)["kills"] for line in run.stdout.splitlines()) >= 1  # how many depends on the machine
     for trial in range(4):
-        assert contents(tmp_path / f"cut-{trial}") == contents(made)
+        assert contents(tmp_path / f"cut-{trial}") == contents(prepared_folder)
 
 
 @pytest.mark.parametrize("damage", ["cut", "byte", "gone"])
 @pytest.mark.parametrize("name", ["shard-00001.array_record", "labels.npy", "manifest.json"])
-def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnings, name, damage):
-    shutil.copytree(made, tmp_path / "out")
+def test_damaged_files_are_found_and_made_again(pictures, prepared_folder, tmp_path, warnings, name, damage):
+    shutil.copytree(prepared_folder, tmp_path / "out")
     file = tmp_path / "out" / name
     whole = file.read_bytes()
     at = len(whole) // 2
@@ -185,22 +185,22 @@ def test_damaged_files_are_found_and_made_again(pictures, made, tmp_path, warnin
         with pytest.raises(ValueError, match=name):
             PreparedImages(tmp_path / "out", SIZE)
     prepare(pictures, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(made)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.integration
-def test_worker_processes_change_nothing(pictures, made, tmp_path):
+def test_worker_processes_change_nothing(pictures, prepared_folder, tmp_path):
     command = [sys.executable, "-m", "repae_jax.prepare_images", *arguments(pictures, tmp_path / "out", "--workers=1")]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout.startswith(f"{tmp_path / 'out'}: 20 images"), run.stderr
     assert "100%" in run.stderr and "Leaving out undecodable record class1/06.png" in run.stderr
-    assert contents(tmp_path / "out") == contents(made)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
 
 
-def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
+def test_processes_share_the_work(pictures, prepared_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     results = {}
 
@@ -209,10 +209,10 @@ def test_processes_share_the_work(pictures, made, tmp_path, monkeypatch):
 
     in_threads(work, (1, 0))
     assert results == {0: 2, 1: 1}
-    assert contents(tmp_path / "out") == contents(made)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
 
 
-def test_asked_to_stop_it_keeps_what_is_finished(pictures, made, tmp_path, monkeypatch):
+def test_asked_to_stop_it_keeps_what_is_finished(pictures, prepared_folder, tmp_path, monkeypatch):
     encode, asked = array_record.encode, threading.Lock()
 
     def slow_encode(pixels, encoding):
@@ -231,7 +231,7 @@ def test_asked_to_stop_it_keeps_what_is_finished(pictures, made, tmp_path, monke
         PreparedImages(tmp_path / "out", SIZE)
     monkeypatch.undo()
     assert prepare(pictures, tmp_path / "out") == 3 - len(kept)
-    assert contents(tmp_path / "out") == contents(made)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
@@ -250,11 +250,11 @@ def test_asked_to_stop_it_keeps_what_is_finished(pictures, made, tmp_path, monke
         (["--data=folder:path=nowhere"], "'nowhere', which is not a folder"),
     ],
 )
-def test_wrong_arguments(pictures, made, more, message):
-    before = contents(made)
+def test_wrong_arguments(pictures, prepared_folder, more, message):
+    before = contents(prepared_folder)
     with pytest.raises(ValueError, match=message):
-        prepare(pictures, made, *more)
-    assert contents(made) == before
+        prepare(pictures, prepared_folder, *more)
+    assert contents(prepared_folder) == before
 
 
 def test_mistakes_end_in_one_line(monkeypatch):
@@ -281,7 +281,7 @@ def test_too_many_bad_images(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("finishing", [0, 1])
-def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, finishing, monkeypatch):
+def test_the_bad_images_of_all_processes_are_too_many(pictures, prepared_folder, tmp_path, finishing, monkeypatch):
     """Process 0 has the broken image's shard 0, process 1 another one; each alone stays within the limit."""
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     shutil.copytree(pictures, tmp_path / "pictures")
@@ -304,7 +304,7 @@ def test_the_bad_images_of_all_processes_are_too_many(pictures, made, tmp_path, 
 
 
 @pytest.mark.parametrize("fails", [2, 3])
-def test_an_image_is_not_left_out_because_the_disk_fails(pictures, made, tmp_path, monkeypatch, fails):
+def test_an_image_is_not_left_out_because_the_disk_fails(pictures, prepared_folder, tmp_path, monkeypatch, fails):
     read, failed = FolderSource.__getitem__, []
 
     def flaky(source, i):
@@ -319,7 +319,7 @@ def test_an_image_is_not_left_out_because_the_disk_fails(pictures, made, tmp_pat
         with pytest.raises(OSError, match="class2/11.png cannot be read, tried 3 times .*Input/output error"):
             prepare(pictures, tmp_path / "out")
     prepare(pictures, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(made)
+    assert contents(tmp_path / "out") == contents(prepared_folder)
 
 
 SLOW = """
@@ -340,7 +340,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.integration
-def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
+def test_a_signal_to_all_of_its_processes_is_no_error(pictures, prepared_folder, tmp_path):
     """Terminals (Ctrl-C) and schedulers send signals to all processes."""
     (tmp_path / "slow.py").write_text(SLOW)
     command = [sys.executable, "-m", "slow", *arguments(pictures, tmp_path / "out", "--workers=1")]
@@ -351,10 +351,10 @@ def test_a_signal_to_all_of_its_processes_is_no_error(pictures, made, tmp_path):
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
-        said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and said.startswith("asked to stop: what is finished is kept"), errors
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and output.startswith("asked to stop: what is finished is kept"), errors
     assert "Traceback" not in errors
-    assert prepare(pictures, tmp_path / "out") and contents(tmp_path / "out") == contents(made)
+    assert prepare(pictures, tmp_path / "out") and contents(tmp_path / "out") == contents(prepared_folder)
 
 
 def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monkeypatch):
@@ -370,23 +370,23 @@ def test_what_could_not_be_written_is_told_when_stopped(pictures, tmp_path, monk
         prepare(pictures, tmp_path / "out")
 
 
-def test_images_that_changed(pictures, made, tmp_path):
+def test_images_that_changed(pictures, prepared_folder, tmp_path):
     shutil.copytree(pictures, tmp_path / "others")
     (tmp_path / "others/class0/00.png").rename(tmp_path / "others/class0/000.png")
     with pytest.raises(ValueError, match="records_hash"):
-        prepare(tmp_path / "others", made)
+        prepare(tmp_path / "others", prepared_folder)
 
 
-def test_images_that_moved(pictures, made, tmp_path):
+def test_images_that_moved(pictures, prepared_folder, tmp_path):
     shutil.copytree(pictures, tmp_path / "elsewhere")
-    before = contents(made)
-    assert prepare(tmp_path / "elsewhere", made) == 0
-    assert contents(made) == before
+    before = contents(prepared_folder)
+    assert prepare(tmp_path / "elsewhere", prepared_folder) == 0
+    assert contents(prepared_folder) == before
 
 
-def test_another_size_than_prepared(made):
+def test_another_size_than_prepared(prepared_folder):
     with pytest.raises(ValueError, match="have 8 pixels on a side, image_size is 16: set image_size to 8, or"):
-        PreparedImages(made, 16)
+        PreparedImages(prepared_folder, 16)
 
 
 def test_not_prepared(tmp_path):

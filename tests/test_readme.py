@@ -129,7 +129,7 @@ def test_options_exist(words, capsys):
 
 @pytest.mark.parametrize("words", parameters(training_commands()))
 def test_configs_can_be_built(words, monkeypatch):
-    """And the weights and data are given, as far as the job needs them."""
+    """The weights and data are given, as far as the job needs them."""
     config = config_of(words, monkeypatch)
     if {"…", "repae_jax.plan", "repae_jax.benchmark"} & set(words):  # these need no files
         return

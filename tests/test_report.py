@@ -220,7 +220,7 @@ def test_page_of_one_run(tmp_path, capsys, monkeypatch):
     assert run["name"] == "digits" and run["job"] == "repae" and run["config"]["data.batch_size"] == 64
     assert run["cost"]["step"] == 300 and run["cost"]["total"] == 400 and run["cost"]["devices"] == 8
     assert set(run["curves"]) == {"vae/l1", "sit/align", "skipped", "images_per_second", "seconds_per_step"}
-    assert [one["step"] for one in run["series"]["samples"]] == [100, 200, 300]
+    assert [point["step"] for point in run["series"]["samples"]] == [100, 200, 300]
     picture = run["series"]["samples"][2]["picture"]
     assert picture["alt"] == "Samples at step 300" and picture["src"].startswith("data:image/png;base64,")
     generation, tokenizer = run["evaluations"]
@@ -232,7 +232,7 @@ def test_page_of_one_run(tmp_path, capsys, monkeypatch):
     assert run["analysis"]["cknna"] == [
         {"model": "sdvae", "encoder": "dino", "measure": "cknna_paper", "timestep": 0.5, "best": 0.6, "block": 2, "last": 0.4}
     ]
-    assert [one["picture"]["alt"][:8] for one in run["analysis"]["pictures"]] == ["Latents ", "Spectrum"]
+    assert [point["picture"]["alt"][:8] for point in run["analysis"]["pictures"]] == ["Latents ", "Spectrum"]
     assert run["generated"][0]["settings"] == {"step": 300, "sampler": "sde"}
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["metrics.jsonl", "report.html"]
@@ -279,16 +279,16 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (folder / "checkpoints" / "400").mkdir()
     data = page_of(folder)[1]
     run = data["runs"][0]
-    told = "\n".join(run["problems"])
+    text = "\n".join(run["problems"])
     for name in (
         "metrics.jsonl: 3 broken line(s) left out, the first is line 11", "samples/0000200.png", "samples/0000400.png",
         "evaluations/half.json", "evaluations/other.json is no evaluation", "evaluations/list.json", "analysis/analysis.json",
         "400/config/metadata",
     ):  # fmt: skip
-        assert name in told, name
+        assert name in text, name
     assert len(run["problems"]) == 8
     assert len(run["curves"]["vae/l1"]["s"]) == 297 and run["curves"]["sit/align"]["bad"] == 1
-    assert [one["step"] for one in run["series"]["samples"]] == [100, 300] and len(run["evaluations"]) == 2
+    assert [point["step"] for point in run["series"]["samples"]] == [100, 300] and len(run["evaluations"]) == 2
     assert run["config"]["steps"] == 400 and len(run["analysis"]["pictures"]) == 2
 
 
@@ -310,7 +310,7 @@ def test_the_page_stays_small(tmp_path, size, monkeypatch):
     text, data = page_of(folder)
     run = data["runs"][0]
     assert 800_000 < len(text) <= 2_000_000
-    steps = [one["step"] for one in run["series"]["samples"]]
+    steps = [point["step"] for point in run["series"]["samples"]]
     assert 4 < len(steps) < 16 and steps[0] == 1 and steps[-1] == 16 and len(run["generated"]) == 5
     assert f"run: samples of {len(steps)} of 16 steps are shown, evenly chosen." in data["notes"]
     assert any("pictures are compressed" in note for note in data["notes"])
@@ -448,16 +448,16 @@ class Browser:
 
     def complaints(self):
         """Errors and warnings of the console, and requests that are not for the page itself or for data in it."""
-        found = []
+        complaints = []
         for event in self.events:
             method, params = event["method"], event.get("params", {})
             if method == "Runtime.exceptionThrown" or (method == "Runtime.consoleAPICalled" and params["type"] != "log"):
-                found.append(params)
+                complaints.append(params)
             if method == "Log.entryAdded":
-                found.append(params["entry"])
+                complaints.append(params["entry"])
             if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
-                found.append(params["request"]["url"])
-        return found
+                complaints.append(params["request"]["url"])
+        return complaints
 
     def screenshot(self, path, width=1280, height=900, dark=False, whole=False):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)

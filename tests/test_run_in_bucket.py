@@ -144,9 +144,9 @@ def test_sampling_continues_where_it_stopped(finished, gs, monkeypatch):
     monkeypatch.setattr(sample, "_save_part", save)
     npz = sample.run(command)
     assert str(npz.parent) == f"{RUN}/generated" and npz.name.startswith("0000008-heun2-")
-    with np.load(io.BytesIO(npz.read_bytes())) as found:
-        assert found["arr_0"].shape == (12, 8, 8, 3) and found["arr_1"].shape == (12,)
-        assert len(np.unique(found["arr_0"], axis=0)) == 12
+    with np.load(io.BytesIO(npz.read_bytes())) as arrays:
+        assert arrays["arr_0"].shape == (12, 8, 8, 3) and arrays["arr_1"].shape == (12,)
+        assert len(np.unique(arrays["arr_0"], axis=0)) == 12
     assert sorted(path.suffix for path in npz.parent.iterdir()) == [".json", ".npz", ".png"]
 
 
@@ -347,7 +347,7 @@ def test_images_and_latents_from_a_bucket(gs, tmp_path):
 
 @pytest.mark.slow
 def test_training_on_latents_in_a_bucket(gs, tmp_path):
-    """As on those of a disk."""
+    """The state is the one after training on latents on a disk."""
     cache_latents.cache_latents(kill_trials.config(JOB, 2), tmp_path / "made")
     upload(tmp_path / "made", "gs://bucket/made")
     states = []

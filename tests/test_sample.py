@@ -49,8 +49,8 @@ def load(npz):
 @pytest.mark.integration
 def test_exact_count_in_adm_layout(workdir, tmp_path):
     npz = sample.run(arguments(workdir, "--num_samples", "21", "--batch_size", "8", "--out", str(tmp_path / "x")))
-    made, labels = load(npz)
-    assert made.shape == (21, 16, 16, 3) and made.dtype == np.uint8
+    samples, labels = load(npz)
+    assert samples.shape == (21, 16, 16, 3) and samples.dtype == np.uint8
     assert labels.shape == (21,) and set(np.bincount(labels, minlength=10)) == {2, 3}
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.size[0] > 5 * 16
@@ -74,7 +74,7 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
     [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in SAMPLERS if name != "ancestral"],
 )
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
-    made = [
+    samples = [
         load(
             sample.run(
                 arguments(
@@ -84,8 +84,8 @@ def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
         )[0]
         for size in ("8", "16")
     ]
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1  # float rounding at a gray level's edge
-    assert len({image.tobytes() for image in made[0]}) == 16, "no two samples are alike"
+    assert np.abs(samples[0].astype(int) - samples[1]).max() <= 1  # float rounding at a gray level's edge
+    assert len({image.tobytes() for image in samples[0]}) == 16, "no two samples are alike"
 
 
 @pytest.mark.integration
@@ -104,10 +104,10 @@ def test_interrupted_sampling_continues(workdir, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sample.run(arguments(workdir, *args, "--out", str(tmp_path / "cut")))
     assert [path.name for path in (tmp_path / "cut.parts").glob("*.npy")] == ["000000.npy"]
-    made = []
-    monkeypatch.setattr(sample, "_save_part", lambda path, array: (made.append(path), save(path, array)))
+    parts = []
+    monkeypatch.setattr(sample, "_save_part", lambda path, array: (parts.append(path), save(path, array)))
     continued = load(sample.run(arguments(workdir, *args, "--out", str(tmp_path / "cut"))))
-    assert len(made) == 2, "the finished batch is not made again"
+    assert len(parts) == 2, "the finished batch is not made again"
     for a, b in zip(whole, continued):
         np.testing.assert_array_equal(a, b)
 
@@ -188,8 +188,8 @@ def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
 def test_arguments_out_of_range_are_refused_in_one_line(workdir, extra, message, capsys):
     with pytest.raises(SystemExit) as caught:
         arguments(workdir, *extra)
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and message in errors and errors.startswith("error: ") and errors.count("\n") == 1
 
 
 def test_no_such_checkpoint(workdir):
@@ -236,14 +236,14 @@ def test_samples_that_are_not_finite(workdir, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_guidance_of_the_first_channels(workdir, tmp_path):
-    made = []
+    samples = []
     for channels in ((), ("--guidance_channels", "4"), ("--guidance_channels", "3")):
         npz = sample.run(arguments(
             workdir, "--num_samples", "8", "--batch_size", "8", "--guidance_scale", "9", *channels,
-            "--out", str(tmp_path / f"x{len(made)}"),
+            "--out", str(tmp_path / f"x{len(samples)}"),
         ))  # fmt: skip
-        made.append(load(npz)[0])
-    np.testing.assert_array_equal(made[0], made[1])
+        samples.append(load(npz)[0])
+    np.testing.assert_array_equal(samples[0], samples[1])
     assert json.loads((tmp_path / "x2.json").read_text())["guidance_channels"] == 3
     assert sample.parse_args(["--workdir", "x"]).guidance_channels is None
 
@@ -252,12 +252,12 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
 def test_guidance_outside_its_interval_changes_nothing(workdir):
     trained = load_model(workdir)
     args = np.arange(8, dtype=np.int32), np.arange(8), jax.random.key(0)
-    made = []
+    samples = []
     for scale, high in ((1.0, 1.0), (3.0, 0.0)):
         sampling = Sampling("euler", 3, guidance_scale=scale, guidance_low=0.0, guidance_high=high)
         run = jax.jit(generate.make_generate(trained.nets, trained.objective, trained.latent_shape, sampling))
-        made.append(np.asarray(run(trained.params, *args)[0]))
-    assert np.abs(made[0].astype(int) - made[1]).max() <= 1
+        samples.append(np.asarray(run(trained.params, *args)[0]))
+    assert np.abs(samples[0].astype(int) - samples[1]).max() <= 1
 
 
 @pytest.mark.slow
@@ -266,30 +266,30 @@ def test_a_converted_run_gives_the_same_samples(workdir, tmp_path):
     expected = load(sample.run(arguments(workdir, *arguments_, "--out", str(tmp_path / "ours"))))
     for target in (tmp_path / "published", tmp_path / "weights.safetensors"):
         convert(workdir, target, optimizers=False)
-        made = load(sample.run(arguments(target, *arguments_, "--out", str(tmp_path / f"of-{target.stem}"))))
-        for actual, array in zip(made, expected):
+        samples = load(sample.run(arguments(target, *arguments_, "--out", str(tmp_path / f"of-{target.stem}"))))
+        for actual, array in zip(samples, expected):
             np.testing.assert_array_equal(actual, array)
 
 
 @pytest.mark.integration
 def test_a_run_on_a_frozen_vae(workdir, tmp_path):
-    """As sit-ldm-*, whose checkpoints hold no VAE, and as REPA's, which hold no batch norm either."""
+    """Checkpoints of sit-ldm-* hold no VAE, and those of REPA no batch norm either."""
     convert(workdir, tmp_path / "whole.pt", optimizers=False)
     extract_vae(workdir, tmp_path / "vae")
-    taken = published.read(tmp_path / "whole.pt")
-    networks = {name: dict(taken.networks[name]) for name in ("model", "ema")}
+    checkpoint = published.read(tmp_path / "whole.pt")
+    networks = {name: dict(checkpoint.networks[name]) for name in ("model", "ema")}
     arguments_ = ("--num_samples", "8", "--batch_size", "8", "--vae", str(tmp_path / "vae"))
     frozen = tmp_path / "frozen.pt"
-    write_checkpoint(frozen, dataclasses.replace(taken, networks=networks))
+    write_checkpoint(frozen, dataclasses.replace(checkpoint, networks=networks))
     with pytest.raises(ValueError, match="holds no VAE: give --vae"):
         load_model(frozen)
     expected = load(sample.run(arguments(frozen, *arguments_, "--out", str(tmp_path / "frozen"))))
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("bn.")]:
             del arrays[name]
-    write_checkpoint(tmp_path / "repa.pt", dataclasses.replace(taken, networks=networks))
-    made = load(sample.run(arguments(tmp_path / "repa.pt", *arguments_, "--out", str(tmp_path / "repa"))))
-    for actual, array in zip(made, expected):
+    write_checkpoint(tmp_path / "repa.pt", dataclasses.replace(checkpoint, networks=networks))
+    samples = load(sample.run(arguments(tmp_path / "repa.pt", *arguments_, "--out", str(tmp_path / "repa"))))
+    for actual, array in zip(samples, expected):
         np.testing.assert_array_equal(actual, array)
 
     with pytest.raises(ValueError, match="holds a VAE of its own"):
@@ -297,6 +297,6 @@ def test_a_run_on_a_frozen_vae(workdir, tmp_path):
     for arrays in networks.values():
         for name in [name for name in arrays if name.startswith("projectors.")]:
             del arrays[name]
-    write_checkpoint(tmp_path / "sit.pt", dataclasses.replace(taken, networks=networks))
+    write_checkpoint(tmp_path / "sit.pt", dataclasses.replace(checkpoint, networks=networks))
     with pytest.raises(ValueError, match="plain SiT, whose t = 0 is noise"):
         load_model(tmp_path / "sit.pt", vae_path=tmp_path / "vae")

@@ -97,8 +97,8 @@ def test_a_run_logs_every_step_and_leaves_its_checkpoints(whole):
     assert {"vae/loss", "sit/loss", "disc/loss", "vae/align", "sit/velocity", "skipped", "bad_records"} <= set(whole.metrics[0])
     assert all(line["skipped"] == 0 for line in whole.metrics)
     first, *others = [json.loads(line) for line in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
-    told = set(metric_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
-    assert not told & set(first) and all(set(line) & set(metric_log.SPEED_NAMES) == told for line in others)
+    names = set(metric_log.SPEED_NAMES) - {"mfu"}  # nobody knows the peak of a CPU
+    assert not names & set(first) and all(set(line) & set(metric_log.SPEED_NAMES) == names for line in others)
     flop = sum(flops.of_step(build.build(config(4))).values())
     for line in others:
         assert line["tflops_per_device"] == pytest.approx(line["images_per_second"] * flop / 8 / 1e12)
@@ -229,13 +229,13 @@ def test_fid_during_training(half, tmp_path, monkeypatch):
     monkeypatch.setattr(hooks.inception_features, "load_network", lambda *_: network)
     workdir = copy_of(half.workdir, tmp_path)
     train.train(config(4, **files, **{"hooks.fid_every": 2, "hooks.fid_samples": 20}), workdir)
-    missed, found = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
-    assert missed["step"] == 2, "of the checkpoint it began with"
+    before, score = [line for line in metrics_of(workdir) if "fid/20_samples" in line]
+    assert before["step"] == 2, "of the checkpoint it began with"
     trained, labels = load_model(workdir), np.arange(20, dtype=np.int32) % 10
-    made = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 64, config(4).seed)]
-    pool = np.concatenate([network(batch).pool for batch in made])
+    batches = [batch for _, batch in sample_batches(trained, trained.sampling, labels, 64, config(4).seed)]
+    pool = np.concatenate([network(batch).pool for batch in batches])
     expected = frechet_distance(*gaussian_stats(pool), *read_reference(tmp_path / "reference.npz", network).pool)
-    assert found == {"step": 4, "fid/20_samples": pytest.approx(expected)} and len(np.concatenate(made)) == 20
+    assert score == {"step": 4, "fid/20_samples": pytest.approx(expected)} and len(np.concatenate(batches)) == 20
     with pytest.raises(FileNotFoundError, match="absent.npz"):
         train.train(config(4, **{**files, "hooks.fid_every": 2, "hooks.fid_reference": "absent.npz"}), tmp_path / "other")
 
@@ -301,11 +301,11 @@ def test_a_terminated_run_saves_itself_and_continues(whole, tmp_path, monkeypatc
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("owner", "function", "what"),
+    ("owner", "function", "step"),
     [(initial_state, "abstract_state", "restoring"), (frozen_weights, "load_frozen", "loading weights"),
      (train, "make_hooks", "preparing"), (compilation, "jit_step", "compiling")],
 )  # fmt: skip
-def test_a_signal_before_the_first_step(uncompiled, begun, tmp_path, monkeypatch, warnings, owner, function, what):
+def test_a_signal_before_the_first_step(uncompiled, begun, tmp_path, monkeypatch, warnings, owner, function, step):
     """It ends the run as soon as it can, says that nothing was trained, and leaves the workdir to the next start."""
     workdir, call = copy_of(begun, tmp_path), getattr(owner, function)
 
@@ -316,7 +316,7 @@ def test_a_signal_before_the_first_step(uncompiled, begun, tmp_path, monkeypatch
     monkeypatch.setattr(owner, function, signal_and_call)
     assert train.train(config(4), workdir) == (None, False)
     assert any(warning.startswith("asked to stop by SIGTERM") for warning in warnings)
-    assert any(re.match(rf"asked to stop while {what}, \d+ s after the start: nothing was trained", text) for text in warnings)
+    assert any(re.match(rf"asked to stop while {step}, \d+ s after the start: nothing was trained", text) for text in warnings)
     assert checkpoint.saved_steps(workdir) == [2] and not (workdir / "owner.json").exists()
 
 
@@ -410,7 +410,7 @@ def test_the_command_trains_and_takes_overrides(whole, half):
 
 @pytest.mark.integration
 def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled, tmp_path):
-    """By a terminal's Ctrl-C or a scheduler: the loader's workers go on until it has saved."""
+    """A terminal's Ctrl-C or a scheduler does so: the loader's workers go on until it has saved."""
     flags = [*SMALL, *(f"--config.{field}" for field in ("data.workers=1", "steps=100000", "checkpoint.every=100000"))]
     program = [
         sys.executable,
@@ -435,9 +435,9 @@ def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled,
 
 @pytest.mark.integration
 def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
-    """But a run goes on with images that were prepared anew."""
+    """A run goes on with images that were prepared anew."""
     images, compared = tmp_path / "images", []
-    monkeypatch.setattr(train.multihost, "assert_same", lambda **what: compared.append(what))
+    monkeypatch.setattr(train.multihost, "assert_same", lambda **description: compared.append(description))
     for encoding in ("png", "raw"):
         options = ["--data=digits", "--image_size=8", f"--out={images / encoding}", f"--format={encoding}", "--workers=0"]
         prepare_images.run(prepare_images.parse_args(options))
@@ -445,7 +445,7 @@ def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
         changes |= {"steps": {"png": 1, "raw": 2}[encoding]}
         _, finished = train.train(small.config({**changes, **small.SIT_ALONE}, ldm), tmp_path / "run")
         assert finished
-    (first, again) = [what for what in compared if "files" in what]
+    (first, again) = [description for description in compared if "files" in description]
     assert first["data"] == again["data"] and first["files"] != again["files"] and first["files"]
 
 

@@ -126,17 +126,10 @@ def start_task(task, core):
 
 
 def perform_all(tasks, jobs, start=start_task, report=print):
-    """Does all tasks without a result, `jobs` at a time; a task that fails does not stop the others.
+    """Does all tasks (name -> Task) without a result, `jobs` at a time; a task that fails does not stop the others.
 
-    Args:
-      tasks: name -> Task.
-      jobs: processes at a time.
-      start: (Task, core) -> the started process.
-      report: called with lines of progress.
-
-    Returns:
-      Name -> why a task has no result: 'failed', or 'needs X'. KeyboardInterrupt comes after all processes were asked to save
-      and have ended.
+    Returns name -> why a task has no result: 'failed', or 'needs X'. KeyboardInterrupt comes after all processes, which
+    `start(task, core)` returns, were asked to save and have ended. `report` is called with lines of progress.
     """
     results = {name: task.result() for name, task in tasks.items()}
     waiting = {name: task for name, task in tasks.items() if not results[name]}

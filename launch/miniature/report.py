@@ -18,12 +18,9 @@ ALIKE = 0.1  # relative difference up to which two settings are about equal
 
 
 def write(path, tasks, seeds=None):
-    """Writes the tables that have results as Markdown, and their pictures into the folder `results` beside the file.
+    """Writes the tables that have results to a Markdown file, and their pictures into the folder `results` beside it.
 
-    Args:
-      path: Path of the Markdown file.
-      tasks: name -> miniature.Task of every run; without a result it counts as not run.
-      seeds: runs of each setting; default the tables' own numbers.
+    `tasks` is name -> miniature.Task of every run, `seeds` the runs of each setting, by default the tables' own numbers.
     """
     folder = path.parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +153,7 @@ def introduction(results, tasks):
     config = tables.config_of(tables.Run("repa-e"))
     vae, sit, pixels = config.vae, config.sit, config.data.image_size
     side = pixels // 2 ** (len(vae.channel_multipliers) - 1)
+    samplers = {name: "{steps} steps of `{sampler}`".format(**settings) for name, settings in tables.SAMPLERS.items()}
     classifier = ""
     if results.get("classifier"):
         numbers = results["classifier"]["numbers"]
@@ -172,8 +170,8 @@ def introduction(results, tasks):
         "* **Numbers.** Mean ± standard deviation over runs with different seeds, all from the same VAE. The Frechet "
         f"distance is between {tables.SAMPLES} samples without guidance and the training digits, in the features of a small "
         f"classifier, so it compares with nothing outside this file.{classifier} Losses are means over the last quarter of "
-        f"the steps; reconstruction is of held-out digits in [-1, 1]. SiT samples with {_sampler('sit')}, DiT with "
-        f"{_sampler('dit')}.",
+        f"the steps; reconstruction is of held-out digits in [-1, 1]. SiT samples with {samplers['sit']}, DiT with "
+        f"{samplers['dit']}.",
         f"* **Verdicts.** “{AGREES}” and “{DISAGREES}” are about the order of the means. “{NOISE}”: they differ by no more "
         f"than the spread, the root of both variances' sum. Two settings are alike within the spread or {ALIKE:.0%}.",
         f"* **Machine.** {_processor()}, {os.cpu_count()} cores, JAX {importlib.metadata.version('jax')}: {len(runs)} runs "
@@ -186,11 +184,6 @@ def _wrapped(text):
     """Wraps a paragraph or an item of a list."""
     indent = "  " if text.startswith("* ") else ""
     return textwrap.fill(text, 128, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _sampler(network):
-    sampler = tables.SAMPLERS[network]
-    return f"{sampler['steps']} steps of `{sampler['sampler']}`"
 
 
 def _processor():

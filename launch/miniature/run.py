@@ -23,6 +23,7 @@ from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model, load_vae
 from repae_jax.train import TrainingStopped, train
+from repae_jax.training.checkpoint import saved_steps
 
 DONE, DIVERGED = "done", "diverged"
 CLASSES = digits_models.NUM_CLASSES
@@ -80,7 +81,7 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
     real, _ = digits_models.all_records(image_size, "train")
     real_stats = gaussian_stats(classify(real)[0])
     fid = {}
-    for step in quickstart.checkpoint_steps(folder):
+    for step in saved_steps(folder):
         samples, labels = quickstart.generated(folder, step, sampling, tables.SAMPLES // CLASSES, batch_size=250, seed=seed)
         features, logits = classify(samples)
         fid[step] = frechet_distance(*gaussian_stats(features), *real_stats)
@@ -89,12 +90,10 @@ def sample_numbers(folder, sampling, classify, image_size, seed):
     recon = jax.jit(generate.make_reconstruct(model.nets))(model.params["vae"], to_float(real))
     np.save(folder / "samples.npy", samples.reshape(CLASSES, -1, *samples.shape[1:])[:, :SHOWN])
     return {
-        "fid": fid[max(fid)],
-        "fid_halfway": fid[min(fid)],
-        "fid_steps": [min(fid), max(fid)],
+        "fid": fid[max(fid)], "fid_halfway": fid[min(fid)], "fid_steps": [min(fid), max(fid)],
         "fid_of_reconstructions": frechet_distance(*gaussian_stats(classify(np.asarray(recon))[0]), *real_stats),
         "label_accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
-    }
+    }  # fmt: skip
 
 
 def vae_numbers(folder, image_size):
@@ -110,9 +109,8 @@ def vae_numbers(folder, image_size):
         numbers = {
             "l1": jnp.mean(jnp.abs(errors)),
             "psnr": 10 * jnp.log10(4 / jnp.mean(jnp.square(errors))),  # the range of values is 2
-            "spatial_variance": spatial_variance(latents),
-            "total_variation": total_variation(latents),
-        }
+            "spatial_variance": spatial_variance(latents), "total_variation": total_variation(latents),
+        }  # fmt: skip
         return numbers, latents
 
     numbers, latents = jax.device_get(measure(loaded.params, images))

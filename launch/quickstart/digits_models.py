@@ -66,33 +66,21 @@ class ConvClassifier(nn.Module):
 def train_encoder(folder, *, image_size=16, steps=ENCODER_STEPS, seed=0):
     """Trains a small vision transformer to classify digits and saves it, without its head, in Hugging Face's layout.
 
-    The folder is created if absent; an encoder in it is kept if it was trained with the same settings, else ValueError.
-
-    Args:
-      folder: read it with `checkpoints_tools.vit.load_encoder`.
-      image_size: height and width of the digits, a multiple of 4.
-      steps: updates, at least 1.
-      seed: of parameters, batches and augmentation.
-
-    Returns:
-      dict with 'accuracy' on the held-out digits, 'seconds', 'image_size', 'steps', 'seed'.
+    The folder is created if absent; an encoder in it is kept if it was trained with the same settings, else ValueError. Images
+    have a multiple of 4 pixels. Returns 'accuracy' on the held-out digits, 'seconds' and the settings.
     """
     folder = Path(folder)
+    encoder = encoders.make_encoder(ENCODER, resolution=image_size, image_size=image_size)
+    model = PatchMeanClassifier(encoder.module)
+
+    def logits_fn(params, pixels):
+        return model.apply({"params": params}, encoders.preprocess(encoder, pixels))
+
+    def save(params):
+        save_encoder(folder, encoder.module, params["encoder"], overwrite=True)
+
     settings = {"image_size": image_size, "steps": steps, "seed": seed}
-    record = _read_record(folder / "training.json", folder / "config.json", settings)
-    if record is None:
-        encoder = encoders.make_encoder(ENCODER, resolution=image_size, image_size=image_size)
-        model = PatchMeanClassifier(encoder.module)
-
-        def logits_fn(params, pixels):
-            return model.apply({"params": params}, encoders.preprocess(encoder, pixels))
-
-        params, record = _train(logits_fn, model, "encoder", settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        # the record first: where the network is, its record is
-        files.write_json(folder / "training.json", record, overwrite=True)
-        save_encoder(folder, encoder.module, jax.device_get(params["encoder"]), overwrite=True)
-    return record
+    return _train_once("encoder", folder / "config.json", folder / "training.json", settings, model, logits_fn, save)
 
 
 def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
@@ -103,19 +91,16 @@ def train_classifier(path, *, image_size=16, steps=CLASSIFIER_STEPS, seed=1):
     path = Path(path)
     if image_size < 4 or image_size % 4:
         raise ValueError(f"image_size is {image_size}; allowed: a multiple of 4, e.g. 16")
+    model = ConvClassifier()
+
+    def logits_fn(params, pixels):
+        return model.apply({"params": params}, images.to_float(pixels))[1]
+
+    def save(params):
+        weights.write_safetensors(path, flax.traverse_util.flatten_dict(params, sep="."))
+
     settings = {"image_size": image_size, "steps": steps, "seed": seed}
-    record = _read_record(path.with_suffix(".json"), path, settings)
-    if record is None:
-        model = ConvClassifier()
-
-        def logits_fn(params, pixels):
-            return model.apply({"params": params}, images.to_float(pixels))[1]
-
-        params, record = _train(logits_fn, model, "classifier", settings)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path.with_suffix(".json"), record, overwrite=True)
-        weights.write_safetensors(path, flax.traverse_util.flatten_dict(jax.device_get(params), sep="."))
-    return record["accuracy"]
+    return _train_once("classifier", path, path.with_suffix(".json"), settings, model, logits_fn, save)["accuracy"]
 
 
 def load_classifier(path):
@@ -156,10 +141,14 @@ def _image_size(state_dict, path):
     return image_size
 
 
-def _read_record(record_path, weights_path, settings):
-    """Returns the record of an earlier training; None if it was not completed."""
+def _train_once(name, weights_path, record_path, settings, model, logits_fn, save):
+    """Trains and saves a network unless it is there; returns its record. ValueError if it was trained with other settings."""
     if not weights_path.exists():
-        return None
+        params, record = _train(logits_fn, model, name, settings)
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(record_path, record, overwrite=True)  # first: where the network is, its record is
+        save(jax.device_get(params))
+        return record
     record = files.read_json(record_path) if record_path.exists() else {}
     recorded = {name: record.get(name) for name in settings}
     if recorded != settings:

@@ -28,6 +28,7 @@ from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.report import __main__ as report
 from repae_jax.sampling.load_model import load_model
 from repae_jax.train import train
+from repae_jax.training.checkpoint import saved_steps
 
 CURVES = {
     "VAE": ["vae/l1", "vae/align"],
@@ -56,20 +57,12 @@ def generated(workdir, step, sampling, per_class, batch_size=100, seed=0):
     return np.concatenate([images for _, images in batches]), labels
 
 
-def checkpoint_steps(workdir):
-    """Returns the steps of a run's checkpoints in ascending order."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
 def evaluate(workdir, classify):
-    """Returns numbers for the summary: Frechet distances of the checkpoints, the share of samples that are read as their label.
-
-    `classify` maps images to (features, logits).
-    """
+    """Returns numbers for the summary; `classify` maps images to (features, logits)."""
     real = {split: gaussian_stats(classify(digits_models.all_records(16, split)[0])[0]) for split in ("train", "test")}
     fid = {}
     (workdir / "evaluations").mkdir(exist_ok=True)
-    for step in checkpoint_steps(workdir):
+    for step in saved_steps(workdir):
         samples, _ = generated(workdir, step, Sampling(**SAMPLER, guidance_scale=1.0), PER_CLASS)
         fid[step] = frechet_distance(*gaussian_stats(classify(samples)[0]), *real["train"])
         print(f"step {step}: Frechet distance {fid[step]:.3f}", flush=True)
@@ -86,18 +79,16 @@ def evaluate(workdir, classify):
     rows = samples.reshape(10, PER_CLASS, *samples.shape[1:])[:, :16].reshape(-1, *samples.shape[1:])
     save_png(workdir / "samples.png", plots.label_rows(rows, np.repeat(np.arange(10), 16), scale=3))
     return {
-        "fid": fid,
-        "fid_of_held_out_digits": frechet_distance(*real["test"], *real["train"]),
+        "fid": fid, "fid_of_held_out_digits": frechet_distance(*real["test"], *real["train"]),
         "label_accuracy": float(np.mean(np.argmax(classify(samples)[1], axis=-1) == labels)),
-        "guidance_scale": GUIDANCE,
-        "generated_digits": len(labels),
-    }
+        "guidance_scale": GUIDANCE, "generated_digits": len(labels),
+    }  # fmt: skip
 
 
 def score_tokenizer(workdir):
     """Evaluates the tokenizer and analyzes its latents on held-out digits, unless the results exist."""
     data = ["--data", "digits:split=test"]
-    if not list((workdir / "evaluations").glob(f"tokenizer-{max(checkpoint_steps(workdir)):07d}-*.json")):
+    if not list((workdir / "evaluations").glob(f"tokenizer-{saved_steps(workdir)[-1]:07d}-*.json")):
         evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), *data]))
     if not (workdir / "analysis").exists():
         analyze_latents.run(analyze_latents.parse_args([str(workdir), *data, "--cknna", f"{workdir / 'encoder'}@16"]))
@@ -123,12 +114,10 @@ def main(args):
     start, workdir = time.monotonic(), Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(logging.WARNING)
-
     print("1/4 encoder: a small network of DINOv2's architecture", flush=True)
     encoder = digits_models.train_encoder(workdir / "encoder", image_size=16)
     print("2/4 classifier: a separate small network", flush=True)
     classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
-
     config = repae.get_config("digits")
     config.encoders.target.weights = str(workdir / "encoder")
     if args.steps:
@@ -137,19 +126,14 @@ def main(args):
     _, finished = train(config, workdir)
     if not finished:
         sys.exit("interrupted; run the same command to continue")
-
     print("4/4 evaluation and pictures", flush=True)
     numbers = training_numbers(workdir) | evaluate(workdir, digits_models.load_classifier(workdir / "classifier.safetensors"))
     plots.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", CURVES)
     shutil.copy(max((workdir / "reconstructions").glob("*.png")), workdir / "reconstructions.png")
     summary = {
-        **numbers,
-        "seconds": time.monotonic() - start,
-        "classifier_accuracy": classifier_accuracy,
-        "encoder_accuracy": encoder["accuracy"],
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
+        **numbers, "seconds": time.monotonic() - start, "classifier_accuracy": classifier_accuracy,
+        "encoder_accuracy": encoder["accuracy"], "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+    }  # fmt: skip
     files.write_json(workdir / "summary.json", summary, overwrite=True)
     print(json.dumps(summary, indent=2))
     score_tokenizer(workdir)

@@ -7,11 +7,10 @@ QUANTILES = {"quantile_01": 0.01, "median": 0.5, "quantile_99": 0.99}
 
 
 def channel_stats(latents: Float[np.ndarray, "B h w C"]) -> dict[str, Float[np.ndarray, " C"]]:
-    """Computes statistics of each channel over all positions of all images, in float64.
+    """Computes statistics of each channel over all positions of all images, in float64; ValueError for other shapes.
 
-    Returns:
-      Values by name: 'mean', 'std' (biased), 'min', 'max', the names of QUANTILES, 'skewness' and 'kurtosis' (excess: 0 for a
-      Gaussian). The last two are nan for collapsed channels. ValueError for latents of another shape.
+    They are 'mean', 'std' (biased), 'min', 'max', the names of QUANTILES, 'skewness' and 'kurtosis' (excess: 0 for a Gaussian).
+    The last two are nan for collapsed channels.
     """
     tokens = _tokens(latents)
     mean, std = tokens.mean(axis=0), tokens.std(axis=0)

@@ -20,11 +20,7 @@ def compare(
     encode: Callable[[Images], Latents], decode: Callable[[Latents], Images], transform: Callable[[Array], Array],
     images: Images, latents: Latents,
 ) -> tuple[Latents, Latents, Float[Array, " B"], Float[Array, " B"]]:
-    """Compares both sides of one transform of images in [-1, 1] and of their latents, for a batch; to be jitted.
-
-    Returns:
-      E(T x) and T E(x); PSNR in dB and mean absolute error of D(T E(x)) against T x.
-    """
+    """Returns E(T x), T E(x), and the PSNR in dB and mean absolute error of D(T E(x)) against T x; images are in [-1, 1]."""
     expected, transformed = transform(images), transform(latents)
     recon = decode(transformed)
     return encode(expected), transformed, psnr(expected, recon), jnp.mean(jnp.abs(expected - recon.clip(-1, 1)), axis=(1, 2, 3))

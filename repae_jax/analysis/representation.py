@@ -87,9 +87,8 @@ def neighbor_alignment(a: Neighbors, b: Neighbors, formula: str = "paper") -> fl
     'platonic_code', the released code's, they are set to 0 but at mutual neighbors, then unbiased HSIC. They differ, and the
     second is not quite symmetric in a and b.
 
-    Returns:
-      1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator); nan if a
-      representation is the same for all images.
+    It is 1 for equal representations (with 'platonic_code' a little below, for the 1e-6 in its denominator), and nan if one is
+    the same for all images.
 
     Reference: Huh et al., arXiv 2405.07987, appendix A; REPA, arXiv 2410.06940, equations 22 to 24; platonic-rep `metrics.py`
       `AlignmentMetrics.cknna`.
@@ -119,11 +118,8 @@ def mutual_knn(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], k: int 
 def cka(a: Float[np.ndarray, "N F"], b: Float[np.ndarray, "N G"], unbiased: bool = False) -> float:
     """Computes the linear centered kernel alignment in float64, through feature covariances: no kernel is made.
 
-    With `unbiased` it uses Song et al.'s unbiased HSIC, for few images of many features, and may be below 0.
-
-    Returns:
-      1 for equal representations, but for the released code's 1e-6 in its denominator; nan if a representation is the
-      same for all images.
+    With `unbiased` it uses Song et al.'s unbiased HSIC, for few images of many features, and may be below 0. It is 1 for equal
+    representations, but for the released code's 1e-6 in its denominator, and nan if one is the same for all images.
 
     Reference: Kornblith et al., arXiv 1905.00414; unbiased: Nguyen et al., arXiv 2010.15327, equation 3; platonic-rep
       `metrics.py` `AlignmentMetrics.cka`.
@@ -162,7 +158,6 @@ def principal_components(latents: Float[np.ndarray, "B h w C"], count: int = 3) 
         )
     tokens = latents.reshape(-1, latents.shape[-1])
     tokens = tokens - tokens.mean(axis=0)
-    axes = np.linalg.eigh(tokens.T @ tokens)[1][:, ::-1][:, :count]
-    scores = tokens @ axes
+    scores = tokens @ np.linalg.eigh(tokens.T @ tokens)[1][:, ::-1][:, :count]
     scores *= np.where((scores**3).sum(axis=0) < 0, -1, 1)
     return scores.reshape(*latents.shape[:-1], count)

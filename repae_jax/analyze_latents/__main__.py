@@ -10,7 +10,6 @@ import json
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from repae_jax import cli, files, ranges
@@ -23,7 +22,7 @@ from repae_jax.analyze_latents.pictures import draw
 from repae_jax.analyze_latents.sources import NEIGHBORS, PUBLISHED_COUNT, RESULT
 from repae_jax.data import reading
 from repae_jax.distributed import sharding
-from repae_jax.sampling.load_model import LoadedTokenizer, load_model, load_vae
+from repae_jax.sampling.load_model import load_model, load_vae
 from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("null", "own")
@@ -58,14 +57,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def _load(source, vae_path):
-    if not vae_path:
-        return load_vae(source.path, source.step)
-    trained = load_model(source.path, source.step, jax.devices()[:1], vae_path)
-    module = trained.nets.vae.clone(dtype=jnp.float32)
-    return LoadedTokenizer(module, trained.params["vae"], trained.params["latent_stats"], step=trained.step)
-
-
 def _encode_by_encoders(args, configs, images_source, records, mesh):
     """Returns features and neighbors of the images by each encoder for CKNNA, and the protocol of the encoders."""
     encoders, protocol = {}, {}
@@ -79,7 +70,10 @@ def _encode_by_encoders(args, configs, images_source, records, mesh):
 def _encode_by_vaes(args, sources, images_source, records, mesh):
     models = []
     for source in sources:
-        vae = _load(source, args.vae)
+        if args.vae:
+            vae = load_model(source.path, source.step, jax.devices()[:1], args.vae).tokenizer
+        else:
+            vae = load_vae(source.path, source.step)
         grid = images_source.image_size // vae.module.factor
         count = sum(model.latents.nbytes for model in models) + 4 * len(records) * grid**2 * vae.module.latent_channels
         check_bytes(count, f"the latents of {len(records)} images by {len(models) + 1} VAEs")

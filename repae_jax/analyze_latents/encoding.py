@@ -17,7 +17,7 @@ from repae_jax.analyze_latents.sources import Source
 from repae_jax.distributed import sharding
 from repae_jax.evaluation.image_sets import source_blocks
 from repae_jax.losses.regularizers import downscale
-from repae_jax.sampling.load_model import LoadedTokenizer
+from repae_jax.sampling.load_model import LoadedTokenizer, jit_in_float32
 
 SCALES = (0.75, 0.5, 0.25)
 MAX_BYTES = 2**30  # most bytes of latents; some numbers take four times as much for a while
@@ -37,11 +37,6 @@ class Model:
     vae: LoadedTokenizer
     latents: Float[np.ndarray, "N h w C"]  # posterior means, not normalized
     equivariance: list[dict[str, Any]]  # [{'transform', 'latent_error', 'psnr', 'l1'}], the identity first
-
-
-def jit_in_float32(function: Callable) -> Callable:
-    """Compiles a function so that float32 means float32 on every platform."""
-    return jax.jit(jax.default_matmul_precision("high")(function))
 
 
 def check_bytes(count: int, arrays: str, allowed: int | None = None) -> None:
@@ -107,21 +102,11 @@ def make_compare(module: Any, transform: str) -> Callable:
     return jit_in_float32(compare)
 
 
-class _Equivariance:
-    """Running equivariance errors of one transform."""
-
-    def __init__(self, module, transform):
-        self._compare, self._transform = make_compare(module, transform), transform
-        self._sums, self._pixel_errors = 0, []
-
-    def update(self, params, pixels, latents, count):
-        encoded, transformed, *pixel_errors = (np.asarray(x)[:count] for x in self._compare(params, pixels, latents))
-        self._sums = self._sums + equivariance.difference_sums(encoded, transformed)
-        self._pixel_errors.append(pixel_errors)
-
-    def result(self):
-        psnr, l1 = (float(np.concatenate(values).mean()) for values in zip(*self._pixel_errors))
-        return {"transform": self._transform, "latent_error": equivariance.relative_error(self._sums), "psnr": psnr, "l1": l1}
+def _errors(transform, parts):
+    """Returns an entry of `Model.equivariance` from the sums and pixel errors of each batch."""
+    sums, psnr, l1 = zip(*parts)
+    pixel_errors = {name: float(np.concatenate(values).mean()) for name, values in (("psnr", psnr), ("l1", l1))}
+    return {"transform": transform, "latent_error": equivariance.relative_error(sum(sums)), **pixel_errors}
 
 
 def encode_images(
@@ -135,7 +120,7 @@ def encode_images(
             f"{source.name}: image size {size} is not a multiple of the VAE's factor {factor}; allowed: e.g. {allowed}"
         )
     encode = make_encode(vae.module)
-    errors = [_Equivariance(vae.module, name) for name in transforms(size // factor)]
+    parts = {name: [] for name in transforms(size // factor)}  # of the errors, by batch
     params = jax.device_put(vae.params, sharding.replicated(mesh))
     batches, first = [], 0
     with tqdm(total=len(records), unit="img", desc=source.name) as bar:
@@ -144,8 +129,10 @@ def encode_images(
             latents = encode(params, pixels)
             batches.append(np.asarray(latents)[:count])
             check_finite(batches[-1], source.name, images_source, records[first:])
-            for error in errors:
-                error.update(params, pixels, latents, count)
+            for name, part in parts.items():
+                compared = make_compare(vae.module, name)(params, pixels, latents)
+                encoded, transformed, *pixel_errors = (np.asarray(x)[:count] for x in compared)
+                part.append((equivariance.difference_sums(encoded, transformed), *pixel_errors))
             first += count
             bar.update(count)
-    return Model(source, vae, np.concatenate(batches), [error.result() for error in errors])
+    return Model(source, vae, np.concatenate(batches), [_errors(name, part) for name, part in parts.items()])

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from checkpoints_tools.vit import load_encoder
 from repae_jax import data, images
 from repae_jax.analysis import representation
-from repae_jax.analyze_latents.encoding import check_bytes, check_finite, jit_in_float32, map_images, posterior_mean
+from repae_jax.analyze_latents.encoding import check_bytes, check_finite, map_images, posterior_mean
 from repae_jax.analyze_latents.sources import NEIGHBORS, Source
 from repae_jax.diffusion import ddpm, latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.models import encoders as vision_encoders
-from repae_jax.sampling.load_model import LoadedModel
+from repae_jax.sampling.load_model import LoadedModel, jit_in_float32
 from repae_jax.training.checkpoint import fingerprint
 
 MAX_BYTES = 2**33  # most bytes of one timestep's hidden states; SiT-XL's of 10,000 images, as published, take 1.2 GiB
@@ -87,9 +87,8 @@ def measure_cknna(
 ) -> list[dict[str, Any]]:
     """Measures the agreement of a SiT's blocks with encoders, given their features of the same images by label.
 
-    Returns:
-      [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}]; measures are CKNNA by both formulas,
-      mutual kNN and linear CKA (biased).
+    Returns [{'encoder', 'measure', 'timestep', 'blocks': values after block 1, 2, …}], of CKNNA by both formulas, mutual kNN
+    and linear CKA (biased).
     """
     sit = trained.nets.sit
     size = 4 * sit.depth * len(records) * sit.hidden_size

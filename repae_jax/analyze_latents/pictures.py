@@ -48,8 +48,7 @@ def _draw_latents(path, models, descriptions, originals):
 def _draw_channels(path, models, descriptions):
     panels = {}
     for model, description in zip(models, descriptions):
-        edges, shares = channels.histograms(model.latents)
-        stats = description["channels"]
+        (edges, shares), stats = channels.histograms(model.latents), description["channels"]
         collapsed = description["numbers"]["collapsed_channels"]
         title = description["name"] + (f" ({collapsed} of {len(shares)} channels collapsed)" if collapsed else "")
         quantiles = {"median": stats["median"], "low": stats["quantile_01"], "high": stats["quantile_99"]}

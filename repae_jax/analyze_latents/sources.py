@@ -54,14 +54,10 @@ def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source
         parsed.append((name if is_named else None, path, step if own_step is None else own_step))
     short = short_names([path for _, path, _ in parsed])
     show_steps = len({(path, at) for _, path, at in parsed}) > len(short)  # several checkpoints of a run
-    sources = tuple(
-        Source(name or short[path] + (f"@{at}" if show_steps and at is not None else ""), path, at)
-        for name, path, at in parsed
-    )
-    names = [source.name for source in sources]
+    names = [name or short[path] + (f"@{at}" if show_steps and at is not None else "") for name, path, at in parsed]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"sources have the same name: {', '.join(repeated)}; tell them apart with NAME=SOURCE")
-    return sources
+    return tuple(Source(name, path, at) for name, (_, path, at) in zip(names, parsed))
 
 
 def run_config(source: Source) -> Mapping[str, Any] | None:
@@ -78,7 +74,7 @@ def open_images(args: argparse.Namespace, configs: Configs) -> tuple[Any, str]:
     labeled = args.labels == "own"
     name, fields = data.parse_source(args.data, labeled) if args.data else (own["source"], data.given(own["options"]))
     size = args.image_size or own["image_size"]
-    description = ",".join(f"{field}={value}" for field, value in dict(fields).items())
+    description = ",".join(f"{field}={value}" for field, value in fields.items())
     return data.make_source(name, size, **fields), f"{name}:{description}" if description else name
 
 
@@ -120,15 +116,13 @@ def choose_encoders(given: Sequence[str], configs: Configs) -> dict[str, tuple[s
 def check_cknna(args: argparse.Namespace, sources: Sequence[Source], configs: Configs, count: int) -> None:
     """Raises ValueError for mistakes that can be found before anything is computed."""
     if count < NEIGHBORS + 2:
-        raise ValueError(
-            f"{count} images are too few for CKNNA with k={NEIGHBORS} neighbors: allowed are at least {NEIGHBORS + 2}"
-        )
+        allowed = f"allowed are at least {NEIGHBORS + 2}"
+        raise ValueError(f"{count} images are too few for CKNNA with k={NEIGHBORS} neighbors: {allowed}")
     for source, config in zip(sources, configs):
         kind = identify.identify(source.path, source.step).kind if config is None else "run"
         if kind not in ("run", "training") or (config and config["job"] == "vae"):
             name = identify.KINDS[kind] if config is None else "run of a tokenizer"
             raise ValueError(f"{source.name} is a {name}: it has no SiT for --cknna to look into; leave it out, or --cknna")
         if args.labels == "null" and config and not config["diffusion"]["label_dropout"]:
-            raise ValueError(
-                f"{source.name} was trained with label_dropout 0 and does not know the null label: give --labels own"
-            )
+            unknown = f"{source.name} was trained with label_dropout 0 and does not know the null label"
+            raise ValueError(f"{unknown}: give --labels own")

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from repae_jax import cli, files
+from repae_jax import cli, faults, files
 from repae_jax.benchmark import measure
 from repae_jax.distributed import multihost
 from repae_jax.evaluation.hooks import fid_batch
@@ -32,10 +32,9 @@ def benchmark(
     profile: Path | str | None = None, say: Callable[[str], None] = print,
     keep: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
-    """Measures a config; returns the numbers as JSON can hold them, which README.md describes.
+    """Measures a ConfigDict or nested dict; returns the numbers as JSON can hold them.
 
     Args:
-      config: ConfigDict or nested dict, see configs/.
       steps: timed steps, calls of each part, and batches of the input.
       sample_batch: images sampled at a time, over all devices; 0 is no sampling, None as many as a FID takes.
       with_input: measure the config's data, too.
@@ -109,7 +108,7 @@ def _room(job):
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not measure.is_out_of_memory(error):
+        if not faults.is_out_of_memory(str(error)):
             raise
         raise ValueError(
             f"the step does not fit into memory with config.data.batch_size={job.config['data']['batch_size']} on "
@@ -149,13 +148,12 @@ def step_line(result: Result) -> str:
     """Returns a line on the step's speed and memory."""
     step, devices = result["step"], result["devices"]
     peak = "" if devices["peak_tflops"] else f" (the peak of {devices['kind']!r} is not known: no MFU)"
-    memory = step["memory"]
-    used = memory["peak_bytes_in_use"] or (memory["compiled"] or {}).get("total")
-    in_use = "" if used is None else f"; memory {used / 2**30:.2f} GiB per device"
-    planned = "" if memory["peak_bytes_in_use"] or used is None else " as compiled"
+    measured, compiled = step["memory"]["peak_bytes_in_use"], step["memory"]["compiled"] or {}
+    used = measured or compiled.get("total")
+    memory = "" if used is None else f"; memory {used / 2**30:.2f} GiB per device{'' if measured else ' as compiled'}"
     return (
         f"step {_milliseconds(step['seconds_per_step'])}: {step['images_per_second']:.4g} img/s on {devices['count']} "
-        f"devices, {step['images_per_second_per_device']:.4g} on each; {_arithmetic(step)}{peak}{in_use}{planned}"
+        f"devices, {step['images_per_second_per_device']:.4g} on each; {_arithmetic(step)}{peak}{memory}"
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, UInt8
 
-from repae_jax import files
+from repae_jax import faults, files
 from repae_jax.benchmark import parts
 from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
@@ -103,23 +103,19 @@ def _compile(function, *arguments):
 
 
 class Step:
-    """The compiled step with the state that it carries on, which the first call donates."""
+    """A compiled step with the state that it carries on, which the first call donates, and what is the same at every step."""
 
-    def __init__(self, compiled: Callable, state: Any, frozen: Mapping[str, Any], key: Array):
-        self.state = state
-        self._compiled, self._frozen, self._key = compiled, frozen, key
+    def __init__(self, compiled: Callable, state: Any, *constants: Any):
+        self.state, self._compiled, self._constants = state, compiled, constants
 
-    def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Array]:
         """Dispatches one step; returns its metrics."""
-        self.state, metrics = self._compiled(self.state, batch, self._frozen, self._key)
+        self.state, metrics = self._compiled(self.state, batch, *self._constants)
         return metrics
 
 
 def speed_of(job: build.Job, seconds: float, count: int, flop: float) -> dict[str, float | None]:
-    """Returns the speeds that follow from the seconds that `count` images take over all devices, with some FLOP per image.
-
-    They are images_per_second, images_per_second_per_device, tflop_per_image, tflops_per_device and mfu, None if unknown.
-    """
+    """Returns the speeds, None if unknown, of `count` images in some seconds over all devices, with some FLOP per image."""
     devices, per_second = job.mesh.size, count / seconds
     speed = {"images_per_second": per_second, "images_per_second_per_device": per_second / devices}
     arithmetic = arithmetic_speed(per_second, flop, devices, peak_of(job))
@@ -154,9 +150,8 @@ def measure_parts(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Times `count` calls of every part of the step alone; the state is donated.
 
-    Yields:
-      (name, {'seconds_per_step': spread, 'share_of_step': …} and, of all but the update, those of `speed_of` without images per
-      second; or {'failed': …} if the part alone does not fit), as soon as each is measured.
+    Yields (name, {'seconds_per_step': spread, 'share_of_step': …} and, of all but the update, `speed_of` without images per
+    second; or {'failed': …} if the part alone does not fit), as soon as each is measured.
     """
     accumulation, batch_size = job.recipe.accumulation, job.config["data"]["batch_size"]
     make = jax.jit(functools.partial(parts.make_batch, job), out_shardings=sharding.batch_sharding(job.mesh))
@@ -186,7 +181,7 @@ def _or_failed(measure):
     try:
         return measure()
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 or not is_out_of_memory(error):
+        if jax.process_count() > 1 or not faults.is_out_of_memory(str(error)):
             raise
         return {"failed": OUT_OF_MEMORY}
 
@@ -208,19 +203,9 @@ def time_update(job: build.Job, state: Any, count: int) -> np.ndarray:
     function = functools.partial(parts.update, tx=job.tx, recipe=job.recipe)
     outs = (shardings[0], sharding.replicated(job.mesh))
     options = compilation.compiler_options(job)
-    compiled, _ = _compile(jax.jit(function, donate_argnums=0, out_shardings=outs, compiler_options=options), state, grads)
-    holder = [state]
-
-    def call():
-        holder[0], metrics = compiled(holder[0], grads)
-        return metrics
-
-    return time_calls(call, count, ahead=1)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether a JaxRuntimeError says that a program did not fit."""
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+    run = jax.jit(function, donate_argnums=0, out_shardings=outs, compiler_options=options)
+    step = Step(_compile(run, state, grads)[0], state)
+    return time_calls(lambda: step(grads), count, ahead=1)
 
 
 def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
@@ -254,9 +239,8 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
         source = _source(job, frozen)
     except (ValueError, OSError, ImportError) as error:
         problem = str(error)
-    problems = [problem for problem in multihost.all_gather(problem) if problem]
-    if problems:
-        return {"skipped": problems[0]}
+    if problem := next(filter(None, multihost.all_gather(problem)), None):
+        return {"skipped": problem}
     section = job.config["data"]
     with training_data.make_loader(job, source) as loader:
         for _ in range(max(8, 4 * section["workers"])):  # read-ahead batches must not count

@@ -55,7 +55,7 @@ def make_batch(job: build.Job, pixels: UInt8[Array, "B H W 3"], key: Array) -> B
     """Returns random inputs for the losses of a step on images."""
     count, keys = len(pixels), named_keys(key, 0, "labels", "targets", "latents", "recon")
     shape = (count, *job.latent_shape)
-    inputs = Inputs(
+    x = Inputs(
         images=to_float(pixels),
         labels=jax.random.randint(keys["labels"], (count,), 0, job.config["data"]["num_classes"]),
         targets=tuple(jax.random.normal(keys["targets"], (count, e.grid**2, e.module.hidden_size)) for e in job.encoders),
@@ -63,7 +63,7 @@ def make_batch(job: build.Job, pixels: UInt8[Array, "B H W 3"], key: Array) -> B
         recon=jnp.tanh(jax.random.normal(keys["recon"], pixels.shape)),
         **sample_noise(key, 0, shape, job.recipe),
     )
-    return Batch(pixels, inputs)
+    return Batch(pixels, x)
 
 
 def make_parts(job: build.Job, state: Any, frozen: Mapping[str, Any], whole: Batch, micro: Batch) -> dict[str, Part]:

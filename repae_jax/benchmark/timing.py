@@ -18,13 +18,13 @@ def time_calls(
 ) -> Float[np.ndarray, " N"]:
     """Returns the seconds per call of a program in N windows of count // WINDOWS calls, at least one.
 
-    Each call is dispatched while up to `ahead` earlier ones are unfinished, so that the device need not wait for the host. The
-    clock is read when the last call of a window is finished; one window follows the other without a break.
+    Each call is dispatched while up to `ahead` earlier ones are unfinished, so that the device need not wait for the host; the
+    results of these are in memory together. The clock is read when the last call of a window is finished; one window follows
+    the other.
 
     Args:
       call: dispatches the program once; returns arrays that are ready when it is done.
       count: calls that are timed, after `warm_up` others.
-      ahead: unfinished calls at most when the next one is dispatched; their results are in memory together.
       title: name of a progress bar, if there shall be one.
     """
     size, pending, finished, ends = max(count // WINDOWS, 1), collections.deque(), 0, []

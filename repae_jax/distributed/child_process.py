@@ -26,11 +26,7 @@ def run_in_subprocess(function: Callable, *arguments: Any) -> Any:
     """Returns function(*arguments), called in a child process, whose standard error is shown once it has ended.
 
     Whatever interrupts the wait, such as Ctrl-C, ends the process, too. The function is at module level; its arguments and its
-    result can be pickled.
-
-    Raises:
-      Exception: that of the function, its traceback on standard error; a RuntimeError in place of one that cannot be pickled.
-      Crashed: if the process died.
+    result can be pickled. Its exceptions are raised here, as RuntimeError if they cannot be pickled; Crashed if it died.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -50,20 +50,14 @@ class CollectiveError(RuntimeError):
     """Error that all processes raise at once: none needs to be told, and what is being saved can be completed."""
 
 
-# ---- start -----------------------------------------------------------------------------------------------------------
-
-
 def start(
     automatic: bool = False, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
     """Connects this process with the others, unless nothing is given; before anything else of JAX is used.
 
-    If the processes do not find each other within START_SECONDS, each that has started ends with one line, and exit code 75.
-    Arguments that cannot work raise ValueError.
-
-    Args:
-      automatic: the processes find each other, on TPU pods, SLURM, GKE and whatever else jax.distributed knows.
-      coordinator: by hand instead: 'HOST:PORT' of process 0; with the number of processes, and that of this one, from 0.
+    With `automatic` they find each other, on TPU pods, SLURM, GKE and whatever else jax.distributed knows; by hand each is
+    given 'HOST:PORT' of process 0, their number, and its own, from 0. Arguments that cannot work raise ValueError. Processes
+    that do not find each other within START_SECONDS end with one line, and exit code 75.
     """
     by_hand = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     is_by_hand = any(value is not None for value in by_hand.values())
@@ -167,13 +161,11 @@ def assert_same(**description: Any) -> None:
     own = distributed.global_state.process_id
     changes = differences(first, description)
     lines = [f"\n  {name}: {value!r} in process 0, {here!r} in process {own}" for name, value, here in changes]
-    differing = [(*process, lines) for *process, lines in all_gather([*_this_process(), lines]) if lines]
+    differing = [process for process in all_gather([*_this_process(), lines]) if process[-1]]
     if differing:
-        raise ValueError(
-            "; ".join(f"process {index} on host {name}" for index, name, _ in differing)
-            + f" differs from process 0 on host {host}, but all must be started alike:"
-            + "".join(line for *_, lines in differing for line in lines)
-        )
+        names = "; ".join(f"process {index} on host {name}" for index, name, _ in differing)
+        text = "".join(line for *_, lines in differing for line in lines)
+        raise ValueError(f"{names} differs from process 0 on host {host}, but all must be started alike:{text}")
 
 
 def assert_same_config(config: dict[str, Any]) -> None:
@@ -213,9 +205,7 @@ def check_shared(folder) -> None:
 def is_seen(path) -> bool:
     """Returns whether a file of another process is there, after the time that network file systems take to show it."""
     deadline = time.monotonic() + SEEN_SECONDS
-    while not (seen := path.exists()) and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    return seen
+    return wait_for_files([path], lambda: time.monotonic() >= deadline)
 
 
 def wait_for_files(paths: Sequence, is_done: Callable[[], bool] = lambda: False) -> bool:

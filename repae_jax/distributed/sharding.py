@@ -21,25 +21,21 @@ STACKS = ("early_blocks", "late_blocks", "blocks")  # parameters under these hav
 
 
 def make_mesh(fsdp: int, devices=None, slices: int = 1) -> jax.sharding.Mesh:
-    """Returns the mesh of all devices, `fsdp` of them along the parameter axis.
+    """Returns the mesh of the devices, by default all; ValueError if it cannot be made of them.
 
     Args:
       fsdp: devices that share one copy of the parameters; 1 replicates them. Divides the number of devices of a slice.
-      devices: default all.
       slices: number of slices of devices, between which connections are slower than within one: TPU slices, or nodes of GPUs.
         No copy of the parameters is shared across them.
-
-    Raises:
-      ValueError: if the devices are not in as many slices of one size, or fsdp does not divide the number in one.
     """
     devices = jax.devices() if devices is None else devices
-    types = (AxisType.Auto, AxisType.Auto)
     if slices == 1 and not _has_slices(devices):
         _check_fsdp(fsdp, len(devices), f"the {len(devices)} devices")
         # jax.make_mesh lets an axis end within a side of the chips' torus on a v5e only, and so refuses many sizes elsewhere
         grid = mesh_utils.create_device_mesh((len(devices) // fsdp, fsdp), devices, allow_split_physical_axes=True)
-        return jax.sharding.Mesh(grid, (DATA, FSDP), axis_types=types)
-    return jax.sharding.Mesh(slice_grid(fsdp, devices, slices), (DATA, FSDP), axis_types=types)
+    else:
+        grid = slice_grid(fsdp, devices, slices)
+    return jax.sharding.Mesh(grid, (DATA, FSDP), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _has_slices(devices):
@@ -76,30 +72,24 @@ def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _names(path):
-    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+_name = functools.partial(jax.tree_util.keystr, simple=True)
 
 
 def _in_stack(path):
-    return any(name in STACKS for name in _names(path))
+    return not set(STACKS).isdisjoint(_name(path, separator="/").split("/"))
 
 
 def param_spec(path, shape: tuple[int, ...], fsdp: int) -> P:
-    """Returns the spec of a parameter: its first axis that fsdp divides is split; small ones are replicated.
+    """Returns the spec of the parameter at a key path: its first axis that fsdp divides is split; small ones are replicated.
 
     The first, because parts of it are whole rows: a gathered array need not be laid out anew before a matrix product. A scanned
     layer axis is never split.
-
-    Args:
-      path: key path of the leaf (jax.tree_util).
     """
-    if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE:
-        return P()
     first = 1 if _in_stack(path) else 0
-    candidates = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
-    if not candidates:
+    split = next((axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0), None)
+    if fsdp == 1 or math.prod(shape) < MIN_SHARDED_SIZE or split is None:
         return P()
-    return P(*[FSDP if a == candidates[0] else None for a in range(len(shape))])
+    return P(*[FSDP if axis == split else None for axis in range(len(shape))])
 
 
 def tree_sharding(mesh, tree):
@@ -158,11 +148,9 @@ def put_batch(mesh, batch):
 
 
 def put(tree, shardings):
-    """Returns the tree placed on its mesh.
+    """Returns a tree of arrays placed by their shardings, or by one for all.
 
-    Args:
-      tree: arrays of the host or of local devices, whole and the same in every process, or global ones.
-      shardings: tree of their shardings, or one for all.
+    They are of the host or of local devices, whole and the same in every process, or global ones.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -183,4 +171,4 @@ def _is_local(array):
 def local_checksums(tree) -> dict[str, int]:
     """Returns the CRC of every array that is not global, by dotted name: for processes that must have read the same."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(_names(path)): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves if _is_local(leaf)}
+    return {_name(path, separator="."): zlib.crc32(np.asarray(leaf).tobytes()) for path, leaf in leaves if _is_local(leaf)}

@@ -56,12 +56,9 @@ def plain_config(config) -> dict[str, Any]:
 
 
 def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[Encoder, ...] | None = None) -> Job:
-    """Builds a job, or raises ValueError for anything that cannot work: the field, the value and what is allowed.
+    """Builds the job of a ConfigDict or nested dict, on all devices by default; ValueError for anything that cannot work.
 
-    Args:
-      config: ConfigDict or nested dict, see configs/.
-      devices: devices of the mesh; default all.
-      encoders: default those of the config. () leaves projectors and alignment out of the networks, for sampling.
+    The encoders are by default those of the config. () leaves projectors and alignment out of the networks, for sampling.
     """
     sections = read_config(config)
     config = dataclasses.asdict(sections)

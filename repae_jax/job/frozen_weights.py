@@ -42,11 +42,10 @@ def _describe_encoder(name, config):
 
 def load_frozen(job) -> dict[str, Any]:
     """Returns {'encoders': tuple of parameters, 'lpips': parameters or None, 'vae': likewise}, sharded on the mesh."""
+    named = zip(sorted(job.config["encoders"]), job.encoders)
     frozen = {
         "vae": load_frozen_vae(job) if job.frozen_vae else None,
-        "encoders": tuple(
-            _encoder_params(name, encoder, job.config) for name, encoder in zip(sorted(job.config["encoders"]), job.encoders)
-        ),
+        "encoders": tuple(_encoder_params(name, encoder, job.config) for name, encoder in named),
         "lpips": None if job.nets.lpips is None else _lpips_params(job),
     }
     return put_weights(job, frozen, sharding.tree_sharding(job.mesh, frozen))
@@ -70,9 +69,6 @@ def put_weights(job, tree, shardings):
     if job.mesh.is_multi_process:
         multihost.assert_same(weights=sharding.local_checksums(tree))
     return sharding.put(tree, shardings)
-
-
-# ---- encoders and LPIPS ---------------------------------------------------------------------------------------------
 
 
 def _encoder_params(name, described, config):
@@ -105,9 +101,6 @@ def _lpips_params(job):
 
 def _random_lpips(job, key):
     return job.nets.lpips.init(key, *[jnp.zeros((1, 32, 32, 3))] * 2)["params"]
-
-
-# ---- the VAE --------------------------------------------------------------------------------------------------------
 
 
 def initial_vae(job, key):

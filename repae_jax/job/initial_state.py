@@ -53,12 +53,9 @@ def abstract_arrays(job, shapes):
 
 
 def create_initial_state(job, frozen: dict[str, Any], make_batches: Callable[[], Iterator]) -> TrainState:
-    """Creates the TrainState on the mesh, random or from the files of `config.init`.
+    """Creates the TrainState on the mesh, random or from the files of `config.init`; for `frozen` see `load_frozen`.
 
-    Args:
-      job: Job.
-      frozen: frozen weights, see `load_frozen`.
-      make_batches: () -> iterator of global batches, whose first images give the latent statistics if no file does.
+    `make_batches` is () -> iterator of global batches, whose first images give the latent statistics if no file does.
     """
     abstract = abstract_state(job)
     trees, opt_states, steps = _read_init(job, abstract)  # before anything is compiled: a file may be wrong
@@ -96,9 +93,6 @@ def _fill(state, path, tree):
     """Returns the state with `tree` at a dotted path, such as 'sit.params'."""
     first, _, rest = path.partition(".")
     return state.replace(**{first: _fill(getattr(state, first), rest, tree) if rest else tree})
-
-
-# ---- the files of config.init ---------------------------------------------------------------------------------------
 
 
 def _read_init(job, abstract):

@@ -9,10 +9,9 @@ WINDOW = 2 * RADIUS + 1
 
 
 def psnr(images: UInt8[Array, "B H W C"], others: UInt8[Array, "B H W C"]) -> Float[Array, " B"]:
-    """Computes the peak signal-to-noise ratio of each pair: 10 log10(255^2 / mean squared error).
+    """Computes the peak signal-to-noise ratio of each pair in dB: 10 log10(255^2 / mean squared error).
 
-    Returns:
-      float32, in dB, from the mean over pixels and channels; infinite for equal images. ValueError for another dtype or shape.
+    The mean is over pixels and channels; infinite for equal images. ValueError for another dtype or shape.
     """
     _check_shapes(images, others)
     for array in (images, others):
@@ -33,14 +32,12 @@ def ssim(images: Float[Array, "B H W C"], others: Float[Array, "B H W C"], data_
     request 2721 of September 2024; since then it counts windows over the border, too, where the image is mirrored.
 
     Args:
-      images: floats, H and W at least WINDOW; any dtype but float64 is computed in float32.
-      others: as `images`.
+      images, others: floats, H and W at least WINDOW; any dtype but float64 is computed in float32.
       data_range: largest minus smallest value that images can have: 2 for [-1, 1], 255 for pixels. Values are not clipped.
         Where zero lies matters, too: the definition has black there; in [-1, 1] errors weigh most in mid-gray.
 
     Returns:
-      The mean over positions and channels, at most 1. ValueError for integers, of which products overflow, small images, or
-      shapes that differ.
+      The mean over positions and channels, at most 1. ValueError for integers, small images, or shapes that differ.
 
     Reference: Wang et al. 2004, 'Image quality assessment: from error visibility to structural similarity', eq. 13, with
       K1 = 0.01 and K2 = 0.03.

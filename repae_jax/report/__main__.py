@@ -20,10 +20,8 @@ def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.Parser(prog="python -m repae_jax.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("workdirs", nargs="+", type=cli.path, metavar="WORKDIR", help="folder of a run; several are compared")
-    parser.add_argument(
-        "--out", type=cli.path,
-        help="the page; default report.html in the folder of a single run, comparison.html in that of the first",
-    )
+    place = "the page; default report.html in the folder of a single run, comparison.html in that of the first"
+    parser.add_argument("--out", type=cli.path, help=place)
     return parser.parse_args(argv)
 
 

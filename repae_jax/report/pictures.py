@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import io
 from typing import Any
 
@@ -28,9 +29,8 @@ class Picture:
 def encode_picture(path: epath.Path, limit: int) -> dict[str, Any] | None:
     """Returns a picture as a data address of at most `limit` characters, scaled down and compressed only if it must be.
 
-    Returns:
-      'src'; 'width', 'height' of the file; 'reduced': longest side in pixels that was kept, 0 for the unchanged file, -1 for
-      the same pixels compressed. None if it does not fit. Damaged files raise any of the errors that `embed_pictures` catches.
+    It is 'src'; 'width', 'height' of the file; 'reduced': longest side in pixels that was kept, 0 for the unchanged file, -1
+    for the same pixels compressed. None if it does not fit. Damaged files raise the errors that `embed_pictures` catches.
     """
     raw = path.read_bytes()
     try:
@@ -65,13 +65,11 @@ def thin_series(runs: list[dict[str, Any]], budget: int) -> list[str]:
     notes = []
     singles = [holder for run in runs for holder in _single_pictures(run)]
     series = [(run, kind) for run in runs for kind in run["series"]]
-    need = {}
-    for holder in (holder for run in runs for holder in _all_pictures(run)):
-        need[id(holder)] = min(PICTURE_BYTES[0], size_of(holder["picture"].path) * 4 // 3 + 30)
+    needed = functools.cache(lambda path: min(PICTURE_BYTES[0], size_of(path) * 4 // 3 + 30))
 
     def total(limit):
         chosen = [point for run, kind in series for point in _evenly(run["series"][kind], limit)]
-        return sum(need[id(holder)] for holder in [*singles, *chosen])
+        return sum(needed(holder["picture"].path) for holder in [*singles, *chosen])
 
     limit = next((limit for limit in range(SERIES_POINTS, 2, -1) if total(limit) <= budget), 2)
     while singles and total(limit) > budget:

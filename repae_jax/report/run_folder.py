@@ -72,12 +72,10 @@ def read_checkpoint(workdir: epath.Path, problems: list[str]) -> tuple[dict[str,
     Read as the JSON files that Orbax keeps: `checkpoint.read_config` starts JAX's backend, which would take seconds, and the
     accelerator from a run that is using it.
     """
-    folder = workdir / "checkpoints"
-    steps = sorted(int(path.name) for path in listing(folder) if path.name.isdigit())
-    for step in reversed(steps):  # a name of digits alone is a finished checkpoint's
-        config = read_json(folder / str(step) / "config" / "metadata", problems)
-        if config is not None:
-            return config, _count_devices(folder / str(step) / "state" / "_sharding")
+    finished = [path for path in listing(workdir / "checkpoints") if path.name.isdigit()]
+    for path in sorted(finished, key=lambda path: -int(path.name)):
+        if (config := read_json(path / "config" / "metadata", problems)) is not None:
+            return config, _count_devices(path / "state" / "_sharding")
     return None, None
 
 

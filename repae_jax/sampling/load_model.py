@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -26,6 +26,22 @@ from repae_jax.training.networks import Nets
 from repae_jax.training.state import Ema
 
 
+def jit_in_float32(function: Callable) -> Callable:
+    """Compiles a function so that float32 means float32 on every platform, as in `generate`."""
+    return jax.jit(jax.default_matmul_precision("high")(function))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTokenizer:
+    """A VAE alone; numbers that are unknown are None."""
+
+    module: AutoencoderKL  # computes in float32
+    params: Mapping[str, Any]
+    latent_stats: ChannelStats | None
+    config: Mapping[str, Any] | None = None  # the run's; None for a VAE from elsewhere
+    step: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A SiT and its VAE, to sample from."""
@@ -40,21 +56,24 @@ class LoadedModel:
     ema_decay: float | None  # decay of the averages in `params`; 0 means the weights themselves, None that it is unknown
     step: int | None  # training steps taken, None if unknown
 
+    @property
+    def tokenizer(self) -> LoadedTokenizer:
+        """The VAE alone."""
+        vae = self.nets.vae.clone(dtype=jnp.float32)
+        return LoadedTokenizer(vae, self.params["vae"], self.params["latent_stats"], step=self.step)
+
 
 def load_model(
     path: str | PathLike, step: int | None = None, devices: Sequence[jax.Device] | None = None,
     vae_path: str | PathLike | None = None, sampler: str | None = None,
 ) -> LoadedModel:  # fmt: skip
-    """Loads a training run, of ours or of the published code, to sample from.
+    """Loads a training run, of ours or of the published code, to sample from: by default its newest step, on all devices.
 
     Args:
       path: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
-      step: checkpoint; default the newest.
-      devices: default all.
       vae_path: VAE of a run on a frozen VAE: of a published one, whose checkpoints hold none; of one of ours, where
         config.init.vae is not the place of it any more.
-      sampler: name of the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain
-        SiT's.
+      sampler: the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain SiT's.
     """
     devices = jax.devices() if devices is None else devices
     is_file = str(path).endswith((".pt", ".safetensors"))
@@ -153,17 +172,6 @@ def _published_vae(weights, vae_path):
     return loaded.module, loaded.params, loaded.latent_stats
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedTokenizer:
-    """A VAE alone; numbers that are unknown are None."""
-
-    module: AutoencoderKL  # computes in float32
-    params: Mapping[str, Any]
-    latent_stats: ChannelStats | None
-    config: Mapping[str, Any] | None = None  # the run's; None for a VAE from elsewhere
-    step: int | None = None
-
-
 def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer:
     """Loads the VAE of a run, trained or frozen, of a published training checkpoint, or from a file or folder of its own.
 
@@ -175,8 +183,6 @@ def load_vae(source: str | PathLike, step: int | None = None) -> LoadedTokenizer
         return LoadedTokenizer(loaded.module, loaded.params, loaded.latent_stats and ChannelStats(**loaded.latent_stats))
     config = checkpoint.read_config(source, step) if artefact.kind == "run" else None
     if config and config["job"] == "ldm":
-        model = load_model(source, step, jax.devices()[:1])
-        module = model.nets.vae.clone(dtype=jnp.float32)
-        return LoadedTokenizer(module, model.params["vae"], model.params["latent_stats"], config, model.step)
+        return dataclasses.replace(load_model(source, step, jax.devices()[:1]).tokenizer, config=config)
     vae = convert.find_vae(artefact, step)
     return LoadedTokenizer(vae.module, vae.params, ChannelStats(**vae.latent_stats), config, vae.steps)

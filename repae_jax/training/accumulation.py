@@ -10,28 +10,15 @@ import jax.numpy as jnp
 
 
 class Aux(NamedTuple):
-    """Auxiliary output of a loss.
+    """Auxiliary output of a loss."""
 
-    Attributes:
-      terms: name -> scalar, averaged over micro-batches.
-      rows: tree of arrays with a leading batch axis, returned in the batch's order.
-      carry: tree that one micro-batch hands to the next, such as running statistics; of the same structure as the one received.
-    """
-
-    terms: dict[str, jax.Array]
-    rows: Any = None
-    carry: Any = None
+    terms: dict[str, jax.Array]  # scalars, averaged over micro-batches
+    rows: Any = None  # tree of arrays with a leading batch axis, returned in the batch's order
+    carry: Any = None  # tree for the next micro-batch, such as running statistics; of the structure of the one received
 
 
 def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
-    """Computes the gradient of a loss over a batch, in micro-batches.
-
-    Args:
-      loss: (params, x, carry) -> (scalar, Aux).
-      params: tree that the gradient is taken with respect to.
-      x: tree of [B, ...], see `accumulate`.
-      carry: what the first micro-batch receives; None if there is none.
-      micro_batches: their number, 1 for the whole batch at once.
+    """Computes the gradient of a loss, (params, x, carry) -> (scalar, Aux), with respect to `params`, see `accumulate`.
 
     Returns:
       grads, terms with the loss itself as 'loss' (both means over micro-batches), rows, carry after the last micro-batch.
@@ -46,16 +33,12 @@ def accumulated_grad(loss, params, x, carry=None, *, micro_batches: int):
 
 
 def accumulate(fn, carry, batch, micro_batches: int):
-    """Runs `fn` over equal micro-batches.
+    """Runs `fn` over equal micro-batches; returns the last carry, the mean tree, and the rows [B, ...] in their order.
 
     Args:
       fn: (carry, micro-batch) -> (carry, tree to average over micro-batches, tree with a leading batch axis or None).
-      carry: passed from one micro-batch to the next.
       batch: tree of [B, ...]; B divisible by `micro_batches`. Micro-batch j takes rows j, j + micro_batches, …, so that a batch
         sharded over its first axis stays where it is.
-
-    Returns:
-      carry, mean tree, batch tree [B, ...] in the original order.
     """
     if micro_batches == 1:
         return fn(carry, batch)

@@ -1,9 +1,6 @@
 """Saving and restoring a run: the train state, the position in the data and the config, one folder per step.
 
-Layout of a run's workdir:
-
-  checkpoints/<step>/          one complete checkpoint, see `checkpoint_files`
-  checkpoints_damaged/<step>-<n>/   checkpoints that could not be read when the run was resumed, moved out of the way
+A workdir has checkpoints/<step>, see `checkpoint_files`, and in checkpoints_damaged/<step>-<n> those that could not be read.
 
 Storage, asynchrony, atomic commit and retention are Orbax's. Added here are the answers to questions that Orbax leaves
 open: does this workdir hold the run that is being resumed (the stored config says), does the stored tree fit the state
@@ -99,16 +96,13 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.close()  # otherwise a save in progress cannot be completed, and nobody should wait for it
 
     def save(self, step: int, state: Any, data_state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        """Starts saving a checkpoint; returns once `state` may be donated.
+        """Starts saving a checkpoint; returns once `state` may be donated: False if this step was saved already.
 
         Args:
           step: number of finished training steps.
           state: pytree of arrays, any sharding; None leaves are allowed.
           data_state: state of the data iterator, JSON values, equal in all processes (process 0 writes it).
           config: JSON values, too.
-
-        Returns:
-          False if this step is saved already (nothing is written then), otherwise True.
 
         Raises:
           ValueError: if a checkpoint of a later step exists.
@@ -262,9 +256,6 @@ def _drop_orbax_progress(record) -> bool:
     return record.levelno >= logging.converter.STANDARD_WARNING or "orbax" not in record.pathname
 
 
-# ---- what must match on resumption -----------------------------------------------------------------------------------
-
-
 def _check_same_run(stored_config: Mapping[str, Any], given: Mapping[str, Any], path: epath.Path) -> None:
     """Raises ValueError naming every field, outside RESUMABLE, in which two configs differ."""
     lines = [
@@ -296,9 +287,6 @@ def _check_same_arrays(stored_kinds: Mapping[str, stored.Kind], abstract: Any, p
         )
 
 
-# ---- parts of a run's checkpoints ------------------------------------------------------------------------------------
-
-
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Returns the steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = absolute(workdir) / "checkpoints"
@@ -307,16 +295,12 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """Reads the config that a run was trained with, from the checkpoint of a step, None for the newest.
-
-    Raises:
-      ValueError: if there are no checkpoints, no such step, or the stored config cannot be read.
-    """
+    """Returns a run's config, from a step's checkpoint, None for the newest; ValueError if there is none that can be read."""
     return _read(workdir, step, lambda checkpoint: checkpoint.part("config"))[0]
 
 
 def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """Reads the data position that `Checkpointer.save` was given; arguments and errors as `read_config`."""
+    """Returns the data position that `Checkpointer.save` was given; arguments and errors as `read_config`."""
     return _read(workdir, step, lambda checkpoint: checkpoint.part("data"))[0]
 
 
@@ -330,19 +314,11 @@ def stored_shapes(workdir: epath.PathLike, step: int | None = None) -> tuple[Any
 
 
 def restore_subset(workdir: epath.PathLike, abstract_subtree: Any, step: int | None = None) -> tuple[Any, int]:
-    """Restores a part of a train state, for instance only what sampling needs; the rest is not read.
+    """Restores a part of a train state, for instance what sampling needs; returns it and the step that it comes from.
 
-    Args:
-      workdir: the run's folder.
-      abstract_subtree: pytree of `jax.ShapeDtypeStruct` whose keys are those of the saved state, for instance
-        `{"ema": ..., "vae": {"params": ...}}`. Leaves without a sharding go to one local device.
-      step: the checkpoint to read; None for the newest.
-
-    Returns:
-      (the subtree filled with arrays, the step it comes from).
-
-    Raises:
-      ValueError: as `read_config`, or if the checkpoint lacks a name or has it in another shape or dtype.
+    `abstract_subtree` is a pytree of `jax.ShapeDtypeStruct` whose keys are those of the saved state, for instance
+    `{"ema": ..., "vae": {"params": ...}}`. Leaves without a sharding go to one local device. ValueError as of `read_config`, or
+    if the checkpoint lacks a name or has it in another shape or dtype.
     """
     (stored_kinds, sums), path = _read(workdir, step, lambda saved: (stored.kinds(saved.metadata()), saved.checksums["arrays"]))
     _check_same_arrays(stored_kinds, abstract_subtree, path, partial=True)

@@ -163,9 +163,7 @@ def _restore(path: epath.Path, abstract: Any, restore_args: Any) -> Any:
 def attempt(read: Callable[[], Any], path: epath.Path) -> tuple[Any, str | None]:
     """Returns (read(), None), or (None, the damage) if that fails in any process; `path` is the checkpoint that it reads.
 
-    Raises:
-      OSError: if not the checkpoint is to blame, but the disk, the bucket or the memory, after some more attempts; or if this
-        user may not read it.
+    OSError if the disk, the bucket or the memory is to blame, after some more attempts, or if this user may not read it.
     """
 
     def result_or_damage():

@@ -17,31 +17,19 @@ from repae_jax.training.rng import named_keys
 
 @struct.dataclass
 class Inputs:
-    """Inputs of the losses of one step; every array has the batch first, so that micro-batches are cut from all.
+    """Inputs of the losses of one step; every array has the batch first, so that micro-batches are cut from all."""
 
-    Attributes:
-      images: in [-1, 1]; None if the step reads cached moments alone.
-      labels: class of each image; none is dropped yet.
-      targets: the encoders' patch tokens, one array per encoder.
-      posterior_noise: N(0, 1), samples the VAE's posterior.
-      t: diffusion times, shared by both SiT passes: in [0, 1], where 1 is noise, or DiT's timesteps 0..999.
-      noise: N(0, 1), shared by both SiT passes.
-      label_drop: True where SiT's own loss (phase 3) replaces the label by the null label.
-      moments: mean and standard deviation of cached posteriors.
-      latents: un-normalized, added once the VAE was applied; detached, except in the ablation without stop-gradient.
-      recon: detached reconstruction, added likewise.
-    """
-
-    images: Float[Array, "B H W 3"] | None
-    labels: Int[Array, " B"]
-    targets: tuple[Float[Array, "B T F"], ...]
-    posterior_noise: Float[Array, "B h w C"]
-    t: Array
-    noise: Float[Array, "B h w C"]
-    label_drop: Bool[Array, " B"]
-    moments: Float[Array, "B h w 2C"] | None = None
+    images: Float[Array, "B H W 3"] | None  # in [-1, 1]; None if the step reads cached moments alone
+    labels: Int[Array, " B"]  # none is dropped yet
+    targets: tuple[Float[Array, "B T F"], ...]  # the encoders' patch tokens, one array per encoder
+    posterior_noise: Float[Array, "B h w C"]  # N(0, 1), samples the VAE's posterior
+    t: Array  # [B], shared by both SiT passes: times in [0, 1], where 1 is noise, or DiT's timesteps 0..999
+    noise: Float[Array, "B h w C"]  # N(0, 1), shared by both SiT passes
+    label_drop: Bool[Array, " B"]  # True where SiT's own loss (phase 3) replaces the label by the null label
+    moments: Float[Array, "B h w 2C"] | None = None  # mean and standard deviation of cached posteriors
+    # un-normalized, added once the VAE was applied; detached, except in the ablation without stop-gradient
     latents: Float[Array, "B h w C"] | None = None
-    recon: Float[Array, "B H W 3"] | None = None
+    recon: Float[Array, "B H W 3"] | None = None  # detached reconstruction, added likewise
 
 
 def prepare(batch, step, frozen, key, *, nets, encoders, recipe) -> Inputs:
@@ -50,27 +38,17 @@ def prepare(batch, step, frozen, key, *, nets, encoders, recipe) -> Inputs:
     Args:
       batch: 'label', with 'image' (uint8) or 'moments' (of a cache; of each image and its mirror image if images are flipped).
       step: steps taken so far.
-      frozen: 'encoders' holds their parameters.
+      frozen: 'encoders' holds their parameters, in the order of `encoders`.
       key: the run's base key, the same at every step.
-      nets: BoundNets, of which the VAE gives the shape of the latents.
-      encoders: tuple of encoders.Encoder, in the order of their parameters.
-      recipe: Recipe.
     """
     batch = flip(batch, key, step, recipe.flip_probability)
     image, moments = batch.get("image"), batch.get("moments")
-    if moments is None:
-        shape = nets.vae.latent_shape(image)
-    else:
-        shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+    shape = nets.vae.latent_shape(image) if moments is None else (*moments.shape[:-1], moments.shape[-1] // 2)
     with jax.named_scope("encoders"):
         targets = tuple(encode(encoder, params, image) for encoder, params in zip(encoders, frozen["encoders"]))
-    return Inputs(
-        images=None if image is None else to_float(image),
-        labels=batch["label"],
-        targets=targets,
-        moments=moments,
-        **sample_noise(key, step, shape, recipe),
-    )
+    images = None if image is None else to_float(image)
+    noise = sample_noise(key, step, shape, recipe)
+    return Inputs(images=images, labels=batch["label"], targets=targets, moments=moments, **noise)
 
 
 def sample_noise(key, step, latent_shape: tuple[int, ...], recipe) -> dict[str, Any]:

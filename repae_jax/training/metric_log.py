@@ -123,11 +123,8 @@ class JsonLines:
 def arithmetic_speed(images_per_second: float, flop_per_image: float, devices: int, peak: float | None) -> dict[str, float]:
     """Returns 'tflops_per_device', 1e12 FLOP/s, and its share of the peak, 'mfu' (model FLOPs utilization).
 
-    Args:
-      images_per_second: images of all devices.
-      flop_per_image: FLOP of a training step on one image, counted without recomputation.
-      devices: number of devices.
-      peak: FLOP/s of one device; None if unknown, as for CPUs: then there is no 'mfu'.
+    Images are those of all devices, and FLOP those of a training step, without recomputation. The peak is in FLOP/s of one
+    device, None if unknown, as for CPUs: then there is no 'mfu'.
     """
     per_device = flop_per_image * images_per_second / devices
     return {"tflops_per_device": per_device / 1e12} | ({"mfu": per_device / peak} if peak else {})
@@ -168,9 +165,8 @@ class Progress:
     def update(self, step: int, waited: Sequence[float] = ()) -> dict[str, float]:
         """Returns the speed since the last update; ValueError if no step was finished since.
 
-        Args:
-          step: number of finished steps. Wait for the step's results first, or its time counts for the next update.
-          waited: seconds that each process has waited for input since the run's beginning, see `Loader.wait_seconds`.
+        Wait for the results of `step` first, or its time counts for the next update. `waited` are the seconds that each process
+        has waited for input since the run's beginning, see `Loader.wait_seconds`.
 
         Returns:
           'images_per_second' and 'seconds_per_step'; 'eta_seconds' from a moving average; 'input_wait', 0..1, the share of the
@@ -187,11 +183,10 @@ class Progress:
         waits = [after - before for after, before in zip(waited, self._last_waited, strict=True)]
         images_per_second = self._batch_size / seconds_per_step
         self._speed = {
-            "images_per_second": images_per_second,
-            "seconds_per_step": seconds_per_step,
+            "images_per_second": images_per_second, "seconds_per_step": seconds_per_step,
             "eta_seconds": smooth * max(self._total_steps - step, 0),
             "input_wait": min(max(waits, default=0.0) / seconds, 1.0),
-        }
+        }  # fmt: skip
         if self._arithmetic is not None:
             self._speed |= self._arithmetic(images_per_second)
         self._last_step, self._last_time, self._paused_seconds, self._last_waited = step, now, 0.0, waited

@@ -24,15 +24,16 @@ class Nets(NamedTuple):
     lpips: LPIPS | None
 
 
-def _apply(module, params, *arrays, **options):
-    return module.apply({"params": unsharded(params)}, *arrays, **options)
-
-
 @dataclass(frozen=True)
-class BoundVAE:
-    """The VAE; images are in [-1, 1], latents un-normalized."""
+class _Bound:
+    module: Any  # of Nets
 
-    module: AutoencoderKL
+    def _apply(self, params, *arrays, **options):
+        return self.module.apply({"params": unsharded(params)}, *arrays, **options)
+
+
+class BoundVAE(_Bound):
+    """The VAE; images are in [-1, 1], latents un-normalized."""
 
     def latent_shape(self, images: Any) -> tuple[int, ...]:
         """Returns the shape [B, h, w, C] of the latents of images [B, H, W, 3]."""
@@ -41,22 +42,19 @@ class BoundVAE:
 
     def encode(self, params: Any, images: Float[Array, "B H W 3"]) -> DiagonalGaussian:
         """Returns the posterior q(z|x)."""
-        return _apply(self.module, params, images, method="encode")
+        return self._apply(params, images, method="encode")
 
     def decode(self, params: Any, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Returns the reconstruction, not clipped."""
-        return _apply(self.module, params, latents, method="decode")
+        return self._apply(params, latents, method="decode")
 
     def project(self, params: Any, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w F"]:
         """Returns VA-VAE's linear map of the latents to the encoder's features."""
-        return _apply(self.module, params, latents, method="project")
+        return self._apply(params, latents, method="project")
 
 
-@dataclass(frozen=True)
-class BoundSiT:
+class BoundSiT(_Bound):
     """The diffusion transformer."""
-
-    module: SiT
 
     @property
     def null_label(self) -> int:
@@ -65,18 +63,15 @@ class BoundSiT:
 
     def __call__(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
         """Returns the network's output [B, h, w, C], or [B, h, w, 2C] with a variance, and a tuple of projections [B, T, F]."""
-        return _apply(self.module, params, z_t, t, labels)
+        return self._apply(params, z_t, t, labels)
 
     def align(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
         """Returns the projections of `__call__` alone; no block beyond the one that they are taken from is computed."""
-        return _apply(self.module, params, z_t, t, labels, method="align")
+        return self._apply(params, z_t, t, labels, method="align")
 
 
-@dataclass(frozen=True)
-class BoundDiscriminator:
+class BoundDiscriminator(_Bound):
     """The discriminator; its batch norms normalize with the batch's own statistics; the running ones are for export."""
-
-    module: PatchDiscriminator
 
     def __call__(self, params: Any, batch_stats: Any, images: Float[Array, "B H W 3"]):
         """Returns logits, positive for real, and the running statistics after these images."""
@@ -85,15 +80,12 @@ class BoundDiscriminator:
         return logits, updates["batch_stats"]
 
 
-@dataclass(frozen=True)
-class BoundLPIPS:
+class BoundLPIPS(_Bound):
     """The perceptual distance."""
-
-    module: LPIPS
 
     def __call__(self, params: Any, images: Float[Array, "B H W 3"], others: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
         """Returns the distance of each pair."""
-        return _apply(self.module, params, images, others)
+        return self._apply(params, images, others)
 
 
 class BoundNets(NamedTuple):

@@ -42,11 +42,8 @@ class WorkdirLost(multihost.CollectiveError):
 def owned(workdir: epath.Path) -> Iterator[Callable[[], None]]:
     """Makes this run the owner of a workdir, a folder that exists, while the context lasts; all processes of the run call it.
 
-    Yields:
-      Function that all processes call before they save; it raises WorkdirLost if another run has become the owner.
-
-    Raises:
-      ValueError: in all processes, if another run is the owner and gives signs of life; it names the owner.
+    Yields a function that all call before they save; it raises WorkdirLost if another run has become the owner. ValueError in
+    all processes, which names the owner, if another run is it and gives signs of life.
     """
     owner, refusal = None, None
     if jax.process_index() == 0:
@@ -70,17 +67,14 @@ class _Owner:
     """Claims a workdir for this run by a file, and renews it."""
 
     def __init__(self, path: epath.Path):
-        self._path = path
-        self._is_on_disk = not buckets.is_address(path)
-        self._token = secrets.token_hex(8)
+        self._path, self._is_on_disk, self._token = path, not buckets.is_address(path), secrets.token_hex(8)
         self._about = {
             "host": socket.gethostname(), "machine": _machine(),
             "pid": os.getpid(), "process_start": _process_start(os.getpid()),
             "job": {name: os.environ[name] for name in _JOBS if name in os.environ},
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "token": self._token,
         }  # fmt: skip
-        self._beats = 0
-        self._ended = threading.Event()
+        self._beats, self._ended = 0, threading.Event()
         self._beating = threading.Thread(target=self._beat, name="owner of the workdir", daemon=True)
 
     def acquire(self) -> str | None:

@@ -21,67 +21,40 @@ class Optimizers(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run. A loss term exists only if its weight is named.
+    """The numbers of a run. A loss term exists only if its weight is named."""
 
-    Attributes:
-      vae_weights: names as in `train_step.VAE_TERMS`, for tokenizers those of `tokenizer_step`, too.
-      sit_weights: names of the objective's own terms, or as in `train_step.SIT_TERMS`.
-      objective: interpolant.VelocityObjective or ddpm.NoiseObjective.
-      align_factor: step -> factor of both alignment weights; None is 1.
-      lpips_input_range: see `reconstruction.perceptual`.
-      gan_start: first step with an adversarial loss; the discriminator's hinge loss starts then, too.
-      gan_factor: multiplies both from then on, besides the weight 'gan' of the VAE's.
-      lecam_weight: weight of LeCam in the discriminator's loss.
-      label_dropout: share of labels replaced by the null label in the SiT phase.
-      flip_probability: share of images that are mirrored.
-      norm_momentum: momentum of the latent batch norm, in torch's convention (the weight of the batch); 0 keeps the initial
-        statistics, which then normalize every pass.
-      ema_decay: decay of the averages.
-      accumulation: micro-batches per step.
-      fixed: name of a network -> top-level names of its parameters that are not trained.
-    """
-
-    vae_weights: Mapping[str, float]
-    sit_weights: Mapping[str, float]
-    objective: Any = VelocityObjective()
-    align_factor: Callable | None = None
-    lpips_input_range: tuple[float, float] = (-1.0, 1.0)
-    gan_start: int = 0
-    gan_factor: float = 1.0
-    lecam_weight: float = 0.0
-    label_dropout: float = 0.1
+    vae_weights: Mapping[str, float]  # names as in `train_step.VAE_TERMS`, for tokenizers those of `tokenizer_step`, too
+    sit_weights: Mapping[str, float]  # names of the objective's own terms, or as in `train_step.SIT_TERMS`
+    objective: Any = VelocityObjective()  # or a ddpm.NoiseObjective
+    align_factor: Callable | None = None  # step -> factor of both alignment weights; None is 1
+    lpips_input_range: tuple[float, float] = (-1.0, 1.0)  # see `reconstruction.perceptual`
+    gan_start: int = 0  # first step with an adversarial loss; the discriminator's hinge loss starts then, too
+    gan_factor: float = 1.0  # multiplies both from then on, besides the weight 'gan' of the VAE's
+    lecam_weight: float = 0.0  # of LeCam in the discriminator's loss
+    label_dropout: float = 0.1  # share of labels replaced by the null label in the SiT phase
     flip_probability: float = 0.0
+    # of the latent batch norm, in torch's convention (the weight of the batch); 0 keeps the initial statistics, which then
+    # normalize every pass
     norm_momentum: float = 0.1
     ema_decay: float = 0.9999
-    accumulation: int = 1
-    fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    accumulation: int = 1  # micro-batches per step
+    fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # network -> top-level names of what is not trained in it
 
     def factors(self, step) -> dict[str, jax.Array | float]:
-        """Returns the factors of the terms 'gan' and 'align', in every network's loss, after `step` steps.
-
-        The GAN may start late, and the alignment may end early; other terms keep their weights.
-        """
+        """Returns the factors, after `step` steps, of the terms 'gan', which may start late, and 'align', which may end."""
         align = 1.0 if self.align_factor is None else self.align_factor(step)
         return {"gan": gan_factor(step, self.gan_start, self.gan_factor), "align": align}
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe(Recipe):
-    """The numbers of a tokenizer's run.
+    """The numbers of a tokenizer's run."""
 
-    Attributes:
-      pixel_reduction: 'mean' or 'sum' over an image's pixels and channels, of 'l1', 'l2' and 'lpips'; metrics show means.
-      adaptive: 'gan' or 'vf' -> largest factor of its weight, which is adapted so that the term's gradient is as large as the
-        reconstruction's at the last layer they share.
-      vf_margins: margins of cosines and of distances, see `regularizers.vf_loss`.
-      se_factors: factors by which latents are downscaled for 'se', see `regularizers.scale_equivariance_loss`.
-      eq_scales: scales of EQ-VAE's transform, one drawn every step; () is no transform.
-      eq_prior: probability of a step without a transform.
-    """
-
-    pixel_reduction: str = "mean"
+    pixel_reduction: str = "mean"  # or 'sum', over an image's pixels and channels, of 'l1', 'l2' and 'lpips'; metrics are means
+    # 'gan' or 'vf' -> largest factor of its weight, which is adapted so that the term's gradient is as large as the
+    # reconstruction's at the last layer they share
     adaptive: Mapping[str, float] = field(default_factory=dict)
-    vf_margins: tuple[float, float] = (0.0, 0.0)
-    se_factors: tuple[int, ...] = ()
-    eq_scales: tuple[float, ...] = ()
-    eq_prior: float = 0.5
+    vf_margins: tuple[float, float] = (0.0, 0.0)  # of cosines and of distances, see `regularizers.vf_loss`
+    se_factors: tuple[int, ...] = ()  # by which latents are downscaled for 'se', see `regularizers.scale_equivariance_loss`
+    eq_scales: tuple[float, ...] = ()  # of EQ-VAE's transform, one drawn every step; () is no transform
+    eq_prior: float = 0.5  # probability of a step without a transform

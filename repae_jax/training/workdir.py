@@ -15,9 +15,7 @@ _LONGEST = 3800  # bytes of a path: names below it need the rest of the 4095 tha
 def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     """Creates a workdir, a local path or `gs://bucket/path`, proves that it can be written to, and returns its absolute path.
 
-    Raises:
-      ValueError: if the workdir has a name that checkpoints would be lost under, or cannot be created or written to.
-      OSError: if one in a bucket cannot be written to.
+    ValueError, for a bucket OSError, if it cannot be written to, or has a name that checkpoints would be lost under.
     """
     check_name(workdir)
     path = absolute(workdir)

@@ -11,22 +11,22 @@ def draw(shape=(3, 4, 4, 5), seed=0):
 
 def test_stats_against_scipy():
     latents = draw()
-    tokens, found = latents.reshape(-1, 5), channels.channel_stats(latents)
-    np.testing.assert_allclose(found["mean"], tokens.mean(axis=0))
-    np.testing.assert_allclose(found["std"], tokens.std(axis=0))
-    np.testing.assert_allclose(found["skewness"], stats.skew(tokens))
-    np.testing.assert_allclose(found["kurtosis"], stats.kurtosis(tokens))
-    np.testing.assert_array_equal(found["median"], np.median(tokens, axis=0))
-    np.testing.assert_array_equal([found["min"], found["max"]], [tokens.min(axis=0), tokens.max(axis=0)])
+    tokens, values = latents.reshape(-1, 5), channels.channel_stats(latents)
+    np.testing.assert_allclose(values["mean"], tokens.mean(axis=0))
+    np.testing.assert_allclose(values["std"], tokens.std(axis=0))
+    np.testing.assert_allclose(values["skewness"], stats.skew(tokens))
+    np.testing.assert_allclose(values["kurtosis"], stats.kurtosis(tokens))
+    np.testing.assert_array_equal(values["median"], np.median(tokens, axis=0))
+    np.testing.assert_array_equal([values["min"], values["max"]], [tokens.min(axis=0), tokens.max(axis=0)])
 
 
 def test_a_collapsed_channel_is_named_and_has_no_shape():
     latents = draw().astype(np.float32)
     latents[..., 2] = 1e4 + 1e-3 * np.random.default_rng(1).normal(size=latents.shape[:3])  # float32's rounding
     assert channels.collapsed(latents).tolist() == [False, False, True, False, False]
-    found = channels.channel_stats(latents)
-    assert np.isnan(found["skewness"]).tolist() == [False, False, True, False, False]
-    assert np.isfinite(found["std"]).all()
+    values = channels.channel_stats(latents)
+    assert np.isnan(values["skewness"]).tolist() == [False, False, True, False, False]
+    assert np.isfinite(values["std"]).all()
 
 
 def test_dimensions_of_known_covariances():

@@ -41,16 +41,16 @@ def test_grows_with_what_does_not_commute_and_not_with_the_scale():
 
 
 def test_unrelated_latents_have_root_two():
-    one, two = np.random.default_rng(1).normal(size=(2, 16, 8, 8, 4))
-    assert equivariance.relative_error(equivariance.difference_sums(one, two)) == pytest.approx(np.sqrt(2), rel=0.05)
+    first, second = np.random.default_rng(1).normal(size=(2, 16, 8, 8, 4))
+    assert equivariance.relative_error(equivariance.difference_sums(first, second)) == pytest.approx(np.sqrt(2), rel=0.05)
 
 
 def test_batches_add_up():
-    one, two = np.random.default_rng(1).normal(size=(2, 6, 4, 4, 3)) + 5
-    whole = equivariance.difference_sums(one, two)
-    parts = equivariance.difference_sums(one[:2], two[:2]) + equivariance.difference_sums(one[2:], two[2:])
+    first, second = np.random.default_rng(1).normal(size=(2, 6, 4, 4, 3)) + 5
+    whole = equivariance.difference_sums(first, second)
+    parts = equivariance.difference_sums(first[:2], second[:2]) + equivariance.difference_sums(first[2:], second[2:])
     np.testing.assert_allclose(parts, whole)
-    expected = np.sqrt(((one - two) ** 2).sum() / ((one - one.mean(axis=(0, 1, 2))) ** 2).sum())
+    expected = np.sqrt(((first - second) ** 2).sum() / ((first - first.mean(axis=(0, 1, 2))) ** 2).sum())
     assert equivariance.relative_error(whole) == pytest.approx(expected)
 
 

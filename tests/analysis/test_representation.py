@@ -17,14 +17,14 @@ def draw(count=60, width=8, seed=0):
 
 def test_golden(golden, record_property):
     a, b = golden["features_a"], golden["features_b"]
-    found = {
+    similarities = {
         "cknna_k10": rep.cknna(a, b, 10, "platonic_code"),
         "cknna_k10_self": rep.cknna(a, a, 10, "platonic_code"),
         "cka": rep.cka(a, b),
         "unbiased_cka": rep.cka(a, b, unbiased=True),
         "mutual_knn_k10": rep.mutual_knn(a, b, 10),
     }
-    for name, value in found.items():
+    for name, value in similarities.items():
         reference.check(value, golden[name], 1e-5, name, record_property)
 
 
@@ -115,9 +115,9 @@ def test_errors():
 
 def test_principal_components():
     latents = np.random.default_rng(0).gamma(2.0, size=(3, 4, 4, 6)) * [1, 5, 1, 1, 3, 1]
-    made = rep.principal_components(latents)
-    assert made.shape == (3, 4, 4, 3)
-    tokens = made.reshape(-1, 3)
+    components = rep.principal_components(latents)
+    assert components.shape == (3, 4, 4, 3)
+    tokens = components.reshape(-1, 3)
     np.testing.assert_allclose(tokens.mean(axis=0), 0, atol=1e-10)
     covariance = np.cov(tokens.T)
     np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-10 * covariance[0, 0])
@@ -128,7 +128,7 @@ def test_principal_components():
 
 def test_components_do_not_depend_on_order_or_sign_of_the_channels():
     latents = np.random.default_rng(0).gamma(2.0, size=(3, 4, 4, 6)) * [1, 5, 1, 1, 3, 1]
-    made = rep.principal_components(latents)
-    np.testing.assert_allclose(rep.principal_components(latents[..., ::-1]), made, atol=1e-9)
-    np.testing.assert_allclose(rep.principal_components(latents * [1, -1, -1, 1, 1, -1]), made, atol=1e-9)
-    np.testing.assert_allclose(rep.principal_components(latents + 7), made, atol=1e-9)
+    components = rep.principal_components(latents)
+    np.testing.assert_allclose(rep.principal_components(latents[..., ::-1]), components, atol=1e-9)
+    np.testing.assert_allclose(rep.principal_components(latents * [1, -1, -1, 1, 1, -1]), components, atol=1e-9)
+    np.testing.assert_allclose(rep.principal_components(latents + 7), components, atol=1e-9)

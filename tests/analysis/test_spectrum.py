@@ -7,14 +7,14 @@ from repae_jax.analysis import spectrum
 def naive_dct(plane):
     """Coefficients of one block by the definition."""
     n = len(plane)
-    made = np.zeros((n, n))
+    matrix = np.zeros((n, n))
     for u in range(n):
         for v in range(n):
             for i in range(n):
                 for j in range(n):
-                    made[u, v] += plane[i, j] * np.cos(np.pi * (i + 0.5) * u / n) * np.cos(np.pi * (j + 0.5) * v / n)
-            made[u, v] *= (np.sqrt(1 / n) if u == 0 else np.sqrt(2 / n)) * (np.sqrt(1 / n) if v == 0 else np.sqrt(2 / n))
-    return made
+                    matrix[u, v] += plane[i, j] * np.cos(np.pi * (i + 0.5) * u / n) * np.cos(np.pi * (j + 0.5) * v / n)
+            matrix[u, v] *= (np.sqrt(1 / n) if u == 0 else np.sqrt(2 / n)) * (np.sqrt(1 / n) if v == 0 else np.sqrt(2 / n))
+    return matrix
 
 
 def test_zigzag_is_jpeg_s():
@@ -30,8 +30,8 @@ def test_against_the_definition():
         for top in (0, 4):
             for left in (0, 4, 8):
                 for c in range(3):
-                    found = naive_dct(x[b, top : top + 4, left : left + 4, c])
-                    in_order = np.abs([found[u, v] for u, v in spectrum.zigzag(4)])
+                    coefficients = naive_dct(x[b, top : top + 4, left : left + 4, c])
+                    in_order = np.abs([coefficients[u, v] for u, v in spectrum.zigzag(4)])
                     amplitudes[:, c] += in_order / 12
                     ratios[:, c] += in_order / in_order[0] / 12
     np.testing.assert_allclose(spectrum.mean_amplitudes(x, 4), amplitudes, rtol=1e-10)

@@ -53,8 +53,8 @@ def bucket(tmp_path, monkeypatch):
             return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
 
         def stat(self):
-            found = os.stat(self)
-            return SimpleNamespace(length=found.st_size, mtime=found.st_mtime_ns, st_mode=found.st_mode)
+            status = os.stat(self)
+            return SimpleNamespace(length=status.st_size, mtime=status.st_mtime_ns, st_mode=status.st_mode)
 
         def copy(self, target, overwrite):
             shutil.copy(self, Remote(target))

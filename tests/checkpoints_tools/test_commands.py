@@ -57,7 +57,7 @@ def job():
 @pytest.fixture(scope="module")
 def state(job):
     """A state with moments and an average of no special value."""
-    made = small.random_state(job)
+    base = small.random_state(job)
     other = small.random_state(job, seed=1)
     rng = np.random.default_rng(2)
 
@@ -65,9 +65,9 @@ def state(job):
         mu, nu = (jax.tree.map(lambda x: rng.random(x.shape, np.float32), net.params) for _ in range(2))
         return net.replace(opt_state=optax.tree.set(net.opt_state, mu=mu, nu=nu, count=np.int32(7)))
 
-    nets = {name: with_moments(getattr(made, name)) for name in ("sit", "vae", "disc")}
-    ema = made.ema.replace(params=other.sit.params, latent_stats=other.latent_stats)
-    return jax.device_get(made.replace(step=np.int32(7), ema=ema, **nets))
+    nets = {name: with_moments(getattr(base, name)) for name in ("sit", "vae", "disc")}
+    ema = base.ema.replace(params=other.sit.params, latent_stats=other.latent_stats)
+    return jax.device_get(base.replace(step=np.int32(7), ema=ema, **nets))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_run_becomes_a_published_one_and_comes_back_bit_for_bit(job, state, pu
 
 
 def test_the_published_code_reads_the_file(published_run):
-    """As its scripts do, with torch alone: plain tensors in a dict, args a Namespace."""
+    """It is read with torch alone, as its scripts do: plain tensors in a dict, args a Namespace."""
     with torch.serialization.safe_globals([commands.argparse.Namespace]):
         content = torch.load(published_run / "checkpoints" / "0000007.pt", weights_only=True)
     assert set(content) == {"model", "ema", "vae", "discriminator", "opt", "opt_vae", "opt_disc", "args", "steps"}
@@ -250,17 +250,17 @@ def test_a_plain_sit_of_its_training_file(tmp_path):
 
 def test_legacy_names_in_a_training_file(published_run, tmp_path, caplog):
     """REPA's older checkpoints call the blocks behind the projectors decoder_blocks."""
-    taken = published.read(published_run)
+    checkpoint = published.read(published_run)
 
     def legacy(arrays):
         return {name.replace("blocks.1.", "decoder_blocks.0."): array for name, array in arrays.items()}
 
-    old = {name: legacy(taken.networks[name]) for name in ("model", "ema")}
-    args = commands.argparse.Namespace(**taken.args)
+    old = {name: legacy(checkpoint.networks[name]) for name in ("model", "ema")}
+    args = commands.argparse.Namespace(**checkpoint.args)
     write_torch(tmp_path / "legacy.pt", {**old, "opt": {}, "args": args, "steps": 7})
     read = published.read(tmp_path / "legacy.pt")
     for name in ("model", "ema"):
-        same_arrays(read.networks[name], dict(taken.networks[name]))
+        same_arrays(read.networks[name], dict(checkpoint.networks[name]))
     assert read.optimizers == {} and "its optimizers are left out" in caplog.text
 
 
@@ -297,8 +297,8 @@ def test_a_sit_xl_in_a_minute_and_two_and_a_half_times_its_size(tmp_path, option
     write_torch(source, torch_param_order.to_ordered_torch(sit.sit_table(module, latent_norm=False), variables))
     del variables
     command = [sys.executable, "-c", MEASURED, str(source), str(tmp_path / "out.safetensors"), *options]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds, peak = map(float, made.stdout.split()[-2:])
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, peak = map(float, process.stdout.split()[-2:])
     print(f"{seconds:.0f} s, peak {peak / source.stat().st_size:.2f} times the file")
     assert seconds < 60 and peak < 2.5 * source.stat().st_size
 
@@ -425,12 +425,12 @@ def test_paths_below_the_home_folder(monkeypatch, command):
 
 def test_as_a_program(tmp_path):
     command = [sys.executable, "-m", "checkpoints_tools", "inspect", str(tmp_path / "no.pt")]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 1 and made.stderr.startswith("error: ") and "no.pt does not exist" in made.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.startswith("error: ") and "no.pt does not exist" in process.stderr
 
 
 def test_the_commands_of_the_readme(workdir, published_run, tmp_path, monkeypatch):
-    """In their order, on tiny networks under the names that stand there."""
+    """They run in their order, on tiny networks under the names that stand there."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
@@ -479,12 +479,12 @@ def test_damaged_networks(published_run, tmp_path, monkeypatch, damage):
 
 @pytest.mark.parametrize("part, name", [("ema", "blocks.1.attn.qkv.weight"), ("discriminator", "main.2.weight")])
 def test_a_damaged_network_in_a_training_checkpoint(published_run, tmp_path, monkeypatch, part, name):
-    taken = published.read(published_run)
-    for array in (None, np.full_like(taken.networks[part][name], np.nan)):
-        arrays = {**taken.networks[part], name: array}
-        networks = {**taken.networks, part: {n: a for n, a in arrays.items() if a is not None}}
+    checkpoint = published.read(published_run)
+    for array in (None, np.full_like(checkpoint.networks[part][name], np.nan)):
+        arrays = {**checkpoint.networks[part], name: array}
+        networks = {**checkpoint.networks, part: {n: a for n, a in arrays.items() if a is not None}}
         source = tmp_path / "bad.safetensors"
-        write_checkpoint(source, published.dataclasses.replace(taken, networks=networks, optimizers={}), overwrite=True)
+        write_checkpoint(source, published.dataclasses.replace(checkpoint, networks=networks, optimizers={}), overwrite=True)
         message = error_of(monkeypatch, "convert", source, tmp_path / "target.pt")
         assert f"{source}: {part}" in message and name in message
         assert not (tmp_path / "target.pt").exists()

@@ -36,20 +36,20 @@ ENCODERS = {
 
 def make_config(module, **changes):
     """A job's tiny preset at 8 x 8 pixels, with a VAE of 32 group-norm groups, as published files have."""
-    made = module.get_config("tiny").unlock()
-    made.data.image_size = 8
-    made.vae.update(channel_multipliers=(1, 1), channels=32, norm_groups=32)
-    if "disc" in made:
-        made.disc.num_layers = 1
-    if "sit" in made:
-        made.encoders = ENCODERS
+    config = module.get_config("tiny").unlock()
+    config.data.image_size = 8
+    config.vae.update(channel_multipliers=(1, 1), channels=32, norm_groups=32)
+    if "disc" in config:
+        config.disc.num_layers = 1
+    if "sit" in config:
+        config.encoders = ENCODERS
     for name, value in changes.items():
         *sections, field = name.split("__")
-        section = made
+        section = config
         for part in sections:
             section = section[part]
         section[field] = value
-    return made
+    return config
 
 
 def make_run(folder, config):
@@ -100,7 +100,7 @@ def sit_run(folder, frozen_vae):
 
 @pytest.fixture(scope="module")
 def dit_run(folder, frozen_vae):
-    """Without encoders. Its norms tell the number of heads, so that its weights alone can be read."""
+    """It has no encoders. Its norms tell the number of heads, so that its weights alone can be read."""
     config = make_config(
         ldm, init__vae=str(frozen_vae), encoders={}, sit__qk_norm=True, sit__learned_sigma=True, diffusion__path="ddpm",
         sampling__sampler="ancestral",
@@ -141,7 +141,7 @@ def images(workdir, **options):
     trained = load_model(workdir, devices=jax.devices()[:1], **options)
     sampling = dataclasses.replace(trained.sampling, steps=3, guidance_scale=1.5, guidance_channels=3)
     labels = np.arange(4, dtype=np.int32)
-    return np.concatenate([made for _, made in sample.sample_batches(trained, sampling, labels, 4, 0)])
+    return np.concatenate([batch for _, batch in sample.sample_batches(trained, sampling, labels, 4, 0)])
 
 
 def continued(run, path, **init):
@@ -207,7 +207,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
         images(tmp_path / "DiT.pt", vae_path=frozen_vae)
     with pytest.raises(ValueError, match="as REPA and DiT have none: give --vae as diffusers' folder"):
         images(tmp_path / "DiT.pt", vae_path=_without_stats(frozen_vae, tmp_path), sampler="ancestral")
-    made = images(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
+    samples = images(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
     trained = load_model(tmp_path / "DiT.pt", vae_path=frozen_vae, sampler="ancestral")
     assert (trained.sampling.sampler, trained.sampling.steps) == ("ancestral", 250)
 
@@ -222,7 +222,7 @@ def test_published_dits(dit_run, converted, frozen_vae, tmp_path):
     again = tmp_path / "again"
     with checkpoint.Checkpointer(again) as checkpointer:
         checkpointer.save(STEP, jax.device_get(state), checkpoint.read_data_state(workdir), config)
-    np.testing.assert_array_equal(made, images(again))
+    np.testing.assert_array_equal(samples, images(again))
 
 
 def _without_stats(folder, tmp_path):
@@ -340,12 +340,11 @@ def test_inspect(sit_run, dit_run, vae_run, disc_run, frozen_vae, capsys):
     runs = {"sit": sit_run, "dit": dit_run, "tokenizer": vae_run, "disc": disc_run}
     assert call("inspect", "--json", *(workdir for _, _, workdir in runs.values())) == 0
     about = dict(zip(runs, json.loads(capsys.readouterr().out)))
-    held = {
-        name: {kind for kind in ("sit", "vae", "disc") if "parameters" in (found[kind] or {})} for name, found in about.items()
-    }
+    parts = ("sit", "vae", "disc")
+    held = {name: {part for part in parts if "parameters" in (entry[part] or {})} for name, entry in about.items()}
     assert held == {"sit": {"sit"}, "dit": {"sit"}, "tokenizer": {"vae", "disc"}, "disc": {"disc"}}
-    assert [found["job"] for found in about.values()] == ["ldm", "ldm", "vae", "vae"]
-    assert [found.get("objective") for found in about.values()] == ["linear", "ddpm", None, None]
+    assert [entry["job"] for entry in about.values()] == ["ldm", "ldm", "vae", "vae"]
+    assert [entry.get("objective") for entry in about.values()] == ["linear", "ddpm", None, None]
     for name in ("sit", "dit", "disc"):
         assert about[name]["vae"]["frozen"] == str(frozen_vae) and len(about[name]["vae"]["fingerprint"]) == 16
     assert about["sit"]["encoders"] == {"target": "random"} and about["dit"]["encoders"] == {}

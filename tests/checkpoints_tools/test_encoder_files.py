@@ -115,7 +115,7 @@ def test_on_another_grid_and_out_again(saved, tmp_path, record_property):
     model_class = getattr(transformers, vit.format_of(tmp_path / "out")[0].model_class)
     settings = {"add_pooling_layer": False} if kind in ("dino", "dino_classifier", "ijepa") else {}
     _, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True, **settings)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
 
 
 def test_round_trip_is_the_identity(saved, tmp_path):

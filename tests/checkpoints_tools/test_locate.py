@@ -76,8 +76,8 @@ def test_a_published_run(bucket, tmp_path):
         networks = {name: {"x_embedder.proj.weight": np.full(2, steps, np.float32)} for name in ("model", "ema")}
         content = {**networks, "args": argparse.Namespace(seed=0), "steps": steps}
         write_torch(folder / "checkpoints" / f"{steps:07d}.pt", content)
-    found = identify.identify("gs://bucket/published")
-    assert found.kind == "training" and found.checkpoint.steps == 10
+    artefact = identify.identify("gs://bucket/published")
+    assert artefact.kind == "training" and artefact.checkpoint.steps == 10
     assert cached(tmp_path) == ["args.json", "checkpoints/0000010.pt"]
 
 
@@ -86,8 +86,8 @@ def test_a_run_of_ours_is_read_where_it_is(bucket, tmp_path, capsys):
     state = {"sit": {"params": {"kernel": np.ones((2, 3), np.float32)}}}
     with checkpoint.Checkpointer(bucket / "run") as checkpointer:
         checkpointer.save(7, state, {"next_batch": 7}, config)
-    found = identify.identify("gs://bucket/run")
-    assert found.kind == "run" and not (tmp_path / "cache").exists()
+    artefact = identify.identify("gs://bucket/run")
+    assert artefact.kind == "run" and not (tmp_path / "cache").exists()
     assert call("inspect", "gs://bucket/run", "--json") == 0
     (about,) = json.loads(capsys.readouterr().out)
     assert about["step"] == 7 and about["sit"] == {"depth": 1, "parameters": 6} and about["vae"] is None
@@ -117,7 +117,7 @@ def test_a_graph_is_fetched_too(bucket, tmp_path):
 
 
 class Denied(Exception):
-    """As the libraries behind epath have: no OSError, and of several lines."""
+    """An error of the libraries behind epath: no OSError, and of several lines."""
 
 
 @pytest.mark.parametrize(

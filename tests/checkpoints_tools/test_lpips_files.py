@@ -86,8 +86,8 @@ def test_other_networks_list_everything(parts, write):
     batch_norm = parts["vgg16"] | {"features.1.running_mean": np.zeros(64, np.float32)}
     with pytest.raises(ValueError, match="2 mismatches") as error:
         load_lpips(write("bn.safetensors", batch_norm), write("alex.safetensors", alex))
-    for what in ("lin1.model.1.weight (1, 192, 1, 1)", "features.1.running_mean", "bn.safetensors with ", "alex.safetensors"):
-        assert what in str(error.value)
+    for part in ("lin1.model.1.weight (1, 192, 1, 1)", "features.1.running_mean", "bn.safetensors with ", "alex.safetensors"):
+        assert part in str(error.value)
 
 
 def test_another_scaling_is_refused(parts, write):
@@ -119,8 +119,8 @@ def test_one_damaged_file_lists_everything(kind, name, absent, wrong, parts):
     arrays |= {wrong: arrays[wrong][..., :1, :0], "surprise": np.ones(3, np.float32), "features.1.running_mean": np.ones(1)}
     with pytest.raises(ValueError, match="file.pt does not fit the network: 4 mismatches") as error:
         check_files(arrays, kind, "file.pt")
-    for what in (f"missing in file: {absent}", f"wrong shape: {wrong}", "file: surprise (3,)", "file: features.1.running_mean"):
-        assert what in str(error.value)
+    for part in (f"missing in file: {absent}", f"wrong shape: {wrong}", "file: surprise (3,)", "file: features.1.running_mean"):
+        assert part in str(error.value)
 
 
 def test_what_is_no_file_of_lpips(parts):

@@ -101,21 +101,21 @@ def test_other_dtypes_than_floats_are_refused(state_dict, target, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "said"),
+    ("dtype", "conversion"),
     [
         (np.float64, "float64, of relative precision 2e-16 and up to 2e+308; rounded to float32, of 1e-07 and up to 3e+38"),
         (np.float16, "float16, of relative precision 1e-03 and up to 7e+04; widened to float32"),
         (ml_dtypes.bfloat16, "bfloat16, of relative precision 8e-03 and up to 3e+38; widened to float32"),
     ],
 )
-def test_other_floats_are_read_with_a_warning(state_dict, target, warnings, dtype, said):
+def test_other_floats_are_read_with_a_warning(state_dict, target, warnings, dtype, conversion):
     to_flax(TABLE, state_dict, target)
     assert not warnings
     state_dict["conv.bias"] = state_dict["conv.bias"].astype(dtype) / 3
     tree = to_flax(TABLE, state_dict, target, source="w.pt")
     np.testing.assert_array_equal(tree["conv"]["bias"], state_dict["conv.bias"].astype(np.float32))
     (message,) = warnings
-    assert message.startswith("w.pt: 1 of ") and said in message
+    assert message.startswith("w.pt: 1 of ") and conversion in message
 
 
 def test_what_float32_cannot_hold_is_refused(state_dict, target):

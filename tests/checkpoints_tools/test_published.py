@@ -34,7 +34,7 @@ def job():
 @pytest.fixture(scope="module")
 def state(job):
     """A state with moments of no special value."""
-    made = jax.device_get(small.random_state(job))
+    base = jax.device_get(small.random_state(job))
     rng = np.random.default_rng(1)
 
     def noise(tree):
@@ -44,9 +44,9 @@ def state(job):
         moments = {"mu": noise(net.params), "nu": noise(net.params), "count": np.int32(3)}
         return net.replace(opt_state=optax.tree.set(net.opt_state, **moments))
 
-    ema = made.ema.replace(params=noise(made.ema.params))
-    nets = {name: filled(getattr(made, name)) for name in ("sit", "vae", "disc")}
-    return made.replace(step=np.int32(3), ema=ema, **nets)
+    ema = base.ema.replace(params=noise(base.ema.params))
+    nets = {name: filled(getattr(base, name)) for name in ("sit", "vae", "disc")}
+    return base.replace(step=np.int32(3), ema=ema, **nets)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_names_shapes_and_order_are_those_of_the_published_code(tmp_path):
 
 
 def trained(names):
-    """Without the statistics of batch norms."""
+    """Names of what is trained: the statistics of batch norms are not."""
     return [name for name in names if "running_" not in name and "num_batches" not in name]
 
 
@@ -198,12 +198,12 @@ def test_torch_continues_as_optax_does(job, state, networks, checkpoint, tmp_pat
 
 
 def test_weights_alone(job, state, networks):
-    taken = exported(job, state, networks, groups=())
-    assert taken.optimizers == {} and set(taken.networks) == set(published.NETWORKS)
+    checkpoint = exported(job, state, networks, groups=())
+    assert checkpoint.optimizers == {} and set(checkpoint.networks) == set(published.NETWORKS)
 
 
 def test_positions_that_are_not_trained_have_no_moments_in_torch(job, state, networks, checkpoint):
-    """As in training on a frozen VAE. Where they are trained, as in REPA-E's loop, they have some."""
+    """Training on a frozen VAE does not train them. Where they are trained, as in REPA-E's loop, they have moments."""
     assert networks.sit.learned_positions and "pos_embed" in checkpoint.optimizers["opt"].exp_avg
     fixed = dataclasses.replace(networks, sit=networks.sit.clone(learned_positions=False))
     adam = exported(job, state, fixed, groups=("opt",)).optimizers["opt"]

@@ -117,8 +117,8 @@ def test_golden_through_diffusers_and_back(tmp_path, name, record_property):
     with torch.no_grad():
         posterior = theirs.encode(torch.from_numpy(case.arrays["image"])).latent_dist
         decoded = theirs.decode(torch.from_numpy(case.arrays["latents"])).sample
-    for what, actual in (("mean", posterior.mean), ("logvar", posterior.logvar), ("decoded", decoded)):
-        reference.check(actual.numpy(), case.arrays[what], reference.NETWORK_RTOL, what, record_property)
+    for key, actual in (("mean", posterior.mean), ("logvar", posterior.logvar), ("decoded", decoded)):
+        reference.check(actual.numpy(), case.arrays[key], reference.NETWORK_RTOL, key, record_property)
 
     returned = vae.load_vae(tmp_path / "out")
     same_tree(mapping.to_torch(vae_layouts.vae_table(returned.module), returned.params), case.weights)
@@ -219,8 +219,8 @@ def test_norm_groups_come_from_config_json(tmp_path):
 
 
 def test_a_state_dict_within_something_else(module, params, state_dict):
-    found, tree = vae.from_state_dict(state_dict, "checkpoint: vae")
-    assert found == module
+    loaded, tree = vae.from_state_dict(state_dict, "checkpoint: vae")
+    assert loaded == module
     same_tree(tree, params)
 
 
@@ -315,12 +315,12 @@ def test_pipelines_of_diffusers_normalise_by_what_is_written(tmp_path, module, p
         generator = torch.Generator().manual_seed(1)
         if name == "shift and factor":
             pipeline = diffusers.FluxImg2ImgPipeline(None, theirs, *[None] * 5)
-            made = pipeline._encode_vae_image(images, generator)
+            normalized = pipeline._encode_vae_image(images, generator)
         else:
             pipeline = diffusers.StableDiffusionXLImg2ImgPipeline(theirs, *[None] * 6)
-            made = pipeline.prepare_latents(images, None, 2, 1, torch.float32, "cpu", generator, add_noise=False)
+            normalized = pipeline.prepare_latents(images, None, 2, 1, torch.float32, "cpu", generator, add_noise=False)
     mean, std = stats["mean"][:, None, None], np.sqrt(stats["var"])[:, None, None]
-    np.testing.assert_allclose(made, (latents.numpy() - mean) / std, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(normalized, (latents.numpy() - mean) / std, rtol=1e-5, atol=1e-5)
 
 
 SCALE = np.ones(4, np.float32)
@@ -456,8 +456,8 @@ def test_published_weights_need_no_statistics(tmp_path, module, params):
     assert [path.name for path in written] == ["vae.safetensors"]
     with pytest.raises(ValueError, match="vae: latent statistics are missing") as error:
         vae.save_diffusers(tmp_path / "vae", module, params, None)
-    for what in ("--latent_stats", "NAME-latents-stats.pt or .safetensors", "latents_scale", "latents_bias", "mean and std"):
-        assert what in str(error.value)
+    for part in ("--latent_stats", "NAME-latents-stats.pt or .safetensors", "latents_scale", "latents_bias", "mean and std"):
+        assert part in str(error.value)
     assert not (tmp_path / "vae").exists()
 
 
@@ -465,22 +465,22 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("taken", ["e2e.safetensors", "e2e-latents-stats.safetensors", "e2e-discriminator-ckpt.safetensors"])
-def test_published_files_that_exist_are_kept(tmp_path, module, params, taken):
-    (tmp_path / taken).write_text("precious")
-    with pytest.raises(FileExistsError, match=taken):
+@pytest.mark.parametrize("name", ["e2e.safetensors", "e2e-latents-stats.safetensors", "e2e-discriminator-ckpt.safetensors"])
+def test_published_files_that_exist_are_kept(tmp_path, module, params, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=name):
         vae.save_published(tmp_path / "e2e.safetensors", module, params, STATS, {"main.0.bias": SCALE})
-    assert contents(tmp_path) == {taken: b"precious"}
+    assert contents(tmp_path) == {name: b"precious"}
     vae.save_published(tmp_path / "e2e.safetensors", module, params, STATS, {"main.0.bias": SCALE}, overwrite=True)
     same_tree(vae.load_vae(tmp_path / "e2e.safetensors").params, params)
 
 
-@pytest.mark.parametrize("taken", ["config.json", "diffusion_pytorch_model.safetensors"])
-def test_a_diffusers_folder_that_exists_is_kept(tmp_path, module, params, taken):
-    (tmp_path / taken).write_text("precious")
-    with pytest.raises(FileExistsError, match=taken):
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_diffusers_folder_that_exists_is_kept(tmp_path, module, params, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=name):
         vae.save_diffusers(tmp_path, module, params, STATS)
-    assert contents(tmp_path) == {taken: b"precious"}
+    assert contents(tmp_path) == {name: b"precious"}
     vae.save_diffusers(tmp_path, module, params, STATS, overwrite=True)
     same_tree(vae.load_vae(tmp_path).params, params)
 

@@ -39,8 +39,8 @@ def test_the_tolerance_is_said_once():
 def test_a_vae_beside_diffusers(vae_folder, tmp_path):
     (tmp_path / "pipeline").mkdir()
     vae_folder.rename(tmp_path / "pipeline" / "vae")
-    found = verify.verify(tmp_path / "pipeline", 16)
-    assert len(found) == 2 and verify.report(found, TOLERANCE)[1]
+    results = verify.verify(tmp_path / "pipeline", 16)
+    assert len(results) == 2 and verify.report(results, TOLERANCE)[1]
 
 
 def test_norm_groups_read_wrongly_show(vae_folder, monkeypatch):
@@ -61,8 +61,8 @@ def test_a_file_that_diffusers_cannot_load(tmp_path):
     # the layout does not tell the groups, so that they are taken to be 32
     arrays = vae.load_vae(tmp_path / "vae")
     vae.save_published(tmp_path / "vae.pt", module.clone(norm_groups=32), arrays.params, arrays.latent_stats)
-    found = verify.verify(tmp_path / "vae.pt", 16)
-    assert len(found) == 2 and verify.report(found, TOLERANCE)[1]
+    results = verify.verify(tmp_path / "vae.pt", 16)
+    assert len(results) == 2 and verify.report(results, TOLERANCE)[1]
 
 
 def test_an_encoder_beside_transformers(encoder_folder):
@@ -100,9 +100,9 @@ def test_projections(tmp_path, projector):
     sit = SiT(**{**TINY, "hidden_size": 384, "num_heads": 6, "depth": 12, "encoder_depth": 4, "projector": projector})
     variables = draw(abstract_tree(sit, 8))
     weights.write_safetensors(tmp_path / "sit.safetensors", to_ordered_torch(sit_table(sit), variables))
-    found = verify.verify(tmp_path / "sit.safetensors")
-    assert [difference.output for difference in found] == ["SiT velocity", "SiT projections"]
-    assert verify.report(found, TOLERANCE)[1]
+    results = verify.verify(tmp_path / "sit.safetensors")
+    assert [difference.output for difference in results] == ["SiT velocity", "SiT projections"]
+    assert verify.report(results, TOLERANCE)[1]
 
 
 @pytest.mark.parametrize("size", [0, -5])

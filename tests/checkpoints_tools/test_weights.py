@@ -96,7 +96,7 @@ def test_no_space_left(tmp_path, monkeypatch, write):
 
 
 def test_writes_that_really_fail(tmp_path):
-    """With files that must stay small: the three libraries raise three types of error."""
+    """Files must stay small here, and the three libraries raise three types of error."""
     pytest.importorskip("torch")
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     big = {"a": np.zeros(10**6)}
@@ -176,7 +176,7 @@ def test_killed_while_several_files_appear(three, monkeypatch, successes):
 
 
 def test_several_writers_of_one_number(tmp_path):
-    """As the first processes of containers, all number 1; here the number is that of the test."""
+    """The first processes of containers are all number 1; here all writers have the number of the test."""
     contents = [{"written": [i] * 1000} for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(20):
@@ -494,11 +494,11 @@ def test_files_without_arrays(tmp_path):
 
 def test_tensors_that_numpy_lacks(tmp_path, torch):
     eight_bits = torch.ones(2).to(torch.float8_e4m3fn)
-    for tensor, what in (
+    for tensor, kind in (
         (eight_bits, "float8_e4m3fn"), (torch.eye(2).to_sparse(), "sparse_coo"), (torch.ones(1, device="meta"), "meta")
     ):  # fmt: skip
         torch.save({"model": {"a.weight": tensor}}, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=f"w.pt: model.a.weight is a tensor that numpy lacks .*{what}.*float32"):
+        with pytest.raises(ValueError, match=f"w.pt: model.a.weight is a tensor that numpy lacks .*{kind}.*float32"):
             weights.read_state_dict(tmp_path / "w.pt")
     header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"00")
@@ -585,18 +585,18 @@ def test_arrays_of_a_machine_with_the_other_byte_order(tmp_path, torch):
 
 
 def test_every_changed_byte_is_found(tmp_path, torch, warnings):
-    """Of the arrays, of the pickle, or of a compressed record, where it may also keep zlib from unpacking."""
+    """It is one of the arrays, of the pickle, or of a compressed record, where it may also keep zlib from unpacking."""
     path, damaged = tmp_path / "w.pt", tmp_path / "damaged.pt"
     torch.save({"a": torch.arange(1000.0)}, path)
     packed = rewrite(path, tmp_path / "packed.pt", compression=zipfile.ZIP_DEFLATED)
     for file in (path, packed):
         for record in ("data/0", "data.pkl"):
             with zipfile.ZipFile(file) as archive:
-                found = archive.getinfo(next(name for name in archive.namelist() if name.endswith(record)))
+                entry = archive.getinfo(next(name for name in archive.namelist() if name.endswith(record)))
             content = bytearray(file.read_bytes())
-            length = int.from_bytes(content[found.header_offset + 26 :][:2], "little")
-            extra = int.from_bytes(content[found.header_offset + 28 :][:2], "little")
-            content[found.header_offset + 30 + length + extra + found.compress_size // 2] ^= 1
+            length = int.from_bytes(content[entry.header_offset + 26 :][:2], "little")
+            extra = int.from_bytes(content[entry.header_offset + 28 :][:2], "little")
+            content[entry.header_offset + 30 + length + extra + entry.compress_size // 2] ^= 1
             damaged.write_bytes(content)
             with pytest.raises(ValueError, match=rf"damaged.pt .*record w/{record} .*copy or download it again"):
                 weights.read_state_dict(damaged)
@@ -646,8 +646,8 @@ def test_one_wrapper_is_unwrapped(tmp_path, torch, wrapper, warnings):
     content = {wrapper: {"a": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
     torch.save(content, tmp_path / "w.pt")
     assert_same(weights.read_state_dict(tmp_path / "w.pt"), {"a": np.ones(2, np.float32)})
-    said = f"{tmp_path / 'w.pt'}: taking its entry 'ema_model', averaged weights"
-    assert warnings == ([said] if wrapper == "ema_model" else [])
+    warning = f"{tmp_path / 'w.pt'}: taking its entry 'ema_model', averaged weights"
+    assert warnings == ([warning] if wrapper == "ema_model" else [])
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_a_step_of_the_tiny_variant(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TINY.values(), ids=label)
 def test_the_tiny_variant_trains(case, tmp_path):
-    """As it is, by the training loop."""
+    """The training loop runs it unchanged."""
     state, finished = train.train(tiny(case), tmp_path)
     assert finished and int(state.step) == tiny(case).steps and int(state.skipped) == 0
 
@@ -453,7 +453,7 @@ def test_published_costs_of_vaes(name, expected):
 
 @pytest.mark.integration
 def test_published_costs_of_other_networks():
-    """As above."""
+    """TFLOP of one forward pass on one image of 256 pixels, counted in the same way."""
     job = built("paper", "repae-xl")
     (encoder,) = job.encoders
     size = encoder.image_size

@@ -6,8 +6,8 @@ import pytest
 
 
 def has_libtpu():
-    found = importlib.util.find_spec("libtpu")
-    return found is not None and found.loader is not None
+    spec = importlib.util.find_spec("libtpu")
+    return spec is not None and spec.loader is not None
 
 
 needs_libtpu = pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed: pip install -e '.[tpu]'")

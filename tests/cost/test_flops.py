@@ -116,8 +116,8 @@ def test_scopes_are_those_of_phases_and_modules():
 
         return jax.jit(jax.grad(loss))(x)
 
-    found = flops.count(lambda x: product(step(x)), MATRIX)
-    assert found == {"phase/Network.call": 2 * TURNS * PRODUCT, "phase": 2 * PRODUCT, "": PRODUCT}
+    counts = flops.count(lambda x: product(step(x)), MATRIX)
+    assert counts == {"phase/Network.call": 2 * TURNS * PRODUCT, "phase": 2 * PRODUCT, "": PRODUCT}
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ def test_prepared_images(copied, prepared):
     local = PreparedImages(prepared, SIZE)
     assert remote.labels.tolist() == local.labels.tolist() and remote.records_hash == local.records_hash
     assert remote.contents_hash == local.contents_hash and remote.name(3) == f"{copied.address} #3"
-    with Loader(remote, batch_size=COUNT, seed=0) as one, Loader(local, batch_size=COUNT, seed=0) as other:
-        np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
+    with Loader(remote, batch_size=COUNT, seed=0) as batches, Loader(local, batch_size=COUNT, seed=0) as expected:
+        np.testing.assert_array_equal(next(batches)["image"], next(expected)["image"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -93,10 +93,10 @@ def test_an_image_is_one_request_for_its_bytes(gs, copied, prepared, workers):
     remote = PreparedImages(copied.address, SIZE)
     before = len(gs.requests())
     with (
-        Loader(remote, batch_size=COUNT, seed=0, workers=workers) as one,
-        Loader(PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0) as other,
+        Loader(remote, batch_size=COUNT, seed=0, workers=workers) as batches,
+        Loader(PreparedImages(prepared, SIZE), batch_size=COUNT, seed=0) as expected,
     ):
-        np.testing.assert_array_equal(next(one)["image"], next(other)["image"])
+        np.testing.assert_array_equal(next(batches)["image"], next(expected)["image"])
     asked = gs.requests()[before:]
     assert len(asked) >= COUNT and {(request.method, request.status) for request in asked if request.status} == {("GET", 206)}
     places = np.load(prepared / shards.PLACES)

@@ -47,8 +47,8 @@ def test_a_photograph_of_usual_size():
 def test_threads():
     contents = [encoded(picture(i, (40 + i, 30))) for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda content: decoding.decode_crop(content, 16), contents))
-    for content, pixels in zip(contents, made):
+        images = list(pool.map(lambda content: decoding.decode_crop(content, 16), contents))
+    for content, pixels in zip(contents, images):
         np.testing.assert_array_equal(pixels, by_pillow(content, 16))
 
 

@@ -123,10 +123,10 @@ def test_one_of_several_processes_reads_the_labels(prepared, labels_file, monkey
     labels_file.unlink()
     monkeypatch.undo()
     monkeypatch.setattr(imagenet.multihost, "is_multiprocess", lambda: True)  # and process 0
-    told = []
-    monkeypatch.setattr(imagenet.multihost, "set_flag", told.append)
+    flags = []
+    monkeypatch.setattr(imagenet.multihost, "set_flag", flags.append)
     np.testing.assert_array_equal(ImagenetSource(16, data_dir=prepared).labels, labels)
-    assert told == ["labels of imagenet2012/5.1.0 train"]
+    assert flags == ["labels of imagenet2012/5.1.0 train"]
 
 
 def test_labels_on_the_disk_of_another_host(prepared, labels_file, monkeypatch):

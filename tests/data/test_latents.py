@@ -14,7 +14,7 @@ from repae_jax.data.loader import Loader
 
 
 @pytest.fixture
-def made(tmp_path):
+def cache_folder(tmp_path):
     make_cache(tmp_path / "cache", Pictures(20))
     return tmp_path / "cache"
 
@@ -29,8 +29,8 @@ def change(file, at, new):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def test_round_trip(made):
-    source, cache = Pictures(20), CachedLatents(made)
+def test_round_trip(cache_folder):
+    source, cache = Pictures(20), CachedLatents(cache_folder)
     assert len(cache) == 20 and cache.num_classes == 10 and cache.image_size == 4
     assert cache.latent_shape == (2, 2, 2) and not cache.flips
     assert cache.fingerprint == "0123456789abcdef" and cache.vae == "vae.pt"
@@ -60,8 +60,8 @@ def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
         np.testing.assert_array_equal(cache[i]["moments"], encode(Pictures(20).pixels[i : i + 1])[0])
 
 
-def test_it_survives_pickling(made):
-    cache = CachedLatents(made)
+def test_it_survives_pickling(cache_folder):
+    cache = CachedLatents(cache_folder)
     cache[0]  # a file is open
     copy = pickle.loads(pickle.dumps(cache))
     np.testing.assert_array_equal(copy[12]["moments"], cache[12]["moments"])
@@ -70,13 +70,13 @@ def test_it_survives_pickling(made):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.integration)])
-def test_batches_of_a_cache_are_those_of_its_images(made, workers):
+def test_batches_of_a_cache_are_those_of_its_images(cache_folder, workers):
     source = Pictures(20)
     options = {"batch_size": 6, "seed": 3}
     with (
         Loader(source, **options) as images,
-        Loader(CachedLatents(made), workers=workers, **options) as alone,
-        Loader(WithMoments(source, CachedLatents(made)), **options) as joined,
+        Loader(CachedLatents(cache_folder), workers=workers, **options) as alone,
+        Loader(WithMoments(source, CachedLatents(cache_folder)), **options) as joined,
     ):
         for image, moments, both in itertools.islice(zip(images, alone, joined), 8):
             assert moments.keys() == {"moments", "label"} and both.keys() == {"image", "moments", "label"}
@@ -120,20 +120,20 @@ def test_bad_images_are_replaced_as_without_a_cache(tmp_path, monkeypatch):
         (Pictures(20, name="photo"), "made from images with other names"),
     ],
 )
-def test_other_images_are_refused(made, images, message):
+def test_other_images_are_refused(cache_folder, images, message):
     with pytest.raises(ValueError, match=f"{message}.*cache_latents` with its config and another --out"):
-        WithMoments(images, CachedLatents(made))
+        WithMoments(images, CachedLatents(cache_folder))
 
 
-def test_other_sizes_are_refused(made):
+def test_other_sizes_are_refused(cache_folder):
     images = Pictures(20)
     images.image_size = 8
     with pytest.raises(ValueError, match="made from 4 pixels on a side, config.data has 8"):
-        WithMoments(images, CachedLatents(made))
+        WithMoments(images, CachedLatents(cache_folder))
 
 
-def test_other_vaes_are_refused(made):
-    cache = CachedLatents(made)
+def test_other_vaes_are_refused(cache_folder):
+    cache = CachedLatents(cache_folder)
     check_cache(cache, "0123456789abcdef", (2, 2, 2), 4)
     another = r"another VAE \(fingerprint 0123456789abcdef, from 'vae.pt'; this run's has fedcba9876543210\)"
     with pytest.raises(ValueError, match=rf"{another}; make one for this run: `python -m repae_jax.cache_latents`"):
@@ -154,8 +154,8 @@ def test_no_cache(tmp_path):
         CachedLatents(tmp_path)
 
 
-def test_a_damaged_shard_is_named(made):
-    file = made / "shard-00001.array_record"
+def test_a_damaged_shard_is_named(cache_folder):
+    file = cache_folder / "shard-00001.array_record"
     whole = file.read_bytes()
     for content, message in (
         (whole[:-1], f"1 of 3 shards, first {file.name}: {len(whole) - 1} bytes instead of {len(whole)}"),
@@ -167,34 +167,34 @@ def test_a_damaged_shard_is_named(made):
         else:
             assert not file.exists()
         with pytest.raises(ValueError, match=f"{message}; run .* again .*, which makes damaged parts anew"):
-            CachedLatents(made)
+            CachedLatents(cache_folder)
         file.write_bytes(whole)
-    CachedLatents(made)
+    CachedLatents(cache_folder)
 
 
-def test_a_changed_byte_is_found_by_reading(made):
-    file = made / "shard-00001.array_record"
+def test_a_changed_byte_is_found_by_reading(cache_folder):
+    file = cache_folder / "shard-00001.array_record"
     content = encode(Pictures(20).pixels[10:11]).tobytes()
     at = file.read_bytes().index(content)
     change(file, at + 17, bytes([content[17] ^ 1]))
-    cache = CachedLatents(made)
+    cache = CachedLatents(cache_folder)
     for i in set(range(20)) - {10}:
         np.testing.assert_array_equal(cache[i]["moments"], encode(Pictures(20).pixels[i : i + 1])[0])
     with pytest.raises(ValueError, match="record 2 of .*shard-00001.array_record is damaged .*hash mismatch.*run .* again"):
         cache[10]
 
 
-def test_damaged_labels(made):
-    change(made / "labels.npy", -4, b"\7\0\0\0")
+def test_damaged_labels(cache_folder):
+    change(cache_folder / "labels.npy", -4, b"\7\0\0\0")
     with pytest.raises(ValueError, match="labels.npy has another checksum than when it was written; run .* again"):
-        CachedLatents(made)
-    (made / "labels.npy").unlink()
+        CachedLatents(cache_folder)
+    (cache_folder / "labels.npy").unlink()
     with pytest.raises(ValueError, match="labels.npy is missing"):
-        CachedLatents(made)
+        CachedLatents(cache_folder)
 
 
-def test_damaged_manifests(made):
-    file = made / "manifest.json"
+def test_damaged_manifests(cache_folder):
+    file = cache_folder / "manifest.json"
     manifest = json.loads(file.read_text())
     for content, message in (
         (file.read_text()[:100], "manifest.json is damaged .* again"),
@@ -203,4 +203,4 @@ def test_damaged_manifests(made):
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
-            CachedLatents(made)
+            CachedLatents(cache_folder)

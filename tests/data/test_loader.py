@@ -89,8 +89,8 @@ def test_seed_decides_the_order():
 
 def test_the_order_is_that_of_earlier_versions():
     """Another order would change runs that are continued by this version."""
-    found = labels(Loader(Numbers(10), batch_size=10, seed=3), 2).tolist()
-    assert found == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
+    order = labels(Loader(Numbers(10), batch_size=10, seed=3), 2).tolist()
+    assert order == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0, 8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
 
 
 @pytest.mark.parametrize(("processes", "records"), [(1, 37), (2, 37), (4, 37), (8, 3)])
@@ -451,10 +451,10 @@ def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, numb
         if when == "early":
             time.sleep(1)  # the worker has begun, and imports
         os.killpg(process.pid, number)
-        said, errors = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, "saved\n"), errors
-    told = "asked to stop by SIGTERM; if no line says how this has ended, the kill came too soon after the signal"
-    assert end == "exit" or errors == f"WARNING:absl:{told}\n"
+        output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (0, "saved\n"), errors
+    warning = "asked to stop by SIGTERM; if no line says how this has ended, the kill came too soon after the signal"
+    assert end == "exit" or errors == f"WARNING:absl:{warning}\n"
     deadline = time.monotonic() + 60
     with pytest.raises(ProcessLookupError):  # nobody is left
         while time.monotonic() < deadline:

@@ -30,10 +30,10 @@ def test_records_are_read_from_their_places(tmp_path):
     rng = np.random.default_rng(0)
     contents = [bytes(size) if size == 5 else rng.bytes(size) for size in SIZES]
     file = write(tmp_path / "a", contents).read_bytes()
-    found = places.find(tmp_path / "a")
-    assert found.dtype == places.PLACE and len(found) == len(contents)
-    assert (found["first"][1:] >= found["end"][:-1])[found["end"][1:] > found["first"][1:]].all()
-    for content, (first, end, checksum) in zip(contents, found.tolist()):
+    table = places.find(tmp_path / "a")
+    assert table.dtype == places.PLACE and len(table) == len(contents)
+    assert (table["first"][1:] >= table["end"][:-1])[table["end"][1:] > table["first"][1:]].all()
+    for content, (first, end, checksum) in zip(contents, table.tolist()):
         assert places.without_headers(file[first:end], first) == content and zlib.crc32(content) == checksum
         assert end - first <= len(content) + 24 * (len(content) // BLOCK + 1)
 

@@ -36,14 +36,14 @@ def start_of(z_t, eps, t):
 def scheduler():
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
-    made = module.DDPMScheduler(
+    published = module.DDPMScheduler(
         num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, variance_type="learned_range",
         clip_sample=False, timestep_spacing="linspace",
     )  # fmt: skip
     # a cumulative product in float32: agrees, but is too coarse to check steps with
-    np.testing.assert_allclose(made.alphas_cumprod, ALPHA_BAR, rtol=2e-5)
-    made.alphas_cumprod = torch.from_numpy(ALPHA_BAR)
-    return made
+    np.testing.assert_allclose(published.alphas_cumprod, ALPHA_BAR, rtol=2e-5)
+    published.alphas_cumprod = torch.from_numpy(ALPHA_BAR)
+    return published
 
 
 def nchw(x):
@@ -145,7 +145,7 @@ def terms_float64(output, z, noise, t):
 
 @pytest.mark.parametrize("error", [0.01, 0.3, 3.0])
 def test_losses_are_the_published_ones(error, record_property):
-    """From t = 0 to 999, for networks near to and far from the noise; z beyond 1, within, and at the bins' edges."""
+    """Timesteps are 0 to 999, networks near to and far from the noise; z is beyond 1, within, and at the bins' edges."""
     t = np.array([0, 0, 0, 1, 2, 5, 20, 100, 500, 900, 998, 999])
     z, noise = normals(4, len(t), *SHAPE), normals(5, len(t), *SHAPE)
     z[1] *= 0.3

@@ -74,10 +74,10 @@ def agree(coordinator, process, folder):
         for name, changes in replaced.items() if process else ():
             setattr(multihost, name, lambda name=name, changes=changes: {**before[name](), **changes})
         changed = {"seed": 0, "sit": {"depth": 2}, **(dict(config) if process else {})}
-        found = error_of(lambda: multihost.assert_same_config(changed))
+        error = error_of(lambda: multihost.assert_same_config(changed))
         for name, function in before.items():
             setattr(multihost, name, function)
-        return found
+        return error
 
     def restored():
         """Restores as if process 1 did not see the newest checkpoint in the list, as with a network file system."""
@@ -90,9 +90,9 @@ def agree(coordinator, process, folder):
 
     def number(count):
         multihost.distributed.global_state.num_processes = count if process else 2
-        found = error_of(lambda: multihost.assert_same_config({}))
+        error = error_of(lambda: multihost.assert_same_config({}))
         multihost.distributed.global_state.num_processes = 2
-        return found
+        return error
 
     own = Path(folder) / str(process)
     own.mkdir()
@@ -113,7 +113,7 @@ def agree(coordinator, process, folder):
     print(json.dumps(result))
 
 
-def wait_for_each_other(coordinator, process, what):
+def wait_for_each_other(coordinator, process, event):
     """A run without training, of ten minutes at most: in process 1, an error or a request to stop comes before it begins.
 
     JAX notices a killed process after five seconds, not HEARTBEAT_SECONDS.
@@ -122,9 +122,9 @@ def wait_for_each_other(coordinator, process, what):
     with multihost.abort_all_on_error():
         multihost.start(False, coordinator, 2, process)
         print("started", flush=True)
-        if process and what == "error":
+        if process and event == "error":
             raise RuntimeError("the disk has gone\nand more")
-        if process and what == "stop":
+        if process and event == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3)  # JAX looks every second
         multihost.all_gather(None)

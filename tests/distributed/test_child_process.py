@@ -51,8 +51,8 @@ def sleep_long(file):
 
 @pytest.mark.integration
 def test_what_it_returns(capsys):
-    found = run_in_subprocess(divide, 6, 3)
-    assert found["result"] == 2 and found["process"] != os.getpid()
+    quotient = run_in_subprocess(divide, 6, 3)
+    assert quotient["result"] == 2 and quotient["process"] != os.getpid()
     assert capsys.readouterr().err == "dividing by 3\n"
 
 
@@ -115,5 +115,5 @@ def test_it_ends_with_who_waits_for_it(by, tmp_path):
         until(lambda: not is_running(int((tmp_path / "pid").read_text())))
     finally:
         waiting.kill()
-        said = waiting.communicate()[1]
-    assert said.rstrip().endswith("KeyboardInterrupt") == (by == signal.SIGINT)
+        errors = waiting.communicate()[1]
+    assert errors.rstrip().endswith("KeyboardInterrupt") == (by == signal.SIGINT)

@@ -31,9 +31,9 @@ def copy_of(workdir, tmp_path):
 
 def assert_close(workdir, other):
     """The same steps with the same values, but for the order in which numbers are added up."""
-    found, expected = peers.metrics_of(workdir), peers.metrics_of(other)
-    assert [sorted(line) for line in found] == [sorted(line) for line in expected]
-    for line, wanted in zip(found, expected):
+    lines, expected = peers.metrics_of(workdir), peers.metrics_of(other)
+    assert [sorted(line) for line in lines] == [sorted(line) for line in expected]
+    for line, wanted in zip(lines, expected):
         for name in line:
             np.testing.assert_allclose(line[name], wanted[name], rtol=2e-3, atol=2e-5, err_msg=f"{name}, step {line['step']}")
 
@@ -111,7 +111,7 @@ def test_processes_that_cannot_be_started(given, message):
 
 @pytest.mark.integration
 def test_processes_that_wait_for_others_in_vain(compiled):
-    """Whether they are process 0 or look for it."""
+    """Process 0 and those that look for it end alike."""
     code = "import os; os.environ['START_SECONDS'] = '3'; from repae_jax.distributed import multihost; "
     code += "multihost.start(False, {!r}, 2, {})"
     started = [peers.launch(["-c", code.format(peers.free_address(), index)], compiled) for index in range(2)]
@@ -131,8 +131,8 @@ def test_seconds_to_wait_for_others(monkeypatch):
 
 def test_versions_of_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(multihost, "PACKAGES", ("jax", "no-such-package"))
-    found = multihost.versions()
-    assert found["jax"] == jax.__version__ and found["no-such-package"] is None
+    versions = multihost.versions()
+    assert versions["jax"] == jax.__version__ and versions["no-such-package"] is None
 
 
 def test_too_many_bad_records_of_all_together(monkeypatch):
@@ -152,10 +152,10 @@ def test_too_many_bad_records_of_all_together(monkeypatch):
 # ---- stopping and failing, without training ---------------------------------------------------------------------------
 
 
-def end_of_waiting(compiled, what, killed=None):
+def end_of_waiting(compiled, event, killed=None):
     """[(exit code, standard error)] of two processes that wait for each other, and the seconds until then."""
     address = peers.free_address()
-    scripts = [f"import peers; peers.wait_for_each_other({address!r}, {i}, {what!r})" for i in range(2)]
+    scripts = [f"import peers; peers.wait_for_each_other({address!r}, {i}, {event!r})" for i in range(2)]
     started = [peers.launch(["-c", script], compiled) for script in scripts]
     try:
         for process in started:
@@ -267,7 +267,7 @@ def test_asked_to_stop_all_stop_after_the_same_step(two, tmp_path, compiled):
 
 @pytest.mark.slow
 def test_asked_to_stop_before_the_first_step(two, tmp_path, compiled):
-    """Of a run that is resumed: it trains no step, and says so."""
+    """A run that is resumed trains no step then, and says so."""
     shutil.copytree(two.workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     with peers.Run(tmp_path / "run", compiled, scripts=["", "stop_early=True"]) as run:
@@ -309,7 +309,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(killed, two, tmp_p
 
 @pytest.mark.slow
 def test_four_processes(tiny_run, two, tmp_path, compiled):
-    """From scratch as one; from what two have saved, and one from what four have."""
+    """They train as one does, and continue what two have saved, as one continues what four have."""
     peers.finish(tmp_path / "whole", compiled, count=4)
     assert_close(tmp_path / "whole", tiny_run)
     for source, count in ((two.workdir, 4), (tmp_path / "whole", 1)):

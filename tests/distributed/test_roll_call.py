@@ -14,8 +14,8 @@ from repae_jax.distributed import multihost, roll_call
 
 
 def test_a_port_that_is_in_use():
-    with socket.create_server(("", 0)) as taken:
-        address = f"localhost:{taken.getsockname()[1]}"
+    with socket.create_server(("", 0)) as server:
+        address = f"localhost:{server.getsockname()[1]}"
         with pytest.raises(
             ValueError, match=rf"--coordinator={address}: process 0 cannot use this port \(.*; give another one"
         ):

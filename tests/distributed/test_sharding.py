@@ -35,10 +35,10 @@ def test_fsdp_that_does_not_divide_the_devices(fsdp):
 
 
 def stand_ins(*sizes, platform="tpu"):
-    """For the devices of slices of these sizes, told out of order."""
+    """Stand-ins for the devices of slices of these sizes, out of order."""
     slices = [number for number, size in enumerate(sizes) for _ in range(size)]
-    made = [SimpleNamespace(id=i, slice_index=n, platform=platform, device_kind="stand-in") for i, n in enumerate(slices)]
-    return made[1::2] + made[::2]
+    devices = [SimpleNamespace(id=i, slice_index=n, platform=platform, device_kind="stand-in") for i, n in enumerate(slices)]
+    return devices[1::2] + devices[::2]
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4])

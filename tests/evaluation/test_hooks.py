@@ -59,11 +59,11 @@ def state_of(params=0.0):
 @pytest.mark.integration
 def test_pictures_and_scores(job, tmp_path):
     writer = Writer()
-    made, network, reference = make(job, tmp_path, writer)
-    assert [hook.every for hook in made] == [3, 2, 4]
-    assert [hook.is_due(6, 9) for hook in made] == [True, True, False] and all(hook.is_due(9, 9) for hook in made)
-    assert hooks.pending_hooks(made, 6, 9) == made[:2]
-    for hook in made:
+    all_hooks, network, reference = make(job, tmp_path, writer)
+    assert [hook.every for hook in all_hooks] == [3, 2, 4]
+    assert [hook.is_due(6, 9) for hook in all_hooks] == [True, True, False] and all(hook.is_due(9, 9) for hook in all_hooks)
+    assert hooks.pending_hooks(all_hooks, 6, 9) == all_hooks[:2]
+    for hook in all_hooks:
         hook.run(6, state_of())
     pictures = {kind: np.asarray(Image.open(tmp_path / kind / "0000006.png")) for kind in ("samples", "reconstructions")}
     assert writer.images == [(6, kind, (1, *picture.shape)) for kind, picture in pictures.items()]
@@ -71,7 +71,7 @@ def test_pictures_and_scores(job, tmp_path):
     pool = network(np.asarray(paint(np.arange(20, dtype=np.int32) % 10))).pool
     assert writer.scalars == [(6, {"fid/20_samples": pytest.approx(frechet_distance(*gaussian_stats(pool), *reference.pool))})]
     (tmp_path / "metrics.jsonl").write_text('{"step": 6, "fid/20_samples": 1}\n')
-    assert hooks.pending_hooks(made, 6, 9) == []
+    assert hooks.pending_hooks(all_hooks, 6, 9) == []
 
 
 def test_no_score_of_broken_samples_or_when_asked_to_stop(job, tmp_path, warnings):

@@ -106,8 +106,8 @@ def test_images_class_by_class(tmp_path):
 def test_gray_images(tmp_path):
     tmp_path.joinpath("gray").mkdir()
     Image.fromarray(PIXELS[0, :, :, 0]).save(tmp_path / "gray" / "0.png")
-    made = next(folder_images(tmp_path / "gray").blocks([(0, 1)]))
-    np.testing.assert_array_equal(made[0], np.repeat(PIXELS[0, :, :, :1], 3, axis=-1))
+    block = next(folder_images(tmp_path / "gray").blocks([(0, 1)]))
+    np.testing.assert_array_equal(block[0], np.repeat(PIXELS[0, :, :, :1], 3, axis=-1))
 
 
 @pytest.mark.parametrize(

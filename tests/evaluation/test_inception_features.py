@@ -47,17 +47,17 @@ def features(golden, params):
 @pytest.mark.parametrize(("name", "key"), [("pool", "pool_3"), ("spatial", "spatial"), ("logits", "logits_without_bias")])
 def test_golden(golden, features, name, key, record_property):
     """Three images on eight devices: the batch is filled up."""
-    made = getattr(features, name)
-    assert made.dtype == np.float32
-    expected = golden.arrays[key].reshape(made.shape)
-    reference.check(made, expected, reference.NETWORK_RTOL, name, record_property)
+    values = getattr(features, name)
+    assert values.dtype == np.float32
+    expected = golden.arrays[key].reshape(values.shape)
+    reference.check(values, expected, reference.NETWORK_RTOL, name, record_property)
 
 
 @pytest.mark.slow
 def test_devices_and_batches_change_nothing(golden, params, features):
-    made = InceptionNetwork(params, 2, jax.devices()[:1])(golden.arrays["images_64"])
+    others = InceptionNetwork(params, 2, jax.devices()[:1])(golden.arrays["images_64"])
     for name in ("pool", "spatial", "logits"):
-        reference.check(getattr(made, name), getattr(features, name), 1e-5, name)
+        reference.check(getattr(others, name), getattr(features, name), 1e-5, name)
 
 
 @pytest.mark.integration
@@ -103,8 +103,8 @@ def test_parts_are_the_features_in_order(tmp_path):
     assert len(list(tmp_path.glob("part-*.npz"))) == 5
     source = Noise(COUNT)
     for name in ("pool", "spatial", "logits"):
-        made = np.concatenate([getattr(part, name) for part in parts.read()])
-        np.testing.assert_array_equal(made, getattr(StubNetwork(COUNT)(source.pixels), name))
+        values = np.concatenate([getattr(part, name) for part in parts.read()])
+        np.testing.assert_array_equal(values, getattr(StubNetwork(COUNT)(source.pixels), name))
     np.testing.assert_array_equal(np.concatenate(list(parts.read_images())), source.pixels[kept])
 
 

@@ -45,8 +45,8 @@ def measured(folder, count=COUNT, **options):
 def test_measured(tmp_path, features):
     reference, _ = measured(tmp_path)
     expected = stats(features)
-    for made, name in zip((*reference.pool, *reference.spatial), expected, strict=True):
-        np.testing.assert_allclose(made, expected[name], rtol=1e-10, atol=1e-14)
+    for actual, name in zip((*reference.pool, *reference.spatial), expected, strict=True):
+        np.testing.assert_allclose(actual, expected[name], rtol=1e-10, atol=1e-14)
     assert reference.features.shape == (20, 6)
     rows = {row.tobytes() for row in features.pool}
     assert {row.tobytes() for row in reference.features} <= rows and len(np.unique(reference.features, axis=0)) == 20
@@ -58,8 +58,8 @@ def test_written_and_read(tmp_path):
     path = tmp_path / "ours.npz"
     write_reference(path, reference, parts)
     back = read_reference(path, StubNetwork())
-    for made, expected in zip((*back.pool, *back.spatial), (*reference.pool, *reference.spatial), strict=True):
-        np.testing.assert_array_equal(made, expected)
+    for actual, expected in zip((*back.pool, *back.spatial), (*reference.pool, *reference.spatial), strict=True):
+        np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal(back.features, reference.features)
     assert back.shape == [4, 4] and back.images is None
     source = {"data": "noise", "images": COUNT, "image_size": 4}

@@ -34,7 +34,7 @@ def compared(vae):
 @pytest.mark.integration
 def test_values_of_the_mean_by_hand(vae):
     source = Pictures(8)
-    made = compare(vae, source, latents="mode")
+    comparison = compare(vae, source, latents="mode")
 
     @jax.jit
     def reconstruct(pixels):
@@ -43,16 +43,16 @@ def test_values_of_the_mean_by_hand(vae):
 
     recon = np.asarray(reconstruct(source.pixels))
     rounded = np.floor(127.5 * recon + 128).clip(0, 255).astype(np.uint8)  # LightningDiT's
-    np.testing.assert_array_equal(made.pairs[::2], source.pixels)
-    assert np.abs(made.pairs[1::2].astype(int) - rounded).max() <= 1  # float rounding at a gray level's edge
+    np.testing.assert_array_equal(comparison.pairs[::2], source.pixels)
+    assert np.abs(comparison.pairs[1::2].astype(int) - rounded).max() <= 1  # float rounding at a gray level's edge
     decibels = -10 * np.log10(((source.pixels - rounded.astype(float)) ** 2).mean(axis=(1, 2, 3)) / 255**2)
-    np.testing.assert_allclose(made.values["psnr"], decibels, atol=1e-2)
+    np.testing.assert_allclose(comparison.values["psnr"], decibels, atol=1e-2)
     expected = image_quality.ssim(images.to_float(source.pixels), recon.clip(-1, 1), 2)
-    np.testing.assert_allclose(made.values["ssim"], expected, atol=1e-4)
+    np.testing.assert_allclose(comparison.values["ssim"], expected, atol=1e-4)
     expected = image_quality.ssim(source.pixels.astype(np.float32), rounded.astype(np.float32), 255)
-    np.testing.assert_allclose(made.values["ssim_pixels"], expected, atol=1e-3)
-    sides = (gaussian_stats(features_of(made.pairs[start::2])) for start in (0, 1))
-    assert made.rfid == pytest.approx(frechet_distance(*next(sides), *next(sides)), rel=1e-9)
+    np.testing.assert_allclose(comparison.values["ssim_pixels"], expected, atol=1e-3)
+    sides = (gaussian_stats(features_of(comparison.pairs[start::2])) for start in (0, 1))
+    assert comparison.rfid == pytest.approx(frechet_distance(*next(sides), *next(sides)), rel=1e-9)
 
 
 def test_pixels_are_rounded_not_truncated():
@@ -63,24 +63,24 @@ def test_pixels_are_rounded_not_truncated():
 @pytest.mark.integration
 @pytest.mark.parametrize("batch_size, devices", [(16, 8), (3, 1)])
 def test_batches_and_devices_change_nothing(vae, compared, batch_size, devices):
-    made = compare(vae, Pictures(), batch_size=batch_size, devices=devices)
-    np.testing.assert_array_equal(made.records, np.arange(20))
+    comparison = compare(vae, Pictures(), batch_size=batch_size, devices=devices)
+    np.testing.assert_array_equal(comparison.records, np.arange(20))
     for name, values in compared.values.items():
-        np.testing.assert_allclose(made.values[name], values, rtol=1e-3, err_msg=name)
-    assert made.rfid == pytest.approx(compared.rfid, rel=1e-2)
-    assert np.abs(made.pairs.astype(int) - compared.pairs).max() <= 1
-    assert len(made.pairs) == 2 * tokenizer.SHOWN
+        np.testing.assert_allclose(comparison.values[name], values, rtol=1e-3, err_msg=name)
+    assert comparison.rfid == pytest.approx(compared.rfid, rel=1e-2)
+    assert np.abs(comparison.pairs.astype(int) - compared.pairs).max() <= 1
+    assert len(comparison.pairs) == 2 * tokenizer.SHOWN
 
 
 @pytest.mark.integration
 def test_noise_depends_on_seed_and_record_alone(vae, compared):
     some = [3, 7, 8, 19]
-    made = compare(vae, Pictures(), some, features_fn=None)
-    assert made.rfid is None
-    np.testing.assert_allclose(made.values["psnr"], compared.values["psnr"][some], rtol=1e-4)
+    comparison = compare(vae, Pictures(), some, features_fn=None)
+    assert comparison.rfid is None
+    np.testing.assert_allclose(comparison.values["psnr"], compared.values["psnr"][some], rtol=1e-4)
     other, mean = (compare(vae, Pictures(), some, **changed) for changed in ({"seed": 1}, {"latents": "mode"}))
     for changed in (other, mean):
-        assert (np.abs(changed.values["psnr"] - made.values["psnr"]) > 1e-4).all()
+        assert (np.abs(changed.values["psnr"] - comparison.values["psnr"]) > 1e-4).all()
     # two records of the same image get different noise
     same = Pictures(8)
     same.pixels[:] = same.pixels[1]
@@ -90,12 +90,12 @@ def test_noise_depends_on_seed_and_record_alone(vae, compared):
 
 @pytest.mark.integration
 def test_undecodable_images_do_not_count(vae, compared):
-    made = compare(vae, Pictures(bad=(0, 9, 16, 17, 18, 19)))  # the last block holds none
+    comparison = compare(vae, Pictures(bad=(0, 9, 16, 17, 18, 19)))  # the last block holds none
     good = [i for i in range(20) if i not in (0, 9, 16, 17, 18, 19)]
-    np.testing.assert_array_equal(made.records, good)
-    np.testing.assert_allclose(made.values["psnr"], compared.values["psnr"][good], rtol=1e-4)
-    assert [record for record, _ in made.bad_records] == [0, 9, 16, 17, 18, 19]
-    assert made.bad_records[0][1] == "OSError: broken 0"
+    np.testing.assert_array_equal(comparison.records, good)
+    np.testing.assert_allclose(comparison.values["psnr"], compared.values["psnr"][good], rtol=1e-4)
+    assert [record for record, _ in comparison.bad_records] == [0, 9, 16, 17, 18, 19]
+    assert comparison.bad_records[0][1] == "OSError: broken 0"
     with pytest.raises(ValueError, match="none of the 3 images can be decoded, first picture-0: OSError: broken 0"):
         compare(vae, Pictures(3, bad=range(3)))
 
@@ -109,7 +109,7 @@ def test_images_that_are_not_finite_are_refused(vae):
 
 @pytest.mark.integration
 def test_lpips_gets_images_from_minus_one_to_one(vae, monkeypatch):
-    """Not those of [-3, 1] of the code that trained the published weights."""
+    """The code that trained the published weights gave it images in [-3, 1]."""
     monkeypatch.setattr(tokenizer, "LPIPS", Extent)
     assert compare(vae, Pictures(8), lpips=jnp.ones(())).values["lpips"][0] == 2
 

@@ -133,9 +133,9 @@ class Place:
         """Returns the argument lists recorded since the last call, of the named stubs or of all."""
         if not self.calls_file.exists():
             return []
-        found = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+        calls = [json.loads(line) for line in self.calls_file.read_text().splitlines()]
         self.calls_file.unlink()
-        return [call["argv"] for call in found if not names or call["name"] in names]
+        return [call["argv"] for call in calls if not names or call["name"] in names]
 
     def commit(self):
         git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
@@ -180,7 +180,7 @@ def test_scripts_are_clean():
 
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 def test_requirements_are_installed_once_per_change(place, installer):
-    """By uv where it is available; in the other case the PATH holds only the tools that environment.sh calls."""
+    """It is done by uv where that is available; in the other case the PATH holds only the tools that environment.sh calls."""
     folder = place.root.parent / "bin"
     folder.mkdir()
     for name in ("bash", "dirname", "touch"):
@@ -349,9 +349,9 @@ def test_setup_removes_what_setup_had_put_there_and_nothing_else(place):
             for name in ("runs/a/checkpoints/7", "data/a.png", "launch/mine"):
                 (place.home / "repae" / name).parent.mkdir(parents=True, exist_ok=True)
                 (place.home / "repae" / name).touch()
-    found = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
-    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "pyproject.toml"} <= found
-    assert "an old [file]" not in found
+    names = {str(path.relative_to(place.home / "repae")) for path in (place.home / "repae").rglob("*")}
+    assert {"runs/a/checkpoints/7", "data/a.png", "launch/mine", "launch/new", "pyproject.toml"} <= names
+    assert "an old [file]" not in names
 
 
 def test_run_reaches_the_workers_as_typed(place):
@@ -620,8 +620,8 @@ def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 200))
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, "gketpu", 1)
-    assert found[:3] == ("localhost:8476", 2, 1)
+    parameters = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, "gketpu", 1)
+    assert parameters[:3] == ("localhost:8476", 2, 1)
 
 
 def test_manifest_of_several_slices(place):
@@ -714,8 +714,8 @@ def test_slurm_job_takes_nothing_from_a_run_by_hand_or_another_job(place):
     place.behave("srun", f"env >{place.behaviors}/environment")
     foreign = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_LOCAL_DEVICE_IDS": "0", "SLURM_CPU_BIND_LIST": "1"}
     place.launch("slurm.sh", "--config", "c", **JOB, **foreign, SLURM_CPU_BIND="map_cpu:1")
-    found = (place.behaviors / "environment").read_text()
-    assert "SLURM_JOB_ID=7" in found and not [name for name in (*foreign, "SLURM_CPU_BIND") if name in found]
+    environment = (place.behaviors / "environment").read_text()
+    assert "SLURM_JOB_ID=7" in environment and not [name for name in (*foreign, "SLURM_CPU_BIND") if name in environment]
 
 
 def test_slurm_job_of_an_array_leaves_the_others_alone(place):
@@ -759,8 +759,8 @@ def test_two_runs_on_one_machine(place):
     ports = [call[call.index("--coordinator") + 1] for call in place.calls()]
     assert len(ports) == 4 and len(set(ports)) == 2
     assert len(list(place.root.glob("runs/multi_gpu/*/process-1.log"))) == 2
-    with socket.create_server(("localhost", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
         message = place.refused("multi_gpu.sh", "--processes", "2", "--config", "c", PORT=port)
     assert f"PORT={port} is in use" in message
 

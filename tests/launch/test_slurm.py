@@ -67,9 +67,9 @@ KILLED = "[ $SLURM_PROCID = 3 ] && kill -KILL $$; sleep 0.5; kill -ABRT $$"  # a
 
 
 def free_ports(count):
-    taken = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in taken]
-    for server in taken:
+    servers = [socket.create_server(("", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
         server.close()
     return ports
 
@@ -185,8 +185,8 @@ def cluster():
     python = folder / ".venv/bin/python"
     python.write_text(f'#!/bin/bash\n[ "$1" != - ] || exec {sys.executable} "$@"\nsource {folder}/behavior\n')
     python.chmod(0o755)
-    with Cluster(folder) as made:
-        yield made
+    with Cluster(folder) as slurm:
+        yield slurm
 
 
 def test_job_goes_on_until_the_run_is_finished(cluster):

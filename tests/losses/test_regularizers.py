@@ -40,11 +40,11 @@ def test_vf_terms_and_gradient(name, record_property):
     check = partial(reference.check, rtol=reference.LOSS_RTOL, record=record_property)
     cosine = marginal_cosine_loss(projected, tokens, margins[0])
     distance = marginal_distance_loss(projected, tokens, margins[1])
-    check(cosine, case.arrays["mcos"], what="marginal cosine similarity")
-    check(distance, case.arrays["mdms"], what="marginal distance matrix similarity")
+    check(cosine, case.arrays["mcos"], name="marginal cosine similarity")
+    check(distance, case.arrays["mdms"], name="marginal distance matrix similarity")
     loss, grad = jax.jit(jax.value_and_grad(lambda x: vf_loss(x, tokens, *margins)))(projected)
-    check(loss, case.arrays["mcos"] + case.arrays["mdms"], what="sum")
-    check(grad, reference.nhwc(case.arrays["grad"]), what="gradient on the projected latents")
+    check(loss, case.arrays["mcos"] + case.arrays["mdms"], name="sum")
+    check(grad, reference.nhwc(case.arrays["grad"]), name="gradient on the projected latents")
 
 
 def test_vf_by_hand():

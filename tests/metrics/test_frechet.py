@@ -61,24 +61,24 @@ def test_running_gaussian(offset):
 def test_against_the_general_matrix_root(counts):
     """scipy's root of the product, where it works; of singular ones only up to the root of its rounding."""
     rng = np.random.default_rng(3)
-    one, two = (
+    first, second = (
         gaussian_stats(rng.normal(size=(count, 24)) @ rng.normal(size=(24, 24)) + shift) for count, shift in zip(counts, (0, 1))
     )
-    root = scipy.linalg.sqrtm(one[1] @ two[1]).real
-    expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1]) + np.trace(two[1]) - 2 * np.trace(root)
+    root = scipy.linalg.sqrtm(first[1] @ second[1]).real
+    expected = ((first[0] - second[0]) ** 2).sum() + np.trace(first[1]) + np.trace(second[1]) - 2 * np.trace(root)
     singular = min(counts) <= 24
-    assert frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-5 if singular else 1e-10)
+    assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-5 if singular else 1e-10)
 
 
 def test_singular_against_the_nuclear_norm():
     """tr (S1 S2)^(1/2) = |X1 X2^T|_* of the deviations, which needs no root of a singular matrix."""
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(9, 40)), 2 * rng.normal(size=(12, 40))
-    one, two = gaussian_stats(x), gaussian_stats(y)
+    first, second = gaussian_stats(x), gaussian_stats(y)
     deviations = (x - x.mean(axis=0)) / np.sqrt(8), (y - y.mean(axis=0)) / np.sqrt(11)
     root_trace = np.linalg.svd(deviations[0] @ deviations[1].T, compute_uv=False).sum()
-    expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1]) + np.trace(two[1]) - 2 * root_trace
-    assert frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-6)
+    expected = ((first[0] - second[0]) ** 2).sum() + np.trace(first[1]) + np.trace(second[1]) - 2 * root_trace
+    assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
 
 
 def test_closed_form_of_ten_thousand_features():
@@ -87,14 +87,14 @@ def test_closed_form_of_ten_thousand_features():
     size, count = 64, 10_000
     rotation = np.linalg.qr(rng.normal(size=(size, size)))[0]
     std1, std2, shift = rng.uniform(0.5, 2, size), rng.uniform(0.5, 2, size), rng.normal(size=size) / 4
-    one, two = (rng.normal(size=(count, size)) * std @ rotation.T + move for std, move in ((std1, 0), (std2, shift)))
+    first, second = (rng.normal(size=(count, size)) * std @ rotation.T + move for std, move in ((std1, 0), (std2, shift)))
     expected = (shift**2).sum() + ((std1 - std2) ** 2).sum()
     exact = frechet_distance(
         np.zeros(size), rotation * std1**2 @ rotation.T, shift, rotation * std2**2 @ rotation.T
     )  # fmt: skip
     assert exact == pytest.approx(expected, rel=1e-10)
     # the bias of finite counts is about tr(S) F / 2N of each side
-    assert frechet_distance(*gaussian_stats(one), *gaussian_stats(two)) == pytest.approx(expected, rel=0.05)
+    assert frechet_distance(*gaussian_stats(first), *gaussian_stats(second)) == pytest.approx(expected, rel=0.05)
 
 
 def test_one_feature():
@@ -112,9 +112,9 @@ def test_diagonal_covariances():
 @pytest.mark.parametrize("count", [40, 4])  # full rank, and singular
 def test_symmetric_and_zero_for_equal(count):
     rng = np.random.default_rng(1)
-    one, two = (gaussian_stats(rng.normal(size=(count, 8)) * scale) for scale in (1, 3))
-    assert frechet_distance(*one, *two) == pytest.approx(frechet_distance(*two, *one), rel=1e-6)
-    assert frechet_distance(*one, *one) == pytest.approx(0, abs=1e-6)
+    first, second = (gaussian_stats(rng.normal(size=(count, 8)) * scale) for scale in (1, 3))
+    assert frechet_distance(*first, *second) == pytest.approx(frechet_distance(*second, *first), rel=1e-6)
+    assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-6)
 
 
 def test_errors():

@@ -36,12 +36,12 @@ def pairs(shape, seed=0):
 @pytest.mark.parametrize("size", SIZES)
 def test_golden(golden, size, record_property):
     images, others = golden[f"{size}/images"], golden[f"{size}/others"]
-    made = {
+    results = {
         "psnr": psnr(images, others),
         "ssim": ssim(images.astype(np.float32), others.astype(np.float32), 255),
         "ssim_signed": ssim(to_float(images), to_float(others), 2),
     }
-    for name, values in made.items():
+    for name, values in results.items():
         assert values.shape == (4,) and values.dtype == np.float32
         error = np.abs(np.float64(values) - golden[f"{size}/{name}"]).max()
         record_property(name, float(error))
@@ -101,9 +101,9 @@ def test_symmetric_and_each_image_by_itself():
 def test_float64_stays_float64(golden):
     with jax.enable_x64(True):
         images, others = golden["23x37/images"].astype(np.float64), golden["23x37/others"].astype(np.float64)
-        made = ssim(images, others, 255)
-        assert made.dtype == np.float64
-        assert reference.relative_error(made, golden["23x37/ssim"]) < 1e-12
+        values = ssim(images, others, 255)
+        assert values.dtype == np.float64
+        assert reference.relative_error(values, golden["23x37/ssim"]) < 1e-12
 
 
 def test_nan_is_not_hidden():

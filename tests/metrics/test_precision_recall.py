@@ -5,8 +5,8 @@ import reference
 from repae_jax.metrics.precision_recall import precision_recall
 
 
-def by_definition(real, made, neighbors=3):
-    """In float64, with all distances at once."""
+def by_definition(real, samples, neighbors=3):
+    """Precision and recall in float64, with all distances at once."""
 
     def distances(a, b):
         return ((a[:, None].astype(np.float64) - b[None]) ** 2).sum(axis=-1)
@@ -15,22 +15,22 @@ def by_definition(real, made, neighbors=3):
         radii = np.sort(distances(others, others), axis=1)[:, neighbors]  # the first is the feature itself
         return (distances(features, others) <= radii).any(axis=1).mean()
 
-    return near(made, real), near(real, made)
+    return near(samples, real), near(real, samples)
 
 
 @pytest.mark.parametrize("block_size", [5000, 128, 77])
 def test_golden(block_size, record_property):
     golden = reference.load("evaluation_metrics").arrays
-    made = precision_recall(golden["reference_features"], golden["sample_features"], block_size=block_size)
-    reference.check(made, [golden["precision"], golden["recall"]], 1e-12, "precision and recall", record_property)
+    values = precision_recall(golden["reference_features"], golden["sample_features"], block_size=block_size)
+    reference.check(values, [golden["precision"], golden["recall"]], 1e-12, "precision and recall", record_property)
 
 
 @pytest.mark.parametrize("offset", [0, 1000])  # in float32, squares of the latter leave nothing of the distances
 @pytest.mark.parametrize(("counts", "block_size"), [((40, 60), 100), ((40, 60), 7), ((60, 33), 32), ((4, 4), 1)])
 def test_is_the_definition(offset, counts, block_size):
     rng = np.random.default_rng(0)
-    real, made = (rng.normal(size=(count, 5)) * scale + offset for count, scale in zip(counts, (1, 0.7)))
-    assert precision_recall(real, made, block_size=block_size) == pytest.approx(by_definition(real, made))
+    real, samples = (rng.normal(size=(count, 5)) * scale + offset for count, scale in zip(counts, (1, 0.7)))
+    assert precision_recall(real, samples, block_size=block_size) == pytest.approx(by_definition(real, samples))
 
 
 def test_extremes():

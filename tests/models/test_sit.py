@@ -24,11 +24,11 @@ def inputs(case):
     return reference.nhwc(a["latents"]), a["time"], a["labels"].astype(np.int32), reference.nhwc(a["noise"]), targets
 
 
-def check_alignment(loss, expected, what):
+def check_alignment(loss, expected, name):
     """A mean of cosines in [-1, 1] that may cancel to almost zero: 1e-5 relative plus one float32 rounding of a cosine."""
     error = abs(float(loss) - float(expected))
-    print(f"{what} alignment loss: error {error:.1e} of {float(expected):.1e}")
-    assert error <= reference.LOSS_RTOL * abs(float(expected)) + np.finfo(np.float32).eps, (what, error)
+    print(f"{name} alignment loss: error {error:.1e} of {float(expected):.1e}")
+    assert error <= reference.LOSS_RTOL * abs(float(expected)) + np.finfo(np.float32).eps, (name, error)
 
 
 @pytest.mark.parametrize("name", reference.cases("sit_"))

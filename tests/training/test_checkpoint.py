@@ -205,7 +205,7 @@ def test_state_may_be_donated_right_after_save(tmp_path):
 
 
 def test_saving_compiles_the_checksums_alone(tmp_path, caplog):
-    """And no slices of what all devices have, one for each shape and device."""
+    """No program is compiled that slices what all devices have, for each shape and device."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     state = {"kernel": jax.device_put(np.ones((48, 80), np.float32), jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))}
     jax.clear_caches()
@@ -227,7 +227,7 @@ def test_the_first_checkpoint_is_read_back(workdir, tmp_path):
 
 
 def test_a_checkpoint_that_a_library_loses_is_noticed(tmp_path):
-    """As in a folder whose name is taken for a pattern, if nobody had refused it."""
+    """The name of the folder is taken for a pattern, since nobody refuses it here."""
     state = make_state(3)
     with checkpoint.Checkpointer(tmp_path / "[lr=1e-4]") as checkpointer:
         checkpointer.save(3, state, {}, CONFIG)
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_a_library_loses_is_noticed(tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(workdir):
-    """So that all that is kept is finite; wherever it is, while losses and gradients are finite."""
+    """All that is kept is finite. Every array of the state counts, even while losses and gradients are finite."""
     good, places = make_state(3), ["vae.params.kernel", "sit.opt_state.0.nu.scale", "ema.kernel"]
     named = checkpoint_files.named_leaves(good)
     bad = jax.tree.unflatten(jax.tree.structure(good), [leaf * np.inf if name in places else leaf for name, leaf in named])
@@ -369,7 +369,7 @@ def test_damaged_array_values_are_detected(workdir, damage, errors):
 
 
 def test_no_changed_digit_is_taken_as_true(workdir):
-    """In the JSON parts, each alone; nor in Orbax's list of the arrays, where some do not matter."""
+    """One digit is changed in each JSON part, and in Orbax's list of the arrays, where some do not matter."""
     readers = {"config": checkpoint.read_config, "data": checkpoint.read_data_state}
     for item, read in readers.items():
         file = workdir / "checkpoints" / "2" / item / "metadata"

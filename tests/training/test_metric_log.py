@@ -175,14 +175,14 @@ def test_input_wait_is_a_share_of_the_time_that_counts():
 
 
 def test_input_wait_is_that_of_the_process_that_waited_longest_since_the_last_update():
-    """Of two processes in turn: who has waited longest since the beginning need not have waited at all lately."""
+    """The process that has waited longest since the beginning need not have waited at all lately."""
     clock = Clock()
     progress = metric_log.Progress(100, 0, 32, waited=[30.0, 0.0], clock=clock)
-    found = []
+    waits = []
     for step, waited in enumerate(([30.0, 5.0], [35.0, 5.0], [35.0, 10.0], [35.0, 10.0]), 1):
         clock.now += 10
-        found.append(progress.update(step, waited)["input_wait"])
-    assert found == [0.5, 0.5, 0.5, 0.0]
+        waits.append(progress.update(step, waited)["input_wait"])
+    assert waits == [0.5, 0.5, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(

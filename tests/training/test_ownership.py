@@ -158,7 +158,7 @@ def test_a_disk_that_fails_for_a_moment_takes_no_workdir(workdir, monkeypatch):
 
 
 def test_a_run_that_was_taken_for_dead_notices(workdir, quick, monkeypatch):
-    """And leaves the other's file alone."""
+    """It leaves the other's file alone."""
     with pytest.raises(ownership.WorkdirLost, match="now belongs to the run of process 7 on host other"):  # noqa: SIM117
         with ownership.owned(workdir) as check:
             check()
@@ -179,7 +179,7 @@ def test_a_file_that_was_removed_is_written_again(workdir, quick):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_of_many_that_start_at_once_one_owns(left, workdir, quick):
-    """In an empty workdir, and in one of a dead owner."""
+    """The workdir is empty, or one of a dead owner."""
     if left:
         with ownership.owned(workdir):
             content = json.loads(file_of(workdir).read_text())
@@ -208,7 +208,7 @@ def test_of_many_that_start_at_once_one_owns(left, workdir, quick):
 
 @pytest.mark.integration
 def test_a_process_that_ends_suddenly_is_no_owner(workdir):
-    """As when another process of the run has failed."""
+    """It ends as if another process of the run had failed."""
     code = OWN.replace("time.sleep(600)", "from repae_jax.distributed import multihost; multihost._exit()")
     done = subprocess.run([sys.executable, "-c", code, str(workdir)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "owner\n" and list(workdir.iterdir()) == []
@@ -217,7 +217,7 @@ def test_a_process_that_ends_suddenly_is_no_owner(workdir):
 
 @pytest.mark.integration
 def test_in_a_bucket(request, monkeypatch):
-    """Where nothing can be created exclusively, and signs of life are new objects."""
+    """Nothing can be created exclusively there, and signs of life are new objects."""
     pytest.importorskip("bucket")
     request.getfixturevalue("gs")
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 1)

@@ -21,7 +21,7 @@ def test_another_name_changes_no_other_draw():
 
 def test_names_steps_and_runs_differ():
     keys = [data(named_keys(key, step, *NAMES)) for key in (KEY, jax.random.key(1)) for step in range(50)]
-    every = [key for one in keys for key in one.values()]
+    every = [key for named in keys for key in named.values()]
     assert len(set(every)) == len(every) == 400
 
 
