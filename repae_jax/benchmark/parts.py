@@ -85,29 +85,37 @@ def _encoders(c, nets):
         yield f"encoder_{name}", Part(partial(encoders.encode, encoder), (params, c.whole.pixels), c.rows, of_whole=True)
 
 
+def _last_kernel(name, tree):
+    return tree[name]["conv_out"]["kernel"]
+
+
 def _vae(c, nets):
     recipe = c.job.recipe
-    compares = "vf" in getattr(recipe, "adaptive", ()) and "gan" in recipe.vae_weights  # pixels' own gradient of the latents
+    adapts = getattr(recipe, "adaptive", ())  # each costs two gradients of one layer, and VF's the pixels' of the latents
+    compares = "vf" in adapts and "gan" in recipe.vae_weights
 
     def encode(params, x):
         return nets.vae.encode(params, x.images).sample(x.posterior_noise)
 
     def encode_and_back(params, x):
         latents, vjp = jax.vjp(partial(encode, x=x), params)
-        return latents, *vjp(x.latents)
+        return latents, *vjp(x.latents), [_last_kernel("encoder", vjp(ct)[0]) for ct in (latents, -x.latents) if "vf" in adapts]
 
     def decode(params, x):
         return nets.vae.decode(params, x.latents)
 
     def decode_and_back(params, x):
         recon, vjp = jax.vjp(nets.vae.decode, params, x.latents)
-        return recon, vjp(x.recon), *((vjp(x.images)[1],) if compares else ())
+        kernels = [_last_kernel("decoder", vjp(ct)[0]) for ct in (x.images, recon) if "gan" in adapts]
+        return recon, vjp(x.recon), [vjp(x.images)[1]] if compares else [], kernels
 
     if c.state.vae is not None:
         arguments, params = (c.state.vae.params, c.micro.x), _shardings(c.state.vae)
+        of_encoder = c.rows, params, [_last_kernel("encoder", params)] * 2 * ("vf" in adapts)
+        of_decoder = c.rows, (params, c.rows), [c.rows] * compares, [_last_kernel("decoder", params)] * 2 * ("gan" in adapts)
         is_fixed = "encoder" in recipe.fixed["vae"]
-        yield "vae_encoder", Part(encode, arguments, c.rows) if is_fixed else Part(encode_and_back, arguments, (c.rows, params))
-        yield "vae_decoder", Part(decode_and_back, arguments, (c.rows, (params, c.rows), *((c.rows,) if compares else ())))
+        yield "vae_encoder", Part(encode, arguments, c.rows) if is_fixed else Part(encode_and_back, arguments, of_encoder)
+        yield "vae_decoder", Part(decode_and_back, arguments, of_decoder)
         return
     of_whole = c.state.disc is None
     if not c.job.config["data"]["cache"]:
@@ -117,14 +125,15 @@ def _vae(c, nets):
 
 
 def _vae_terms(c, nets):
-    """Gradients of the VAE's loss terms: of latents and reconstruction, or of parameters and latents."""
+    """The VAE's loss terms and their gradients: of latents and reconstruction, or of parameters and latents."""
     recipe = c.job.recipe
+    is_fixed = "encoder" in recipe.fixed.get("vae", ())  # then nothing needs the gradient of the latents
 
     def grads_of_pass(term, state, frozen, x):
         def loss(latents, recon):
             return VAE_TERMS[term](VaePass(x, recon, frozen, nets, recipe, latents=latents, state=state))
 
-        return jax.grad(loss, (0, 1))(x.latents, x.recon)
+        return jax.value_and_grad(loss, (1,) if is_fixed else (0, 1))(x.latents, x.recon)
 
     def grads_of_latents(term, params, frozen, x):
         loss = partial(LATENT_TERMS[term], x=x, nets=nets, frozen=frozen, recipe=recipe)
@@ -135,7 +144,7 @@ def _vae_terms(c, nets):
             arguments = c.state.vae.params, c.frozen, c.micro.x
             yield term, Part(partial(grads_of_latents, term), arguments, (_shardings(c.state.vae), c.rows))
         elif term not in UNTIMED_TERMS:
-            yield term, Part(partial(grads_of_pass, term), (c.state, c.frozen, c.micro.x), (c.rows, c.rows))
+            yield term, Part(partial(grads_of_pass, term), (c.state, c.frozen, c.micro.x), (None, (c.rows,) * (2 - is_fixed)))
 
 
 def _discriminator(c, nets):
