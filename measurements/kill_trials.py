@@ -45,10 +45,8 @@ def train_in(job, steps, workdir, compiled, log, **changes):
     import jax
 
     from repae_jax import train
-    from repae_jax.distributed import xla_flags
 
-    flags = ["--xla_cpu_use_fusion_emitters=false"]  # compiles quickly, where jaxlib has it
-    os.environ["XLA_FLAGS"] = " ".join(set(flags) - set(xla_flags.unknown(flags)))  # one device
+    os.environ["XLA_FLAGS"] = ""  # one device
     settings = {"platforms": "cpu", "disable_most_optimizations": True, "compilation_cache_dir": str(compiled)}
     for name, value in {**settings, "persistent_cache_min_compile_time_secs": 0.2}.items():
         jax.config.update(f"jax_{name}", value)
