@@ -25,8 +25,8 @@ def test_flags_that_jaxlib_does_not_know_are_left_out(capsys):
 
 @pytest.mark.integration
 def test_other_mistakes_end_the_tests_with_what_jaxlib_says():
-    with pytest.raises(SystemExit, match="does not start with XLA_FLAGS=--xla_cpu_use_fusion_emitters=perhaps"):
-        compiler_flags.accepted(("--xla_cpu_use_fusion_emitters=perhaps",))
+    with pytest.raises(SystemExit, match="does not start with XLA_FLAGS=--xla_cpu_enable_fast_math=perhaps"):
+        compiler_flags.accepted(("--xla_cpu_enable_fast_math=perhaps",))
 
 
 def test_flags_of_this_session_are_known_without_another_process(monkeypatch):
