@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models.layers import torch_default_init
@@ -99,7 +98,7 @@ class Conv(nn.Module):
 
     features: int
     kernel_size: int
-    dtype: DTypeLike
+    dtype: jnp.dtype
     strides: int = 1
     padding: str | Sequence[tuple[int, int]] = "SAME"
     with_moments: bool = False  # pays where a group norm is the result's only reader
@@ -140,7 +139,7 @@ class GroupNorm(nn.Module):
     """
 
     groups: int
-    dtype: DTypeLike
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: DeferredBias) -> Float[Array, "B H W C"]:
@@ -181,7 +180,7 @@ def transposed_conv(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"])
 class UpsampleConv(nn.Module):
     """Nearest-neighbor upsampling by 2 and a 3x3 convolution with PyTorch's default initialization."""
 
-    dtype: DTypeLike
+    dtype: jnp.dtype
 
     @nn.remat  # keeps x, not its sum with the bias
     @nn.compact

@@ -10,7 +10,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from repae_jax.models import layers
@@ -27,7 +26,7 @@ class TimestepEmbedder(nn.Module):
     """Embeds t in [0, 1] by 256 float32 sinusoids and a two-layer SiLU MLP."""
 
     hidden_size: int
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
@@ -42,7 +41,7 @@ class SiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     qk_norm: bool
-    dtype: DTypeLike
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B T D"], None]:
@@ -64,7 +63,7 @@ class FinalLayer(nn.Module):
     """The last layer: adaLN and a linear map to patches; zero at initialization."""
 
     out_dim: int
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T out_dim"]:
@@ -81,7 +80,7 @@ class Projector(nn.Module):
 
     hidden_dim: int
     feature_dim: int
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -94,7 +93,7 @@ class ConvProjector(nn.Module):
     """The projector of iREPA: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
 
     feature_dim: int
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -146,7 +145,7 @@ class SiT(nn.Module):
     learned_positions: bool = False
     remat: str = "none"  # 'none', 'dots' or 'full', see `layers.scan_blocks`
     unroll: int = 1  # blocks per iteration of the scanned stacks
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @property
     def null_label(self) -> int:

@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models import layers
@@ -32,7 +31,7 @@ class SwiGLU(nn.Module):
     """Gated MLP, fc2(silu(gate(x)) * fc1(x))."""
 
     hidden_dim: int
-    dtype: DTypeLike = jnp.float32
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -81,7 +80,7 @@ class ViTBlock(nn.Module):
     no_bias: Sequence[str]
     rotate: Callable | None
     norm_eps: float
-    dtype: DTypeLike
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
@@ -118,7 +117,7 @@ class VisionTransformer(nn.Module):
     final_norm: bool = True  # after the last block
     no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
     norm_eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
+    dtype: jnp.dtype = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:
