@@ -39,6 +39,18 @@ call() {
     if [ -n "$dry_run" ]; then shown "$@"; else "$@"; fi
 }
 
+# Sets XLA's flags and CUDA's variables for several GPUs, or prints how.
+gpu_flags() {
+    local settings
+    # shellcheck disable=SC2016 # printed as one would type it
+    if [ -n "$dry_run" ]; then
+        echo 'eval "$(python -m launch.gpu_flags)"'
+    else
+        settings=$(python -m launch.gpu_flags)
+        eval "$settings"
+    fi
+}
+
 # need NAME=EXAMPLE …: one error for all settings that are missing.
 need() {
     local setting variable names=() examples=()

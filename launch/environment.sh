@@ -1,25 +1,31 @@
-# Sourced by the other scripts: a virtual environment in .venv with this package. PYTHON chooses the interpreter (3.11 or newer).
+# Sourced by the other scripts: a virtual environment with this package. PYTHON chooses its interpreter (3.11, 3.12 or 3.13), VENV
+# its folder (.venv).
 # usage: source launch/environment.sh [extra,extra]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
-    "${PYTHON:-python3}" -m venv .venv
+venv=${VENV:-.venv}
+if [ ! -x "$venv/bin/python" ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' ||
+        { echo "error: ${PYTHON:-python3} is not Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/one" >&2; exit 1; }
+    "${PYTHON:-python3}" -m venv "$venv"
 fi
+# jax 0.10 is the last with wheels for Python 3.11. Where a package of the file has none, installing it ends with an error.
+constraints="constraints-newest.txt"
+[ ! -d "$venv/lib/python3.11" ] || constraints="constraints.txt"
 # Installs only if the requirements have changed since the last time.
-stamp=".venv/installed-${1:-base}"
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
-    echo "installing into .venv …"
-    requirements=(--quiet --constraint constraints.txt --editable ".${1:+[$1]}")
+stamp="$venv/installed-${1:-base}"
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$constraints" -nt "$stamp" ]; then
+    echo "installing into $venv …"
+    requirements=(--quiet --constraint "$constraints" --editable ".${1:+[$1]}")
     if command -v uv >/dev/null; then # many times faster than pip
         links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}} # uv itself reads none of pip's settings
-        uv pip install --python .venv/bin/python ${links:+--find-links "$links"} "${requirements[@]}"
+        uv pip install --python "$venv/bin/python" ${links:+--find-links "$links"} "${requirements[@]}"
     else
-        .venv/bin/python -m pip install "${requirements[@]}"
+        "$venv/bin/python" -m pip install "${requirements[@]}"
     fi
     touch "$stamp"
 fi
-export PATH="$PWD/.venv/bin:$PATH"
+bin=$(cd "$venv/bin" && pwd)
+export PATH="$bin:$PATH"
 export TF_CPP_MIN_LOG_LEVEL=3 # TensorFlow only writes TensorBoard files here

@@ -23,6 +23,7 @@ cd "$(dirname "$0")/.."
 listening() { (: <"/dev/tcp/localhost/$1") 2>/dev/null; }
 
 call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
+gpu_flags
 if [ -z "$processes" ]; then
     call exec python -m repae_jax.train "${rest[@]}"
     exit

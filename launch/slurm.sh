@@ -101,6 +101,7 @@ again() {
 # Variables left from a run by hand, or from the job that this one was submitted from, would be taken for this one's.
 call unset JAX_COORDINATOR_ADDRESS JAX_LOCAL_DEVICE_IDS "${!SLURM_CPU_BIND@}"
 call source launch/environment.sh "${EXTRAS:-cuda,data,torch}"
+gpu_flags
 gpus=${SLURM_GPUS_ON_NODE:-8} tasks=${SLURM_NTASKS_PER_NODE:-8}
 if [ "$tasks" -ne "$gpus" ]; then
     [ "$tasks" -eq 1 ] || fail "$tasks processes for $gpus GPUs of a node: --ntasks-per-node must be 1 or $gpus"

@@ -36,11 +36,11 @@ mount_bucket() {
 
 case $1 in
 setup)
-    # The Python of constraints.txt, whatever the image contains.
+    # The Python of constraints-newest.txt, whatever the image contains.
     export PATH="$HOME/.local/bin:$PATH" UV_PYTHON_PREFERENCE=only-managed
     command -v uv >/dev/null || curl --fail --silent --show-error --location https://astral.sh/uv/install.sh | sh
-    uv python install --quiet 3.11
-    PYTHON=$(uv python find 3.11)
+    uv python install --quiet 3.13
+    PYTHON=$(uv python find 3.13)
     export PYTHON
     source launch/environment.sh "$2"
     [ -z "${3:-}" ] || mount_bucket "$3"

@@ -46,7 +46,8 @@ def train_in(job, steps, workdir, compiled, log, **changes):
 
     from repae_jax import train
 
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"  # compiles quickly; one device
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if "device_count" not in flag)  # one device
     settings = {"platforms": "cpu", "disable_most_optimizations": True, "compilation_cache_dir": str(compiled)}
     for name, value in {**settings, "persistent_cache_min_compile_time_secs": 0.2}.items():
         jax.config.update(f"jax_{name}", value)

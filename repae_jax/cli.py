@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from repae_jax import faults, ranges
+from repae_jax.distributed import xla_flags
 
 _unraisablehook = sys.unraisablehook
 INTERRUPTED, UNREAD = 130, 141  # exit codes: 128 plus the number of the signal
@@ -57,6 +58,7 @@ def command(parse_args: Callable, interrupted: str = "interrupted") -> Callable:
         def main(words: Sequence[str] | None = None):
             with ending(interrupted):
                 arguments = parse_args(words)
+                xla_flags.check()
             with _processes(arguments), ending(interrupted):
                 if isinstance(getattr(arguments, "config", None), ConfigDict):
                     _log_information()

@@ -5,13 +5,16 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+from repae_jax.distributed import xla_flags
+
 CACHE = Path(__file__).parents[1] / ".cache/xla"
 MOST_BYTES = 2**31  # limit of compiled programs that are kept between sessions
+WEEK = 7 * 86400  # seconds
 # Most of the time goes into compiling. Without most optimizations and with the older code for fusions it takes a third; in one
 # part, because the other core has tests of its own, another fifth less.
 FLAGS = (
@@ -37,30 +40,28 @@ def accepted(flags):
     """
     if folder_for(flags).exists():
         return flags
-    command = [sys.executable, "-c", "import jax; jax.devices()"]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
-    tried = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if tried.returncode == 0:
-        return flags
-    unknown = {flag for flag in flags if re.search(rf"Unknown flag.*{re.escape(flag.partition('=')[0])}\b", tried.stderr)}
+    unknown = xla_flags.unknown(flags)
     if not unknown:
-        raise SystemExit(f"jaxlib {version('jaxlib')} does not start with XLA_FLAGS={' '.join(flags)}:\n{tried.stderr[-2000:]}")
-    print(f"jaxlib {version('jaxlib')} does not know {' '.join(sorted(unknown))}: the tests run without", file=sys.stderr)
+        if reason := xla_flags.complaint(" ".join(flags)):
+            raise SystemExit(f"jaxlib {version('jaxlib')} does not start with XLA_FLAGS={' '.join(flags)}: {reason}")
+        return flags
+    print(f"jaxlib {version('jaxlib')} does not know {' '.join(unknown)}: the tests run without", file=sys.stderr)
     return accepted(tuple(flag for flag in flags if flag not in unknown))
 
 
 def prune(keep, most_bytes=MOST_BYTES):
-    """Removes the folders beside `keep`, and from it what a killed process left torn and the oldest beyond `most_bytes`."""
-    from jax._src.compilation_cache import decompress_executable  # JAX has no public reader
+    """Removes folders unused for a week, and from `keep` what a killed process left torn and the oldest beyond `most_bytes`."""
+    from repae_jax.distributed.private_jax import compilation_cache  # imports JAX, for which the flags are set before
 
+    keep.touch()
     for folder in keep.parent.iterdir():
-        if folder != keep:
+        if folder.stat().st_mtime < time.time() - WEEK:  # a younger one may be of another version that is tested, too
             shutil.rmtree(folder, ignore_errors=True)
     total = 0
     for path in sorted(keep.glob("*-cache"), key=lambda path: path.stat().st_mtime, reverse=True):
         total += path.stat().st_size
         try:
-            decompress_executable(path.read_bytes())
+            compilation_cache.decompress_executable(path.read_bytes())
             torn = False
         except Exception:  # each compression has an error of its own
             torn = True

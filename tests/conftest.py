@@ -2,12 +2,14 @@
 
 import gc
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.modules["triton"] = None  # a part of PyTorch's CUDA build; its LLVM and TensorFlow's abort a process that has both
 
 import compiler_flags  # noqa: E402
 

@@ -6,6 +6,8 @@ import subprocess
 import compiler_flags
 import pytest
 
+from repae_jax.distributed.private_jax import compilation_cache
+
 
 def test_a_folder_for_each_version_and_set_of_flags(monkeypatch):
     folder = compiler_flags.folder_for(("--a=1",))
@@ -23,8 +25,8 @@ def test_flags_that_jaxlib_does_not_know_are_left_out(capsys):
 
 @pytest.mark.integration
 def test_other_mistakes_end_the_tests_with_what_jaxlib_says():
-    with pytest.raises(SystemExit, match="does not start with XLA_FLAGS=--xla_cpu_use_fusion_emitters=perhaps"):
-        compiler_flags.accepted(("--xla_cpu_use_fusion_emitters=perhaps",))
+    with pytest.raises(SystemExit, match="does not start with XLA_FLAGS=--xla_cpu_enable_fast_math=perhaps"):
+        compiler_flags.accepted(("--xla_cpu_enable_fast_math=perhaps",))
 
 
 def test_flags_of_this_session_are_known_without_another_process(monkeypatch):
@@ -34,19 +36,16 @@ def test_flags_of_this_session_are_known_without_another_process(monkeypatch):
 
 
 def test_old_and_torn_programs_are_removed(tmp_path):
-    keep, other = tmp_path / "keep", tmp_path / "other"
-    for folder in (keep, other):
+    keep, other, old = folders = [tmp_path / name for name in ("keep", "other", "old")]
+    for folder in folders:
         folder.mkdir()
-    content = compress(bytes(1000))
+    os.utime(keep, (0, 0))
+    os.utime(old, (0, 0))
+    content = compilation_cache.compress_executable(bytes(1000))
     for age, name in enumerate("abc"):
         (keep / f"{name}-cache").write_bytes(content)
         os.utime(keep / f"{name}-cache", (100 - age, 100 - age))
     (keep / "torn-cache").write_bytes(content[: len(content) // 2])
     compiler_flags.prune(keep, most_bytes=3 * len(content))
-    assert sorted(path.name for path in keep.iterdir()) == ["a-cache", "b-cache"] and not other.exists()
-
-
-def compress(content):
-    from jax._src.compilation_cache import compress_executable
-
-    return compress_executable(content)
+    assert sorted(path.name for path in keep.iterdir()) == ["a-cache", "b-cache"]
+    assert other.exists() and not old.exists()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax._src import compilation_cache, distributed  # no public name reads an entry, or knows the process before devices exist
 
 from repae_jax import buckets
+from repae_jax.distributed.private_jax import compilation_cache, distributed
 
 
 def use_compilation_cache(workdir) -> None:

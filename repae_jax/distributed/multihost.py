@@ -26,10 +26,10 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # no public name gives the client, or this process's number before devices exist
 
 from repae_jax import faults
 from repae_jax.distributed import roll_call
+from repae_jax.distributed.private_jax import distributed
 
 HEARTBEAT_SECONDS = 40  # JAX ends all other processes after so long without a sign of life from one
 START_SECONDS = 600  # in which all processes must have come, unless the environment's START_SECONDS says otherwise

@@ -59,6 +59,6 @@ def check_compiler_options(job) -> None:
         return
     try:
         jax.jit(lambda: 0, out_shardings=sharding.replicated(job.mesh), compiler_options=options).lower().compile()
-    except (RuntimeError, TypeError) as error:  # XLA's, JAX's
+    except (RuntimeError, TypeError, ValueError) as error:  # XLA's, JAX's, JAX's
         reason, given = str(error).splitlines()[0], job.config["compiler_options"]
         raise ValueError(f"config.compiler_options={given!r}, which makes the compiler's {options}: {reason}") from error

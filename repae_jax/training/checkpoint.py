@@ -47,8 +47,8 @@ class CheckpointLost(multihost.CollectiveError):
     """A saved checkpoint cannot be read: raised in all processes at once."""
 
 
-def _single_process_handlers() -> dict[str, ocp.CheckpointHandler]:
-    """Returns Orbax's handlers of a checkpoint's items that save an array on several devices whole, from one of them.
+def _single_process_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Returns Orbax's handlers of a checkpoint's items; an array on several devices is saved whole, from one of them.
 
     By Orbax's default each device gives a slice. That divides the copying, but compiles a program for every shape and device,
     for which the first save would keep training waiting.
@@ -56,9 +56,12 @@ def _single_process_handlers() -> dict[str, ocp.CheckpointHandler]:
     types = ocp.type_handlers
     handlers: dict[Any, Any] = {kind: types.ScalarHandler() for kind in (int, float, np.number)}
     handlers |= {np.ndarray: types.NumpyHandler(), jax.Array: types.ArrayHandler(use_replica_parallel=False)}
-    registry = types.create_type_handler_registry(*handlers.items())
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    return {"state": state} | {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "checksums")}
+    arrays = types.create_type_handler_registry(*handlers.items())
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=arrays))
+    for name in ("data", "config", "checksums"):
+        registry.add(name, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+    return registry
 
 
 class _Manager(ocp.CheckpointManager):
@@ -84,11 +87,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         logging.get_absl_logger().addFilter(_drop_orbax_progress)
         self._workdir = absolute(workdir)
         self._directory = self._workdir / "checkpoints"
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep_last), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         with buckets.reached(self._directory):
             self._manager = _Manager(
                 self._directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every),
-                item_handlers=None if multihost.is_multiprocess() else _single_process_handlers(),
+                options=ocp.CheckpointManagerOptions(preservation_policy=policies.AnyPreservationPolicy(kept)),
+                handler_registry=None if multihost.is_multiprocess() else _single_process_handlers(),
             )
 
     def __exit__(self, kind: type | None, *exception) -> None:
@@ -168,7 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         if damage := damage or changed:
             raise CheckpointLost(
                 f"checkpoint {str(path)!r} was saved, but cannot be read back ({damage}): not training on without a way to "
-                "save; look at the disk, or take another workdir, or the versions of constraints.txt"
+                "save; look at the disk, or take another workdir, or the versions of a constraints file of the repository"
             )
 
     def restore(self, abstract_state: Any, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any], int] | None:

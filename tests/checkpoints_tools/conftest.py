@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import PosixPath
 from types import SimpleNamespace
 
@@ -46,13 +47,20 @@ def bucket(tmp_path, monkeypatch):
     folder = tmp_path / "bucket"
     folder.mkdir()
 
+    def local(part):
+        return str(part).replace("gs://bucket", str(folder))
+
     class Remote(PosixPath):
         """A local folder that looks like what etils.epath gives for an address."""
 
-        def __new__(cls, path):
-            return super().__new__(cls, str(path).replace("gs://bucket", str(folder)))
+        def __new__(cls, *parts):
+            return super().__new__(cls, *map(local, parts))
 
-        def stat(self):
+        def __init__(self, *parts):  # where Python from 3.12 on reads the parts
+            if sys.version_info >= (3, 12):
+                super().__init__(*map(local, parts))
+
+        def stat(self, **_):
             status = os.stat(self)
             return SimpleNamespace(length=status.st_size, mtime=status.st_mtime_ns, st_mode=status.st_mode)
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from jax._src.lib import _jax
+from jax_internals import private
 from peers import free_address
 
 from repae_jax.distributed import multihost, roll_call
@@ -102,7 +102,7 @@ def test_a_process_may_end_and_come_again():
 def test_a_process_that_comes_to_a_run_that_has_begun():
     """It leaves that alone: JAX would end it."""
     address = free_address()
-    service = _jax.get_distributed_runtime_service(address, 2)
+    service = private("lib", "_jax").get_distributed_runtime_service(address, 2)
     try:
         with pytest.raises(ValueError, match=f"--coordinator={address}: a run has begun there already, or something else"):
             roll_call.call_roll(address, 2, 1)

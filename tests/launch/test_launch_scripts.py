@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jax._src import clusters
-from jax._src.clusters import cloud_tpu_cluster
+from jax_internals import private
 from kubeflow_trainer_api.models import jobset_v1alpha2_job_set as job_set
 
 pytestmark = pytest.mark.integration
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+CONSTRAINTS = ["constraints.txt", "constraints-newest.txt"]
 SCRIPTS = ["tpu_pod.sh", "gke_jobset.sh", "slurm.sh", "multi_gpu.sh"]
 HARD = [
     "--config",
@@ -45,9 +45,11 @@ JOBSET = {"NAME": "run", "IMAGE": "host/repae:1", "ACCELERATOR": "tpu-v5-lite-po
 JOB = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
 STUB = """#!{python} -IS
 import json, os, sys
+if sys.argv[1:] == ["-m", "launch.gpu_flags"]:
+    sys.exit(print("export XLA_FLAGS='--for --gpus'"))
 with open({calls!r}, "a") as file:
     name, ids = os.path.basename(sys.argv[0]), os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    file.write(json.dumps({{"name": name, "argv": sys.argv[1:], "ids": ids}}) + "\\n")
+    file.write(json.dumps({{"name": name, "argv": sys.argv[1:], "ids": ids, "flags": os.environ.get("XLA_FLAGS")}}) + "\\n")
 behavior = os.path.join({folder!r}, name)
 if os.path.exists(behavior):
     os.execv({bash!r}, ["bash", behavior, *sys.argv[1:]])
@@ -64,7 +66,7 @@ class Place:
             folder.mkdir(parents=True)
         for script in LAUNCH.glob("*.sh"):
             shutil.copy(script, self.root / "launch")
-        for name in ("pyproject.toml", "constraints.txt"):
+        for name in ("pyproject.toml", *CONSTRAINTS):
             (self.root / name).touch()
         for name in ("gcloud", "kubectl", "sbatch", "srun", "scontrol", "uv"):
             self.stub(self.stubs / name)
@@ -179,8 +181,10 @@ def test_scripts_are_clean():
 
 
 @pytest.mark.parametrize("installer", ["uv", "pip"])
-def test_requirements_are_installed_once_per_change(place, installer):
+@pytest.mark.parametrize(("python", "constraints"), list(zip(["python3.11", "python3.12"], CONSTRAINTS)))
+def test_requirements_are_installed_once_per_change(place, installer, python, constraints):
     """It is done by uv where that is available; in the other case the PATH holds only the tools that environment.sh calls."""
+    (place.root / ".venv/lib" / python).mkdir(parents=True)
     folder = place.root.parent / "bin"
     folder.mkdir()
     for name in ("bash", "dirname", "touch"):
@@ -192,20 +196,37 @@ def test_requirements_are_installed_once_per_change(place, installer):
         assert done.returncode == 0, done.stderr
         return place.calls()
 
-    options = ["--quiet", "--constraint", "constraints.txt", "--editable", ".[data,torch]"]
+    options = ["--quiet", "--constraint", constraints, "--editable", ".[data,torch]"]
     if installer == "uv":
         expected = [["pip", "install", "--python", ".venv/bin/python", *options]]
     else:
         expected = [["-m", "pip", "install", *options]]
     assert install() == expected and install() == []
     stamp = place.root / ".venv/installed-data,torch"
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", constraints):
         os.utime(stamp, (1, 1))
-        for other in ("pyproject.toml", "constraints.txt"):
+        for other in ("pyproject.toml", constraints):
             os.utime(place.root / other, (0, 0))
         assert install() == []
         os.utime(place.root / name)
         assert install() == expected
+
+
+@pytest.mark.parametrize(("version", "is_taken"), [("3, 10", False), ("3, 11", True), ("3, 13", True), ("3, 14", False)])
+def test_only_pythons_with_wheels_are_taken(place, version, is_taken):
+    """In a folder of its own: VENV."""
+    code = f"import sys; sys.version_info = ({version}); exec(sys.argv[1])"
+    interpreter = place.root / "interpreter"
+    asked = f'[ "$1" != -c ] || exec {sys.executable} -c "{code}" "$2"'
+    interpreter.write_text(f'#!/bin/bash\n{asked}\nmkdir -p "$3/bin"\ncp {interpreter} "$3/bin/python"\n')
+    interpreter.chmod(0o755)
+    done = place.bash("-c", 'source launch/environment.sh data; echo "$PATH"', PYTHON=str(interpreter), VENV=".venv-other")
+    if is_taken:
+        assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f"{place.root}/.venv-other/bin:"), done.stderr
+        assert (place.root / ".venv-other/installed-data").exists()
+    else:
+        assert done.returncode == 1
+        assert done.stderr == f"error: {interpreter} is not Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/one\n"
 
 
 @pytest.mark.parametrize(
@@ -611,6 +632,8 @@ def test_manifest_has_the_fields_of_jobsets_jobs_and_pods(place, settings):
 
 def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
     """JAX finds the coordinator on GKE's TPUs by what the manifest sets."""
+    find = private("clusters", "ClusterEnv").auto_detect_unset_distributed_params
+    cloud = "jax._src.clusters.cloud_tpu_cluster"
     (replicated,) = manifest_of(place)["spec"]["replicatedJobs"]
     for entry in replicated["template"]["spec"]["template"]["spec"]["containers"][0]["env"]:
         monkeypatch.setenv(entry["name"], entry["value"])
@@ -618,9 +641,9 @@ def test_coordinator_is_at_a_port_that_firewalls_leave_open(place, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_ID", "1")
     for name in ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"):
         monkeypatch.setenv(name, "")
-        monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 200))
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    parameters = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, "gketpu", 1)
+        monkeypatch.setattr(f"{cloud}.get_metadata", lambda key: ("", 200))
+    monkeypatch.setattr(f"{cloud}.running_in_cloud_tpu_vm", True)
+    parameters = find(None, None, None, None, "gketpu", 1)
     assert parameters[:3] == ("localhost:8476", 2, 1)
 
 
@@ -666,7 +689,7 @@ def test_slurm_starts_one_process_per_gpu_or_node(place, tasks, ids):
     (line,) = place.calls_file.read_text().splitlines()
     call = json.loads(line)
     options = ["--export=ALL", "--gpu-bind=none", "--cpus-per-task=6", "--kill-on-bad-exit=0", "--wait=60"]
-    assert call["name"] == "srun" and call["ids"] == ids
+    assert call["name"] == "srun" and call["ids"] == ids and call["flags"] == "--for --gpus"
     assert call["argv"] == [*options, "python", "-m", "repae_jax.train", "--distributed", *HARD]
 
 
@@ -737,7 +760,8 @@ def test_sbatch_sees_all_its_options():
 def test_one_process_for_all_gpus(place):
     place.behave("python", "exit 75")
     assert place.bash("launch/multi_gpu.sh", *HARD).returncode == 75
-    assert place.calls() == [["-m", "repae_jax.train", *HARD]]
+    (call,) = map(json.loads, place.calls_file.read_text().splitlines())
+    assert call["argv"] == ["-m", "repae_jax.train", *HARD] and call["flags"] == "--for --gpus"
 
 
 def test_one_process_per_gpu(place):
@@ -746,7 +770,7 @@ def test_one_process_per_gpu(place):
     calls = [json.loads(line) for line in place.calls_file.read_text().splitlines()]
     calls.sort(key=lambda call: call["ids"])
     by_hand = ["-m", "repae_jax.train", "--coordinator", "localhost:4000", "--num_processes", "3", "--process_id"]
-    assert [call["ids"] for call in calls] == ["0", "1", "2"]
+    assert [call["ids"] for call in calls] == ["0", "1", "2"] and {call["flags"] for call in calls} == {"--for --gpus"}
     assert [call["argv"] for call in calls] == [[*by_hand, str(i), *HARD] for i in range(3)]
     (log,) = place.root.glob("runs/multi_gpu/*-4000/process-2.log")
     assert log.read_text() == "hello\n"

@@ -177,13 +177,14 @@ def cluster():
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # the path of a socket must be short
     folder.chmod(0o755)
     (folder / ".venv/bin").mkdir(parents=True)
-    for name in ("pyproject.toml", "constraints.txt", ".venv/installed-cuda,data,torch"):
+    for name in ("pyproject.toml", "constraints-newest.txt", ".venv/installed-cuda,data,torch"):
         (folder / name).touch()
     (folder / "launch").mkdir()
     for script in (ROOT / "launch").glob("*.sh"):
         shutil.copy(script, folder / "launch")
     python = folder / ".venv/bin/python"
-    python.write_text(f'#!/bin/bash\n[ "$1" != - ] || exec {sys.executable} "$@"\nsource {folder}/behavior\n')
+    by_itself = f'[ "$1" != - ] || exec {sys.executable} "$@"\n[ "$2" != launch.gpu_flags ] || exit 0'
+    python.write_text(f'#!/bin/bash\n{by_itself}\nsource {folder}/behavior\n')
     python.chmod(0o755)
     with Cluster(folder) as slurm:
         yield slurm
