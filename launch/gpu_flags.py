@@ -39,11 +39,11 @@ def capabilities() -> set[int]:
         return set()
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = {int(major) for major in re.findall(r"^(\d+)\.\d", done.stdout, re.MULTILINE)}
-    if done.returncode or not found:
-        said = " ".join(f"{done.stdout} {done.stderr}".split())
-        raise RuntimeError(f"the GPUs of this machine cannot be listed: {' '.join(command)}: {said}")
-    return found
+    majors = {int(major) for major in re.findall(r"^(\d+)\.\d", done.stdout, re.MULTILINE)}
+    if done.returncode or not majors:
+        output = " ".join(f"{done.stdout} {done.stderr}".split())
+        raise RuntimeError(f"the GPUs of this machine cannot be listed: {' '.join(command)}: {output}")
+    return majors
 
 
 def settings(environment: Mapping[str, str], cards: set[int]) -> dict[str, str]:
