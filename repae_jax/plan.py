@@ -20,8 +20,9 @@ import jax
 
 from repae_jax import cli, files, waiting
 from repae_jax.cost import flops, hlo_cost
+from repae_jax.cost.chips import Chip
 from repae_jax.cost.plan_text import GIB, lines_of
-from repae_jax.cost.topologies import Chip, check_topology, topology_devices
+from repae_jax.cost.topologies import check_topology, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
 from repae_jax.job import build, compilation, initial_state, recipe
@@ -157,7 +158,7 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
     state = initial_state.abstract_state(job)
     return {
         "topology": topology, "slices": job.config["mesh"]["slices"], "device_kind": chip.kind, "chips": chips,
-        "hbm_bytes": chip.hbm, "peak_flop_per_second": flops.peak(chip.kind), "clock_hz": chip.clock,
+        "hbm_bytes": chip.memory, "peak_flop_per_second": flops.peak(chip.kind), "clock_hz": chip.clock,
         "matmul_share": chip.matmul,
         "job": "sample" if sampling else job.config["job"], "mesh": dict(job.mesh.shape),
         "branch_shares": [] if sampling else flops.branch_shares(job.config),

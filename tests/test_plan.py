@@ -17,7 +17,7 @@ from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
 from repae_jax import cli, plan
-from repae_jax.cost import flops, plan_text, topologies
+from repae_jax.cost import chips, flops, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
 from repae_jax.distributed import sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
@@ -56,8 +56,8 @@ def test_topologies(name, kind):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "--topology=v5e: expected CHIP:GRID with CHIP one of v4, v5e, v5p, v6e"),
-        ("v9:2x2", "--topology=v9:2x2: expected CHIP:GRID.*such as v5e:4x4"),
+        ("v5e", r"--topology=v5e: expected CHIP:GRID, a TPU \(v4, v5e, v5p, v6e\) and its chips per side"),
+        ("v9:2x2", "--topology=v9:2x2: expected CHIP:GRID.*such as v5e:4x4.*or a GPU .h200, .*such as h200:1, h100:8"),
         ("v5e:4by4", "expected CHIP:GRID"),
         ("v5e:3x3", "allowed grids of v5e are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
         ("v6e:2x2x1", "allowed grids of v6e"),
@@ -152,7 +152,7 @@ def setting_of(sampling=False, **changes):
     if sampling:
         config = plan.sampling_config(config, 16)
     job = build.build(config, encoders=() if sampling else None)
-    return job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", sampling)
+    return job, plan.setting(job, chips.CHIPS["v5e"], "v5e:2x4", sampling)
 
 
 @functools.cache
@@ -224,7 +224,7 @@ def test_advice_can_be_followed(changes):
 def test_only_what_has_a_backward_pass_is_computed_again():
     config = small.config({"vae.remat": False}, vae, "discriminator,tiny")
     job = build.build(config)
-    lines = plan.advice(job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", False))
+    lines = plan.advice(job, plan.setting(job, chips.CHIPS["v5e"], "v5e:2x4", False))
     assert not any("remat" in line for line in lines), lines
 
 
@@ -413,7 +413,7 @@ def test_a_program_that_does_not_fit():
     array = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
     with pytest.raises(plan.DoesNotFit) as caught:
         plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
-    assert caught.value.needed >= 64 * GIB and caught.value.available in (topologies.CHIPS["v5e"].hbm, None)
+    assert caught.value.needed >= 64 * GIB and caught.value.available in (chips.CHIPS["v5e"].memory, None)
 
 
 @pytest.mark.integration
