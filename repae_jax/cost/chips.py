@@ -21,6 +21,7 @@ class Chip:
     noun: str  # what one is called
     start: float  # seconds that a kernel takes, however little it does
     usable: float  # share of the memory that a program may fill
+    refuses: bool  # its compiler refuses a program that does not fit
     compiler_options: Mapping[str, bool | int]  # without which it does not compile where there is none
 
     def peak(self, precision: str = "bfloat16") -> float:
@@ -42,6 +43,7 @@ class Tpu(Chip):
     noun: str = "chip"
     start: float = 0.0
     usable: float = 1.0  # `memory` is without what is reserved
+    refuses: bool = True
     compiler_options: Mapping[str, bool | int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -69,6 +71,7 @@ class Gpu(Chip):
     noun: str = "GPU"
     start: float = 2e-6
     usable: float = 0.9  # XLA_PYTHON_CLIENT_MEM_FRACTION=.9; the rest is for the driver, the libraries and fragmentation
+    refuses: bool = False
     # nothing can be timed, and Triton's products find no tiles untimed: cuBLAS does them all
     compiler_options: Mapping[str, bool | int] = dataclasses.field(
         default_factory=lambda: {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}

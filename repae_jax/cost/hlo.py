@@ -120,6 +120,22 @@ def moved_bytes(computation: Computation, instruction: Instruction) -> float:
     return operands if instruction.opcode.endswith("-start") else max(operands, result)
 
 
+def fused_collectives(computations: Mapping[str, Computation], name: str) -> dict[str, tuple[Computation, Instruction]]:
+    """Finds the collectives in a computation that a fusion calls, and in those that it calls: channel -> (computation, it).
+
+    A collective that overlaps with other work stands in every fusion that it overlaps with, under one channel.
+    """
+    found = {}
+    for instruction in computations[name].values():
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+            found[channel[1] if channel else instruction.name] = computations[name], instruction
+        elif instruction.opcode in CALLS:
+            for called in instruction.called("calls", "to_apply"):
+                found |= fused_collectives(computations, called)
+    return found
+
+
 def loop_turns(
     computations: Mapping[str, Computation], computation: Computation, loop: Instruction, known: Mapping[int, int]
 ) -> tuple[dict[int, int], int | None]:

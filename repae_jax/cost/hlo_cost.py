@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repae_jax.cost.hlo import CALLS, COLLECTIVES, Computation, array_bytes, loop_turns, moved_bytes, parse
+from repae_jax.cost import hlo
 
 TO_OTHER_SLICES = "to other slices"
 _SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'  # marks transfers over the network that connects slices
@@ -49,7 +49,7 @@ def analyze(text: str, shares: Sequence[float] = ()) -> ProgramCost:
 
     Of conditionals with as many branches as `shares`, which add up to 1, each branch is taken so often.
     """
-    computations, entry = parse(text)
+    computations, entry = hlo.parse(text)
     counter = _Counter(computations, shares)
     cycles, moved = counter.cost(entry, {})
     return ProgramCost(cycles, dict(moved), len(counter.unknown_loops))
@@ -58,7 +58,7 @@ def analyze(text: str, shares: Sequence[float] = ()) -> ProgramCost:
 class _Counter:
     """Adds up the cost of computations and of those that they call, as (cycles, Counter of collectives' bytes)."""
 
-    def __init__(self, computations: Mapping[str, Computation], shares: Sequence[float]):
+    def __init__(self, computations: Mapping[str, hlo.Computation], shares: Sequence[float]):
         self.unknown_loops: set[str] = set()
         self._computations, self._shares = computations, shares
 
@@ -66,36 +66,36 @@ class _Counter:
         """Returns the cost of a computation; `known` holds the elements of its parameter that are known integers."""
         computation, cycles = self._computations[name], 0.0
         moved: Any = collections.Counter()
-        fused: dict[str, tuple[str, Any]] = {}
+        fused: dict[str, tuple[hlo.Computation, hlo.Instruction]] = {}
         for instruction in computation.values():
             estimate = _CYCLES.search(instruction.attributes)
             own = float(estimate[1]) if estimate else 0.0
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                moved[kind] += moved_bytes(computation, instruction)
+            if kind in hlo.COLLECTIVES:
+                moved[kind] += hlo.moved_bytes(computation, instruction)
             elif instruction.opcode == "send" and _SLICES in instruction.attributes:
-                moved[TO_OTHER_SLICES] += array_bytes(computation[instruction.operands[0]].shape)
-            elif instruction.opcode in CALLS:
+                moved[TO_OTHER_SLICES] += hlo.array_bytes(computation[instruction.operands[0]].shape)
+            elif instruction.opcode in hlo.CALLS:
                 for called in instruction.called("calls", "to_apply"):
                     inner, inner_moved = self.cost(called, {})
                     own = own or inner  # a fusion's estimate covers all in it
                     if instruction.opcode == "call":
                         moved.update(inner_moved)
                     else:
-                        fused |= _collectives(self._computations, called)
+                        fused |= hlo.fused_collectives(self._computations, called)
             else:
                 for times, (inner, inner_moved) in self._branches(computation, instruction, known):
                     own += times * inner
                     moved.update({kind: times * size for kind, size in inner_moved.items()})
             cycles += own
-        for kind, size in fused.values():
-            moved[kind] += size
+        for inside, collective in fused.values():
+            moved[collective.opcode.removesuffix("-start")] += hlo.moved_bytes(inside, collective)
         return cycles, moved
 
     def _branches(self, computation, instruction, known):
         """Returns [(how often it runs, cost)] of the computations of a loop or a conditional."""
         if instruction.opcode == "while":
-            constant, trips = loop_turns(self._computations, computation, instruction, known)
+            constant, trips = hlo.loop_turns(self._computations, computation, instruction, known)
             if trips is None:
                 self.unknown_loops.add(instruction.name)
                 trips = 1
@@ -107,21 +107,3 @@ class _Counter:
                 return list(zip(self._shares, branches))
             return [(1, max(branches, key=lambda branch: (branch[0], sum(branch[1].values()))))]
         return []
-
-
-def _collectives(computations, name):
-    """Finds the collectives in a computation that a fusion calls, and in those that it calls: channel -> (kind, bytes).
-
-    A collective that overlaps with other work stands in every fusion that it overlaps with, under one channel.
-    """
-    collectives = {}
-    for instruction in computations[name].values():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
-            size = moved_bytes(computations[name], instruction)
-            collectives[channel[1] if channel else instruction.name] = kind, size
-        elif instruction.opcode in CALLS:
-            for called in instruction.called("calls", "to_apply"):
-                collectives |= _collectives(computations, called)
-    return collectives

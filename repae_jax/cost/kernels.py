@@ -48,7 +48,7 @@ def op_name(computations: Computations, users: Users, instruction: Instruction) 
         return own
     near = [instruction]
     for _ in range(NEAR):
-        near = [user for each in near for user in users[each.name]]
+        near = [user for each in near for user in users.get(each.name, ())]
         found = next((name for name in map(functools.partial(_op_name, computations), near) if name), "")
         if found:
             return found
@@ -135,7 +135,7 @@ def _library_call(computation, instruction):
         outputs = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1].index("o")
         return 2 * math.prod(made) * math.prod(kernel) / kernel[outputs]
     if target.startswith(_ATTENTION):
-        pairs = re.search(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([^\]]*)\]', instruction.attributes)[1]
+        pairs = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         products = 5 if "Backward" in target else 2  # back: scores again, and the gradients of values, scores, queries, keys
         return 2 * products * operands[0][-1] * math.prod(int(side) for side in re.findall(r"\d+", pairs))
     return 0.0

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -134,6 +134,15 @@ class Roofline:
                 one["seconds"] += kernel.times * kernel.seconds
         return {key: dict(value) for key, value in sums.items()}
 
+    def numbers(self, count: int) -> dict[str, Any]:
+        """Returns all sums, and the `count` kernels that take longest, for JSON."""
+        kernels = [dataclasses.asdict(kernel) | {"flop": dict(kernel.flop)} for kernel in self.largest(count)]
+        return {
+            "assumed": ASSUMED, "seconds": self.seconds, "by_bound": self.by_bound(), "by_part": self.by_part(),
+            "flop": self.flop(), "kernels": sum(kernel.times for kernel in self.kernels), "largest": kernels,
+            "moved": [{"kind": kind, "axes": axes, **sums} for (kind, axes), sums in self.moved().items()],
+        }  # fmt: skip
+
 
 def analyze(text: str, chip: Chip, groups: Groups = ALONE, shares: Sequence[float] = ()) -> Roofline:
     """Computes the roofline of a compiled program from its scheduled HLO, the text of `compiled.as_text()`.
@@ -157,6 +166,7 @@ class _Walk:
         """Yields the kernels of a computation; `known` holds the elements of its parameter that are known integers."""
         computation = self._computations[name]
         users = kernels.users_of(computation)
+        fused: dict[str, tuple[hlo.Computation, hlo.Instruction]] = {}
         for instruction in computation.values():
             if instruction.opcode in kernels.FREE:
                 continue
@@ -174,6 +184,10 @@ class _Walk:
             else:
                 op_name = kernels.op_name(self._computations, users, instruction)
                 yield self._kernel(computation, instruction, op_name, times)
+                if instruction.opcode == "fusion":
+                    fused |= hlo.fused_collectives(self._computations, instruction.called("calls")[0])
+        for inside, collective in fused.values():
+            yield self._kernel(inside, collective, kernels.op_name(self._computations, {}, collective), times)
 
     def _branches(self, instruction, times):
         attributes = ("branch_computations", "false_computation", "true_computation")  # in the order of their index
@@ -270,23 +284,3 @@ def _groups_of_axes(mesh, ids, axes):
         shape += [before, size, side // before // size]
     grid = np.moveaxis(grid.reshape(shape), along, range(-len(along), 0))
     return grid.reshape(-1, int(np.prod(grid.shape[-len(along) :]))).tolist()
-
-
-# ---- text -----------------------------------------------------------------------------------------------------------
-
-
-def table(roofline: Roofline, count: int = 10) -> list[str]:
-    """Returns lines: the parts of the model with milliseconds by bound, and the `count` kernels that take longest."""
-    head = f"  {'part':<32}{'ms':>9}" + "".join(f"{bound:>13}" for bound in BOUNDS) + f"{'TFLOP':>9}{'GB':>9}{'kernels':>9}"
-    lines = [head]
-    for name, part in roofline.by_part().items():
-        times = "".join(f"{1000 * part.get(bound, 0.0):>13.2f}" for bound in BOUNDS)
-        rest = f"{part['flop'] / 1e12:>9.2f}{part['bytes'] / 1e9:>9.2f}{part['kernels']:>9.0f}"
-        lines.append(f"  {name:<32}{1000 * part['seconds']:>9.2f}{times}{rest}")
-    bounds = roofline.by_bound()
-    lines.append(f"  {'total':<32}{1000 * roofline.seconds:>9.2f}" + "".join(f"{1000 * bounds[b]:>13.2f}" for b in BOUNDS))
-    lines += ["", f"  {'kernel':<44}{'times':>6}{'ms':>9}{'bound':>12}{'GFLOP':>10}{'MB':>9}  part"]
-    for k in roofline.largest(count):
-        row = f"  {k.kind + ' ' + k.name:<44.44}{k.times:>6.0f}{1000 * k.times * k.seconds:>9.3f}{k.bound:>12}"
-        lines.append(f"{row}{sum(k.flop.values()) / 1e9:>10.1f}{k.bytes / 1e6:>9.1f}  {k.op_name[-70:]}")
-    return lines

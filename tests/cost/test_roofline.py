@@ -1,13 +1,14 @@
 """Rooflines of small programs whose FLOP and bytes are known by hand: of kept texts and, with the CUDA plugin, of real ones."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 from gpu_programs import PROGRAMS, compiled, needs_cuda_plugin, stored
 from hlo_programs import BRANCHES, LOOP
 
-from repae_jax.cost import roofline
+from repae_jax.cost import roofline, roofline_text
 from repae_jax.cost.chips import CHIPS
 from repae_jax.cost.hlo import arrays, parse
 from repae_jax.cost.kernels import flop, part_of
@@ -122,8 +123,16 @@ def test_sums():
     assert found.seconds == pytest.approx(sum(part["seconds"] for part in found.by_part().values()))
     first, *others = found.largest(3)
     assert first.kind == "product" and first.times == 12 and len(others) == 2
-    lines = roofline.table(found, 3)
-    assert any(line.startswith("  total") for line in lines) and "product custom-call" in lines[-3]
+    numbers = found.numbers(3)
+    assert "product custom-call.1" in roofline_text.kernel_table(numbers)[1]
+    assert roofline_text.part_table(numbers)[-1].split()[2] == f"{1000 * found.seconds:.1f}"
+    assert roofline_text.exchange_table(numbers, "NVLink") == [] and json.loads(json.dumps(numbers)) == numbers
+
+
+def test_tables_of_exchanges():
+    numbers = roofline_of(stored("gradient_sum"), "gradient_sum").numbers(1)
+    head, row = roofline_text.exchange_table(numbers, "NVLink")
+    assert "by NVLink" in head and row.split() == ["all-reduce", "over", "data", "and", "fsdp", "0.00", "0.00", "0.00", "0.0"]
 
 
 def test_parts_are_named_as_flop_are():
