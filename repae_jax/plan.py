@@ -130,21 +130,20 @@ def plan(job: build.Job, numbers: Numbers) -> Numbers:
     try:
         compiled = compile_program(lower_sampling(job) if sampling else lower_step(job), chip)
     except DoesNotFit as error:
-        needed, available = error.needed, error.available or numbers["memory_of_chip_bytes"]
-        return {**numbers, **_refused(job, numbers, str(error), needed, available)}
+        numbers["memory_of_chip_bytes"] = error.available or numbers["memory_of_chip_bytes"]
+        return {**numbers, **_refused(job, numbers, str(error), error.needed)}
     runs = math.ceil(SAMPLES / numbers["images"]) if sampling else job.config["steps"]
     numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
     numbers |= outcome(numbers, compiled.memory_analysis(), compiled.as_text())
-    needed, room = numbers["memory_bytes"]["total"], chip.usable * chip.memory
-    if not chip.refuses and needed > room:
-        reason = f"it takes {chip.usable:.0%} of the memory at most, the rest is for the driver, libraries and fragmentation"
-        return {**numbers, **_refused(job, numbers, reason, needed, room)}
+    needed = numbers["memory_bytes"]["total"]
+    if not chip.refuses and needed > chip.usable * chip.memory:
+        reason = f"a program may fill {chip.usable:.0%} of it, the rest is for the driver, libraries and fragmentation"
+        return {**numbers, **_refused(job, numbers, reason, needed)}
     return {**numbers, "spend": spend(job, numbers)}
 
 
-def _refused(job, numbers, message, needed, available):
-    found = {"fits": False, "message": message, "needed_bytes": needed, "available_bytes": available}
-    return {**found, "advice": advice(job, numbers)}
+def _refused(job, numbers, message, needed):
+    return {"fits": False, "message": message, "needed_bytes": needed, "advice": advice(job, numbers)}
 
 
 def prepare_and_plan(config: Any, topology: str, images_per_chip: int | None) -> Numbers:

@@ -17,7 +17,7 @@ from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
 from repae_jax import cli, plan
-from repae_jax.cost import chips, flops, plan_text, topologies
+from repae_jax.cost import chips, flops, plan_advice, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
 from repae_jax.distributed import sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
@@ -127,21 +127,21 @@ def test_images_per_chip_of_a_training_step(monkeypatch):
 def test_messages_of_the_compiler(message, expected):
     assert plan.memory_of_message(message) == pytest.approx(expected)
 
-    def fail():
+    def fail(options):
         raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(plan.DoesNotFit) as caught:
-        plan.compile_program(types.SimpleNamespace(compile=fail))
+        plan.compile_program(types.SimpleNamespace(compile=fail), chips.CHIPS["v5e"])
     assert (caught.value.needed, caught.value.available) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("message", ["INTERNAL: broken", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."])
 def test_other_errors_of_the_compiler_stay_what_they_are(message):
-    def fail():
+    def fail(options):
         raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=message) as caught:
-        plan.compile_program(types.SimpleNamespace(compile=fail))
+        plan.compile_program(types.SimpleNamespace(compile=fail), chips.CHIPS["v5e"])
     copy = pickle.loads(pickle.dumps(caught.value))
     assert type(copy) is type(caught.value) and str(copy) == message, "comes back from another process"
 
@@ -194,7 +194,7 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
 
     job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
     monkeypatch.setattr(initial_state, "abstract_state", lambda job: state_on(job.mesh))
-    found = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
+    found = plan_advice.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
     assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
@@ -412,7 +412,7 @@ def test_a_program_that_does_not_fit():
     mesh = sharding.make_mesh(1, topology_devices("v5e:2x2"))
     array = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
     with pytest.raises(plan.DoesNotFit) as caught:
-        plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
+        plan.compile_program(jax.jit(lambda x: x + 1).lower(array), chips.CHIPS["v5e"])
     assert caught.value.needed >= 64 * GIB and caught.value.available in (chips.CHIPS["v5e"].memory, None)
 
 

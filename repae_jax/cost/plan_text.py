@@ -52,10 +52,7 @@ def _gib(size):
 
 
 def _does_not_fit(numbers):
-    size = f"the {_gib(numbers['available_bytes'])} GiB of a {numbers['chip']} that a program may fill"
-    if "seconds" not in numbers:
-        size = f"the {_gib(numbers['memory_of_chip_bytes'])} GiB of a {numbers['chip']}"
-    needed = numbers["needed_bytes"]
+    needed, size = numbers["needed_bytes"], f"the {_gib(numbers['memory_of_chip_bytes'])} GiB of a {numbers['chip']}"
     needs = f"needs {_gib(needed)} GiB or more of {size}" if needed else f"needs more than {size}"
     said = "Why" if "seconds" in numbers else "The compiler says"
     return [
