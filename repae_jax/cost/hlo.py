@@ -67,7 +67,16 @@ def _read_instruction(name, rest, is_root):
     closing = _closing(rest, opening)
     literal = rest[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-    return Instruction(name, shape, rest[:opening], operands, literal, rest[closing + 1 :], is_root)
+    opcode = rest[:opening]
+    if opcode.endswith("-start") and shape.startswith("((") and opcode != "async-start":
+        opcode, shape = opcode.removesuffix("-start"), _started(shape)
+    return Instruction(name, shape, opcode, operands, literal, rest[closing + 1 :], is_root)
+
+
+def _started(shape):
+    """Returns the shape of the result in that of an instruction that is only started: ((operands), result, context)."""
+    rest = re.sub(r"^(, |/\*.*?\*/)+", "", shape[_closing(shape, 1) + 1 :])
+    return rest[: _closing(rest, 0) + 1] if rest.startswith("(") else _ARRAY.match(rest)[0]
 
 
 def _closing(text, opening):

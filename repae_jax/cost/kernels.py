@@ -12,11 +12,9 @@ from collections.abc import Mapping
 
 from repae_jax.cost.hlo import Array, Computation, Instruction, array_bytes, arrays, root
 
-# take no time: names of values, and the ends of what was started before
-FREE = (
+_FREE = (
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "optimization-barrier", "partition-id",
-    "replica-id", "add-dependency", "copy-done", "send", "send-done", "recv", "recv-done", "async-done", "async-update",
-    "all-reduce-done", "all-gather-done", "collective-permute-done",
+    "replica-id", "add-dependency", "send", "recv",
 )  # fmt: skip
 OTHER = "other"
 NEAR = 4  # steps to those that use a result, within which names are looked for
@@ -27,6 +25,11 @@ _FORWARD = ("__cudnn$convForward", "__cudnn$convForwardGraph", "__cudnn$convBias
 _ATTENTION = "__cudnn$fmha"
 Computations = Mapping[str, Computation]
 Users = dict[str, list[Instruction]]
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Returns whether an instruction takes no time: a name of a value, or the end of what was started before."""
+    return instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update"))
 
 
 def part_of(op_name: str) -> str:

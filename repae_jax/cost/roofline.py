@@ -168,7 +168,7 @@ class _Walk:
         users = kernels.users_of(computation)
         fused: dict[str, tuple[hlo.Computation, hlo.Instruction]] = {}
         for instruction in computation.values():
-            if instruction.opcode in kernels.FREE:
+            if kernels.is_free(instruction):
                 continue
             if instruction.opcode == "while":
                 constant, turns = hlo.loop_turns(self._computations, computation, instruction, known)

@@ -204,6 +204,15 @@ ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {
     assert (near.over_link, near.over_network) == (4 * MIB, 0) and (far.over_link, far.over_network) == (0, 4 * MIB)
 
 
+def test_what_is_started_counts_once():
+    """As jaxlib 0.11 and newer write it: the shape lists operands, result and context."""
+    done = "ROOT %loop_dynamic_update_slice_fusion = f32[1024,4096]{1,0} fusion-done(%start)"
+    start = "%start = ((f32[1024,4096]{1,0}, f32[1,4096]{1,0}), f32[1024,4096]{1,0}, u32[]) fusion-start("
+    text = re.sub(r"ROOT %loop_dynamic_update_slice_fusion = \S+ fusion\((.*)", rf"{start}\1\n  {done}", stored("update"))
+    assert "fusion-done" in text
+    check(roofline_of(text, "update"), "update")
+
+
 CONVOLUTION = """HloModule jit_f
 
 ENTRY %main (x: bf16[2,8,8,16], w: bf16[3,3,16,32]) -> bf16[2,SIDE,SIDE,32] {
