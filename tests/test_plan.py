@@ -508,7 +508,8 @@ def test_a_plan_of_gpus_that_are_not_there():
     numbers = plan.plan(*plan.prepare(small.config(mesh__fsdp=2), "h100:2x2"))
     assert numbers["fits"] and numbers["unknown_loops"] == 0 and numbers["chips"] == 4
     assert numbers["memory_bytes"]["arguments"] >= numbers["state_bytes"]
-    assert sum(numbers["roofline"]["flop"].values()) * 4 >= 0.99 * sum(numbers["flop_per_image"].values()) * numbers["images"]
+    traced = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
+    assert 0.8 < sum(numbers["roofline"]["flop"].values()) / traced < 1.5, "the smallest products become sums; some are computed twice"
     assert {moved["axes"] for moved in numbers["roofline"]["moved"]} <= {"data", "fsdp", "data and fsdp"}
     assert plan_text.lines_of(numbers)
 

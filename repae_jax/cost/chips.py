@@ -22,11 +22,17 @@ class Chip:
     start: float  # seconds that a kernel takes, however little it does
     usable: float  # share of the memory that a program may fill
     refuses: bool  # its compiler refuses a program that does not fit
+    reached: Mapping[str, float]  # shares of the peaks that a roofline assumes: product, convolution, memory, link
     compiler_options: Mapping[str, bool | int]  # without which it does not compile where there is none
 
     def peak(self, precision: str = "bfloat16") -> float:
         """Returns the dense FLOP/s of products in 'bfloat16', in 'float32' as JAX does them by default, or 'exact' float32."""
         raise NotImplementedError
+
+
+_TPU_REACHES = {"product": 0.85, "convolution": 0.85, "memory": 0.85, "link": 0.8}
+# with these, the step of configs/repae.py and its VAE alone take what was measured on an H200 (docs/performance.md), within 2 %
+_GPU_REACHES = {"product": 0.6, "convolution": 0.55, "memory": 0.85, "link": 0.8}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,7 @@ class Tpu(Chip):
     start: float = 0.0
     usable: float = 1.0  # `memory` is without what is reserved
     refuses: bool = True
+    reached: Mapping[str, float] = dataclasses.field(default_factory=lambda: _TPU_REACHES)
     compiler_options: Mapping[str, bool | int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,6 +79,7 @@ class Gpu(Chip):
     start: float = 2e-6
     usable: float = 0.9  # XLA_PYTHON_CLIENT_MEM_FRACTION=.9; the rest is for the driver, the libraries and fragmentation
     refuses: bool = False
+    reached: Mapping[str, float] = dataclasses.field(default_factory=lambda: _GPU_REACHES)
     # nothing can be timed, and Triton's products find no tiles untimed: cuBLAS does them all
     compiler_options: Mapping[str, bool | int] = dataclasses.field(
         default_factory=lambda: {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}

@@ -65,7 +65,7 @@ def advice(job: build.Job, numbers: Numbers) -> list[str]:
     config, per_chip, lines = job.config, numbers["images_per_chip"], []
     if numbers["job"] == "sample":
         fewer = [f"--images_per_chip={per_chip // 2}: the same samples in more batches"] if per_chip > 1 else []
-        return [*fewer, "chips with more memory"]
+        return [*fewer, f"{numbers['chip']}s with more memory"]
     accumulation = config["accumulation"]
     fsdp, sharded = better_fsdp(job, numbers["state_bytes"])
     if fsdp is not None and sharded is not None:
@@ -81,7 +81,8 @@ def advice(job: build.Job, numbers: Numbers) -> list[str]:
         lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")
     if job.tx.vae is not None and not config["vae"]["remat"]:
         lines.append("--config.vae.remat=True: the VAE's blocks are computed again, a third more of its FLOP; it saves less")
-    return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
+    more, larger = f"more {numbers['chip']}s", f"{numbers['chip']}s with more memory"
+    return [*lines, f"{more} for the same batch, {larger}, or a smaller config.data.batch_size"]
 
 
 def may_accumulate(config: Mapping[str, Any]) -> bool:

@@ -152,7 +152,8 @@ def _memory_table(numbers):
 def _time_table(numbers):
     sampling, found, noun = numbers["job"] == "sample", numbers["roofline"], numbers["chip"]
     cycles = numbers["estimated_cycles"]
-    float32 = "sampling is in float32: three products in bfloat16, or more, for one" if sampling and cycles else ""
+    slower = "three products in bfloat16, or more, for one" if cycles else "TF32, half as fast"
+    float32 = f"sampling is in float32: {slower}" if sampling else ""
     runs = f"{numbers['runs']:,.0f} {'batches' if sampling else 'steps'}"
     bounds = ", ".join(f"{1000 * seconds:,.1f} {bound}" for bound, seconds in found["by_bound"].items() if seconds)
     roofline = _row("a roofline's", f"{1000 * found['seconds']:,.1f}", "ms", bounds)

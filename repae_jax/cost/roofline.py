@@ -1,7 +1,7 @@
 """Roofline over a compiled program: how long each kernel takes at least, what bounds it, and what part of the model it is of.
 
 A kernel takes as long as the slowest of its arithmetic, its traffic with the memory and its start, at the shares of the chip's
-peaks in ASSUMED; loops count as often as they turn. Collectives take as long as rings over the slowest connection in their
+peaks that it reaches; loops count as often as they turn. Collectives take as long as rings over the slowest connection in their
 group need. Nothing overlaps. It reads the scheduled text of GPU and of TPU programs.
 """
 
@@ -15,9 +15,6 @@ import numpy as np
 
 from repae_jax.cost import hlo, kernels
 
-# shares of the peaks that kernels reach: with these, the step of configs/repae.py and its VAE alone take what was measured on
-# an H200 (docs/performance.md), within 2 %
-ASSUMED = {"product": 0.6, "convolution": 0.55, "memory": 0.85, "link": 0.8}
 ARITHMETIC, MEMORY, STARTS, COLLECTIVES = "arithmetic", "memory", "starts", "collectives"
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 BOUNDS = (ARITHMETIC, MEMORY, STARTS, COLLECTIVES)
@@ -30,6 +27,7 @@ class Chip(Protocol):
     link: float
     network: float
     start: float  # seconds that a kernel takes, however little it does
+    reached: Mapping[str, float]
 
     def peak(self, precision: str) -> float:
         """Returns FLOP/s."""
@@ -89,6 +87,7 @@ class Roofline:
     """The kernels of one execution of a program on one chip."""
 
     kernels: tuple[Kernel, ...]
+    reached: Mapping[str, float]  # assumed shares of the chip's peaks
     unknown_loops: int  # how many have a length that is not known; their bodies are counted once
 
     @property
@@ -138,7 +137,7 @@ class Roofline:
         """Returns all sums, and the `count` kernels that take longest, for JSON."""
         kernels = [dataclasses.asdict(kernel) | {"flop": dict(kernel.flop)} for kernel in self.largest(count)]
         return {
-            "assumed": ASSUMED, "seconds": self.seconds, "by_bound": self.by_bound(), "by_part": self.by_part(),
+            "assumed": dict(self.reached), "seconds": self.seconds, "by_bound": self.by_bound(), "by_part": self.by_part(),
             "flop": self.flop(), "kernels": sum(kernel.times for kernel in self.kernels), "largest": kernels,
             "moved": [{"kind": kind, "axes": axes, **sums} for (kind, axes), sums in self.moved().items()],
         }  # fmt: skip
@@ -152,7 +151,7 @@ def analyze(text: str, chip: Chip, groups: Groups = ALONE, shares: Sequence[floa
     computations, entry = hlo.parse(text)
     walk = _Walk(computations, chip, groups, shares)
     found = tuple(walk.kernels(entry, 1.0, {}))
-    return Roofline(found, len(walk.unknown_loops))
+    return Roofline(found, chip.reached, len(walk.unknown_loops))
 
 
 class _Walk:
@@ -204,10 +203,11 @@ class _Walk:
         flop = kernels.flop(self._computations, computation, instruction)
         size = kernels.traffic(self._computations, computation, instruction)
         kind = self._kind(instruction, flop)
-        reached = ASSUMED["convolution" if kind == "convolution" else "product"]
+        reached = self._chip.reached
+        products = sum(value / self._chip.peak(precision) for precision, value in flop.items())
         bounds = {
-            ARITHMETIC: sum(value / self._chip.peak(precision) for precision, value in flop.items()) / reached,
-            MEMORY: size / self._chip.bandwidth / ASSUMED["memory"],
+            ARITHMETIC: products / reached["convolution" if kind == "convolution" else "product"],
+            MEMORY: size / self._chip.bandwidth / reached["memory"],
             STARTS: self._chip.start,
         }
         if moved:
@@ -223,7 +223,7 @@ class _Walk:
         return instruction.opcode.removesuffix("-start")
 
     def _sending(self, moved):
-        return max(moved.over_link / self._chip.link, moved.over_network / self._chip.network) / ASSUMED["link"]
+        return max(moved.over_link / self._chip.link, moved.over_network / self._chip.network) / self._chip.reached["link"]
 
     def _moved(self, computation, instruction):
         """Returns what a collective sends, as rings do it: within the domains, and between them, each chip a part."""
