@@ -19,10 +19,8 @@ _CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 _TPU_VARIABLES = {
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
-# without these, the CUDA plugin looks for CUDA's libraries and for GPUs of this machine, and warns that there are none
-_GPU_VARIABLES = {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"
-}  # fmt: skip
+# without these, the CUDA plugin looks for CUDA's libraries and for GPUs of this machine
+_GPU_VARIABLES = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 def check_topology(name: str) -> Tpu | Gpu:
