@@ -23,7 +23,7 @@ from repae_jax.cost import flops, hlo_cost, roofline
 from repae_jax.cost.chips import Chip
 from repae_jax.cost.plan_advice import advice, check_state, chip_bytes, most_images, spend
 from repae_jax.cost.plan_text import lines_of
-from repae_jax.cost.topologies import check_topology, connected, topology_devices
+from repae_jax.cost.topologies import check_cudnn, check_topology, connected, topology_devices
 from repae_jax.distributed import multihost
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
 from repae_jax.job import build, compilation, initial_state
@@ -112,6 +112,8 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
       (Job on the topology's chips, numbers of `setting`).
     """
     chip = check_topology(topology)
+    if config.get("attention") == "cudnn":
+        check_cudnn()
     devices = topology_devices(topology, 1 if images_per_chip else config["mesh"]["slices"])
     if images_per_chip:
         config = sampling_config(config, images_per_chip * len(devices))

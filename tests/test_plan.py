@@ -112,6 +112,13 @@ def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, found,
     assert "pip install -e '.[gpu-plan]'" in message and "\n" not in message
 
 
+def test_cudnn_is_not_installed(monkeypatch):
+    monkeypatch.setattr(topologies, "_version", lambda _: None)
+    message = "^config.attention='cudnn' .* nvidia-cudnn-cu13 is not installed: pip install --no-deps"
+    with pytest.raises(ValueError, match=message):
+        plan.prepare({**build.plain_config(small.config()), "attention": "cudnn"}, "h200:1")
+
+
 def test_hosts_of_gpus_are_no_slices(monkeypatch):
     monkeypatch.setattr(topologies, "check_cuda_plugin", lambda: None)
     message = run_main(monkeypatch, "--config.mesh.slices=2", topologies=["h100:8"])
@@ -436,6 +443,19 @@ def test_a_step_that_gpus_have_no_memory_for(monkeypatch):
     text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
     assert "DOES NOT FIT: needs 14.50 GiB or more of the 16.00 GiB of a GPU" in text
     assert "Why: a program may fill 90% of it" in text and "of 16.00: does not fit" in text and "images per second" in text
+
+
+def test_attention_by_cudnn_is_advised_in_half_precision(monkeypatch):
+    numbers = gpu_plan(monkeypatch)
+
+    def advised(precision, **changes):
+        config = {**numbers["config"], "attention": "xla", "precision": {"compute": precision}}
+        nothing = types.SimpleNamespace(sit=None, vae=None)
+        job = types.SimpleNamespace(config=config, tx=nothing, nets=nothing)
+        return [line.partition(":")[0] for line in plan_advice.spend(job, {**numbers, **changes})]
+
+    assert advised("bfloat16") == ["--config.attention=cudnn"]
+    assert advised("float32") == advised("bfloat16", device_kind="TPU v4") == []
 
 
 def test_little_is_spent_where_little_is_free(monkeypatch):

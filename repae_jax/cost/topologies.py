@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from repae_jax.cost.chips import CHIPS, GPUS, TPUS, Gpu, Tpu
 
 MOST_CHIPS = 10_000
+_CUDNN = "nvidia-cudnn-cu13"
 _CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 # without these, libtpu looks for a TPU of this machine, complains, and lets one process in only
 _TPU_VARIABLES = {
@@ -112,6 +113,13 @@ def check_cuda_plugin() -> None:
         f"compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {wanted} (no GPU is needed): {found}; "
         f"pip install -e '.[gpu-plan]', or pip install --no-deps {packages}"
     )
+
+
+def check_cudnn() -> None:
+    """Raises ValueError if cuDNN, which compiles its attention itself, is not installed."""
+    if _version(_CUDNN) is None:
+        remedy = f"pip install --no-deps '{_CUDNN}<10', or set it to 'xla'"
+        raise ValueError(f"config.attention='cudnn' is compiled by cuDNN, and {_CUDNN} is not installed: {remedy}")
 
 
 def _version(package):
