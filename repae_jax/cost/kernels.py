@@ -19,7 +19,7 @@ _FREE = (
 OTHER = "other"
 NEAR = 4  # steps to those that use a result, within which names are looked for
 _SAME_ARRAY = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
-_CONTROL = ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation")  # steps of an op_name, no scopes
+_CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation")  # no scopes
 _SCRATCH = ("s8", "u8")  # of libraries, the last of their results
 _FORWARD = ("__cudnn$convForward", "__cudnn$convForwardGraph", "__cudnn$convBiasActivationForward")
 _ATTENTION = "__cudnn$fmha"
@@ -32,14 +32,19 @@ def is_free(instruction: Instruction) -> bool:
     return instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update"))
 
 
+def scopes_of(op_name: str) -> list[str]:
+    """Returns the scopes and modules of an op_name, outermost first, without transformations and control flow."""
+    path = [re.sub(r"\w+\(|\)", "", step) for step in re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]]
+    path = [step for step in path if re.fullmatch(r"[\w.\-]+", step) and not _CONTROL.fullmatch(step)]
+    return [step for step, _ in itertools.groupby(path)]  # a gradient's has the scope twice
+
+
 def part_of(op_name: str) -> str:
     """Returns the part of the model that an op_name is of, under the names of `flops.count`: 'vae/SiT.align'.
 
     It ends with the outermost module, whose name is that of its class; outside of modules it is the outermost scope.
     """
-    path = [re.sub(r"\w+\(|\)", "", step) for step in re.sub(r"\bjit\([^()]*\)", "", op_name).split("/")[:-1]]
-    path = [step for step in path if re.fullmatch(r"[\w.\-]+", step) and step not in _CONTROL]
-    path = [step for step, _ in itertools.groupby(path)]  # a gradient's has the scope twice
+    path = scopes_of(op_name)
     depth = next((depth for depth, name in enumerate(path, 1) if name[0].isupper()), 1)
     return "/".join(path[:depth]) or OTHER
 

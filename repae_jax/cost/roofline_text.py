@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from repae_jax.cost.kernels import scopes_of
 from repae_jax.cost.roofline import BOUNDS
 
 SMALL = 0.002  # share of the time below which parts are one line
@@ -42,12 +43,17 @@ def exchange_table(roofline: Mapping[str, Any], link: str) -> list[str]:
     return lines
 
 
+def _place(op_name):
+    gradient = "gradient, " if "transpose(" in op_name else ""
+    return gradient + "/".join(scopes_of(op_name)[-2:])[-34:]
+
+
 def kernel_table(roofline: Mapping[str, Any]) -> list[str]:
     """Returns lines: the kernels that take longest, all their runs together."""
-    lines = [f"  {'the longest kernels':<44}{'times':>6}{'ms':>8}{'bound by':>12}{'GFLOP':>9}{'MB':>8}  of"]
+    lines = [f"  {'the longest kernels':<38}{'times':>6}{'ms':>8}{'bound by':>12}{'GFLOP':>9}{'MB':>8}  of"]
     for kernel in roofline["largest"]:
         name = f"{kernel['kind']} {kernel['name']}"
-        row = f"  {name:<44.43}{kernel['times']:>6.0f}{1000 * kernel['times'] * kernel['seconds']:>8.2f}{kernel['bound']:>12}"
+        row = f"  {name:<38.37}{kernel['times']:>6.0f}{1000 * kernel['times'] * kernel['seconds']:>8.2f}{kernel['bound']:>12}"
         size = f"{sum(kernel['flop'].values()) / 1e9:>9.1f}{kernel['bytes'] / 1e6:>8.1f}"
-        lines.append(f"{row}{size}  {kernel['op_name'].partition('/')[2][-34:]}")
+        lines.append(f"{row}{size}  {_place(kernel['op_name'])}")
     return lines
