@@ -20,6 +20,7 @@ OTHER = "other"
 NEAR = 4  # steps to those that use a result, within which names are looked for
 _SAME_ARRAY = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
 _CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation")  # no scopes
+_EXACT = re.compile(r'operand_precision"?[=:]\s*[{\[]"?highest', re.IGNORECASE)
 _SCRATCH = ("s8", "u8")  # of libraries, the last of their results
 _FORWARD = ("__cudnn$convForward", "__cudnn$convForwardGraph", "__cudnn$convBiasActivationForward")
 _ATTENTION = "__cudnn$fmha"
@@ -97,7 +98,7 @@ def flop(computations: Computations, computation: Computation, instruction: Inst
 def _precision(computation, instruction):
     if arrays(computation[instruction.operands[0]].shape)[0].dtype not in ("f32", "f64"):
         return "bfloat16"
-    return "exact" if re.search(r'operand_precision"?[=:][{\[]"?highest', instruction.attributes, re.IGNORECASE) else "float32"
+    return "exact" if _EXACT.search(instruction.attributes) else "float32"
 
 
 def _sides(computation, name):
@@ -134,7 +135,7 @@ def _library_call(computation, instruction):
     target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)[1]
     operands, result = [_sides(computation, name) for name in instruction.operands], arrays(instruction.shape)[0].sides
     if target.startswith("__cublas"):
-        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)[1]
+        contracted = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         return 2 * math.prod(result) * math.prod(operands[0][int(axis)] for axis in re.findall(r"\d+", contracted))
     if target.startswith("__cudnn$conv"):
         made, kernel = (result, operands[1]) if target in _FORWARD else (operands[0], operands[1])

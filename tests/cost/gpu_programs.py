@@ -3,7 +3,8 @@
 `python tests/cost/gpu_programs.py` compiles them all and renews the texts in tests/golden/gpu_hlo; it needs the CUDA plugin.
 """
 
-import importlib.util
+import functools
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -20,11 +21,22 @@ from repae_jax.cost.chips import CHIPS
 TEXTS = Path(__file__).parents[1] / "golden" / "gpu_hlo"
 
 
-def has_cuda_plugin():
-    return importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+def is_installed(package):
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
-needs_cuda_plugin = pytest.mark.skipif(not has_cuda_plugin(), reason="no CUDA plugin: pip install -e '.[gpu-plan]'")
+def skip_without_cudnn(name):
+    """Skips the test of the one program that cuDNN compiles where that is not installed."""
+    if name == "attention" and not is_installed("nvidia-cudnn-cu13"):
+        pytest.skip("no cuDNN: pip install --no-deps 'nvidia-cudnn-cu13<10'")
+
+
+needs_cuda_plugin = pytest.mark.skipif(
+    not is_installed("jax-cuda13-plugin"), reason="no CUDA plugin: pip install -e '.[gpu-plan]'"
+)
 
 
 def product(x, w):
@@ -59,6 +71,11 @@ def convolution_gradients(x, w, y):
     return jax.vjp(convolve, x, w)[1](y)
 
 
+def attention(q, k, v, gradient):
+    y, vjp = jax.vjp(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), q, k, v)
+    return y, vjp(gradient)
+
+
 def of_module(x, w):
     with jax.named_scope("vae"), jax.named_scope("Decoder.decode"):
         x = x @ w
@@ -82,6 +99,7 @@ PROGRAMS = {
     "convolution_gradients": (
         convolution_gradients, [(8, 64, 64, 128), (3, 3, 128, 256), (8, 64, 64, 256)], [BF16] * 3, {},
     ),
+    "attention": (attention, [(4, 256, 16, 64)] * 4, [BF16] * 4, {}),
     "scopes": (of_module, [(512, 512), (512, 512)], [BF16, BF16], {}),
     "all_gather": (lambda x: x * 2, [(4096, 1024)], [F32], {"gpus": "8", "specs": [P(("data", "fsdp"))], "result": P()}),
     "gradient_sum": (
