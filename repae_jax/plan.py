@@ -141,7 +141,7 @@ def plan(job: build.Job, numbers: Numbers) -> Numbers:
     if not chip.refuses and needed > chip.usable * chip.memory:
         reason = f"a program may fill {chip.usable:.0%} of it, the rest is for the driver, libraries and fragmentation"
         return {**numbers, **_refused(job, numbers, reason, needed)}
-    return {**numbers, "spend": spend(job, numbers)}
+    return {**numbers, "advice": spend(job, numbers)}
 
 
 def _refused(job, numbers, message, needed):

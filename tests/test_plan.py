@@ -422,7 +422,7 @@ def test_a_plan_of_gpus(monkeypatch):
     assert numbers["images_per_second"] == 64 / numbers["seconds"] and numbers["estimated_cycles"] == 0
     temporaries, fixed = 7 * GIB - numbers["gradient_bytes"], 7.5 * GIB + numbers["gradient_bytes"]
     assert numbers["most_images"] == int((0.9 * 80 * GIB - fixed) / (temporaries / 8))
-    assert [line.partition(":")[0] for line in numbers["spend"]] == [
+    assert [line.partition(":")[0] for line in numbers["advice"]] == [
         "--config.sit.remat=none", "--config.sit.unroll=2", "--config.vae.remat=False",
     ]  # fmt: skip
     assert json.loads(json.dumps(numbers)).keys() == numbers.keys()
@@ -459,8 +459,8 @@ def test_attention_by_cudnn_is_advised_in_half_precision(monkeypatch):
 
 
 def test_little_is_spent_where_little_is_free(monkeypatch):
-    assert gpu_plan(monkeypatch, memory=20 * GIB, sit__remat="full")["spend"] == []
-    assert gpu_plan(monkeypatch, sit__remat="none", sit__unroll=2, vae__remat=False)["spend"] == []
+    assert gpu_plan(monkeypatch, memory=20 * GIB, sit__remat="full")["advice"] == []
+    assert gpu_plan(monkeypatch, sit__remat="none", sit__unroll=2, vae__remat=False)["advice"] == []
 
 
 def test_the_state_is_counted_as_it_is_sharded():

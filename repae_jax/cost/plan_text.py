@@ -5,9 +5,9 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from repae_jax.cost.chips import GIB
 from repae_jax.cost.roofline_text import exchange_table, kernel_table, part_table
 
-GIB = 2**30
 TIGHT = 0.1  # largest free share of the memory that is called tight
 COMPILERS = {"TPU": ("jax", "jaxlib", "libtpu"), "NVIDIA": ("jax", "jaxlib", "jax-cuda13-plugin")}  # by maker or kind of chips
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
@@ -145,8 +145,9 @@ def _memory_table(numbers):
     most = numbers["most_images"]
     grow = "an estimate: temporaries but gradients grow with them"
     lines.append(_row(f"images that a {noun} has room for", f"{most}", "", grow))
-    lines += ["with so much memory free, these are worth a try:"] if numbers.get("spend") else []
-    return [*lines, *(f"  {line}" for line in numbers.get("spend", ()))]
+    if not numbers["fits"] or not numbers["advice"]:
+        return lines
+    return [*lines, "with so much memory free, these are worth a try:", *(f"  {line}" for line in numbers["advice"])]
 
 
 def _time_table(numbers):
