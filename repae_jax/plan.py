@@ -193,15 +193,15 @@ def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
     """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO."""
     chip, shares = check_topology(numbers["topology"]), numbers["branch_shares"]
     groups = roofline.Groups.of_mesh(numbers["mesh"], connected(numbers["topology"]))
-    cost, found = hlo_cost.analyze(text, shares), roofline.analyze(text, chip, groups, shares)
-    seconds = cost.cycles / numbers["clock_hz"] if cost.cycles else found.seconds  # compilers for TPUs count cycles
+    cost, bounds = hlo_cost.analyze(text, shares), roofline.analyze(text, chip, groups, shares)
+    seconds = cost.cycles / numbers["clock_hz"] if cost.cycles else bounds.seconds  # compilers for TPUs count cycles
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
     numbers = {
         **numbers,
         "memory_bytes": hlo_cost.memory(memory_stats),
         "estimated_cycles": cost.cycles, "unknown_loops": cost.unknown_loops, "collective_bytes": cost.collectives,
-        "roofline": found.numbers(LARGEST),
+        "roofline": bounds.numbers(LARGEST),
         "seconds": seconds, "images_per_second": numbers["images"] / seconds,
         "share_of_peak": flop / seconds / numbers["peak_flop_per_second"],
         "hours": hours, "chip_hours": hours * numbers["chips"],

@@ -97,18 +97,18 @@ def test_libtpu_is_not_installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("versions", "found"),
+    ("versions", "installed"),
     [
         ({}, "jax-cuda13-plugin missing, jax-cuda13-pjrt missing"),
         ({"jax-cuda13-plugin": "0.9.0", "jax-cuda13-pjrt": "0.9.0"}, "jax-cuda13-plugin 0.9.0, jax-cuda13-pjrt 0.9.0"),
         ({"jax-cuda13-plugin": jax.lib.__version__}, f"jax-cuda13-plugin {jax.lib.__version__}, jax-cuda13-pjrt missing"),
     ],
 )
-def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, found, monkeypatch):
+def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, installed, monkeypatch):
     monkeypatch.setattr(topologies, "_version", versions.get)
     message = run_main(monkeypatch, topologies=["h200:1"])
     wanted = f"error: compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {jax.lib.__version__} (no GPU is needed)"
-    assert message.startswith(f"{wanted}: {found}; ")
+    assert message.startswith(f"{wanted}: {installed}; ")
     assert "pip install -e '.[gpu-plan]'" in message and "\n" not in message
 
 
@@ -260,8 +260,9 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
 
     job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
     monkeypatch.setattr(initial_state, "abstract_state", lambda job: state_on(job.mesh))
-    found = plan_advice.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
-    assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
+    proposal = plan_advice.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
+    nothing = (None, None)
+    assert proposal == (nothing if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
 @pytest.mark.integration

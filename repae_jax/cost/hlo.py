@@ -134,15 +134,15 @@ def fused_collectives(computations: Mapping[str, Computation], name: str) -> dic
 
     A collective that overlaps with other work stands in every fusion that it overlaps with, under one channel.
     """
-    found = {}
+    collectives = {}
     for instruction in computations[name].values():
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
-            found[channel[1] if channel else instruction.name] = computations[name], instruction
+            collectives[channel[1] if channel else instruction.name] = computations[name], instruction
         elif instruction.opcode in CALLS:
             for called in instruction.called("calls", "to_apply"):
-                found |= fused_collectives(computations, called)
-    return found
+                collectives |= fused_collectives(computations, called)
+    return collectives
 
 
 def loop_turns(

@@ -58,16 +58,16 @@ def op_name(computations: Computations, users: Users, instruction: Instruction) 
     near = [instruction]
     for _ in range(NEAR):
         near = [user for each in near for user in users.get(each.name, ())]
-        found = next((name for name in map(functools.partial(_op_name, computations), near) if name), "")
-        if found:
-            return found
+        name = next((name for name in map(functools.partial(_op_name, computations), near) if name), "")
+        if name:
+            return name
     return ""
 
 
 def _op_name(computations, instruction):
-    found = re.search(r'op_name="([^"]*/[^"]*)"', instruction.attributes)  # one without a slash is the name of an argument
-    if found:
-        return found[1]
+    match = re.search(r'op_name="([^"]*/[^"]*)"', instruction.attributes)  # one without a slash is the name of an argument
+    if match:
+        return match[1]
     inner = [_op_name(computations, each) for name in instruction.called("calls") for each in computations[name].values()]
     return next((name for name in reversed(inner) if name), "")
 
@@ -114,13 +114,13 @@ def _dot(computation, instruction):
 def _convolution(computation, instruction):
     images, kernel, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
-    found, pixels = _sides(computation, instruction.operands[1]), _sides(computation, instruction.operands[0])
+    weights, pixels = _sides(computation, instruction.operands[1]), _sides(computation, instruction.operands[0])
     made = arrays(instruction.shape)[0].sides
     used = 1
     for axis in sorted(label for label in kernel if label.isdigit()):
         option = {name: values.split("x")[int(axis)] for name, values in window.items()}
-        used *= _pairs(pixels[images.index(axis)], found[kernel.index(axis)], made[result.index(axis)], option)
-    return 2 * made[result.index("b")] * made[result.index("f")] * found[kernel.index("i")] * used
+        used *= _pairs(pixels[images.index(axis)], weights[kernel.index(axis)], made[result.index(axis)], option)
+    return 2 * made[result.index("b")] * made[result.index("f")] * weights[kernel.index("i")] * used
 
 
 def _pairs(pixels, size, results, option):

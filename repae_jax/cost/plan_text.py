@@ -38,8 +38,8 @@ def lines_of(numbers: Mapping[str, Any]) -> list[str]:
     lines += [*_memory_table(numbers), "", *_time_table(numbers), ""]
     if numbers["estimated_cycles"]:
         return [*lines, *textwrap.wrap(note(numbers), 120)]
-    found = numbers["roofline"]
-    tables = (part_table(found), exchange_table(found, numbers["link"]), kernel_table(found))
+    roofline = numbers["roofline"]
+    tables = (part_table(roofline), exchange_table(roofline, numbers["link"]), kernel_table(roofline))
     return [*lines, *(line for table in tables if table for line in (*table, "")), *textwrap.wrap(roofline_note(numbers), 120)]
 
 
@@ -91,8 +91,8 @@ def note(numbers: Mapping[str, Any]) -> str:
 
 def roofline_note(numbers: Mapping[str, Any]) -> str:
     """Returns the assumptions of a GPU's estimate."""
-    found, speeds = numbers["roofline"], numbers["bytes_per_second"]
-    shares = {name: f"{share:.0%}" for name, share in found["assumed"].items()}
+    roofline, speeds = numbers["roofline"], numbers["bytes_per_second"]
+    shares = {name: f"{share:.0%}" for name, share in roofline["assumed"].items()}
     unknown = numbers["unknown_loops"]
     short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
     drawn = len(numbers["branch_shares"])
@@ -151,13 +151,13 @@ def _memory_table(numbers):
 
 
 def _time_table(numbers):
-    sampling, found, noun = numbers["job"] == "sample", numbers["roofline"], numbers["chip"]
+    sampling, estimate, noun = numbers["job"] == "sample", numbers["roofline"], numbers["chip"]
     cycles = numbers["estimated_cycles"]
     slower = "three products in bfloat16, or more, for one" if cycles else "TF32, half as fast"
     float32 = f"sampling is in float32: {slower}" if sampling else ""
     runs = f"{numbers['runs']:,.0f} {'batches' if sampling else 'steps'}"
-    bounds = ", ".join(f"{1000 * seconds:,.1f} {bound}" for bound, seconds in found["by_bound"].items() if seconds)
-    roofline = _row("a roofline's", f"{1000 * found['seconds']:,.1f}", "ms", bounds)
+    bounds = ", ".join(f"{1000 * seconds:,.1f} {bound}" for bound, seconds in estimate["by_bound"].items() if seconds)
+    roofline = _row("a roofline's", f"{1000 * estimate['seconds']:,.1f}", "ms", bounds)
     collectives = sorted(numbers["collective_bytes"].items()) if cycles else []
     return [
         f"time of a {'batch' if sampling else 'step'}, by {'the compiler' if cycles else 'a roofline'}'s estimate",

@@ -21,7 +21,7 @@ BOUNDS = (ARITHMETIC, MEMORY, STARTS, COLLECTIVES)
 
 
 class Chip(Protocol):
-    """What of a chip bounds its kernels, see `chips.Chip`."""
+    """The speeds of a chip that bound its kernels, see `chips.Chip`."""
 
     bandwidth: float
     link: float
@@ -150,8 +150,8 @@ def analyze(text: str, chip: Chip, groups: Groups = ALONE, shares: Sequence[floa
     """
     computations, entry = hlo.parse(text)
     walk = _Walk(computations, chip, groups, shares)
-    found = tuple(walk.kernels(entry, 1.0, {}))
-    return Roofline(found, chip.reached, len(walk.unknown_loops))
+    kernels_run = tuple(walk.kernels(entry, 1.0, {}))
+    return Roofline(kernels_run, chip.reached, len(walk.unknown_loops))
 
 
 class _Walk:
@@ -235,9 +235,9 @@ class _Walk:
             pairs = re.findall(r"\{(\d+),(\d+)\}", re.search(r"source_target_pairs=(\{.*?\}\})", instruction.attributes)[1])
             far = any(self._domain(int(start)) != self._domain(int(end)) for start, end in pairs)
             return Moved(kind, "pairs", size, 0.0 if far else size, size if far else 0.0)
-        found = replica_groups(instruction.attributes, len(self._groups.domains))
-        axes = self._groups.axes.get(frozenset(frozenset(group) for group in found), "other groups")
-        group = max(found, key=lambda group: len({self._domain(chip) for chip in group}))
+        replicas = replica_groups(instruction.attributes, len(self._groups.domains))
+        axes = self._groups.axes.get(frozenset(frozenset(group) for group in replicas), "other groups")
+        group = max(replicas, key=lambda group: len({self._domain(chip) for chip in group}))
         domains = len({self._domain(chip) for chip in group})
         near, passes = len(group) // domains, 2 if kind == "all-reduce" else 1
         over_link = passes * size * (len(group) - 1) / len(group) if near > 1 else 0.0
@@ -261,8 +261,8 @@ def replica_groups(attributes: str, chips: int) -> list[list[int]]:
     tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if tiled:
         shape, sides, order = ([int(n) for n in part.split(",")] if part else None for part in tiled.groups())
-        found = np.arange(int(np.prod(sides))).reshape(sides)
-        return (found.transpose(order) if order else found).reshape(shape).tolist()
+        chips = np.arange(int(np.prod(sides))).reshape(sides)
+        return (chips.transpose(order) if order else chips).reshape(shape).tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]+)\))? \{([^}]*)\}", attributes)
     if named:
         return _groups_of_axes(*named.groups())

@@ -107,10 +107,10 @@ def check_cuda_plugin() -> None:
     wanted = jax.lib.__version__
     if set(versions.values()) == {wanted}:
         return
-    found = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    installed = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     packages = " ".join(f"{name}=={wanted}" for name in _CUDA)
     raise ValueError(
-        f"compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {wanted} (no GPU is needed): {found}; "
+        f"compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {wanted} (no GPU is needed): {installed}; "
         f"pip install -e '.[gpu-plan]', or pip install --no-deps {packages}"
     )
 

@@ -44,22 +44,22 @@ def product(x, w):
 
 
 def chain(x, y):
-    """One kernel reads both and writes one."""
+    """Computes what one kernel can: it reads both and writes one."""
     return jnp.tanh(x * y) + jnp.exp(x)
 
 
 def scan(x, weights):
-    """Twelve layers of stacked weights; each is cast, and multiplies."""
+    """Applies twelve layers of stacked weights; each is cast, and multiplies."""
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None), x, weights)[0]
 
 
 def stacked(x, shifts):
-    """Results of twelve turns, each written into its place of the stack."""
+    """Stacks the results of twelve turns, each written into its place."""
     return jax.lax.scan(lambda x, shift: (x + shift, x * 2), x, shifts)
 
 
 def update(cache, row):
-    """A row written into a donated array."""
+    """Writes a row into a donated array."""
     return jax.lax.dynamic_update_slice(cache, row, (5, 0))
 
 

@@ -22,7 +22,7 @@ def test_cores_and_clocks_give_the_published_float32_peaks(name, published):
     ("name", "per_clock", "clock"), [("h100", 512, 1.8295201e9), ("h200", 512, 1.8295201e9), ("b200", 1024, 1.8353101e9)]
 )
 def test_matrix_units_give_the_bfloat16_peaks(name, per_clock, clock):
-    """Four units of a core; numbers of openxla/xla's target configs."""
+    """A core has four units; numbers are those of openxla/xla's target configs."""
     assert GPUS[name].peak() == pytest.approx(2 * GPUS[name].cores * 4 * per_clock * clock, rel=0.02)
 
 

@@ -59,11 +59,11 @@ def roofline_of(text, name, **options):
     return roofline.analyze(text, H200, GROUPS.get(PROGRAMS[name][3].get("gpus"), roofline.ALONE), **options)
 
 
-def check(found, name):
+def check(result, name):
     flops, sizes = EXPECTED[name]
-    assert found.flop() == flops and found.unknown_loops == 0
+    assert result.flop() == flops and result.unknown_loops == 0
     moved = {}
-    for kernel in found.kernels:
+    for kernel in result.kernels:
         if kernel.bytes > 1024:
             moved[kernel.kind] = moved.get(kernel.kind, 0) + kernel.times * kernel.bytes
     assert moved == pytest.approx(sizes, rel=1e-4), "indices of slices are the rest"
@@ -92,12 +92,12 @@ EXCHANGES = {
 }
 
 
-def check_exchange(found, name):
+def check_exchange(result, name):
     kind, axes, *sizes = EXCHANGES[name]
-    [(key, moved)] = found.moved().items()
+    [(key, moved)] = result.moved().items()
     assert key == (kind, axes) and [moved[field] for field in ("size", "over_link", "over_network")] == sizes
     slowest = max(sizes[1] / 450e9, sizes[2] / 50e9) / H200.reached["link"]
-    assert moved["seconds"] == pytest.approx(slowest) == found.by_bound()[COLLECTIVES]
+    assert moved["seconds"] == pytest.approx(slowest) == result.by_bound()[COLLECTIVES]
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
@@ -126,14 +126,14 @@ def test_a_kernel_takes_as_long_as_the_slowest_of_its_limits():
 
 
 def test_sums():
-    found = roofline_of(stored("scan"), "scan")
-    assert found.seconds == pytest.approx(sum(found.by_bound().values()))
-    assert found.seconds == pytest.approx(sum(part["seconds"] for part in found.by_part().values()))
-    first, *others = found.largest(3)
+    result = roofline_of(stored("scan"), "scan")
+    assert result.seconds == pytest.approx(sum(result.by_bound().values()))
+    assert result.seconds == pytest.approx(sum(part["seconds"] for part in result.by_part().values()))
+    first, *others = result.largest(3)
     assert first.kind == "product" and first.times == 12 and len(others) == 2
-    numbers = found.numbers(3)
+    numbers = result.numbers(3)
     assert "product custom-call.1" in roofline_text.kernel_table(numbers)[1]
-    assert roofline_text.part_table(numbers)[-1].split()[2] == f"{1000 * found.seconds:.1f}"
+    assert roofline_text.part_table(numbers)[-1].split()[2] == f"{1000 * result.seconds:.1f}"
     assert roofline_text.exchange_table(numbers, "NVLink") == [] and json.loads(json.dumps(numbers)) == numbers
 
 
@@ -144,8 +144,8 @@ def test_tables_of_exchanges():
 
 
 def test_parts_are_named_as_flop_are():
-    found = roofline_of(stored("scopes"), "scopes").by_part()
-    assert set(found) == {"vae/Decoder.decode", "update"}
+    result = roofline_of(stored("scopes"), "scopes").by_part()
+    assert set(result) == {"vae/Decoder.decode", "update"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {
 
 
 def test_what_is_started_counts_once():
-    """As jaxlib 0.11 and newer write it: the shape lists operands, result and context."""
+    """Since jaxlib 0.11 the shape of what is started lists operands, result and context."""
     done = "ROOT %loop_dynamic_update_slice_fusion = f32[1024,4096]{1,0} fusion-done(%start)"
     start = "%start = ((f32[1024,4096]{1,0}, f32[1,4096]{1,0}), f32[1024,4096]{1,0}, u32[]) fusion-start("
     text = re.sub(r"ROOT %loop_dynamic_update_slice_fusion = \S+ fusion\((.*)", rf"{start}\1\n  {done}", stored("update"))
@@ -243,8 +243,8 @@ ENTRY %main (x: bf16[2,8,8,16], w: bf16[3,3,16,32]) -> bf16[2,SIDE,SIDE,32] {
 )
 def test_xlas_own_convolutions_count_what_is_not_zero(side, window, pairs):
     computations, entry = parse(CONVOLUTION.replace("SIDE", str(side)).replace("WINDOW", window))
-    found = flop(computations, computations[entry], computations[entry]["c"])
-    assert found == {"bfloat16": 2 * pairs**2 * 2 * 16 * 32}
+    result = flop(computations, computations[entry], computations[entry]["c"])
+    assert result == {"bfloat16": 2 * pairs**2 * 2 * 16 * 32}
 
 
 def test_arrays_beside_the_processors_cost_nothing():
@@ -254,8 +254,8 @@ def test_arrays_beside_the_processors_cost_nothing():
         True,
     ]
     text = LOOP.replace("LIMIT", "10").replace("START", "0").replace("STEP", "1").replace("KNOWN", "")
-    found = roofline.analyze(text, CHIPS["v5e"])
-    fusion = next(kernel for kernel in found.kernels if kernel.kind == "fusion")
+    result = roofline.analyze(text, CHIPS["v5e"])
+    fusion = next(kernel for kernel in result.kernels if kernel.kind == "fusion")
     assert fusion.times == 10 and fusion.bytes == 0 and fusion.flop == {"bfloat16": 2 * 8**3}
 
 
@@ -271,12 +271,12 @@ def tpu_text(name):
 @needs_libtpu
 @pytest.mark.parametrize(("name", "factor"), [("product", 1.4), ("chain", 1.15), ("convolution", 1.6), ("scan", 2.5)])
 def test_a_second_opinion_on_tpus(name, factor):
-    """Beside the cycles that the compiler expects; of a scan it expects more, as its slices wait for each other."""
+    """The roofline is near the cycles that the compiler expects; those of a scan are more, for its slices wait."""
     chip, text = CHIPS["v5e"], tpu_text(name)
-    found, cycles = roofline.analyze(text, chip), hlo_cost.analyze(text).cycles
-    assert 1 / factor < found.seconds / (cycles / chip.clock) < factor
+    result, cycles = roofline.analyze(text, chip), hlo_cost.analyze(text).cycles
+    assert 1 / factor < result.seconds / (cycles / chip.clock) < factor
     expected = EXPECTED[name][0].get("bfloat16", 0.0)
-    assert found.flop().get("bfloat16", 0.0) == pytest.approx(expected, rel=0.03), "padding does not count"
+    assert result.flop().get("bfloat16", 0.0) == pytest.approx(expected, rel=0.03), "padding does not count"
 
 
 def test_branches_count_as_often_as_they_are_taken():
