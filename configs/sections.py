@@ -165,4 +165,5 @@ def sampling(sampler: str = "sde") -> dict[str, Any]:
         "steps": 250,
         "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0,
         "guidance_channels": placeholder(int),  # guide only the first ones, as published DiT samples do; default all
+        "precision": "float32",  # of the SiT's matrix products; or 'bfloat16'
     }

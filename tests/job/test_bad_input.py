@@ -200,6 +200,7 @@ def test_tables_name_what_they_hold():
         ({"data.cache": "latents"}, ["config.data.cache='latents'", "config.job='repae'", "configs/ldm.py"]),
         ({"sampling.sampler": "dpm"}, ["sampler 'dpm' is unknown", "euler, heun, sde"]),
         ({"sampling.steps": 1}, ["steps=1", "at least 2"]),
+        ({"sampling.precision": "float16"}, ["config.sampling.precision='float16'", "['float32', 'bfloat16']"]),
         ({"sampling.guidance_scale": 0.5}, ["guidance_scale=0.5", "at least 1"]),
         ({"sampling.guidance_low": 0.9, "sampling.guidance_high": 0.1}, ["[0.9, 0.1]", "low first"]),
     ],
