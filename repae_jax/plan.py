@@ -1,8 +1,9 @@
-"""A plan before you rent: `python -m repae_jax.plan --config configs/repae.py --topology v5e:4x4 --topology v6e:4x4`.
+"""A plan before you rent: `python -m repae_jax.plan --config configs/repae.py --topology v5e:4x4 --topology h100:2x8`.
 
-Compiles the training step of any config for TPUs that are not there, and reports for each topology whether it fits: memory of a
-chip, FLOP, the compiler's estimate of the time, bytes of collectives, images per second, hours and chip-hours of the run. With
---sample, the same of sampling. It needs no accelerator, no weights and no data, but libtpu, which the extra `tpu` brings.
+Compiles the training step of any config for TPUs or GPUs that are not there, and reports for each topology whether it fits:
+memory of a chip, FLOP, an estimate of the time and what bounds it, bytes of collectives, images per second, hours and
+chip-hours of the run. With --sample, the same of sampling. It needs no accelerator, no weights and no data, but libtpu, which
+the extra `tpu` brings, or JAX's CUDA plugin, which the extra `gpu-plan` brings.
 
 Fields of the config can be overridden as in training: --config.mesh.fsdp=16 --config.accumulation=2.
 """
@@ -13,24 +14,25 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from repae_jax import cli, files, waiting
-from repae_jax.cost import flops, hlo_cost
-from repae_jax.cost.plan_text import GIB, lines_of
-from repae_jax.cost.topologies import Chip, check_topology, topology_devices
-from repae_jax.distributed import multihost, sharding
+from repae_jax.cost import flops, hlo_cost, roofline
+from repae_jax.cost.chips import Chip
+from repae_jax.cost.plan_advice import advice, check_state, chip_bytes, most_images, spend
+from repae_jax.cost.plan_text import lines_of
+from repae_jax.cost.topologies import check_topology, connected, topology_devices
+from repae_jax.distributed import multihost
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
-from repae_jax.job import build, compilation, initial_state, recipe
+from repae_jax.job import build, compilation, initial_state
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import for_sampling
 
 SAMPLES = 50_000  # images of a published score
 IMAGES_PER_CHIP = 16
-SAME_SIZE = 1.05  # states whose sizes differ by less count as equally large
+LARGEST = 10  # kernels that are listed
 Numbers = dict[str, Any]  # the plan of one topology, for JSON
 
 
@@ -63,10 +65,10 @@ def sampling_config(config: Any, count: int) -> dict[str, Any]:
     return {**config, "data": {**config["data"], "cache": ""}}
 
 
-def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_program(lowered: jax.stages.Lowered, chip: Chip) -> jax.stages.Compiled:
     """Compiles, or raises DoesNotFit; running out of other memory than a chip's HBM is an error like any other."""
     try:
-        return lowered.compile()
+        return lowered.compile(dict(chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
@@ -115,21 +117,33 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
         config = sampling_config(config, images_per_chip * len(devices))
     job = build.build(config, devices, encoders=() if images_per_chip else None)
     compilation.check_compiler_options(job)
-    return job, setting(job, chip, topology, bool(images_per_chip))
+    numbers = setting(job, chip, topology, bool(images_per_chip))
+    if not chip.refuses:
+        check_state(chip, numbers)
+    return job, numbers
 
 
 def plan(job: build.Job, numbers: Numbers) -> Numbers:
     """Compiles a prepared job; adds 'flop_per_image', 'fits', and the numbers of `outcome`, or the reason and advice."""
-    sampling, start = numbers["job"] == "sample", time.monotonic()
+    chip, sampling, start = check_topology(numbers["topology"]), numbers["job"] == "sample", time.monotonic()
     numbers = {**numbers, "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job)}
     try:
-        compiled = compile_program(lower_sampling(job) if sampling else lower_step(job))
+        compiled = compile_program(lower_sampling(job) if sampling else lower_step(job), chip)
     except DoesNotFit as error:
-        reason = {"message": str(error), "needed_bytes": error.needed, "hbm_bytes": error.available or numbers["hbm_bytes"]}
-        return {**numbers, "fits": False, **reason, "advice": advice(job, numbers)}
+        numbers["memory_of_chip_bytes"] = error.available or numbers["memory_of_chip_bytes"]
+        return {**numbers, **_refused(job, numbers, str(error), error.needed)}
     runs = math.ceil(SAMPLES / numbers["images"]) if sampling else job.config["steps"]
     numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
-    return numbers | outcome(numbers, compiled.memory_analysis(), compiled.as_text())
+    numbers |= outcome(numbers, compiled.memory_analysis(), compiled.as_text())
+    needed = numbers["memory_bytes"]["total"]
+    if not chip.refuses and needed > chip.usable * chip.memory:
+        reason = f"a program may fill {chip.usable:.0%} of it, the rest is for the driver, libraries and fragmentation"
+        return {**numbers, **_refused(job, numbers, reason, needed)}
+    return {**numbers, "spend": spend(job, numbers)}
+
+
+def _refused(job, numbers, message, needed):
+    return {"fits": False, "message": message, "needed_bytes": needed, "advice": advice(job, numbers)}
 
 
 def prepare_and_plan(config: Any, topology: str, images_per_chip: int | None) -> Numbers:
@@ -143,7 +157,8 @@ def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None
 
     If compiling failed, 'fits' is None, with the message, and the exit code of the process if that died.
     """
-    title = f"{numbers['topology']}: compiling for {numbers['chips']} chips; full-size steps take minutes, tiny ones less"
+    chips = f"{numbers['chips']} {numbers['chip']}s"
+    title = f"{numbers['topology']}: compiling for {chips}; full-size steps take minutes, tiny ones less"
     with showing_time(title):
         try:
             return run_in_subprocess(prepare_and_plan, build.plain_config(config), numbers["topology"], images_per_chip)
@@ -154,94 +169,47 @@ def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None
 def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Numbers:
     """Returns the numbers of a job on a topology, or of sampling its batch at a time, that are known without compiling."""
     chips, images = job.mesh.devices.size, job.config["data"]["batch_size"]
-    state = initial_state.abstract_state(job)
+    state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
+    trained = [] if sampling else [net.params for net in (state.vae, state.disc, state.sit) if net is not None]
     return {
         "topology": topology, "slices": job.config["mesh"]["slices"], "device_kind": chip.kind, "chips": chips,
-        "hbm_bytes": chip.hbm, "peak_flop_per_second": flops.peak(chip.kind), "clock_hz": chip.clock,
-        "matmul_share": chip.matmul,
+        "chip": chip.noun, "link": chip.link_name, "memory_of_chip_bytes": chip.memory,
+        "bytes_per_second": {"memory": chip.bandwidth, "link": chip.link, "network": chip.network},
+        "peak_flop_per_second": chip.peak(), "clock_hz": getattr(chip, "clock", None),
+        "matmul_share": getattr(chip, "matmul", None),
         "job": "sample" if sampling else job.config["job"], "mesh": dict(job.mesh.shape),
         "branch_shares": [] if sampling else flops.branch_shares(job.config),
         "images": images, "images_per_chip": images // chips,
-        "state_bytes": chip_bytes(generate.sampling_params(state, compilation.abstract_inputs(job)[1]) if sampling else state),
+        "state_bytes": chip_bytes(generate.sampling_params(state, frozen) if sampling else state),
+        "gradient_bytes": chip_bytes(trained), "frozen_bytes": 0 if sampling else chip_bytes(frozen),
         "versions": multihost.versions(), "arguments": sys.argv[1:], "config": job.config,
     }  # fmt: skip
 
 
 def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
     """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO."""
-    cost = hlo_cost.analyze(text, numbers["branch_shares"])
-    seconds = cost.cycles / numbers["clock_hz"]
+    chip, shares = check_topology(numbers["topology"]), numbers["branch_shares"]
+    groups = roofline.Groups.of_mesh(numbers["mesh"], connected(numbers["topology"]))
+    cost, found = hlo_cost.analyze(text, shares), roofline.analyze(text, chip, groups, shares)
+    seconds = cost.cycles / numbers["clock_hz"] if cost.cycles else found.seconds  # compilers for TPUs count cycles
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
-    return {
+    numbers = {
+        **numbers,
         "memory_bytes": hlo_cost.memory(memory_stats),
         "estimated_cycles": cost.cycles, "unknown_loops": cost.unknown_loops, "collective_bytes": cost.collectives,
+        "roofline": found.numbers(LARGEST),
         "seconds": seconds, "images_per_second": numbers["images"] / seconds,
         "share_of_peak": flop / seconds / numbers["peak_flop_per_second"],
         "hours": hours, "chip_hours": hours * numbers["chips"],
     }  # fmt: skip
-
-
-def chip_bytes(tree: Any) -> int:
-    """Returns the bytes on each chip of a tree of shapes with shardings."""
-    return sum(_shard_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
-
-
-def _shard_bytes(x, placed):
-    return math.prod(placed.shard_shape(x.shape)) * x.dtype.itemsize
-
-
-def advice(job: build.Job, numbers: Numbers) -> list[str]:
-    """Returns lines on what would make a training step, or a batch of samples, smaller."""
-    config, per_chip, lines = job.config, numbers["images_per_chip"], []
-    if numbers["job"] == "sample":
-        fewer = [f"--images_per_chip={per_chip // 2}: the same samples in more batches"] if per_chip > 1 else []
-        return [*fewer, "chips with more memory"]
-    accumulation = config["accumulation"]
-    fsdp, sharded = better_fsdp(job, numbers["state_bytes"])
-    if fsdp is not None and sharded is not None:
-        saved = (numbers["state_bytes"] - sharded) / GIB
-        lines.append(f"--config.mesh.fsdp={fsdp}: {fsdp} chips share a state, {saved:.2f} GiB less on each, more traffic")
-    if per_chip > accumulation and may_accumulate(config):
-        parts = next(n for n in range(accumulation + 1, per_chip + 1) if per_chip % n == 0)
-        norm = "; the discriminator's batch norm sees fewer images" if job.tx.disc is not None else ""
-        fewer = f"{per_chip // parts} instead of {per_chip // accumulation} images of a chip at a time"
-        lines.append(f"--config.accumulation={parts}: {fewer} where gradients are taken{norm}")
-    if job.tx.sit is not None and config["sit"]["remat"] != "full":
-        lines.append("--config.sit.remat=full: the SiT's blocks are computed again for gradients, a third more of its FLOP")
-    if job.tx.vae is not None and not config["vae"]["remat"]:
-        lines.append("--config.vae.remat=True: the VAE's blocks are computed again, a third more of its FLOP; it saves less")
-    return [*lines, "more chips for the same batch, chips with more memory, or a smaller config.data.batch_size"]
-
-
-def may_accumulate(config: Mapping[str, Any]) -> bool:
-    """Returns whether a config may have more micro-batches: some losses are defined on a whole batch only."""
-    try:
-        recipe.make_recipe({**config, "accumulation": config["accumulation"] + 1})
-    except ValueError:
-        return False
-    return True
-
-
-def better_fsdp(job: build.Job, state_bytes: int) -> tuple[int, int] | tuple[None, None]:
-    """Finds the least config.mesh.fsdp other than the job's with about the smallest state: at more, fewer arrays may divide.
-
-    Returns it and the bytes of the state of a chip with it, or (None, None) if none makes the state smaller.
-    """
-    devices, slices = list(job.mesh.devices.flat), job.config["mesh"]["slices"]
-    state, in_slice, sizes = initial_state.abstract_state(job), len(devices) // slices, {}
-    for fsdp in range(1, in_slice + 1):
-        if in_slice % fsdp == 0 and fsdp != job.mesh.shape[sharding.FSDP]:
-            shardings = sharding.tree_sharding(sharding.make_mesh(fsdp, devices, slices), state)
-            sizes[fsdp] = sum(jax.tree.leaves(jax.tree.map(_shard_bytes, state, shardings)))
-    near = SAME_SIZE * min(sizes.values(), default=math.inf)
-    return next(((fsdp, size) for fsdp, size in sizes.items() if size <= near and SAME_SIZE * size < state_bytes), (None, None))
+    return {**numbers, "most_images": most_images(chip, numbers)}
 
 
 def parse_args(argv=None):
     """Command line of this program."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
-    topology = "TPUs to compile for, CHIP:GRID such as v5e:4x4; may be given several times"
+    topology = "TPUs, CHIP:GRID such as v5e:4x4, or GPUs, CARD:HOSTSxGPUS such as h100:2x8; may be given several times"
     parser.add_argument("--topology", action="append", required=True, help=topology)
     parser.add_argument("--sample", action="store_true", help="plan sampling by config.sampling instead of training")
     images = f"with --sample: images at a time and chip, default {IMAGES_PER_CHIP}"

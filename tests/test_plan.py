@@ -1,5 +1,6 @@
 """Plans: topologies, advice, what is printed, mistakes; real ahead-of-time compilation where libtpu is installed."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -9,15 +10,17 @@ import signal
 import sys
 import types
 
+import gpu_programs
 import jax
 import jax.numpy as jnp
 import pytest
 import small
+from gpu_programs import needs_cuda_plugin
 from hlo_programs import BRANCHES, LOOP, needs_libtpu
 
 from configs import ldm, repae, vae
 from repae_jax import cli, plan
-from repae_jax.cost import flops, plan_text, topologies
+from repae_jax.cost import chips, flops, plan_advice, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
 from repae_jax.distributed import sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
@@ -46,6 +49,9 @@ def run_main(monkeypatch, *words, topologies=("v5e:2x2",)):
         ("v6e:2x4", "TPU v6 lite"),
         ("v5p:4x4x8", "TPU v5"),
         ("v4:2x2x1", "TPU v4"),
+        ("h200:1", "NVIDIA H200"),
+        ("a100-40g:2x8", "NVIDIA A100-SXM4-40GB"),
+        ("gb200:18x4", "NVIDIA GB200"),
     ],
 )
 def test_topologies(name, kind):
@@ -54,15 +60,28 @@ def test_topologies(name, kind):
 
 
 @pytest.mark.parametrize(
+    ("name", "linked"),
+    [("v5e:4x4", 16), ("h100:8", 8), ("h100:1", 1), ("h100:4x8", 8), ("a6000:2x2", 2), ("gb200:2x4", 8), ("gb200:36x4", 72)],
+)
+def test_how_many_chips_links_connect(name, linked):
+    assert topologies.connected(name) == linked
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "--topology=v5e: expected CHIP:GRID with CHIP one of v4, v5e, v5p, v6e"),
-        ("v9:2x2", "--topology=v9:2x2: expected CHIP:GRID.*such as v5e:4x4"),
+        ("v5e", r"--topology=v5e: expected CHIP:GRID, a TPU \(v4, v5e, v5p, v6e\) and its chips per side"),
+        ("v9:2x2", "--topology=v9:2x2: expected CHIP:GRID.*such as v5e:4x4.*or a GPU .h200, .*such as h200:1, h100:8"),
         ("v5e:4by4", "expected CHIP:GRID"),
         ("v5e:3x3", "allowed grids of v5e are 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
         ("v6e:2x2x1", "allowed grids of v6e"),
         ("v5p:4x4", "three sides, in hosts of 2x2x1 chips: 2x2x1"),
         ("v4:3x4x4", "three sides"),
+        ("h100:9", "--topology=h100:9: a host has 1 to 8 of h100: h100:1 to h100:8; several hosts h100:2x8, h100:4x8, …"),
+        ("gb200:8", "a host has 1 to 4 of gb200"),
+        ("h100:2x2x2", "a host has 1 to 8 of h100"),
+        ("h100:0", "expected CHIP:GRID"),
+        ("h100:99999x8", "a host has 1 to 8"),
     ],
 )
 def test_unknown_topologies(name, message):
@@ -75,6 +94,46 @@ def test_libtpu_is_not_installed(monkeypatch):
     message = run_main(monkeypatch)
     assert message.startswith("error: compiling for TPUs needs libtpu") and "pip install -e '.[tpu]'" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        ({}, "jax-cuda13-plugin missing, jax-cuda13-pjrt missing"),
+        ({"jax-cuda13-plugin": "0.9.0", "jax-cuda13-pjrt": "0.9.0"}, "jax-cuda13-plugin 0.9.0, jax-cuda13-pjrt 0.9.0"),
+        ({"jax-cuda13-plugin": jax.lib.__version__}, f"jax-cuda13-plugin {jax.lib.__version__}, jax-cuda13-pjrt missing"),
+    ],
+)
+def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, found, monkeypatch):
+    monkeypatch.setattr(topologies, "_version", versions.get)
+    message = run_main(monkeypatch, topologies=["h200:1"])
+    wanted = f"error: compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {jax.lib.__version__} (no GPU is needed)"
+    assert message.startswith(f"{wanted}: {found}; ")
+    assert "pip install -e '.[gpu-plan]'" in message and "\n" not in message
+
+
+def test_hosts_of_gpus_are_no_slices(monkeypatch):
+    monkeypatch.setattr(topologies, "check_cuda_plugin", lambda: None)
+    message = run_main(monkeypatch, "--config.mesh.slices=2", topologies=["h100:8"])
+    assert message.startswith("error: --topology=h100:8: mesh.slices=2 is for TPUs; hosts of GPUs are part of the topology")
+
+
+@pytest.mark.parametrize(("fsdp", "message"), [(3, r"mesh.fsdp=3 does not divide the 4 devices; allowed: \[1, 2, 4\]")])
+def test_a_mesh_that_gpus_cannot_make(fsdp, message, monkeypatch):
+    monkeypatch.setattr(plan, "topology_devices", lambda *_: jax.devices()[:4])
+    with pytest.raises(ValueError, match=message):
+        plan.prepare(small.config(mesh__fsdp=fsdp), "h100:2x2")
+
+
+def test_a_card_too_small_for_one_image(monkeypatch):
+    tiny = dataclasses.replace(chips.GPUS["rtx4090"], memory=2**20)
+    monkeypatch.setattr(plan, "topology_devices", lambda *_: jax.devices()[:2])
+    monkeypatch.setattr(plan, "check_topology", lambda _: tiny)
+    with pytest.raises(ValueError) as caught:
+        plan.prepare(small.config(), "rtx4090:2")
+    message = str(caught.value)
+    assert message.startswith("--topology=rtx4090:2: too small for one image: state, gradients and frozen weights take 0.0 GiB")
+    assert "allowed: --config.mesh.fsdp up to 2, which splits the state, h200, h100," in message and "\n" not in message
 
 
 def test_all_topologies_are_checked_before_the_first_is_compiled(monkeypatch):
@@ -127,32 +186,32 @@ def test_images_per_chip_of_a_training_step(monkeypatch):
 def test_messages_of_the_compiler(message, expected):
     assert plan.memory_of_message(message) == pytest.approx(expected)
 
-    def fail():
+    def fail(options):
         raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(plan.DoesNotFit) as caught:
-        plan.compile_program(types.SimpleNamespace(compile=fail))
+        plan.compile_program(types.SimpleNamespace(compile=fail), chips.CHIPS["v5e"])
     assert (caught.value.needed, caught.value.available) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("message", ["INTERNAL: broken", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem."])
 def test_other_errors_of_the_compiler_stay_what_they_are(message):
-    def fail():
+    def fail(options):
         raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match=message) as caught:
-        plan.compile_program(types.SimpleNamespace(compile=fail))
+        plan.compile_program(types.SimpleNamespace(compile=fail), chips.CHIPS["v5e"])
     copy = pickle.loads(pickle.dumps(caught.value))
     assert type(copy) is type(caught.value) and str(copy) == message, "comes back from another process"
 
 
-def setting_of(sampling=False, **changes):
-    """(Job on eight fake devices, plan.setting of it as if they were v5e chips)."""
+def setting_of(sampling=False, topology="v5e:2x4", **changes):
+    """(Job on eight fake devices, plan.setting of it as if they were those of a topology)."""
     config = small.config(**changes)
     if sampling:
         config = plan.sampling_config(config, 16)
     job = build.build(config, encoders=() if sampling else None)
-    return job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", sampling)
+    return job, plan.setting(job, topologies.check_topology(topology), topology, sampling)
 
 
 @functools.cache
@@ -194,7 +253,7 @@ def test_the_least_fsdp_with_the_smallest_state(width, fsdp, expected, monkeypat
 
     job = types.SimpleNamespace(mesh=sharding.make_mesh(fsdp), config={"mesh": {"slices": 1}})
     monkeypatch.setattr(initial_state, "abstract_state", lambda job: state_on(job.mesh))
-    found = plan.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
+    found = plan_advice.better_fsdp(job, plan.chip_bytes(state_on(job.mesh)))
     assert found == ((None, None) if expected is None else (expected, plan.chip_bytes(state_on(sharding.make_mesh(expected)))))
 
 
@@ -224,7 +283,7 @@ def test_advice_can_be_followed(changes):
 def test_only_what_has_a_backward_pass_is_computed_again():
     config = small.config({"vae.remat": False}, vae, "discriminator,tiny")
     job = build.build(config)
-    lines = plan.advice(job, plan.setting(job, topologies.CHIPS["v5e"], "v5e:2x4", False))
+    lines = plan.advice(job, plan.setting(job, chips.CHIPS["v5e"], "v5e:2x4", False))
     assert not any("remat" in line for line in lines), lines
 
 
@@ -328,6 +387,62 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     assert "Of the 2 scales of which a step draws one, FLOP, cycles and collectives are the mean." in text
 
 
+class Compiled:
+    """A program for GPUs that takes STATS."""
+
+    def memory_analysis(self):
+        return STATS
+
+    def as_text(self):
+        return gpu_programs.stored("gradient_sum")
+
+
+def gpu_plan(monkeypatch, memory=80 * GIB, **changes):
+    """The plan of a small step on two hosts of four GPUs, each of `memory` bytes, that takes 14.5 GiB."""
+    card = dataclasses.replace(chips.GPUS["h100"], memory=memory)
+    job, numbers = setting_of(topology="h100:2x4", data__batch_size=64, **changes)
+    numbers |= {"memory_of_chip_bytes": memory}
+    monkeypatch.setattr(plan, "check_topology", lambda _: card)
+    monkeypatch.setattr(plan, "compile_program", lambda *_: Compiled())
+    monkeypatch.setattr(plan, "lower_step", lambda _: None)
+    monkeypatch.setattr(plan.roofline.Groups, "of_mesh", lambda *_: plan.roofline.Groups((0,) * 8 + (1,) * 8, {}))
+    return plan.plan(job, numbers)
+
+
+def test_a_plan_of_gpus(monkeypatch):
+    numbers = gpu_plan(monkeypatch, sit__remat="full", sit__unroll=1, vae__remat=True)
+    assert numbers["fits"] and numbers["seconds"] == numbers["roofline"]["seconds"] > 0
+    assert numbers["images_per_second"] == 64 / numbers["seconds"] and numbers["estimated_cycles"] == 0
+    temporaries, fixed = 7 * GIB - numbers["gradient_bytes"], 7.5 * GIB + numbers["gradient_bytes"]
+    assert numbers["most_images"] == int((0.9 * 80 * GIB - fixed) / (temporaries / 8))
+    assert [line.partition(":")[0] for line in numbers["spend"]] == [
+        "--config.sit.remat=none", "--config.sit.unroll=2", "--config.vae.remat=False",
+    ]  # fmt: skip
+    assert json.loads(json.dumps(numbers)).keys() == numbers.keys()
+    text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
+    for part in (
+        "h100:2x4: 8 GPUs, NVIDIA H100 80GB HBM3, with 989 TFLOP/s", "64 images a step, 8 a GPU", "of 80.00: fits, 82% free",
+        f"images that a GPU has room for {numbers['most_images']}", "--config.sit.remat=none", "by a roofline's estimate",
+        "0 GPU-hours", "all-reduce over other groups", "by NVLink by network", "products do at 60% of the peak",
+        "memory is a lower bound", "jax-cuda13-plugin",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_step_that_gpus_have_no_memory_for(monkeypatch):
+    numbers = gpu_plan(monkeypatch, memory=16 * GIB)
+    assert numbers["fits"] is False and numbers["needed_bytes"] == 14.5 * GIB
+    assert numbers["advice"][0].startswith("--config.accumulation=2: 4 instead of 8 images of a GPU at a time")
+    text = " ".join(" ".join(plan_text.lines_of(numbers)).split())
+    assert "DOES NOT FIT: needs 14.50 GiB or more of the 16.00 GiB of a GPU" in text
+    assert "Why: a program may fill 90% of it" in text and "of 16.00: does not fit" in text and "images per second" in text
+
+
+def test_little_is_spent_where_little_is_free(monkeypatch):
+    assert gpu_plan(monkeypatch, memory=20 * GIB, sit__remat="full")["spend"] == []
+    assert gpu_plan(monkeypatch, sit__remat="none", sit__unroll=2, vae__remat=False)["spend"] == []
+
+
 def test_the_state_is_counted_as_it_is_sharded():
     whole, part = (setting_of(mesh__fsdp=fsdp, sit__hidden_size=256)[1]["state_bytes"] for fsdp in (1, 8))
     assert whole / 8 < part < whole / 2
@@ -388,6 +503,24 @@ def test_plans_of_all_jobs(file, changes):
 
 
 @pytest.mark.slow
+@needs_cuda_plugin
+def test_a_plan_of_gpus_that_are_not_there():
+    numbers = plan.plan(*plan.prepare(small.config(mesh__fsdp=2), "h100:2x2"))
+    assert numbers["fits"] and numbers["unknown_loops"] == 0 and numbers["chips"] == 4
+    assert numbers["memory_bytes"]["arguments"] >= numbers["state_bytes"]
+    assert sum(numbers["roofline"]["flop"].values()) * 4 >= 0.99 * sum(numbers["flop_per_image"].values()) * numbers["images"]
+    assert {moved["axes"] for moved in numbers["roofline"]["moved"]} <= {"data", "fsdp", "data and fsdp"}
+    assert plan_text.lines_of(numbers)
+
+
+@pytest.mark.slow
+@needs_cuda_plugin
+def test_a_plan_of_sampling_on_a_gpu():
+    numbers = plan.plan(*plan.prepare(small.config(sampling__steps=4), "rtx4090:1", 2))
+    assert numbers["images"] == 2 and numbers["fits"] and numbers["seconds"] > 0 and numbers["roofline"]["moved"] == []
+
+
+@pytest.mark.slow
 @needs_libtpu
 def test_a_plan_of_sampling():
     numbers = [plan.plan(*plan.prepare(small.config(sampling__steps=steps), "v6e:2x2", 2)) for steps in (4, 16)]
@@ -412,8 +545,8 @@ def test_a_program_that_does_not_fit():
     mesh = sharding.make_mesh(1, topology_devices("v5e:2x2"))
     array = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding.replicated(mesh))
     with pytest.raises(plan.DoesNotFit) as caught:
-        plan.compile_program(jax.jit(lambda x: x + 1).lower(array))
-    assert caught.value.needed >= 64 * GIB and caught.value.available in (topologies.CHIPS["v5e"].hbm, None)
+        plan.compile_program(jax.jit(lambda x: x + 1).lower(array), chips.CHIPS["v5e"])
+    assert caught.value.needed >= 64 * GIB and caught.value.available in (chips.CHIPS["v5e"].memory, None)
 
 
 @pytest.mark.integration

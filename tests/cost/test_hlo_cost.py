@@ -8,7 +8,7 @@ from hlo_programs import BRANCHES, LOOP, needs_libtpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from repae_jax.cost import hlo_cost
+from repae_jax.cost import hlo, hlo_cost
 from repae_jax.cost.topologies import topology_devices
 
 
@@ -131,7 +131,7 @@ def test_collectives_by_kind():
     ],
 )
 def test_array_bytes(shape, size):
-    assert hlo_cost.array_bytes(shape) == size
+    assert hlo.array_bytes(shape) == size
 
 
 def test_another_format_is_an_error():
