@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -74,7 +75,8 @@ def step_stage(size: str, images: int) -> Callable[[argparse.Namespace, Path, Ke
         step = measure.Step(compiled, state, frozen, key)
         del state  # donated
         speed = measure.measure_step(job, step, batch, 3 if options.tiny else STEPS, None)
-        keep({"step": {**speed, "compile_seconds": seconds, "memory": measure.memory_of(compiled), "images": images}})
+        about = {"images": config["data"]["batch_size"], "compile_seconds": seconds, "memory": measure.memory_of(compiled)}
+        keep({"step": {**about, **speed}})
         measure.write_profile(step, batch, scratch)
         measured = kernel_seconds(read_trace(scratch), measure.PROFILED)
         keep({"kernels": beside_the_roofline(measured, compiled.as_text(), jax.devices()[0].device_kind)})
@@ -226,30 +228,24 @@ def quickstart(options: argparse.Namespace, scratch: Path, keep: Keep) -> None:
 
 def without_tensorboard() -> None:
     """Has runs write their metrics as JSON lines alone where TensorFlow is not installed."""
-    import importlib.util
+    from repae_jax.training import metric_log
 
-    from compare_published import stand_in
+    class Writer(metric_log.JsonLines):
+        """The part of a run's writer that needs no TensorFlow."""
 
-    if importlib.util.find_spec("tensorflow") is not None:
-        return
+        def __init__(self, workdir, resume_step=None):
+            super().__init__(Path(workdir) / "metrics.jsonl", resume_step or 0)
 
-    class Writer:
-        """Takes what is written to TensorBoard."""
+        write_scalars = metric_log.JsonLines.write
 
-        def __init__(self, *_):
-            pass
+        def write_images(self, *_):
+            """Writes nothing: pictures are files, too."""
 
-        def __getattr__(self, name):
-            return lambda *_, **__: None
+        def flush(self):
+            """Writes nothing: every line is on disk."""
 
-        def write_scalars(self, step, scalars):
-            """Writes nothing."""
-
-        flush = close = lambda self: None
-
-    stand_in("tensorflow", config=Writer())
-    stand_in("clu")
-    stand_in("clu.metric_writers", MultiWriter=Writer, SummaryWriter=Writer)
+    if importlib.util.find_spec("tensorflow") is None:
+        metric_log.make_writer = Writer
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
