@@ -134,8 +134,6 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
     compilation.check_compiler_options(job)
-    if compilation.is_fixed(job):  # the program that process 0 keeps for later starts is the one that all of them run
-        jax.config.update("jax_share_binary_between_hosts", True)
     workdir = prepare_workdir(workdir)
     multihost.check_shared(workdir)
     source = None if config.data.cache else training_data.make_images(config)  # a wrong path is found before anything is loaded
