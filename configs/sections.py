@@ -30,6 +30,7 @@ def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
         # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, that share none
         "mesh": {"fsdp": 1, "slices": 1},
         "compiler_options": "",  # XLA's, for the step: "name=value,name=value"; added to the defaults of job/compilation.py
+        "deterministic": False,  # on GPUs: kernels that add in a fixed order, so that a run continues bit for bit
         "checkpoint": {"every": 10_000, "keep_last": 2, "keep_every": 50_000},
         "log": {"every": 100},
     }
@@ -165,4 +166,5 @@ def sampling(sampler: str = "sde") -> dict[str, Any]:
         "steps": 250,
         "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0,
         "guidance_channels": placeholder(int),  # guide only the first ones, as published DiT samples do; default all
+        "precision": "float32",  # of the SiT's matrix products; or 'bfloat16'
     }

@@ -7,7 +7,7 @@
     model = repae_jax.load_model("runs/repae")        # a run, or a published checkpoint
     samples = model.sample([207, 360], seed=0, steps=50, guidance_scale=2.2)
 
-Everything is computed in float32 on the first device. Images are uint8 arrays [B, H, W, 3].
+Everything is computed on the first device, in float32 unless `sample` is told otherwise. Images are uint8 arrays [B, H, W, 3].
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ class Model:
         Args:
           batch_size: images at a time, if there are so many.
           **sampling: fields of `repae_jax.diffusion.samplers.Sampling` that differ from the run's config: `sampler`, `steps`,
-            `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`.
+            `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`, `precision`.
 
         Raises:
           ValueError: for a label out of range, a field out of range, or a sampler that does not fit the model.

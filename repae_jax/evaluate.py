@@ -186,7 +186,7 @@ def table(result):
     metrics, protocol = result["metrics"], result["protocol"]
     spread = {"inception_score": f"  ± {metrics['inception_score_std']:.4f} over splits"}
     lines = [f"{shown:<18}{metrics[name]:10.4f}{spread.get(name, '')}" for name, shown in names.items() if name in metrics]
-    about = ("num_samples", "step", "sampler", "steps", "guidance_scale", "labels", "seed")
+    about = ("num_samples", "step", "sampler", "steps", "guidance_scale", "precision", "labels", "seed")
     lines.append(", ".join(f"{name} {protocol[name]}" for name in about if name in protocol))
     return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])
 

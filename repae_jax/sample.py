@@ -18,7 +18,7 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from repae_jax import cli, files, images
-from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
+from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling, check_sampler
 from repae_jax.distributed import sharding
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import LoadedModel, load_model
@@ -43,6 +43,8 @@ def add_arguments(parser: Any, num_samples: int) -> None:
     parser.add_argument("--guidance_high", type=float, help="… up to this t (1 is noise)" + unset)
     some = "guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples"
     parser.add_argument("--guidance_channels", type=int, help=some + unset)
+    products = "of the SiT's matrix products; float32 as published. The sampler and the decoder stay in float32"
+    parser.add_argument("--precision", choices=PRECISIONS, help=products + unset)
 
 
 def parse_args(argv=None):
@@ -103,6 +105,7 @@ def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace
     if sampling.guidance_scale > 1:
         method += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
         method += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
+    method += f"-{sampling.precision}" if sampling.precision != Sampling.precision else ""
     labels = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
     checkpoint = "unknown-step" if step is None else f"{step:07d}"
     return f"{checkpoint}-{method}-{labels}-{args.num_samples}-seed{args.seed}"

@@ -24,7 +24,7 @@ from repae_jax.cost import flops
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import Loader, too_many_bad
 from repae_jax.distributed import multihost, sharding, stopping
-from repae_jax.distributed.compilation_cache import use_compilation_cache
+from repae_jax.distributed.compilation_cache import reading_programs, use_compilation_cache
 from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 from repae_jax.training import ownership
@@ -223,7 +223,7 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
     for step in range(run.start + 1, steps + 1):
         batch = sharding.put_batch(run.job.mesh, next(run.loader))
         if step_fn is None:
-            step_fn = compilation.jit_step(run.job, run.state).lower(run.state, batch, run.frozen, key).compile()
+            step_fn = compile_step(run, batch, key)
             run.end_if_stopped("compiling")
         run.state, metrics = step_fn(run.state, batch, run.frozen, key)
         unchecked.append((step, metrics))
@@ -267,6 +267,19 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
             return run.state, False
     run.checkpointer.wait()
     return run.state, True
+
+
+def compile_step(run: Run, batch: dict[str, jax.Array], key: jax.Array) -> jax.stages.Compiled:
+    """Returns the compiled step; warns where it cannot be the program that computed the steps before this start."""
+    lowered = compilation.jit_step(run.job, run.state).lower(run.state, batch, run.frozen, key)
+    with reading_programs() as read:
+        compiled = lowered.compile()
+    if compilation.is_fixed(run.job) and run.checkpointer.steps() and not read:
+        logging.warning(
+            "config.deterministic: the program of the steps before is not in %s, and was compiled again: the same kernels may "
+            "not have been chosen, so that this run may not continue bit for bit", jax.config.jax_compilation_cache_dir,
+        )  # fmt: skip
+    return compiled
 
 
 def shown(values):

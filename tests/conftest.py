@@ -1,11 +1,19 @@
-"""Eight fake CPU devices for every test, set before jax is imported; programs are compiled quickly, and once."""
+"""Eight fake CPU devices for every test, set before jax is imported; programs are compiled quickly, and once.
+
+REPAE_TEST_PLATFORM=cuda runs tests on a GPU, those that do not need eight devices. Tolerances are those of the CPU: products of
+float32 are computed exactly, not in TF32, whose rounding of 5e-4 is above them.
+"""
 
 import gc
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+if "REPAE_TEST_PLATFORM" in os.environ:
+    os.environ["JAX_PLATFORMS"] = f"{os.environ['REPAE_TEST_PLATFORM']},cpu"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["HF_HUB_OFFLINE"] = "1"

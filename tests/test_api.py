@@ -101,6 +101,7 @@ def test_a_model_has_its_vae(model, vae):
         ({"labels": []}, ValueError, "expected a list of numbers"),
         ({"labels": 3}, ValueError, "expected a list of numbers"),
         ({"labels": [0], "sampler": "ancestral"}, ValueError, "ancestral"),
+        ({"labels": [0], "precision": "float16"}, ValueError, "precision='float16' is unknown; allowed"),
         ({"labels": [0], "speed": 2}, TypeError, "speed"),
     ],
 )

@@ -304,7 +304,8 @@ def test_what_alone_does_not_fit_is_left_out(monkeypatch):
     job = build.build(small.config(NO_ENCODER, ldm))
     state, frozen = initial_state.abstract_state(job), compilation.abstract_inputs(job)[1]
     result = measure.measure_sampling(job, state, frozen, 8)
-    assert result == {"batch_size": 8, "sampler": "sde", "steps": 2, "guidance_scale": 1.5, "failed": "out of memory"}
+    chosen = {"sampler": "sde", "steps": 2, "guidance_scale": 1.5, "precision": "float32"}
+    assert result == {"batch_size": 8, **chosen, "failed": "out of memory"}
     assert command.sampling_line(result) == "sampling out of memory: lower --sample_batch=8"
     with pytest.raises(jax.errors.JaxRuntimeError):
         monkeypatch.setattr(jax, "process_count", lambda: 2)

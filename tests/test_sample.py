@@ -14,7 +14,7 @@ from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import sample
-from repae_jax.diffusion.samplers import SAMPLERS, Sampling
+from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling
 from repae_jax.job import build
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
@@ -142,8 +142,10 @@ def test_other_settings_do_not_mix(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "_save_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--out", str(tmp_path / "x")))
-    with pytest.raises(ValueError, match="other settings.*seed"):
-        sample.run(arguments(workdir, "--num_samples", "8", "--batch_size", "8", "--seed", "1", "--out", str(tmp_path / "x")))
+    for option, value in (("seed", "1"), ("precision", "bfloat16")):
+        with pytest.raises(ValueError, match=f"other settings.*{option}.*{value}"):
+            changed = ("--num_samples", "8", "--batch_size", "8", f"--{option}", value)
+            sample.run(arguments(workdir, *changed, "--out", str(tmp_path / "x")))
 
 
 def test_an_existing_result_is_kept(workdir, tmp_path):
@@ -178,6 +180,7 @@ def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
         (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
         (("--steps", "1"), "--steps=1 must be at least 2"),
         (("--guidance_channels", "0"), "--guidance_channels=0 must be at least 1"),
+        (("--precision", "float16"), "argument --precision: invalid choice: 'float16' (choose from"),
         (("--classes", "-1"), "argument --classes: -1 must be at least 0"),
         (("--num_samples", "1.5"), "argument --num_samples: '1.5' is no whole number"),
         (("--seed", "-1"), "argument --seed: -1 must lie in [0, 4294967295]"),
@@ -246,6 +249,12 @@ def test_guidance_of_the_first_channels(workdir, tmp_path):
     np.testing.assert_array_equal(samples[0], samples[1])
     assert json.loads((tmp_path / "x2.json").read_text())["guidance_channels"] == 3
     assert sample.parse_args(["--workdir", "x"]).guidance_channels is None
+
+
+def test_the_name_of_samples_in_bfloat16_says_so():
+    args = sample.parse_args(["--workdir", "x", "--num_samples", "8"])
+    names = [sample.settings_name(2, Sampling("euler", 3, precision=precision), args) for precision in PRECISIONS]
+    assert names == ["0000002-euler3-cfg1-balanced-8-seed0", "0000002-euler3-cfg1-bfloat16-balanced-8-seed0"]
 
 
 @pytest.mark.integration

@@ -264,6 +264,20 @@ def test_a_converted_run_continues_bit_for_bit(whole, half, tmp_path):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "read", "fixed", "warned"),
+    [([2], 0, True, True), ([2], 1, True, False), ([], 0, True, False), ([2], 0, False, False)],
+)
+def test_a_deterministic_run_whose_program_is_lost_is_warned(monkeypatch, warnings, steps, read, fixed, warned):
+    """Where XLA compiles again, it may choose other kernels."""
+    monkeypatch.setattr(train, "reading_programs", lambda: contextlib.nullcontext(["hit"] * read))
+    monkeypatch.setattr(train.compilation, "is_fixed", lambda job: fixed)
+    monkeypatch.setattr(train.compilation, "jit_step", lambda job, state: jax.jit(lambda *args: args[0]))
+    run = SimpleNamespace(job=None, state=np.zeros(2), frozen={}, checkpointer=SimpleNamespace(steps=lambda: steps))
+    np.testing.assert_array_equal(train.compile_step(run, {}, np.zeros(3))(run.state, {}, {}, np.zeros(3)), run.state)
+    assert ["may not continue bit for bit" in message for message in warnings] == [True] * warned
+
+
 @pytest.mark.integration
 def test_a_finished_run_ends_at_once(whole, tmp_path, monkeypatch):
     workdir = copy_of(whole.workdir, tmp_path)

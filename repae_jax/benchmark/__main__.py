@@ -171,7 +171,7 @@ def sampling_line(sampling: Mapping[str, Any]) -> str:
         return f"sampling {sampling['failed']}: lower --sample_batch={sampling['batch_size']}"
     return (
         f"sampling {sampling['images_per_second']:.4g} img/s with {sampling['sampler']}, {sampling['steps']} steps, guidance "
-        f"{sampling['guidance_scale']:g}, {sampling['batch_size']} at a time"
+        f"{sampling['guidance_scale']:g}, {sampling['batch_size']} at a time, in {sampling['precision']}"
     )
 
 

@@ -216,13 +216,13 @@ def measure_sampling(job: build.Job, state: Any, frozen: Mapping[str, Any], batc
     labels = sharding.put(np.arange(batch_size, dtype=np.int32) % job.config["data"]["num_classes"], rows)
     ids = sharding.put(np.arange(batch_size), rows)
     arguments = (generate.sampling_params(state, frozen), labels, ids, jax.random.key(job.config["seed"]))
-    chosen = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
+    chosen = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale", "precision")}
 
     def time_batches():
         compiled, compile_seconds = _compile(run, *arguments)
         seconds = spread(time_calls(lambda: compiled(*arguments), SAMPLED, ahead=1, warm_up=1))
         speed = speed_of(job, seconds["median"], batch_size, sum(flops.of_sampling(job).values()))
-        del speed["mfu"]  # sampling is in float32, whatever the config's precision: its peak is another one
+        del speed["mfu"]  # the decoder is in float32, the SiT in the sampling's precision: they have different peaks
         return {"seconds_per_batch": seconds, **speed, "compile_seconds": compile_seconds}
 
     return {"batch_size": batch_size, **chosen, **_or_failed(time_batches)}

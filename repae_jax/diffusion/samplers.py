@@ -20,7 +20,7 @@ from jaxtyping import Array, Shaped
 from repae_jax.diffusion import ddpm, interpolant
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import Tensor, VelocityObjective
-from repae_jax.ranges import OrNone, check, real, whole
+from repae_jax.ranges import Choice, OrNone, check, real, whole
 
 OutputFn = Callable[[Tensor, Shaped[Array, " B"]], Tensor]  # (z, t) -> the network's output
 NoiseFn = Callable[[Any], Tensor]  # step index -> N(0, 1) noise of z's shape
@@ -152,6 +152,7 @@ class Ancestral(Sampler):
         return mean + jnp.where(interval.t_next == ddpm.DATA, 0.0, std * noise_fn(interval.index))
 
 
+PRECISIONS = ("float32", "bfloat16")
 SAMPLERS: dict[str, Sampler] = {"euler": Euler(), "heun": Heun(), "sde": EulerMaruyama(), "ancestral": Ancestral()}
 
 
@@ -169,6 +170,7 @@ class Sampling:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     guidance_channels: int | None = None  # so many, the first ones; None is all
+    precision: str = "float32"  # of the network's matrix products: 'float32' as published, or 'bfloat16'
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
@@ -178,6 +180,7 @@ class Sampling:
         check("guidance_low", real(0, 1), self.guidance_low)
         check("guidance_high", real(0, 1), self.guidance_high)
         check("guidance_channels", OrNone(whole(1)), self.guidance_channels)
+        check("precision", Choice(PRECISIONS), self.precision)
         if self.guidance_low > self.guidance_high:
             raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
 

@@ -1,5 +1,7 @@
 """Compiled programs of a run, kept in its workdir, from where later starts take them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +24,22 @@ def use_compilation_cache(workdir) -> None:
         if distributed.global_state.process_id == 0:
             _remove_torn(Path(folder))
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@contextlib.contextmanager
+def reading_programs() -> Iterator[list[str]]:
+    """Context that gives a list, which has an entry for every compiled program that was read in the place of compiling it."""
+    read: list[str] = []
+
+    def note(event: str, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            read.append(event)
+
+    jax.monitoring.register_event_listener(note)
+    try:
+        yield read
+    finally:
+        jax.monitoring.unregister_event_listener(note)
 
 
 def _remove_torn(folder):

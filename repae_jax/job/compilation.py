@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from repae_jax.distributed import sharding
-from repae_jax.job.config import parse_compiler_options
+from repae_jax.job.config import DETERMINISTIC, parse_compiler_options
 from repae_jax.job.frozen_weights import frozen_shapes
 from repae_jax.job.initial_state import abstract_arrays
 
@@ -49,7 +49,13 @@ def compiler_options(job) -> dict[str, str] | None:
     defaults = _COMPILER_OPTIONS.get(job.mesh.devices.flat[0].platform, {})
     flags = os.environ.get("XLA_FLAGS", "")
     defaults = {name: value for name, value in defaults.items() if name not in flags}
-    return {**defaults, **parse_compiler_options(job.config["compiler_options"])} or None
+    fixed = DETERMINISTIC if is_fixed(job) else {}
+    return {**defaults, **parse_compiler_options(job.config["compiler_options"]), **fixed} or None
+
+
+def is_fixed(job) -> bool:
+    """Returns whether options have to make the step compute the same bits every time: on CPUs and TPUs it does by itself."""
+    return bool(job.config.get("deterministic")) and job.mesh.devices.flat[0].platform not in ("cpu", "tpu")
 
 
 def check_compiler_options(job) -> None:

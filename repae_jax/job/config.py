@@ -10,6 +10,9 @@ from repae_jax.job import sections
 from repae_jax.job.sections import section
 from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, real
 
+# XLA's options for GPU programs that compute the same bits every time
+DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": "True"}
+
 
 @section
 class Config(Section):
@@ -21,6 +24,7 @@ class Config(Section):
     ema_decay: Annotated[float, real(0, below=1)]
     max_skipped_in_a_row: Positive
     compiler_options: str
+    deterministic: bool = False
     data: sections.Data
     vae: sections.Vae
     encoders: Mapping[str, sections.Encoder]
@@ -30,7 +34,12 @@ class Config(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        parse_compiler_options(self.compiler_options)
+        both = DETERMINISTIC.keys() & parse_compiler_options(self.compiler_options).keys()
+        if self.deterministic and both:
+            raise FieldError(
+                f"compiler_options={self.compiler_options!r} names {', '.join(both)}, which config.deterministic=True sets to "
+                f"{', '.join(DETERMINISTIC[name] for name in both)}: leave one of the two out"
+            )
 
 
 @section

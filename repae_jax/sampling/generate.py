@@ -19,7 +19,10 @@ class SamplesNotFinite(ValueError):
 
 
 def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int], sampling: Sampling) -> Callable:
-    """Returns the sampling function, to be jitted. It runs in float32, as published, whatever the compute dtype of training.
+    """Returns the sampling function, to be jitted. Its precision is the sampling's, whatever the compute dtype of training.
+
+    In bfloat16 the SiT computes as it does in training, with its matrices cast once for all steps; the sampler's state,
+    denormalization and decoding stay in float32.
 
     Returns:
       (params, labels int [B], ids int [B], key) -> (uint8 images [B, H, W, 3], bool [B]: which had only finite values before
@@ -27,11 +30,14 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
       the VAE. Image i depends on (key, ids[i], labels[i]) alone, not on the batch it is in.
     """
     check_sampler(sampling, objective)
-    sit, vae, sampler = nets.sit.clone(dtype=jnp.float32), nets.vae.clone(dtype=jnp.float32), SAMPLERS[sampling.sampler]
+    dtype, sampler = jnp.dtype(sampling.precision), SAMPLERS[sampling.sampler]
+    sit, vae = nets.sit.clone(dtype=dtype), nets.vae.clone(dtype=jnp.float32)
 
     def sample_latents(params, labels, noise_fn):
+        matrices = cast_matrices(params["sit"], dtype)
+
         def conditional(z_t, t, y):
-            return sit.apply({"params": unsharded(params["sit"])}, z_t, t, y)[0]
+            return sit.apply({"params": unsharded(matrices)}, z_t, t, y)[0]
 
         def plain(z_t, t):
             return conditional(z_t, t, labels)
@@ -59,6 +65,15 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
         return to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     return generate
+
+
+def cast_matrices(params: Any, dtype: jnp.dtype) -> Any:
+    """Returns a SiT's parameters with the kernels in its compute dtype, which it would cast them to at every call."""
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def in_batches(

@@ -3,7 +3,10 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from repae_jax.distributed import compilation_cache
 
@@ -20,6 +23,34 @@ def test_compiled_programs_are_kept_in_the_workdir(given, monkeypatch):
     compilation_cache.use_compilation_cache(given)
     local = str(Path.cwd() / "runs/a/compiled")
     assert updates["jax_compilation_cache_dir"] == (local if given == "runs/a" else "gs://bucket/a/compiled")
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """A folder that keeps every program that is compiled; the session's folder is used again afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), 0.0)):
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+
+
+def test_programs_that_are_read_are_noted(empty_cache):
+    def compile_again():
+        with compilation_cache.reading_programs() as read:
+            jax.jit(lambda x: 3 * x).lower(np.zeros(5)).compile()
+        return len(read)
+
+    assert compile_again() == 0
+    assert list(empty_cache.glob("*-cache"))
+    assert compile_again() == 1
+    for path in empty_cache.glob("*-cache"):
+        path.unlink()
+    assert compile_again() == 0
 
 
 def test_compiled_programs_that_were_not_written_whole_are_removed(monkeypatch, tmp_path, warnings):

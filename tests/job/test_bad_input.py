@@ -132,6 +132,10 @@ def test_tables_name_what_they_hold():
         ({"accumulation": 0}, ["config.accumulation=0 must be at least 1"]),
         ({"max_skipped_in_a_row": 0}, ["config.max_skipped_in_a_row=0 must be at least 1"]),
         ({"compiler_options": "b,xla_a=1"}, ["config.compiler_options='b,xla_a=1'", "'b' is not understood", "name=value"]),
+        (
+            {"deterministic": True, "compiler_options": "xla_gpu_exclude_nondeterministic_ops=False"},
+            ["config.compiler_options='xla_gpu_exclude_nondeterministic_ops=False'", "config.deterministic=True", "leave one"],
+        ),
         ({"compiler_options": "xla_a=1,xla_a=2"}, ["'xla_a=2' is not understood, or twice there"]),
         ({"ema_decay": 1.5}, ["config.ema_decay=1.5", "[0, 1)"]),
         ({"checkpoint.every": 0}, ["config.checkpoint.every=0 must be at least 1"]),
@@ -200,6 +204,7 @@ def test_tables_name_what_they_hold():
         ({"data.cache": "latents"}, ["config.data.cache='latents'", "config.job='repae'", "configs/ldm.py"]),
         ({"sampling.sampler": "dpm"}, ["sampler 'dpm' is unknown", "euler, heun, sde"]),
         ({"sampling.steps": 1}, ["steps=1", "at least 2"]),
+        ({"sampling.precision": "float16"}, ["config.sampling.precision='float16'", "['float32', 'bfloat16']"]),
         ({"sampling.guidance_scale": 0.5}, ["guidance_scale=0.5", "at least 1"]),
         ({"sampling.guidance_low": 0.9, "sampling.guidance_high": 0.1}, ["[0.9, 0.1]", "low first"]),
     ],

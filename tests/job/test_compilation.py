@@ -68,6 +68,45 @@ def test_sums_on_cpus_are_right(settings, request):
         np.testing.assert_array_equal(function(placed), x[:, 0] ** 2)
 
 
+def on(platform, **config):
+    """A job on a device of a platform."""
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    return SimpleNamespace(mesh=mesh, config={"compiler_options": "", **config})
+
+
+@pytest.mark.parametrize("platform", ["gpu", "cuda"])
+def test_gpu_programs_that_compute_the_same_bits_every_time(platform, monkeypatch):
+    fixed = {"xla_gpu_exclude_nondeterministic_ops": "True"}
+    assert compilation.compiler_options(on(platform, deterministic=True)) == fixed
+    assert compilation.compiler_options(on(platform, deterministic=True, compiler_options="xla_a=1")) == {"xla_a": "1", **fixed}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
+    assert compilation.compiler_options(on(platform, deterministic=True)) == fixed, "not what the environment says"
+    assert compilation.compiler_options(on(platform, deterministic=False)) is None
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_programs_of_cpus_and_tpus_do_by_themselves(platform):
+    assert compilation.compiler_options(on(platform, deterministic=True)) == compilation.compiler_options(on(platform))
+
+
+def test_what_the_compiler_of_a_deterministic_step_receives(compiled, monkeypatch, tmp_path):
+    """XLA's dump has the options that differ from its defaults. What autotuning finds is kept with the compiled programs."""
+    monkeypatch.setattr(compilation, "is_fixed", lambda job: job.config["deterministic"])
+    mesh = sharding.make_mesh(1)
+    state = jax.device_put(np.zeros(()), sharding.replicated(mesh))
+    for deterministic in (True, False):
+        folder = tmp_path / str(deterministic)
+        config = {"compiler_options": f"xla_dump_to={folder}", "deterministic": deterministic}
+        job = SimpleNamespace(mesh=mesh, step=lambda state: (state + 1, {}), config=config)
+        compilation.check_compiler_options(job)
+        compilation.jit_step(job, state).lower(state).compile()
+        options = [path.read_text().splitlines() for path in folder.glob("*.debug_options")]
+        assert options
+        for received in options:
+            assert ("xla_gpu_exclude_nondeterministic_ops: true" in received) == deterministic
+            assert any(line.startswith(f'xla_gpu_per_fusion_autotune_cache_dir: "{compiled}/') for line in received)
+
+
 def test_other_platforms_have_no_options_of_their_own():
     for platform in ("tpu", "gpu", "cuda"):
         mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
