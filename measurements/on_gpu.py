@@ -133,8 +133,8 @@ def beside_the_roofline(measured: Mapping[str, float], text: str, device_kind: s
     from repae_jax.cost import chips, roofline
 
     chip = next((chip for chip in chips.CHIPS.values() if chip.kind == device_kind), None)
-    found = roofline.analyze(text, chip) if chip else roofline.Roofline((), 0)
-    expected = {_plain(kernel.name): kernel for kernel in found.kernels}
+    prediction = roofline.analyze(text, chip) if chip else roofline.Roofline((), {}, 0)
+    expected = {_plain(kernel.name): kernel for kernel in prediction.kernels}
     largest = []
     for name, seconds in list(measured.items())[:LARGEST]:
         kernel = expected.get(_plain(name))
@@ -143,8 +143,8 @@ def beside_the_roofline(measured: Mapping[str, float], text: str, device_kind: s
         largest.append({"name": name, "seconds": seconds, "roofline_seconds": predicted, **known})
     named = sum(seconds for name, seconds in measured.items() if _plain(name) in expected)
     return {
-        "seconds": sum(measured.values()), "of_known_kernels": named, "roofline_seconds": found.seconds if chip else None,
-        "by_bound": found.by_bound(), "largest": largest, "largest_of_roofline": found.numbers(LARGEST)["largest"],
+        "seconds": sum(measured.values()), "of_known_kernels": named, "roofline_seconds": prediction.seconds if chip else None,
+        "by_bound": prediction.by_bound(), "largest": largest, "largest_of_roofline": prediction.numbers(LARGEST)["largest"],
     }  # fmt: skip
 
 

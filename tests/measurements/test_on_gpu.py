@@ -127,7 +127,7 @@ def test_kernels_of_a_trace():
 
 def test_kernels_beside_the_roofline(monkeypatch):
     kernel = roofline.Kernel("loop_fusion.2", "fusion", "SiT", "jit(step)/SiT/add", 28.0, {}, 1e6, 1e-4, roofline.MEMORY)
-    monkeypatch.setattr(roofline, "analyze", lambda text, chip: roofline.Roofline((kernel,), 0))
+    monkeypatch.setattr(roofline, "analyze", lambda text, chip: roofline.Roofline((kernel,), {}, 0))
     measured = {"loop_fusion_2": 3e-3, "cudnn_kernel": 2e-3} | {f"other.{i}": 1e-4 for i in range(20)}
     found = on_gpu.beside_the_roofline(measured, "text", "NVIDIA H200")
     assert found["seconds"] == pytest.approx(7e-3) and found["of_known_kernels"] == pytest.approx(3e-3)
