@@ -8,7 +8,7 @@ from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.job import sections
 from repae_jax.job.sections import section
-from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, real
+from repae_jax.ranges import SEED, Choice, FieldError, Positive, Section, construct, real
 
 
 @section
@@ -21,6 +21,7 @@ class Config(Section):
     ema_decay: Annotated[float, real(0, below=1)]
     max_skipped_in_a_row: Positive
     compiler_options: str
+    attention: Annotated[str, Choice(("xla", "cudnn"))] = "xla"  # as in configs of before this field
     data: sections.Data
     vae: sections.Vae
     encoders: Mapping[str, sections.Encoder]

@@ -66,9 +66,9 @@ def load_model(
 
 
 def for_sampling(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Returns the config without what only the training step needs: sharding, accumulation, options of its compiler."""
-    data = {**config["data"], "batch_size": batch_size}
-    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "accumulation": 1, "data": data}
+    """Returns the config without what only the training step needs: sharding, accumulation, what its compiler is told."""
+    plain = {"mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "attention": "xla", "accumulation": 1}
+    return {**config, **plain, "data": {**config["data"], "batch_size": batch_size}}
 
 
 def _load_run(workdir, step, devices, vae_path):

@@ -54,18 +54,30 @@ def test_only_tpus_compute_the_gradient_for_each_reader(platform):
     assert ("optimization_barrier" in text) == (platform == "tpu")
 
 
-def test_the_transposed_convolution_is_upsampling_and_convolution():
-    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run."""
+@pytest.mark.parametrize("method", [fused_ops.transposed_conv, fused_ops.phase_conv])
+def test_other_methods_are_upsampling_and_convolution(method):
+    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run, the second NVIDIA GPUs."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (2, 6, 8, 5), (3, 3, 5, 7), (2, 12, 16, 7)
     x, kernel, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
     results = []
-    for run in (fused_ops.transposed_conv, fused_ops.repeated_conv):
+    for run in (method, fused_ops.repeated_conv):
         y, back = jax.vjp(run, x, kernel)
         results.append((y, *back(cotangent)))
-    for transposed, repeated in zip(*results):
-        assert transposed.shape == repeated.shape
-        np.testing.assert_allclose(transposed, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
+    for actual, repeated in zip(*results):
+        assert actual.shape == repeated.shape
+        np.testing.assert_allclose(actual, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("cpu", "3x3x5x5"), ("tpu", "4x4x5x5"), ("cuda", "2x2x5x20")])
+def test_each_platform_upsamples_by_its_own_method(platform, kernel):
+    layer = fused_ops.UpsampleConv(jnp.float32)
+    x = DeferredBias(jnp.ones((1, 4, 4, 5)), jnp.zeros((5,)))
+    variables = layer.init(jax.random.key(0), x)
+    text = jax.jit(lambda x: layer.apply(variables, x).x).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution(" in line]
+    assert len(convolutions) == 1
+    assert f"tensor<{kernel}xf32>" in convolutions[0]
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
