@@ -143,7 +143,9 @@ def group_stats(x: DeferredBias, groups: int) -> tuple[Float[Array, "B 1 1 C"], 
 class GroupNorm(nn.Module):
     """Group norm with epsilon 1e-6 and a scale and bias per channel; computed in float32, returned in the compute dtype.
 
-    Reading the moments, instead of x twice, is worth 4.2 ms, 1.2 % of a step, on the H200.
+    Reading the moments, instead of x twice, is worth 4.2 ms, 1.2 % of a step, on the H200. In half precision, x times a factor
+    plus a term has two sums as gradients, fused with what they add up: 4.5 ms, 2 % of a step, by roofline. Its rounding, that
+    of float32 times the mean over the deviation, would show in float32 alone.
     """
 
     groups: int
@@ -154,7 +156,10 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         mean, var = group_stats(x, self.groups)
-        return ((x.x - (mean - x.bias)) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
+        mean, factor = mean - x.bias, jax.lax.rsqrt(var + 1e-6) * scale
+        if self.dtype == jnp.float32:
+            return (x.x - mean) * factor + bias
+        return (x.x * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 def recompute_norms(block):

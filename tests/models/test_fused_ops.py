@@ -91,6 +91,23 @@ def test_group_norm_is_linens(offset):
     np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 3e-4)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_in_bfloat16_rounds_its_result_alone(offset):
+    """Values and gradients against those in float32, of the same bfloat16 input; a mean of ten deviations loses no more."""
+    x = (offset + 3 * jax.random.normal(jax.random.key(0), (2, 6, 8, 64))).astype(jnp.bfloat16)
+    variables = fused_ops.GroupNorm(32, jnp.float32).init(jax.random.key(1), DeferredBias(x, jnp.zeros((64,))))
+    gradient = jax.random.normal(jax.random.key(2), x.shape, jnp.bfloat16)
+    results = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        y, back = jax.vjp(
+            lambda v, x, dtype=dtype: fused_ops.GroupNorm(32, dtype).apply(v, DeferredBias(x, jnp.zeros((64,)))), variables, x
+        )
+        results.append((y, *jax.tree.leaves(back(gradient.astype(y.dtype)))))
+    for half, full in zip(*results):
+        half, full = np.asarray(half, np.float32), np.asarray(full, np.float32)
+        np.testing.assert_allclose(half, full, rtol=0, atol=2**-8 * np.abs(full).max())
+
+
 def test_a_strided_convolution_has_moments_too():
     conv = fused_ops.Conv(8, 3, jnp.float32, strides=2, padding=((0, 1), (0, 1)), with_moments=True)
     x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
