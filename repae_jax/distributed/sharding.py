@@ -116,8 +116,20 @@ def unsharded(params):
     return jax.tree_util.tree_map_with_path(gather, params)
 
 
+def of_each_device(fn, x):
+    """Returns fn(x) of a batch, where fn keeps the shape, computed by each device of its own rows.
+
+    For what the partitioner does not know how to split, and so would gather the whole batch for. Outside of `with_mesh_context`
+    it is fn(x).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return fn(x)
+    rows = P((DATA, FSDP))
+    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(x)
+
+
 def with_mesh_context(mesh, fn):
-    """Returns the function, traced so that `unsharded` knows the mesh."""
+    """Returns the function, traced so that `unsharded` and `of_each_device` know the mesh."""
 
     @functools.wraps(fn)
     def run(*args):

@@ -88,7 +88,7 @@ def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder])
     if "sit" in trains:
         sit = SiT(
             **vars(sections.sit), dtype=dtype, num_classes=sections.data.num_classes,
-            latent_channels=vae.latent_channels, feature_dims=feature_dims,
+            latent_channels=vae.latent_channels, feature_dims=feature_dims, attention=sections.attention,
         )  # fmt: skip
     if "disc" in trains and ("gan" in weights or not weights):  # without any weight, it alone is trained
         disc = PatchDiscriminator(**vars(sections.disc), dtype=dtype)

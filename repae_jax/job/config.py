@@ -8,7 +8,7 @@ from repae_jax import tokenizer_step, train_step
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.job import sections
 from repae_jax.job.sections import section
-from repae_jax.ranges import SEED, FieldError, Positive, Section, construct, real
+from repae_jax.ranges import SEED, Choice, FieldError, Positive, Section, construct, real
 
 # XLA's options for GPU programs that compute the same bits every time
 DETERMINISTIC = {"xla_gpu_exclude_nondeterministic_ops": "True"}
@@ -25,6 +25,7 @@ class Config(Section):
     max_skipped_in_a_row: Positive
     compiler_options: str
     deterministic: bool = False
+    attention: Annotated[str, Choice(("xla", "cudnn"))] = "xla"  # as in configs of before this field
     data: sections.Data
     vae: sections.Vae
     encoders: Mapping[str, sections.Encoder]

@@ -37,7 +37,8 @@ def _describe_encoder(name, config):
         )
     else:
         encoder = load_encoder(path, resolution, fields["image_size"], dtype)[0]
-    return dataclasses.replace(encoder, spatial_gamma=fields["spatial_gamma"])
+    module = encoder.module.clone(attention=config["attention"])
+    return dataclasses.replace(encoder, module=module, spatial_gamma=fields["spatial_gamma"])
 
 
 def load_frozen(job) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def _encoder_params(name, described, config):
         logging.warning("encoder %s has RANDOM weights: for tests and benchmarks only", name)
         return jax.jit(functools.partial(encoders.init_params, described))(jax.random.key(0))
     loaded, params = load_encoder(fields["weights"], config["data"]["image_size"], fields["image_size"], described.module.dtype)
-    if loaded.module != described.module:
+    if loaded.module != described.module.clone(attention=loaded.module.attention):
         raise ValueError(
             f"config.encoders.{name}: {fields['weights']} holds {loaded.module}, but architecture="
             f"{fields['architecture']!r} is {described.module}; correct one of the two"

@@ -47,8 +47,9 @@ class Vae(Section):
 
 
 @_fields_of(
-    SiT, "num_classes", "latent_channels", "feature_dims", patch_size=_SIZE, hidden_size=_SIZE, depth=_BLOCKS, num_heads=_SIZE,
-    encoder_depth=_BLOCKS, projector_dim=_SIZE, mlp_ratio=real(above=0, most=1000), unroll=_BLOCKS,
+    SiT, "num_classes", "latent_channels", "feature_dims", "attention",
+    patch_size=_SIZE, hidden_size=_SIZE, depth=_BLOCKS, num_heads=_SIZE, encoder_depth=_BLOCKS, projector_dim=_SIZE,
+    mlp_ratio=real(above=0, most=1000), unroll=_BLOCKS,
 )
 class Sit(Section):
     """Fields of `SiT`."""

@@ -34,6 +34,7 @@ def check_job(job, state_shapes) -> None:
 
     `state_shapes()` returns shapes of the TrainState; the networks check their own fields then, when they are set up.
     """
+    _check_attention(job)
     _check_cache(job)
     _check_scales(job)
     if job.nets.sit is not None:
@@ -46,6 +47,15 @@ def check_job(job, state_shapes) -> None:
     _check_fixed(job, state_shapes())
     if job.config["job"] == "repae":
         _warn_of_ablations(job.recipe)
+
+
+def _check_attention(job):
+    """Raises ValueError for cuDNN's attention where there is none."""
+    platform, precision = job.mesh.devices.flat[0].platform, job.config["precision"]["compute"]
+    if job.config["attention"] == "cudnn" and (platform != "gpu" or precision != "bfloat16"):
+        raise ValueError(
+            f"config.attention='cudnn' is for NVIDIA GPUs in bfloat16, not for {platform} in {precision}: set it to 'xla'"
+        )
 
 
 def _check_cache(job):

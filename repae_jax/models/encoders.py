@@ -28,7 +28,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Family:
     """Encoders that were trained alike; all that is known of them but the layout of their files.
 
-    The module is called as module(grid=(rows, columns), dtype=..., **fields), and needs the fields patch_size and hidden_size.
+    The module is called as module(grid=(rows, columns), dtype=..., **fields), and needs the fields patch_size, hidden_size and
+    attention, as VisionTransformer has them.
     """
 
     pixels: int  # side that an image of 256 pixels is resized to; in proportion for other sizes

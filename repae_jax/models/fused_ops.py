@@ -1,4 +1,4 @@
-"""Layers of the VAE, written so that XLA compiles them to fast programs.
+"""Layers of the VAE, and a hint for transformers, written so that XLA compiles them to fast programs.
 
 Conv, GroupNorm and UpsampleConv have the parameters and, up to rounding, the values and gradients of the published layers
 (tests/models/test_fused_ops.py). What differs is when a bias is added, what the backward pass keeps, and how upsampling is
@@ -7,6 +7,7 @@ computed. Each docstring says what that is worth for the main run (SiT-XL/2, f8d
 * TPUs, by the compiler's estimate for 16 images a chip of a v5e: a step takes about 440 ms, the VAE 308. None was measured.
 * One H200, measured in turns (jax 0.11.2, 32 images, bfloat16): a step takes 339.5 ms (338.7 to 339.8), 95 images/s, where an
   earlier version of the networks took 337.0 ms (336.4 to 342.5); the VAE alone, forward and all gradients, takes 196.0 ms.
+  What is said by roofline is newer, and an estimate (docs/tuning_log.md).
 """
 
 import functools
@@ -17,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from repae_jax.distributed.sharding import of_each_device
 from repae_jax.models.layers import torch_default_init
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -123,9 +126,14 @@ class Conv(nn.Module):
 
 
 def group_stats(x: DeferredBias, groups: int) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
-    """Returns the mean and variance of each image's groups of channels, in float32, repeated for the channels of a group."""
+    """Returns the mean and variance of each image's groups of channels, in float32, repeated for the channels of a group.
+
+    The moments that they are made of are kept by `recompute_norms`: the gradients need them, and summing again takes 2.3 ms of
+    the VAE by roofline for an H200.
+    """
     # as a checkpoint it keeps x alone, which the normalization keeps anyway, and not its float32 copy
-    mean, square = jax.checkpoint(channel_moments)(x.x) if x.moments is None else x.moments
+    moments = jax.checkpoint(channel_moments)(x.x) if x.moments is None else x.moments
+    mean, square = checkpoint_name(moments, KEPT)
     moments = jnp.stack([mean + x.bias, square + x.bias * (2 * mean + x.bias)])
     moments = moments.reshape(2, len(mean), groups, -1).mean(-1)
     mean, square = jnp.repeat(moments, x.shape[-1] // groups, axis=-1)[:, :, None, None]
@@ -135,7 +143,9 @@ def group_stats(x: DeferredBias, groups: int) -> tuple[Float[Array, "B 1 1 C"], 
 class GroupNorm(nn.Module):
     """Group norm with epsilon 1e-6 and a scale and bias per channel; computed in float32, returned in the compute dtype.
 
-    Reading the moments, instead of x twice, is worth 4.2 ms, 1.2 % of a step, on the H200.
+    Reading the moments, instead of x twice, is worth 4.2 ms, 1.2 % of a step, on the H200. In half precision, x times a factor
+    plus a term has two sums as gradients, fused with what they add up: 4.5 ms, 2 % of a step, by roofline. Its rounding, that
+    of float32 times the mean over the deviation, would show in float32 alone.
     """
 
     groups: int
@@ -145,16 +155,19 @@ class GroupNorm(nn.Module):
     def __call__(self, x: DeferredBias) -> Float[Array, "B H W C"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        mean, var = (checkpoint_name(stat, KEPT) for stat in group_stats(x, self.groups))
-        return ((x.x - (mean - x.bias)) * (jax.lax.rsqrt(var + 1e-6) * scale) + bias).astype(self.dtype)
+        mean, var = group_stats(x, self.groups)
+        mean, factor = mean - x.bias, jax.lax.rsqrt(var + 1e-6) * scale
+        if self.dtype == jnp.float32:
+            return (x.x - mean) * factor + bias
+        return (x.x * factor + (bias - mean * factor)).astype(self.dtype)
 
 
 def recompute_norms(block):
     """Wraps a Linen module class, or function of a module, so that its backward pass recomputes normalizations and activations.
 
-    Kept are the input, the statistics of group norms, and results of convolutions with moments. What is recomputed is several
+    Kept are the input, the moments of group norms, and results of convolutions with moments. What is recomputed is several
     times the size, partly in float32, and cheap. The main run needs it on TPUs: 37 of the VAE's 44 GiB of residuals less, on
-    chips of 16 GB. On the H200 it saves 10 GiB and costs 10.6 ms, 3 % of a step.
+    chips of 16 GB. On the H200 it saves 10 GiB and costs 10.6 ms, 3 % of a step; the moments were not kept then.
     """
     return nn.remat(block, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
 
@@ -177,6 +190,25 @@ def transposed_conv(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"])
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=NHWC)
 
 
+def phase_conv(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> Float[Array, "B 2*H 2*W D"]:
+    """Computes `repeated_conv` as one 2x2 convolution of x, whose channels are the four phases of the result.
+
+    Rows 2i of the result read rows i - 1 and i of x, rows 2i + 1 read i and i + 1; columns likewise. This leaves 4 of 9
+    multiplications, too, and moves as many bytes as repeating the pixels. Worth 11 ms of the VAE's 154 by roofline for an H200;
+    used on NVIDIA GPUs alone, and not measured yet.
+    """
+    height, width = x.shape[1:3]
+    taps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+    kernel = jnp.einsum("aui,bvj,ijcd->uvcabd", taps, taps, kernel, precision="highest").astype(x.dtype)
+    # the barrier keeps the zeros out of the convolution, whose gradient to the kernel XLA else turns into one with a kernel
+    # as large as the image
+    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    y = jax.lax.conv_general_dilated(x, kernel.reshape(2, 2, x.shape[3], -1), (1, 1), "VALID", dimension_numbers=NHWC)
+    y = y.reshape(*y.shape[:3], 2, 2, -1)
+    rows = [jnp.stack([y[:, a : a + height, b : b + width, a, b] for b in range(2)], axis=3) for a in range(2)]
+    return jnp.stack(rows, axis=2).reshape(len(x), 2 * height, 2 * width, -1)
+
+
 class UpsampleConv(nn.Module):
     """Nearest-neighbor upsampling by 2 and a 3x3 convolution with PyTorch's default initialization."""
 
@@ -189,5 +221,15 @@ class UpsampleConv(nn.Module):
         init = torch_default_init(9 * channels)
         kernel = self.param("kernel", init["kernel_init"], (3, 3, channels, channels))
         bias = self.param("bias", init["bias_init"], (channels,))
-        methods = {"tpu": transposed_conv, "default": repeated_conv}
+        methods = {"tpu": transposed_conv, "cuda": phase_conv, "default": repeated_conv}
         return DeferredBias(jax.lax.platform_dependent(x.to_array(), kernel, **methods), bias)
+
+
+def rows_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Returns x; it and its gradient are laid out in memory with the last axis innermost.
+
+    For what a table of positions is added to, in blocks that are no loop. The gradient of the table is a sum over the batch,
+    and on GPUs XLA lays out all of a SiT's residual stream for that one sum, the batch innermost; layer norms then take passes
+    of their own. Worth 0.22 ms a block, 2 % of a step, by roofline for an H200.
+    """
+    return of_each_device(lambda rows: with_layout_constraint(rows, Layout(tuple(range(rows.ndim)))), x)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from repae_jax.distributed.sharding import unsharded
 
 Initializer = Callable[..., Array]
+# of jax.nn.dot_product_attention; 'cudnn' takes half precision on NVIDIA GPUs, keeps no array of probabilities, and adds up
+# gradients in any order unless XLA is told to be deterministic (--xla_gpu_exclude_nondeterministic_ops)
+Implementation = Literal["xla", "cudnn"]
 xavier = nn.initializers.xavier_uniform()
 
 
@@ -109,6 +112,7 @@ class Attention(nn.Module):
     qkv_init: Initializer = xavier
     no_bias: Sequence[str] = ()  # any of 'query', 'key', 'value', 'out'
     rotate: Callable | None = None  # position encoding of q and k, [B, T, num_heads, D / num_heads] to the same shape
+    implementation: Implementation = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -127,7 +131,7 @@ class Attention(nn.Module):
             k = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="key_norm")(k)
         if self.rotate is not None:
             q, k = self.rotate(q), self.rotate(k)
-        y = jax.nn.dot_product_attention(q, k, v)
+        y = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
         return dense("out", xavier)(rearrange(y, "b t n d -> b t (n d)"))
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from repae_jax.models import layers
+from repae_jax.models.fused_ops import rows_major
 
 normal_02 = nn.initializers.normal(0.02)
 PROJECTORS = ("mlp", "conv")
@@ -41,6 +42,7 @@ class SiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     qk_norm: bool
+    attention: layers.Implementation
     dtype: jnp.dtype
 
     @nn.compact
@@ -52,7 +54,9 @@ class SiTBlock(nn.Module):
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32)
         # Xavier's bound of the published code's fused (3D, D) matrix is 1.41 x smaller than that of (D, D)
         qkv_init = layers.uniform(math.sqrt(6 / (4 * width)))
-        attention = layers.Attention(self.num_heads, self.qk_norm, qkv_init, dtype=self.dtype, name="attn")
+        attention = layers.Attention(
+            self.num_heads, self.qk_norm, qkv_init, implementation=self.attention, dtype=self.dtype, name="attn"
+        )
         mlp = layers.Mlp(int(width * self.mlp_ratio), gelu_tanh, dtype=self.dtype, name="mlp")
         x = x + gate_msa[:, None] * attention(layers.modulate(norm()(x), shift_msa, scale_msa))
         x = x + gate_mlp[:, None] * mlp(layers.modulate(norm()(x), shift_mlp, scale_mlp))
@@ -115,7 +119,7 @@ class PositionEmbedding(nn.Module):
             return jnp.asarray(layers.sincos_position_embedding(shape[2], height, width)[None])
 
         table = self.param("table", sincos, (1, height * width, x.shape[-1]))
-        return x + (table if self.learned else jax.lax.stop_gradient(table))
+        return rows_major(x + (table if self.learned else jax.lax.stop_gradient(table)))
 
 
 class SiT(nn.Module):
@@ -145,6 +149,7 @@ class SiT(nn.Module):
     learned_positions: bool = False
     remat: str = "none"  # 'none', 'dots' or 'full', see `layers.scan_blocks`
     unroll: int = 1  # blocks per iteration of the scanned stacks
+    attention: layers.Implementation = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -174,7 +179,8 @@ class SiT(nn.Module):
     def _stack(self, name, length):
         return layers.scan_blocks(
             SiTBlock, length, name=name, remat=self.remat, unroll=self.unroll, num_broadcast=1,
-            num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, dtype=self.dtype,
+            num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, qk_norm=self.qk_norm, attention=self.attention,
+            dtype=self.dtype,
         )  # fmt: skip
 
     def _embed(self, z_t, t, labels):
@@ -197,7 +203,7 @@ class SiT(nn.Module):
     def mean_tokens(self, z_t: Latents, t: Times, labels: Labels) -> Float[Array, "depth B D"]:
         """Returns the hidden states after every block, averaged over the tokens, float32. Arguments as in `__call__`."""
         x, c = self._embed(z_t, t, labels)
-        block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.dtype, parent=None)
+        block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.attention, self.dtype, parent=None)
 
         def apply_block(x, params):
             x, _ = block.apply({"params": params}, x, c)

@@ -80,12 +80,16 @@ class ViTBlock(nn.Module):
     no_bias: Sequence[str]
     rotate: Callable | None
     norm_eps: float
+    attention: layers.Implementation
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
-        attention = layers.Attention(self.num_heads, no_bias=self.no_bias, rotate=self.rotate, dtype=self.dtype, name="attn")
+        attention = layers.Attention(
+            self.num_heads, no_bias=self.no_bias, rotate=self.rotate, implementation=self.attention, dtype=self.dtype,
+            name="attn",
+        )  # fmt: skip
         if self.activation == SWIGLU:
             mlp: Callable[[Array], Array] = SwiGLU(self.mlp_dim, dtype=self.dtype, name="mlp")
         else:
@@ -117,6 +121,7 @@ class VisionTransformer(nn.Module):
     final_norm: bool = True  # after the last block
     no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
     norm_eps: float = 1e-6
+    attention: layers.Implementation = "xla"
     dtype: jnp.dtype = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
@@ -151,7 +156,7 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([cls, tokens("register_tokens", self.num_registers), patches], axis=1)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        shared = ("num_heads", "mlp_dim", "activation", "layer_scale", "no_bias", "norm_eps", "dtype")
+        shared = ("num_heads", "mlp_dim", "activation", "layer_scale", "no_bias", "norm_eps", "attention", "dtype")
         fields = {name: getattr(self, name) for name in shared}
         x, _ = layers.scan_blocks(ViTBlock, self.depth, name="blocks", rotate=rotate, **fields)(x)
         if self.final_norm:

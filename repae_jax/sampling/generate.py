@@ -31,7 +31,7 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
     """
     check_sampler(sampling, objective)
     dtype, sampler = jnp.dtype(sampling.precision), SAMPLERS[sampling.sampler]
-    sit, vae = nets.sit.clone(dtype=dtype), nets.vae.clone(dtype=jnp.float32)
+    sit, vae = nets.sit.clone(dtype=dtype, attention="xla"), nets.vae.clone(dtype=jnp.float32)
 
     def sample_latents(params, labels, noise_fn):
         matrices = cast_matrices(params["sit"], dtype)

@@ -85,10 +85,10 @@ def load_model(
 
 
 def for_sampling(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Returns the config without what only the training step needs: sharding, accumulation, options of its compiler."""
+    """Returns the config without what only the training step needs: sharding, accumulation, what its compiler is told."""
+    compiler = {"compiler_options": "", "deterministic": False, "attention": "xla"}
     data = {**config["data"], "batch_size": batch_size}
-    step_alone = {"mesh": {"fsdp": 1, "slices": 1}, "compiler_options": "", "deterministic": False, "accumulation": 1}
-    return {**config, **step_alone, "data": data}
+    return {**config, **compiler, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
 
 
 def _load_run(workdir, step, devices, vae_path):

@@ -34,8 +34,8 @@ from repae_jax.training.workdir import absolute
 # goes on, what it reports and where and how it reads and computes, not what. `init` matters at step 0 alone.
 RESUMABLE = (
     "steps", "log", "hooks", "checkpoint", "sampling", "mesh", "init", "max_skipped_in_a_row", "compiler_options",
-    "deterministic", "data.workers", "data.source", "data.options", "data.cache", "data.max_bad_fraction", "sit.remat",
-    "sit.unroll", "vae.remat",
+    "deterministic", "attention", "data.workers", "data.source", "data.options", "data.cache", "data.max_bad_fraction",
+    "sit.remat", "sit.unroll", "vae.remat",
 )  # fmt: skip
 
 

@@ -125,6 +125,24 @@ def test_the_batch_is_split_over_all_devices(fsdp):
     np.testing.assert_array_equal(placed["label"].addressable_shards[3].data, [6, 7])
 
 
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_each_device_computes_its_own_rows(fsdp):
+    mesh, shapes, x = sharding.make_mesh(fsdp), [], np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+
+    def double(rows):
+        shapes.append(rows.shape)
+        return 2 * rows
+
+    def of_each(x):
+        return sharding.of_each_device(double, x)
+
+    np.testing.assert_array_equal(of_each(x), 2 * x)
+    apart = jax.jit(sharding.with_mesh_context(mesh, of_each))(sharding.put_batch(mesh, x))
+    np.testing.assert_array_equal(apart, 2 * x)
+    assert shapes == [(16, 3), (2, 3)]
+    assert apart.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+
+
 def test_batches_that_do_not_divide():
     mesh = sharding.make_mesh(2)
     sharding.check_batch(32, 2, mesh)

@@ -137,6 +137,8 @@ def test_tables_name_what_they_hold():
             ["config.compiler_options='xla_gpu_exclude_nondeterministic_ops=False'", "config.deterministic=True", "leave one"],
         ),
         ({"compiler_options": "xla_a=1,xla_a=2"}, ["'xla_a=2' is not understood, or twice there"]),
+        ({"attention": "flash"}, ["config.attention='flash'", "xla", "cudnn"]),
+        ({"attention": "cudnn"}, ["config.attention='cudnn' is for NVIDIA GPUs in bfloat16, not for cpu", "set it to 'xla'"]),
         ({"ema_decay": 1.5}, ["config.ema_decay=1.5", "[0, 1)"]),
         ({"checkpoint.every": 0}, ["config.checkpoint.every=0 must be at least 1"]),
         ({"checkpoint.keep_last": 0}, ["config.checkpoint.keep_last=0"]),

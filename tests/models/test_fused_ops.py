@@ -54,18 +54,30 @@ def test_only_tpus_compute_the_gradient_for_each_reader(platform):
     assert ("optimization_barrier" in text) == (platform == "tpu")
 
 
-def test_the_transposed_convolution_is_upsampling_and_convolution():
-    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run."""
+@pytest.mark.parametrize("method", [fused_ops.transposed_conv, fused_ops.phase_conv])
+def test_other_methods_are_upsampling_and_convolution(method):
+    """Values and both gradients, float32, relative to the largest entry; the first is what TPUs run, the second NVIDIA GPUs."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (2, 6, 8, 5), (3, 3, 5, 7), (2, 12, 16, 7)
     x, kernel, cotangent = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
     results = []
-    for run in (fused_ops.transposed_conv, fused_ops.repeated_conv):
+    for run in (method, fused_ops.repeated_conv):
         y, back = jax.vjp(run, x, kernel)
         results.append((y, *back(cotangent)))
-    for transposed, repeated in zip(*results):
-        assert transposed.shape == repeated.shape
-        np.testing.assert_allclose(transposed, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
+    for actual, repeated in zip(*results):
+        assert actual.shape == repeated.shape
+        np.testing.assert_allclose(actual, repeated, rtol=0, atol=2e-6 * np.abs(repeated).max())
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("cpu", "3x3x5x5"), ("tpu", "4x4x5x5"), ("cuda", "2x2x5x20")])
+def test_each_platform_upsamples_by_its_own_method(platform, kernel):
+    layer = fused_ops.UpsampleConv(jnp.float32)
+    x = DeferredBias(jnp.ones((1, 4, 4, 5)), jnp.zeros((5,)))
+    variables = layer.init(jax.random.key(0), x)
+    text = jax.jit(lambda x: layer.apply(variables, x).x).trace(x).lower(lowering_platforms=(platform,)).as_text()
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution(" in line]
+    assert len(convolutions) == 1
+    assert f"tensor<{kernel}xf32>" in convolutions[0]
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -77,6 +89,23 @@ def test_group_norm_is_linens(offset):
     ours = fused_ops.GroupNorm(32, jnp.float32).apply(variables, DeferredBias(x - bias, bias))
     # at 30 linen's values are up to 2e-4 from those of float64, ours up to 1e-4, because XLA sums squares in another order
     np.testing.assert_allclose(ours, norm.apply(variables, x), rtol=0, atol=1e-5 if offset == 0 else 3e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_in_bfloat16_rounds_its_result_alone(offset):
+    """Values and gradients against those in float32, of the same bfloat16 input; a mean of ten deviations loses no more."""
+    x = (offset + 3 * jax.random.normal(jax.random.key(0), (2, 6, 8, 64))).astype(jnp.bfloat16)
+    variables = fused_ops.GroupNorm(32, jnp.float32).init(jax.random.key(1), DeferredBias(x, jnp.zeros((64,))))
+    gradient = jax.random.normal(jax.random.key(2), x.shape, jnp.bfloat16)
+    results = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        y, back = jax.vjp(
+            lambda v, x, dtype=dtype: fused_ops.GroupNorm(32, dtype).apply(v, DeferredBias(x, jnp.zeros((64,)))), variables, x
+        )
+        results.append((y, *jax.tree.leaves(back(gradient.astype(y.dtype)))))
+    for half, full in zip(*results):
+        half, full = np.asarray(half, np.float32), np.asarray(full, np.float32)
+        np.testing.assert_allclose(half, full, rtol=0, atol=2**-8 * np.abs(full).max())
 
 
 def test_a_strided_convolution_has_moments_too():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from repae_jax.models import layers
+from repae_jax.models.sit import SiT
+from repae_jax.models.vit import VisionTransformer
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,22 @@ def test_the_gradient_of_a_bias_is_summed_in_float32(module, shape):
 
     gradient = jax.jit(jax.grad(loss))(variables)["params"]["bias"]
     np.testing.assert_array_equal(gradient, np.prod(shape[:-1]))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_every_block_of_both_transformers_takes_the_implementation(implementation, monkeypatch):
+    taken = []
+
+    def attention(query, key, value, implementation):
+        taken.append(implementation)
+        return value
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    sizes = {"patch_size": 2, "hidden_size": 16, "depth": 3, "num_heads": 2, "attention": implementation}
+    sit = SiT(num_classes=3, latent_channels=4, encoder_depth=1, **sizes)
+    key, t, labels = jax.random.key(0), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    jax.eval_shape(sit.init, key, jnp.zeros((1, 8, 8, 4)), t, labels)
+    vit = VisionTransformer(mlp_dim=16, grid=(4, 4), **sizes)
+    jax.eval_shape(vit.init, key, jnp.zeros((1, 8, 8, 3)))
+    assert set(taken) == {implementation}
+    assert len(taken) >= 3  # one stack of the ViT, two of the SiT
