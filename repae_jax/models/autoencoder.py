@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models.fused_ops import Conv, DeferredBias, GroupNorm, UpsampleConv, recompute_norms
@@ -46,7 +47,7 @@ class ResnetBlock(nn.Module):
 
     features: int
     norm_groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: DeferredBias) -> DeferredBias:
@@ -63,7 +64,7 @@ class AttnBlock(nn.Module):
     """Single-head self-attention over all positions, with a residual."""
 
     norm_groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: DeferredBias) -> DeferredBias:
@@ -83,7 +84,7 @@ class EncoderDecoderBase(nn.Module):
     attention_levels: Sequence[int]
     norm_groups: int
     remat: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def _block(self, name, features):
         block = nn.remat(ResnetBlock) if self.remat else recompute_norms(ResnetBlock)
@@ -154,7 +155,7 @@ class AutoencoderKL(nn.Module):
     quant_convs: bool = True  # 1x1 convolutions of the moments and of the latents, between encoder and decoder
     feature_dim: int | None = None  # width of the tokens that `project` maps latents to, for VA-VAE's VF loss
     remat: bool = False  # recompute whole residual blocks in the backward pass, not only their norms and activations
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def factor(self) -> int:

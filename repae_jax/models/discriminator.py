@@ -8,6 +8,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
@@ -45,7 +46,7 @@ class PatchDiscriminator(nn.Module):
 
     channels: int = 64  # width of the first layer; doubles per layer up to 8 times it
     num_layers: int = 3  # stride-2 convolutions
-    dtype: jnp.dtype = jnp.float32  # compute dtype of the convolutions
+    dtype: DTypeLike = jnp.float32  # compute dtype of the convolutions
 
     @property
     def min_image_size(self) -> int:

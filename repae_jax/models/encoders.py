@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from repae_jax.distributed.sharding import unsharded
@@ -144,7 +145,7 @@ class Encoder:
 
 
 def make_encoder(
-    architecture: str | Mapping[str, Any], resolution: int, *, image_size: int | None = None, dtype: jnp.dtype = jnp.float32
+    architecture: str | Mapping[str, Any], resolution: int, *, image_size: int | None = None, dtype: DTypeLike = jnp.float32
 ) -> Encoder:
     """Describes the encoder for training images of one resolution.
 

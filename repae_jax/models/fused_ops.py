@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.distributed.sharding import of_each_device
@@ -101,7 +102,7 @@ class Conv(nn.Module):
 
     features: int
     kernel_size: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     strides: int = 1
     padding: str | Sequence[tuple[int, int]] = "SAME"
     with_moments: bool = False  # pays where a group norm is the result's only reader
@@ -149,7 +150,7 @@ class GroupNorm(nn.Module):
     """
 
     groups: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: DeferredBias) -> Float[Array, "B H W C"]:
@@ -212,7 +213,7 @@ def phase_conv(x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"]) -> F
 class UpsampleConv(nn.Module):
     """Nearest-neighbor upsampling by 2 and a 3x3 convolution with PyTorch's default initialization."""
 
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.remat  # keeps x, not its sum with the bias
     @nn.compact

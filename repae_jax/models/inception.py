@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 IMAGE_SIZE = 299
@@ -85,7 +86,7 @@ class ConvUnit(nn.Module):
     kernel: tuple[int, int]
     strides: int = 1
     padding: str = "SAME"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -94,7 +95,7 @@ class ConvUnit(nn.Module):
         return nn.relu(FrozenBatchNorm(name="bn")(x)).astype(self.dtype)
 
 
-def conv_branch(x: Float[Array, "B H W C"], dtype: jnp.dtype, name: str, *convs: tuple[Any, ...]) -> Float[Array, "B h w D"]:
+def conv_branch(x: Float[Array, "B H W C"], dtype: DTypeLike, name: str, *convs: tuple[Any, ...]) -> Float[Array, "B h w D"]:
     """Applies units NAME_1, NAME_2, … in turn, each given as (features, kernel) or (features, kernel, strides, padding)."""
     conv = functools.partial(ConvUnit, dtype=dtype)
     for number, settings in enumerate(convs, 1):
@@ -112,7 +113,7 @@ class InceptionA(nn.Module):
     """35 x 35 block with 224 + pool_features output channels."""
 
     pool_features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -127,7 +128,7 @@ class InceptionA(nn.Module):
 class InceptionB(nn.Module):
     """Reduces 35 x 35 to 17 x 17; adds 480 channels."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -140,7 +141,7 @@ class InceptionC(nn.Module):
     """17 x 17 block with 768 output channels; its 7 x 7 convolutions are in two parts, with `width` channels between them."""
 
     width: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -156,7 +157,7 @@ class InceptionC(nn.Module):
 class InceptionD(nn.Module):
     """Reduces 17 x 17 to 8 x 8; adds 512 channels."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -170,7 +171,7 @@ class InceptionE(nn.Module):
     """8 x 8 block with 2048 output channels."""
 
     pool: str  # 'average' or 'max'; the graph of 2015 has 'max' in its last block, unlike the paper
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -188,7 +189,7 @@ class InceptionE(nn.Module):
 class Classifier(nn.Module):
     """Product of the last layer; its bias is kept for conversion and never added, as in the published inception scores."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B 2048"]) -> Float[Array, "B 1008"]:
@@ -200,7 +201,7 @@ class Classifier(nn.Module):
 class InceptionV3(nn.Module):
     """Features of images of any size."""
 
-    dtype: jnp.dtype = jnp.float32  # compute dtype of convolutions and the last product; the rest is float32
+    dtype: DTypeLike = jnp.float32  # compute dtype of convolutions and the last product; the rest is float32
     prepare: Callable[[jax.Array], jax.Array] = graph_input  # for samples; `pytorch_fid_input` for VAEs' reconstructions
 
     @nn.compact

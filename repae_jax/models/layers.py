@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.distributed.sharding import unsharded
@@ -113,7 +114,7 @@ class Attention(nn.Module):
     no_bias: Sequence[str] = ()  # any of 'query', 'key', 'value', 'out'
     rotate: Callable | None = None  # position encoding of q and k, [B, T, num_heads, D / num_heads] to the same shape
     implementation: Implementation = "xla"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -140,7 +141,7 @@ class Mlp(nn.Module):
 
     hidden_dim: int
     activation: Callable
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

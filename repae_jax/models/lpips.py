@@ -6,6 +6,7 @@ Reference: Zhang et al. 2018 (arXiv 1801.03924), version 0.1, in the form vendor
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 # channels of VGG16's convolutions; each tuple ends before a max pooling and gives one feature map
@@ -30,7 +31,7 @@ def map_distance(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"], weights
 class LPIPS(nn.Module):
     """Perceptual distance of image pairs."""
 
-    dtype: jnp.dtype = jnp.float32  # compute dtype of the convolutions; normalization and distances are float32
+    dtype: DTypeLike = jnp.float32  # compute dtype of the convolutions; normalization and distances are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"], others: Float[Array, "B H W 3"]) -> Float[Array, " B"]:

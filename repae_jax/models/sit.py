@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from repae_jax.models import layers
@@ -27,7 +28,7 @@ class TimestepEmbedder(nn.Module):
     """Embeds t in [0, 1] by 256 float32 sinusoids and a two-layer SiLU MLP."""
 
     hidden_size: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
@@ -43,7 +44,7 @@ class SiTBlock(nn.Module):
     mlp_ratio: float
     qk_norm: bool
     attention: layers.Implementation
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B T D"], None]:
@@ -67,7 +68,7 @@ class FinalLayer(nn.Module):
     """The last layer: adaLN and a linear map to patches; zero at initialization."""
 
     out_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T out_dim"]:
@@ -84,7 +85,7 @@ class Projector(nn.Module):
 
     hidden_dim: int
     feature_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -97,7 +98,7 @@ class ConvProjector(nn.Module):
     """The projector of iREPA: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
 
     feature_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -150,7 +151,7 @@ class SiT(nn.Module):
     remat: str = "none"  # 'none', 'dots' or 'full', see `layers.scan_blocks`
     unroll: int = 1  # blocks per iteration of the scanned stacks
     attention: layers.Implementation = "xla"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def null_label(self) -> int:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models import layers
@@ -31,7 +32,7 @@ class SwiGLU(nn.Module):
     """Gated MLP, fc2(silu(gate(x)) * fc1(x))."""
 
     hidden_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -81,7 +82,7 @@ class ViTBlock(nn.Module):
     rotate: Callable | None
     norm_eps: float
     attention: layers.Implementation
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
@@ -122,7 +123,7 @@ class VisionTransformer(nn.Module):
     no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
     norm_eps: float = 1e-6
     attention: layers.Implementation = "xla"
-    dtype: jnp.dtype = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
+    dtype: DTypeLike = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from repae_jax.diffusion import guidance, latent_norm
@@ -67,7 +68,7 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
     return generate
 
 
-def cast_matrices(params: Any, dtype: jnp.dtype) -> Any:
+def cast_matrices(params: Any, dtype: DTypeLike) -> Any:
     """Returns a SiT's parameters with the kernels in its compute dtype, which it would cast them to at every call."""
 
     def cast(path, leaf):

@@ -112,14 +112,14 @@ class Network:
 
     null_label = 10
 
-    def clone(self, dtype):
+    def clone(self, dtype, attention=""):
         return self
 
     def apply(self, variables, x, *rest, method=None):
         if method == "decode":
             return jnp.repeat(x[..., :1], 3, axis=-1)
         with jax.named_scope("SiT"):
-            return x @ variables["params"], ()
+            return x @ variables["params"]["kernel"], ()
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_sampler_is_added_by_an_entry_of_the_table(with_midpoint):
         SAMPLERS["euler"], 20
     )
     nets, stats = SimpleNamespace(sit=Network(), vae=Network()), SimpleNamespace(mean=jnp.zeros(2), var=jnp.ones(2))
-    params = {"sit": jnp.eye(2) * 3, "vae": {}, "latent_stats": stats}
+    params = {"sit": {"kernel": jnp.eye(2) * 3}, "vae": {}, "latent_stats": stats}
     labels, ids, key, images = jnp.zeros(3, int), jnp.arange(3), jax.random.key(0), {}
     for name in ("midpoint", "heun"):
         sampling = Sampling(name, 40, guidance_scale=2.0, guidance_high=0.5)
