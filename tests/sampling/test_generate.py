@@ -1,6 +1,9 @@
 """Sampling in bfloat16 beside float32; samplers and whole samples are tested in tests/diffusion and tests/test_sample.py."""
 
 import dataclasses
+import math
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import pytest
 import small
 from jax.extend.core import jaxprs_in_params
 
+from repae_jax import sample
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.job import build
 from repae_jax.sampling import generate
@@ -102,3 +106,19 @@ def test_sampling_and_pictures_leave_cudnn_to_training(job, params, monkeypatch)
     assert set(seen) == {"xla"}
     config = build.plain_config(small.config({"attention": "cudnn"}))
     assert for_sampling(config, 2)["attention"] == "xla"
+
+
+@pytest.mark.integration
+def test_each_device_samples_its_own_images(job, params, monkeypatch):
+    """Guidance joins latents of a batch and its copy; activations, which are larger, are not gathered."""
+    calls = []
+    monkeypatch.setattr(generate, "in_batches", lambda *args: calls.append(args) or ())
+    model = SimpleNamespace(
+        nets=job.nets, objective=job.recipe.objective, latent_shape=job.latent_shape, mesh=job.mesh, params=params
+    )
+    list(sample.sample_batches(model, EULER, np.zeros(16, int), 16, 0))
+    ((run, params, labels, _, key, put, _),) = calls
+    text = run.lower(params, put(labels), put(np.arange(16)), key).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    latents = 2 * 16 * math.prod(job.latent_shape)
+    assert gathered and all(math.prod(map(int, shape.split(","))) <= latents for shape in gathered), gathered
