@@ -57,11 +57,9 @@ def casts(equations, dtype):
 
 
 @pytest.mark.integration
-def test_bfloat16_differs_by_few_gray_levels(job, params, record_property):
+def test_bfloat16_differs_by_few_gray_levels(job, params):
     """At most 0.4 gray levels on average and 4 anywhere, of pixels with a standard deviation of 60; seen were 0.25 and 2."""
     differences = np.abs(images(job, params, "bfloat16") - images(job, params, "float32"))
-    record_property("mean", differences.mean())
-    record_property("largest", differences.max())
     assert 0 < differences.mean() < 0.4
     assert differences.max() <= 4
 
