@@ -60,12 +60,18 @@ SIZES = {
 }  # fmt: skip
 
 
-def config_of(size, batch_size):
+def set_fast(config):
+    """Sets a config of configs/repae.py to what docs/performance.md advises on NVIDIA GPUs that have the memory."""
+    config.sit.unroll, config.sit.remat, config.attention = config.sit.depth, "none", "cudnn"
+
+
+def config_of(size, batch_size, is_fast=False):
     """Returns the config of a run of configs/repae.py as a nested dict; ValueError for a size that does not exist.
 
     Args:
       size: name in SIZES, or the part behind the colon of `configs/repae.py:sit=XL/2,vae=f8d4`.
       batch_size: None is the size's own, 32 for those of configs/repae.py.
+      is_fast: with the values of `set_fast`.
     """
     from configs import repae
 
@@ -75,6 +81,8 @@ def config_of(size, batch_size):
     config = repae.get_config("" if size in SIZES else size).unlock()
     with config.ignore_type():  # an architecture may be a name or a mapping
         config.update_from_flattened_dict({**changes, "lpips.input_range": (0.0, 1.0)})  # as the published code has it
+    if is_fast:
+        set_fast(config)
     return config.to_dict()
 
 
@@ -426,7 +434,8 @@ def serve(side, config, options, connection):
     """Main function of a side's process: sends the step's description, then seconds for every number of steps it receives."""
     sys.path[:0] = [str(ROOT)]
     # leaves GPU memory for torch beside what jax reserves
-    os.environ |= {"JAX_PLATFORMS": options.device if side == OURS else "cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".45"}
+    os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the older name; JAX takes one of them only
+    os.environ |= {"JAX_PLATFORMS": options.device if side == OURS else "cpu", "XLA_CLIENT_MEM_FRACTION": ".45"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
         step, wait, description = (make_published if side == PUBLISHED else make_ours)(config, options, options.published)
@@ -477,7 +486,7 @@ def compare(size, options, say):
       ValueError: if the sides differ in their networks or the size of their losses.
       RuntimeError: if a side fails.
     """
-    config = config_of(size, options.batch)
+    config = config_of(size, options.batch, options.fast)
     batch_size, seconds = config["data"]["batch_size"], {side: [] for side in SIDES}
     with contextlib.ExitStack() as stack:
         sides, descriptions = {}, {}
@@ -518,6 +527,8 @@ def parse_args(arguments=None):
     add("--batch", type=cli.whole(1), help="images; default 8 of the small sizes, 32 of the others")
     add("--repeats", type=cli.whole(1), default=7, help="turns of both; default 7")
     add("--steps", type=cli.whole(1), help="timed in each turn, after one that is not; default 3, on CUDA 20")
+    fast = "ours with all blocks unrolled and kept, and cuDNN's attention: with --device cuda, on cards that have the memory"
+    add("--fast", action="store_true", help=fast)
     compiling = "torch.compile for the published networks and losses; default on CUDA only"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     precision = "default float32 on the CPU, on CUDA bfloat16, as ours; float16 is the published default"
@@ -525,6 +536,8 @@ def parse_args(arguments=None):
     add("--json", metavar="FILE", help="for all numbers; must not exist")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
+    if options.fast and not cuda:
+        parser.error("--fast needs --device cuda, because the CPU has no cuDNN")
     options.published_precision = options.published_precision or ("bfloat16" if cuda else "float32")
     options.compile = cuda if options.compile is None else options.compile
     options.steps = options.steps or (20 if cuda else 3)  # enough to make the first dispatch negligible
@@ -536,7 +549,7 @@ def run(options, say=print_at_once):
     options.published = check_checkout(options.published)
     path = None if options.json is None else files.check_new("--json", options.json)
     for size in options.sizes:
-        config_of(size, options.batch)  # finds mistakes before anything is built
+        config_of(size, options.batch, options.fast)  # finds mistakes before anything is built
     result = {"device": options.device, "steps": options.steps, "compile": options.compile, "cores": os.cpu_count()}
     result |= {"published_precision": options.published_precision, "sizes": {}}
     for index, size in enumerate(options.sizes):

@@ -122,7 +122,7 @@ def _local(config):
     config = build.plain_config(config)
     per_device = max(1, config["data"]["batch_size"] // jax.device_count())
     section = {**config["data"], "batch_size": per_device * jax.local_device_count(), "cache": ""}
-    return {**config, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": section}
+    return {**config, "attention": "xla", "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": section}
 
 
 def cache_latents(config, out: str, flips: bool = False, shard_size: int = SHARD_SIZE) -> int | None:

@@ -187,7 +187,8 @@ def table(result):
     spread = {"inception_score": f"  ± {metrics['inception_score_std']:.4f} over splits"}
     lines = [f"{shown:<18}{metrics[name]:10.4f}{spread.get(name, '')}" for name, shown in names.items() if name in metrics]
     about = ("num_samples", "step", "sampler", "steps", "guidance_scale", "precision", "labels", "seed")
-    lines.append(", ".join(f"{name} {protocol[name]}" for name in about if name in protocol))
+    shown = {"precision": "computed in"}  # the name of a score, too
+    lines.append(", ".join(f"{shown.get(name, name)} {protocol[name]}" for name in about if name in protocol))
     return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])
 
 

@@ -24,7 +24,7 @@ from repae_jax.cost.chips import Chip
 from repae_jax.cost.plan_advice import advice, check_state, chip_bytes, most_images, spend
 from repae_jax.cost.plan_text import lines_of
 from repae_jax.cost.topologies import check_cudnn, check_topology, connected, topology_devices
-from repae_jax.distributed import multihost
+from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
 from repae_jax.job import build, compilation, initial_state
 from repae_jax.sampling import generate
@@ -53,7 +53,7 @@ def lower_step(job: build.Job) -> jax.stages.Lowered:
 def lower_sampling(job: build.Job) -> jax.stages.Lowered:
     """Lowers sampling of config.data.batch_size images as `sample` runs it, on shapes alone."""
     run, arguments = flops.sampling_program(job)
-    return jax.jit(run).lower(*arguments)
+    return jax.jit(sharding.with_mesh_context(job.mesh, run)).lower(*arguments)
 
 
 def sampling_config(config: Any, count: int) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def prepare(config: Any, topology: str, images_per_chip: int | None = None) -> t
       (Job on the topology's chips, numbers of `setting`).
     """
     chip = check_topology(topology)
-    if config.get("attention") == "cudnn":
+    if config.get("attention") == "cudnn" and chip.noun == "GPU" and not images_per_chip:
         check_cudnn()
     devices = topology_devices(topology, 1 if images_per_chip else config["mesh"]["slices"])
     if images_per_chip:

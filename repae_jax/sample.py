@@ -115,7 +115,8 @@ def sample_batches(
     model: LoadedModel, sampling: Sampling, labels: Labels, batch_size: int, seed: int, skip: Collection[int] = ()
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
     """Samples a model batch by batch; arguments and batches as in `generate.in_batches`."""
-    run = jax.jit(generate.make_generate(model.nets, model.objective, model.latent_shape, sampling))
+    run = generate.make_generate(model.nets, model.objective, model.latent_shape, sampling)
+    run = jax.jit(sharding.with_mesh_context(model.mesh, run))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(model.mesh))
     yield from generate.in_batches(run, model.params, labels, batch_size, jax.random.key(seed), put, skip)
 
@@ -147,7 +148,7 @@ def _open_parts(folder, settings):
     manifest = folder / "settings.json"
     if not manifest.exists():
         files.write_json(manifest, settings)
-    before = files.read_json(manifest)
+    before = {"precision": Sampling.precision, **files.read_json(manifest)}  # once there was no other
     differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
     if differing:
         made = f"{folder} holds batches made with other settings (there, here): {differing}"

@@ -60,7 +60,7 @@ def make_hidden_states(trained: LoadedModel) -> Callable:
         z_t = trained.objective.add_noise(z, noise, times)
         return sit.apply({"params": params["sit"]}, z_t, times, labels, method="mean_tokens")
 
-    return jit_in_float32(hidden_states)
+    return jit_in_float32(sharding.with_mesh_context(trained.mesh, hidden_states))
 
 
 def normalized_latents(trained: LoadedModel, name: str, source: Any, records, batch_size: int) -> Float[np.ndarray, "N h w C"]:

@@ -46,11 +46,12 @@ def most_images(chip: Tpu | Gpu, numbers: Numbers) -> int:
 
 
 def spend(job: build.Job, numbers: Numbers) -> list[str]:
-    """Returns lines on what would make a training step faster where much memory is free."""
+    """Returns lines on what would make a training step faster; what takes memory only where much of it is free."""
     config, lines = job.config, []
-    if numbers["job"] == "sample" or 1 - numbers["memory_bytes"]["total"] / numbers["memory_of_chip_bytes"] < ROOMY:
+    if numbers["job"] == "sample":
         return []
-    if job.tx.sit is not None and config["sit"]["remat"] != "none":
+    is_roomy = 1 - numbers["memory_bytes"]["total"] / numbers["memory_of_chip_bytes"] >= ROOMY
+    if is_roomy and job.tx.sit is not None and config["sit"]["remat"] != "none":
         lines.append("--config.sit.remat=none: nothing of the SiT's blocks is computed twice")
     if job.nets.sit is not None and config["sit"]["unroll"] < config["sit"]["depth"]:
         depth = config["sit"]["depth"]
@@ -58,7 +59,7 @@ def spend(job: build.Job, numbers: Numbers) -> list[str]:
     is_half, is_gpu = config["precision"]["compute"] == "bfloat16", numbers["device_kind"].startswith("NVIDIA")
     if config.get("attention") == "xla" and is_half and is_gpu:
         lines.append("--config.attention=cudnn: probabilities are not stored; to plan it, install nvidia-cudnn-cu13")
-    if job.tx.vae is not None and config["vae"]["remat"]:
+    if is_roomy and job.tx.vae is not None and config["vae"]["remat"]:
         lines.append("--config.vae.remat=False: nothing of the VAE's blocks is computed twice; it takes most")
     return lines
 

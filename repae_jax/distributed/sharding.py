@@ -119,10 +119,11 @@ def unsharded(params):
 def of_each_device(fn, x):
     """Returns fn(x) of a batch, where fn keeps the shape, computed by each device of its own rows.
 
-    For what the partitioner does not know how to split, and so would gather the whole batch for. Outside of `with_mesh_context`
-    it is fn(x).
+    Use it where the partitioner would gather the whole batch. Outside of `with_mesh_context`, and of a batch that the devices
+    do not divide, such as a few pictures, it is fn(x) of the whole.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or len(x) % mesh.size:
         return fn(x)
     rows = P((DATA, FSDP))
     return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(x)

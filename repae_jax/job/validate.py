@@ -13,6 +13,8 @@ from repae_jax.diffusion.samplers import check_sampler
 from repae_jax.losses import regularizers
 from repae_jax.models.encoders import check_grid
 
+CUDNN_HEAD = 128  # most channels of a head
+
 
 def latent_shape(config, vae) -> tuple[int, int, int]:
     """Returns (h, w, C) of the latents; raises ValueError unless the VAE divides the images and SiT's patches the latents."""
@@ -51,11 +53,18 @@ def check_job(job, state_shapes) -> None:
 
 def _check_attention(job):
     """Raises ValueError for cuDNN's attention where there is none."""
+    if job.config["attention"] != "cudnn":
+        return
     platform, precision = job.mesh.devices.flat[0].platform, job.config["precision"]["compute"]
-    if job.config["attention"] == "cudnn" and (platform != "gpu" or precision != "bfloat16"):
+    if platform != "gpu" or precision != "bfloat16":
         raise ValueError(
             f"config.attention='cudnn' is for NVIDIA GPUs in bfloat16, not for {platform} in {precision}: set it to 'xla'"
         )
+    networks = [encoder.module for encoder in job.encoders] + ([] if job.nets.sit is None else [job.nets.sit])
+    widths = {module.hidden_size // module.num_heads for module in networks}
+    if wrong := [width for width in sorted(widths) if width % 8 or width > CUDNN_HEAD]:
+        allowed = f"multiples of 8 up to {CUDNN_HEAD}"
+        raise ValueError(f"config.attention='cudnn': heads of {wrong[0]} channels; it takes {allowed}: set it to 'xla'")
 
 
 def _check_cache(job):

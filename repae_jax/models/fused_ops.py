@@ -5,7 +5,7 @@ Conv, GroupNorm and UpsampleConv have the parameters and, up to rounding, the va
 computed. Each docstring says what that is worth for the main run (SiT-XL/2, f8d4, 256 px), on two devices:
 
 * TPUs, by the compiler's estimate for 16 images a chip of a v5e: a step takes about 440 ms, the VAE 308. None was measured.
-* One H200, measured in turns (jax 0.11.2, 32 images, bfloat16): a step takes 339.5 ms (338.7 to 339.8), 95 images/s, where an
+* One H200, measured in turns (jax 0.11.2, 32 images, bfloat16): a step takes 339.5 ms (338.7 to 339.8), 94 images/s, where an
   earlier version of the networks took 337.0 ms (336.4 to 342.5); the VAE alone, forward and all gradients, takes 196.0 ms.
   What is said by roofline is newer, and an estimate (docs/tuning_log.md).
 """
@@ -130,7 +130,7 @@ def group_stats(x: DeferredBias, groups: int) -> tuple[Float[Array, "B 1 1 C"], 
     """Returns the mean and variance of each image's groups of channels, in float32, repeated for the channels of a group.
 
     The moments that they are made of are kept by `recompute_norms`: the gradients need them, and summing again takes 2.3 ms of
-    the VAE by roofline for an H200.
+    the VAE, 1 % of a step, by roofline for an H200.
     """
     # as a checkpoint it keeps x alone, which the normalization keeps anyway, and not its float32 copy
     moments = jax.checkpoint(channel_moments)(x.x) if x.moments is None else x.moments
@@ -145,7 +145,7 @@ class GroupNorm(nn.Module):
     """Group norm with epsilon 1e-6 and a scale and bias per channel; computed in float32, returned in the compute dtype.
 
     Reading the moments, instead of x twice, is worth 4.2 ms, 1.2 % of a step, on the H200. In half precision, x times a factor
-    plus a term has two sums as gradients, fused with what they add up: 4.5 ms, 2 % of a step, by roofline. Its rounding, that
+    plus a term has two sums as gradients, fused with what they add up: 2.3 ms, 1 % of a step, by roofline. Its rounding, that
     of float32 times the mean over the deviation, would show in float32 alone.
     """
 
@@ -229,8 +229,25 @@ class UpsampleConv(nn.Module):
 def rows_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Returns x; it and its gradient are laid out in memory with the last axis innermost.
 
-    For what a table of positions is added to, in blocks that are no loop. The gradient of the table is a sum over the batch,
-    and on GPUs XLA lays out all of a SiT's residual stream for that one sum, the batch innermost; layer norms then take passes
-    of their own. Worth 0.22 ms a block, 2 % of a step, by roofline for an H200.
+    Use it on tokens after a table of positions is added to them, where blocks are unrolled. The table's gradient is a sum over
+    the batch, and on GPUs XLA lays out all of a SiT's residual stream for that one sum, the batch innermost; layer norms then
+    take passes of their own. Worth 0.22 ms a block, 2 % of a step, by roofline for an H200.
     """
     return of_each_device(lambda rows: with_layout_constraint(rows, Layout(tuple(range(rows.ndim)))), x)
+
+
+def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
+    """Returns the largest of each 2 x 2 pixels; the gradient goes to the first of equal ones, as in PyTorch.
+
+    On NVIDIA GPUs by comparisons: a pooling's gradient is scattered, in millions of turns of a loop where XLA must add in a
+    fixed order (`config.deterministic`); by roofline for an H200, LPIPS takes 19.4 ms for 21.3. TPUs take longer: 55 for 39.5.
+    """
+    return jax.lax.platform_dependent(x, cuda=compared_max, default=lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)))
+
+
+def compared_max(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
+    """Computes `max_pool` by comparing the four pixels."""
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    a, b, c, d = (x[:, i:height:2, j:width:2] for i in range(2) for j in range(2))
+    top, bottom = jnp.where(a >= b, a, b), jnp.where(c >= d, c, d)
+    return jnp.where(top >= bottom, top, bottom)

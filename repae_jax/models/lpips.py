@@ -9,6 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from repae_jax.models.fused_ops import max_pool
+
 # channels of VGG16's convolutions; each tuple ends before a max pooling and gives one feature map
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -47,5 +49,5 @@ class LPIPS(nn.Module):
                 x, y = nn.relu(conv(x)), nn.relu(conv(y))
             weights = self.param(f"linear_{i}", nn.initializers.uniform(1.0), (widths[-1],))
             distance += map_distance(x, y, weights)
-            x, y = (nn.max_pool(side, (2, 2), strides=(2, 2)) for side in (x, y))
+            x, y = max_pool(x), max_pool(y)
         return distance

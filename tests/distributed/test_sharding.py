@@ -143,6 +143,13 @@ def test_each_device_computes_its_own_rows(fsdp):
     assert apart.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
 
 
+def test_rows_that_the_devices_do_not_divide_are_computed_together():
+    """Pictures during training may be 25 on eight devices."""
+    mesh, x = sharding.make_mesh(1), np.arange(25 * 3.0, dtype=np.float32).reshape(25, 3)
+    together = jax.jit(sharding.with_mesh_context(mesh, lambda x: sharding.of_each_device(lambda rows: 2 * rows, x)))
+    np.testing.assert_array_equal(together(x), 2 * x)
+
+
 def test_batches_that_do_not_divide():
     mesh = sharding.make_mesh(2)
     sharding.check_batch(32, 2, mesh)

@@ -4,9 +4,11 @@ import json
 import time
 from pathlib import Path
 
+import compare_published
 import on_gpu
 import pytest
 
+from configs import repae
 from repae_jax.cost import roofline
 from repae_jax.training import metric_log
 
@@ -68,7 +70,19 @@ def test_no_stage_is_begun_when_the_time_is_over(ended, tmp_path):
 def test_all_stages_by_default_the_most_important_first(ended, tmp_path):
     assert on_gpu.run(options(tmp_path, "--seconds", "9000"))
     assert [stage for stage, _ in ended[0]] == list(STAGES)
-    assert STAGES[:2] == ("step-f8d4-32", "compare")
+    assert STAGES[:3] == ("step-f8d4-32", "compare", "fast-f8d4-32")
+
+
+def test_the_chosen_tests_exist():
+    assert all((on_gpu.ROOT / "tests" / name).exists() for name in on_gpu.TESTS)
+
+
+def test_fast_values_are_those_that_the_documentation_advises():
+    config = repae.get_config()
+    compare_published.set_fast(config)
+    values = {"sit.unroll": config.sit.unroll, "sit.remat": config.sit.remat, "attention": config.attention}
+    advised = " ".join(f"--config.{name}={value}" for name, value in values.items())
+    assert advised in (on_gpu.ROOT / "docs/performance.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,21 @@ def test_a_deferred_bias_passes_through_sums_and_1x1_convolutions():
     variables = conv.init(keys[2], x)
     expected = conv.apply(variables, x.to_array()).to_array()
     np.testing.assert_allclose(conv.apply(variables, x).to_array(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 5), (1, 7, 5, 3)])
+def test_compared_max_is_max_pooling(shape):
+    """Values and gradients are equal to the last bit, with many equal pixels, and with a row and column left over."""
+    x = jax.random.randint(jax.random.key(0), shape, 0, 3).astype(jnp.float32)
+    results = []
+    for pool in (fused_ops.compared_max, fused_ops.max_pool):
+        y, back = jax.vjp(pool, x)
+        results.append((y, *back(jax.random.normal(jax.random.key(1), y.shape))))
+    for compared, pooled in zip(*results):
+        np.testing.assert_array_equal(compared, pooled)
+
+
+@pytest.mark.parametrize(("platform", "scatters"), [("cpu", True), ("tpu", True), ("cuda", False)])
+def test_gradients_of_max_pooling_are_scattered_where_that_is_faster(platform, scatters):
+    gradient = jax.jit(jax.grad(lambda x: fused_ops.max_pool(x).sum())).trace(jnp.ones((1, 4, 4, 2)))
+    assert ("select_and_scatter" in gradient.lower(lowering_platforms=(platform,)).as_text()) == scatters

@@ -1,6 +1,9 @@
 """Sampling in bfloat16 beside float32; samplers and whole samples are tested in tests/diffusion and tests/test_sample.py."""
 
 import dataclasses
+import math
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,11 @@ import pytest
 import small
 from jax.extend.core import jaxprs_in_params
 
+from repae_jax import sample
 from repae_jax.diffusion.samplers import Sampling
 from repae_jax.job import build
 from repae_jax.sampling import generate
+from repae_jax.sampling.load_model import for_sampling
 
 EULER = Sampling("euler", 8, guidance_scale=2.0)
 
@@ -52,13 +57,11 @@ def casts(equations, dtype):
 
 
 @pytest.mark.integration
-def test_bfloat16_differs_by_less_than_a_gray_level(job, params, record_property):
-    """0.25 gray levels on average and 2 at most, of pixels with a standard deviation of 60, with random weights."""
+def test_bfloat16_differs_by_few_gray_levels(job, params):
+    """At most 0.4 gray levels on average and 4 anywhere, of pixels with a standard deviation of 60; seen were 0.25 and 2."""
     differences = np.abs(images(job, params, "bfloat16") - images(job, params, "float32"))
-    record_property("mean", differences.mean())
-    record_property("largest", differences.max())
-    assert 0 < differences.mean() < 0.5
-    assert differences.max() <= 6
+    assert 0 < differences.mean() < 0.4
+    assert differences.max() <= 4
 
 
 def test_matrices_are_cast_once_and_all_around_the_network_is_float32(job, params):
@@ -84,3 +87,36 @@ def test_casting_before_the_network_changes_no_value(job, params):
     args = jnp.ones((2, *job.latent_shape)), jnp.full(2, 0.3), jnp.arange(2)
     cast = generate.cast_matrices(params["sit"], jnp.bfloat16)
     np.testing.assert_array_equal(apply(cast, *args), apply(params["sit"], *args))
+
+
+def test_sampling_and_pictures_leave_cudnn_to_training(job, params, monkeypatch):
+    """It takes half precision only."""
+    seen, attention = [], jax.nn.dot_product_attention
+
+    def attend(*args, implementation="xla", **options):
+        seen.append(implementation)
+        return attention(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    nets = job.nets._replace(sit=job.nets.sit.clone(attention="cudnn"))
+    run = generate.make_generate(nets, job.recipe.objective, job.latent_shape, EULER)
+    jax.eval_shape(run, params, jnp.zeros(2, int), jnp.arange(2), jax.random.key(0))
+    assert set(seen) == {"xla"}
+    config = build.plain_config(small.config({"attention": "cudnn"}))
+    assert for_sampling(config, 2)["attention"] == "xla"
+
+
+@pytest.mark.integration
+def test_each_device_samples_its_own_images(job, params, monkeypatch):
+    """Guidance joins latents of a batch and its copy; activations, which are larger, are not gathered."""
+    calls = []
+    monkeypatch.setattr(generate, "in_batches", lambda *args: calls.append(args) or ())
+    model = SimpleNamespace(
+        nets=job.nets, objective=job.recipe.objective, latent_shape=job.latent_shape, mesh=job.mesh, params=params
+    )
+    list(sample.sample_batches(model, EULER, np.zeros(16, int), 16, 0))
+    ((run, params, labels, _, key, put, _),) = calls
+    text = run.lower(params, put(labels), put(np.arange(16)), key).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    latents = 2 * 16 * math.prod(job.latent_shape)
+    assert gathered and all(math.prod(map(int, shape.split(","))) <= latents for shape in gathered), gathered
