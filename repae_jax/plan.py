@@ -178,7 +178,7 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
         "topology": topology, "slices": job.config["mesh"]["slices"], "device_kind": chip.kind, "chips": chips,
         "chip": chip.noun, "link": chip.link_name, "memory_of_chip_bytes": chip.memory,
         "bytes_per_second": {"memory": chip.bandwidth, "link": chip.link, "network": chip.network},
-        "peak_flop_per_second": chip.peak(), "clock_hz": getattr(chip, "clock", None),
+        "start_seconds": chip.start, "peak_flop_per_second": chip.peak(), "clock_hz": getattr(chip, "clock", None),
         "matmul_share": getattr(chip, "matmul", None),
         "job": "sample" if sampling else job.config["job"], "mesh": dict(job.mesh.shape),
         "branch_shares": [] if sampling else flops.branch_shares(job.config),

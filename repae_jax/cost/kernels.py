@@ -20,7 +20,8 @@ OTHER = "other"
 NEAR = 4  # steps to those that use a result, within which names are looked for
 _SAME_ARRAY = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
 _CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation")  # no scopes
-_EXACT = re.compile(r'operand_precision"?[=:]\s*[{\[]"?highest', re.IGNORECASE)
+_OPERANDS = re.compile(r'operand_precision"?[=:]\s*[{\[]"?(highest|high)\b', re.IGNORECASE)
+_PRECISIONS = {"highest": "exact", "high": "high"}
 _SCRATCH = ("s8", "u8")  # of libraries, the last of their results
 _FORWARD = ("__cudnn$convForward", "__cudnn$convForwardGraph", "__cudnn$convBiasActivationForward")
 _ATTENTION = "__cudnn$fmha"
@@ -82,7 +83,7 @@ def flop(computations: Computations, computation: Computation, instruction: Inst
     between pixels.
 
     Returns:
-      'bfloat16', 'float32' (as the chip does it by default, such as TF32) or 'exact' -> FLOP.
+      'bfloat16', 'float32' (as the chip does it by default, such as TF32), 'high' or 'exact' -> FLOP.
     """
     counted: dict[str, float] = collections.Counter()
     for name in instruction.called("calls", "to_apply") if instruction.opcode in ("fusion", "call", "async-start") else ():
@@ -98,7 +99,8 @@ def flop(computations: Computations, computation: Computation, instruction: Inst
 def _precision(computation, instruction):
     if arrays(computation[instruction.operands[0]].shape)[0].dtype not in ("f32", "f64"):
         return "bfloat16"
-    return "exact" if _EXACT.search(instruction.attributes) else "float32"
+    match = _OPERANDS.search(instruction.attributes)
+    return _PRECISIONS[match[1].lower()] if match else "float32"
 
 
 def _sides(computation, name):

@@ -226,7 +226,10 @@ class _Walk:
         return max(moved.over_link / self._chip.link, moved.over_network / self._chip.network) / self._chip.reached["link"]
 
     def _moved(self, computation, instruction):
-        """Returns what a collective sends, as rings do it: within the domains, and between them, each chip a part."""
+        """Returns what a collective sends, as rings do it: within the domains, and between them, each chip a part.
+
+        In an all-to-all no chip passes anything on: each sends its own parts to all others.
+        """
         kind = instruction.opcode.removesuffix("-start")
         if kind not in hlo.COLLECTIVES:
             return None
@@ -237,12 +240,14 @@ class _Walk:
             return Moved(kind, "pairs", size, 0.0 if far else size, size if far else 0.0)
         replicas = replica_groups(instruction.attributes, len(self._groups.domains))
         axes = self._groups.axes.get(frozenset(frozenset(group) for group in replicas), "other groups")
-        group = max(replicas, key=lambda group: len({self._domain(chip) for chip in group}))
-        domains = len({self._domain(chip) for chip in group})
-        near, passes = len(group) // domains, 2 if kind == "all-reduce" else 1
-        over_link = passes * size * (len(group) - 1) / len(group) if near > 1 else 0.0
-        over_network = passes * size * (domains - 1) / domains / near
-        return Moved(kind, axes, size, over_link, over_network)
+        groups = [sorted(collections.Counter(map(self._domain, group)).values()) for group in replicas]
+        members = max(groups, key=lambda sizes: (len(sizes), -sizes[0]))  # of the group with most to send over the network
+        chips, domains, least, most = sum(members), len(members), members[0], members[-1]
+        if kind == "all-to-all":
+            return Moved(kind, axes, size, size * (most - 1) / chips, size * (chips - least) / chips)
+        passes = 2 if kind == "all-reduce" else 1
+        over_link = passes * size * (chips - 1) / chips if most > 1 else 0.0
+        return Moved(kind, axes, size, over_link, passes * size * (domains - 1) / domains / least)
 
     def _domain(self, chip):
         return self._groups.domains[chip]
