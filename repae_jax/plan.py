@@ -210,7 +210,7 @@ def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
 
 
 def parse_args(argv=None):
-    """Command line of this program."""
+    """Returns the arguments of the command line."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
     topology = "TPUs, CHIP:GRID such as v5e:4x4, or GPUs, CARD:HOSTSxGPUS such as h100:2x8; may be given several times"
     parser.add_argument("--topology", action="append", required=True, help=topology)
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 
 @cli.command(parse_args)
 def main(args):
-    """Entry point; exit code 1 says that not everything fits."""
+    """Prints the plans of all topologies; exit code 1 says that not everything fits."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
     path = None if args.json is None else files.check_new("--json", args.json)
     if args.images_per_chip is not None and not args.sample:

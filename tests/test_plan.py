@@ -22,7 +22,7 @@ from configs import ldm, repae, vae
 from repae_jax import cli, plan
 from repae_jax.cost import chips, flops, plan_advice, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
-from repae_jax.distributed import sharding
+from repae_jax.distributed import multihost, sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 
 GIB = 2**30
@@ -81,7 +81,8 @@ def test_how_many_chips_links_connect(name, linked):
         ("gb200:8", "a host has 1 to 4 of gb200"),
         ("h100:2x2x2", "a host has 1 to 8 of h100"),
         ("h100:0", "expected CHIP:GRID"),
-        ("h100:99999x8", "a host has 1 to 8"),
+        ("h100:99999x8", "--topology=h100:99999x8: 799,992 GPUs; a plan may have up to 10,000"),
+        ("v5p:100x100x100", "--topology=v5p:100x100x100: 1,000,000 chips; a plan may have up to 10,000"),
     ],
 )
 def test_unknown_topologies(name, message):
@@ -105,7 +106,7 @@ def test_libtpu_is_not_installed(monkeypatch):
     ],
 )
 def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, installed, monkeypatch):
-    monkeypatch.setattr(topologies, "_version", versions.get)
+    monkeypatch.setattr(multihost, "versions", lambda: dict.fromkeys(multihost.PACKAGES) | versions)
     message = run_main(monkeypatch, topologies=["h200:1"])
     wanted = f"error: compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {jax.lib.__version__} (no GPU is needed)"
     assert message.startswith(f"{wanted}: {installed}; ")
@@ -113,7 +114,7 @@ def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, instal
 
 
 def test_cudnn_is_not_installed(monkeypatch):
-    monkeypatch.setattr(topologies, "_version", lambda _: None)
+    monkeypatch.setattr(multihost, "versions", lambda: dict.fromkeys(multihost.PACKAGES))
     message = "^config.attention='cudnn' .* nvidia-cudnn-cu13 is not installed: pip install --no-deps"
     with pytest.raises(ValueError, match=message):
         plan.prepare({**build.plain_config(small.config()), "attention": "cudnn"}, "h200:1")
@@ -122,7 +123,8 @@ def test_cudnn_is_not_installed(monkeypatch):
 def test_hosts_of_gpus_are_no_slices(monkeypatch):
     monkeypatch.setattr(topologies, "check_cuda_plugin", lambda: None)
     message = run_main(monkeypatch, "--config.mesh.slices=2", topologies=["h100:8"])
-    assert message.startswith("error: --topology=h100:8: mesh.slices=2 is for TPUs; hosts of GPUs are part of the topology")
+    reason = "is planned for TPUs only, allowed here: 1; hosts of GPUs are part of the topology, as in h100:2x8"
+    assert message == f"error: --topology=h100:8: mesh.slices=2 {reason}"
 
 
 @pytest.mark.parametrize(("fsdp", "message"), [(3, r"mesh.fsdp=3 does not divide the 4 devices; allowed: \[1, 2, 4\]")])

@@ -59,7 +59,7 @@ class Tpu(Chip):
 
     @property
     def sides(self) -> int:
-        """Number of dimensions of its torus."""
+        """Returns the number of dimensions of its torus."""
         return self.grids[0].count("x") + 1
 
     def peak(self, precision: str = "bfloat16") -> float:

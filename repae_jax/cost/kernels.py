@@ -117,12 +117,12 @@ def _convolution(computation, instruction):
     images, kernel, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
     weights, pixels = _sides(computation, instruction.operands[1]), _sides(computation, instruction.operands[0])
-    made = arrays(instruction.shape)[0].sides
+    result_sides = arrays(instruction.shape)[0].sides
     used = 1
     for axis in sorted(label for label in kernel if label.isdigit()):
         option = {name: values.split("x")[int(axis)] for name, values in window.items()}
-        used *= _pairs(pixels[images.index(axis)], weights[kernel.index(axis)], made[result.index(axis)], option)
-    return 2 * made[result.index("b")] * made[result.index("f")] * weights[kernel.index("i")] * used
+        used *= _pairs(pixels[images.index(axis)], weights[kernel.index(axis)], result_sides[result.index(axis)], option)
+    return 2 * result_sides[result.index("b")] * result_sides[result.index("f")] * weights[kernel.index("i")] * used
 
 
 def _pairs(pixels, size, results, option):
@@ -140,11 +140,11 @@ def _library_call(computation, instruction):
         contracted = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         return 2 * math.prod(result) * math.prod(operands[0][int(axis)] for axis in re.findall(r"\d+", contracted))
     if target.startswith("__cudnn$conv"):
-        made, kernel = (result, operands[1]) if target in _FORWARD else (operands[0], operands[1])
+        output_sides, kernel = (result, operands[1]) if target in _FORWARD else (operands[0], operands[1])
         if target == "__cudnn$convBackwardFilter":
-            made, kernel = operands[1], result
+            output_sides, kernel = operands[1], result
         outputs = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1].index("o")
-        return 2 * math.prod(made) * math.prod(kernel) / kernel[outputs]
+        return 2 * math.prod(output_sides) * math.prod(kernel) / kernel[outputs]
     if target.startswith(_ATTENTION):
         pairs = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         products = 5 if "Backward" in target else 2  # back: scores again, and the gradients of values, scores, queries, keys
@@ -232,13 +232,13 @@ def _parameter(fused, name):
 
 def _written(fused: Computation, results: list[Array]) -> float:
     last = root(fused)
-    made = [fused[name] for name in last.operands] if last.opcode == "tuple" else [last]
-    if len(made) != len(results):  # results that are tuples themselves
+    values = [fused[name] for name in last.operands] if last.opcode == "tuple" else [last]
+    if len(values) != len(results):  # results that are tuples themselves
         return sum(array.bytes for array in results if not array.is_near)
-    return sum(_made_bytes(fused, each, array) for each, array in zip(made, results) if not array.is_near)
+    return sum(_result_bytes(fused, value, array) for value, array in zip(values, results) if not array.is_near)
 
 
-def _made_bytes(fused, value, array):
+def _result_bytes(fused, value, array):
     while value.opcode in _SAME_ARRAY:
         value = fused[value.operands[0]]
     if value.opcode == "dynamic-update-slice" and _parameter(fused, value.operands[0]):

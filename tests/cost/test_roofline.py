@@ -94,7 +94,7 @@ EXCHANGES = {
 
 def check_exchange(result, name):
     kind, axes, *sizes = EXCHANGES[name]
-    [(key, moved)] = result.moved().items()
+    [(key, moved)] = result.exchanges().items()
     assert key == (kind, axes) and [moved[field] for field in ("size", "over_link", "over_network")] == sizes
     slowest = max(sizes[1] / 450e9, sizes[2] / 50e9) / H200.reached["link"]
     assert moved["seconds"] == pytest.approx(slowest) == result.by_bound()[COLLECTIVES]
