@@ -18,9 +18,13 @@ stamp="$venv/installed-${1:-base}"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$constraints" -nt "$stamp" ]; then
     echo "installing into $venv …"
     requirements=(--quiet --constraint "$constraints" --editable ".${1:+[$1]}")
-    if command -v uv >/dev/null; then # many times faster than pip
-        links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}} # uv itself reads none of pip's settings
-        uv pip install --python "$venv/bin/python" ${links:+--find-links "$links"} "${requirements[@]}"
+    if command -v uv >/dev/null; then # many times faster than pip, but it reads its own settings only: pip's are passed on
+        [ -n "${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-}}" ] || [ -z "${PIP_INDEX_URL:-}" ] ||
+            requirements+=(--default-index "$PIP_INDEX_URL")
+        links=()
+        [ -n "${UV_FIND_LINKS:-}" ] || read -ra links <<<"${PIP_FIND_LINKS:-}"
+        for link in "${links[@]}"; do requirements+=(--find-links "$link"); done
+        uv pip install --python "$venv/bin/python" "${requirements[@]}"
     else
         "$venv/bin/python" -m pip install "${requirements[@]}"
     fi

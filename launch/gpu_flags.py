@@ -38,10 +38,10 @@ def capabilities() -> set[int]:
     if not shutil.which("nvidia-smi"):
         return set()
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    majors = {int(major) for major in re.findall(r"^(\d+)\.\d", done.stdout, re.MULTILINE)}
-    if done.returncode or not majors:
-        output = " ".join(f"{done.stdout} {done.stderr}".split())
+    answer = subprocess.run(command, capture_output=True, text=True)
+    majors = {int(major) for major in re.findall(r"^(\d+)\.\d", answer.stdout, re.MULTILINE)}
+    if answer.returncode or not majors:
+        output = " ".join(f"{answer.stdout} {answer.stderr}".split())
         raise RuntimeError(f"the GPUs of this machine cannot be listed: {' '.join(command)}: {output}")
     return majors
 
@@ -52,20 +52,34 @@ def settings(environment: Mapping[str, str], cards: set[int]) -> dict[str, str]:
     Args:
       environment: of this process.
       cards: the major compute capabilities of the GPUs; what only some kinds of card need is set if all are of that kind.
+
+    Raises:
+      ValueError: if jaxlib knows a flag of the table, but not its value.
     """
-    given = environment.get("XLA_FLAGS", "")
+    user_flags = environment.get("XLA_FLAGS", "").split()
     table = FLAGS | (BLACKWELL_FLAGS if cards == _BLACKWELL else {})
-    named = {flag.partition("=")[0] for flag in given.split()}
+    named = {flag.partition("=")[0] for flag in user_flags}
     flags = [f"--{name}={value}" for name, value in table.items() if f"--{name}" not in named]
     missing = xla_flags.unknown(flags)
     if missing:
         print(f"jaxlib {version('jaxlib')} does not know {' '.join(missing)}: not set", file=sys.stderr)
-    result = {"XLA_FLAGS": " ".join([*(flag for flag in flags if flag not in missing), *given.split()])}
+    known = [flag for flag in flags if flag not in missing]
+    _check_values(known)
+    result = {"XLA_FLAGS": " ".join([*known, *user_flags])}
     if cards == _HOPPER:
         result |= HOPPER_VARIABLES
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:  # the older name of the next one; JAX takes one of them only
         result["XLA_CLIENT_MEM_FRACTION"] = MEMORY_FRACTION
     return {name: value for name, value in result.items() if name == "XLA_FLAGS" or name not in environment}
+
+
+def _check_values(flags):
+    """Raises ValueError if jaxlib refuses the value of one of these flags, which would end every command without a word."""
+    if xla_flags.complaint(" ".join(flags)) is None:
+        return
+    refused = next((flag for flag in flags if xla_flags.complaint(flag)), " ".join(flags))
+    remedy = "put it into XLA_FLAGS with a value that this version takes"
+    raise ValueError(f"jaxlib {version('jaxlib')} refuses {refused}: {xla_flags.complaint(refused)}; {remedy}")
 
 
 @cli.ending()

@@ -178,7 +178,7 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
         "topology": topology, "slices": job.config["mesh"]["slices"], "device_kind": chip.kind, "chips": chips,
         "chip": chip.noun, "link": chip.link_name, "memory_of_chip_bytes": chip.memory,
         "bytes_per_second": {"memory": chip.bandwidth, "link": chip.link, "network": chip.network},
-        "peak_flop_per_second": chip.peak(), "clock_hz": getattr(chip, "clock", None),
+        "start_seconds": chip.start, "peak_flop_per_second": chip.peak(), "clock_hz": getattr(chip, "clock", None),
         "matmul_share": getattr(chip, "matmul", None),
         "job": "sample" if sampling else job.config["job"], "mesh": dict(job.mesh.shape),
         "branch_shares": [] if sampling else flops.branch_shares(job.config),
@@ -210,7 +210,7 @@ def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
 
 
 def parse_args(argv=None):
-    """Command line of this program."""
+    """Returns the arguments of the command line."""
     parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
     topology = "TPUs, CHIP:GRID such as v5e:4x4, or GPUs, CARD:HOSTSxGPUS such as h100:2x8; may be given several times"
     parser.add_argument("--topology", action="append", required=True, help=topology)
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 
 @cli.command(parse_args)
 def main(args):
-    """Entry point; exit code 1 says that not everything fits."""
+    """Prints the plans of all topologies; exit code 1 says that not everything fits."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine has nothing to do with the plan
     path = None if args.json is None else files.check_new("--json", args.json)
     if args.images_per_chip is not None and not args.sample:

@@ -22,7 +22,7 @@ from configs import ldm, repae, vae
 from repae_jax import cli, plan
 from repae_jax.cost import chips, flops, plan_advice, plan_text, topologies
 from repae_jax.cost.topologies import topology_devices
-from repae_jax.distributed import sharding
+from repae_jax.distributed import multihost, sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 
 GIB = 2**30
@@ -81,7 +81,8 @@ def test_how_many_chips_links_connect(name, linked):
         ("gb200:8", "a host has 1 to 4 of gb200"),
         ("h100:2x2x2", "a host has 1 to 8 of h100"),
         ("h100:0", "expected CHIP:GRID"),
-        ("h100:99999x8", "a host has 1 to 8"),
+        ("h100:99999x8", "--topology=h100:99999x8: 799,992 GPUs; a plan may have up to 10,000"),
+        ("v5p:100x100x100", "--topology=v5p:100x100x100: 1,000,000 chips; a plan may have up to 10,000"),
     ],
 )
 def test_unknown_topologies(name, message):
@@ -105,7 +106,7 @@ def test_libtpu_is_not_installed(monkeypatch):
     ],
 )
 def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, installed, monkeypatch):
-    monkeypatch.setattr(topologies, "_version", versions.get)
+    monkeypatch.setattr(multihost, "versions", lambda: dict.fromkeys(multihost.PACKAGES) | versions)
     message = run_main(monkeypatch, topologies=["h200:1"])
     wanted = f"error: compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {jax.lib.__version__} (no GPU is needed)"
     assert message.startswith(f"{wanted}: {installed}; ")
@@ -113,7 +114,7 @@ def test_the_cuda_plugin_is_not_installed_or_of_another_version(versions, instal
 
 
 def test_cudnn_is_not_installed(monkeypatch):
-    monkeypatch.setattr(topologies, "_version", lambda _: None)
+    monkeypatch.setattr(multihost, "versions", lambda: dict.fromkeys(multihost.PACKAGES))
     message = "^config.attention='cudnn' .* nvidia-cudnn-cu13 is not installed: pip install --no-deps"
     with pytest.raises(ValueError, match=message):
         plan.prepare({**build.plain_config(small.config()), "attention": "cudnn"}, "h200:1")
@@ -122,7 +123,8 @@ def test_cudnn_is_not_installed(monkeypatch):
 def test_hosts_of_gpus_are_no_slices(monkeypatch):
     monkeypatch.setattr(topologies, "check_cuda_plugin", lambda: None)
     message = run_main(monkeypatch, "--config.mesh.slices=2", topologies=["h100:8"])
-    assert message.startswith("error: --topology=h100:8: mesh.slices=2 is for TPUs; hosts of GPUs are part of the topology")
+    reason = "is planned for TPUs only, allowed here: 1; hosts of GPUs are part of the topology, as in h100:2x8"
+    assert message == f"error: --topology=h100:8: mesh.slices=2 {reason}"
 
 
 @pytest.mark.parametrize(("fsdp", "message"), [(3, r"mesh.fsdp=3 does not divide the 4 devices; allowed: \[1, 2, 4\]")])
@@ -139,8 +141,31 @@ def test_a_card_too_small_for_one_image(monkeypatch):
     with pytest.raises(ValueError) as caught:
         plan.prepare(small.config(), "rtx4090:2")
     message = str(caught.value)
-    assert message.startswith("--topology=rtx4090:2: too small for one image: state, gradients and frozen weights take 0.0 GiB")
+    assert message.startswith("--topology=rtx4090:2: too small for one image: state and frozen weights take 0.0 GiB")
     assert "allowed: --config.mesh.fsdp up to 2, which splits the state, h200, h100," in message and "\n" not in message
+
+
+def test_gradients_need_not_be_there_at_once():
+    """They may take the place of temporaries, so a card is refused only where the arguments alone are too large."""
+    card = chips.GPUS["rtx4090"]
+    numbers = {
+        "topology": "rtx4090:1", "chips": 1, "mesh": {"fsdp": 1}, "job": "repae",
+        "state_bytes": 20 * GIB, "gradient_bytes": 10 * GIB, "frozen_bytes": GIB,
+    }  # fmt: skip
+    plan_advice.check_state(card, numbers)
+    with pytest.raises(ValueError, match="state and frozen weights take 22.0 GiB, and a program may fill 21.6; allowed: h200"):
+        plan_advice.check_state(card, numbers | {"frozen_bytes": 2 * GIB})
+    sampling = {"job": "sample", "chips": 2, "state_bytes": 22 * GIB, "frozen_bytes": 0}
+    with pytest.raises(ValueError, match="one image: weights take 22.0 GiB, .* allowed: h200,"):  # each GPU holds them all
+        plan_advice.check_state(card, numbers | sampling)
+
+
+def test_most_images_where_gradients_are_larger_than_temporaries():
+    """Half of the temporaries then counts as growing with the images."""
+    card = dataclasses.replace(chips.GPUS["h100"], memory=30 * GIB, usable=0.9)
+    memory = {"temporaries": 4 * GIB, "total": 15 * GIB}
+    numbers = {"memory_bytes": memory, "gradient_bytes": 6 * GIB, "images_per_chip": 4}
+    assert plan_advice.most_images(card, numbers) == 28, "(27 - 11 - 2) / (2 / 4)"
 
 
 def test_all_topologies_are_checked_before_the_first_is_compiled(monkeypatch):
@@ -307,7 +332,7 @@ def test_what_does_not_fit_is_said_with_advice():
 
 def test_a_compiler_that_fails_leaves_the_other_topologies_their_plans(monkeypatch, tmp_path, capsys):
     numbers = too_large()[1]
-    fitting = numbers | {"fits": True, "runs": 3600} | plan.outcome(numbers | {"runs": 3600}, STATS, HLO)
+    fitting = numbers | {"fits": True, "runs": 3600, "advice": []} | plan.outcome(numbers | {"runs": 3600}, STATS, HLO)
     monkeypatch.setattr(plan, "prepare", lambda config, name, images: (None, numbers | {"topology": name}))
 
     def crash_once(function, config, topology, images_per_chip):
@@ -367,7 +392,7 @@ HLO = LOOP.replace("LIMIT", "10").replace("START", "0").replace("STEP", "1").rep
 
 
 def test_numbers_and_their_tables():
-    numbers = too_large()[1] | {"fits": True, "runs": 3600}
+    numbers = too_large()[1] | {"fits": True, "runs": 3600, "advice": ["--config.sit.remat=none: faster"]}
     numbers |= plan.outcome(numbers, STATS, HLO)
     cycles = 5 + 10 * 109
     assert numbers["seconds"] == cycles / 1.5e9 and numbers["hours"] == pytest.approx(numbers["seconds"])
@@ -379,6 +404,11 @@ def test_numbers_and_their_tables():
     assert "14.50 GiB of 15.75: fits, 8% free, which is tight" in text
     for part in (*numbers["flop_per_image"], "all-reduce", "images per second", "3,600 steps", "clock of 1.5 GHz", "88%"):
         assert part in text
+    assert "worth a try: --config.sit.remat=none: faster time of a step" in text
+    assert "a chip; its time is not in the compiler's estimate" in text
+    opinion = "In the roofline, a second opinion with collectives, each kernel of the compiled program takes as long as"
+    assert f"{opinion} products do at 85% of the peak, convolutions at 85% (float32 as bfloat16), its bytes at 85% of" in text
+    assert "collectives at 80% of 90 GB/s of the torus or 3.12 of the network. No chip was measured" in text
     assert "1 loops whose length is unknown" in " ".join(plan_text.lines_of(numbers | {"unknown_loops": 1}))
     assert numbers["config"]["data"]["batch_size"] == 64 and numbers["arguments"] == sys.argv[1:]
     assert f"jax {jax.__version__}, jaxlib {jax.lib.__version__}, libtpu " in text and "scales" not in text
@@ -391,7 +421,7 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     numbers |= {"flop_per_image": {"vae": 1e9}, "runs": 1}
     outcome = plan.outcome(numbers, STATS, BRANCHES)
     assert outcome["estimated_cycles"] == 0.5 * 10 + 0.5 * 30 + 10
-    text = " ".join(" ".join(plan_text.lines_of(numbers | outcome | {"fits": True, "runs": 1})).split())
+    text = " ".join(" ".join(plan_text.lines_of(numbers | outcome | {"fits": True, "runs": 1, "advice": []})).split())
     assert "Of the 2 scales of which a step draws one, FLOP, cycles and collectives are the mean." in text
 
 
@@ -432,9 +462,21 @@ def test_a_plan_of_gpus(monkeypatch):
         "h100:2x4: 8 GPUs, NVIDIA H100 80GB HBM3, with 989 TFLOP/s", "64 images a step, 8 a GPU", "of 80.00: fits, 82% free",
         f"images that a GPU has room for {numbers['most_images']}", "--config.sit.remat=none", "by a roofline's estimate",
         "0 GPU-hours", "all-reduce over other groups", "by NVLink by network", "products do at 60% of the peak",
-        "memory is a lower bound", "jax-cuda13-plugin",
+        "memory is a lower bound", "jax-cuda13-plugin", "450 GB/s of NVLink or 50 of the network, and 2 us or more",
+        "the one step that was measured, on one H200, comes out right; the step has changed since",
     ):  # fmt: skip
         assert part in text, part
+    assert "XLA_CLIENT_MEM_FRACTION" not in text
+    alone = " ".join(" ".join(plan_text.lines_of(numbers | {"chips": 1, "start_seconds": 3e-6})).split())
+    assert "of 3.35 TB/s, and 3 us or more; nothing overlaps" in alone and "of the network" not in alone
+
+
+def test_more_of_a_card_than_jax_takes_by_itself(monkeypatch):
+    """14.5 GiB are more than 75 % of 19, and not of 20."""
+    line = "set XLA_CLIENT_MEM_FRACTION=.9, as launch/multi_gpu.sh does: by itself JAX takes 75% of a card"
+    assert line in plan_text.lines_of(gpu_plan(monkeypatch, memory=19 * GIB))
+    assert line not in plan_text.lines_of(gpu_plan(monkeypatch, memory=20 * GIB))
+    assert line not in plan_text.lines_of(gpu_plan(monkeypatch, memory=16 * GIB)), "it does not fit"
 
 
 def test_a_step_that_gpus_have_no_memory_for(monkeypatch):
@@ -468,6 +510,14 @@ def test_little_is_spent_where_little_is_free(monkeypatch):
 def test_the_state_is_counted_as_it_is_sharded():
     whole, part = (setting_of(mesh__fsdp=fsdp, sit__hidden_size=256)[1]["state_bytes"] for fsdp in (1, 8))
     assert whole / 8 < part < whole / 2
+
+
+@pytest.mark.parametrize(("precision", "said"), [("float32", True), ("bfloat16", False)])
+def test_sampling_in_float32_is_said_where_it_is(precision, said):
+    numbers = too_large()[1] | {"fits": True, "runs": 1, "advice": [], "job": "sample"}
+    numbers["config"] = numbers["config"] | {"sampling": {"precision": precision}}
+    text = "\n".join(plan_text.lines_of(numbers | plan.outcome(numbers, STATS, HLO)))
+    assert ("sampling is in float32: three products in bfloat16, or more, for one" in text) is said
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

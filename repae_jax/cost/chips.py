@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from repae_jax.cost import flops
 
 GIB = 2**30
+JAX_SHARE = 0.75  # of a GPU's memory that JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class Chip:
     compiler_options: Mapping[str, bool | int]  # without which it does not compile where there is none
 
     def peak(self, precision: str = "bfloat16") -> float:
-        """Returns the dense FLOP/s of products in 'bfloat16', in 'float32' as JAX does them by default, or 'exact' float32."""
+        """Returns the dense FLOP/s of products in 'bfloat16', or in float32 of a precision of JAX.
+
+        'float32' is the default one, 'high' that of this name, and 'exact' its 'highest'.
+        """
         raise NotImplementedError
 
 
@@ -55,12 +59,12 @@ class Tpu(Chip):
 
     @property
     def sides(self) -> int:
-        """Number of dimensions of its torus."""
+        """Returns the number of dimensions of its torus."""
         return self.grids[0].count("x") + 1
 
     def peak(self, precision: str = "bfloat16") -> float:
-        """Returns the FLOP/s; exact products of float32 are six in bfloat16."""
-        return (flops.peak(self.kind) or 0.0) / (6 if precision == "exact" else 1)
+        """Returns the FLOP/s; a product of float32 is one in bfloat16, three where its precision is high, six if exact."""
+        return (flops.peak(self.kind) or 0.0) / {"high": 3, "exact": 6}.get(precision, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class Gpu(Chip):
     link_name: str = "NVLink"
     noun: str = "GPU"
     start: float = 2e-6
-    usable: float = 0.9  # XLA_PYTHON_CLIENT_MEM_FRACTION=.9; the rest is for the driver, the libraries and fragmentation
+    usable: float = 0.9  # as XLA_CLIENT_MEM_FRACTION, see JAX_SHARE; the rest is for driver, libraries and fragmentation
     refuses: bool = False
     reached: Mapping[str, float] = dataclasses.field(default_factory=lambda: _GPU_REACHES)
     # nothing can be timed, and Triton's products find no tiles untimed: cuBLAS does them all
@@ -88,10 +92,10 @@ class Gpu(Chip):
     connected: int = 0  # GPUs that links connect where these are more than those of a host
 
     def peak(self, precision: str = "bfloat16") -> float:
-        """Returns the FLOP/s; products of float32 are TF32, exact ones run on the ordinary units."""
+        """Returns the FLOP/s; products of float32 are TF32, high ones, too; exact ones run on the ordinary units."""
         if precision == "exact":
             return 2 * self.cores * self.units * self.clock
-        return flops.peak(self.kind, precision) or 0.0
+        return flops.peak(self.kind, "float32" if precision == "high" else precision) or 0.0
 
     def target_config(self) -> str:
         """Returns the text of the GpuTargetConfigProto with which XLA compiles for this card; fields that all versions know."""

@@ -20,12 +20,13 @@ from repae_jax.job import build, compilation, initial_state
 from repae_jax.sampling import generate
 
 # dense FLOP/s of one device in bfloat16, by the beginning of its `device_kind`; the first that fits counts
-PEAKS = {
+PEAKS: dict[str, float | None] = {
     "TPU7x": 2307e12 / 2, "TPU v6": 918e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v4": 275e12,
     "TPU v3": 123e12 / 2,  # a v3 and a 7x have two devices on a chip
     "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12, "NVIDIA GH200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA H200": 989e12,
     "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA RTX 6000 Ada": 364.2e12,
+    "NVIDIA GeForce RTX 4090 Laptop": None, "NVIDIA GeForce RTX 4090 D": 147e12, "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA L40S": 362e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA RTX 6000 Ada": 364.2e12,
 }  # fmt: skip
 H100 = "NVIDIA H100 80GB HBM3"
 UTILIZATION = 0.3
@@ -33,7 +34,7 @@ RECOMPUTED = "rematted_computation"  # scope that JAX gives to what a backward p
 
 
 def peak(device_kind: str, precision: str = "bfloat16") -> float | None:
-    """Returns the dense peak of one device in FLOP/s; None for a device that is not in PEAKS, such as a CPU.
+    """Returns the dense peak of one device in FLOP/s; None where it is not known, as of a CPU.
 
     In precision 'float32', JAX multiplies on TPUs in bfloat16, too, and on GPUs in TF32, which is half as fast.
     """

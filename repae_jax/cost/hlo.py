@@ -90,7 +90,7 @@ def _closing(text, opening):
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a shape."""
+    """An array in the shape of an instruction, which may be a tuple of several."""
 
     dtype: str
     sides: tuple[int, ...]
@@ -98,12 +98,12 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Returns the number of elements."""
         return math.prod(self.sides)
 
     @property
     def bytes(self) -> float:
-        """Bytes, without the padding of layouts; 0 of tokens."""
+        """Returns the bytes, without the padding of layouts; 0 of tokens."""
         return self.size * (1 if self.dtype.startswith("f8") or self.dtype == "f" else _BYTES.get(self.dtype, 0))
 
 
@@ -166,6 +166,12 @@ def loop_turns(
         return constant, None
     step = _step(body, result.operands[index], index, constant)
     return constant, max(0, -(-(limit - start[index]) // step)) if step else None
+
+
+def branches(conditional: Instruction) -> list[str]:
+    """Returns the names of the computations of a conditional, in the order of their index."""
+    attributes = ("branch_computations", "false_computation", "true_computation")
+    return [name for attribute in attributes for name in conditional.called(attribute)]
 
 
 def root(computation: Computation) -> Instruction:

@@ -101,8 +101,7 @@ class _Counter:
                 trips = 1
             return [(trips, self.cost(name, constant)) for name in instruction.called("body", "condition")]
         if instruction.opcode == "conditional":
-            attributes = ("branch_computations", "false_computation", "true_computation")  # in the order of their index
-            branches = [self.cost(name, {}) for attribute in attributes for name in instruction.called(attribute)]
+            branches = [self.cost(name, {}) for name in hlo.branches(instruction)]
             if len(branches) == len(self._shares):
                 return list(zip(self._shares, branches))
             return [(1, max(branches, key=lambda branch: (branch[0], sum(branch[1].values()))))]

@@ -20,7 +20,8 @@ OTHER = "other"
 NEAR = 4  # steps to those that use a result, within which names are looked for
 _SAME_ARRAY = ("bitcast", "reshape", "get-tuple-element", "copy", "convert")
 _CONTROL = re.compile(r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation")  # no scopes
-_EXACT = re.compile(r'operand_precision"?[=:]\s*[{\[]"?highest', re.IGNORECASE)
+_OPERANDS = re.compile(r'operand_precision"?[=:]\s*[{\[]"?(highest|high)\b', re.IGNORECASE)
+_PRECISIONS = {"highest": "exact", "high": "high"}
 _SCRATCH = ("s8", "u8")  # of libraries, the last of their results
 _FORWARD = ("__cudnn$convForward", "__cudnn$convForwardGraph", "__cudnn$convBiasActivationForward")
 _ATTENTION = "__cudnn$fmha"
@@ -82,7 +83,7 @@ def flop(computations: Computations, computation: Computation, instruction: Inst
     between pixels.
 
     Returns:
-      'bfloat16', 'float32' (as the chip does it by default, such as TF32) or 'exact' -> FLOP.
+      'bfloat16', 'float32' (as the chip does it by default, such as TF32), 'high' or 'exact' -> FLOP.
     """
     counted: dict[str, float] = collections.Counter()
     for name in instruction.called("calls", "to_apply") if instruction.opcode in ("fusion", "call", "async-start") else ():
@@ -98,7 +99,8 @@ def flop(computations: Computations, computation: Computation, instruction: Inst
 def _precision(computation, instruction):
     if arrays(computation[instruction.operands[0]].shape)[0].dtype not in ("f32", "f64"):
         return "bfloat16"
-    return "exact" if _EXACT.search(instruction.attributes) else "float32"
+    match = _OPERANDS.search(instruction.attributes)
+    return _PRECISIONS[match[1].lower()] if match else "float32"
 
 
 def _sides(computation, name):
@@ -115,12 +117,12 @@ def _convolution(computation, instruction):
     images, kernel, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.attributes) or [""])[0]))
     weights, pixels = _sides(computation, instruction.operands[1]), _sides(computation, instruction.operands[0])
-    made = arrays(instruction.shape)[0].sides
+    result_sides = arrays(instruction.shape)[0].sides
     used = 1
     for axis in sorted(label for label in kernel if label.isdigit()):
         option = {name: values.split("x")[int(axis)] for name, values in window.items()}
-        used *= _pairs(pixels[images.index(axis)], weights[kernel.index(axis)], made[result.index(axis)], option)
-    return 2 * made[result.index("b")] * made[result.index("f")] * weights[kernel.index("i")] * used
+        used *= _pairs(pixels[images.index(axis)], weights[kernel.index(axis)], result_sides[result.index(axis)], option)
+    return 2 * result_sides[result.index("b")] * result_sides[result.index("f")] * weights[kernel.index("i")] * used
 
 
 def _pairs(pixels, size, results, option):
@@ -138,11 +140,11 @@ def _library_call(computation, instruction):
         contracted = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         return 2 * math.prod(result) * math.prod(operands[0][int(axis)] for axis in re.findall(r"\d+", contracted))
     if target.startswith("__cudnn$conv"):
-        made, kernel = (result, operands[1]) if target in _FORWARD else (operands[0], operands[1])
+        output_sides, kernel = (result, operands[1]) if target in _FORWARD else (operands[0], operands[1])
         if target == "__cudnn$convBackwardFilter":
-            made, kernel = operands[1], result
+            output_sides, kernel = operands[1], result
         outputs = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)[1].index("o")
-        return 2 * math.prod(made) * math.prod(kernel) / kernel[outputs]
+        return 2 * math.prod(output_sides) * math.prod(kernel) / kernel[outputs]
     if target.startswith(_ATTENTION):
         pairs = re.search(r'"intermediate_tensor_shape":\s*\{.*?"dimensions":\s*\[([^\]]*)\]', instruction.attributes)[1]
         products = 5 if "Backward" in target else 2  # back: scores again, and the gradients of values, scores, queries, keys
@@ -230,13 +232,13 @@ def _parameter(fused, name):
 
 def _written(fused: Computation, results: list[Array]) -> float:
     last = root(fused)
-    made = [fused[name] for name in last.operands] if last.opcode == "tuple" else [last]
-    if len(made) != len(results):  # results that are tuples themselves
+    values = [fused[name] for name in last.operands] if last.opcode == "tuple" else [last]
+    if len(values) != len(results):  # results that are tuples themselves
         return sum(array.bytes for array in results if not array.is_near)
-    return sum(_made_bytes(fused, each, array) for each, array in zip(made, results) if not array.is_near)
+    return sum(_result_bytes(fused, value, array) for value, array in zip(values, results) if not array.is_near)
 
 
-def _made_bytes(fused, value, array):
+def _result_bytes(fused, value, array):
     while value.opcode in _SAME_ARRAY:
         value = fused[value.operands[0]]
     if value.opcode == "dynamic-update-slice" and _parameter(fused, value.operands[0]):

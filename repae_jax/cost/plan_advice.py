@@ -25,22 +25,25 @@ def _shard_bytes(x, placed):
 
 
 def check_state(chip: Tpu | Gpu, numbers: Numbers) -> None:
-    """Raises ValueError if a card cannot hold what there is before the first image: state, gradients and frozen weights."""
-    least, room = sum(numbers[kind] for kind in ("state_bytes", "gradient_bytes", "frozen_bytes")), chip.usable * chip.memory
+    """Raises ValueError if a card cannot hold what every program gets as arguments: the state and frozen weights."""
+    least, room = numbers["state_bytes"] + numbers["frozen_bytes"], chip.usable * chip.memory
     if least <= room:
         return
     allowed = [name for name, each in GPUS.items() if least <= each.usable * each.memory] or ["no card known here"]
-    if numbers["chips"] > numbers["mesh"]["fsdp"]:
+    sampling = numbers["job"] == "sample"
+    if not sampling and numbers["chips"] > numbers["mesh"]["fsdp"]:
         allowed.insert(0, f"--config.mesh.fsdp up to {numbers['chips']}, which splits the state")
+    kinds = "weights" if sampling else "state and frozen weights"
     raise ValueError(
-        f"--topology={numbers['topology']}: too small for one image: state, gradients and frozen weights take "
+        f"--topology={numbers['topology']}: too small for one image: {kinds} take "
         f"{least / GIB:.1f} GiB, and a program may fill {room / GIB:.1f}; allowed: {', '.join(allowed)}"
     )
 
 
 def most_images(chip: Tpu | Gpu, numbers: Numbers) -> int:
     """Returns an estimate of the images that a chip has memory for: all temporaries but the gradients grow with them."""
-    memory, fixed = numbers["memory_bytes"], numbers["gradient_bytes"]
+    memory = numbers["memory_bytes"]
+    fixed = min(numbers["gradient_bytes"], memory["temporaries"] / 2)  # not all gradients need be there at once
     each = max(memory["temporaries"] - fixed, 1) / numbers["images_per_chip"]
     return max(0, math.floor((chip.usable * chip.memory - (memory["total"] - memory["temporaries"]) - fixed) / each))
 

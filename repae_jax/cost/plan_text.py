@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from repae_jax.cost.chips import GIB
+from repae_jax.cost.chips import GIB, JAX_SHARE
 from repae_jax.cost.roofline_text import exchange_table, kernel_table, part_table
 
 TIGHT = 0.1  # largest free share of the memory that is called tight
@@ -54,10 +54,10 @@ def _gib(size):
 def _does_not_fit(numbers):
     needed, size = numbers["needed_bytes"], f"the {_gib(numbers['memory_of_chip_bytes'])} GiB of a {numbers['chip']}"
     needs = f"needs {_gib(needed)} GiB or more of {size}" if needed else f"needs more than {size}"
-    said = "Why" if "seconds" in numbers else "The compiler says"
+    source = "Why" if "seconds" in numbers else "The compiler says"
     return [
         f"DOES NOT FIT: {needs}; its {_state_of(numbers)} alone: {_gib(numbers['state_bytes'])} GiB",
-        *textwrap.wrap(f"{said}: {numbers['message'].removeprefix('RESOURCE_EXHAUSTED: ')}", 120),
+        *textwrap.wrap(f"{source}: {numbers['message'].removeprefix('RESOURCE_EXHAUSTED: ')}", 120),
         "What helps:",
         *(f"  {line}" for line in numbers["advice"]),
         *([""] if "seconds" in numbers else []),
@@ -76,35 +76,46 @@ def _failed(numbers):
 
 
 def note(numbers: Mapping[str, Any]) -> str:
-    """Returns the caveats of the estimate."""
-    unknown = numbers["unknown_loops"]
-    short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
-    drawn = len(numbers["branch_shares"])
-    mean = f"Of the {drawn} scales of which a step draws one, FLOP, cycles and collectives are the mean. " if drawn else ""
+    """Returns the caveats of the estimate of a TPU program."""
     return (
-        f"{short}{mean}How far to trust it: these are the cycles that the compiler expects of each operation, loops "
-        f"multiplied, over a clock of {numbers['clock_hz'] / 1e9:g} GHz; of a large matrix product it expects "
-        f"{numbers['matmul_share']:.0%} of the peak. Collectives, host and input are not in it, and nothing overlaps. No "
-        "chip was measured: trust ratios only."
+        f"{_counted(numbers, 'FLOP, cycles and collectives are')}How far to trust it: these are the cycles that the compiler "
+        f"expects of each operation, loops multiplied, over a clock of {numbers['clock_hz'] / 1e9:g} GHz; of a large matrix "
+        f"product it expects {numbers['matmul_share']:.0%} of the peak. Collectives, host and input are not in it, and nothing "
+        f"overlaps. In the roofline, a second opinion{'' if numbers['chips'] == 1 else ' with collectives'}, "
+        f"{_assumptions(numbers)}. No chip was measured: trust ratios only."
     )
 
 
 def roofline_note(numbers: Mapping[str, Any]) -> str:
     """Returns the assumptions of a GPU's estimate."""
-    roofline, speeds = numbers["roofline"], numbers["bytes_per_second"]
-    shares = {name: f"{share:.0%}" for name, share in roofline["assumed"].items()}
-    unknown = numbers["unknown_loops"]
-    short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
-    drawn = len(numbers["branch_shares"])
-    mean = f"Of the {drawn} scales of which a step draws one, all is the mean. " if drawn else ""
     return (
-        f"{short}{mean}How far to trust it: each kernel of the compiled program takes as long as products do at "
-        f"{shares['product']} of the peak, convolutions at {shares['convolution']} (float32 as TF32, half as fast), its bytes "
-        f"at {shares['memory']} of {speeds['memory'] / 1e12:.2f} TB/s, collectives at {shares['link']} of "
-        f"{speeds['link'] / 1e9:.0f} GB/s of {numbers['link']} or {speeds['network'] / 1e9:g} of the network, and 2 us or "
-        "more; nothing overlaps, host and input are not in it. These shares were chosen for the one step that was measured, "
-        "on one H200: 339 ms, where this says 341. Nothing is tuned here: a real GPU chooses among kernels, Triton's, too, "
-        "and gives convolutions workspaces, of 0 bytes here: memory is a lower bound."
+        f"{_counted(numbers, 'all is')}How far to trust it: {_assumptions(numbers)}; nothing overlaps, host and input are not "
+        "in it. These shares were chosen so that the one step that was measured, on one H200, comes out right; the step has "
+        "changed since. Nothing is tuned here: a real GPU chooses among kernels, Triton's, too, and gives convolutions "
+        "workspaces, of 0 bytes here: memory is a lower bound."
+    )
+
+
+def _counted(numbers, means):
+    """Returns what to know of loops of unknown length and of drawn branches."""
+    unknown, drawn = numbers["unknown_loops"], len(numbers["branch_shares"])
+    short = f"{unknown} loops whose length is unknown count once, so all is too small. " if unknown else ""
+    return short + (f"Of the {drawn} scales of which a step draws one, {means} the mean. " if drawn else "")
+
+
+def _assumptions(numbers):
+    """Returns how long a kernel takes by the roofline."""
+    speeds, start = numbers["bytes_per_second"], numbers["start_seconds"]
+    shares = {name: f"{share:.0%}" for name, share in numbers["roofline"]["assumed"].items()}
+    float32 = "bfloat16" if numbers["estimated_cycles"] else "TF32, half as fast"
+    exchanges = (
+        f", collectives at {shares['link']} of {speeds['link'] / 1e9:.0f} GB/s of {numbers['link']} or "
+        f"{speeds['network'] / 1e9:.3g} of the network"
+    )
+    return (
+        f"each kernel of the compiled program takes as long as products do at {shares['product']} of the peak, convolutions at "
+        f"{shares['convolution']} (float32 as {float32}), its bytes at {shares['memory']} of {speeds['memory'] / 1e12:.2f} TB/s"
+        f"{exchanges if numbers['chips'] > 1 else ''}{f', and {1e6 * start:g} us or more' if start else ''}"
     )
 
 
@@ -140,25 +151,29 @@ def _memory_table(numbers):
     }
     names = ("arguments", "outputs", "temporaries", "code", "total")
     lines = [f"memory of a {noun}", *(_row(name, _gib(kinds[name]), "GiB", notes.get(name, "")) for name in names)]
-    if numbers["estimated_cycles"]:
+    if not numbers["estimated_cycles"]:  # compilers for TPUs lay out a larger batch otherwise
+        grow = "an estimate: temporaries but gradients grow with them"
+        lines.append(_row(f"images that a {noun} has room for", f"{numbers['most_images']}", "", grow))
+    if not numbers["fits"]:
         return lines
-    most = numbers["most_images"]
-    grow = "an estimate: temporaries but gradients grow with them"
-    lines.append(_row(f"images that a {noun} has room for", f"{most}", "", grow))
-    if not numbers["fits"] or not numbers["advice"]:
-        return lines
-    return [*lines, "with so much memory free, these are worth a try:", *(f"  {line}" for line in numbers["advice"])]
+    if noun == "GPU" and kinds["total"] > JAX_SHARE * size:
+        why = f"as launch/multi_gpu.sh does: by itself JAX takes {JAX_SHARE:.0%} of a card"
+        lines.append(f"set XLA_CLIENT_MEM_FRACTION=.9, {why}")
+    worth = ["with so much memory free, these are worth a try:"] if numbers["advice"] else []
+    return [*lines, *worth, *(f"  {line}" for line in numbers["advice"])]
 
 
 def _time_table(numbers):
     sampling, estimate, noun = numbers["job"] == "sample", numbers["roofline"], numbers["chip"]
     cycles = numbers["estimated_cycles"]
+    is_float32 = sampling and numbers["config"]["sampling"]["precision"] == "float32"
     slower = "three products in bfloat16, or more, for one" if cycles else "TF32, half as fast"
-    float32 = f"sampling is in float32: {slower}" if sampling else ""
+    float32 = f"sampling is in float32: {slower}" if is_float32 else ""
     runs = f"{numbers['runs']:,.0f} {'batches' if sampling else 'steps'}"
     bounds = ", ".join(f"{1000 * seconds:,.1f} {bound}" for bound, seconds in estimate["by_bound"].items() if seconds)
     roofline = _row("a roofline's", f"{1000 * estimate['seconds']:,.1f}", "ms", bounds)
     collectives = sorted(numbers["collective_bytes"].items()) if cycles else []
+    sent = "a chip; its time is not in the compiler's estimate"
     return [
         f"time of a {'batch' if sampling else 'step'}, by {'the compiler' if cycles else 'a roofline'}'s estimate",
         _row("time", f"{numbers['seconds'] * 1000:,.1f}", "ms", f"{cycles:,.0f} cycles" if cycles else bounds),
@@ -166,5 +181,5 @@ def _time_table(numbers):
         _row("share of bfloat16 peak", f"{numbers['share_of_peak']:.1%}", "", float32),
         _row("images per second", f"{numbers['images_per_second']:,.1f}", ""),
         _row(runs, f"{numbers['hours']:,.1f}", "hours", f"{numbers['chip_hours']:,.0f} {noun}-hours"),
-        *(_row(kind, f"{size / 1e9:.3f}", "GB", "a chip; its time is not in the estimate") for kind, size in collectives),
+        *(_row(kind, f"{size / 1e9:.3f}", "GB", sent) for kind, size in collectives),
     ]

@@ -9,28 +9,16 @@ import collections
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from repae_jax.cost import hlo, kernels
+from repae_jax.cost.chips import Chip
 
 ARITHMETIC, MEMORY, STARTS, COLLECTIVES = "arithmetic", "memory", "starts", "collectives"
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 BOUNDS = (ARITHMETIC, MEMORY, STARTS, COLLECTIVES)
-
-
-class Chip(Protocol):
-    """The speeds of a chip that bound its kernels, see `chips.Chip`."""
-
-    bandwidth: float
-    link: float
-    network: float
-    start: float  # seconds that a kernel takes, however little it does
-    reached: Mapping[str, float]
-
-    def peak(self, precision: str) -> float:
-        """Returns FLOP/s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Groups:
 
     @classmethod
     def of_mesh(cls, shape: Mapping[str, int], per_domain: int) -> "Groups":
-        """Returns those of a mesh whose chips are in order, `per_domain` of them connected by links."""
+        """Returns the groups of a mesh whose chips are in order, `per_domain` of them connected by links."""
         grid = np.arange(int(np.prod(list(shape.values())))).reshape(tuple(shape.values()))
         names, axes = list(shape), {}
         for first, last in ((i, j) for i in range(len(names)) for j in range(i + 1, len(names) + 1)):
@@ -92,7 +80,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Time of all kernels, one after the other."""
+        """Returns the time of all kernels, one after the other."""
         return sum(self.by_bound().values())
 
     def by_bound(self) -> dict[str, float]:
@@ -122,7 +110,7 @@ class Roofline:
         """Returns the kernels that take longest, all their runs together."""
         return sorted(self.kernels, key=lambda kernel: -kernel.times * kernel.seconds)[:count]
 
-    def moved(self) -> dict[tuple[str, str], dict[str, float]]:
+    def exchanges(self) -> dict[tuple[str, str], dict[str, float]]:
         """Returns (kind, axes) of the collectives -> their bytes, those over links and network, and seconds."""
         sums: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(collections.Counter)
         for kernel in self.kernels:
@@ -139,7 +127,7 @@ class Roofline:
         return {
             "assumed": dict(self.reached), "seconds": self.seconds, "by_bound": self.by_bound(), "by_part": self.by_part(),
             "flop": self.flop(), "kernels": sum(kernel.times for kernel in self.kernels), "largest": kernels,
-            "moved": [{"kind": kind, "axes": axes, **sums} for (kind, axes), sums in self.moved().items()],
+            "moved": [{"kind": kind, "axes": axes, **sums} for (kind, axes), sums in self.exchanges().items()],
         }  # fmt: skip
 
 
@@ -189,8 +177,7 @@ class _Walk:
             yield self._kernel(inside, collective, kernels.op_name(self._computations, {}, collective), times)
 
     def _branches(self, instruction, times):
-        attributes = ("branch_computations", "false_computation", "true_computation")  # in the order of their index
-        names = [name for attribute in attributes for name in instruction.called(attribute)]
+        names = hlo.branches(instruction)
         if len(names) == len(self._shares):
             for share, name in zip(self._shares, names):
                 yield from self.kernels(name, share * times, {})
@@ -199,7 +186,7 @@ class _Walk:
         yield from max(branches, key=lambda branch: sum(kernel.times * kernel.seconds for kernel in branch))
 
     def _kernel(self, computation, instruction, op_name, times):
-        moved = self._moved(computation, instruction)
+        moved = self._exchange(computation, instruction)
         flop = kernels.flop(self._computations, computation, instruction)
         size = kernels.traffic(self._computations, computation, instruction)
         kind = self._kind(instruction, flop)
@@ -225,8 +212,11 @@ class _Walk:
     def _sending(self, moved):
         return max(moved.over_link / self._chip.link, moved.over_network / self._chip.network) / self._chip.reached["link"]
 
-    def _moved(self, computation, instruction):
-        """Returns what a collective sends, as rings do it: within the domains, and between them, each chip a part."""
+    def _exchange(self, computation, instruction):
+        """Returns what a collective sends, as rings do it: within the domains, and between them, each chip a part.
+
+        In an all-to-all no chip passes anything on: each sends its own parts to all others.
+        """
         kind = instruction.opcode.removesuffix("-start")
         if kind not in hlo.COLLECTIVES:
             return None
@@ -237,12 +227,14 @@ class _Walk:
             return Moved(kind, "pairs", size, 0.0 if far else size, size if far else 0.0)
         replicas = replica_groups(instruction.attributes, len(self._groups.domains))
         axes = self._groups.axes.get(frozenset(frozenset(group) for group in replicas), "other groups")
-        group = max(replicas, key=lambda group: len({self._domain(chip) for chip in group}))
-        domains = len({self._domain(chip) for chip in group})
-        near, passes = len(group) // domains, 2 if kind == "all-reduce" else 1
-        over_link = passes * size * (len(group) - 1) / len(group) if near > 1 else 0.0
-        over_network = passes * size * (domains - 1) / domains / near
-        return Moved(kind, axes, size, over_link, over_network)
+        groups = [sorted(collections.Counter(map(self._domain, group)).values()) for group in replicas]
+        members = max(groups, key=lambda sizes: (len(sizes), -sizes[0]))  # of the group with most to send over the network
+        chips, domains, least, most = sum(members), len(members), members[0], members[-1]
+        if kind == "all-to-all":
+            return Moved(kind, axes, size, size * (most - 1) / chips, size * (chips - least) / chips)
+        passes = 2 if kind == "all-reduce" else 1
+        over_link = passes * size * (chips - 1) / chips if most > 1 else 0.0
+        return Moved(kind, axes, size, over_link, passes * size * (domains - 1) / domains / least)
 
     def _domain(self, chip):
         return self._groups.domains[chip]

@@ -1,6 +1,5 @@
 """Topologies of TPUs and GPUs to compile for ahead of time, where there are none: sizes, devices."""
 
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -12,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from repae_jax.cost.chips import CHIPS, GPUS, TPUS, Gpu, Tpu
+from repae_jax.distributed import multihost
 
 MOST_CHIPS = 10_000
 _CUDNN = "nvidia-cudnn-cu13"
@@ -34,6 +34,8 @@ def check_topology(name: str) -> Tpu | Gpu:
         )
     chip, sides = CHIPS[chip_name], [int(side) for side in grid.split("x")]
     allowed = _allowed_tpus(chip, chip_name, grid, sides) if isinstance(chip, Tpu) else _allowed_gpus(chip, chip_name, sides)
+    if not allowed and math.prod(sides) > MOST_CHIPS:
+        allowed = f"{math.prod(sides):,} {chip.noun}s; a plan may have up to {MOST_CHIPS:,}"
     if allowed:
         raise ValueError(f"--topology={name}: {allowed}")
     return chip
@@ -42,13 +44,13 @@ def check_topology(name: str) -> Tpu | Gpu:
 def _allowed_tpus(chip, name, grid, sides):
     if chip.sides == 2 and grid not in chip.grids:
         return f"allowed grids of {name} are {', '.join(chip.grids)}"
-    if chip.sides == 3 and (len(sides) != 3 or sides[0] % 2 or sides[1] % 2 or math.prod(sides) > MOST_CHIPS):
+    if chip.sides == 3 and (len(sides) != 3 or sides[0] % 2 or sides[1] % 2):
         return f"a grid of {name} has three sides, in hosts of 2x2x1 chips: {', '.join(chip.grids)}, …"
     return None
 
 
 def _allowed_gpus(chip, name, sides):
-    if len(sides) > 2 or sides[-1] > chip.per_host or math.prod(sides) > MOST_CHIPS:
+    if len(sides) > 2 or sides[-1] > chip.per_host:
         most = chip.per_host
         return f"a host has 1 to {most} of {name}: {name}:1 to {name}:{most}; several hosts {name}:2x{most}, {name}:4x{most}, …"
     return None
@@ -94,7 +96,7 @@ def _gpu_devices(name, chip, slices):
     check_cuda_plugin()
     sides = [int(side) for side in name.partition(":")[2].split("x")]
     if slices > 1:
-        reason = "is for TPUs; hosts of GPUs are part of the topology, as in h100:2x8"
+        reason = "is planned for TPUs only, allowed here: 1; hosts of GPUs are part of the topology, as in h100:2x8"
         raise ValueError(f"--topology={name}: mesh.slices={slices} {reason}")
     _set_variables(_GPU_VARIABLES)
     shape = "x".join(map(str, [1] * (3 - len(sides)) + sides))  # slices, hosts, GPUs of a host
@@ -103,11 +105,10 @@ def _gpu_devices(name, chip, slices):
 
 def check_cuda_plugin() -> None:
     """Raises ValueError if JAX's CUDA plugin is not installed, or is of another version than jaxlib."""
-    versions = {name: _version(name) for name in _CUDA}
-    wanted = jax.lib.__version__
-    if set(versions.values()) == {wanted}:
+    versions, wanted = multihost.versions(), jax.lib.__version__
+    if all(versions[name] == wanted for name in _CUDA):
         return
-    installed = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    installed = ", ".join(f"{name} {versions[name] or 'missing'}" for name in _CUDA)
     packages = " ".join(f"{name}=={wanted}" for name in _CUDA)
     raise ValueError(
         f"compiling for GPUs needs JAX's CUDA plugin of jaxlib's version {wanted} (no GPU is needed): {installed}; "
@@ -117,16 +118,9 @@ def check_cuda_plugin() -> None:
 
 def check_cudnn() -> None:
     """Raises ValueError if cuDNN, which compiles its attention itself, is not installed."""
-    if _version(_CUDNN) is None:
+    if multihost.versions()[_CUDNN] is None:
         remedy = f"pip install --no-deps '{_CUDNN}<10', or set it to 'xla'"
         raise ValueError(f"config.attention='cudnn' is compiled by cuDNN, and {_CUDNN} is not installed: {remedy}")
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _set_variables(variables):

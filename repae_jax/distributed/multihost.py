@@ -36,8 +36,8 @@ START_SECONDS = 600  # in which all processes must have come, unless the environ
 WAIT_SECONDS = 3600  # for processes that are alive: one may read a million file names meanwhile
 SEEN_SECONDS = 60  # until all see a new file: network file systems cache
 PACKAGES = (
-    "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "orbax-checkpoint", "tensorstore",
-    "grain", "array_record", "pyarrow", "pillow", "numpy", "ml_collections",
+    "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "flax",
+    "optax", "orbax-checkpoint", "tensorstore", "grain", "array_record", "pyarrow", "pillow", "numpy", "ml_collections",
 )  # fmt: skip
 _POLL_SECONDS = 1.0
 _ABSENT = "<absent>"

@@ -19,10 +19,10 @@ _READ = (
 def complaint(flags: str) -> str | None:
     """Returns the line in which jaxlib refuses a value of XLA_FLAGS, as read by another process; None if it takes the value."""
     environment = os.environ | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "0"}  # the latter hides why a value is refused
-    tried = subprocess.run([sys.executable, "-c", _READ], env=environment, capture_output=True, text=True)
-    if tried.returncode == 0:
+    process = subprocess.run([sys.executable, "-c", _READ], env=environment, capture_output=True, text=True)
+    if process.returncode == 0:
         return None
-    lines = tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"]
+    lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
     logged = [line.partition("] ")[2] for line in lines if re.match(r"[EF]\d{4} ", line)]
     return (logged or lines[-1:])[0]
 

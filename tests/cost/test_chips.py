@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from gpu_programs import needs_cuda_plugin
 
-from repae_jax.cost.chips import CHIPS, GPUS
+from repae_jax.cost.chips import CHIPS, GPUS, TPUS
 from repae_jax.cost.topologies import topology_devices
 
 
@@ -29,7 +29,9 @@ def test_matrix_units_give_the_bfloat16_peaks(name, per_clock, clock):
 @pytest.mark.parametrize("name", CHIPS)
 def test_every_chip_has_all_speeds(name):
     chip = CHIPS[name]
-    assert chip.peak() >= chip.peak("float32") > chip.peak("exact") > 0
+    assert chip.peak() >= chip.peak("float32") >= chip.peak("high") > chip.peak("exact") > 0
+    passes = {"float32": 1, "high": 3, "exact": 6} if name in TPUS else {"float32": 2, "high": 2}
+    assert all(chip.peak(precision) == chip.peak() / each for precision, each in passes.items())
     assert chip.memory > 2**33 and chip.network < chip.link < chip.bandwidth < 1e13
 
 

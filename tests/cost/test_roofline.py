@@ -94,7 +94,7 @@ EXCHANGES = {
 
 def check_exchange(result, name):
     kind, axes, *sizes = EXCHANGES[name]
-    [(key, moved)] = result.moved().items()
+    [(key, moved)] = result.exchanges().items()
     assert key == (kind, axes) and [moved[field] for field in ("size", "over_link", "over_network")] == sizes
     slowest = max(sizes[1] / 450e9, sizes[2] / 50e9) / H200.reached["link"]
     assert moved["seconds"] == pytest.approx(slowest) == result.by_bound()[COLLECTIVES]
@@ -210,6 +210,63 @@ ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {
         roofline.analyze(text.replace("PLACE", place), H200, Groups((0, 0, 1), {})).kernels[0].moved for place in ("0", "2")
     )
     assert (near.over_link, near.over_network) == (4 * MIB, 0) and (far.over_link, far.over_network) == (0, 4 * MIB)
+
+
+COLLECTIVE = """HloModule jit_f
+
+ENTRY %main (x: f32[1024,1024]) -> f32[RESULT,1024] {
+  %x = f32[1024,1024]{1,0} parameter(0)
+  ROOT %c = f32[RESULT,1024]{1,0} KIND(%x), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+"""
+HALVES, UNEVEN = (0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 0, 0, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "domains", "link", "network"),
+    [
+        # each sends an eighth of its array to each of three near it, and of four far from it
+        ("all-to-all", HALVES, 3 / 8, 4 / 8),
+        # one of the six sends to five near it, one of the two to six far from it
+        ("all-to-all", UNEVEN, 5 / 8, 6 / 8),
+        ("all-to-all", (0,) * 8, 7 / 8, 0),
+        # a half of the array to the other host, by four
+        ("reduce-scatter", HALVES, 7 / 8, 1 / 2 / 4),
+        ("reduce-scatter", UNEVEN, 7 / 8, 1 / 2 / 2),
+        ("reduce-scatter", tuple(range(8)), 0, 7 / 8),
+        ("all-reduce", UNEVEN, 2 * 7 / 8, 2 * 1 / 2 / 2),
+    ],
+)
+def test_what_a_chip_sends_by_hand(kind, domains, link, network):
+    text = COLLECTIVE.replace("RESULT", "128" if kind == "reduce-scatter" else "1024").replace("KIND", kind)
+    [kernel] = roofline.analyze(text, H200, Groups(domains, {})).kernels
+    moved = kernel.moved
+    assert (moved.size, moved.over_link, moved.over_network) == (4 * MIB, 4 * MIB * link, 4 * MIB * network)
+
+
+PRODUCT = """HloModule jit_f
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %d = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}PRECISION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [
+        ("", "float32"),
+        (", operand_precision={default,default}", "float32"),
+        (", operand_precision={high,high}", "high"),
+        (", operand_precision={highest,highest}", "exact"),
+        (', backend_config={"precision_config":{"operand_precision":["HIGH","HIGH"]}}', "high"),
+        (', backend_config={"precision_config":{"operand_precision":["HIGHEST","HIGHEST"]}}', "exact"),
+    ],
+)
+def test_precisions_of_float32(precision, name):
+    computations, entry = parse(PRODUCT.replace("PRECISION", precision))
+    assert flop(computations, computations[entry], computations[entry]["d"]) == {name: 2 * 8**3}
 
 
 def test_what_is_started_counts_once():

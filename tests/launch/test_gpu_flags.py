@@ -25,7 +25,7 @@ def flags_of(settings):
 
 @pytest.fixture
 def all_known(monkeypatch):
-    monkeypatch.setattr(xla_flags, "unknown", lambda flags: [])
+    monkeypatch.setattr(xla_flags, "complaint", lambda flags: None)
 
 
 def test_what_is_set_by_the_kind_of_card(all_known):
@@ -43,8 +43,8 @@ def test_what_is_set_by_the_kind_of_card(all_known):
 
 
 def test_what_the_user_sets_stays(all_known):
-    given = {"XLA_CLIENT_MEM_FRACTION": ".5", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
-    found = gpu_flags.settings(given | {"XLA_FLAGS": f"--xla_dump_to=here {SCHEDULER}=false"}, {9})
+    environment = {"XLA_CLIENT_MEM_FRACTION": ".5", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    found = gpu_flags.settings(environment | {"XLA_FLAGS": f"--xla_dump_to=here {SCHEDULER}=false"}, {9})
     assert flags_of(found) == {f"--{name}": value for name, value in gpu_flags.FLAGS.items()} | {
         SCHEDULER: "false",
         "--xla_dump_to": "here",
@@ -56,9 +56,29 @@ def test_what_the_user_sets_stays(all_known):
 
 def test_a_flag_that_jaxlib_does_not_know_is_named_and_left_out(monkeypatch, capsys):
     monkeypatch.setattr(xla_flags, "unknown", lambda flags: [flag for flag in flags if flag.startswith(SCHEDULER)])
+    monkeypatch.setattr(xla_flags, "complaint", lambda flags: None)
     found = gpu_flags.settings({}, set())
     assert set(flags_of(found)) == {f"--{name}" for name in gpu_flags.FLAGS} - {SCHEDULER}
     assert f" does not know {SCHEDULER}=true: not set\n" in capsys.readouterr().err
+
+
+def test_a_value_that_jaxlib_refuses_is_named(monkeypatch):
+    refused = "--xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL"
+    monkeypatch.setattr(xla_flags, "complaint", lambda flags: "Failed to parse it" if refused in flags.split() else None)
+    message = rf"^jaxlib \S+ refuses {refused}: Failed to parse it; put it into XLA_FLAGS with a value that this version takes$"
+    with pytest.raises(ValueError, match=message):
+        gpu_flags.settings({}, {10})
+    own = "--xla_gpu_enable_command_buffer="
+    assert flags_of(gpu_flags.settings({"XLA_FLAGS": own}, {10}))[own[:-1]] == ""
+
+
+@pytest.mark.integration
+def test_a_value_that_jaxlib_really_refuses(monkeypatch):
+    monkeypatch.setitem(gpu_flags.FLAGS, "xla_gpu_enable_pipelined_all_gather", "perhaps")
+    message = "refuses --xla_gpu_enable_pipelined_all_gather=perhaps: .*perhaps.*; put it"
+    with pytest.raises(ValueError, match=message) as caught:
+        gpu_flags.settings({}, set())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +103,10 @@ def test_a_shell_takes_the_settings_or_a_line(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("PATH", f"{Path(gpu_flags.sys.executable).parent}:/usr/bin:/bin")
     code = 'settings=$(python -m launch.gpu_flags) && eval "$settings" && printf %s "$XLA_FLAGS"'
-    done = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    shell = subprocess.run(["bash", "-c", code], cwd=ROOT, capture_output=True, text=True)
     if "typo" in flags:
-        assert done.stdout == "" and done.returncode == 1
-        assert done.stderr.startswith("error: XLA_FLAGS=--xla_gpu_typo=1 is refused") and done.stderr.count("\n") == 1
+        assert shell.stdout == "" and shell.returncode == 1
+        assert shell.stderr.startswith("error: XLA_FLAGS=--xla_gpu_typo=1 is refused") and shell.stderr.count("\n") == 1
     else:
-        assert done.returncode == 0 and shlex.split(done.stdout)[-2:] == flags.split()
-        assert f"{SCHEDULER}=true" in shlex.split(done.stdout)
+        assert shell.returncode == 0 and shlex.split(shell.stdout)[-2:] == flags.split()
+        assert f"{SCHEDULER}=true" in shlex.split(shell.stdout)

@@ -212,6 +212,22 @@ def test_requirements_are_installed_once_per_change(place, installer, python, co
         assert install() == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"PIP_INDEX_URL": "https://index"}, ["--default-index", "https://index"]),
+        ({"PIP_INDEX_URL": "https://index", "UV_DEFAULT_INDEX": "https://own"}, []),
+        ({"PIP_INDEX_URL": "https://index", "UV_INDEX_URL": "https://own"}, []),
+        ({"PIP_FIND_LINKS": "/a  https://b/c"}, ["--find-links", "/a", "--find-links", "https://b/c"]),
+        ({"PIP_FIND_LINKS": "/a", "UV_FIND_LINKS": "/b"}, []),
+    ],
+)
+def test_settings_of_pip_are_passed_to_uv(place, settings, options):
+    (place.root / ".venv/lib/python3.12").mkdir(parents=True)
+    assert place.bash("-c", "source launch/environment.sh", **settings).returncode == 0
+    assert place.calls()[0][-len(options) - 2 :] == ["--editable", ".", *options]
+
+
 @pytest.mark.parametrize(("version", "is_taken"), [("3, 10", False), ("3, 11", True), ("3, 13", True), ("3, 14", False)])
 def test_only_pythons_with_wheels_are_taken(place, version, is_taken):
     """In a folder of its own: VENV."""
