@@ -22,7 +22,7 @@ from repae_jax import cli, files, waiting
 from repae_jax.cost import flops, hlo_cost, roofline
 from repae_jax.cost.chips import Chip
 from repae_jax.cost.plan_advice import advice, check_state, chip_bytes, most_images, spend
-from repae_jax.cost.plan_text import lines_of
+from repae_jax.cost.plan_text import lines_of, plural
 from repae_jax.cost.topologies import check_cudnn, check_topology, connected, topology_devices
 from repae_jax.distributed import multihost, sharding
 from repae_jax.distributed.child_process import Crashed, run_in_subprocess
@@ -160,7 +160,7 @@ def plan_apart(config: Any, numbers: Numbers, images_per_chip: int | None = None
 
     If compiling failed, 'fits' is None, with the message, and the exit code of the process if that died.
     """
-    chips = f"{numbers['chips']} {numbers['chip']}s"
+    chips = plural(numbers["chips"], numbers["chip"])
     title = f"{numbers['topology']}: compiling for {chips}; full-size steps take minutes, tiny ones less"
     with showing_time(title):
         try:

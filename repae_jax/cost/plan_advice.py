@@ -60,7 +60,7 @@ def spend(job: build.Job, numbers: Numbers) -> list[str]:
         depth = config["sit"]["depth"]
         lines.append(f"--config.sit.unroll={depth}: its blocks one after the other instead of a loop; compiling takes longer")
     is_half, is_gpu = config["precision"]["compute"] == "bfloat16", numbers["device_kind"].startswith("NVIDIA")
-    if config.get("attention") == "xla" and is_half and is_gpu:
+    if config["attention"] == "xla" and is_half and is_gpu:
         lines.append("--config.attention=cudnn: probabilities are not stored; to plan it, install nvidia-cudnn-cu13")
     if is_roomy and job.tx.vae is not None and config["vae"]["remat"]:
         lines.append("--config.vae.remat=False: nothing of the VAE's blocks is computed twice; it takes most")

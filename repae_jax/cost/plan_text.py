@@ -9,7 +9,7 @@ from repae_jax.cost.chips import GIB, JAX_SHARE
 from repae_jax.cost.roofline_text import exchange_table, kernel_table, part_table
 
 TIGHT = 0.1  # largest free share of the memory that is called tight
-COMPILERS = {"TPU": ("jax", "jaxlib", "libtpu"), "NVIDIA": ("jax", "jaxlib", "jax-cuda13-plugin")}  # by maker or kind of chips
+COMPILERS = {"chip": ("jax", "jaxlib", "libtpu"), "GPU": ("jax", "jaxlib", "jax-cuda13-plugin")}  # by the noun of TPUs and GPUs
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
@@ -18,10 +18,10 @@ def lines_of(numbers: Mapping[str, Any]) -> list[str]:
     sampling = numbers["job"] == "sample"
     mesh = " x ".join(f"{name} {size}" for name, size in numbers["mesh"].items())
     slices = f" in each of {numbers['slices']} slices" if numbers["slices"] > 1 else ""
-    noun, compilers = numbers["chip"], COMPILERS[numbers["device_kind"].partition(" ")[0]]
+    noun, compilers = numbers["chip"], COMPILERS[numbers["chip"]]
     peak, memory = numbers["peak_flop_per_second"] / 1e12, _gib(numbers["memory_of_chip_bytes"])
     lines = [
-        f"{numbers['topology']}{slices}: {_count(numbers['chips'], noun)}, {numbers['device_kind']}, with "
+        f"{numbers['topology']}{slices}: {plural(numbers['chips'], noun)}, {numbers['device_kind']}, with "
         f"{peak:.0f} TFLOP/s in bfloat16 and {memory} GiB each",
         f"{numbers['job']}: {numbers['images']} images {'at a time' if sampling else 'a step'}, "
         f"{numbers['images_per_chip']} a {noun}; mesh {mesh}",
@@ -43,7 +43,8 @@ def lines_of(numbers: Mapping[str, Any]) -> list[str]:
     return [*lines, *(line for table in tables if table for line in (*table, "")), *textwrap.wrap(roofline_note(numbers), 120)]
 
 
-def _count(number, noun):
+def plural(number: int, noun: str) -> str:
+    """Returns a number of things, such as '8 GPUs'."""
     return f"{number} {noun}" + ("s" if number > 1 else "")
 
 
