@@ -26,8 +26,9 @@ from repae_jax.data.loader import Loader, too_many_bad
 from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.distributed.compilation_cache import reading_programs, use_compilation_cache
 from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
+from repae_jax.evaluation.metrics_file import read_metrics
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
-from repae_jax.training import ownership
+from repae_jax.training import health, ownership
 from repae_jax.training.checkpoint import Checkpointer, fingerprint
 from repae_jax.training.metric_log import Progress, arithmetic_speed, open_writer
 from repae_jax.training.state import TrainState
@@ -97,6 +98,7 @@ class Run:
     loader: Loader
     inputs: dict[str, str | None]  # hashes of the frozen VAE and of the images, see `check_inputs`
     writer: Any
+    watch: health.Watch
     hooks: list[Hook]
     checkpointer: Checkpointer
     arithmetic: Callable[[float], dict[str, float]]  # function of images per second, see `metric_log.arithmetic_speed`
@@ -106,10 +108,12 @@ class Run:
     _is_read_back: bool = False
 
     def log(self, step: int, values: dict[str, float], speed: dict[str, float], progress: Progress) -> None:
-        """Writes the metrics of a step; process 0 prints a line, too."""
+        """Writes the metrics of a step; process 0 prints a line, too, and warns of what is not healthy."""
         self.writer.write_scalars(step, values | speed)
         if jax.process_index() == 0:
             print(progress.line(step, {name: values[name] for name in shown(values)}), flush=True)
+            for warning in self.watch.update(step, values):
+                logging.warning("step %d: %s", step, warning)
 
     def save(self, step: int, position: dict[str, Any], is_stopping: bool) -> None:
         """Saves a checkpoint; the first one is read back, unless that would take the time left before a kill."""
@@ -167,12 +171,13 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     cost = {"flop_per_image": sum(flops.of_step(job).values()), "peak": peak}
     logging.info("%s", summary(job, state, source, **cost))
     writer = stack.enter_context(open_writer(workdir, start))
+    watch = _create_watch(config, workdir, start)
     hooks = make_hooks(job, frozen, source, workdir, writer, fid, stopped)
     end_if_stopped("preparing")
     for hook in pending_hooks(hooks, start, config.steps) if restored else ():  # the last start was stopped, or killed
         hook.run(start, state)
     return Run(
-        job, state, start, frozen, source, loader, inputs, writer, hooks, checkpointer,
+        job, state, start, frozen, source, loader, inputs, writer, watch, hooks, checkpointer,
         functools.partial(arithmetic_speed, devices=job.mesh.size, **cost), check_owner, stopped, end_if_stopped,
     )  # fmt: skip
 
@@ -182,6 +187,15 @@ def _create_state(job, frozen, source):
     put = functools.partial(sharding.put_batch, job.mesh)
     with training_data.make_loader(job, source) as first_batches:
         return initial_state.create_initial_state(job, frozen, lambda: map(put, first_batches))
+
+
+def _create_watch(config, workdir, start):
+    """Returns what watches the run's metrics, in process 0 with those that earlier starts have logged."""
+    watch, path = health.Watch(config.loss.get("align_end")), workdir / "metrics.jsonl"
+    with buckets.reached(workdir):
+        if start and jax.process_index() == 0 and path.exists():
+            watch.replay(read_metrics(path).curves, last_step=start)
+    return watch
 
 
 def _end_if_stopped(stopped, began, activity):

@@ -216,7 +216,7 @@ def test_page_of_one_run(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"
     text, data = page_of(folder)  # over the one before
     run = data["runs"][0]
-    assert run["problems"] == [] and data["notes"] == []
+    assert run["problems"] == run["warnings"] == [] and data["notes"] == []
     assert run["name"] == "digits" and run["job"] == "repae" and run["config"]["data.batch_size"] == 64
     assert run["cost"]["step"] == 300 and run["cost"]["total"] == 400 and run["cost"]["devices"] == 8
     assert set(run["curves"]) == {"vae/l1", "sit/align", "skipped", "images_per_second", "seconds_per_step"}
@@ -236,6 +236,21 @@ def test_page_of_one_run(tmp_path, capsys, monkeypatch):
     assert run["generated"][0]["settings"] == {"step": 300, "sampler": "sde"}
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
     assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["metrics.jsonl", "report.html"]
+
+
+def test_what_the_log_warned_of_is_on_the_page(tmp_path):
+    folder = write_run(tmp_path / "collapsed", config={"loss": {"align_end": None}})
+    lines = [
+        {"step": step, "time": NOW, "latents/std": 5.5 if step < 300 else 0.1, "sit/align": -0.5 if step < 2000 else 0.0}
+        for step in range(100, 4100, 100)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shrunk, lost = page_of(folder)[1]["runs"][0]["warnings"]
+    assert shrunk.startswith("Step 400: collapsing latents: latents/std is 0.1, and was 5.5 at the beginning. ")
+    assert lost.startswith("Step 2,200: no alignment: sit/align is ")
+    ended = {"data": {"batch_size": 64}, "loss": {"align_end": 1500}}
+    write_json(folder / "checkpoints" / "300" / "config" / "metadata", ended)
+    assert [text[:8] for text in page_of(folder)[1]["runs"][0]["warnings"]] == ["Step 400"]
 
 
 def test_page_of_several_runs(tmp_path):

@@ -189,6 +189,26 @@ def test_what_a_step_does_and_in_which_order(uncompiled, tmp_path, monkeypatch):
 
 
 @pytest.mark.integration
+def test_the_log_warns_of_a_fault_once_and_knows_what_earlier_starts_have_logged(uncompiled, tmp_path, monkeypatch):
+    """The third log with a gradient of exactly 0 is the first one after the run was continued."""
+    warnings, stop = [], []
+
+    def step(state, *_):
+        stop.append(int(state.step) == 1)
+        return state.replace(step=state.step + 1), {"sit/loss": 0.5, "grad_norm/sit": 0.0, "skipped_in_a_row": 0}
+
+    uncompiled.step = step
+    monkeypatch.setattr(train.logging, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(train.stopping, "stop_requests", lambda: contextlib.nullcontext(lambda: any(stop)))
+    assert not train.train(config(6, **{"log.every": 1}), tmp_path)[1]
+    assert metrics_of(tmp_path)[-1]["step"] == 2 and not [text for text in warnings if "gradients" in text]
+    stop.clear()
+    assert train.train(config(6, **{"log.every": 1}), tmp_path)[1]
+    (warning,) = (text for text in warnings if "gradients" in text)
+    assert warning.startswith("step 3: zero gradients: grad_norm/sit exactly 0 in the last 3 logs. ")
+
+
+@pytest.mark.integration
 def test_steps_in_flight_before_a_hook_are_no_pause(uncompiled, tmp_path, monkeypatch):
     """A device that takes a second per step; hooks between logged steps, which wait for it and take nothing themselves."""
     now, numbers = [0.0], itertools.count(1)

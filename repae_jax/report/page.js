@@ -51,17 +51,21 @@ const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateSt
 // ---- header ------------------------------------------------------------------------------------------------------------
 
 function header() {
-  const problems = runs.flatMap((run) => run.problems.map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text)));
   document.querySelector("header").append(
     el("h1", {}, runs.length === 1 ? runs[0].name : `${runs.length} runs compared`),
     el("div", { class: "soft small" }, `Training report, written ${moment(data.written)}`),
     el("div", { class: "runs" }, runs.map(runCard)),
-    ...(problems.length
-      ? [el("div", { class: "box", role: "note" }, el("strong", {}, "Could not be read"),
-            el("ul", {}, problems.slice(0, 20).map((text) => el("li", {}, text)),
-              problems.length > 20 ? el("li", {}, `and ${problems.length - 20} more`) : null))]
-      : []),
+    ...messages("Could not be read", "problems"),
+    ...messages("Not healthy", "warnings"),
   );
+}
+
+function messages(title, field) {
+  const texts = runs.flatMap((run) => run[field].map((text) => (runs.length > 1 ? `${run.name}: ${text}` : text)));
+  if (!texts.length) return [];
+  return [el("div", { class: "box", role: "note" }, el("strong", {}, title),
+    el("ul", {}, texts.slice(0, 20).map((text) => el("li", {}, text)),
+      texts.length > 20 ? el("li", {}, `and ${texts.length - 20} more`) : null))];
 }
 
 function runCard(run, index) {

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from repae_jax.evaluation.metrics_file import Curve, MetricsFile, read_metrics
 from repae_jax.report.files import listing, place_of, read_json, unreadable
 from repae_jax.report.pictures import Picture
+from repae_jax.training import health
 
 STOP_SECONDS = 3600  # a longer wait between two lines of metrics is a pause of the run, not its cost
 LONGEST_TEXT = 400  # characters of one value in a table
@@ -47,7 +48,7 @@ def read_run(workdir: epath.PathLike, name: str, now: float) -> dict[str, Any]:
     return {
         "name": name, "path": str(workdir), "job": (config or {}).get("job"), "curves": curves,
         "cost": run_cost(metrics.curves, metrics.steps, metrics.times, config, devices, now),
-        "config": None if config is None else flatten(config), "problems": problems,
+        "config": None if config is None else flatten(config), "problems": problems, "warnings": _warnings(metrics, config),
         "series": {kind: _read_series(workdir / kind, title) for kind, (title, _) in SERIES.items()},
         "generated": [_read_generated(path, problems) for path in listing(workdir / "generated", ".png")],
         "evaluations": read_evaluations(workdir, problems), "analysis": read_analysis(workdir, problems),
@@ -64,6 +65,13 @@ def _read_metrics(path: epath.Path, problems: list[str]) -> MetricsFile:
     if broken := metrics.broken:
         problems.append(f"metrics.jsonl: {len(broken)} broken line(s) left out, the first is line {broken[0]}.")
     return metrics
+
+
+def _warnings(metrics: MetricsFile, config: Mapping[str, Any] | None) -> list[str]:
+    """Returns what the run has logged as unhealthy."""
+    align_end = flatten(config or {}).get("loss.align_end")
+    watch = health.Watch(align_end if isinstance(align_end, int) else None)
+    return [f"Step {step:,}: {sentence}" for step, sentence in watch.replay(metrics.curves)]
 
 
 def read_checkpoint(workdir: epath.Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None]:
