@@ -132,10 +132,17 @@ _TINY = {
 }  # fmt: skip
 
 
+def _latents(config: ConfigDict) -> int:
+    """Returns of how many numbers the latents of an image are."""
+    side = config.data.image_size // 2 ** (len(config.vae.channel_multipliers) - 1)
+    return side**2 * config.vae.latent_channels
+
+
 def shrink(config: ConfigDict, preset: str) -> None:
     """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
     if not preset:
         return
+    full_latents = _latents(config)
     families = {name: ENCODER_FAMILIES[encoder.architecture] for name, encoder in config.encoders.items()}
     change(config, _DIGITS)
     for encoder in config.encoders.values():
@@ -152,3 +159,5 @@ def shrink(config: ConfigDict, preset: str) -> None:
             encoder.update(architecture={"family": families[name], **sizes}, weights="random")
         if config.job == "ldm" or not any(config.loss.vae.values()):
             config.init.vae = "random"  # a frozen VAE
+    if config.job == "repae":
+        config.loss.vae.kl *= full_latents / _latents(config)  # KL is a sum over latents, the other terms are means

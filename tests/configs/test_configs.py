@@ -8,7 +8,7 @@ import jax
 import pytest
 from full_size import check_step, millions
 
-from configs import common, repae
+from configs import common, paper, repae, vae
 from repae_jax.job import build, frozen_weights, initial_state
 from repae_jax.models import encoders
 
@@ -68,6 +68,22 @@ def test_512_pixels():
 def test_presets(preset):
     job = make(preset) if preset == "tiny" else build.build(digits(), jax.devices()[:1])
     assert job.latent_shape[:2] == (4, 4) and job.encoders[0].grid == 4 and job.nets.lpips is None
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        (lambda: repae.get_config("digits"), 3.2e-5),  # 1e-6 x 4,096 latents of f8d4 / 128 latents
+        (lambda: repae.get_config("tiny"), 6.4e-5),  # / 64 latents
+        (lambda: paper.get_config("repae-l,digits"), 3.2e-5),
+        (lambda: paper.get_config("repae-vavae,digits"), 6.4e-5),  # 8,192 latents of f16d32
+        (lambda: paper.get_config("repae-512,tiny"), 2.56e-4),  # 16,384 latents of f8d4 at 512 pixels
+        (lambda: vae.get_config("digits"), 1e-6),  # a tokenizer alone keeps its weight
+    ],
+    ids=("digits", "tiny", "f8d4", "f16d32", "512", "tokenizer"),
+)
+def test_kl_weighs_as_much_per_latent_as_in_the_whole_config(config, weight):
+    assert config().loss.vae.kl == pytest.approx(weight, rel=1e-12)
 
 
 def digits():
