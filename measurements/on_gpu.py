@@ -219,11 +219,11 @@ def quickstart(options: argparse.Namespace, scratch: Path, keep: Keep) -> None:
     """Trains the quickstart's encoder, then REPA-E on digits; the numbers are those of its summary."""
     without_tensorboard()
     from configs import repae
-    from launch.quickstart import digits_models
+    from launch import pictures, small_networks
     from launch.quickstart import quickstart as digits
     from repae_jax.train import train
 
-    encoder = digits_models.train_encoder(scratch / "encoder", image_size=16)
+    encoder = small_networks.train_encoder(scratch / "encoder", pictures.digits())
     config = repae.get_config("digits")
     config.encoders.target.weights = str(scratch / "encoder")
     config.steps = 4 if options.tiny else QUICKSTART_STEPS

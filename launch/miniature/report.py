@@ -1,224 +1,216 @@
-"""RESULTS.md of the miniature paper: every table with the published numbers beside ours, and pictures."""
+"""The page of one scale of the miniature paper: every table with the published numbers beside ours, and figures.
 
-import importlib.metadata
-import math
-import os
-import platform
-import textwrap
+A page opens with the headline in one figure and with what was reproduced and what was not, computed from the verdicts.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from launch.miniature import cknna, comparisons, figures, markdown, table_figures, tables, verdicts
+from launch.miniature.comparisons import Comparison, Comparisons
+from launch.miniature.finished import Runs, finished_runs
+from launch.miniature.scales import Scale
+from launch.miniature.sizes import in_short, size_lines
+from launch.miniature.style import label_of
+from launch.miniature.verdicts import AGREES, DISAGREES, DIVERGED, NOT_RUN, UNDECIDED
 
-from launch.miniature import tables
-from repae_jax.evaluation import plots
-from repae_jax.images import grid
-
-AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN = "agrees", "within noise", "disagrees", "both diverged", "not run"
-ALIKE = 0.1  # relative difference up to which two settings are about equal
+HEADLINE = "main"  # the table of the opening figure
 
 
-def write(path, tasks, seeds=None):
-    """Writes the tables that have results to a Markdown file, and their pictures into the folder `results` beside it.
+def write(path: Path, scale: Scale, tasks: Mapping[str, Any], front: Path | None = None) -> None:
+    """Writes the tables that have results to a Markdown file, and their figures into the folder `figures` beside it.
 
-    `tasks` is name -> miniature.Task of every run, `seeds` the runs of each setting, by default the tables' own numbers.
+    `tasks` is name -> miniature.Task of every run of the scale, and of its encoders and classifier. Figures that an earlier
+    page had and this one has not are removed. `front` is a PNG of the headline for a front page, drawn if the headline has run.
     """
-    folder = path.parent / "results"
+    folder = path.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    results = {name: task.result() for name, task in tasks.items()}
-    sections, claims, missing = [], [], []
-    for name, table in tables.TABLES.items():
-        runs_of = {}  # setting -> [(folder, result)] of its finished runs, by seed
-        for setting in table.rows:
-            names = [tables.Run(setting, seed).name for seed in range(tables.runs_per_setting(table, setting, seeds))]
-            runs_of[setting] = [(tasks[run].folder, results[run]) for run in names if results.get(run)]
-        if not any(runs_of.values()):
-            missing.append(f"`{name}`")
-            continue
-        verdicts = [(claim, *judge(claim, runs_of)) for claim in table.claims]
-        claims += [(table.title, *verdict) for verdict in verdicts]
-        pictures = draw(name, table, runs_of, folder)
-        sections.append(section(name, table, runs_of, verdicts, [f"{folder.name}/{picture}" for picture in pictures], results))
-    content = [introduction(results, tasks), summary(claims, missing), *sections]
+    for figure in ("opening.png", *table_figures.possible_names()):
+        (folder / figure).unlink(missing_ok=True)
+    runs_of = finished_runs(tasks.values())
+    compared = comparisons.compare(runs_of)
+    shown = [name for name in tables.TABLES if comparisons.is_shown(name, compared, runs_of)]
+    content = [f"# The miniature paper at scale `{scale.name}`"]
+    if figures.has_headline(runs_of):
+        figures.draw_opening(folder / "opening.png", runs_of)
+        content += [f"![Frechet distance, samples and latents of SiT, REPA and REPA-E]({folder.name}/opening.png)"]
+        content += [markdown.wrapped(OPENING_CAPTION)]
+        if front:
+            front.parent.mkdir(parents=True, exist_ok=True)
+            figures.draw_front(front, runs_of)
+    content += [opening(scale, tasks, runs_of, compared, shown), comparisons.summary(compared, shown)]
+    content.append(method(scale, tasks, runs_of))
+    for name in shown:
+        pictures = [f"{folder.name}/{picture}" for picture in table_figures.draw(name, tables.TABLES[name], runs_of, folder)]
+        content.append(section(name, scale, runs_of, compared[name], pictures, tasks))
     path.write_text("\n\n".join(content) + "\n")
 
 
-def numbers_of(runs, measure):
-    """Returns a measure of each run: infinite if the run diverged, nan if it has no such measure."""
-    return [math.inf if result["status"] == "diverged" else _number(result["numbers"].get(measure)) for _, result in runs]
+OPENING_CAPTION = (
+    "*Frechet distance (less is better) over training steps and over training compute, which counts all networks, but not the "
+    "training of the first VAE, the same for all. Lines are means over runs, bands reach from the smallest run to the largest; "
+    "dotted lines mark where the first curve ends and all can be compared. Samples have the same noise and labels everywhere "
+    "and no guidance. Latents are of held-out pictures: of the VAE that was trained alone, which SiT and REPA keep, and of "
+    "REPA-E's VAE at the end of its training.*"
+)
 
 
-def _number(value):
-    if value is None:
-        return math.nan
-    return float(value) if math.isfinite(float(value)) else math.inf
+# ---- the opening ----------------------------------------------------------------------------------------------------------
 
 
-def judge(claim, runs_of):
-    """Compares the order of our runs, setting -> [(folder, result)], with a claim; returns (verdict, our numbers as text)."""
-    measure = tables.MEASURES[claim.measure]
-    first, second = (np.array(numbers_of(runs_of.get(name, []), claim.measure)) for name in (claim.first, claim.second))
-    if not len(first) or not len(second) or np.isnan([*first, *second]).any():
-        return NOT_RUN, ""
-    ours = f"{cell(first, measure)} against {cell(second, measure)}"
-    failed = not np.isfinite(first).all(), not np.isfinite(second).all()
-    if any(failed):
-        return (DIVERGED if all(failed) else DISAGREES if claim.alike or failed[0] else AGREES), ours
-    gap = (first.mean() - second.mean()) * (1 if measure.more_is_better else -1)
-    spread = math.hypot(_std(first), _std(second))
-    if len(first) == len(second) == 1:
-        ours += " (one run each)"
-    if claim.alike:
-        return (AGREES if abs(gap) <= max(spread, ALIKE * abs(second.mean())) else DISAGREES), ours
-    if abs(gap) <= spread:
-        return NOISE, ours
-    return (AGREES if gap > 0 else DISAGREES), ours
+def opening(scale: Scale, tasks: Mapping[str, Any], runs_of: Runs, compared: Comparisons, shown: Sequence[str]) -> str:
+    """Returns what was reproduced, at what scale, and what was not: a paragraph, and a row of verdicts for every experiment."""
+    steps = next(task.content["config"]["steps"] for task in tasks.values() if task.kind == "repae")
+    numbers = [len(runs_of.get(setting, [])) for setting in figures.HEADLINE]
+    several = f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else f"{numbers[0]}"
+    sentences = [
+        "SiT is a transformer that generates pictures in the latents of a VAE, REPA aligns it with a vision encoder, and "
+        "REPA-E trains the VAE together with it. The paper compares the three on ImageNet, this page on "
+        f"{in_short(scale, _run_tasks(tasks))} and {several} runs of each; in brackets are Frechet distances."
+    ]
+    starts = {
+        AGREES: "Published, and so here", DISAGREES: "Published, and the other way round here",
+        UNDECIDED: "Published, undecided here", DIVERGED: "Published, diverged here", NOT_RUN: "Published, not run yet",
+    }  # fmt: skip
+    for outcome, start in starts.items():
+        found = [_in_words(one, steps) for one in compared[HEADLINE] if one.verdict.outcome == outcome]
+        if found:
+            sentences.append(f"**{start}:** {'; '.join(found)}.")
+    sentences.append(f"{comparisons.counts(compared)} None of the paper's ImageNet numbers is reproduced here.")
+    return "\n".join([markdown.wrapped(" ".join(sentences)), "", *comparisons.overview(compared, shown)]).rstrip()
 
 
-def _std(values):
-    return values.std(ddof=1) if len(values) > 1 else 0.0
+def _in_words(one: Comparison, steps: int) -> str:
+    """Returns a comparison of the headline as it was published, and our numbers."""
+    when = {
+        "fid": f"after {steps // tables.LONG:,} steps", "fid_long": f"after {steps:,} steps",
+        "fid_equal_compute": f"at the compute of {steps:,} steps of REPA-E",
+    }  # fmt: skip
+    claim, values = one.claim, one.verdict.values
+    published = comparisons.relation(claim)
+    if claim.measure in when and not claim.alike:
+        published = f"{label_of(claim.first)} beats {label_of(claim.second)} {when[claim.measure]}"
+    return f"{published} ({values})" if values else published
 
 
-def cell(values, measure):
-    """Returns 'mean ± std' of the runs, and the number of those that diverged."""
-    values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
-    finite = values[np.isfinite(values)]
-    if not len(values):
-        return "–"
-    if not len(finite):
-        return "diverged"
-    text = f"{finite.mean():.{measure.digits}f}"
-    if len(finite) > 1:
-        text += f" ± {_std(finite):.{measure.digits}f}"
-    return text if len(finite) == len(values) else f"{text} ({len(values) - len(finite)} of {len(values)} diverged)"
+# ---- how it was made ------------------------------------------------------------------------------------------------------
 
 
-def section(name, table, runs_of, verdicts, pictures, results):
+def method(scale: Scale, tasks: Mapping[str, Any], runs_of: Runs) -> str:
+    """Returns sizes, measures, verdicts and machine as Markdown."""
+    lines = ["## How it was made", ""]
+    lines += [f"* {line}" for line in size_lines(scale, _run_tasks(tasks))]
+    lines += [
+        "* **Numbers** are means ± half of the 95 % confidence interval over runs with different seeds (of three runs: 2.5 "
+        "times their standard deviation). All runs of a setting start from one VAE, so the intervals do not show how "
+        f"much another would change.{_classifier(tasks)} Losses are means over the last quarter of a run; reconstruction is "
+        "of held-out pictures in [-1, 1].",
+        "* **Verdicts** are by the 95 % confidence interval of the difference of two means, first minus second (Welch's). "
+        f"“{AGREES}”: all of it lies on the published side of 0; “{DISAGREES}”: all on the other; “{UNDECIDED}”: it contains "
+        "0. Of two settings that are about alike as published (≈) it lies within a margin, outside, or across its edge; the "
+        f"margin is {verdicts.MARGIN:.0%} of the second mean. A single run decides nothing, except of a VAE that is trained "
+        "alone: there is one of each, taken as given, so the interval does not show how much another one would differ. A "
+        "setting with a run that diverged loses. One in twenty such intervals misses the truth, and none is widened for how "
+        "many there are. A comparison that several tables make is counted once.",
+    ]
+    lines.append(
+        f"* **Machine and time.** {_machine([result for task in tasks.values() if (result := task.result())], runs_of)}"
+    )
+    lines.append(f"* **To repeat it:** `bash launch/miniature.sh --scale {scale.name}`, or the command below a table.")
+    return "\n".join(map(markdown.wrapped, lines))
+
+
+def _machine(results: Sequence[Mapping[str, Any]], runs_of: Runs) -> str:
+    """Returns where and how long the runs were made, with classifier and encoders: core-minutes on CPUs, minutes elsewhere."""
+    seconds: dict[str, float] = {}
+    for result in results:
+        cpu = result["device"] == "cpu"
+        known = "processor" in result  # results of earlier versions do not name it
+        host = f"{result['processor']} with {result['cores']} cores" if known else "a processor that was not recorded"
+        place = f"core-minutes on {host}" if cpu else f"minutes on {result['device']}, in a machine of {host}"
+        seconds[place] = seconds.get(place, 0) + result["cpu_seconds" if cpu else "seconds"]
+    parts = [f"{value / 60:,.0f} {place}" for place, value in seconds.items()]
+    versions = sorted({result.get("jax", "of a version that was not recorded") for result in results})
+    count = sum(map(len, runs_of.values()))
+    return f"{count} runs, with classifier and encoders: {'; '.join(parts)}. JAX {markdown.listed(versions)}."
+
+
+def _run_tasks(tasks: Mapping[str, Any]) -> list[Any]:
+    return [task for task in tasks.values() if task.kind in tables.PRESETS]
+
+
+def _classifier(tasks: Mapping[str, Any]) -> str:
+    """Returns sentences on the Frechet distance's features."""
+    sentence = " The Frechet distance is in the features of a small classifier, so it compares with nothing outside this page."
+    result = tasks["classifier"].result() if "classifier" in tasks else None
+    if not result:
+        return sentence
+    numbers = result["numbers"]
+    sentence += f" It recognizes {numbers['accuracy']:.1%} of the held-out pictures"
+    sentence += f", whose Frechet distance is {numbers['fid_of_held_out']:.1f}"
+    if "fid_of_training_pictures" in numbers:
+        sentence += f"; of as many training pictures as there are samples it is {numbers['fid_of_training_pictures']:.1f}"
+    return sentence + "."
+
+
+# ---- one table ------------------------------------------------------------------------------------------------------------
+
+
+def section(
+    name: str,
+    scale: Scale,
+    runs_of: Runs,
+    compared: Sequence[Comparison],
+    pictures: Sequence[str],
+    tasks: Mapping[str, Any],
+) -> str:
     """Returns one table as Markdown."""
+    table = tables.TABLES[name]
     header = ["setting", "runs", *(tables.MEASURES[measure].title for measure in table.measures), "published"]
-    rows = []
-    for setting, runs in runs_of.items():
-        cells = [cell(numbers_of(runs, measure), tables.MEASURES[measure]) for measure in table.measures]
-        rows.append([tables.SETTINGS[setting].label, str(len(runs)), *cells, table.rows[setting] or "–"])
-    lines = [f"## {table.title}", "", _wrapped(table.question), *_qualities(runs_of, results), "", *_table(header, rows), ""]
-    lines += [f"* {sentence(claim)}: **{verdict}**{f', {ours}' if ours else ''}." for claim, verdict, ours in verdicts]
-    messages = [result["message"] for runs in runs_of.values() for _, result in runs if result["message"]]
-    lines += [f"* Diverged: {message.split('. ')[0]}." for message in messages]
-    lines += ["", f"`bash launch/miniature.sh --table {name}`"]
-    lines += ["", *(f"![{table.title}]({picture})" for picture in pictures)]
+    rows, messages = [], []
+    for setting, runs in ((setting, runs_of.get(setting, [])) for setting in table.rows):
+        if runs:
+            cells = [verdicts.cell([run.number(column) for run in runs], tables.MEASURES[column]) for column in table.measures]
+            rows.append([label_of(setting), str(len(runs)), *cells, table.rows[setting] or "–"])
+        messages += [f"* {label_of(setting)} diverged: {run.result['message'].split('. ')[0]}." for run in runs if run.diverged]
+    lines = [f"## {table.title}", "", markdown.wrapped(table.question)]
+    lines += ["", markdown.wrapped(f"**Expected, before the runs of this table.** {table.expected}")]
+    if table.found:
+        lines += ["", markdown.wrapped(f"**Where it disagrees.** {table.found}")]
+    lines += [*_qualities(table, tasks), "", *markdown.table(header, rows)]
+    waiting = [
+        f"{label_of(setting)}{f' (published: {number})' if number else ''}"
+        for setting, number in table.rows.items()
+        if not runs_of.get(setting)
+    ]
+    if waiting:
+        lines += ["", markdown.wrapped(f"Not run: {'; '.join(waiting)}.")]
+    findings = [*map(_finding, (one for one in compared if one.verdict.outcome != NOT_RUN)), *messages]
+    if table_figures.CKNNA in table_figures.FIGURES.get(name, ()):
+        findings += cknna.lines(list(table.rows), runs_of)
+    lines += ["", *map(markdown.wrapped, findings)] if findings else []
+    lines += ["", f"`bash launch/miniature.sh --scale {scale.name} --table {name}`"]
+    for picture in pictures:
+        lines += ["", f"![{table.title}]({picture})"]
     return "\n".join(lines)
 
 
-def sentence(claim):
-    """Returns a claim in words."""
-    first, second = (tables.SETTINGS[name].label for name in (claim.first, claim.second))
-    measure = tables.MEASURES[claim.measure]
-    relation = "about the same" if claim.alike else "larger" if measure.more_is_better else "smaller"
-    other = f"{'as' if claim.alike else 'than'} with “{second}”"
-    return f"Published: {measure.title} {relation} with “{first}” {other} ({claim.published})"
+def _finding(one: Comparison) -> str:
+    """Returns a comparison with its numbers as an item of a list."""
+    ours = "; ".join(filter(None, (one.verdict.values, one.verdict.difference)))
+    published = f" (published: {one.claim.published})" if one.claim.published else ""
+    return f"* {comparisons.relation(one.claim)}{published}: {comparisons.outcome_of(one)}, {ours}."
 
 
-def _qualities(runs_of, results):
+def _qualities(table: tables.Table, tasks: Mapping[str, Any]) -> list[str]:
     """Returns a line on the encoders' accuracies, if a table compares encoders."""
-    names = {tables.SETTINGS[setting].encoder for setting in runs_of}
-    trained = [(name, results.get(f"{name} encoder")) for name in tables.ENCODERS if name in names]
-    accuracies = [f"{name} {result['numbers']['accuracy']:.3f}" for name, result in trained if result]
+    names = list(dict.fromkeys(tables.SETTINGS[setting].encoder for setting in table.rows))
+    results = {name: tasks[f"{name} encoder"].result() for name in names if f"{name} encoder" in tasks}
+    accuracies = [f"{name} {result['numbers']['probe_accuracy']:.3f}" for name, result in results.items() if result]
     if len(names) < 2 or not accuracies:
         return []
-    return ["", f"Held-out accuracy of the encoders, with the linear layer of their training: {', '.join(accuracies)}."]
-
-
-def _table(header, rows):
-    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def summary(claims, missing):
-    """Returns all comparisons as Markdown."""
-    verdicts = [verdict for *_, verdict, _ in claims]
-    counts = [(verdicts.count(verdict), verdict) for verdict in (AGREES, NOISE, DISAGREES, DIVERGED, NOT_RUN)]
-    total = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
-    rows = [[title, sentence(claim).removeprefix("Published: "), ours or "–", how] for title, claim, how, ours in claims]
-    lines = ["## Summary", "", f"Of {len(claims)} published comparisons: {total or 'none run yet'}.", ""]
-    lines += _table(["experiment", "published", "here", "order"], rows)
-    if missing:
-        lines += ["", f"Not run yet: {', '.join(missing)}."]
-    return "\n".join(lines)
-
-
-def introduction(results, tasks):
-    """Returns sizes, measures and machine as Markdown."""
-    done = [name for name, result in results.items() if result]
-    runs = [name for name in done if tasks[name].kind in tables.PRESETS]
-    minutes = sum(results[name]["cpu_seconds"] for name in done) / 60
-    config = tables.config_of(tables.Run("repa-e"))
-    vae, sit, pixels = config.vae, config.sit, config.data.image_size
-    side = pixels // 2 ** (len(vae.channel_multipliers) - 1)
-    samplers = {name: "{steps} steps of `{sampler}`".format(**settings) for name, settings in tables.SAMPLERS.items()}
-    classifier = ""
-    if results.get("classifier"):
-        numbers = results["classifier"]["numbers"]
-        distance = f"whose Frechet distance is {numbers['fid_of_held_out_digits']:.1f}"
-        classifier = f" It reads {numbers['accuracy']:.1%} of the held-out digits rightly, {distance}."
-    paragraphs = [
-        "REPA-E's comparisons, repeated on scikit-learn's handwritten digits at a size that two CPU cores manage. "
-        "`bash launch/miniature.sh` makes this file: every number and every verdict in it is computed. A miniature can "
-        "differ from the paper for many reasons, its size first of all; where it does, this file says so.",
-        f"* **Size.** Digits at {pixels} x {pixels} pixels. A VAE of {vae.channels} channels, with {vae.latent_channels} "
-        f"latent ones at {side} x {side} positions, trained {tables.VAE_STEPS} steps. SiT and DiT of width "
-        f"{sit.hidden_size} with {sit.depth} blocks, aligned after block {sit.encoder_depth}, {tables.STEPS} steps of batch "
-        f"{config.data.batch_size}; averages with decay {config.ema_decay}.",
-        "* **Numbers.** Mean ± standard deviation over runs with different seeds, all from the same VAE. The Frechet "
-        f"distance is between {tables.SAMPLES} samples without guidance and the training digits, in the features of a small "
-        f"classifier, so it compares with nothing outside this file.{classifier} Losses are means over the last quarter of "
-        f"the steps; reconstruction is of held-out digits in [-1, 1]. SiT samples with {samplers['sit']}, DiT with "
-        f"{samplers['dit']}.",
-        f"* **Verdicts.** “{AGREES}” and “{DISAGREES}” are about the order of the means. “{NOISE}”: they differ by no more "
-        f"than the spread, the root of both variances' sum. Two settings are alike within the spread or {ALIKE:.0%}.",
-        f"* **Machine.** {_processor()}, {os.cpu_count()} cores, JAX {importlib.metadata.version('jax')}: {len(runs)} runs "
-        f"in {minutes:.0f} core-minutes, with classifier and encoders.",
+    return [
+        "",
+        f"Share of held-out pictures that a linear layer on an encoder's frozen tokens recognizes: {', '.join(accuracies)}.",
     ]
-    return "\n\n".join(["# The miniature paper", *map(_wrapped, paragraphs)])
-
-
-def _wrapped(text):
-    """Wraps a paragraph or an item of a list."""
-    indent = "  " if text.startswith("* ") else ""
-    return textwrap.fill(text, 128, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def draw(name, table, runs_of, folder):
-    """Draws the pictures of one table; returns the files' names."""
-    runs_by_label = {tables.SETTINGS[setting].label: runs for setting, runs in runs_of.items() if runs}
-    values, curves, samples, latents = {}, {}, {}, {}
-    for label, runs in runs_by_label.items():
-        values[label] = numbers_of(runs, table.measures[0])
-        source, result = runs[0]
-        if table.curve and (source / "metrics.jsonl").exists():
-            read = plots.read_curves(source / "metrics.jsonl")
-            if table.curve in read:
-                curves[label] = read[table.curve]
-        elif not table.curve and "fid_steps" in result["numbers"]:
-            heights = [np.mean(numbers_of(runs, key)) for key in ("fid_halfway", "fid")]
-            curves[label] = np.array(result["numbers"]["fid_steps"]), np.array(heights)
-        if (source / "samples.npy").exists():
-            shown = np.load(source / "samples.npy")  # [classes, SHOWN, H, W, 3]; a class is a column
-            samples[label] = grid(shown.swapaxes(0, 1).reshape(-1, *shown.shape[2:]), columns=len(shown), scale=2)
-        if table.curve and (source / "latents.npy").exists():
-            colors = plots.pca_colors(np.load(source / "latents.npy"))
-            latents[f"{label}: latents"] = grid(colors, columns=5, padding=1, scale=8)
-    files = [f"{name}.png"]
-    titles = tables.MEASURES[table.measures[0]].title, table.curve or f"{tables.MEASURES['fid'].title}, halfway and at the end"
-    plots.plot_settings(folder / files[0], values, titles[0], curves, titles[1], log_scale=bool(table.curve))
-    for kind, pictures in (("samples", samples), ("latents", latents)):
-        if pictures:
-            files.append(f"{name}-{kind}.png")
-            plots.show_pictures(folder / files[-1], pictures)
-    return files

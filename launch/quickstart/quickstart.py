@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from configs import repae
-from launch.quickstart import digits_models
+from launch import pictures, small_networks
 from repae_jax import cli, evaluate_tokenizer, files, sample
 from repae_jax.analyze_latents import __main__ as analyze_latents
 from repae_jax.diffusion.samplers import Sampling
@@ -59,7 +59,8 @@ def generated(workdir, step, sampling, per_class, batch_size=100, seed=0):
 
 def evaluate(workdir, classify):
     """Returns numbers for the summary; `classify` maps images to (features, logits)."""
-    real = {split: gaussian_stats(classify(digits_models.all_records(16, split)[0])[0]) for split in ("train", "test")}
+    digits = pictures.digits()
+    real = {name: gaussian_stats(classify(split.images)[0]) for name, split in (("train", digits.train), ("test", digits.test))}
     fid = {}
     (workdir / "evaluations").mkdir(exist_ok=True)
     for step in saved_steps(workdir):
@@ -115,9 +116,10 @@ def main(args):
     workdir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(logging.WARNING)
     print("1/4 encoder: a small network of DINOv2's architecture", flush=True)
-    encoder = digits_models.train_encoder(workdir / "encoder", image_size=16)
+    digits = pictures.digits()
+    encoder = small_networks.train_encoder(workdir / "encoder", digits)
     print("2/4 classifier: a separate small network", flush=True)
-    classifier_accuracy = digits_models.train_classifier(workdir / "classifier.safetensors", image_size=16)
+    classifier = small_networks.train_classifier(workdir / "classifier.safetensors", digits)
     config = repae.get_config("digits")
     config.encoders.target.weights = str(workdir / "encoder")
     if args.steps:
@@ -127,11 +129,11 @@ def main(args):
     if not finished:
         sys.exit("interrupted; run the same command to continue")
     print("4/4 evaluation and pictures", flush=True)
-    numbers = training_numbers(workdir) | evaluate(workdir, digits_models.load_classifier(workdir / "classifier.safetensors"))
+    numbers = training_numbers(workdir) | evaluate(workdir, small_networks.load_classifier(workdir / "classifier.safetensors"))
     plots.plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", CURVES)
     shutil.copy(max((workdir / "reconstructions").glob("*.png")), workdir / "reconstructions.png")
     summary = {
-        **numbers, "seconds": time.monotonic() - start, "classifier_accuracy": classifier_accuracy,
+        **numbers, "seconds": time.monotonic() - start, "classifier_accuracy": classifier["accuracy"],
         "encoder_accuracy": encoder["accuracy"], "device": jax.devices()[0].device_kind, "jax": jax.__version__,
     }  # fmt: skip
     files.write_json(workdir / "summary.json", summary, overwrite=True)
@@ -140,6 +142,7 @@ def main(args):
     page = report.run(report.parse_args([str(workdir)]))
     for path in [*(workdir / name for name in ("samples.png", "reconstructions.png", "curves.png", "summary.json")), page]:
         print(path)
+    print("what every curve should look like: docs/miniature/README.md#what-you-should-see")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of runs: curves of their metrics, settings side by side, images sorted by class, latents in colors."""
+"""Pictures of runs: curves of their metrics, models side by side, images sorted by class, latents in colors."""
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
@@ -80,40 +80,7 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
             _draw_curve(axes, steps, moving_average(values), i, max_marked=2, label=name)
         axes.set_xlabel("step")
         axes.legend(frameon=False, fontsize="small")
-    _save(figure, path)
-
-
-def plot_settings(
-    path: epath.PathLike, values: Mapping[str, Sequence[float]], value_title: str,
-    curves: Mapping[str, Curve], curve_title: str, log_scale: bool = False,
-) -> None:
-    """Draws two panels: a bar per setting, with a dot for every finite number of it, and a curve per setting that has one."""
-    _require("values", values, "setting with its numbers")
-    size = 5, max(2.6, 0.42 * len(values) + 1)
-    figure, ((left, _), (right, _)) = _panels([(value_title, None), (curve_title, None)], 2, size, dpi=80)
-    for i, (name, numbers) in enumerate(values.items()):
-        finite = [x for x in numbers if np.isfinite(x)]
-        if finite:
-            left.barh(i, np.mean(finite), color=f"C{i % 10}", alpha=0.35)
-        left.plot(finite, [i] * len(finite), "o", color=f"C{i % 10}", markersize=4)
-        if name in curves:
-            _draw_curve(right, *curves[name], i, max_marked=4)
-    left.set_yticks(range(len(values)), list(values))
-    left.invert_yaxis()
-    right.set_xlabel("step")
-    right.set_yscale("log" if log_scale else "linear")
-    _save(figure, path)
-
-
-def show_pictures(path: epath.PathLike, pictures: Mapping[str, Picture], columns: int = 3) -> None:
-    """Draws pictures of one size side by side, `columns` in a row, their names above."""
-    _require("pictures", pictures, "name with its picture")
-    height, width = next(iter(pictures.values())).shape[:2]
-    figure, panels = _panels(pictures.items(), columns, (4, 4 * height / width + 0.3), dpi=80, fontsize="small")
-    for axes, picture in panels:
-        axes.imshow(picture, interpolation="nearest")
-        axes.axis("off")
-    _save(figure, path)
+    save(figure, path)
 
 
 def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 3"] | str], size: int = 96) -> None:
@@ -133,7 +100,7 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
             axes.imshow(sheets[label], interpolation="antialiased")
         else:
             axes.text(0, 0.5, row, fontsize="small", verticalalignment="center")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_lines(
@@ -155,7 +122,7 @@ def plot_lines(
             axes.plot(x, y, label=name, color="black", linewidth=1.5, linestyle="--")
         axes.set(xlabel=x_title, ylabel=y_title, yscale="log" if log_scale else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path, legend={"loc": "outside right upper"})
+    save(figure, path, legend={"loc": "outside right upper"})
 
 
 def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]]) -> None:
@@ -176,7 +143,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
             axes.hlines(panel[name], channels - 0.25, channels + 0.25, color="black", linewidth=0.8, label=label)
         axes.set(xlabel="channel", ylabel="latent")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, path, legend={"loc": "outside upper right", "ncols": 2})
+    save(figure, path, legend={"loc": "outside upper right", "ncols": 2})
 
 
 def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> None:
@@ -193,7 +160,7 @@ def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[f
         axes.set_xticks(range(len(groups)), list(groups), fontsize="x-small")
         axes.grid(False, axis="x")
         axes.set_axisbelow(True)
-    _save(figure, path, legend={"loc": "outside lower center", "ncols": 4})
+    save(figure, path, legend={"loc": "outside lower center", "ncols": 4})
 
 
 def _require(name: str, values: Any, needed: str) -> None:
@@ -224,7 +191,7 @@ def _draw_curve(axes: Axes, x: Any, y: Any, index: int, max_marked: int, **keywo
     axes.plot(x, y, **{"color": f"C{index % 10}", "linewidth": 1.5, "marker": marker, "markersize": 3, **keywords})
 
 
-def _save(figure: Figure, path: epath.PathLike, legend: Mapping[str, Any] | None = None) -> None:
+def save(figure: Figure, path: epath.PathLike, legend: Mapping[str, Any] | None = None) -> None:
     """Writes the figure; `legend` adds one for all panels, from the labels of the last."""
     if legend is not None:
         figure.legend(*figure.axes[-1].get_legend_handles_labels(), frameon=False, fontsize="small", **legend)

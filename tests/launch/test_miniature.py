@@ -1,90 +1,198 @@
-"""Tables, scheduling and report of the miniature paper, without training."""
+"""Tables, scheduling and command line of the miniature paper, without training."""
 
 import dataclasses
 import functools
+import itertools
 import json
-import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+import small
 
+from launch import small_networks
 from launch.miniature import miniature, report, tables
 from launch.miniature import run as miniature_run
-from repae_jax.evaluation import plots
+from launch.miniature.scales import SCALES
+from repae_jax import cli, files
+from repae_jax.cost import flops
 from repae_jax.job import build
+from repae_jax.job.recipe import make_recipe
+from repae_jax.sampling.load_model import load_vae
 
 # ---- the declaration ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def built(setting):
-    return build.build(tables.config_of(tables.Run(setting)))
+def built(scale, setting):
+    return build.build(tables.config_of(SCALES[scale], tables.Run(setting)), jax.devices()[:1])
+
+
+@functools.cache
+def recipe_of(setting):
+    return make_recipe(build.plain_config(tables.config_of(DIGITS, tables.Run(setting))))
+
+
+DIGITS = SCALES["digits"]
 
 
 @pytest.mark.parametrize("setting", tables.SETTINGS)
-def test_every_config_builds(setting):
-    config, job = tables.config_of(tables.Run(setting)), built(setting)
-    assert job.latent_shape == (4, 4, 8)
+def test_every_config_is_valid(setting):
+    for scale in SCALES.values():
+        config = tables.config_of(scale, tables.Run(setting))
+        plain = build.plain_config(config)
+        assert plain["steps"] % plain["checkpoint"]["every"] == 0
+        if network := tables.SETTINGS[setting].network:
+            assert plain["steps"] >= scale.steps
+            assert (plain["sampling"]["sampler"] == "ancestral") == (network == "dit")
+    alone = tables.SETTINGS[setting].job == "vae"
+    assert bool(config.init.get("disc")) == (setting != "scratch" and "gan" in recipe_of(setting).vae_weights and not alone)
+
+
+@pytest.mark.parametrize("setting", ["vae", "repa-e-other", "dit-repa", "naive", "deep"])
+def test_configs_build(setting):
+    job = built("digits", setting)
+    assert job.latent_shape == (4, 4, 8 if "other" in setting else 32)
     assert (job.nets.sit is not None) == bool(tables.SETTINGS[setting].network)
-    if job.nets.sit is not None:
-        assert config.steps == tables.STEPS and config.steps % 2 == 0
-        assert (job.sampling.sampler == "ancestral") == (tables.SETTINGS[setting].network == "dit")
-    assert bool(config.init.get("disc")) == (setting != "scratch" and "gan" in job.recipe.vae_weights and setting != "vae")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("scale", ["small"])
+def test_scales(scale):
+    """Tokens of SiT and encoder match, and the headline's runs on a frozen VAE end when they have cost what REPA-E costs."""
+    flop = {}
+    for name in ("sit", "repa", "repa-e"):
+        job = built(scale, name)
+        flop[name] = sum(flops.of_step(job).values())
+    for name, ratio in SCALES[scale].compute_ratio.items():
+        assert 4 * ratio == round(4 * ratio) and abs(flop["repa-e"] / flop[name] - ratio) <= 0.2
+        steps = tables.evaluated_steps(SCALES[scale], tables.SETTINGS[name])
+        assert steps[-1] == ratio * tables.LONG * SCALES[scale].steps
+        assert {SCALES[scale].steps, tables.LONG * SCALES[scale].steps} <= set(steps)
+
+
+def test_published_scale_of_latents():
+    """KL pulls the latents together as strongly as published: weight times the sum of squared latents, 0.12 for SD-VAE."""
+    for scale, setting in itertools.product(SCALES.values(), ("repa-e", "repa-e-other")):
+        config = tables.config_of(scale, tables.Run(setting))
+        side = scale.image_size // 2 ** (len(config.vae.channel_multipliers) - 1)
+        latents = side**2 * config.vae.latent_channels
+        assert config.loss.vae.kl * latents * scale.latent_std**2 == pytest.approx(0.12, rel=0.05)
+        assert tables.config_of(scale, tables.Run("vae-other")).loss.vae.kl == 1e-6
 
 
 def test_settings_are_what_they_are_called():
-    weights = {name: built(name).recipe for name in tables.SETTINGS}
+    weights = {name: recipe_of(name) for name in tables.SETTINGS}
     assert "align" in weights["repa-e"].vae_weights and weights["repa-e"].norm_momentum
     assert weights["naive"].vae_weights["diffusion"] == 1 and not weights["naive"].norm_momentum
     assert "align" not in weights["naive"].vae_weights and "align" in weights["naive"].sit_weights
     assert "diffusion" in weights["no-stop-gradient"].vae_weights and weights["no-stop-gradient"].norm_momentum
-    assert set(weights["no-regularisation"].vae_weights) == {"align"}
     for name in ("sit", "dit", "e2e-sit", "e2e-dit"):
         assert "align" not in weights[name].sit_weights
     for name in ("repa", "dit-repa", "e2e-repa", "e2e-dit-repa"):
         assert weights[name].sit_weights["align"] == weights["repa-e"].sit_weights["align"]
+    rates = {name: tables.config_of(DIGITS, tables.Run(name)).optim.vae.learning_rate for name in ("vae", "repa-e", "fast-vae")}
+    assert rates == {
+        "vae": 1e-3,
+        "repa-e": 1e-4,
+        "fast-vae": tables.config_of(DIGITS, tables.Run("sit")).optim.sit.learning_rate,
+    }
 
 
 def test_tables_are_consistent():
     for table in tables.TABLES.values():
         assert set(table.rows) <= set(tables.SETTINGS) and set(table.measures) <= set(tables.MEASURES)
+        assert table.expected
         for claim in table.claims:
             assert {claim.first, claim.second} <= set(table.rows) and claim.measure in table.measures
-    assert {setting for table in tables.TABLES.values() for setting in table.rows} == set(tables.SETTINGS)
+    assert {setting for table in tables.TABLES.values() for setting in table.rows} | {"vae-other"} == set(tables.SETTINGS)
 
 
 def test_runs_come_after_what_they_need():
-    runs = tables.runs_of(tables.TABLES)
+    runs = tables.runs_of(DIGITS, tables.TABLES)
     assert len(set(runs)) == len(runs)
     for index, run in enumerate(runs):
         assert run.source is None or run.source in runs[:index]
-    assert tables.runs_of(["drop-in"], seeds=1).count(tables.Run("repa-e")) == 1
-    tasks = miniature.make_tasks(runs, Path("/work"))
+    assert tables.runs_of(DIGITS, ["drop-in"], seeds=1).count(tables.Run("repa-e")) == 1
+    tasks = miniature.make_tasks(DIGITS, runs, Path("/work"), Path("/emoji"))
     names = list(tasks)
     for name, task in tasks.items():
         assert all(names.index(need) < names.index(name) for need in task.needs), name
     assert len({task.folder for task in tasks.values()}) == len(tasks)
-    assert tasks["repa-e-weak seed 0"].needs == ("vae seed 0", "classifier", "weak encoder")
-    assert tasks["sit seed 0"].needs == ("vae seed 0", "classifier")
+    assert tasks["repa-e-weak seed 0"].needs == ("vae seed 0", "weak encoder", "classifier", "trained encoder")
+    assert tasks["sit seed 0"].needs == ("vae seed 0", "classifier", "trained encoder")
 
 
 def test_unknown_field_is_an_error(monkeypatch):
     setting = dataclasses.replace(tables.SETTINGS["sit"], changes={"loss.vae.gan": 0.0})
     monkeypatch.setitem(tables.SETTINGS, "sit", setting)
     with pytest.raises(ValueError, match="changes loss.vae.gan, which the config of job 'ldm' does not have"):
-        tables.config_of(tables.Run("sit"))
+        tables.config_of(DIGITS, tables.Run("sit"))
 
 
-def test_a_changed_description_is_another_folder(monkeypatch):
-    before = {run: tables.folder_name(run) for run in tables.runs_of(["main"])}
-    monkeypatch.setattr(tables, "VAE_STEPS", 7)
-    tables.folder_name.cache_clear()
-    try:
-        assert not set(before.values()) & {tables.folder_name(run) for run in before}  # all start from that VAE
-    finally:
-        tables.folder_name.cache_clear()
+def test_a_changed_description_is_another_folder():
+    """A folder's name does not depend on where the runs and the pictures are, but on all that a result depends on."""
+    scale = SCALES["small"]
+    changed = dataclasses.replace(scale, vae_steps=7)
+    for run in tables.runs_of(scale, ["main"], seeds=1):
+        assert tables.folder_name(scale, run) != tables.folder_name(changed, run)  # all start from that VAE
+    one, other = (miniature.make_tasks(scale, [tables.Run("repa-e")], Path(folder), Path(folder)) for folder in ("/a", "/b"))
+    assert one["repa-e seed 0"].folder.name == other["repa-e seed 0"].folder.name
+
+
+def test_scaled_latents_make_the_same_images():
+    """The posterior's means and deviations grow by one factor, and reconstructions stay: 1e-5 of values of about 1."""
+    module = built("digits", "vae").nets.vae
+    encode, decode = (jax.jit(functools.partial(module.apply, method=method)) for method in ("encode", "decode"))
+    images = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1)
+    params = jax.jit(module.init)(jax.random.key(1), images, jnp.zeros((2, 4, 4, 32)))["params"]
+    before = encode({"params": params}, images)
+    stats = {"mean": np.full(32, 0.5), "var": np.linspace(0.5, 1.5, 32)}
+    scaled, new_stats = miniature_run.scale_latents(jax.device_get(params), stats, 3.0)
+    after = encode({"params": scaled}, images)
+    np.testing.assert_allclose(after.mean, 3 * before.mean, atol=1e-5)
+    np.testing.assert_allclose(after.std, 3 * before.std, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(np.mean(new_stats["var"])), 3.0)
+    np.testing.assert_allclose(new_stats["mean"], 1.5)
+    images = (decode({"params": tree}, z.mean) for tree, z in ((params, before), (scaled, after)))
+    np.testing.assert_allclose(*images, atol=1e-5)
+
+
+CONFIG = small.ROOT / "launch/miniature/config.py"
+
+
+def config_read(argument):
+    return cli.ConfigParser().parse_args([f"--config={CONFIG}:{argument}", "--config.log.every=7"]).config
+
+
+def test_every_command_takes_the_config_of_a_setting(tmp_path, monkeypatch):
+    """It is that of the run which the miniature starts in its default folders, with the changes of the command line."""
+    monkeypatch.chdir(tmp_path)
+    args = miniature.parse_args(["--scale", "medium"])
+    assert args.pictures == tmp_path / "runs/miniature/medium/emoji-64"
+    run = tables.Run("repa-e", 1)
+    expected = tables.config_of(args.scale, run, args.workdir, args.pictures).unlock()
+    expected.log.every = 7
+    assert config_read("medium,repa-e,seed=1").to_dict() == expected.to_dict()
+    assert config_read("digits,vae").job == "vae"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("large,repa-e", "preset 'large' in 'large,repa-e' is unknown; allowed: one of .*'digits', 'medium', 'small'"),
+        ("medium,repa-f", "preset 'repa-f' in 'medium,repa-f' is unknown; allowed: .*'repa-e'"),
+        ("medium", "expected SCALE,SETTING after the colon, such as medium,repa-e: SCALE is one of digits, small, medium; "),
+        ("repa-e", "expected SCALE,SETTING after the colon"),
+        ("medium,repa-e,seed=x", "config argument 'seed=x': expected a value like 0"),
+    ],
+)
+def test_a_config_of_no_setting(argument, message):
+    with pytest.raises(SystemExit, match=f"^error: --config={CONFIG}:{argument}: {message}") as caught:
+        config_read(argument)
+    assert "\n" not in caught.value.code
 
 
 # ---- scheduling ---------------------------------------------------------------------------------------------------------
@@ -180,7 +288,7 @@ def test_a_result_of_something_else_is_refused(tmp_path):
 
 
 def test_unused_results_are_named(tmp_path):
-    tasks = miniature.make_tasks(tables.runs_of(["main"], seeds=1), tmp_path)
+    tasks = miniature.make_tasks(DIGITS, tables.runs_of(DIGITS, ["main"], seeds=1), tmp_path, tmp_path)
     for task in tasks.values():
         finish(task)
     assert miniature.unused_results(tmp_path, tasks) == []
@@ -194,7 +302,7 @@ def test_unused_results_are_named(tmp_path):
 
 
 def run_task(tmp_path, monkeypatch, train):
-    task = miniature.make_tasks([tables.Run("vae")], tmp_path)["vae seed 0"]
+    task = miniature.make_tasks(DIGITS, [tables.Run("vae")], tmp_path, tmp_path)["vae seed 0"]
     task.folder.mkdir()
     (task.folder / "task.json").write_text(json.dumps(task.content))
     monkeypatch.setattr(miniature_run, "train", train)
@@ -203,7 +311,7 @@ def run_task(tmp_path, monkeypatch, train):
 
 def test_divergence_is_a_result(tmp_path, monkeypatch):
     def train(config, folder):
-        assert config.to_dict()["vae"]["channels"] == tables.SIZE["vae.channels"]
+        assert config.to_dict()["vae"]["channels"] == DIGITS.fields["vae.channels"]
         raise miniature_run.TrainingStopped("stopped at step 40: vae/loss=nan")
 
     task, finished = run_task(tmp_path, monkeypatch, train)
@@ -218,123 +326,70 @@ def test_an_interrupted_run_has_no_result(tmp_path, monkeypatch):
 def test_last_losses(tmp_path):
     lines = [{"step": step, "time": 1.0, "sit/noise": float(step)} for step in (10, 20, 30, 40)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert miniature_run.last_losses(tmp_path / "metrics.jsonl") == {"velocity": 40.0}
+    assert miniature_run.last_losses(tmp_path, 40) == {"velocity": 40.0}
+    assert miniature_run.last_losses(tmp_path, 20) == {"velocity": 20.0}
 
 
-# ---- the report ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
+    """A toy VAE by itself and REPA-E from it, by the processes' own function."""
+    fields = {
+        "ema_decay": 0.9,
+        "vae.channels": 4,
+        "vae.latent_channels": 2,
+        "sit.hidden_size": 16,
+        "sit.depth": 2,
+        "sit.encoder_depth": 1,
+    }
+    toy = dataclasses.replace(
+        DIGITS, name="toy", fields={**DIGITS.fields, **fields}, encoder_steps={"trained": 1, "weak": 1}, vae_steps=4, steps=4,
+        samples=40, encoder={"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2},
+        tokenizer={**DIGITS.tokenizer, "optim.vae.decay_steps": 4},
+    )  # fmt: skip
+    monkeypatch.setitem(SCALES, "toy", toy)
+    monkeypatch.setitem(small_networks.CLASSIFIER_RECIPES, "digits", small_networks.Recipe(1, 32, 4e-3))
+    tasks = miniature.make_tasks(toy, [tables.Run("vae"), tables.Run("repa-e")], tmp_path, tmp_path)
+    for task in tasks.values():
+        task.folder.mkdir(exist_ok=True)
+        files.write_json(task.folder / "task.json", task.content)
+        assert miniature_run.perform(task.folder) and task.result()["status"] == "done"
+    alone, joint = (tasks[name] for name in ("vae seed 0", "repa-e seed 0"))
+    stats = load_vae(tables.vae_files(alone.folder)["vae"]).latent_stats
+    assert np.sqrt(np.mean(stats.var)) == pytest.approx(toy.latent_std)
+    numbers = joint.result()["numbers"]
+    assert set(tables.MEASURES) <= set(numbers) and 0 <= numbers["drift"] <= 1
+    assert numbers["steps"] == [1, 2, 3, 4, 6, 8] and len(numbers["curves"]["fid"]) == 6
+    assert numbers["fid"] == numbers["curves"]["fid"][3] and numbers["fid_long"] == numbers["curves"]["fid"][5]
+    shapes = {name: np.load(joint.folder / f"{name}.npy").shape for name in ("samples", "latents", "pictures", "spectrum")}
+    assert shapes == {
+        "samples": (6, 10, 4, 16, 16, 3), "latents": (40, 4, 4, 2), "pictures": (40, 16, 16, 3), "spectrum": (2, 16)
+    }  # fmt: skip
+    # the latents are of the VAE at the end of the run, as the one that others start from
+    shown = np.load(joint.folder / "pictures.npy")
+    end = miniature_run.latents_of(load_vae(tables.vae_files(joint.folder)["vae"]), shown)
+    np.testing.assert_allclose(np.load(joint.folder / "latents.npy"), end, atol=1e-4)
 
 
-def runs_of(**values):
-    """setting -> runs with these Frechet distances; None is a run that diverged."""
-
-    def run(fid):
-        return Path("folder"), {"status": "diverged" if fid is None else "done", "numbers": {"fid": fid}}
-
-    return {name: list(map(run, distances)) for name, distances in values.items()}
+def test_labels_of_samples_are_as_frequent_as_in_training():
+    labels = np.repeat([0, 1, 2], [50, 30, 21])
+    np.testing.assert_array_equal(miniature_run.sample_labels(labels, 10), np.repeat([0, 1, 2], [5, 3, 2]))
+    assert len(miniature_run.sample_labels(labels, 999)) == 999
 
 
-@pytest.mark.parametrize(
-    "first, second, alike, expected",
-    [
-        ([10, 11, 12], [20, 21, 22], False, report.AGREES),
-        ([20, 21, 22], [10, 11, 12], False, report.DISAGREES),
-        ([10, 20, 30], [12, 22, 32], False, report.NOISE),
-        ([10], [20], False, report.AGREES),
-        ([10, 11, 12], [20, 21, 22], True, report.DISAGREES),
-        ([20, 20, 20], [21, 21, 21], True, report.AGREES),
-        ([1, 2], [None, 3], False, report.AGREES),
-        ([1, math.nan], [3, 3], False, report.DISAGREES),
-        ([None], [None], False, report.DIVERGED),
-        ([], [1], False, report.NOT_RUN),
-    ],
-)
-def test_verdicts(first, second, alike, expected):
-    claim = tables.Claim("repa-e", "repa", "4.07 against 7.90", alike=alike)
-    verdict, ours = report.judge(claim, runs_of(**{"repa-e": first, "repa": second}))
-    assert verdict == expected
-    assert ("one run each" in ours) == (len(first) == len(second) == 1 and None not in first)
+def test_drift_does_not_depend_on_scale():
+    """Latents that are only scaled and shifted have not drifted, and half of the variance is lost with as much noise."""
+    random = np.random.default_rng(0)
+    latents, noise = random.normal(size=(2, 200, 4, 4, 8))
+    assert miniature_run.drift(latents, 3 * latents + 1) == pytest.approx(0, abs=1e-6)
+    assert miniature_run.drift(latents, latents + noise) == pytest.approx(0.5, abs=0.02)
 
 
-def test_more_is_better():
-    claim = tables.Claim("repa-e", "repa", "", "label_accuracy")
-    runs = runs_of(**{"repa-e": [0], "repa": [0]})
-    runs["repa-e"][0][1]["numbers"]["label_accuracy"], runs["repa"][0][1]["numbers"]["label_accuracy"] = 0.9, 0.5
-    assert report.judge(claim, runs)[0] == report.AGREES
+def test_time_of_interrupted_tasks_adds_up(tmp_path):
+    miniature_run.add_seconds(tmp_path / "seconds.json", 10.0, 8.0)
+    assert miniature_run.add_seconds(tmp_path / "seconds.json", 1.0, 2.0) == {"seconds": 11.0, "cpu_seconds": 10.0}
 
 
-def test_cells():
-    measure = tables.MEASURES["fid"]
-    assert report.cell([1.0, 3.0], measure) == "2.0 ± 1.4"
-    assert report.cell([1.0], measure) == "1.0"
-    assert report.cell([1.0, math.inf], measure) == "1.0 (1 of 2 diverged)"
-    assert report.cell([math.inf], measure) == "diverged"
-    assert report.cell([math.nan], measure) == report.cell([], measure) == "–"
-
-
-@pytest.fixture
-def partly_done(tmp_path):
-    """Tasks of all tables, of which the first two have results: REPA-E is worse than REPA, one naive run diverged."""
-    tasks = miniature.make_tasks(tables.runs_of(tables.TABLES), tmp_path / "work")
-    rng = np.random.default_rng(0)
-    finish(tasks["classifier"], accuracy=0.99, fid_of_held_out_digits=2.5)
-    for name, fid in (("sit", 30.0), ("repa", 20.0), ("repa-e", 25.0), ("naive", 90.0)):
-        for seed in range(2):
-            task = tasks[f"{name} seed {seed}"]
-            distances = {"fid": fid + seed, "fid_halfway": 2 * fid, "fid_steps": [5, 10], "fid_of_reconstructions": 3}
-            others = {"l1": 0.1, "psnr": 20, "spatial_variance": 0.3, "total_variation": 4.0, "velocity": 1.0}
-            finish(task, **distances, **others, label_accuracy=0.5)
-            if seed:
-                continue
-            np.save(task.folder / "samples.npy", rng.integers(0, 256, (10, 4, 16, 16, 3), np.uint8))
-            np.save(task.folder / "latents.npy", rng.normal(size=(10, 4, 4, 8)))
-            lines = [json.dumps({"step": step, "time": 1.0, "latents/std": 1 / step}) for step in (1, 10, 20)]
-            (task.folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    naive = tasks["naive seed 1"]
-    finish(naive, "diverged")
-    result = naive.result() | {"message": "stopped at step 40: sit/loss=nan. Parameters are those of step 20"}
-    (naive.folder / "result.json").write_text(json.dumps(result))
-    return tasks
-
-
-def test_report(partly_done, tmp_path):
-    report.write(tmp_path / "R.md", partly_done)
-    text = (tmp_path / "R.md").read_text()
-    assert "| SiT + REPA | 2 | 20.5 ± 0.7 | 40.0 ± 0.0 | 3.00 ± 0.00 | 0.500 ± 0.000 |" in text
-    assert "“REPA-E” than with “SiT + REPA” (4.07 against 7.90): **disagrees**, 25.5 ± 0.7 against 20.5 ± 0.7." in text
-    assert "0.3000 (1 of 2 diverged)" in text and "* Diverged: stopped at step 40: sit/loss=nan." in text
-    assert "VAE by itself | 0 | – |" in text and f"**{report.NOT_RUN}**" in text
-    assert "## Alignment depth" in text  # from the row of REPA-E
-    assert "Not run yet" not in text and "nan" not in text.replace("sit/loss=nan", "")
-    for name in ("main.png", "main-samples.png", "collapse.png", "collapse-samples.png", "collapse-latents.png"):
-        assert f"](results/{name})" in text
-        with Image.open(tmp_path / "results" / name) as picture:
-            assert min(picture.size) > 100, name
-    assert max(map(len, text.split("## Summary")[0].splitlines())) <= 128
-
-
-def test_report_of_nothing(tmp_path):
-    report.write(tmp_path / "R.md", miniature.make_tasks(tables.runs_of(tables.TABLES), tmp_path / "work"))
-    text = (tmp_path / "R.md").read_text()
-    assert "Of 0 published comparisons: none run yet." in text and "Not run yet: `main`, `collapse`" in text
-
-
-# ---- pictures and the command line ----------------------------------------------------------------------------------------
-
-
-def test_pca_colors():
-    latents = np.random.default_rng(0).normal(size=(3, 4, 4, 8)) * np.array([9, 5, 3, 0.1, 0.1, 0.1, 0.1, 0.1])
-    colors = plots.pca_colors(latents)
-    assert colors.shape == (3, 4, 4, 3) and colors.min() == 0 and colors.max() == 255
-    correlation = np.corrcoef(colors[..., 0].ravel(), latents[..., 0].ravel())[0, 1]
-    assert abs(correlation) > 0.99
-    assert plots.pca_colors(np.ones((1, 2, 2, 4))).shape == (1, 2, 2, 3)  # collapsed latents
-
-
-def test_empty_pictures_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="values is empty"):
-        plots.plot_settings(tmp_path / "a.png", {}, "", {}, "")
-    with pytest.raises(ValueError, match="pictures is empty"):
-        plots.show_pictures(tmp_path / "a.png", {})
+# ---- the command line ----------------------------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -344,10 +399,23 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         miniature.parse_args(["--seeds", "0"])
     assert "--seeds: 0 must be at least 1" in capsys.readouterr().err
-    assert miniature.parse_args([]).results.is_file()  # the committed results, which a run replaces
-    monkeypatch.setattr(miniature, "start_task", None)
-    arguments = ["--workdir", str(tmp_path / "work"), "--results", str(tmp_path / "R.md"), "--report"]
-    assert miniature.main(arguments) == 0 and (tmp_path / "R.md").exists()
-    (tmp_path / "R.md").write_text("results of other runs")
-    assert miniature.main(arguments) == 0 and (tmp_path / "R.md").read_text() == "results of other runs"
-    assert "no run is finished: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        miniature.parse_args(["--jobs", "4096"])
+    assert "--jobs 4096: every run takes a core" in capsys.readouterr().err
+    assert miniature.parse_args(["--workdir", "work"]).results == Path("work/report/README.md").absolute()
+
+
+def test_results_are_of_finished_runs(tmp_path, monkeypatch, capsys):
+    """A classifier alone does not replace a page, and a page is not written but where `--results` says."""
+    work, written = tmp_path / "work", []
+    monkeypatch.setattr(report, "write", lambda path, scale, tasks, front: written.append((path, front)))
+    arguments = ["--scale", "digits", "--workdir", str(work), "--report"]
+    scale, runs = SCALES["digits"], tables.runs_of(SCALES["digits"], tables.TABLES)
+    tasks = miniature.make_tasks(scale, runs, work, work / "emoji-16")
+    finish(tasks["classifier"])
+    assert miniature.main(arguments) == 1 and not written
+    assert f"no run is finished in {work}: no page is written" in capsys.readouterr().err
+    finish(tasks["vae seed 0"])
+    assert miniature.main(arguments) == 0 and written == [(work / "report" / "README.md", None)]
+    assert miniature.main([*arguments, "--results", str(tmp_path / "R.md"), "--front", str(tmp_path / "f.png")]) == 0
+    assert written[1:] == [(tmp_path / "R.md", tmp_path / "f.png")]

@@ -1,25 +1,28 @@
 """The quickstart's four parts in one go, at toy size."""
 
-import functools
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from configs import repae
+from launch import small_networks
 from launch.quickstart import quickstart as quickstart_command
 from repae_jax.analyze_latents import encoding
 
 pytestmark = pytest.mark.integration
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def quickstart(monkeypatch):
     module = quickstart_command
-    models = module.digits_models
-    monkeypatch.setattr(models, "train_encoder", functools.partial(models.train_encoder, steps=2))
-    monkeypatch.setattr(models, "train_classifier", functools.partial(models.train_classifier, steps=2))
+    for recipes in (small_networks.ENCODER_RECIPES, small_networks.CLASSIFIER_RECIPES):
+        monkeypatch.setitem(recipes, "digits", dataclasses.replace(recipes["digits"], steps=2))
     monkeypatch.setattr(module, "PER_CLASS", 16)
     monkeypatch.setattr(module, "SAMPLER", {"sampler": "euler", "steps": 2})
     real = repae.get_config
@@ -53,7 +56,9 @@ def test_quickstart_writes_what_it_promises(quickstart, tmp_path, monkeypatch, c
     assert len(list((tmp_path / "run" / "evaluations").glob("tokenizer-0000003-*.json"))) == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert "sit/velocity" in page and len(page) < 10e6
-    capsys.readouterr()
+    file, _, anchor = capsys.readouterr().out.splitlines()[-1].rpartition(" ")[2].partition("#")
+    headings = [line.strip("# ") for line in (ROOT / file).read_text().splitlines() if line.startswith("#")]
+    assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
     quickstart.main()  # a second run finds everything done
     assert capsys.readouterr().out.count("training skipped") == 2
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["fid"] == summary["fid"]

@@ -184,7 +184,7 @@ def cluster():
         shutil.copy(script, folder / "launch")
     python = folder / ".venv/bin/python"
     by_itself = f'[ "$1" != - ] || exec {sys.executable} "$@"\n[ "$2" != launch.gpu_flags ] || exit 0'
-    python.write_text(f'#!/bin/bash\n{by_itself}\nsource {folder}/behavior\n')
+    python.write_text(f"#!/bin/bash\n{by_itself}\nsource {folder}/behavior\n")
     python.chmod(0o755)
     with Cluster(folder) as slurm:
         yield slurm
