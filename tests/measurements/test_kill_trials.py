@@ -8,9 +8,9 @@ import pytest
 @pytest.mark.integration
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, compiled):
     lines = []
-    moments = kill_trials.run("ldm", 24, 2, 0, tmp_path, compiled, lines.append, most=3)
+    moments = kill_trials.run("ldm", 24, 1, 0, tmp_path, compiled, lines.append, most=3)
     assert set(moments) - {"before the first checkpoint"}, "no run was continued"
-    assert moments.total() >= 2 and len(lines) == 2 and all("equal" in line for line in lines)
+    assert moments.total() >= 1 and len(lines) == 1 and "equal" in lines[0]
 
 
 def test_differences_are_found():
