@@ -184,7 +184,7 @@ def load_classifier(path: str | Path) -> Classifier:
                 f"classifier {path} got {pixels.dtype} {list(pixels.shape)}; allowed: uint8 "
                 f"[N, {image_size}, {image_size}, 3] with N >= 1"
             )
-        return _in_batches(apply, pixels)
+        return in_batches(apply, pixels)
 
     return classify
 
@@ -205,7 +205,7 @@ def probe(features_fn: Callable[[UInt8[Array, "B H H 3"]], Float[Array, "B D"]],
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train, test = (_in_batches(jax.jit(features_fn), split.images) for split in (pictures.train, pictures.test))
+    train, test = (in_batches(jax.jit(features_fn), split.images) for split in (pictures.train, pictures.test))
     shares = {}
     for name, kind in (("probe_accuracy", "labels"), ("probe_target_accuracy", "targets")):
         regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -290,7 +290,7 @@ def _train(name, model, logits_fn, pictures, recipe, seed):
         params, opt_state, loss = update(params, opt_state, step, *data)
         if (step + 1) % max(steps // _REPORTS, 1) == 0:
             print(f"{name}: step {step + 1}/{steps}  loss {loss:.3f}  {time.monotonic() - start:.0f} s", flush=True)
-    logits = _in_batches(jax.jit(functools.partial(logits_fn, params)), pictures.test.images)
+    logits = in_batches(jax.jit(functools.partial(logits_fn, params)), pictures.test.images)
     record = _accuracies(logits, pictures)
     seconds = round(time.monotonic() - start, 1)
     print(f"{name}: held-out accuracy {record['accuracy']:.3f} after {seconds:.0f} s", flush=True)
@@ -339,12 +339,13 @@ def augment(key: Array, pixels: UInt8[Array, "B H H 3"], edges: str, mirrored: b
     return jnp.where(turn, warped[:, :, ::-1], warped)
 
 
-def _in_batches(fn, pixels):
-    """Applies fn in batches of one shape, so that it is compiled once; returns NumPy arrays."""
-    padded = np.pad(pixels, [(0, -len(pixels) % _EVALUATION_BATCH_SIZE), (0, 0), (0, 0), (0, 0)])
-    batches = np.split(padded, len(padded) // _EVALUATION_BATCH_SIZE)
-    results = [jax.device_get(fn(batch)) for batch in batches]
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pixels)], *results)
+def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
+    """Applies a function in batches of one size along the first axis, so that it is compiled once; returns NumPy arrays."""
+    count, parts = len(arrays[0]), []
+    for first in range(0, count, _EVALUATION_BATCH_SIZE):
+        rows = np.minimum(np.arange(first, first + _EVALUATION_BATCH_SIZE), count - 1)  # the last batch repeats the last row
+        parts.append(jax.device_get(function(*(array[rows] for array in arrays))))
+    return jax.tree.map(lambda *part: np.concatenate(part)[:count], *parts)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

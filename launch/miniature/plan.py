@@ -102,7 +102,7 @@ def sampling_flop(scale: Scale, setting: str) -> float:
     config = step_config(scale, setting).unlock()
     config.sampling.update(SAMPLERS[tables.SETTINGS[setting].network])
     job = build.build(plan.sampling_config(config, 1), jax.devices()[:1], encoders=())
-    return sum(flops.of_sampling(job).values()) * scale.samples * config.data.num_classes
+    return sum(flops.of_sampling(job).values()) * scale.samples
 
 
 def planned(scale: Scale, setting: str, runs: int, plans: Mapping[str, Numbers]) -> sizes.Planned:

@@ -1,9 +1,9 @@
 """The summary of a planned scale: steps, memory, disk, and the time of the headline and of everything, by device."""
 
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from launch.miniature import markdown
 from launch.miniature.scales import Scale
 from launch.miniature.sizes import Planned
 from repae_jax.cost.chips import GIB
@@ -17,16 +17,16 @@ Plans = Mapping[str, Mapping[str, Any]]  # device -> numbers of `repae_jax.plan`
 
 def lines_of(scale: Scale, plans: Plans, rows: Mapping[str, Planned], headline: Collection[str]) -> list[str]:
     """Returns the summary as Markdown; `rows` has every setting, and `headline` the names of those of the headline."""
-    table = [["", *plans], ["---"] * (len(plans) + 1)]
-    table.append(["step of REPA-E, as compiled", *map(_step, plans.values())])
-    table.append(["its memory", *map(_memory, plans.values())])
+    lines = [["step of REPA-E, as compiled", *map(_step, plans.values())]]
+    lines.append(["its memory", *map(_memory, plans.values())])
     for title, settings in (("headline", headline), ("everything", list(rows))):
         chosen = [rows[setting] for setting in settings]
         times = [_times(chosen, device) for device in plans]
         name = f"**{title}**, {sum(row.runs for row in chosen)} runs"
-        table.append([f"{name}: training + samples + the rest", *(" + ".join(map(_minutes, three)) for three in times)])
-        table.append([f"{name}: all", *(f"**{_minutes(sum(three))}**" for three in times)])
-    return [*("| " + " | ".join(cells) + " |" for cells in table), "", *map(_wrapped, _notes(scale, rows, headline))]
+        lines.append([f"{name}: training + samples + the rest", *(" + ".join(map(_minutes, three)) for three in times)])
+        lines.append([f"{name}: all", *(f"**{_minutes(sum(three))}**" for three in times)])
+    notes = map(markdown.wrapped, _notes(scale, rows, headline))
+    return [*markdown.table(["", *plans], lines), "", *notes]
 
 
 def _step(numbers):
@@ -67,7 +67,3 @@ def _notes(scale, rows, headline):
         f"{cores:.0f} cores busy; with fewer, the time of training is theirs.",
         f"* **Disk.** Checkpoints are kept to be evaluated: {disk_of_headline:,.0f} GiB of the headline's, {disk:,.0f} in all.",
     ]
-
-
-def _wrapped(line):
-    return textwrap.fill(line, 128, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)

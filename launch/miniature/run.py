@@ -8,7 +8,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from checkpoints_tools import vae as vae_files
 from checkpoints_tools.vit import load_encoder
 from launch import pictures, small_networks
 from launch.miniature import tables
-from launch.miniature.scales import BLOCK, CKNNA_TIME, SAMPLERS, SCALES, SHOWN, Scale
+from launch.miniature.scales import BLOCK, CKNNA_TIME, SAMPLERS, SCALES, SDVAE_STD, SHOWN, Scale
 from repae_jax import files, sample
 from repae_jax.analysis import representation, smoothness, spectrum
 from repae_jax.analyze_latents.hidden_states import make_hidden_states
@@ -123,7 +123,7 @@ def run_numbers(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str
     tokenizer, steps = load_vae(folder), tables.equal_steps(scale, setting)
     if task["export"]:  # for others to start from
         target = tables.vae_files(folder)["vae"]
-        export_vae(folder, target, scale.latent_std if setting.job == "vae" else None)
+        export_vae(folder, target, SDVAE_STD if setting.job == "vae" else None)
         tokenizer = load_vae(target)
     if setting.headline:  # this long run is compared with shorter ones, too
         numbers |= last_losses(folder, steps) | vae_numbers(folder, load_vae(folder, steps), shown.test, classify, features)
@@ -172,16 +172,7 @@ def encoder_features(folder: str, images: UInt8[np.ndarray, "N H W 3"]) -> Float
     """Computes the encoder's patch tokens, averaged over each picture: rows of length 1."""
     encoder, params = load_encoder(folder, images.shape[1], images.shape[1])
     run = jit_in_float32(lambda pixels: encoders.encode(encoder, params, pixels).mean(axis=1))
-    return representation.unit_rows(in_batches(run, images))
-
-
-def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
-    """Applies a compiled function to batches of one size along the first axis; returns NumPy arrays."""
-    count, parts = len(arrays[0]), []
-    for first in range(0, count, BATCH_SIZE):
-        rows = np.minimum(np.arange(first, first + BATCH_SIZE), count - 1)
-        parts.append(jax.device_get(function(*(array[rows] for array in arrays))))
-    return jax.tree.map(lambda *part: np.concatenate(part)[:count], *parts)
+    return representation.unit_rows(small_networks.in_batches(run, images))
 
 
 def curves(
@@ -194,9 +185,9 @@ def curves(
     features: Float[np.ndarray, "N F"],
     seed: int,
 ) -> dict[str, Any]:
-    """Evaluates checkpoints: Frechet distance to the training pictures, label accuracy, and CKNNA with the encoder.
+    """Evaluates checkpoints: Frechet distance, label accuracy, and CKNNA with the encoder.
 
-    The Frechet distance is to the training pictures, and to the held-out ones, to which copies of the former are not near.
+    The distance is to the training pictures, and to the held-out ones, to which copies of the former are not near.
 
     Returns them as curves over the steps, and by name those at equal steps and, if the run goes on so long, at equal compute.
     Writes samples.npy, uint8 [checkpoints, classes, SHOWN, H, W, 3].
@@ -239,7 +230,7 @@ def sample_labels(training_labels: Int32[np.ndarray, " N"], count: int) -> Int32
 def latents_of(tokenizer: LoadedTokenizer, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w C"]:
     """Encodes pictures: the means of their posteriors."""
     encode = functools.partial(tokenizer.module.apply, {"params": tokenizer.params}, method="encode")
-    return in_batches(jit_in_float32(lambda pixels: encode(to_float(pixels)).mean), images)
+    return small_networks.in_batches(jit_in_float32(lambda pixels: encode(to_float(pixels)).mean), images)
 
 
 def drift(before: Float[np.ndarray, "N h w C"], after: Float[np.ndarray, "N h w C"]) -> float:
@@ -263,7 +254,7 @@ def hidden_states(model: LoadedModel, split: pictures.Split) -> Float[np.ndarray
         z = normalize(mean, model.params["latent_stats"])
         return run(model.params, z, ids, CKNNA_TIME, labels, key)[block - 1]
 
-    return representation.unit_rows(in_batches(states, split.images, split.labels, np.arange(len(split))))
+    return representation.unit_rows(small_networks.in_batches(states, split.images, split.labels, np.arange(len(split))))
 
 
 def vae_numbers(
@@ -281,7 +272,7 @@ def vae_numbers(
         latents = module.apply({"params": params}, to_float(images), method="encode").mode()
         return latents, module.apply({"params": params}, latents, method="decode").clip(-1, 1)
 
-    latents, recon = in_batches(measure, split.images)
+    latents, recon = small_networks.in_batches(measure, split.images)
     errors = recon - to_float(split.images)
     recon = np.asarray(to_uint8(recon))
     real, ours = (gaussian_stats(classify(images)[0]) for images in (split.images, recon))

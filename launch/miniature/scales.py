@@ -11,7 +11,8 @@ HORIZON = 1 / 15  # share of a run over which averages of weights reach back: th
 TOKENIZER = {
     "loss.vae.kl": 1e-6, "optim.vae.learning_rate": 1e-3, "optim.vae.schedule": "cosine", "optim.vae.final_learning_rate": 1e-4,
 }  # fmt: skip
-SDVAE_STD = 5.5  # standard deviation of SD-VAE's latents, 1 / 0.18215
+# Standard deviation of SD-VAE's latents, 1 / 0.18215, to which those of a VAE that was trained alone are scaled.
+SDVAE_STD = 5.5
 CKNNA_TIME = 0.5  # at which SiT's hidden states are compared with the encoder, as REPA does
 BLOCK = 8  # side of the blocks whose spectrum is measured, at most the latents' side
 SHOWN = 4  # samples of each class, and held-out pictures of each class, that are kept to be looked at
@@ -30,7 +31,6 @@ class Scale:
     encoder: Mapping[str, Any]  # architecture
     # Dotted config fields -> values: of all runs, and of those whose settings name them.
     fields: Mapping[str, Any]
-    tokenizer: Mapping[str, Any]  # a VAE that is trained alone
     other_vae: Mapping[str, Any]
     shallow: Mapping[str, Any]
     deep: Mapping[str, Any]
@@ -38,13 +38,17 @@ class Scale:
     larger: Mapping[str, Any]
     encoder_steps: Mapping[str, int]  # quality -> training steps
     vae_steps: int
-    latent_std: float  # to which the latents of a VAE that was trained alone are scaled
     steps: int  # of every SiT, alone or together with a VAE; a multiple of 4
     # FLOP of a step of REPA-E over those of SiT and of SiT + REPA on a frozen VAE, rounded to quarters: for as many times the
     # steps do the headline's runs on a frozen VAE go on, so that they can be compared at equal compute, too.
     compute_ratio: Mapping[str, float]
     samples: int  # for a Frechet distance; their labels are as frequent as those of the training pictures
     seeds: int = 3
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """Fields of a VAE that is trained alone."""
+        return {**TOKENIZER, "optim.vae.decay_steps": self.vae_steps}
 
     @property
     def ema_decay(self) -> float:
@@ -62,11 +66,10 @@ SCALES = {
                 "sit.hidden_size": 64, "sit.num_heads": 2, "sit.projector_dim": 128, "sit.unroll": 1, "disc.channels": 16,
                 "loss.vae.kl": 8e-6, "optim.vae.learning_rate": 1e-4,
             },
-            tokenizer={**TOKENIZER, "optim.vae.decay_steps": 1200},
             other_vae={"vae.latent_channels": 8, "loss.vae.kl": 3.2e-5},
             shallow={"sit.encoder_depth": 1}, deep={"sit.encoder_depth": 4},
             smaller={"sit.hidden_size": 32}, larger={"sit.hidden_size": 96}, encoder=small_networks.ENCODERS["digits"],
-            encoder_steps={"weak": 40, "trained": 600}, vae_steps=1200, latent_std=SDVAE_STD, steps=800,
+            encoder_steps={"weak": 40, "trained": 600}, vae_steps=1200, steps=800,
             compute_ratio={"sit": 2.75, "repa": 2.25}, samples=1000,
         ),
         Scale(
@@ -76,11 +79,10 @@ SCALES = {
                 "sit.patch_size": 2, "sit.hidden_size": 128, "sit.num_heads": 4, "sit.projector_dim": 256, "sit.unroll": 1,
                 "disc.channels": 16, "loss.vae.kl": 4e-6, "optim.vae.learning_rate": 1e-4,
             },
-            tokenizer={**TOKENIZER, "optim.vae.decay_steps": 3000},
             other_vae={"vae.latent_channels": 4, "loss.vae.kl": 1.6e-5},
             shallow={"sit.encoder_depth": 1}, deep={"sit.encoder_depth": 4},
             smaller={"sit.hidden_size": 64}, larger={"sit.hidden_size": 192}, encoder=small_networks.ENCODERS["emoji"],
-            encoder_steps={"weak": 100, "trained": 2000}, vae_steps=3000, latent_std=SDVAE_STD, steps=1200,
+            encoder_steps={"weak": 100, "trained": 2000}, vae_steps=3000, steps=1200,
             compute_ratio={"sit": 4, "repa": 3.5}, samples=1000,
         ),
         Scale(
@@ -92,12 +94,11 @@ SCALES = {
                 "sit.projector_dim": 1024, "sit.unroll": 12, "disc.channels": 32, "precision.compute": "bfloat16",
                 "loss.vae.kl": 2e-6, "optim.sit.learning_rate": 5e-4, "optim.vae.learning_rate": 5e-5,
             },
-            tokenizer={**TOKENIZER, "optim.vae.decay_steps": 10_000},
             other_vae={"vae.latent_channels": 8, "loss.vae.kl": 8e-6},
             shallow={"sit.encoder_depth": 3}, deep={"sit.encoder_depth": 5},
             smaller={"sit.hidden_size": 192, "sit.num_heads": 3}, larger={"sit.hidden_size": 768, "sit.num_heads": 12},
             encoder={"patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 6},
-            encoder_steps={"weak": 500, "trained": 10_000}, vae_steps=10_000, latent_std=SDVAE_STD, steps=2000,
+            encoder_steps={"weak": 500, "trained": 10_000}, vae_steps=10_000, steps=2000,
             compute_ratio={"sit": 2.25, "repa": 2}, samples=5000,
         ),
     )

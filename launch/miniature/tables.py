@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from checkpoints_tools.vae import DISCRIMINATOR
 from configs import common, ldm, repae, vae
 from launch import emoji, pictures, small_networks
-from launch.miniature.scales import BLOCK, CKNNA_TIME, SAMPLERS, SHOWN, Scale
+from launch.miniature.scales import BLOCK, CKNNA_TIME, SAMPLERS, SDVAE_STD, SHOWN, Scale
 from repae_jax.job.build import plain_config
 
 PRESETS = {"repae": repae, "ldm": ldm, "vae": vae}
@@ -416,7 +416,7 @@ def description(scale: Scale, run: Run) -> dict[str, Any]:
         "scale": scale.name,
         "setting": run.setting,
         "config": plain(config_of(scale, run)),
-        "latent_std": scale.latent_std if setting.job == "vae" else None,
+        "latent_std": SDVAE_STD if setting.job == "vae" else None,
         "evaluation": evaluation,
         "judge": classifier_description(scale),
         "encoder": encoder_description(scale, "trained"),

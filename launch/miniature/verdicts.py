@@ -37,7 +37,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the runs say about a claim."""
+    """An outcome of a comparison, and the numbers that it rests on."""
 
     claim: tables.Claim
     outcome: str  # one of OUTCOMES

@@ -80,7 +80,7 @@ def plot_curves(metrics_jsonl: epath.PathLike, path: epath.PathLike, groups: Map
             _draw_curve(axes, steps, moving_average(values), i, max_marked=2, label=name)
         axes.set_xlabel("step")
         axes.legend(frameon=False, fontsize="small")
-    save(figure, path)
+    _save(figure, path)
 
 
 def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 3"] | str], size: int = 96) -> None:
@@ -100,7 +100,7 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
             axes.imshow(sheets[label], interpolation="antialiased")
         else:
             axes.text(0, 0.5, row, fontsize="small", verticalalignment="center")
-    save(figure, path)
+    _save(figure, path)
 
 
 def plot_lines(
@@ -122,7 +122,7 @@ def plot_lines(
             axes.plot(x, y, label=name, color="black", linewidth=1.5, linestyle="--")
         axes.set(xlabel=x_title, ylabel=y_title, yscale="log" if log_scale else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, path, legend={"loc": "outside right upper"})
+    _save(figure, path, legend={"loc": "outside right upper"})
 
 
 def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]]) -> None:
@@ -143,7 +143,7 @@ def plot_channels(path: epath.PathLike, panels: Mapping[str, Mapping[str, Any]])
             axes.hlines(panel[name], channels - 0.25, channels + 0.25, color="black", linewidth=0.8, label=label)
         axes.set(xlabel="channel", ylabel="latent")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, path, legend={"loc": "outside upper right", "ncols": 2})
+    _save(figure, path, legend={"loc": "outside upper right", "ncols": 2})
 
 
 def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> None:
@@ -160,7 +160,7 @@ def plot_bars(path: epath.PathLike, panels: Mapping[str, Mapping[str, Sequence[f
         axes.set_xticks(range(len(groups)), list(groups), fontsize="x-small")
         axes.grid(False, axis="x")
         axes.set_axisbelow(True)
-    save(figure, path, legend={"loc": "outside lower center", "ncols": 4})
+    _save(figure, path, legend={"loc": "outside lower center", "ncols": 4})
 
 
 def _require(name: str, values: Any, needed: str) -> None:
@@ -191,7 +191,7 @@ def _draw_curve(axes: Axes, x: Any, y: Any, index: int, max_marked: int, **keywo
     axes.plot(x, y, **{"color": f"C{index % 10}", "linewidth": 1.5, "marker": marker, "markersize": 3, **keywords})
 
 
-def save(figure: Figure, path: epath.PathLike, legend: Mapping[str, Any] | None = None) -> None:
+def _save(figure: Figure, path: epath.PathLike, legend: Mapping[str, Any] | None = None) -> None:
     """Writes the figure; `legend` adds one for all panels, from the labels of the last."""
     if legend is not None:
         figure.legend(*figure.axes[-1].get_legend_handles_labels(), frameon=False, fontsize="small", **legend)

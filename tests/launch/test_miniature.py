@@ -15,7 +15,7 @@ import small
 from launch import small_networks
 from launch.miniature import miniature, report, tables
 from launch.miniature import run as miniature_run
-from launch.miniature.scales import SCALES
+from launch.miniature.scales import SCALES, SDVAE_STD
 from repae_jax import cli, files
 from repae_jax.cost import flops
 from repae_jax.job import build
@@ -79,7 +79,7 @@ def test_published_scale_of_latents():
         config = tables.config_of(scale, tables.Run(setting))
         side = scale.image_size // 2 ** (len(config.vae.channel_multipliers) - 1)
         latents = side**2 * config.vae.latent_channels
-        assert config.loss.vae.kl * latents * scale.latent_std**2 == pytest.approx(0.12, rel=0.05)
+        assert config.loss.vae.kl * latents * SDVAE_STD**2 == pytest.approx(0.12, rel=0.05)
         assert tables.config_of(scale, tables.Run("vae-other")).loss.vae.kl == 1e-6
 
 
@@ -344,7 +344,6 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     toy = dataclasses.replace(
         DIGITS, name="toy", fields={**DIGITS.fields, **fields}, encoder_steps={"trained": 1, "weak": 1}, vae_steps=4, steps=4,
         samples=40, encoder={"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2},
-        tokenizer={**DIGITS.tokenizer, "optim.vae.decay_steps": 4},
     )  # fmt: skip
     monkeypatch.setitem(SCALES, "toy", toy)
     monkeypatch.setitem(small_networks.CLASSIFIER_RECIPES, "digits", small_networks.Recipe(1, 32, 4e-3))
@@ -355,7 +354,7 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
         assert miniature_run.perform(task.folder) and task.result()["status"] == "done"
     alone, joint = (tasks[name] for name in ("vae seed 0", "repa-e seed 0"))
     stats = load_vae(tables.vae_files(alone.folder)["vae"]).latent_stats
-    assert np.sqrt(np.mean(stats.var)) == pytest.approx(toy.latent_std)
+    assert np.sqrt(np.mean(stats.var)) == pytest.approx(SDVAE_STD)
     numbers = joint.result()["numbers"]
     assert set(tables.MEASURES) <= set(numbers) and 0 <= numbers["drift"] <= 1
     assert numbers["steps"] == [1, 2, 3, 4, 6, 8] and len(numbers["curves"]["fid"]) == 6

@@ -1,5 +1,7 @@
 """The plan of a scale of the miniature paper, without compiling: what costs as what, sums by hand, what is kept, mistakes."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -146,3 +148,10 @@ def test_mistakes_are_one_line(monkeypatch):
     monkeypatch.setattr(plan, "topology_devices", lambda *_: jax.devices()[:2])
     message = run_main(monkeypatch, "--topology=h200:2")
     assert message == "error: --topology=h200:2: the miniature runs on one accelerator; allowed: one, such as h200:1"
+
+
+def test_samples_are_counted_once(monkeypatch):
+    """`Scale.samples` is the number of all samples of a checkpoint, not of those of a class."""
+    monkeypatch.setattr(miniature_plan.flops, "of_sampling", lambda job: {"sit/SiT": 2.0, "vae/decode": 1.0})
+    scale = dataclasses.replace(SCALES["digits"], samples=70)
+    assert miniature_plan.sampling_flop(scale, "sit") == 3.0 * 70
