@@ -3,8 +3,8 @@
 #   bash launch/test.sh -m "not integration and not slow"    the unit tier alone
 #   bash launch/test.sh -k sit
 #   VENV=.venv-newest PYTHON=python3.13 bash launch/test.sh   with the newest versions
-# A test file stays in one process, because its fixtures are expensive to make.
+# A test file stays in one process, because its fixtures are expensive to make; tests/conftest.py orders the files.
 source "$(dirname "$0")/environment.sh" test
 ruff check .
 python -m mypy
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
