@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.miniature import cknna, comparisons, figures, markdown, table_figures, tables, verdicts
+from launch.miniature import cknna, comparisons, figures, findings, markdown, table_figures, tables, verdicts
 from launch.miniature.comparisons import Comparison, Comparisons
 from launch.miniature.finished import Runs, finished_runs
 from launch.miniature.scales import Scale
@@ -176,8 +176,8 @@ def section(
         messages += [f"* {label_of(setting)} diverged: {run.result['message'].split('. ')[0]}." for run in runs if run.diverged]
     lines = [f"## {table.title}", "", markdown.wrapped(table.question)]
     lines += ["", markdown.wrapped(f"**Expected, before the runs of this table.** {table.expected}")]
-    if table.found:
-        lines += ["", markdown.wrapped(f"**Where it disagrees.** {table.found}")]
+    if why := findings.FOUND.get(scale.name, {}).get(name):
+        lines += ["", markdown.wrapped(f"**Where it differs.** {why}")]
     lines += [*_qualities(table, tasks), "", *markdown.table(header, rows)]
     waiting = [
         f"{label_of(setting)}{f' (published: {number})' if number else ''}"
@@ -186,10 +186,10 @@ def section(
     ]
     if waiting:
         lines += ["", markdown.wrapped(f"Not run: {'; '.join(waiting)}.")]
-    findings = [*map(_finding, (one for one in compared if one.verdict.outcome != NOT_RUN)), *messages]
+    judged = [*map(_finding, (one for one in compared if one.verdict.outcome != NOT_RUN)), *messages]
     if table_figures.CKNNA in table_figures.FIGURES.get(name, ()):
-        findings += cknna.lines(list(table.rows), runs_of)
-    lines += ["", *map(markdown.wrapped, findings)] if findings else []
+        judged += cknna.lines(list(table.rows), runs_of)
+    lines += ["", *map(markdown.wrapped, judged)] if judged else []
     lines += ["", f"`bash launch/miniature.sh --scale {scale.name} --table {name}`"]
     for picture in pictures:
         lines += ["", f"![{table.title}]({picture})"]

@@ -142,7 +142,6 @@ class Table:
     rows: Mapping[str, str]  # setting -> published number, '' if there is none
     claims: tuple[Claim, ...]
     expected: str  # and why: written before the first run
-    found: str = ""  # where it disagrees: a fault that was mended, a property of the scale and how it was shown, or unknown
     measures: tuple[str, ...] = DEFAULT_MEASURES  # columns
     curve: str = ""  # metric of metrics.jsonl drawn over the steps, '' for none
 

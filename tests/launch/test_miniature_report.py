@@ -14,6 +14,7 @@ from launch.miniature import (
     cknna,
     comparisons,
     figures,
+    findings,
     finished,
     markdown,
     miniature,
@@ -276,7 +277,7 @@ DISTANCES = {"sit": 60.0, "repa": 50.0, "repa-e": 40.0, "naive": 90.0}
 def fake_table(title, rows, claims, measures, **fields):
     return SimpleNamespace(
         title=title, question="Question.", rows=dict.fromkeys(rows, "4.07"), claims=claims, measures=measures,
-        **({"expected": "The published order.", "found": "", "curve": ""} | fields),
+        **({"expected": "The published order.", "curve": ""} | fields),
     )  # fmt: skip
 
 
@@ -290,14 +291,13 @@ def declaration(monkeypatch):
         tables.Claim("vae", "repa-e", "", "spatial_variance", alike=True),
     )
     made_up = {
-        "main": fake_table(
-            "SiT, REPA, REPA-E", ("sit", "repa", "repa-e"), better, ("fid", "label_accuracy"), found="By chance."
-        ),
+        "main": fake_table("SiT, REPA, REPA-E", ("sit", "repa", "repa-e"), better, ("fid", "label_accuracy")),
         "collapse": fake_table("Collapse", ("vae", "naive", "repa-e"), larger, ("spatial_variance",), curve="latents/std"),
         "bottleneck": fake_table("Bottleneck", ("repa", "repa-e"), (better[1],), ("fid", "alignment")),
         "later": fake_table("Later", ("sit", "scratch"), (tables.Claim("sit", "scratch", ""), better[0]), ("fid",)),
     }
     monkeypatch.setattr(tables, "TABLES", made_up)
+    monkeypatch.setitem(findings.FOUND, "digits", {"main": "By chance."})
     monkeypatch.setitem(tables.MEASURES, "fid_equal_compute", tables.Measure("Frechet distance at equal compute", 1))
     return made_up
 
@@ -385,7 +385,7 @@ def test_page(tasks, tmp_path):
     assert "Experiments that have not run: Later." in others and "## Later" not in rest
     assert "| SiT + REPA | 3 | 51.0 ± 2.5 | 0.500 ± 0.000 | 4.07 |" in rest
     assert "**Expected, before the runs of this table.** The published order." in others
-    assert rest.count("**Where it disagrees.** By chance.") == 1
+    assert rest.count("**Where it differs.** By chance.") == 1
     assert "1.110 ± 0.025 (1 of 4 diverged)" in rest and "diverged: stopped at step 40: sit/loss=nan." in others
     assert "R² is 0.96 with SiT + REPA (12 checkpoints)" in others and others.count("R²") == 3
     assert "The same after 800 steps, over 6 runs of 2 settings" in others
