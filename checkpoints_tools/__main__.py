@@ -3,6 +3,7 @@
   inspect      what is this file: layout, sizes, parameter counts, statistics
   convert      a run, a training checkpoint or a network into another layout
   extract-vae  the VAE of a run or a training checkpoint, with its latent statistics and discriminator
+  export       a run or a training checkpoint as a pipeline of diffusers
   verify       our network beside an independent PyTorch module, on the same input
   artefacts    the public weights that this project reads
 
@@ -50,7 +51,15 @@ def parse_args(argv=None):
         "source", type=cli.path, help="a run that trains a VAE (configs/repae.py, configs/vae.py), or a published checkpoint"
     )
     extract.add_argument("target", type=cli.path, help="NAME.pt or NAME.safetensors (three files), or a folder for diffusers")
-    for command in (convert, extract):
+    export = add("export", "write a run or a published training checkpoint as a pipeline that diffusers loads and samples from")
+    export.add_argument("source", type=cli.path)
+    export.add_argument("target", type=cli.path, metavar="folder", help="folder to make")
+    export.add_argument("--to", choices=("diffusers",), default="diffusers", help="library to write for")
+    export.add_argument("--vae", type=cli.path, help="the VAE of a source that holds none")
+    export.add_argument("--license", help="of the weights, for the model card, as the hub calls it: mit, cc-by-4.0, …")
+    export.add_argument("--push", metavar="ORGANIZATION/NAME", help="upload the folder to the Hugging Face hub, too")
+    export.add_argument("--private", action="store_true", help="where --push makes a repository, nobody else sees it")
+    for command in (convert, extract, export):
         command.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
@@ -63,7 +72,10 @@ def parse_args(argv=None):
     )
 
     add("artefacts", "list the public weights that this project reads: name, file, what it is, what it fills, license")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "export" and args.private and not args.push:
+        export.error("--private is for a repository that --push makes: give --push ORGANIZATION/NAME, too")
+    return args
 
 
 def run(args):
@@ -91,6 +103,8 @@ def run(args):
         if args.command == "convert":
             options |= {"optimizers": not args.weights_only, "plain_sit": args.plain_sit, "latent_stats": args.latent_stats}
             written = convert.convert(args.source, args.target, **options)
+        elif args.command == "export":
+            written = _export(args, options)
         else:
             written = convert.extract_vae(args.source, args.target, **options)
         for path in written:
@@ -98,6 +112,18 @@ def run(args):
             print(f"wrote {path}{size}")
         print(f"{time.time() - start:.0f} s")
     return 0
+
+
+def _export(args, options):
+    """Exports a model, and uploads it if it is asked for; returns the paths written."""
+    from checkpoints_tools import hub
+    from checkpoints_tools.export import export
+    if args.push:
+        hub.check(args.push, args.overwrite)
+    written = export(args.source, args.target, vae_path=args.vae, license=args.license, name=args.push, **options)
+    if args.push:
+        print(f"uploaded to {hub.push(args.target, written, args.push, args.private)}")
+    return written
 
 
 @cli.command(parse_args)

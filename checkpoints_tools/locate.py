@@ -24,6 +24,7 @@ PICKLED = (  # only where there is no safetensors file
 # fnmatch's * crosses folders, so a pattern that begins with one would fetch a whole pipeline
 _WEIGHTS = ("config.json", *SAFETENSORS, "model-*.safetensors", "diffusion_pytorch_model-*.safetensors")
 _PICKLED = (*PICKLED, "pytorch_model-*.bin", "diffusion_pytorch_model-*.bin")
+_PIPELINE = ("model_index.json", "repae_jax.json")  # what marks a pipeline of ours
 _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where there is neither
 
 
@@ -48,6 +49,24 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     if not match or match[1].endswith(_SUFFIXES):
         raise FileNotFoundError(f"{name} does not exist, and is no hub name of the form 'organization/name[/file]'")
     return _from_hub(*match.groups())
+
+
+def pipeline(name: str | os.PathLike) -> Path | None:
+    """Returns the local path of a diffusers pipeline that was exported here, fetched if need be; None if it is another thing.
+
+    The name is that of a folder, or 'organization/name' on the Hugging Face hub.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or not (match := HUB_NAME.fullmatch(str(name))) or match[2] or match[1].endswith(_SUFFIXES):
+        return folder if all((folder / file).is_file() for file in _PIPELINE) else None
+    import huggingface_hub
+    try:
+        for file in _PIPELINE:  # small: a model of another kind is not fetched
+            huggingface_hub.hf_hub_download(str(name), file)
+        wanted = [*_PIPELINE, "*/config.json", "*/diffusion_pytorch_model.safetensors"]
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+    except (OSError, ValueError):
+        return None  # `resolve` says why, if it is nothing else
 
 
 def _model_folder(path):
@@ -89,8 +108,8 @@ def _reaching(address):
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise FileNotFoundError(
             f"{address} cannot be read ({reason}). Check the address, the network and your permission (`gcloud auth "
-            "application-default login`), and that what reads it is installed (`pip install gcsfs`, or s3fs); or download it "
-            "and give the local path"
+            "application-default login`), and that what reads it is installed (gs://: `pip install -e .[gcs]`, s3://: "
+            "`pip install s3fs`); or download it and give the local path"
         ) from error
 
 

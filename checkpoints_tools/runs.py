@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from checkpoints_tools import discriminator, published, published_args, sit, torch_param_order, training_state, vae_layouts
+from checkpoints_tools import discriminator, published, published_args, sit, torch_param_order, training_state, vae, vae_layouts
 from checkpoints_tools.mapping import Tree
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
@@ -46,17 +46,40 @@ def open_run(workdir: Path, step: int | None = None) -> Run:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in config["vae"].items()}
     if "vf_projection" in trained.get("vae", {}):
         fields["feature_dim"] = trained["vae"]["vf_projection"]["kernel"].shape[1]
-    vae, sit_module = AutoencoderKL(**fields), None
+    autoencoder, sit_module = AutoencoderKL(**fields), None
     if "sit" in trained:
         projectors = [tree for name, tree in sorted(trained["sit"].items()) if name.startswith("projectors_")]
         lasts = [tree["conv"] if "conv" in tree else tree["fc3"] for tree in projectors]
         sit_module = SiT(
-            num_classes=config["data"]["num_classes"], latent_channels=vae.latent_channels,
+            num_classes=config["data"]["num_classes"], latent_channels=autoencoder.latent_channels,
             feature_dims=tuple(last["bias"].shape[0] for last in lasts), **config["sit"],
         )
     disc = PatchDiscriminator(**config["disc"]) if "disc" in trained else None
-    networks = training_state.Networks(sit_module, vae if "vae" in trained else None, disc)
-    return Run(workdir, config, step, shapes, networks, vae)
+    networks = training_state.Networks(sit_module, autoencoder if "vae" in trained else None, disc)
+    return Run(workdir, config, step, shapes, networks, autoencoder)
+
+
+def read_frozen_vae(run: Run, path: str) -> Tree:
+    """Returns the parameters of the frozen VAE at a path or name; errors as of `check_frozen_vae`."""
+    try:
+        params = vae.read_vae_params(path, run.vae)
+    except FileNotFoundError as error:
+        raise missing_frozen_vae(run.workdir, path, error) from error
+    check_frozen_vae(run.workdir, run.step, path, params)
+    return params
+
+
+def missing_frozen_vae(workdir: Any, path: str, error: Exception) -> FileNotFoundError:
+    """Returns the error for a frozen VAE that is not where the run's config says."""
+    return FileNotFoundError(f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})")
+
+
+def check_frozen_vae(workdir: Any, step: int | None, path: str, params: Tree) -> None:
+    """Raises ValueError if a VAE's parameters, from `path`, are not those that the run was trained on."""
+    before, now = checkpoint.read_data_state(workdir, step)["inputs"]["frozen_vae"], checkpoint.fingerprint(params)
+    if before != now:
+        trained = f"the run in {workdir} was trained on the frozen VAE {before}, not on {path}, which is {now}"
+        raise ValueError(f"{trained} (fingerprints of the weights): give the right one as --vae")
 
 
 def discriminator_of(run: Run) -> dict[str, np.ndarray]:
@@ -78,12 +101,12 @@ def training_checkpoint_of(run: Run, optimizers: bool = True) -> published.Train
 def _published_args(run):
     """The published command line of a run; warns of networks that the published code lacks."""
     config, networks = run.config, run.networks
-    model, vae = sit.model_name(networks.sit), vae_layouts.published_name(run.vae)
+    model, autoencoder = sit.model_name(networks.sit), vae_layouts.published_name(run.vae)
     fields = [entry for _, entry in sorted(config["encoders"].items())]
     architectures = [entry.get("architecture") or Path(entry["weights"]).name for entry in fields]
     encoders = [published_args.ENCODER_TYPES.get(str(architecture)) for architecture in architectures]
     is_unknown = {
-        "SiT": model is None, "VAE": vae is None, "encoders": None in encoders, "SiT without projectors": not encoders,
+        "SiT": model is None, "VAE": autoencoder is None, "encoders": None in encoders, "SiT without projectors": not encoders,
         "projector": networks.sit.projector != "mlp", "DiT": networks.sit.learned_sigma,
         "map from the VAE's latents to tokens": run.vae.feature_dim,
     }
@@ -94,4 +117,4 @@ def _published_args(run):
         )
     encoder_type = ",".join(name or "custom" for name in encoders) or "None"
     sizes = {"num_heads": networks.sit.num_heads, "norm_groups": run.vae.norm_groups}
-    return published_args.args_from_config(config, model or "custom", vae or "custom", encoder_type, **sizes)
+    return published_args.args_from_config(config, model or "custom", autoencoder or "custom", encoder_type, **sizes)

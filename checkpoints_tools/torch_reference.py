@@ -1,8 +1,6 @@
 """Our networks as diffusers' and transformers' own modules compute them, to compare ours with. NCHW; all need torch."""
 
-import functools
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from checkpoints_tools.dit_names import to_diffusers
 from checkpoints_tools.mapping import Tree, to_torch
 from checkpoints_tools.sit import sit_table
 from checkpoints_tools.vae import diffusers_config
@@ -18,16 +17,6 @@ from checkpoints_tools.vit import format_of
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.sit import SiT
 
-# patterns in the names of a SiT's arrays -> diffusers' names; the embedders, which all blocks share, are in the first
-_DIT_NAMES = {
-    r"^x_embedder\.": "pos_embed.",
-    r"^final_layer\.linear\.": "proj_out_2.", r"^final_layer\.adaLN_modulation\.1\.": "proj_out_1.",
-    r"^t_embedder\.mlp\.0\.": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.",
-    r"^t_embedder\.mlp\.2\.": "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.",
-    r"^y_embedder\.": "transformer_blocks.0.norm1.emb.class_embedder.",
-    r"^blocks\.": "transformer_blocks.", r"\.attn\.proj\.": ".attn1.to_out.0.", r"\.attn\.qkv\.": ".attn1.to_qkv.",
-    r"\.mlp\.fc1\.": ".ff.net.0.proj.", r"\.mlp\.fc2\.": ".ff.net.2.", r"\.adaLN_modulation\.1\.": ".norm1.linear.",
-}
 _POSITIONS = ("position_embeddings", "position_embedding.weight")
 
 
@@ -62,8 +51,8 @@ def torch_sit(module: SiT, params: Tree, grid: int) -> Callable[[Any, Any, Any],
     embedding.time_proj.downscale_freq_shift = 0  # the frequencies of the published code
     for block in network.transformer_blocks:
         block.norm1.emb = embedding  # theirs embeds time and label in every block, with equal weights
-    weights = _dit_names(to_torch(sit_table(module, latent_norm=False), {"params": params}))
-    network.pos_embed.pos_embed.copy_(torch.tensor(weights["pos_embed"]))  # a fixed buffer there
+    weights = to_diffusers(to_torch(sit_table(module, latent_norm=False), {"params": params}))
+    network.pos_embed.pos_embed.copy_(torch.tensor(weights["pos_embed.pos_embed"]))  # a fixed buffer there
     for name, parameter in network.named_parameters():  # a shared one is listed once
         parameter.data.copy_(torch.tensor(weights[name]))
     network.eval()
@@ -75,17 +64,6 @@ def torch_sit(module: SiT, params: Tree, grid: int) -> Callable[[Any, Any, Any],
             return network(z_t, t, labels).sample.permute(0, 2, 3, 1).contiguous().numpy()
 
     return velocity
-
-
-def _dit_names(state_dict):
-    renamed = {}
-    for name, array in state_dict.items():
-        name = functools.reduce(lambda name, pair: re.sub(*pair, name), _DIT_NAMES.items(), name)
-        if ".to_qkv." in name:
-            renamed |= {name.replace("qkv", part): piece for part, piece in zip("qkv", np.split(array, 3))}
-        elif not name.startswith("projectors."):
-            renamed[name] = array
-    return renamed
 
 
 def torch_projections(module: SiT, params: Tree, tokens: Float[np.ndarray, "B T D"]) -> list[Float[np.ndarray, "B T F"]]:

@@ -13,6 +13,7 @@ from checkpoints_tools.mapping import StateDict, Tree
 from checkpoints_tools.vae_layouts import DIFFUSERS, NORM_GROUPS, SIZES, abstract_params, vae_table, without_projection
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.sit import SiT
 
 _WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 DISCRIMINATOR = "discriminator.safetensors"  # beside them in a folder that we write
@@ -213,6 +214,22 @@ def diffusers_config(module: AutoencoderKL) -> dict[str, Any]:
         "act_fn": "silu", "norm_num_groups": module.norm_groups,
         "use_quant_conv": module.quant_convs, "use_post_quant_conv": module.quant_convs, "mid_block_add_attention": True,
     }
+
+
+def stats_for_sit(
+    sit: SiT, sit_stats: vae_stats.Stats | None, module: AutoencoderKL, stats: vae_stats.Stats | None, source: str
+) -> vae_stats.Stats:
+    """Returns the statistics that a published SiT's latents are normalized by: its own or, if it has none, its VAE's.
+
+    ValueError, with the SiT's source, if there are none, or the VAE has another number of channels.
+    """
+    if module.latent_channels != sit.latent_channels:
+        raise ValueError(f"the VAE has {module.latent_channels} latent channels, the SiT of {source} {sit.latent_channels}")
+    known = sit_stats or stats
+    if not known:
+        remedy = "give --vae as diffusers' folder, whose config.json tells the statistics of its latents"
+        raise ValueError(f"{source} has no latent batch norm, as REPA and DiT have none: {remedy}")
+    return known
 
 
 def vae_sizes(module: AutoencoderKL) -> dict[str, Any]:

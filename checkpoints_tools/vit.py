@@ -101,7 +101,7 @@ def load_encoder(
 def read_file(path: Path, state_dict: StateDict | None = None) -> StoredEncoder:
     """Returns an encoder as its local file or folder holds it, whose arrays may have been read already."""
     format, config = format_of(path) if path.is_dir() else (MOCOV3, None)
-    state_dict = _renamed(weights.read_file(path) if state_dict is None else state_dict, format, path)
+    state_dict = rename(weights.read_file(path) if state_dict is None else state_dict, format, path)
     if config is None:
         architecture, side = _from_mocov3(state_dict, path)
     else:
@@ -144,7 +144,8 @@ def format_of(folder: Path) -> tuple[Format, Mapping[str, Any]]:
     return FORMATS[model_type], config
 
 
-def _renamed(state_dict, format, source):
+def rename(state_dict: StateDict, format: Format, source: str | Path) -> StateDict:
+    """Returns a state dict under the format's names; ValueError if two of its names become one."""
     renamed = {}
     for name, array in state_dict.items():
         new = name

@@ -33,7 +33,8 @@ def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
         "compiler_options": "",  # XLA's, for the step: "name=value,name=value"; added to the defaults of job/compilation.py
         "deterministic": False,  # on GPUs: kernels that add in a fixed order, so that a run continues bit for bit
         "checkpoint": {"every": 10_000, "keep_last": 2, "keep_every": 50_000},
-        "log": {"every": 100},
+        # trackers: 'tensorboard', 'wandb', 'trackio', 'mlflow' (each with its extra), beside metrics.jsonl
+        "log": {"every": 100, "trackers": ("tensorboard",), "project": "repae_jax"},
     }
 
 

@@ -32,4 +32,4 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$constraints" -nt 
 fi
 bin=$(cd "$venv/bin" && pwd)
 export PATH="$bin:$PATH"
-export TF_CPP_MIN_LOG_LEVEL=3 # TensorFlow only writes TensorBoard files here
+export TF_CPP_MIN_LOG_LEVEL=3 # TensorFlow only reads and writes buckets here

@@ -60,7 +60,7 @@ def train_in(job, steps, workdir, compiled, log, **changes):
 def processes():
     """Returns the multiprocessing context of a server that has imported everything, and used no device."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tensorflow", "clu.metric_writers", "repae_jax.train", "small", "configs.ldm"])
+    context.set_forkserver_preload(["tensorboard.summary.writer.record_writer", "repae_jax.train", "small", "configs.ldm"])
     return context
 
 

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -217,7 +216,6 @@ def numbers_of_tests(report: Path) -> dict[str, Any]:
 
 def quickstart(options: argparse.Namespace, scratch: Path, keep: Keep) -> None:
     """Trains the quickstart's encoder, then REPA-E on digits; the numbers are those of its summary."""
-    without_tensorboard()
     from configs import repae
     from launch import pictures, small_networks
     from launch.quickstart import quickstart as digits
@@ -227,33 +225,12 @@ def quickstart(options: argparse.Namespace, scratch: Path, keep: Keep) -> None:
     config = repae.get_config("digits")
     config.encoders.target.weights = str(scratch / "encoder")
     config.steps = 4 if options.tiny else QUICKSTART_STEPS
+    config.log.trackers = ()
     if options.tiny:
         config.log.every = 1
     workdir = scratch / "run"
     train(config, workdir)
     keep({"quickstart": {**digits.training_numbers(workdir), "encoder_accuracy": encoder["accuracy"]}})
-
-
-def without_tensorboard() -> None:
-    """Has runs write their metrics as JSON lines alone where TensorFlow is not installed."""
-    from repae_jax.training import metric_log
-
-    class Writer(metric_log.JsonLines):
-        """The part of a run's writer that needs no TensorFlow."""
-
-        def __init__(self, workdir, resume_step=None):
-            super().__init__(Path(workdir) / "metrics.jsonl", resume_step or 0)
-
-        write_scalars = metric_log.JsonLines.write
-
-        def write_images(self, *_):
-            """Writes nothing: pictures are files, too."""
-
-        def flush(self):
-            """Writes nothing: every line is on disk."""
-
-    if importlib.util.find_spec("tensorflow") is None:
-        metric_log.make_writer = Writer
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------

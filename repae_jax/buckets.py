@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 import time
@@ -24,10 +25,17 @@ def is_address(path) -> bool:
     return "://" in str(path)
 
 
+def check_client(path) -> None:
+    """Raises ImportError for a path in a bucket without TensorFlow, by whose client etils reads and writes buckets."""
+    if str(path).startswith("gs://") and importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(f"{path}: buckets are reached by TensorFlow's client, which is not installed: pip install -e .[gcs]")
+
+
 def check(path) -> None:
     """Raises OSError if the bucket of a path is not there or may not be listed: TensorFlow's client would ask for ever."""
     if not str(path).startswith("gs://"):
         return
+    check_client(path)
     from google.cloud import storage  # takes a second
 
     with reached(path):
@@ -44,6 +52,7 @@ def reached(path) -> Iterator[None]:
     if not is_address(path):
         yield
         return
+    check_client(path)
     _silence_given_up_reads()
     text = "waiting for %s, for %.0f s so far; what does not answer is tried again for some minutes"
     with waiting.reporting(functools.partial(logging.warning, text, path), WARN_SECONDS):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from repae_jax import faults, ranges
+from repae_jax import buckets, faults, ranges
 from repae_jax.distributed import xla_flags
 
 _unraisablehook = sys.unraisablehook
@@ -270,6 +270,10 @@ def path(text: str) -> str:
     """Returns a path or address with the user's folder in the place of ~, for the `type` of an option."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
+    try:
+        buckets.check_client(text)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return os.path.expanduser(text)
 
 

@@ -34,8 +34,8 @@ _SYSTEM_NAMES = {
     "ClientConnectionError", "ClientPayloadError", "HTTPException",  # aiohttp, httpx, http.client
     "JaxRuntimeError", "XlaRuntimeError",  # devices
 }  # fmt: skip
-_CLIENTS = (  # modules of clients of object stores, their credentials and their networks
-    "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx.",
+_CLIENTS = (  # modules of clients of object stores, their credentials and their networks; httpx and httpx2 hide theirs
+    "tensorflow.", "google.", "gcsfs.", "fsspec.", "s3fs.", "botocore.", "aiobotocore.", "aiohttp.", "azure.", "httpx",
     "requests.", "urllib3.", "huggingface_hub.",
 )  # fmt: skip
 _STATUS_TO_RETRY = {401, 408, 425, 429}  # HTTP statuses, besides 500 and above; 401 concerns credentials, not the file

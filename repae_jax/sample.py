@@ -67,12 +67,12 @@ def parse_args(argv=None):
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program, before a model is loaded, if no model could be sampled with the settings of `add_arguments`."""
     try:
-        Sampling(**_given(args))
+        Sampling(**given(args))
     except ValueError as error:
         parser.error(f"--{error}")
 
 
-def _given(args):
+def given(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of Sampling that the command line sets."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)}
     return {name: value for name, value in fields.items() if value is not None}
@@ -88,7 +88,7 @@ def draw_labels(kind: str, count: int, classes: Sequence[int], seed: int) -> Lab
 
 def choose_sampling(args: argparse.Namespace, model: LoadedModel) -> tuple[Sampling, list[int]]:
     """Returns the settings of the command line and the classes to sample; ValueError if they do not fit the model."""
-    sampling = dataclasses.replace(model.sampling, **_given(args))
+    sampling = dataclasses.replace(model.sampling, **given(args))
     check_sampler(sampling, model.objective)
     channels = model.latent_shape[-1]
     if sampling.guidance_channels is not None and sampling.guidance_channels > channels:

@@ -28,7 +28,7 @@ from repae_jax.distributed.compilation_cache import reading_programs, use_compil
 from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
 from repae_jax.evaluation.metrics_file import read_metrics
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
-from repae_jax.training import health, ownership
+from repae_jax.training import health, ownership, trackers
 from repae_jax.training.checkpoint import Checkpointer, fingerprint
 from repae_jax.training.metric_log import Progress, arithmetic_speed, open_writer
 from repae_jax.training.state import TrainState
@@ -131,6 +131,8 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     multihost.assert_same_config(build.plain_config(config))
     job = build.build(config)
     compilation.check_compiler_options(job)
+    if jax.process_index() == 0:
+        trackers.check(job.config["log"]["trackers"])
     workdir = prepare_workdir(workdir)
     multihost.check_shared(workdir)
     source = None if config.data.cache else training_data.make_images(config)  # a wrong path is found before anything is loaded
@@ -170,7 +172,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     peak = flops.peak(job.mesh.devices.flat[0].device_kind, config.precision.compute)
     cost = {"flop_per_image": sum(flops.of_step(job).values()), "peak": peak}
     logging.info("%s", summary(job, state, source, **cost))
-    writer = stack.enter_context(open_writer(workdir, start))
+    writer = stack.enter_context(open_writer(workdir, start, job.config))
     watch = _create_watch(config, workdir, start)
     hooks = make_hooks(job, frozen, source, workdir, writer, fid, stopped)
     end_if_stopped("preparing")

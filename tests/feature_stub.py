@@ -24,6 +24,22 @@ class StubNetwork:
         return InceptionFeatures(pool=np.abs(features[:, :6]), spatial=features[:, 6:11], logits=20 * features[:, 11:])
 
 
+class StubSpace:
+    """A stand-in for the network of another feature space."""
+
+    size, protocol = 4, "a few numbers"
+
+    def __init__(self, name, checksum="stub"):
+        self.checksum, self.images = checksum, 0
+        self._seed = sum(name.encode())
+
+    def __call__(self, images):
+        self.images += len(images)
+        pixels = images.reshape(len(images), -1) / 255 - 0.5
+        weights = np.random.default_rng(self._seed).normal(size=(pixels.shape[1], self.size)) / np.sqrt(pixels.shape[1])
+        return np.stack([row @ weights for row in pixels]).astype(np.float32)
+
+
 def save_images(folder, pixels):
     """Saves images [N, H, W, 3] as PNG files, named by their number; returns the folder."""
     folder.mkdir(exist_ok=True)

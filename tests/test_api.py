@@ -97,9 +97,13 @@ def test_a_model_has_its_vae(model, vae):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"labels": [10]}, ValueError, r"labels \[10\]: expected a list of numbers from 0 to 9"),
-        ({"labels": []}, ValueError, "expected a list of numbers"),
-        ({"labels": 3}, ValueError, "expected a list of numbers"),
+        ({"labels": [10]}, ValueError, r"labels \[10\]: expected a list of whole numbers from 0 to 9"),
+        ({"labels": []}, ValueError, "expected a list of whole numbers"),
+        ({"labels": 3}, ValueError, "expected a list of whole numbers"),
+        ({"labels": [1.7]}, ValueError, r"labels \[1.7\]: expected a list of whole numbers"),
+        ({"labels": ["cat"]}, ValueError, r"labels \['cat'\]: expected a list of whole numbers"),
+        ({"labels": [2**40]}, ValueError, "expected a list of whole numbers"),
+        ({"labels": [0], "batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
         ({"labels": [0], "sampler": "ancestral"}, ValueError, "ancestral"),
         ({"labels": [0], "precision": "float16"}, ValueError, "precision='float16' is unknown; allowed"),
         ({"labels": [0], "speed": 2}, TypeError, "speed"),
@@ -115,6 +119,55 @@ def test_pixels_must_be_uint8(vae):
         vae.encode(pixels.to_float(draw_images()))
     with pytest.raises(ValueError, match=r"images have the shape \(8, 8, 3\); allowed: uint8 \[B, H, W, 3\]"):
         vae.encode(draw_images()[0])
+    with pytest.raises(ValueError, match=r"latents have the shape \(2, 4, 4, 3\); allowed: float32 \[B, h, w, 4\]"):
+        vae.decode(np.zeros((2, 4, 4, 3), np.float32))
+
+
+def test_one_line_loads_what_there_is(workdir, vae, model, tmp_path):
+    loaded = repae_jax.load(workdir, device="cpu:1")
+    images = draw_images()
+    latents = loaded.encode(images)
+    assert latents.devices() == {jax.devices()[1]}
+    np.testing.assert_allclose(latents, vae.encode(images), rtol=1e-5, atol=1e-5)
+    assert np.array_equal(loaded.decode(latents), vae.decode(np.asarray(latents)))
+    assert np.array_equal(loaded.sample([0], steps=2), model.sample([0], steps=2))
+    extract_vae(workdir, tmp_path / "vae")
+    assert isinstance(repae_jax.load(tmp_path / "vae"), repae_jax.Vae)
+    original = encoders.make_encoder({"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}, 8, image_size=8)
+    params = original.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    save_encoder(tmp_path / "encoder", original.module, jax.device_get(params))
+    assert isinstance(repae_jax.load(tmp_path / "encoder"), repae_jax.Encoder)
+    with pytest.raises(ValueError, match=r"vae is a AutoencoderKL, no diffusion model: leave vae='x' out"):
+        repae_jax.load(tmp_path / "vae", vae="x")
+    with pytest.raises(ValueError, match="device 'cpu:99' is not on this machine; allowed: cpu, cpu:0"):
+        repae_jax.load(workdir, device="cpu:99")
+    with pytest.raises(ValueError, match=r"device 1: allowed: one of jax.devices\(\), or a name"):
+        repae_jax.load(workdir, device=1)
+
+
+def test_features_are_the_hidden_states_at_the_tap(model):
+    images, loaded = draw_images(2), model.loaded
+    z = model.vae.normalize(model.encode(images))
+    for labels, t in (None, 0.0), ([3, 4], 0.5):
+        noised = (1 - t) * z + t * jax.random.normal(jax.random.key(1), z.shape)
+        given = jnp.asarray([10, 10] if labels is None else labels)
+        arguments = {"params": loaded.params["sit"]}, noised, jnp.full(2, t), given
+        expected = loaded.nets.sit.apply(*arguments, method="tap_tokens")
+        np.testing.assert_allclose(model.features(images, labels, t=t, seed=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": draw_images(size=16)}, "images of 16x16 pixels: the model is for 8x8"),
+        ({"images": draw_images(), "t": 2}, "t=2 is out of range; allowed: 0"),
+        ({"images": draw_images(), "labels": [1]}, "1 labels for 3 images"),
+        ({"images": draw_images(), "labels": [1, 2, 10]}, "expected a list of whole numbers from 0 to 9"),
+    ],
+)
+def test_wrong_features(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.features(**arguments)
 
 
 def test_an_encoder_gives_the_tokens_that_training_aligns_to(tmp_path):

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 import small
-from feature_stub import Noise, StubNetwork, save_images, write_adm
+from feature_stub import Noise, StubNetwork, StubSpace, save_images, write_adm
+from PIL import Image
 from processes import script_env
+from scipy.spatial.distance import cdist
 from weight_files import write_checkpoint
 
 from checkpoints_tools import published
@@ -24,13 +26,17 @@ from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, reference_stats
 from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.metrics.frechet_confidence import frechet_confidence, split
 from repae_jax.metrics.inception_score import RunningInceptionScore
+from repae_jax.metrics.kernel_distances import cmmd
+from repae_jax.metrics.monge import monge_inception_distance
 from repae_jax.metrics.precision_recall import precision_recall
 from repae_jax.sampling.load_model import load_model
 from repae_jax.training.checkpoint import Checkpointer
 
 COUNT = 70
-METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
+ERRORS = {"fid_stderr", "fid_infinity", "fid_infinity_stderr"}
+METRICS = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall", "mind", "mind_stderr"} | ERRORS
 
 
 @pytest.fixture(autouse=True)
@@ -94,13 +100,20 @@ def test_scores_of_an_npz(npz, real):
     score.update(features.logits)
     mean, std = score.result()
     precision, recall = precision_recall(expected.pool, features.pool)
+    confidence = frechet_confidence(split(features.pool), gaussian_stats(expected.pool))
+    mind, mind_stderr = monge_inception_distance(expected.pool, features.pool)
     assert result["metrics"] == pytest.approx(
         {
             "fid": frechet_distance(*gaussian_stats(features.pool), *gaussian_stats(expected.pool)),
             "sfid": frechet_distance(*gaussian_stats(features.spatial), *gaussian_stats(expected.spatial)),
             "inception_score": mean, "inception_score_std": std, "precision": precision, "recall": recall,
+            "fid_stderr": confidence.stderr, "fid_infinity": confidence.infinity,
+            "fid_infinity_stderr": confidence.infinity_stderr, "mind": mind, "mind_stderr": mind_stderr,
         }, rel=1e-5,
     )  # fmt: skip
+    fid, infinity = (result["metrics"][name] for name in ("fid", "fid_infinity"))
+    of_published = f"of 50000 samples, it would be about {infinity + (fid - infinity) * COUNT / 50_000:.2f}"
+    assert of_published in "\n".join(result["warnings"])
     assert result["kind"] == "generation" and result["step"] is None
     protocol = result["protocol"]
     assert protocol["num_samples"] == COUNT and protocol["image_size"] == [8, 8]
@@ -142,7 +155,7 @@ def test_scores_that_cannot_be_computed(npz, tmp_path):
     pixels = Noise(90, 8, seed=1).pixels
     write_adm(tmp_path / "old.npz", pixels, "mu_s", "sigma_s", "arr_0")
     result = result_of(npz, tmp_path / "old.npz")
-    assert set(result["metrics"]) == {"fid", "inception_score", "inception_score_std"}
+    assert set(result["metrics"]) == {"fid", "inception_score", "inception_score_std"} | ERRORS
     assert "no sfid: the reference has no mu_s and sigma_s" in result["warnings"]
     assert "no precision and recall: the reference has no images (arr_0)" in result["warnings"]
     assert "warning: no sfid" in evaluate.table(result)
@@ -159,6 +172,195 @@ def test_too_few_samples(real, tmp_path):
     np.savez(tmp_path / "one.npz", Noise(1, 8).pixels)
     with pytest.raises(ValueError, match="features of 1 images; a covariance needs 2"):
         evaluate.run(arguments(tmp_path / "one.npz", real))
+
+
+# ---- other feature spaces -------------------------------------------------------------------------------------------
+
+SIX = ("convnext", "dinov2_256", "mae", "siglip2", "clip_256")
+OF_DINOV2 = {"fd_dinov2", "fd_dinov2_stderr", "precision_dinov2", "recall_dinov2", "memorized"}
+
+
+@pytest.fixture
+def spaces(monkeypatch):
+    """Stands in for all networks; a list of the dicts that were loaded."""
+    loaded = []
+
+    def load(weights, batch_size):
+        loaded.append({name: StubSpace(name) for name in weights})
+        return loaded[-1]
+
+    monkeypatch.setattr(evaluate, "load_space_networks", load)
+    return loaded
+
+
+@pytest.fixture
+def real_folder(tmp_path):
+    return save_images(tmp_path / "real", Noise(90, 8, seed=1).pixels)
+
+
+def test_several_spaces_from_one_pass(npz, real_folder, spaces, stub):
+    result = result_of(npz, real_folder, "--features", "dinov2", "clip_336", "fdr6", "mae=mine.safetensors")
+    metrics = result["metrics"]
+    assert set(metrics) == METRICS | OF_DINOV2 | {"cmmd", "cmmd_stderr", "fdr6"} | {f"fd_{name}" for name in SIX}
+    assert stub[-1].images == COUNT + 90 and {space.images for space in spaces[-1].values()} == {COUNT + 90}
+    for name in ("dinov2", *SIX):
+        samples, others = (StubSpace(name)(Noise(*given).pixels) for given in ((COUNT, 8), (90, 8, 1)))
+        expected = frechet_distance(*gaussian_stats(samples), *gaussian_stats(others))
+        assert metrics[f"fd_{name}"] == pytest.approx(expected, rel=1e-5)
+        if name == "dinov2":  # equally many of each
+            rng = np.random.default_rng(2020)
+            chosen, some = (features[rng.permutation(len(features))[:COUNT]] for features in (samples, others))
+            expected = precision_recall(some, chosen, 5)
+            assert (metrics["precision_dinov2"], metrics["recall_dinov2"]) == pytest.approx(expected)
+    samples, others = (StubSpace("clip_336")(Noise(*given).pixels) for given in ((COUNT, 8), (90, 8, 1)))
+    assert (metrics["cmmd"], metrics["cmmd_stderr"]) == pytest.approx(cmmd(others, samples), rel=1e-5)
+    divisors = {"convnext": 56.87, "dinov2_256": 14.19, "mae": 0.04, "siglip2": 0.60, "clip_256": 5.60}
+    ratios = [metrics["fid"] / 1.68, *(metrics[f"fd_{name}"] / divisor for name, divisor in divisors.items())]
+    assert metrics["fdr6"] == pytest.approx(np.mean(ratios))
+    described = result["protocol"]["spaces"]
+    assert described["mae"] == {"weights": "mine.safetensors", "checksum": "stub", "features": "a few numbers"}
+    assert described["dinov2"]["weights"] == "facebook/dinov2-large"
+    computed = result["protocol"]["computed"]
+    of_adm = {"fid", "sfid", "inception_score", "inception_score_std", "precision", "recall"}
+    assert {name for name in metrics if not name.endswith("_stderr")} - of_adm == set(computed) - {"fid_stderr"}
+    assert computed["fdr6"].startswith("mean of fid / 1.68, fd_convnext / 56.87")
+    warnings = "\n".join(result["warnings"])
+    assert "fdr6: its divisors are of ImageNet at 256 px" in warnings and "the reference 90 images" in warnings
+    assert "precision_dinov2 and recall_dinov2: of 70 of each; 10000 in published scores" in warnings
+    assert "fd_dinov2, fd_convnext, fd_dinov2_256, fd_mae, fd_siglip2, fd_clip_256: of 70 samples; published" in warnings
+    shown = evaluate.table(result)
+    assert "FDr6" in shown and f"CMMD{evaluate._digits(metrics['cmmd']):>24}  ± " in shown
+    assert [evaluate._digits(value) for value in (1.25, 0.00123456, 0.0)] == ["1.2500", "0.00123", "0"]
+
+
+def test_copies_of_training_images_are_found(real_folder, spaces, tmp_path):
+    pixels = Noise(COUNT, 8).pixels.copy()
+    pixels[[5, 40]] = Noise(90, 8, seed=1).pixels[[77, 3]]
+    np.savez(tmp_path / "made.npz", pixels)
+    result = result_of(tmp_path / "made.npz", real_folder, "--features", "dinov2")
+    found = result["memorization"]["closest"]
+    assert {(pair["sample"], pair["reference_image"]) for pair in found[:2]} == {(5, 77), (40, 3)} and len(found) == 16
+    assert [pair["distance"] for pair in found] == sorted(pair["distance"] for pair in found)
+    samples, others = StubSpace("dinov2")(pixels), StubSpace("dinov2")(Noise(90, 8, seed=1).pixels)
+    among_real = cdist(others, others)
+    np.fill_diagonal(among_real, np.inf)
+    threshold = np.quantile(among_real.min(axis=1), 0.01)
+    assert result["memorization"]["threshold"] == pytest.approx(threshold, rel=1e-3)
+    share = (cdist(samples, others).min(axis=1) <= threshold).mean()
+    assert result["metrics"]["memorized"] == pytest.approx(share) and share >= 2 / COUNT
+    picture = np.asarray(Image.open(tmp_path / "made.evaluation.png"))
+    scale, side = 8, 8 * 8
+    first, second = (picture[2 : 2 + side : scale, x : x + side : scale] for x in (2, 4 + side))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, pixels[found[0]["sample"]])
+
+
+def test_copies_count_where_training_images_have_copies(spaces, tmp_path):
+    """Every real image is there twice, so the threshold is zero."""
+    pixels = Noise(45, 8, seed=1).pixels
+    folder = save_images(tmp_path / "twice", np.concatenate([pixels, pixels]))
+    np.savez(tmp_path / "made.npz", np.concatenate([Noise(37, 8).pixels, pixels[:3]]))
+    result = result_of(tmp_path / "made.npz", folder, "--features", "dinov2")
+    assert result["memorization"]["threshold"] == 0 and result["metrics"]["memorized"] == pytest.approx(3 / 40)
+
+
+def test_a_reference_file_with_spaces(npz, real_folder, spaces, tmp_path, monkeypatch):
+    out = tmp_path / "ours.npz"
+    given = ["--make_reference", out, "--data", real_folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
+    evaluate.make_reference(evaluate.parse_args([*map(str, given), "--features", "dinov2", "mae"]))
+    result = result_of(npz, out, "--features", "dinov2", "mae", "--out", tmp_path / "a.json")
+    assert spaces[-1]["mae"].images == COUNT, "features of the reference are not made again"
+    expected = result_of(npz, real_folder, "--features", "dinov2", "mae", "--out", tmp_path / "b.json")
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    monkeypatch.setattr(evaluate, "load_space_networks", lambda *_: {"mae": StubSpace("mae", "other")})
+    with pytest.raises(ValueError, match="mae of .*ours.npz was made with weights of checksum stub, these have other"):
+        evaluate.run(arguments(npz, out, "--features", "mae", "--out", tmp_path / "c.json"))
+
+
+def test_adms_reference_has_images_alone_for_other_spaces(npz, real, spaces, tmp_path, monkeypatch):
+    result = result_of(npz, real, "--features", "dinov2", "clip_336")
+    assert set(result["metrics"]) == METRICS | {"precision_dinov2", "recall_dinov2", "memorized", "cmmd", "cmmd_stderr"}
+    warnings = "\n".join(result["warnings"])
+    assert "no fd_dinov2: the reference has 90 images to measure it with, and a distance needs statistics of all" in warnings
+    assert "memorized: beside 90 reference images alone" in warnings
+    write_adm(tmp_path / "old.npz", Noise(90, 8, seed=1).pixels, "arr_0")
+    monkeypatch.setattr(evaluate, "load_space_networks", lambda *_: pytest.fail("weights were read before"))
+    with pytest.raises(ValueError, match=r"old.npz holds neither the feature spaces mae nor images \(arr_0\)"):
+        evaluate.run(arguments(npz, tmp_path / "old.npz", "--features", "mae", "--out", tmp_path / "x.json"))
+
+
+def test_too_few_samples_for_other_spaces(real_folder, spaces, tmp_path):
+    np.savez(tmp_path / "few.npz", Noise(3, 8).pixels)
+    result = result_of(tmp_path / "few.npz", real_folder, "--features", "dinov2", "clip_336")
+    warnings = "\n".join(result["warnings"])
+    assert "fd_dinov2: 3 samples span at most 2 dimensions, of 4 in fd_dinov2: the distances are far too large" in warnings
+    assert "no cmmd: 3 samples and 90 reference images; needed: 20 or more of each" in warnings
+    assert "no precision_dinov2 and recall_dinov2: 3 samples" in warnings
+    assert "no fid_stderr: 3 samples; needed: 20" in warnings and "no mind: 3 samples" in warnings and "no kid:" in warnings
+    four = save_images(tmp_path / "four", Noise(4, 8).pixels)
+    result = result_of(tmp_path / "few.npz", four, "--features", "mae", "--out", tmp_path / "four.json")
+    assert "fd_mae: 4 reference images span at most 3 dimensions, of 4 in fd_mae" in "\n".join(result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("dino",), "feature space 'dino' is unknown; allowed: dinov2, clip_336"),
+        (("fdr6=folder",), "fdr6=folder: weights are those of one space"),
+        (("mae=",), "mae=: weights are those of one space"),
+    ],
+)
+def test_wrong_spaces(npz, real, capsys, words, message):
+    with pytest.raises(SystemExit):
+        arguments(npz, real, "--features", *words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_interrupted_evaluation_of_spaces_continues(npz, real_folder, spaces, tmp_path, monkeypatch):
+    extra = ("--features", "dinov2", "mae")
+    whole = result_of(npz, real_folder, *extra, "--out", tmp_path / "whole.json")
+    out = tmp_path / "cut.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 90 + 20)
+        evaluate.run(arguments(npz, real_folder, *extra, "--out", out))
+    with pytest.raises(ValueError, match="unfinished work with other settings.*spaces"):
+        evaluate.run(arguments(npz, real_folder, *extra, "clip_336", "--out", out))
+    assert result_of(npz, real_folder, *extra, "--out", out) == whole
+    assert spaces[-1]["mae"].images == COUNT - 16
+
+
+# ---- confusions -----------------------------------------------------------------------------------------------------
+
+
+def test_reconstructions_are_no_samples(tmp_path):
+    pixels = Noise(90, 8, seed=1).pixels
+    write_adm(tmp_path / "adm.npz", pixels)
+    np.savez(tmp_path / "close.npz", pixels)
+    warnings = "\n".join(result_of(tmp_path / "close.npz", tmp_path / "adm.npz")["warnings"])
+    assert "it is not their rFID" in warnings and "1.83 to 1.90" in warnings and "evaluate_tokenizer" in warnings
+
+
+def test_a_reference_that_was_encoded_again_is_told(npz, tmp_path):
+    """From the folder, and from the file that was made of it."""
+    folder, ours = tmp_path / "jpeg", tmp_path / "ours.npz"
+    folder.mkdir()
+    for i, pixels in enumerate(Noise(30, 8, seed=1).pixels):
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    given = ["--make_reference", ours, "--data", folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
+    evaluate.make_reference(evaluate.parse_args(list(map(str, given))))
+    for number, reference in enumerate((folder, ours)):
+        warnings = "\n".join(result_of(npz, reference, "--out", tmp_path / f"{number}.json")["warnings"])
+        assert "reference: 30 of 30 files that were looked at are JPEG or WebP of exactly 8 x 8 pixels" in warnings
+
+
+def test_random_labels_are_told(npz, real, tmp_path):
+    pixels = Noise(40, 8).pixels
+    for name, labels in {"equal": np.arange(40) % 4, "random": np.random.default_rng(0).integers(0, 4, 40)}.items():
+        np.savez(tmp_path / f"{name}.npz", pixels, labels)
+        warnings = "\n".join(result_of(tmp_path / f"{name}.npz", real)["warnings"])
+        assert ("labels: random" in warnings) == (name == "random")
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -184,6 +386,19 @@ def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
     expected = {"step": 2, "sampler": "sde", "steps": 3, "guidance_scale": 2.0, "labels": "balanced", "seed": 0}
     assert expected.items() <= protocol.items() and result["step"] == 2
     assert len(protocol["model_checksum"]) == 16
+
+
+@pytest.mark.integration
+def test_closest_samples_of_a_run_are_drawn_again(workdir, trained, real_folder, spaces, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    out, kept = tmp_path / "x.json", tmp_path / "kept.npz"
+    result = result_of(workdir, real_folder, *MODEL, "--features", "dinov2", "--out", out, "--keep_samples", kept)
+    closest = result["memorization"]["closest"][0]
+    picture = np.asarray(Image.open(tmp_path / "x.png"))
+    shown = [picture[2:66:8, x : x + 64 : 8] for x in (2, 68)]
+    with np.load(kept) as archive:
+        np.testing.assert_array_equal(shown[0], archive["arr_0"][closest["sample"]])
+    np.testing.assert_array_equal(shown[1], Noise(90, 8, seed=1).pixels[closest["reference_image"]])
 
 
 @pytest.mark.integration
@@ -258,26 +473,49 @@ def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch
         evaluate.run(arguments(workdir, real, *MODEL, "--seed", 1, "--out", out))
 
 
-def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
-    """Three threads, each with the index of a process, stand for processes that look at one folder."""
-    whole = result_of(npz, real, "--out", tmp_path / "one.json")
-    which = threading.local()
+def in_three_processes(monkeypatch, act):
+    """Results of a function in three threads, each with the index of a process, that look at one folder."""
+    which, results = threading.local(), {}
     monkeypatch.setattr(evaluate.jax, "process_index", lambda: which.index)
     monkeypatch.setattr(evaluate.jax, "process_count", lambda: 3)
-    results = {}
 
     def work(index):
         which.index = index
-        results[index] = evaluate.run(arguments(npz, real, "--out", tmp_path / "three.json"))[1]
+        results[index] = act()
 
     threads = [threading.Thread(target=work, args=(index,)) for index in (2, 1, 0)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert results[1] is None and results[2] is None
-    assert results[0] == whole
+    return [results[index] for index in range(3)]
+
+
+def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
+    whole = result_of(npz, real, "--out", tmp_path / "one.json")
+    results = in_three_processes(monkeypatch, lambda: evaluate.run(arguments(npz, real, "--out", tmp_path / "three.json"))[1])
+    assert results == [whole, None, None]
     assert sum(network.images for network in stub[-3:]) == COUNT + 90, "nothing is made twice"
+
+
+def test_a_process_that_comes_when_all_is_done(npz, real, tmp_path, monkeypatch):
+    """It had no share, as when there are more processes than parts."""
+    evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json"))
+    monkeypatch.setattr(evaluate.jax, "process_index", lambda: 1)
+    assert evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json")) == (tmp_path / "x.json", None)
+
+
+@pytest.mark.integration
+def test_every_process_takes_its_share_in_all_spaces(npz, real_folder, spaces, tmp_path, monkeypatch):
+    extra = ("--features", "dinov2", "clip_336")
+    whole = result_of(npz, real_folder, *extra, "--out", tmp_path / "one.json")
+    given = (npz, real_folder, *extra, "--out", tmp_path / "three.json")
+    results = in_three_processes(monkeypatch, lambda: evaluate.run(arguments(*given))[1])
+    assert results == [whole, None, None]
+    assert {name: sum(networks[name].images for networks in spaces[-3:]) for name in extra[1:]} == {
+        "dinov2": COUNT + 90, "clip_336": COUNT + 90
+    }  # fmt: skip
+    assert (tmp_path / "three.png").read_bytes() == (tmp_path / "one.png").read_bytes()
 
 
 COMMAND = """
@@ -485,7 +723,7 @@ for part in draw(10_000):
 reference = Reference(pool.stats(), spatial.stats(), np.concatenate(kept), None, None, {})
 start = time.monotonic()
 metrics, _ = score(draw(50_000), reference)
-assert len(metrics) == 6, metrics
+assert len(metrics) == 13, metrics
 print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
 

@@ -15,6 +15,7 @@ import requests
 import tensorflow as tf
 import tensorstore
 from array_record.python.array_record_module import ArrayRecordReader
+from huggingface_hub.errors import HfHubHTTPError
 
 from repae_jax import faults
 
@@ -83,6 +84,11 @@ FILES = [
 @pytest.mark.parametrize("error", SYSTEM, ids=repr)
 def test_of_the_system(error):
     assert faults.is_of_the_system(error)
+
+
+def test_the_network_of_the_hubs_client_is_known():
+    kind = HfHubHTTPError.__bases__[0]  # of the library that this version of the client reaches the network by
+    assert not kind.__module__.startswith("huggingface_hub") and faults.is_of_a_client(kind("Connection refused"))
 
 
 @pytest.mark.parametrize("error", FILES, ids=repr)

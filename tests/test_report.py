@@ -253,6 +253,32 @@ def test_what_the_log_warned_of_is_on_the_page(tmp_path):
     assert [text[:8] for text in page_of(folder)[1]["runs"][0]["warnings"]] == ["Step 400"]
 
 
+def test_epochs_until_fid_is_low(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = [{"step": step, "time": NOW, "fid/5000_samples": fid} for step, fid in [(100, 60.0), (200, 25.0), (300, 9.0)]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = page_of(folder)[1]["runs"][0]["epochs_to_fid"]
+    assert [(row["k"], row["step"], row["epochs"]) for row in rows] == [
+        (50, 200, None), (30, 200, None), (20, 300, None), (15, 300, None), (10, 300, None)
+    ]  # fmt: skip
+    write_json(folder / "checkpoints" / "300" / "loader" / "metadata", {"next_batch": 300, "records": 3200})
+    rows = page_of(folder)[1]["runs"][0]["epochs_to_fid"]
+    assert rows[0] == {"curve": "fid/5000_samples", "k": 50, "step": 200, "epochs": 200 * 64 / 3200}
+
+
+def test_differences_within_noise(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    protocol = {"num_samples": 50_000, "reference": {"checksum": "0123"}}
+    of_few = {**protocol, "num_samples": 500}
+    results = [(0, "x", 2.0, protocol), (0, "y", 2.05, protocol), (1, "z", 2.2, protocol), (1, "few", 9, of_few)]
+    for run, name, fid, about in results:
+        record = {"kind": "generation", "step": 300, "metrics": {"fid": fid, "fid_stderr": 0.03}, "protocol": about}
+        write_json(folders[run] / "evaluations" / f"{name}.json", record)
+    runs = page_of(*folders)[1]["runs"]
+    noise = {one["name"]: one.get("noise") for run in runs for one in run["evaluations"]}
+    assert noise == {"x": "lowest", "y": "within noise: +0.05 ± 0.083", "z": "above noise: +0.2 ± 0.083", "few": None}
+
+
 def test_page_of_several_runs(tmp_path):
     first = write_run(tmp_path / "a" / "run", config={"lr": 1e-4, "same": 1})
     second = write_run(tmp_path / "b" / "run", config={"lr": 2e-4, "same": 1}, seed=1)

@@ -302,27 +302,27 @@ def test_a_bucket_that_does_not_answer_is_told(gs, monkeypatch, warnings):
 
 def test_metrics_in_a_bucket(gs, monkeypatch, warnings):
     """Uploaded in the background, seldom; what fails is tried again, and fails before a checkpoint is saved."""
-    folder = epath.Path("gs://bucket/metrics")
+    folder, config = epath.Path("gs://bucket/metrics"), {"log": {"trackers": ("tensorboard",), "project": "p"}}
     folder.joinpath("metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     monkeypatch.setattr(buckets, "UPLOAD_SECONDS", 0)
     gs.answer(("metrics", 403))
     with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
-        metric_log.make_writer(folder, 1)
+        metric_log.Writer(folder, 1, config)
     gs.answer()
-    with pytest.raises(RuntimeError, match="^the first$"), metric_log.open_writer(folder, 1) as writer:
+    with pytest.raises(RuntimeError, match="^the first$"), metric_log.open_writer(folder, 1, config) as writer:
         gs.answer(("POST|PUT", 403))
         wait_until(lambda: writer.write_scalars(2, {"loss": 0.5}) or any("tried again later" in line for line in warnings))
         with pytest.raises(OSError, match="gs://bucket/metrics cannot be reached"):
             writer.flush()
         raise RuntimeError("the first")  # a failure while closing does not hide it
     gs.answer()
-    with metric_log.open_writer(folder, 1) as writer:
+    with metric_log.open_writer(folder, 1, config) as writer:
         for step in (2, 3):
             writer.write_scalars(step, {"loss": 0.5})
         writer.flush()
         assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
         writer.write_scalars(4, {"loss": 0.5})
-    with metric_log.open_writer(folder) as writer:  # a run without a checkpoint
+    with metric_log.open_writer(folder, 0, config) as writer:  # a run without a checkpoint
         writer.write_scalars(1, {"loss": 0.5})
     lines = {path.name: len(path.read_text().splitlines()) for path in folder.glob("metrics.jsonl*")}
     assert lines == {"metrics.jsonl": 1, "metrics.jsonl.1": 4}

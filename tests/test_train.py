@@ -34,7 +34,7 @@ from repae_jax.job import build, compilation, frozen_weights, initial_state, tra
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.sample import sample_batches
 from repae_jax.sampling.load_model import load_model
-from repae_jax.training import checkpoint, metric_log
+from repae_jax.training import checkpoint, metric_log, trackers
 
 ROOT = Path(__file__).parents[1]
 CLOCK = {"time", *metric_log.SPEED_NAMES}
@@ -148,6 +148,31 @@ def begun(tmp_path_factory):
         replace_computing(monkeypatch)
         train.train(config(2), workdir)
     return workdir
+
+
+@pytest.mark.integration
+def test_a_tracker_without_its_package_ends_the_start(uncompiled, tmp_path, monkeypatch):
+    missing = type("Missing", (trackers.Wandb,), {"package": "not_installed_anywhere"})
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", missing)
+    monkeypatch.setattr(train, "prepare_workdir", lambda *_: pytest.fail("the workdir was touched before"))
+    with pytest.raises(ImportError, match=r"not_installed_anywhere is not installed: pip install -e .\[wandb\]$") as caught:
+        train.train(config(2, **{"log.trackers": ("tensorboard", "wandb")}), tmp_path)
+    assert cli.line_of(caught.value)
+
+
+@pytest.mark.integration
+def test_a_resumed_run_continues_its_record(uncompiled, tmp_path, monkeypatch):
+    """MLflow's, the only tracker whose record can be read by its own client in this process."""
+    mlflow = pytest.importorskip("mlflow", reason="pip install -e .[mlflow]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    log = {"log.trackers": ("tensorboard", "mlflow"), "log.project": "resumed"}
+    for steps in (2, 4):
+        train.train(config(steps, **log), tmp_path / "run")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("resumed").experiment_id])
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "sit/loss")] == [1, 2, 3, 4]
+    assert run.data.params["job"] == "repae" and run.data.params["data.image_size"] == "8"
 
 
 @pytest.mark.integration

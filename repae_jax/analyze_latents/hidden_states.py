@@ -16,7 +16,7 @@ from repae_jax import data, images
 from repae_jax.analysis import representation
 from repae_jax.analyze_latents.encoding import check_bytes, check_finite, map_images, posterior_mean
 from repae_jax.analyze_latents.sources import NEIGHBORS, Source
-from repae_jax.diffusion import ddpm, latent_norm
+from repae_jax.diffusion import latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.models import encoders as vision_encoders
 from repae_jax.sampling.load_model import LoadedModel, jit_in_float32
@@ -54,9 +54,7 @@ def make_hidden_states(trained: LoadedModel) -> Callable:
 
     def hidden_states(params, z, ids, t, labels, key):
         noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), z.shape[1:]))(ids)
-        times = jnp.full(len(z), t)
-        if isinstance(trained.objective, ddpm.NoiseObjective):
-            times = jnp.round((ddpm.NUM_TIMESTEPS - 1) * times).astype(jnp.int32)
+        times = trained.objective.to_times(jnp.full(len(z), t))
         z_t = trained.objective.add_noise(z, noise, times)
         return sit.apply({"params": params["sit"]}, z_t, times, labels, method="mean_tokens")
 

@@ -135,6 +135,10 @@ class NoiseObjective:
     sample_time = staticmethod(sample_time)
     add_noise = staticmethod(q_sample)
 
+    def to_times(self, t: Float[Array, " B"]) -> Timesteps:
+        """Returns the timesteps nearest to t in [0, 1]."""
+        return jnp.round((NUM_TIMESTEPS - 1) * t).astype(jnp.int32)
+
     def losses(self, output: Tensor, z: Tensor, noise: Tensor, t: Timesteps) -> dict[str, Float[Array, ""]]:
         """Returns means over the batch, 'noise' and 'bound'; arguments as in `variational_bound`."""
         noise_error, bound = mean_squared_noise_error(output, noise), variational_bound(output, z, noise, t)

@@ -21,7 +21,9 @@ from repae_jax import buckets, files, images
 from repae_jax.distributed import multihost, sharding
 from repae_jax.evaluation import inception_features, reference_stats
 from repae_jax.job import build, training_data
-from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
+from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.metrics.monge import monge_inception_distance
+from repae_jax.metrics.resampling import GROUPS
 from repae_jax.sampling import generate
 from repae_jax.training.metric_log import step_of
 
@@ -66,7 +68,7 @@ def pending_hooks(hooks: list[Hook], step: int, steps: int) -> list[Hook]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pictures:
-    """Pictures of one kind, WORKDIR/KIND/STEP.png and in TensorBoard: grids of about as many rows as columns."""
+    """Pictures of one kind, WORKDIR/KIND/STEP.png and at the trackers: grids of about as many rows as columns."""
 
     kind: str
     config: Mapping[str, Any]
@@ -87,7 +89,7 @@ class _Pictures:
             with buckets.reached(self.workdir):
                 self.path(step).parent.mkdir(exist_ok=True)
                 files.save_png(self.path(step), picture)
-            self.writer.write_images(step, {self.kind: picture[None]})
+            self.writer.write_images(step, {self.kind: picture})
 
 
 def _jit_generate(job):
@@ -155,20 +157,28 @@ def _make_fid(job, frozen, writer, network, reference, stopped):
         params, key = generate.sampling_params(state, frozen), jax.random.key(job.config["seed"])
         batches = generate.in_batches(run, params, labels, batch_size, key, put)
         total = -(-len(labels) // batch_size)
-        pool = RunningGaussian()
+        pool = []
         try:
             for _, batch in tqdm(batches, f"step {step}: samples", total, unit="batch", leave=False, disable=not network):
                 if stopped():
                     return
                 if network:
-                    pool.update(network(batch).pool)
+                    pool.append(network(batch).pool)
         except generate.SamplesNotFinite as error:
             logging.warning("step %d: no FID: %s", step, error)
             return
         if network:
-            writer.write_scalars(step, {f"fid/{len(labels)}_samples": frechet_distance(*pool.stats(), *reference.pool)})
+            writer.write_scalars(step, _scores(np.concatenate(pool), reference))
 
     return fid
+
+
+def _scores(pool, reference):
+    """Returns FID, and MIND, which takes a second or two, if the reference has features of real images."""
+    scores = {f"fid/{len(pool)}_samples": frechet_distance(*gaussian_stats(pool), *reference.pool)}
+    if reference.features is not None and min(len(pool), len(reference.features)) >= 2 * GROUPS:
+        scores[f"mind/{len(pool)}_samples"] = monge_inception_distance(reference.features, pool)[0]
+    return scores
 
 
 def _has_fid(workdir, step):

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from repae_jax import faults
 from repae_jax.data import decoding, loader, reading, records_hash
 from repae_jax.data.folder import FolderSource
+from repae_jax.evaluation import confusions
 
 SORTED = (
     "the images come class by class: splits of consecutive ones hold few classes each, so the inception score is too low; "
@@ -52,18 +53,24 @@ def npz_images(path: epath.PathLike) -> ImageSet:
         count, *size = shape[:3]
     stat = path.stat()
     description = {"npz": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-    return ImageSet(count, size, description, functools.partial(_npz_blocks, path), [SORTED] * _is_sorted(path))
+    labels = _read_labels(path)
+    warnings = [] if labels is None else [*[SORTED] * _are_sorted(labels), *confusions.of_labels(labels)]
+    return ImageSet(count, size, description, functools.partial(_npz_blocks, path), warnings)
 
 
-def _is_sorted(path: Path) -> bool:
-    """Tells whether there are integer labels (arr_1) of several classes, in order."""
+def _read_labels(path: Path) -> np.ndarray | None:
+    """Returns the integer labels (arr_1), if there are any."""
     with naming_damage(path), zipfile.ZipFile(path) as archive:
         if "arr_1.npy" not in archive.namelist():
-            return False
+            return None
         with archive.open("arr_1.npy") as file:
             labels = np.lib.format.read_array(file, allow_pickle=False)
-    are_labels = labels.ndim == 1 and labels.dtype.kind in "iu"
-    return are_labels and len(set(labels.tolist())) > 1 and bool((np.diff(labels) >= 0).all())
+    return labels if labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) else None
+
+
+def _are_sorted(labels: np.ndarray) -> bool:
+    """Tells whether labels of several classes are in order."""
+    return len(set(labels.tolist())) > 1 and bool((np.diff(labels) >= 0).all())
 
 
 @contextlib.contextmanager
@@ -139,7 +146,10 @@ def dataset_images(source, description: dict[str, Any]) -> ImageSet:
     """Returns the images of a source of `repae_jax.data`, in its order, cropped as for training, and described as given."""
     size, records = source.image_size, records_hash(source)
     description = {**description, "images": len(source), "image_size": size, "records": records}
-    return ImageSet(len(source), [size] * 2, description, lambda ranges: source_blocks(source, [range(*r) for r in ranges]))
+    warnings = confusions.of_real_images(source)
+    return ImageSet(
+        len(source), [size] * 2, description, lambda ranges: source_blocks(source, [range(*r) for r in ranges]), warnings
+    )
 
 
 def sampled_images(

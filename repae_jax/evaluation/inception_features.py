@@ -1,10 +1,10 @@
-"""Inception's features of many images: on all devices, kept in files part by part, so that interrupted work continues."""
+"""Features of many images, Inception's and others: on all devices, kept part by part, so that interrupted work continues."""
 
 import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from checkpoints_tools.inception import load_inception
 from repae_jax import files
 from repae_jax.data import reading
 from repae_jax.distributed import multihost, sharding
+from repae_jax.evaluation.batches import run_padded
 from repae_jax.evaluation.image_sets import ImageSet, naming_damage
+from repae_jax.evaluation.space_networks import SpaceNetwork
 from repae_jax.models.inception import SPATIAL_CHANNELS, InceptionFeatures, InceptionV3, graph_input
 from repae_jax.training.checkpoint import fingerprint
 
 PART_SIZE = 512  # fewest images in a part (10 MB): the most that a killed process loses
 SETTINGS = "settings.json"
-IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # features of an image in a part
+IMAGE_BYTES = 4 * (2048 + 2023 + 1008)  # Inception's features of an image in a part
 FEATURES = ("pool", "spatial", "logits")
+_SPACE = "space_"  # before the names of other spaces, in parts
 
 Devices = list[jax.Device] | None
 IsDone = Callable[[], bool]
@@ -61,13 +64,6 @@ class InceptionNetwork:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *features)
 
 
-def run_padded(function: Callable, arrays: Sequence[np.ndarray], size: int, placement: jax.sharding.Sharding) -> Any:
-    """Runs a function of batches that are padded, so that one program serves all; returns numpy arrays without the padding."""
-    count = len(arrays[0])
-    padded = [np.pad(array, [(0, size - count)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
-    return jax.tree.map(lambda x: np.asarray(x)[:count], function(*jax.device_put(padded, placement)))
-
-
 def load_network(path: str, batch_size: int = 64, devices: Devices = None, prepare: Callable = graph_input) -> InceptionNetwork:
     """Loads an InceptionNetwork from a file as `load_inception`; its path may be 'random', for tests and to measure speed."""
     if path != files.RANDOM:
@@ -82,13 +78,15 @@ class FeatureParts:
 
     A part that exists is whole, and never made again. Parts are the same, bit for bit, however often the work was
     interrupted, and on any number of devices of one kind. Process p of n makes the parts p, p + n, ... `kept` marks the images
-    that are kept beside their features; `is_done` tells whether process 0 has used the parts already and removed them.
+    that are kept beside their features; `is_done` tells whether process 0 has used the parts already and removed them. Each
+    image is read or drawn once for all networks: Inception and those of `spaces`, by name.
     """
 
     def __init__(
         self, folder: Path, images: ImageSet, network: InceptionNetwork, kept: Bool[np.ndarray, " N"] | None = None,
-        is_done: IsDone = lambda: False,
+        is_done: IsDone = lambda: False, spaces: Mapping[str, SpaceNetwork] | None = None,
     ):  # fmt: skip
+        self._spaces = dict(spaces or {})
         self._folder, self._images, self._network, self._is_done = Path(folder), images, network, is_done
         self._kept = np.zeros(images.count, bool) if kept is None else kept
         batch = network.batch_size
@@ -98,6 +96,8 @@ class FeatureParts:
             "images": images.description, "count": images.count, "shape": list(images.shape), "batch_size": batch,
             "inception": network.checksum, "kept": hashlib.sha256(np.packbits(self._kept)).hexdigest()[:16],
         }  # fmt: skip
+        if self._spaces:
+            self._settings["spaces"] = {name: space.checksum for name, space in self._spaces.items()}
 
     def make(self, description: str) -> bool:
         """Makes the missing parts of this process, and waits for those of the others; returns False if all work is done.
@@ -118,11 +118,17 @@ class FeatureParts:
                 features, kept = [], []
                 for first, end in batches[part]:
                     pixels = next(blocks)
-                    features.append(self._network(pixels))
+                    features.append(self._features(pixels))
                     kept.append(pixels[self._kept[first:end]])
                     bar.update(end - first)
                 self._write(part, jax.tree.map(lambda *parts: np.concatenate(parts), *features), np.concatenate(kept))
         return multihost.wait_for_files(self._paths, self._is_done)
+
+    def _features(self, pixels: UInt8[np.ndarray, "n H W 3"]) -> dict[str, np.ndarray]:
+        """Returns the arrays of a part, by name, of one block of images."""
+        inception = self._network(pixels)
+        arrays = {name: getattr(inception, name) for name in FEATURES}
+        return arrays | {_SPACE + name: space(pixels) for name, space in self._spaces.items()}
 
     def _agree(self) -> bool:
         """Lets process 0 write the settings if it is the first to come; all compare theirs. False if the work is done."""
@@ -142,8 +148,9 @@ class FeatureParts:
     def _check_space(self, description: str) -> None:
         """Checks that the disk has room for the missing parts of all processes, which share it."""
         height, width = self._images.shape
+        image_bytes = IMAGE_BYTES + 4 * sum(space.size for space in self._spaces.values())
         needed = sum(
-            IMAGE_BYTES * (end - first) + 3 * height * width * int(self._kept[first:end].sum())
+            image_bytes * (end - first) + 3 * height * width * int(self._kept[first:end].sum())
             for path, (first, end) in zip(self._paths, self._ranges)
             if not path.exists()
         )
@@ -152,15 +159,18 @@ class FeatureParts:
             found = f"take {needed / 1e9:.1f} GB in {self._folder}, which has {free / 1e9:.1f} GB free"
             raise ValueError(f"the features of the {description} {found}: make space, or choose another place for the result")
 
-    def _write(self, part: int, features: InceptionFeatures, images: UInt8[np.ndarray, "n H W 3"]) -> None:
+    def _write(self, part: int, features: dict[str, np.ndarray], images: UInt8[np.ndarray, "n H W 3"]) -> None:
         for leftover in self._folder.glob(f".{self._paths[part].name}.*.tmp"):  # a killed process left it
             leftover.unlink(missing_ok=True)
-        arrays = {name: getattr(features, name) for name in FEATURES}
-        files.write_all({self._paths[part]: files.npz_writer({**arrays, "images": images})}, overwrite=True)
+        files.write_all({self._paths[part]: files.npz_writer({**features, "images": images})}, overwrite=True)
 
     def read(self) -> Iterator[InceptionFeatures]:
         """Yields the features as numpy arrays, part by part in order."""
         return (InceptionFeatures(**arrays) for arrays in self._read(*FEATURES))
+
+    def read_space(self, name: str) -> Iterator[Float[np.ndarray, "n F"]]:
+        """Yields the features in another space, part by part in order."""
+        return (arrays[_SPACE + name] for arrays in self._read(_SPACE + name))
 
     def read_images(self) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """Yields the images that were kept, part by part in order."""

@@ -98,6 +98,7 @@ def show_rows(path: epath.PathLike, rows: Mapping[str, UInt8[np.ndarray, "N H W 
         axes.axis("off")
         if label in sheets:
             axes.imshow(sheets[label], interpolation="antialiased")
+            axes.set_anchor("W")  # short rows begin where long ones do
         else:
             axes.text(0, 0.5, row, fontsize="small", verticalalignment="center")
     _save(figure, path)
@@ -121,7 +122,8 @@ def plot_lines(
             name, x, y = reference
             axes.plot(x, y, label=name, color="black", linewidth=1.5, linestyle="--")
         axes.set(xlabel=x_title, ylabel=y_title, yscale="log" if log_scale else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if all(float(value).is_integer() for x, *_ in lines.values() for value in x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path, legend={"loc": "outside right upper"})
 
 

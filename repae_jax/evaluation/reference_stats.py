@@ -1,24 +1,39 @@
 """Statistics of real images' features, in ADM's form: the reference that generated images are compared with."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from repae_jax import buckets, files
 from repae_jax.evaluation.image_sets import ImageSet, naming_damage, npz_images
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, IsDone
+from repae_jax.evaluation.space_networks import SpaceNetwork
 from repae_jax.metrics.frechet import RunningGaussian, Stats
 
 PUBLISHED_COUNT = 50_000  # samples behind published scores
 KEPT_IMAGES = 10_000  # as in ADM's files, for precision and recall
 _FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceReference:
+    """Real images in a feature space other than Inception's."""
+
+    stats: Stats | None  # None if only `features` are known: fewer images than a distance needs
+    features: Float[np.ndarray, "M F"]  # of some of the images, at most KEPT_IMAGES
+    every: Callable[[], Iterator[Float[np.ndarray, "n F"]]]  # of all images at hand, in the order of Reference.pictures
+    rows: Int[np.ndarray, " M"]  # places of `features` among those
+    is_whole: bool  # whether those are all images of the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +46,8 @@ class Reference:
     images: ImageSet | None  # these images if there are no `features` yet
     shape: list[int] | None  # [H, W] of the images
     description: dict[str, Any]  # plain values that identify the reference
+    spaces: Mapping[str, SpaceReference] = dataclasses.field(default_factory=dict)  # by name
+    pictures: ImageSet | None = None  # the images at hand, if any
 
 
 def check_on_disk(path: epath.PathLike) -> None:
@@ -39,10 +56,13 @@ def check_on_disk(path: epath.PathLike) -> None:
         raise ValueError(f"{path}: statistics of real images are kept on a disk; give a local or mounted path")
 
 
-def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference:
-    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`, whose weights the network must have.
+def read_reference(
+    path: epath.PathLike, network: InceptionNetwork, spaces: Mapping[str, SpaceNetwork] | None = None
+) -> Reference:
+    """Reads ADM's `VIRTUAL_*.npz`, or a file of `write_reference`, whose weights the networks must have.
 
-    Its keys are mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall.
+    Its keys are mu, sigma; mu_s, sigma_s for sFID; arr_0, uint8 [M, H, W, 3], for precision and recall; mu_NAME, sigma_NAME and
+    pool_NAME for other feature spaces, which may lack here.
     """
     check_on_disk(path)
     path = Path(path)
@@ -64,14 +84,66 @@ def read_reference(path: epath.PathLike, network: InceptionNetwork) -> Reference
         features = np.asarray(archive["pool"]) if "pool" in archive else None
         about = json.loads(str(archive["about"])) if "about" in archive else {}
         images = npz_images(path) if "arr_0" in archive else None
+        of_spaces = {
+            name: _read_space(path, archive, name, space, about)
+            for name, space in (spaces or {}).items() if _space_keys(name) <= set(archive)
+        }  # fmt: skip
     _check_content(path, features, about, network)
-    arrays = [array for array in (*pool, *(spatial or ()), features) if array is not None]
-    checksum = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
     return Reference(
         pool=pool, spatial=spatial, features=features, images=None if features is not None else images,
         shape=None if images is None else images.shape,
-        description={"npz": path.name, "checksum": checksum, **about},
+        description={"npz": path.name, "checksum": read_checksum(path), **about}, spaces=of_spaces, pictures=images,
     )  # fmt: skip
+
+
+def check_spaces(path: epath.PathLike, names: Collection[str]) -> None:
+    """Raises ValueError unless a file has these feature spaces, or images to measure them on: before networks are fetched."""
+    if not names:
+        return
+    with naming_damage(Path(path)), zipfile.ZipFile(path) as archive:
+        held = {name.removesuffix(".npy") for name in archive.namelist()}
+    missing = [name for name in names if not _space_keys(name) <= held]
+    if missing and "arr_0" not in held:
+        raise ValueError(
+            f"{path} holds neither the feature spaces {', '.join(missing)} nor images (arr_0): give the real images as "
+            "--reference, or make the file again by --make_reference with these --features"
+        )
+
+
+def _space_keys(name: str) -> set[str]:
+    return {f"mu_{name}", f"sigma_{name}", f"pool_{name}"}
+
+
+def read_checksum(path: epath.PathLike) -> str:
+    """Returns what identifies a reference, 16 digits: of its statistics and features in Inception's space, not of the file."""
+    digest = hashlib.sha256()
+    with naming_damage(Path(path)), np.load(path, allow_pickle=False) as archive:
+        names = [name for pair in (("mu", "sigma"), ("mu_s", "sigma_s")) if set(pair) <= set(archive) for name in pair]
+        for name in names:
+            digest.update(np.ascontiguousarray(archive[name].astype(np.float64)).tobytes())
+        if "pool" in archive:
+            digest.update(np.ascontiguousarray(archive["pool"]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_space(path: Path, archive: Any, name: str, space: SpaceNetwork, about: Any) -> SpaceReference:
+    made = about.get("spaces", {}).get(name) if isinstance(about, dict) else None
+    if made != space.checksum:
+        found = f"the space {name} of {path} was made with weights of checksum {made}, these have {space.checksum}"
+        raise ValueError(f"{found}: give the same weights (--features {name}=WEIGHTS), or make the reference again")
+    stats = _read_stats(path, archive, f"mu_{name}", f"sigma_{name}", space.size)
+    features = np.asarray(archive[f"pool_{name}"])
+    if features.ndim != 2 or features.shape[1] != space.size or features.dtype.kind != "f":
+        found = f"pool_{name} of {path} is {features.dtype} {list(features.shape)}"
+        raise ValueError(f"{found}; needed: floats [M, {space.size}]")
+    is_whole = about.get("count") == len(features)
+    return SpaceReference(stats, features, lambda: iter([features]), np.arange(len(features)), is_whole)
+
+
+def space_of_parts(parts: FeatureParts, name: str) -> SpaceReference:
+    """Returns the features of finished parts, all of which are kept, without statistics."""
+    features = np.concatenate(list(parts.read_space(name)))
+    return SpaceReference(None, features, lambda: iter([features]), np.arange(len(features)), False)
 
 
 def _read_stats(path: Path, archive: Any, mean: str, cov: str, size: int) -> Stats:
@@ -98,7 +170,8 @@ def _check_content(path: Path, features: np.ndarray | None, about: Any, network:
 
 
 def measure_reference(
-    images: ImageSet, network: InceptionNetwork, folder: Path, keep_images: bool = False, is_done: IsDone = lambda: False
+    images: ImageSet, network: InceptionNetwork, folder: Path, keep_images: bool = False, is_done: IsDone = lambda: False,
+    spaces: Mapping[str, SpaceNetwork] | None = None,
 ) -> tuple[Reference, FeatureParts] | None:
     """Measures the statistics of all images of a set; returns them and their parts, None in processes other than the first.
 
@@ -107,7 +180,8 @@ def measure_reference(
     """
     chosen = np.zeros(images.count, bool)
     chosen[np.random.default_rng(0).permutation(images.count)[:KEPT_IMAGES]] = True
-    parts = FeatureParts(folder, images, network, chosen if keep_images else None, is_done)
+    spaces = spaces or {}
+    parts = FeatureParts(folder, images, network, chosen if keep_images else None, is_done, spaces)
     if not parts.make("reference") or jax.process_index():
         return None
     pool, spatial, features, at = RunningGaussian(), RunningGaussian(), [], 0
@@ -116,11 +190,24 @@ def measure_reference(
         spatial.update(part.spatial)
         features.append(part.pool[chosen[at : at + len(part.pool)]])
         at += len(part.pool)
+    description = {"count": images.count, "source": images.description, "inception": network.checksum}
+    description |= {"spaces": {name: space.checksum for name, space in spaces.items()}} if spaces else {}
+    description |= {"warnings": list(images.warnings)} if images.warnings else {}
     reference = Reference(
         pool=pool.stats(), spatial=spatial.stats(), features=np.concatenate(features), images=None, shape=images.shape,
-        description={"count": images.count, "source": images.description, "inception": network.checksum},
+        description=description, spaces={name: _measure_space(parts, name, chosen) for name in spaces}, pictures=images,
     )  # fmt: skip
     return reference, parts
+
+
+def _measure_space(parts: FeatureParts, name: str, chosen: np.ndarray) -> SpaceReference:
+    running, kept, at = RunningGaussian(), [], 0
+    for features in parts.read_space(name):
+        running.update(features)
+        kept.append(features[chosen[at : at + len(features)]])
+        at += len(features)
+    every = functools.partial(parts.read_space, name)
+    return SpaceReference(running.stats(), np.concatenate(kept), every, np.flatnonzero(chosen), True)
 
 
 def write_reference(path: epath.PathLike, reference: Reference, parts: FeatureParts) -> None:
@@ -129,6 +216,8 @@ def write_reference(path: epath.PathLike, reference: Reference, parts: FeaturePa
         "mu": reference.pool[0], "sigma": reference.pool[1], "mu_s": reference.spatial[0], "sigma_s": reference.spatial[1],
         "pool": reference.features, "about": np.array(json.dumps({"format": _FORMAT, **reference.description})),
     }  # fmt: skip
+    for name, space in reference.spaces.items():
+        arrays |= {f"mu_{name}": space.stats[0], f"sigma_{name}": space.stats[1], f"pool_{name}": space.features}
     shape = (len(reference.features), *reference.shape, 3)
     files.write_all({path: files.npz_writer(arrays, {"arr_0": (shape, parts.read_images())})})
 

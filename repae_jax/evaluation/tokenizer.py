@@ -21,7 +21,7 @@ from tqdm import tqdm
 from repae_jax import images
 from repae_jax.data import loader, reading
 from repae_jax.distributed import sharding
-from repae_jax.evaluation.inception_features import run_padded
+from repae_jax.evaluation.batches import run_padded
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance

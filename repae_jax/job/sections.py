@@ -17,6 +17,7 @@ from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.sit import SiT
 from repae_jax.ranges import Choice, Count, FieldError, PathText, Positive, Section, Several, Share, Size, Weight, real, whole
 from repae_jax.training.optimizer import AdamW
+from repae_jax.training.trackers import TRACKERS
 
 section = dataclasses.dataclass(frozen=True, kw_only=True)
 _Precision = Annotated[str, Choice(("bfloat16", "float32"))]
@@ -255,8 +256,18 @@ class Checkpoint(Section):
 
 @section
 class Log(Section):
-    """Steps between lines of metrics."""
+    """Steps between lines of metrics, and where these go beside `metrics.jsonl`."""
     every: Positive
+    trackers: Annotated[tuple[str, ...], Several(Choice(tuple(TRACKERS)))] = ("tensorboard",)  # as before this field
+    project: str = "repae_jax"
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = self.trackers
+        if len(set(names)) < len(names) or {"tensorboard", "clu"} <= set(names):
+            raise FieldError(f"trackers={names} name one twice; 'clu' writes the same files as 'tensorboard', with TensorFlow")
+        if names and not self.project:
+            raise FieldError("project='' must be the name of a project, for the trackers that have projects")
 
 
 @section

@@ -1,5 +1,7 @@
 """Frechet distance between Gaussians fitted to two sets of features: FID, sFID and rFID, whatever the features are."""
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 
@@ -81,8 +83,17 @@ def frechet_distance(mean1: Mean, cov1: Cov, mean2: Mean, cov2: Cov) -> float:
             f"means have shapes {list(mean1.shape)} and {list(mean2.shape)}, covariances {list(cov1.shape)} and "
             f"{list(cov2.shape)}; allowed: [F] and [F, F] with one F; take both from the same feature network"
         )
+    return distance_to(mean1, cov1)(mean2, cov2)
+
+
+def distance_to(mean: Mean, cov: Cov) -> Callable[[Mean, Cov], float]:
+    """Returns the distance to one Gaussian as a function of another one, with the costly root of its covariance taken once."""
     # S1 S2 and the symmetric S1^(1/2) S2 S1^(1/2) have the same eigenvalues; those that rounding made negative count as zero.
-    eigenvalues, vectors = np.linalg.eigh(cov1)
-    root1 = (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
-    trace_of_root = np.sqrt(np.linalg.eigvalsh(root1 @ cov2 @ root1).clip(min=0)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+    eigenvalues, vectors = np.linalg.eigh(cov)
+    root = (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
+
+    def distance(other_mean, other_cov):
+        trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ other_cov @ root).clip(min=0)).sum()
+        return float(((mean - other_mean) ** 2).sum() + np.trace(cov) + np.trace(other_cov) - 2 * trace_of_root)
+
+    return distance

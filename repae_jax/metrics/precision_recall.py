@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-NEIGHBORS = 3
-BLOCK_SIZE = 5000  # a block of distances takes 100 MB
+from repae_jax.metrics.distances import BLOCK_SIZE, Block, centered_blocks, check_same_width, squared_distances
 
-Block = tuple[Float[Array, "b F"], Float[Array, " b"]]  # features and their squared norms
+NEIGHBORS = 3
 
 
 def precision_recall(
@@ -27,17 +26,13 @@ def precision_recall(
     Reference: Kynkäänniemi et al., arXiv 1904.06991, eq. 1-2; ADM `evaluations/evaluator.py` `ManifoldEstimator`.
     """
     reference, samples = np.asarray(reference), np.asarray(samples)
-    if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"features have shapes {list(reference.shape)} and {list(samples.shape)}; allowed: [M, F] and [N, F] with one F; "
-            "take both from the same feature network"
-        )
+    check_same_width(reference, samples)
     for name, features in (("reference", reference), ("samples", samples)):
         if len(features) <= neighbors:
             raise ValueError(f"{name}: {len(features)} features; needed: more than the {neighbors} neighbors of each")
     # Subtracting one center from all features leaves their distances, and keeps float32 from losing them in large norms.
     center = reference.mean(axis=0, dtype=np.float64)
-    reference_blocks, sample_blocks = (_blocks(features, center, block_size) for features in (reference, samples))
+    reference_blocks, sample_blocks = (centered_blocks(features, center, block_size) for features in (reference, samples))
     reference_radii, sample_radii = _radii(reference_blocks, neighbors), _radii(sample_blocks, neighbors)
     sample_is_near = [np.zeros(len(norms), bool) for _, norms in sample_blocks]
     reference_is_near = [np.zeros(len(norms), bool) for _, norms in reference_blocks]
@@ -50,31 +45,10 @@ def precision_recall(
     return float(precision), float(np.concatenate(reference_is_near)[: len(reference)].mean())
 
 
-def _blocks(features: Float[np.ndarray, "N F"], center: Float[np.ndarray, " F"], block_size: int) -> list[Block]:
-    """Returns the centered features in float32, in blocks of one size; the last is padded, with infinite norms."""
-    size, blocks = min(block_size, len(features)), []
-    for first in range(0, len(features), size):
-        block = (features[first : first + size] - center).astype(np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError("some features are not finite; look for nan in the images, or use float32 in the network")
-        missing = size - len(block)
-        norms = np.einsum("nf,nf->n", block, block, dtype=np.float64).astype(np.float32)
-        block, norms = np.pad(block, ((0, missing), (0, 0))), np.pad(norms, (0, missing), constant_values=np.inf)
-        blocks.append((jax.device_put(block), jax.device_put(norms)))
-    return blocks
-
-
-def _distances(a: Block, b: Block) -> Float[Array, "n m"]:
-    """Computes the squared distances between the features of two blocks."""
-    (a_features, a_norms), (b_features, b_norms) = a, b
-    product = jnp.dot(a_features, b_features.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum(a_norms[:, None] + b_norms[None] - 2 * product, 0)
-
-
 @functools.partial(jax.jit, static_argnames="neighbors")
 def _nearest_others(a: Block, neighbors: int) -> Float[Array, "n k"]:
     """Returns the distances to the nearest features of the same block, without the feature itself."""
-    distances = _distances(a, a)
+    distances = squared_distances(a, a)
     return _smallest(jnp.where(jnp.eye(len(distances), dtype=bool), jnp.inf, distances), neighbors)
 
 
@@ -86,7 +60,7 @@ def _smallest(distances: Float[Array, "n m"], neighbors: int) -> Float[Array, "n
 @jax.jit
 def _nearest(a: Block, b: Block, of_a: Float[Array, "n k"], of_b: Float[Array, "m k"]) -> list[Float[Array, "_ k"]]:
     """Returns the smallest distances of each block so far, of_a and of_b, or to features of the other block, nearest first."""
-    distances = _distances(a, b)
+    distances = squared_distances(a, b)
     candidates = ((of_a, distances), (of_b, distances.T))
     return [_smallest(jnp.concatenate([old, new], axis=1), old.shape[1]) for old, new in candidates]
 
@@ -96,7 +70,7 @@ def _near(
     a: Block, b: Block, a_radii: Float[Array, " n"], b_radii: Float[Array, " m"]
 ) -> tuple[Bool[Array, " n"], Bool[Array, " m"]]:
     """Tells which features of a lie in a ball of b, and which of b in a ball of a."""
-    distances = _distances(a, b)
+    distances = squared_distances(a, b)
     return (distances <= b_radii[None]).any(axis=1), (distances <= a_radii[:, None]).any(axis=0)
 
 

@@ -332,7 +332,7 @@ function zoom(range) {
 }
 
 const GROUPS = { vae: "VAE", sit: "SiT", disc: "Discriminator", latents: "Latents", grad_norm: "Gradient norms", "": "Run" };
-const OPEN = ["vae", "sit", "disc", "eval", "evaluation", "fid"];
+const OPEN = ["vae", "sit", "disc", "eval", "evaluation", "fid", "mind"];
 const LATER = ["latents", "grad_norm", ""];
 
 function curvesSection() {
@@ -463,17 +463,19 @@ const table = (head, rows) => el("div", { class: "scroll", tabindex: "0", role: 
   el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, rows)));
 const th = (text, kind) => el("th", { scope: "col", class: kind }, text);
 
-const DIRECTIONS = [[/_std$/, ""], [/fid|lpips|equivariance|mse|l1/i, " ↓"], [/psnr|ssim|precision|recall|inception|(^|[_/])is($|[_/])/i, " ↑"]];
+const DIRECTIONS = [[/_std$/, ""], [/fid|fd_|fdr6|kid|mind|cmmd|memorized|lpips|equivariance|mse|l1/i, " ↓"], [/psnr|ssim|precision|recall|inception|(^|[_/])is($|[_/])/i, " ↑"]];
 const arrow = (metric) => (DIRECTIONS.find(([pattern]) => pattern.test(metric)) || [null, ""])[1];
 
 function evaluationTable([kind, title]) {
   const rows = runs.flatMap((run, index) => run.evaluations.filter((one) => one.kind === kind).map((one) => ({ ...one, index })));
   if (!rows.length) return [];
-  const metrics = [...new Set(rows.flatMap((one) => Object.keys(one.metrics)))];
+  const metrics = [...new Set(rows.flatMap((one) => Object.keys(one.metrics)))].filter((metric) => !metric.endsWith("_stderr"));
+  const interval = (one, metric) => `${metric}_stderr` in one.metrics ? ` ± ${number(1.96 * one.metrics[`${metric}_stderr`])}` : "";
   const lines = rows.map((one) => el("tr", { title: Object.entries(one.protocol).map(([name, value]) => `${name}: ${value}`).join("\n") },
     runs.length > 1 ? el("th", { scope: "row" }, el("span", { class: "run-name" }, runLabel(one.index))) : null,
     el("td", { class: "number" }, one.step === null ? "–" : number(one.step)),
-    metrics.map((metric) => el("td", { class: "number" }, number(one.metrics[metric]))),
+    metrics.map((metric) => el("td", { class: "number" }, number(one.metrics[metric]), interval(one, metric),
+      metric === "fid" && one.noise ? el("div", { class: "soft small", title: "Beside the lowest FID of this protocol, with half of the difference's 95 % interval" }, one.noise) : null)),
     el("td", { class: "protocol" }, el("details", {}, el("summary", {}, one.name), fieldList(one.protocol)),
       one.warnings.map((text) => el("div", { class: "warning" }, `⚠ ${text}`)))));
   const head = [runs.length > 1 ? th("Run") : null, th("Step", "number"), ...metrics.map((metric) => th(metric + arrow(metric), "number")), th("Protocol")];
@@ -483,11 +485,20 @@ function evaluationTable([kind, title]) {
     pictures.length ? el("details", { class: "fields" }, el("summary", {}, `Pictures of these evaluations (${pictures.length})`), el("div", { class: "pictures" }, pictures)) : null];
 }
 
+function epochsTable() {
+  const rows = runs.flatMap((run, index) => run.epochs_to_fid.map((row) => ({ ...row, index })));
+  if (!rows.length) return [];
+  const lines = rows.map((row) => el("tr", {}, el("th", { scope: "row" }, el("span", { class: "run-name" }, runLabel(row.index))), el("td", {}, row.curve),
+    [row.k, row.epochs, row.step].map((value) => el("td", { class: "number" }, value === null ? "–" : number(value)))));
+  return [el("h3", {}, "Epochs until FID is below k (EP_FID@k)"),
+    table([th("Run"), th("Logged FID"), th("k", "number"), th("Epochs", "number"), th("Step", "number")], lines)];
+}
+
 function metricsSection() {
-  const parts = Object.entries(data.kinds).flatMap(evaluationTable);
+  const parts = [...Object.entries(data.kinds).flatMap(evaluationTable), ...epochsTable()];
   if (!parts.length) return null;
   return el("section", { id: "metrics" }, el("h2", {}, "Evaluations"),
-    el("p", { class: "soft small" }, "Numbers compare only where their protocols agree: open a row's name, or hover over the row."), parts);
+    el("p", { class: "soft small" }, "Numbers compare only where their protocols agree: open a row's name, or hover over the row. After ± is half of a 95 % interval."), parts);
 }
 
 function latentsSection() {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from repae_jax.report.curves import fit_curves
+from repae_jax.report.fid import mark_noise
 from repae_jax.report.pictures import embed_pictures
 from repae_jax.report.run_folder import KINDS, SERIES
 
@@ -19,8 +20,9 @@ PAGE_BYTES = 9_800_000  # most bytes of the whole page
 def make_page(runs: list[dict[str, Any]], now: float) -> str:
     """Returns the page of runs, see `read_run`, in less than PAGE_BYTES bytes; `now` is in seconds since 1970.
 
-    The runs' curves and pictures are replaced in place.
+    The runs' curves and pictures are replaced, and their evaluations compared, in place.
     """
+    mark_noise(runs)
     data = {
         "written": now, "titles": SERIES, "kinds": KINDS, "notes": fit_curves(runs),
         "differing": config_differences([run["config"] for run in runs]), "runs": runs,

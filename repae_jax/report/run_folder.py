@@ -10,6 +10,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from repae_jax.evaluation.metrics_file import Curve, MetricsFile, read_metrics
+from repae_jax.report.fid import epochs_to_fid
 from repae_jax.report.files import listing, place_of, read_json, unreadable
 from repae_jax.report.pictures import Picture
 from repae_jax.training import health
@@ -43,7 +44,7 @@ def read_run(workdir: epath.PathLike, name: str, now: float) -> dict[str, Any]:
         raise FileNotFoundError(f"{workdir} is not the folder of a run: it has neither metrics.jsonl nor checkpoints/")
     problems: list[str] = []
     metrics = _read_metrics(workdir / "metrics.jsonl", problems)
-    config, devices = read_checkpoint(workdir, problems)
+    config, devices, records = read_checkpoint(workdir, problems)
     curves = {metric: curve for metric, curve in metrics.curves.items() if metric != "eta_seconds"}  # shown once, at the top
     return {
         "name": name, "path": str(workdir), "job": (config or {}).get("job"), "curves": curves,
@@ -51,6 +52,7 @@ def read_run(workdir: epath.PathLike, name: str, now: float) -> dict[str, Any]:
         "config": None if config is None else flatten(config), "problems": problems, "warnings": _warnings(metrics, config),
         "series": {kind: _read_series(workdir / kind, title) for kind, (title, _) in SERIES.items()},
         "generated": [_read_generated(path, problems) for path in listing(workdir / "generated", ".png")],
+        "epochs_to_fid": epochs_to_fid(metrics.curves, (config or {}).get("data", {}).get("batch_size"), records),
         "evaluations": read_evaluations(workdir, problems), "analysis": read_analysis(workdir, problems),
     }  # fmt: skip
 
@@ -74,8 +76,8 @@ def _warnings(metrics: MetricsFile, config: Mapping[str, Any] | None) -> list[st
     return [f"Step {step:,}: {sentence}" for step, sentence in watch.replay(metrics.curves)]
 
 
-def read_checkpoint(workdir: epath.Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None]:
-    """Returns config and number of devices from the newest checkpoint that is complete, each None if unknown.
+def read_checkpoint(workdir: epath.Path, problems: list[str]) -> tuple[dict[str, Any] | None, int | None, int | None]:
+    """Returns config, number of devices and of training images from the newest complete checkpoint, each None if unknown.
 
     Read as the JSON files that Orbax keeps: `checkpoint.read_config` starts JAX's backend, which would take seconds, and the
     accelerator from a run that is using it.
@@ -83,8 +85,9 @@ def read_checkpoint(workdir: epath.Path, problems: list[str]) -> tuple[dict[str,
     finished = [path for path in listing(workdir / "checkpoints") if path.name.isdigit()]
     for path in sorted(finished, key=lambda path: -int(path.name)):
         if (config := read_json(path / "config" / "metadata", problems)) is not None:
-            return config, _count_devices(path / "state" / "_sharding")
-    return None, None
+            records = (read_json(path / "loader" / "metadata", []) or {}).get("records")
+            return config, _count_devices(path / "state" / "_sharding"), records if isinstance(records, int) else None
+    return None, None, None
 
 
 def _count_devices(path: epath.Path) -> int | None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from checkpoints_tools import convert, identify, locate, published
+from checkpoints_tools import convert, identify, locate, pipeline_folder, published, runs
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.sit import check_time
 from repae_jax.diffusion.samplers import SAMPLERS, NoiseObjective, Sampling, VelocityObjective
@@ -70,12 +70,18 @@ def load_model(
     """Loads a training run, of ours or of the published code, to sample from: by default its newest step, on all devices.
 
     Args:
-      path: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints.
+      path: folder of a run; or a published one (`args.json`, `checkpoints/`), or one of its checkpoints; or a pipeline that
+        was exported here.
       vae_path: VAE of a run on a frozen VAE: of a published one, whose checkpoints hold none; of one of ours, where
         config.init.vae is not the place of it any more.
       sampler: the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain SiT's.
     """
     devices = jax.devices() if devices is None else devices
+    if folder := locate.pipeline(path):
+        if step is not None:
+            raise ValueError(f"{folder} is a pipeline, which has no step {step} to choose")
+        with identify.naming(folder):
+            return _load_pipeline(folder, devices, vae_path)
     is_file = str(path).endswith((".pt", ".safetensors"))
     if not epath.Path(path).exists():
         path = locate.resolve(path)  # a name on the hub
@@ -120,13 +126,24 @@ def _load_frozen_vae(job, workdir, step):
     try:
         params = frozen_weights.load_frozen_vae(job)
     except FileNotFoundError as error:
-        missing = f"the run in {workdir} has a frozen VAE, {path}, which is not there: give --vae ({error})"
-        raise FileNotFoundError(missing) from error
-    before, now = checkpoint.read_data_state(workdir, step)["inputs"]["frozen_vae"], checkpoint.fingerprint(params)
-    if before != now:
-        trained = f"the run in {workdir} was trained on the frozen VAE {before}, not on {path}, which is {now}"
-        raise ValueError(f"{trained} (fingerprints of the weights): give the right one as --vae")
+        raise runs.missing_frozen_vae(workdir, path, error) from error
+    runs.check_frozen_vae(workdir, step, path, params)
     return params
+
+
+def _load_pipeline(folder, devices, vae_path):
+    if vae_path:
+        raise ValueError(f"{folder} is a pipeline with a VAE of its own: leave {vae_path} out")
+    trained, mesh = pipeline_folder.load(folder), sharding.make_mesh(1, devices)
+    side = trained.grid * trained.sit.patch_size
+    params = {"sit": trained.params, "vae": trained.vae.params, "latent_stats": ChannelStats(**trained.vae.latent_stats)}
+    return LoadedModel(
+        nets=Nets(vae=trained.vae.module, sit=trained.sit, disc=None, lpips=None), mesh=mesh,
+        latent_shape=(side, side, trained.sit.latent_channels),
+        objective=NoiseObjective() if trained.path == "ddpm" else VelocityObjective(trained.path),
+        sampling=Sampling(**trained.sampling), params=jax.device_put(params, sharding.replicated(mesh)),
+        num_classes=trained.sit.num_classes, ema_decay=None, step=trained.step,
+    )  # fmt: skip
 
 
 def _load_published(path, step, devices, vae_path, sampler):
@@ -141,12 +158,7 @@ def _load_published(path, step, devices, vae_path, sampler):
     if not is_dit:
         check_time(sit.layout, source)
     vae, vae_params, vae_stats = _published_vae(weights, vae_path)
-    latent_stats = sit.variables.get("latent_stats") or vae_stats
-    if latent_stats is None:
-        remedy = "give --vae as diffusers' folder, whose config.json tells the statistics of its latents"
-        raise ValueError(f"{source} has no latent batch norm, as REPA and DiT have none: {remedy}")
-    if vae.latent_channels != sit.module.latent_channels:
-        raise ValueError(f"the VAE has {vae.latent_channels} latent channels, the SiT of {source} {sit.module.latent_channels}")
+    latent_stats = vae_files.stats_for_sit(sit.module, sit.variables.get("latent_stats"), vae, vae_stats, source)
     mesh = sharding.make_mesh(1, devices)
     params = {"sit": sit.variables["params"], "vae": vae_params, "latent_stats": ChannelStats(**latent_stats)}
     side = sit.grid * sit.module.patch_size

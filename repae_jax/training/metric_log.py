@@ -1,4 +1,4 @@
-"""Metrics of a run, for TensorBoard and as JSON lines, and its line of progress with speed and ETA."""
+"""Metrics of a run, as JSON lines and for trackers, and its line of progress with speed and ETA."""
 
 import contextlib
 import itertools
@@ -8,80 +8,111 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import UInt8
 
 from repae_jax import buckets
-
-if TYPE_CHECKING:
-    from clu import metric_writers
+from repae_jax.training import trackers
 
 SPEED_NAMES = ("images_per_second", "seconds_per_step", "eta_seconds", "input_wait", "tflops_per_device", "mfu")
 _ETA_MEMORY = 0.7  # share of the old estimate kept at each update: steady, yet slow first steps are soon forgotten
 
 
-def make_writer(workdir: epath.PathLike, resume_step: int | None = None) -> "metric_writers.MetricWriter":
-    """Returns the writer of a run's metrics; in processes other than 0 it writes nothing.
+class Writer:
+    """The metrics of a run: JSON lines and the trackers of `config.log`; in processes other than 0 it writes nothing.
 
-    Scalars go to TensorBoard event files in `<workdir>/tensorboard` and to `<workdir>/metrics.jsonl` (see `JsonLines`);
-    images and everything else go to TensorBoard only. After `resume_step` the JSON lines continue without gap or duplicate;
-    TensorBoard's event files are only appended to: steps that are run again are drawn twice, with equal values. If the workdir
-    is in a bucket, both are written to a local folder first, see `buckets.Mirror`; `flush` and `close` upload them.
+    Scalars go to `<workdir>/metrics.jsonl` (see `JsonLines`) and to the trackers, pictures to the trackers alone. After
+    `resume_step` the JSON lines continue without gap or duplicate, and so do TensorBoard's files, in `<workdir>/tensorboard`;
+    other trackers may be given a step again, with equal values. If the workdir is in a bucket, these files are written to a
+    local folder first, see `buckets.Mirror`; `flush` and `close` upload them. Training goes on where a tracker fails: that is
+    a warning, once for each reason.
+
+    Args:
+      config: the run's, nested plain values.
     """
-    # TensorFlow takes seconds to import, which `--help` and other tests need not wait for.
-    import tensorflow as tf
-    from clu import metric_writers
 
-    if jax.process_index() != 0:
-        return metric_writers.MultiWriter([])
-    tf.config.set_visible_devices([], "GPU")  # otherwise TensorFlow would reserve the memory that JAX needs
+    def __init__(self, workdir: epath.PathLike, resume_step: int, config: Mapping[str, Any]):
+        self._mirror: buckets.Mirror | None = None
+        self._lines: JsonLines | None = None
+        self._trackers: dict[str, trackers.Tracker] = {}
+        self._warned: set[str] = set()
+        self._is_failed = True  # until everything is open
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                self._start(stack, workdir, resume_step, config)
+            self._open = stack.pop_all()
+        self._is_failed = False
 
-    class RunWriter(metric_writers.MultiWriter):
-        """TensorBoard for everything, JSON lines for scalars; here because its base class comes with TensorFlow."""
+    def _start(self, stack, workdir, resume_step, config):
+        folder, names = Path(workdir), config["log"]["trackers"]
+        if buckets.is_address(workdir):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="repae-metrics-")))
+            self._mirror = buckets.Mirror(folder, workdir)
+            self._mirror.fetch("metrics.jsonl*")
+            stack.callback(self._mirror.close)
+        self._lines = JsonLines(folder / "metrics.jsonl", resume_step)
+        stack.callback(self._lines.close)
+        identity = ""
+        if any(trackers.TRACKERS[name].has_records for name in names):
+            with buckets.reached(workdir):
+                identity = trackers.identify(workdir, is_new=not resume_step)
+        name, project = epath.Path(workdir).name, config["log"]["project"]
+        run = trackers.Record(name, identity, resume_step + 1, project, config, folder)
+        for tracker_name in names:
+            self._trackers[tracker_name] = trackers.open_tracker(tracker_name, run)
+            stack.callback(self._tell, tracker_name, lambda tracker: tracker.close(is_failed=self._is_failed))
 
-        def __init__(self):
-            self._open = contextlib.ExitStack()
-            folder, self._mirror = epath.Path(workdir), None
-            if buckets.is_address(workdir):
-                folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="repae-metrics-")))
-                self._mirror = buckets.Mirror(folder, workdir)
-                self._mirror.fetch("metrics.jsonl*")
-                self._open.callback(self._mirror.close)
-            self._lines = JsonLines(folder / "metrics.jsonl", resume_step or 0)
-            self._open.callback(self._lines.close)
-            super().__init__([metric_writers.SummaryWriter(str(folder / "tensorboard"))])
-            self._open.callback(super().close)
+    def _tell(self, name: str, tell: Callable[[trackers.Tracker], None]) -> None:
+        """Calls a function of an open tracker; its failure is a warning."""
+        try:
+            tell(self._trackers[name])
+        except Exception as error:  # the packages have errors of their own
+            warning = f"{trackers.named(name)}, which failed ({trackers.reason(error)})"
+            if warning not in self._warned:
+                self._warned.add(warning)
+                logging.warning("%s: training goes on without it, and metrics.jsonl has all metrics", warning)
 
-        def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-            super().write_scalars(step, scalars)
-            self._lines.write(step, scalars)
-            if self._mirror:
-                self._mirror.update()
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes numbers, or arrays of one element, of a step."""
+        if self._lines is None:
+            return
+        numbers = {name: np.asarray(value).item() for name, value in scalars.items()}
+        self._lines.write(step, numbers)
+        for name in self._trackers:
+            self._tell(name, lambda tracker: tracker.write_scalars(step, numbers))
+        if self._mirror:
+            self._mirror.update()
 
-        def flush(self) -> None:
-            super().flush()
-            if self._mirror:
-                self._mirror.flush()
+    def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "H W 3"]]) -> None:
+        """Writes pictures of a step by their kind."""
+        for name in self._trackers:
+            self._tell(name, lambda tracker: tracker.write_images(step, images))
 
-        def close(self) -> None:
-            self._open.close()
+    def flush(self) -> None:
+        """Uploads everything so far, if the workdir is in a bucket: files on a disk have it already."""
+        if self._mirror:
+            self._mirror.flush()
 
-    return RunWriter()
+    def close(self, *, is_failed: bool = False) -> None:
+        """Closes everything; `is_failed` tells the trackers that an error ends the run."""
+        self._is_failed = is_failed
+        self._open.close()
 
 
 @contextlib.contextmanager
-def open_writer(workdir: epath.PathLike, resume_step: int | None = None) -> Iterator["metric_writers.MetricWriter"]:
-    """Yields the writer of `make_writer`, and closes it; an error on closing does not hide an earlier one."""
-    writer = make_writer(workdir, resume_step)
+def open_writer(workdir: epath.PathLike, resume_step: int, config: Mapping[str, Any]) -> Iterator[Writer]:
+    """Yields a Writer, and closes it; an error on closing does not hide an earlier one."""
+    writer = Writer(workdir, resume_step, config)
     try:
         yield writer
     except BaseException:
         try:
-            writer.close()
+            writer.close(is_failed=True)
         except OSError as error:
             logging.warning("the last metrics are lost: %s", error)
         raise

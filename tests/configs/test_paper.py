@@ -408,7 +408,7 @@ def test_the_table_of_tokenizers():
             assert words.split("; ")[-1].strip() == config.loss.pixel_reduction, name
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "hours"), [(name, hours) for name, _, _, hours in TOKENIZERS])
 def test_the_costs_of_tokenizers(name, hours):
     """Hours of an H100 in the docstring, to 1 %."""

@@ -197,7 +197,7 @@ def step_flop(file, arg, **changes):
     return sum(flops.of_step(make_job(file, arg, **changes)).values())
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_what_does_not_change_the_cost_of_an_image():
     expected = step_flop(repae, "tiny")
     assert step_flop(repae, "tiny", accumulation=2) == pytest.approx(expected, rel=1e-4)

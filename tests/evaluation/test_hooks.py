@@ -14,6 +14,7 @@ from repae_jax.data.digits import DigitsSource
 from repae_jax.evaluation import hooks
 from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.metrics.monge import monge_inception_distance
 
 SECTION = {"samples_every": 2, "reconstructions_every": 4, "images": 4, "fid_every": 3, "fid_samples": 20}
 
@@ -47,7 +48,7 @@ def job(monkeypatch):
 
 def make(job, workdir, writer, stopped=lambda: False):
     network = feature_stub.StubNetwork(64)
-    reference = SimpleNamespace(pool=gaussian_stats(np.random.default_rng(0).normal(size=(50, 6))))
+    reference = SimpleNamespace(pool=gaussian_stats(np.random.default_rng(0).normal(size=(50, 6))), features=None)
     source = DigitsSource(8)
     return hooks.make_hooks(job, {}, source, epath.Path(workdir), writer, (network, reference), stopped), network, reference
 
@@ -66,12 +67,23 @@ def test_pictures_and_scores(job, tmp_path):
     for hook in all_hooks:
         hook.run(6, state_of())
     pictures = {kind: np.asarray(Image.open(tmp_path / kind / "0000006.png")) for kind in ("samples", "reconstructions")}
-    assert writer.images == [(6, kind, (1, *picture.shape)) for kind, picture in pictures.items()]
+    assert writer.images == [(6, kind, picture.shape) for kind, picture in pictures.items()]
     assert {0, 40, 100, 140} <= set(np.unique(pictures["samples"]).tolist()), "labels 0, 2, 5 and 7 of 10"
     pool = network(np.asarray(paint(np.arange(20, dtype=np.int32) % 10))).pool
     assert writer.scalars == [(6, {"fid/20_samples": pytest.approx(frechet_distance(*gaussian_stats(pool), *reference.pool))})]
     (tmp_path / "metrics.jsonl").write_text('{"step": 6, "fid/20_samples": 1}\n')
     assert hooks.pending_hooks(all_hooks, 6, 9) == []
+
+
+def test_mind_of_a_reference_with_features():
+    real, samples = (np.random.default_rng(seed).normal(size=(count, 6)) for seed, count in enumerate((50, 20)))
+    stats = gaussian_stats(real)
+    scores = hooks._scores(samples, SimpleNamespace(pool=stats, features=real))
+    assert scores == {
+        "fid/20_samples": frechet_distance(*gaussian_stats(samples), *stats),
+        "mind/20_samples": monge_inception_distance(real, samples)[0],
+    }
+    assert set(hooks._scores(samples[:19], SimpleNamespace(pool=stats, features=real))) == {"fid/19_samples"}
 
 
 def test_no_score_of_broken_samples_or_when_asked_to_stop(job, tmp_path, warnings):

@@ -521,3 +521,11 @@ def test_an_option_of_ours_that_the_compiler_does_not_know(monkeypatch):
     job = SimpleNamespace(mesh=sharding.make_mesh(1), config={"compiler_options": ""})
     with pytest.raises(ValueError, match="config.compiler_options='', which makes the compiler's .*xla_not_there"):
         compilation.check_compiler_options(job)
+
+
+def test_trackers():
+    allowed = "allowed: ['tensorboard', 'clu', 'wandb', 'trackio', 'mlflow']"
+    refused({"log.trackers": ("tensorbord",)}, "config.log.trackers=('tensorbord',) has an entry that is unknown", allowed)
+    refused({"log.trackers": ("wandb", "wandb")}, "config.log.trackers=('wandb', 'wandb') name one twice")
+    refused({"log.trackers": ("clu", "tensorboard")}, "'clu' writes the same files as 'tensorboard'")
+    refused({"log.project": ""}, "config.log.project='' must be the name of a project")

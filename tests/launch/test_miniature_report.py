@@ -297,7 +297,7 @@ def declaration(monkeypatch):
         "later": fake_table("Later", ("sit", "scratch"), (tables.Claim("sit", "scratch", ""), better[0]), ("fid",)),
     }
     monkeypatch.setattr(tables, "TABLES", made_up)
-    monkeypatch.setitem(findings.FOUND, "digits", {"main": "By chance."})
+    monkeypatch.setitem(findings.FOUND, "toy", {"main": "By chance."})
     monkeypatch.setitem(tables.MEASURES, "fid_equal_compute", tables.Measure("Frechet distance at equal compute", 1))
     return made_up
 

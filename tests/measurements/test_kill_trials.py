@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, compiled):
     lines = []
     moments = kill_trials.run("ldm", 24, 1, 0, tmp_path, compiled, lines.append, most=3)

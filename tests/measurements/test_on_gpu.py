@@ -10,7 +10,6 @@ import pytest
 
 from configs import repae
 from repae_jax.cost import roofline
-from repae_jax.training import metric_log
 
 STAGES = tuple(on_gpu.STAGES)
 
@@ -163,15 +162,3 @@ def test_what_the_tests_report(tmp_path):
     found = on_gpu.numbers_of_tests(tmp_path / "tests.xml")
     assert found == {"passed": 2, "failed": ["b", "d"], "skipped": ["c"], "largest_errors": {"a p": 3e-06, "a q": 1e-06}}
     assert list(found["largest_errors"]) == ["a p", "a q"]
-
-
-def test_metrics_without_tensorflow(monkeypatch, tmp_path):
-    monkeypatch.setattr(metric_log, "make_writer", metric_log.make_writer)  # restored afterwards
-    monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: None)
-    on_gpu.without_tensorboard()
-    with metric_log.open_writer(tmp_path) as writer:
-        writer.write_scalars(3, {"loss": 0.5})
-        writer.write_images(3, {"samples": None})
-        writer.flush()
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["loss"] == 0.5

@@ -49,3 +49,9 @@ def test_errors():
         precision_recall(np.zeros((9, 3)), np.zeros((3, 3)))
     with pytest.raises(ValueError, match="not finite"):
         precision_recall(np.zeros((9, 3)), np.full((9, 3), np.nan))
+
+
+def test_is_torch_fidelitys(record_property):
+    golden = reference.load("feature_metrics")
+    values = precision_recall(golden.arrays["reference"], golden.arrays["samples"])
+    reference.check(values, [golden.meta["precision"], golden.meta["recall"]], 1e-6, "precision and recall", record_property)

@@ -94,39 +94,55 @@ def test_last_line_without_newline_is_kept_whole(tmp_path):
 # -- the writer -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.integration
-def test_writer_writes_both(tmp_path):
-    from clu import metric_writers
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def writer(workdir, resume_step=0, trackers=("tensorboard",)):
+    return metric_log.Writer(workdir, resume_step, {"log": {"trackers": trackers, "project": "p"}})
 
-    for resume_step, steps in [(None, (1, 2, 3)), (2, (3,))]:
-        writer = metric_log.make_writer(tmp_path, resume_step)
-        assert isinstance(writer, metric_writers.MetricWriter)
+
+def test_the_writer_writes_lines_and_pictures(tmp_path):
+    for resume_step, steps in [(0, (1, 2, 3)), (2, (3,))]:
+        opened = writer(tmp_path, resume_step)
         for step in steps:
-            writer.write_scalars(step, {"loss": jnp.float32(step), "bad": float("nan")})
-        writer.write_images(3, {"samples": np.zeros((2, 4, 4, 3), np.uint8)})
-        writer.flush()
-        writer.close()
+            opened.write_scalars(step, {"loss": jnp.float32(step), "bad": float("nan")})
+        opened.write_images(3, {"samples": np.zeros((4, 4, 3), np.uint8)})
+        opened.flush()
+        opened.close()
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
     assert "samples" not in (tmp_path / "metrics.jsonl").read_text()
-    tags = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload().Tags()["tensors"]
-    assert {"loss", "bad", "samples"} <= set(tags)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_lines_alone(tmp_path):
+    opened = writer(tmp_path, trackers=())
+    opened.write_scalars(1, {"loss": 1.0})
+    opened.write_images(1, {"samples": np.zeros((4, 4, 3), np.uint8)})
+    opened.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    writer = metric_log.make_writer(tmp_path, 5)
-    writer.write_scalars(6, {"loss": 1.0})
-    writer.write_images(6, {"samples": np.zeros((1, 4, 4, 3))})
-    writer.flush()
-    writer.close()
+    opened = writer(tmp_path, 5, ("tensorboard", "wandb", "trackio", "mlflow"))
+    opened.write_scalars(6, {"loss": 1.0})
+    opened.write_images(6, {"samples": np.zeros((4, 4, 3), np.uint8)})
+    opened.flush()
+    opened.close()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.integration
-def test_import_is_free_of_tensorflow():
-    code = "import sys, repae_jax.training.metric_log; assert 'tensorflow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_nothing_is_imported_unless_asked_for(tmp_path):
+    """TensorFlow and torch least of all: TensorBoard's files need neither."""
+    code = """
+import sys
+from repae_jax.training import metric_log
+heavy = {"tensorflow", "torch", "clu", "wandb", "trackio", "mlflow"}
+assert not {*heavy, "tensorboard"} & set(sys.modules)
+for names in ((), ("tensorboard",)):
+    metric_log.Writer(sys.argv[1], 0, {"log": {"trackers": names, "project": "p"}}).close()
+    assert ("tensorboard" in sys.modules) == bool(names) and not heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Names and places of workdirs that are taken, and that are refused."""
 
+import argparse
 from pathlib import Path
 
 import pytest
 
+from repae_jax import buckets, cli
 from repae_jax.training.workdir import prepare_workdir
 
 
@@ -53,3 +55,19 @@ def test_prepare_workdir_refuses_names_that_nothing_can_be_saved_under(tmp_path,
     with pytest.raises(ValueError, match=message):
         prepare_workdir(tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_client_that_reaches_buckets(monkeypatch, tmp_path):
+    monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda name: None)
+    line = "gs://bucket/run: buckets are reached by TensorFlow's client, which is not installed: pip install -e .[gcs]"
+    with pytest.raises(ImportError) as caught:
+        prepare_workdir("gs://bucket/run")
+    assert str(caught.value) == line
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        cli.path("gs://bucket/run")
+    assert str(caught.value) == line
+    with pytest.raises(ImportError), buckets.reached("gs://bucket/run"):
+        pytest.fail("it is not tried")
+    prepare_workdir(tmp_path / "run")
+    with buckets.reached(tmp_path):
+        pass
