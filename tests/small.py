@@ -9,7 +9,8 @@ import numpy as np
 from configs import ldm, repae
 from repae_jax import cli
 from repae_jax.distributed import sharding
-from repae_jax.job import initial_state
+from repae_jax.job import build, initial_state
+from repae_jax.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 # changes of configs/ldm.py that make the run that is the quickest to compile: a SiT alone on a frozen VAE
@@ -71,6 +72,14 @@ def random_state(job, seed=0):
         averaged = state.vae if state.sit is None else state.sit
         state = state.replace(ema=state.ema.replace(params=averaged.params, latent_stats=state.latent_stats))
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract), may_alias=False)
+
+
+def save_run(workdir, of=None, devices=None):
+    """Writes a run of two steps, as it is on disk, with drawn weights, and returns its folder; `of` is a config."""
+    job = build.build(build.plain_config(of or config()), devices or jax.devices())
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(2, random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
+    return workdir
 
 
 def leaves(tree):

@@ -13,19 +13,13 @@ import repae_jax
 from checkpoints_tools.convert import extract_vae
 from checkpoints_tools.vit import save_encoder
 from repae_jax import images as pixels
-from repae_jax.job import build
 from repae_jax.models import encoders
-from repae_jax.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run as it is on disk; its weights are random."""
-    job = build.build(build.plain_config(small.config()), jax.devices()[:1])
-    workdir = tmp_path_factory.mktemp("run")
-    with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
-    return workdir
+    return small.save_run(tmp_path_factory.mktemp("run"), devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from checkpoints_tools.convert import convert
 from repae_jax import evaluate, files, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, reference_stats
-from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.frechet_confidence import frechet_confidence, split
 from repae_jax.metrics.inception_score import RunningInceptionScore
@@ -32,7 +31,6 @@ from repae_jax.metrics.kernel_distances import cmmd
 from repae_jax.metrics.monge import monge_inception_distance
 from repae_jax.metrics.precision_recall import precision_recall
 from repae_jax.sampling.load_model import load_model
-from repae_jax.training.checkpoint import Checkpointer
 
 COUNT = 70
 ERRORS = {"fid_stderr", "fid_infinity", "fid_infinity_stderr"}
@@ -51,11 +49,7 @@ def stub(monkeypatch):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of two steps, as it is on disk; its weights are drawn."""
-    job = build.build(build.plain_config(small.config()), jax.devices())
-    workdir = tmp_path_factory.mktemp("run")
-    with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
-    return workdir
+    return small.save_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ import small
 from nbclient import NotebookClient
 
 from checkpoints_tools.vit import save_encoder
-from repae_jax.job import build
 from repae_jax.models import encoders
-from repae_jax.training.checkpoint import Checkpointer
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
@@ -35,9 +33,7 @@ def workdir(tmp_path):
     config = small.config({"data.image_size": 16})
     for encoder in config.encoders.values():
         encoder.image_size = 16
-    job = build.build(build.plain_config(config), jax.devices()[:1])
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
+    small.save_run(tmp_path, config, jax.devices()[:1])
     architecture = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
     encoder = encoders.make_encoder(architecture, 16, image_size=16)
     params = encoder.module.init(jax.random.key(0), jax.numpy.zeros((1, 16, 16, 3)))["params"]

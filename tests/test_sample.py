@@ -15,21 +15,15 @@ from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import sample
 from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling
-from repae_jax.job import build
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
 from repae_jax.training import checkpoint
-from repae_jax.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run of two steps, as it is on disk; its weights are drawn."""
-    job = build.build(build.plain_config(repae.get_config("tiny")), jax.devices())
-    workdir = tmp_path_factory.mktemp("run")
-    with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
-    return workdir
+    return small.save_run(tmp_path_factory.mktemp("run"), repae.get_config("tiny"))
 
 
 @pytest.fixture(scope="module")

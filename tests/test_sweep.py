@@ -3,7 +3,6 @@
 import json
 import threading
 
-import jax
 import numpy as np
 import pytest
 import small
@@ -13,9 +12,7 @@ from PIL import Image
 from repae_jax import evaluate, sample
 from repae_jax.distributed import multihost
 from repae_jax.evaluation import inception_features, sweep
-from repae_jax.job import build
 from repae_jax.sampling.load_model import load_model
-from repae_jax.training.checkpoint import Checkpointer
 
 MODEL = ("--num_samples", "16", "--steps", "2", "--sampler", "euler", "--batch_size", "8")
 
@@ -121,11 +118,7 @@ def test_scores_of_other_spaces_are_drawn(monkeypatch):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    job = build.build(build.plain_config(small.config()), jax.devices())
-    workdir = tmp_path_factory.mktemp("run")
-    with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(2, small.random_state(job), {"loader": {}, "inputs": {"frozen_vae": None}}, job.config)
-    return workdir
+    return small.save_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ _ORIENTATION = 0x0112  # EXIF: how the picture is to be turned
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What one image file is like; with `error`, it cannot be decoded, and all else is unknown."""
+    """Describes one image file; with `error`, it cannot be decoded, and all else is unknown."""
 
     error: str = ""
     size: int = 0  # bytes

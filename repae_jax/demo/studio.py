@@ -31,7 +31,7 @@ _NUMBERS = {"steps": int, "guidance_scale": float, "guidance_low": float, "guida
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be sampled."""
+    """A request says what is to be sampled."""
 
     labels: tuple[int, ...]
     seed: int
