@@ -25,6 +25,8 @@ PICKLED = (  # only where there is no safetensors file
 _WEIGHTS = ("config.json", *SAFETENSORS, "model-*.safetensors", "diffusion_pytorch_model-*.safetensors")
 _PICKLED = (*PICKLED, "pytorch_model-*.bin", "diffusion_pytorch_model-*.bin")
 _PIPELINE = ("model_index.json", "repae_jax.json")  # what marks a pipeline of ours
+_PIPELINE_FILES = (*_PIPELINE, "*/config.json", "*/diffusion_pytorch_model.safetensors")
+_STORES = ("gs", "s3", "az")
 _TRAINING = ("args.json", "checkpoints/*.pt")  # a published training run, where there is neither
 
 
@@ -34,7 +36,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
     A name is a file or folder that exists; a model of the Hugging Face hub, 'organization/name', or a folder or file in it,
     'organization/name/vae' or 'organization/name/file.pt', with the hub's cache and HF_HUB_OFFLINE respected; or an address
     such as gs://bucket/file, copied to ~/.cache/repae_jax (XDG_CACHE_HOME) through etils.epath: a file, a model's folder, a
-    diffusers pipeline (its `vae` alone) or a published training run (its newest checkpoint alone).
+    diffusers pipeline (its `vae` alone; `pipeline` gives all of it) or a published training run (its newest checkpoint alone).
 
     Of a diffusers pipeline, the path is that of its `vae`; of a training run of ours in remote storage, its epath.Path, as it
     is read where it is. Raises FileNotFoundError if there is no such thing, or it cannot be fetched.
@@ -54,8 +56,10 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
 def pipeline(name: str | os.PathLike) -> Path | None:
     """Returns the local path of a diffusers pipeline that was exported here, fetched if need be; None if it is another thing.
 
-    The name is that of a folder, or 'organization/name' on the Hugging Face hub.
+    The name is that of a folder, 'organization/name' on the Hugging Face hub, or an address such as gs://bucket/folder.
     """
+    if "://" in str(name):
+        return _stored_pipeline(str(name))
     folder = Path(name).expanduser()
     if folder.exists() or not (match := HUB_NAME.fullmatch(str(name))) or match[2] or match[1].endswith(_SUFFIXES):
         return folder if all((folder / file).is_file() for file in _PIPELINE) else None
@@ -63,10 +67,21 @@ def pipeline(name: str | os.PathLike) -> Path | None:
     try:
         for file in _PIPELINE:  # small: a model of another kind is not fetched
             huggingface_hub.hf_hub_download(str(name), file)
-        wanted = [*_PIPELINE, "*/config.json", "*/diffusion_pytorch_model.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(_PIPELINE_FILES)))
     except (OSError, ValueError):
         return None  # `resolve` says why, if it is nothing else
+
+
+def _stored_pipeline(address):
+    """A copy of a pipeline in remote storage; None if there is none."""
+    if address.partition("://")[0] not in _STORES:
+        return None  # `resolve` says what is allowed
+    with _reaching(address):
+        remote = epath.Path(address)
+        if not all((remote / file).exists() for file in _PIPELINE):
+            return None
+        found = [file for pattern in _PIPELINE_FILES for file in sorted(remote.glob(pattern))]
+    return _copies(address, remote, found)
 
 
 def _model_folder(path):
@@ -114,9 +129,9 @@ def _reaching(address):
 
 
 def _from_storage(address):
-    """A copy per version of the remote file or folder, so that a changed one is never mistaken for the old."""
+    """A copy of what a remote file or folder holds; the address itself if that is a run of ours."""
     scheme = address.partition("://")[0]
-    if scheme not in ("gs", "s3", "az"):
+    if scheme not in _STORES:
         raise ValueError(
             f"{address} cannot be read from {scheme}://; allowed: gs://, s3:// and az://, names on the Hugging Face hub and "
             "local paths. Download it (`curl -LO`) and give the local path"
@@ -125,7 +140,8 @@ def _from_storage(address):
         remote = epath.Path(address)
         if not remote.exists():
             raise FileNotFoundError(f"{address} does not exist, or cannot be read with these credentials")
-        if remote.is_file():
+        is_file = remote.is_file()
+        if is_file:
             folder, files = remote.parent, [remote]
         elif (remote / "checkpoints").is_dir() and not (remote / "args.json").exists():
             return remote  # a run of ours
@@ -134,9 +150,15 @@ def _from_storage(address):
         if not files:
             sought = f"none of {', '.join((*_WEIGHTS, *PICKLED, *_TRAINING))}, nor checkpoints of a run"
             raise FileNotFoundError(f"{address} holds no weights: {sought}; give the address of the file itself")
+    copies = _copies(address, folder, files)
+    return copies / remote.name if is_file else copies
+
+
+def _copies(address, folder, files):
+    """The local folder with copies of remote files: one per version, so that a changed one is never taken for the old."""
+    with _reaching(address):
         names = [str(file.relative_to(folder)) for file in files]
         stats = [(name, file.stat().length, file.stat().mtime) for name, file in zip(names, files)]
-        is_file = remote.is_file()
     version = hashlib.sha256(repr((address, stats)).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repae_jax" / version
     for file, (name, length, _) in zip(files, stats):
@@ -144,7 +166,7 @@ def _from_storage(address):
             logging.info("copying %s (%.2f GB) to %s", file, length / 1e9, cache)
             with _reaching(address):
                 _copy(file, cache / name)
-    return cache / names[0] if is_file else cache
+    return cache
 
 
 def _copy(file, target):

@@ -222,7 +222,7 @@ def load(source: str, step: int | None = None, *, vae: str | None = None, device
     """Returns whatever a source holds: a diffusion model with its VAE, a VAE alone, or a vision encoder.
 
     Args:
-      source: folder of a run, a file, a folder, or a name on the Hugging Face hub.
+      source: folder of a run, a file, a folder, or a name on the Hugging Face hub; also in a bucket, gs://bucket/folder.
       step: checkpoint of a run; default the newest.
       vae: path or name of the VAE of a diffusion model whose source holds none.
       device: one of `jax.devices()`, or a name such as 'cpu' or 'gpu:1'; default the first.

@@ -22,8 +22,9 @@ from repae_jax.job import build
 ROOT = Path(__file__).parents[1]
 WITH_CONFIG = ["repae_jax.train", "repae_jax.cache_latents", "repae_jax.plan", "repae_jax.benchmark.__main__"]
 COMMANDS = [
-    *WITH_CONFIG, "repae_jax.sample", "repae_jax.evaluate", "repae_jax.evaluate_tokenizer", "repae_jax.prepare_images",
-    "repae_jax.check_images", "repae_jax.analyze_latents.__main__", "repae_jax.report.__main__", "checkpoints_tools.__main__",
+    *WITH_CONFIG, "repae_jax.sample", "repae_jax.evaluate.__main__", "repae_jax.evaluate_tokenizer",
+    "repae_jax.prepare_images", "repae_jax.check_images", "repae_jax.analyze_latents.__main__", "repae_jax.report.__main__",
+    "checkpoints_tools.__main__",
 ]  # fmt: skip
 HEAVY = {"torch", "tensorflow", "transformers", "diffusers", "tensorflow_datasets", "sklearn", "matplotlib.pyplot"}
 

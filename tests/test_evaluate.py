@@ -21,8 +21,10 @@ from weight_files import write_checkpoint
 
 from checkpoints_tools import published
 from checkpoints_tools.convert import convert
-from repae_jax import evaluate, files, sample
+from repae_jax import files, sample
 from repae_jax.distributed import multihost
+from repae_jax.evaluate import __main__ as evaluate
+from repae_jax.evaluate import measuring
 from repae_jax.evaluation import inception_features, reference_stats
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.frechet_confidence import frechet_confidence, split
@@ -42,7 +44,7 @@ def stub(monkeypatch):
     monkeypatch.setattr(inception_features, "PART_SIZE", 16)
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
     stubs = []
-    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: stubs.append(StubNetwork(batch_size)) or stubs[-1])
+    monkeypatch.setattr(measuring, "load_network", lambda _, batch_size: stubs.append(StubNetwork(batch_size)) or stubs[-1])
     return stubs
 
 
@@ -72,7 +74,7 @@ def arguments(source, reference, *extra, size=8):
 
 def result_of(source, reference, *extra, size=8):
     """The result file, without what depends on names and times of files."""
-    path, result = evaluate.run(arguments(source, reference, *extra, size=size))
+    path, result = measuring.run(arguments(source, reference, *extra, size=size))
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert not path.with_suffix(".parts").exists()
     return result
@@ -134,7 +136,7 @@ def test_reference_of_our_own_and_of_a_dataset(npz, tmp_path, stub):
     folder = save_images(tmp_path / "real", Noise(90, 8, seed=1).pixels)
     ours = tmp_path / "ours.npz"
     given = ["--make_reference", ours, "--data", folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
-    assert evaluate.make_reference(evaluate.parse_args(list(map(str, given)))) == ours
+    assert measuring.make_reference(evaluate.parse_args(list(map(str, given)))) == ours
     assert not (tmp_path / "ours.parts").exists()
     expected = result_of(npz, ours, "--out", tmp_path / "a.json")
     assert stub[-1].images == COUNT, "features of the reference are not made again"
@@ -142,7 +144,7 @@ def test_reference_of_our_own_and_of_a_dataset(npz, tmp_path, stub):
     assert result["metrics"] == expected["metrics"] and set(result["metrics"]) == METRICS
     assert expected["protocol"]["reference"]["source"]["data"] == str(folder)
     with pytest.raises(ValueError, match="ours.npz exists; choose another name"):
-        evaluate.make_reference(evaluate.parse_args(list(map(str, given))))
+        measuring.make_reference(evaluate.parse_args(list(map(str, given))))
 
 
 def test_scores_that_cannot_be_computed(npz, tmp_path):
@@ -165,7 +167,7 @@ def test_too_few_samples(real, tmp_path):
     assert result["metrics"]["fid"] > 0 and result["protocol"]["num_samples"] == 3
     np.savez(tmp_path / "one.npz", Noise(1, 8).pixels)
     with pytest.raises(ValueError, match="features of 1 images; a covariance needs 2"):
-        evaluate.run(arguments(tmp_path / "one.npz", real))
+        measuring.run(arguments(tmp_path / "one.npz", real))
 
 
 # ---- other feature spaces -------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def spaces(monkeypatch):
         loaded.append({name: StubSpace(name) for name in weights})
         return loaded[-1]
 
-    monkeypatch.setattr(evaluate, "load_space_networks", load)
+    monkeypatch.setattr(measuring, "load_space_networks", load)
     return loaded
 
 
@@ -261,15 +263,15 @@ def test_copies_count_where_training_images_have_copies(spaces, tmp_path):
 def test_a_reference_file_with_spaces(npz, real_folder, spaces, tmp_path, monkeypatch):
     out = tmp_path / "ours.npz"
     given = ["--make_reference", out, "--data", real_folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
-    evaluate.make_reference(evaluate.parse_args([*map(str, given), "--features", "dinov2", "mae"]))
+    measuring.make_reference(evaluate.parse_args([*map(str, given), "--features", "dinov2", "mae"]))
     result = result_of(npz, out, "--features", "dinov2", "mae", "--out", tmp_path / "a.json")
     assert spaces[-1]["mae"].images == COUNT, "features of the reference are not made again"
     expected = result_of(npz, real_folder, "--features", "dinov2", "mae", "--out", tmp_path / "b.json")
     assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    monkeypatch.setattr(evaluate, "load_space_networks", lambda *_: {"mae": StubSpace("mae", "other")})
+    monkeypatch.setattr(measuring, "load_space_networks", lambda *_: {"mae": StubSpace("mae", "other")})
     with pytest.raises(ValueError, match="mae of .*ours.npz was made with weights of checksum stub, these have other"):
-        evaluate.run(arguments(npz, out, "--features", "mae", "--out", tmp_path / "c.json"))
+        measuring.run(arguments(npz, out, "--features", "mae", "--out", tmp_path / "c.json"))
 
 
 def test_adms_reference_has_images_alone_for_other_spaces(npz, real, spaces, tmp_path, monkeypatch):
@@ -279,9 +281,9 @@ def test_adms_reference_has_images_alone_for_other_spaces(npz, real, spaces, tmp
     assert "no fd_dinov2: the reference has 90 images to measure it with, and a distance needs statistics of all" in warnings
     assert "memorized: beside 90 reference images alone" in warnings
     write_adm(tmp_path / "old.npz", Noise(90, 8, seed=1).pixels, "arr_0")
-    monkeypatch.setattr(evaluate, "load_space_networks", lambda *_: pytest.fail("weights were read before"))
+    monkeypatch.setattr(measuring, "load_space_networks", lambda *_: pytest.fail("weights were read before"))
     with pytest.raises(ValueError, match=r"old.npz holds neither the feature spaces mae nor images \(arr_0\)"):
-        evaluate.run(arguments(npz, tmp_path / "old.npz", "--features", "mae", "--out", tmp_path / "x.json"))
+        measuring.run(arguments(npz, tmp_path / "old.npz", "--features", "mae", "--out", tmp_path / "x.json"))
 
 
 def test_too_few_samples_for_other_spaces(real_folder, spaces, tmp_path):
@@ -318,9 +320,9 @@ def test_interrupted_evaluation_of_spaces_continues(npz, real_folder, spaces, tm
     out = tmp_path / "cut.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 90 + 20)
-        evaluate.run(arguments(npz, real_folder, *extra, "--out", out))
+        measuring.run(arguments(npz, real_folder, *extra, "--out", out))
     with pytest.raises(ValueError, match="unfinished work with other settings.*spaces"):
-        evaluate.run(arguments(npz, real_folder, *extra, "clip_336", "--out", out))
+        measuring.run(arguments(npz, real_folder, *extra, "clip_336", "--out", out))
     assert result_of(npz, real_folder, *extra, "--out", out) == whole
     assert spaces[-1]["mae"].images == COUNT - 16
 
@@ -343,7 +345,7 @@ def test_a_reference_that_was_encoded_again_is_told(npz, tmp_path):
     for i, pixels in enumerate(Noise(30, 8, seed=1).pixels):
         Image.fromarray(pixels).save(folder / f"{i}.jpg")
     given = ["--make_reference", ours, "--data", folder, "--image_size", 8, "--inception", "weights.pth", "--batch_size", 8]
-    evaluate.make_reference(evaluate.parse_args(list(map(str, given))))
+    measuring.make_reference(evaluate.parse_args(list(map(str, given))))
     for number, reference in enumerate((folder, ours)):
         warnings = "\n".join(result_of(npz, reference, "--out", tmp_path / f"{number}.json")["warnings"])
         assert "reference: 30 of 30 files that were looked at are JPEG or WebP of exactly 8 x 8 pixels" in warnings
@@ -384,7 +386,7 @@ def test_a_run_scores_as_its_samples(workdir, real, tmp_path):
 
 @pytest.mark.integration
 def test_closest_samples_of_a_run_are_drawn_again(workdir, trained, real_folder, spaces, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     out, kept = tmp_path / "x.json", tmp_path / "kept.npz"
     result = result_of(workdir, real_folder, *MODEL, "--features", "dinov2", "--out", out, "--keep_samples", kept)
     closest = result["memorization"]["closest"][0]
@@ -401,11 +403,11 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
     given = (*MODEL, "--guidance_scale", "1.5")
     result = result_of(tmp_path / "weights.safetensors", real, *given, "--out", tmp_path / "a.json")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+        patch.setattr(measuring, "load_model", lambda *_, **__: trained)
         expected = result_of(workdir, real, *given, "--out", tmp_path / "b.json")
     assert result["metrics"] == expected["metrics"]
     with pytest.raises(ValueError, match="is no folder to keep the result in: give --out"):
-        evaluate.run(arguments(tmp_path / "weights.safetensors", real, *MODEL))
+        measuring.run(arguments(tmp_path / "weights.safetensors", real, *MODEL))
 
     checkpoint = published.read(tmp_path / "weights.safetensors")
     networks = {name: arrays for name, arrays in checkpoint.networks.items() if name != "ema"}
@@ -413,13 +415,13 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
     for ending in ("safetensors", "pt"):
         write_checkpoint(tmp_path / f"raw.{ending}", without)
         with pytest.raises(ValueError, match="but no ema, the averaged weights that samples are made with"):
-            evaluate.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
+            measuring.run(arguments(tmp_path / f"raw.{ending}", real, "--out", tmp_path / "x.json"))
 
 
 @pytest.mark.integration
 def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     monkeypatch.setattr(sample, "draw_labels", lambda *given: drawn.append(given) or np.zeros(given[1], np.int32))
     result = result_of(workdir, real, *MODEL, "--labels", "random", "--classes", 3, 5, "--out", tmp_path / "x.json")
     assert drawn == [("random", 40, [3, 5], 0)]
@@ -436,20 +438,20 @@ def interrupt_after(monkeypatch, count):
                 raise KeyboardInterrupt
             return super().__call__(images)
 
-    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: Interrupted(batch_size))
+    monkeypatch.setattr(measuring, "load_network", lambda _, batch_size: Interrupted(batch_size))
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["npz", "run"])
 def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp_path, monkeypatch, stub):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     source, extra = (npz, ()) if kind == "npz" else (workdir, MODEL)
     whole = result_of(source, real, *extra, "--out", tmp_path / "whole.json")
     out = tmp_path / "cut.json"
     for count in (40, 20):  # in the reference; in the samples
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_after(patch, count + (90 - 32 if count == 20 else 0))
-            evaluate.run(arguments(source, real, *extra, "--out", out))
+            measuring.run(arguments(source, real, *extra, "--out", out))
     assert len(list(out.with_suffix(".parts").glob("samples/part-*.npz"))) == 1
     continued = result_of(source, real, *extra, "--out", out)
     assert stub[-1].images == whole["protocol"]["num_samples"] - 16
@@ -458,20 +460,20 @@ def test_interrupted_evaluation_continues(kind, workdir, trained, npz, real, tmp
 
 @pytest.mark.integration
 def test_other_settings_do_not_mix(workdir, trained, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     out = tmp_path / "x.json"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 90 + 20)
-        evaluate.run(arguments(workdir, real, *MODEL, "--out", out))
+        measuring.run(arguments(workdir, real, *MODEL, "--out", out))
     with pytest.raises(ValueError, match="unfinished work with other settings.*seed.*choose another --out"):
-        evaluate.run(arguments(workdir, real, *MODEL, "--seed", 1, "--out", out))
+        measuring.run(arguments(workdir, real, *MODEL, "--seed", 1, "--out", out))
 
 
 def in_three_processes(monkeypatch, act):
     """Results of a function in three threads, each with the index of a process, that look at one folder."""
     which, results = threading.local(), {}
-    monkeypatch.setattr(evaluate.jax, "process_index", lambda: which.index)
-    monkeypatch.setattr(evaluate.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: which.index)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
 
     def work(index):
         which.index = index
@@ -487,16 +489,16 @@ def in_three_processes(monkeypatch, act):
 
 def test_every_process_takes_its_share(npz, real, tmp_path, monkeypatch, stub):
     whole = result_of(npz, real, "--out", tmp_path / "one.json")
-    results = in_three_processes(monkeypatch, lambda: evaluate.run(arguments(npz, real, "--out", tmp_path / "three.json"))[1])
+    results = in_three_processes(monkeypatch, lambda: measuring.run(arguments(npz, real, "--out", tmp_path / "three.json"))[1])
     assert results == [whole, None, None]
     assert sum(network.images for network in stub[-3:]) == COUNT + 90, "nothing is made twice"
 
 
 def test_a_process_that_comes_when_all_is_done(npz, real, tmp_path, monkeypatch):
     """It had no share, as when there are more processes than parts."""
-    evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json"))
-    monkeypatch.setattr(evaluate.jax, "process_index", lambda: 1)
-    assert evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json")) == (tmp_path / "x.json", None)
+    measuring.run(arguments(npz, real, "--out", tmp_path / "x.json"))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert measuring.run(arguments(npz, real, "--out", tmp_path / "x.json")) == (tmp_path / "x.json", None)
 
 
 @pytest.mark.integration
@@ -504,7 +506,7 @@ def test_every_process_takes_its_share_in_all_spaces(npz, real_folder, spaces, t
     extra = ("--features", "dinov2", "clip_336")
     whole = result_of(npz, real_folder, *extra, "--out", tmp_path / "one.json")
     given = (npz, real_folder, *extra, "--out", tmp_path / "three.json")
-    results = in_three_processes(monkeypatch, lambda: evaluate.run(arguments(*given))[1])
+    results = in_three_processes(monkeypatch, lambda: measuring.run(arguments(*given))[1])
     assert results == [whole, None, None]
     assert {name: sum(networks[name].images for networks in spaces[-3:]) for name in extra[1:]} == {
         "dinov2": COUNT + 90, "clip_336": COUNT + 90
@@ -514,10 +516,10 @@ def test_every_process_takes_its_share_in_all_spaces(npz, real_folder, spaces, t
 
 COMMAND = """
 import feature_stub
-from repae_jax import evaluate
+from repae_jax.evaluate import __main__ as evaluate, measuring
 from repae_jax.evaluation import inception_features
 inception_features.PART_SIZE = 16
-evaluate.load_network = lambda _, batch_size: feature_stub.StubNetwork(batch_size)
+measuring.load_network = lambda _, batch_size: feature_stub.StubNetwork(batch_size)
 evaluate.main()
 """
 
@@ -586,21 +588,21 @@ def test_processes_that_differ_are_refused(npz, real, tmp_path):
 def test_an_existing_result_is_kept(npz, real, tmp_path):
     (tmp_path / "x.json").write_text("mine")
     with pytest.raises(ValueError, match="x.json exists; choose another name"):
-        evaluate.run(arguments(npz, real, "--out", tmp_path / "x.json"))
+        measuring.run(arguments(npz, real, "--out", tmp_path / "x.json"))
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
 @pytest.mark.integration
 def test_an_existing_file_is_no_place_for_samples(workdir, trained, real, tmp_path, monkeypatch):
     """It is kept even when the evaluation was interrupted before."""
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     out, mine = tmp_path / "x.json", tmp_path / "mine.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 90 + 20)
-        evaluate.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", tmp_path / "first.npz"))
+        measuring.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", tmp_path / "first.npz"))
     mine.write_text("my thesis")
     with pytest.raises(ValueError, match="mine.npz exists; choose another name"):
-        evaluate.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", mine))
+        measuring.run(arguments(workdir, real, *MODEL, "--out", out, "--keep_samples", mine))
     assert mine.read_text() == "my thesis"
 
 
@@ -610,11 +612,11 @@ def test_unfinished_samples(real, tmp_path):
     (parts / "settings.json").write_text("{}")
     for source in (parts, parts.with_suffix(".npz"), tmp_path / "generated"):
         with pytest.raises(ValueError, match="x-cfg1.5.parts holds unfinished samples: finish them with .*repae_jax.sample"):
-            evaluate.run(arguments(source, real))
+            measuring.run(arguments(source, real))
     shutil.rmtree(parts)
     parts.with_suffix(".npz").touch()
     with pytest.raises(ValueError, match="generated holds x-cfg1.5.npz, not only images"):
-        evaluate.run(arguments(tmp_path / "generated", real))
+        measuring.run(arguments(tmp_path / "generated", real))
 
 
 @pytest.mark.integration
@@ -625,7 +627,7 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
         with pytest.raises(
             ValueError, match="the samples have . x . pixels, the images of .* . x .; scores compare equal sizes"
         ):
-            evaluate.run(arguments(source, reference, *extra, "--out", tmp_path / "x.json"))
+            measuring.run(arguments(source, reference, *extra, "--out", tmp_path / "x.json"))
 
 
 @pytest.mark.integration
@@ -643,32 +645,32 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     ],
 )
 def test_bad_arguments(workdir, trained, real, tmp_path, extra, message, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     if "--batch_size" in extra:
-        monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
+        monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
+        measuring.run(arguments(workdir, real, *MODEL, "--out", tmp_path / "x.json", *extra))
 
 
 def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = "--data", "digits:split=test", "--image_size", "8", "--inception", files.RANDOM
     with pytest.raises(ValueError, match="gs://bucket/a.npz: statistics of real images are kept on a disk"):
-        evaluate.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
+        measuring.make_reference(evaluate.parse_args(["--make_reference", "gs://bucket/a.npz", *options]))
     assert not [*tmp_path.iterdir()]
 
 
 def test_options_for_models_only(npz, real, tmp_path):
     given = ("--steps", 3, "--keep_samples", tmp_path / "x.npz", "--step", 4)
     with pytest.raises(ValueError, match="--steps, --keep_samples, --step: for models only; the images of .* are there"):
-        evaluate.run(arguments(npz, real, *given))
+        measuring.run(arguments(npz, real, *given))
 
 
 def test_no_such_source(real, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.npz does not exist"):
-        evaluate.run(arguments(tmp_path / "absent.npz", real))
+        measuring.run(arguments(tmp_path / "absent.npz", real))
     with pytest.raises(ValueError, match="no images below"):
-        evaluate.run(arguments(tmp_path, real))
+        measuring.run(arguments(tmp_path, real))
 
 
 @pytest.mark.parametrize(

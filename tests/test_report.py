@@ -56,6 +56,13 @@ def write_run(folder, steps=(100, 200, 300), size=64, seed=0, config=(), lines=3
     return folder
 
 
+def log_fids(folder, **fids):
+    """Adds FIDs to the log, of step100 and so on."""
+    lines = [{"step": int(step.removeprefix("step")), "time": NOW, "fid/5000_samples": fid} for step, fid in fids.items()]
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def write_json(path, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
@@ -532,6 +539,9 @@ def opened(browser, tmp_path_factory):
     first = write_run(folder / "first", config={"note": HOSTILE})
     second = write_run(folder / HOSTILE.replace("/", ""), steps=(100, 250), seed=1)
     write_results(second)
+    log_fids(first, step100=60.0, step200=25.0, step300=9.0)
+    log_fids(second, step100=30.0, step300=9.5)
+    write_json(second / "checkpoints" / "300" / "loader" / "metadata", {"next_batch": 300, "records": 3200})
     (second / "samples" / "0000300.png").write_bytes(b"half")
     page_of(first, second)
     browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
@@ -546,7 +556,7 @@ def test_browser_renders_everything(opened):
     assert titles == [
         "Curves", "Samples", "Reconstructions", "Generated images", "Evaluations", "Latents", "Config", "Cost"
     ]  # fmt: skip
-    assert opened.evaluate("document.querySelectorAll('.chart .line').length") == 4  # two metrics change, in two runs
+    assert opened.evaluate("document.querySelectorAll('.chart .line').length") == 6  # three metrics change, in two runs
     assert "⚠ few images" in opened.evaluate("document.querySelector('#latents').innerText")
     agreement = opened.evaluate("document.querySelector('#latents details.fields tbody tr').textContent")
     assert "cknna_paper" in agreement and agreement.endswith("0.50.620.4")
@@ -558,6 +568,21 @@ def test_browser_renders_everything(opened):
     unnamed = "[...document.querySelectorAll('input')].filter(e => !e.labels.length && !e.getAttribute('aria-label')).length"
     assert opened.evaluate(unnamed) == 0
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.integration
+def test_browser_shows_fids_of_runs_side_by_side(opened):
+    """A chart of its own name, and the epochs until k of each run, or the step alone where the data set's size is unknown."""
+    drawn = "[...document.querySelectorAll('[data-metric=\"fid/5000_samples\"]')]"
+    charts = opened.evaluate(f"{drawn}.map(e => e.parentNode.innerText)")
+    assert len(charts) == 1 and charts[0].startswith("FID of 5,000 samples")
+    heading = "[...document.querySelectorAll('h3')].find(e => e.textContent.includes('EP_FID'))"
+    rows = opened.evaluate(f"[...{heading}.nextSibling.querySelectorAll('tr')].map(e => [...e.children].map(c => c.innerText))")
+    assert rows[0][:2] == ["k, FID of 5,000 samples", "first"]
+    assert rows[1:] == [
+        ["50", "step 200", "–"], ["30", "step 200", "6 step 300"], ["20", "step 300", "6 step 300"],
+        ["15", "step 300", "6 step 300"], ["10", "step 300", "6 step 300"],
+    ]  # fmt: skip
 
 
 @pytest.mark.integration

@@ -19,11 +19,14 @@ from etils import epath
 from feature_stub import Noise, StubNetwork, write_adm
 from PIL import Image
 
-from repae_jax import buckets, cache_latents, evaluate, evaluate_tokenizer, files, prepare_images, sample, train
+from repae_jax import buckets, cache_latents, evaluate_tokenizer, files, prepare_images, sample, train
 from repae_jax.analyze_latents import __main__ as analyze
 from repae_jax.data.array_record import PreparedImages
 from repae_jax.data.latents import CachedLatents
+from repae_jax.demo.studio import Studio
 from repae_jax.distributed.compilation_cache import use_compilation_cache
+from repae_jax.evaluate import __main__ as evaluate
+from repae_jax.evaluate import measuring
 from repae_jax.job import build, initial_state
 from repae_jax.report import __main__ as report_command
 from repae_jax.training import checkpoint, metric_log
@@ -228,6 +231,24 @@ def test_a_run_copied_to_the_bucket(job, gs, tmp_path):
     assert step == 1 and not small.differing(state, first)
 
 
+def test_played_with(job, gs, tmp_path):
+    """The page's pictures are those of the same run on a disk, and a newer checkpoint is found; mistakes are one line."""
+    for place in (gs.address, tmp_path):
+        save(job, f"{place}/played", 1)
+    there, here = (Studio(f"{place}/played") for place in (gs.address, tmp_path))
+    fields = {"labels": "3", "steps": "2", "points": "2"}
+    pictures = [studio.sample(studio.parse(fields), lambda: True)["results"] for studio in (there, here)]
+    assert pictures[0] == pictures[1] and pictures[0][0]["step"] == 1
+    save(job, f"{gs.address}/played", 2)
+    assert there.describe()["checkpoints"][-1] == 2
+    with pytest.raises(FileNotFoundError, match="gs://bucket/absent does not exist, or cannot be read") as absent:
+        Studio(f"{gs.address}/absent")
+    gs.answer((r"GET /storage/v1/b/bucket\?", 403))
+    with pytest.raises(OSError, match="gs://bucket/played cannot be reached .*may its account use the bucket") as refused:
+        Studio(f"{gs.address}/played")
+    assert all(len(str(error.value).splitlines()) == 1 for error in (absent, refused))
+
+
 def test_vae_extracted_and_converted(job, gs, tmp_path):
     save(job, "gs://bucket/e2e", 3)
     save(job, tmp_path / "e2e", 3)
@@ -248,11 +269,11 @@ def test_scores_go_to_the_run(job, gs, tmp_path, monkeypatch):
     workdir = epath.Path("gs://bucket/scored")
     save(job, workdir, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluate, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
+    monkeypatch.setattr(measuring, "load_network", lambda weights, batch_size: StubNetwork(batch_size))
     write_adm(tmp_path / "real.npz", Noise(20, 8).pixels)
     given = f"--reference={tmp_path / 'real.npz'}", "--inception=weights.pth", "--batch_size=8"
     sampling = "--num_samples=8", "--steps=2", "--sampler=heun"
-    path, result = evaluate.run(evaluate.parse_args([str(workdir), *given, *sampling]))
+    path, result = measuring.run(evaluate.parse_args([str(workdir), *given, *sampling]))
     assert path.parent == workdir / "evaluations" and json.loads(path.read_text())["metrics"] == result["metrics"]
     assert not list((tmp_path / "cache/repae_jax/unfinished").rglob("*.parts"))
     path, _ = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(workdir), "--num_images=8", "--batch_size=8"]))

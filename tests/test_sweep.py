@@ -9,8 +9,10 @@ import small
 from feature_stub import Noise, StubNetwork, StubSpace, write_adm
 from PIL import Image
 
-from repae_jax import evaluate, sample
+from repae_jax import sample
 from repae_jax.distributed import multihost
+from repae_jax.evaluate import __main__ as evaluate
+from repae_jax.evaluate import measuring, sweeping
 from repae_jax.evaluation import inception_features, sweep
 from repae_jax.sampling.load_model import load_model
 
@@ -86,7 +88,7 @@ def results(*fids):
 
 
 def test_the_table_marks_the_lowest_fid():
-    lines = results(5.0, 3.0, 4.0, 3.0).table(evaluate.NAMES).splitlines()
+    lines = results(5.0, 3.0, 4.0, 3.0).table().splitlines()
     assert lines[0].split() == ["guidance_scale", "FID", "inception", "score"]
     assert [line.split()[:3] for line in lines[1:5]] == [
         [str(n), f"{f}.0000", f"{2 * f}.0000"] for n, f in enumerate((5, 3, 4, 3), 1)
@@ -96,9 +98,9 @@ def test_the_table_marks_the_lowest_fid():
 
 
 def test_the_curves_are_drawn(tmp_path):
-    results(5.0, 3.0, 4.0).draw(tmp_path / "a.png", evaluate.NAMES)
+    results(5.0, 3.0, 4.0).draw(tmp_path / "a.png")
     one = np.asarray(Image.open(tmp_path / "a.png"))
-    results(5.0, 2.0, 4.0).draw(tmp_path / "b.png", evaluate.NAMES)
+    results(5.0, 2.0, 4.0).draw(tmp_path / "b.png")
     other = np.asarray(Image.open(tmp_path / "b.png"))
     assert one.std() > 1 and one.shape[1] > 800 and (one.shape != other.shape or (one != other).any())
 
@@ -109,7 +111,7 @@ def test_scores_of_other_spaces_are_drawn(monkeypatch):
     done = results(5.0, 3.0)
     for _, result in done.results:
         result["metrics"] |= {"fd_dinov2": 90.0, "cmmd": 0.5, "fdr6": 4.0, "fd_mae": 0.3}
-    done.draw("x.png", evaluate.NAMES)
+    done.draw("x.png")
     assert panels == ["FID", "inception score", "FD-DINOv2", "CMMD", "FDr6"]
 
 
@@ -137,7 +139,7 @@ def drawn(monkeypatch):
     """Images that depend on the guidance alone, in the place of the sampler; the list of the settings they were drawn with."""
     monkeypatch.setattr(inception_features, "PART_SIZE", 8)
     monkeypatch.setattr(multihost, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(evaluate, "load_network", lambda _, batch_size: StubNetwork(batch_size))
+    monkeypatch.setattr(measuring, "load_network", lambda _, batch_size: StubNetwork(batch_size))
     calls = []
 
     def sample_batches(model, sampling, labels, batch_size, seed, skip=()):
@@ -152,12 +154,12 @@ def drawn(monkeypatch):
 
 def swept(workdir, real, *axes, extra=MODEL):
     given = [str(workdir), "--reference", str(real), "--inception", "weights.pth", "--sweep", *axes, *map(str, extra)]
-    return evaluate.run_sweep(evaluate.parse_args(given))
+    return sweeping.run_sweep(evaluate.parse_args(given))
 
 
 @pytest.mark.integration
 def test_every_point_is_an_evaluation_of_its_own(workdir, trained, real, tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     axes = ("guidance_scale=1:2:0.5", "guidance_high=0.5:1:0.5")
     out, done = swept(workdir, real, *axes)
     points = [(point["guidance_scale"], point["guidance_high"]) for point, _ in done.results]
@@ -167,7 +169,7 @@ def test_every_point_is_an_evaluation_of_its_own(workdir, trained, real, tmp_pat
     assert kept["kind"] == "generation" and kept["protocol"]["guidance_high"] == 0.5
     (alone,) = [result for point, result in done.results if point == {"guidance_scale": 1.5, "guidance_high": 0.5}]
     command = [str(workdir), "--reference", str(real), "--inception", "weights.pth", *MODEL, "--guidance_scale", "1.5"]
-    path, expected = evaluate.run(evaluate.parse_args([*command, "--guidance_high", "0.5", "--out", str(tmp_path / "x.json")]))
+    path, expected = measuring.run(evaluate.parse_args([*command, "--guidance_high", "0.5", "--out", str(tmp_path / "x.json")]))
     assert alone["metrics"] == kept["metrics"] == expected["metrics"]
 
     content = json.loads(out.read_text())
@@ -185,7 +187,7 @@ def test_every_point_is_an_evaluation_of_its_own(workdir, trained, real, tmp_pat
 
 @pytest.mark.integration
 def test_an_interrupted_sweep_continues(workdir, trained, real, tmp_path, monkeypatch, drawn):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     extra = (*MODEL, "--out", tmp_path / "swept")
     whole, interrupted = sample.sample_batches, []
 
@@ -209,10 +211,10 @@ def test_an_interrupted_sweep_continues(workdir, trained, real, tmp_path, monkey
 @pytest.mark.integration
 def test_the_reference_is_measured_once(workdir, trained, real, tmp_path, monkeypatch):
     """Its 20 images, of which ADM's form has no features; the picture of the closest pairs shows them at every point."""
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     seen, networks = StubSpace("dinov2"), StubNetwork(8)
-    monkeypatch.setattr(evaluate, "load_network", lambda *_: networks)
-    monkeypatch.setattr(evaluate, "load_space_networks", lambda *_: {"dinov2": seen})
+    monkeypatch.setattr(measuring, "load_network", lambda *_: networks)
+    monkeypatch.setattr(measuring, "load_space_networks", lambda *_: {"dinov2": seen})
     extra = (*MODEL, "--features", "dinov2", "--out", tmp_path / "swept")
     _, done = swept(workdir, real, "guidance_scale=1.5:2.5:0.5", extra=extra)
     assert networks.images == seen.images == 20 + 3 * 16
@@ -226,13 +228,13 @@ def test_the_reference_is_measured_once(workdir, trained, real, tmp_path, monkey
 @pytest.mark.parametrize("count", [16, 8])  # of 8 there is one part: two processes have none of the samples
 def test_several_processes_sweep_together(workdir, trained, real, tmp_path, monkeypatch, count):
     """Three threads, each with the index of a process, stand for processes that look at one folder."""
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
-    monkeypatch.setattr(evaluate, "load_space_networks", lambda weights, _: {name: StubSpace(name) for name in weights})
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_space_networks", lambda weights, _: {name: StubSpace(name) for name in weights})
     extra, axis = (*MODEL, "--num_samples", count, "--features", "dinov2", "--out"), "guidance_scale=1.5:2.5:0.5"
     _, alone = swept(workdir, real, axis, extra=(*extra, tmp_path / "alone"))
     which, done = threading.local(), {}
-    monkeypatch.setattr(evaluate.jax, "process_index", lambda: which.index)
-    monkeypatch.setattr(evaluate.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(sweeping.jax, "process_index", lambda: which.index)
+    monkeypatch.setattr(sweeping.jax, "process_count", lambda: 3)
 
     def work(index):
         which.index = index
@@ -249,7 +251,7 @@ def test_several_processes_sweep_together(workdir, trained, real, tmp_path, monk
 
 @pytest.mark.integration
 def test_results_of_other_settings_are_no_points(workdir, trained, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
     extra = (*MODEL, "--out", tmp_path / "swept")
     swept(workdir, real, "guidance_scale=2:2:1", extra=extra)
     (path,) = [path for path in (tmp_path / "swept").glob("*.json") if "sweep" not in path.name]
@@ -267,18 +269,43 @@ def test_results_of_other_settings_are_no_points(workdir, trained, real, tmp_pat
 
 
 @pytest.mark.integration
+def test_weights_are_told_by_what_they_hold(workdir, trained, real, tmp_path, monkeypatch):
+    """A file of the same name with other weights is refused, in one line; the same weights by another name are taken."""
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
+    monkeypatch.setattr(measuring, "load_space_networks", lambda weights, _: {name: StubSpace(name) for name in weights})
+    extra = (*MODEL, "--features", "dinov2", "--out", tmp_path / "swept")
+    axis = "guidance_scale=2:2:1"
+    _, done = swept(workdir, real, axis, extra=extra)
+    _, again = swept(workdir, real, axis, extra=(*extra, "--inception", "copy.pth"))
+    assert again.results[0][1] == done.results[0][1]
+    with monkeypatch.context() as patch:
+        patch.setattr(StubNetwork, "checksum", "other")
+        message = (
+            r"of other settings \(there, here\): {'weights of inception': \('weights.pth of checksum stub', "
+            r"'weights.pth of checksum other'\)}; move it away[^\n]*$"
+        )
+        with pytest.raises(ValueError, match=message):
+            swept(workdir, real, axis, extra=extra)
+    monkeypatch.setattr(measuring, "load_space_networks", lambda *_: {"dinov2": StubSpace("dinov2", "other")})
+    with pytest.raises(ValueError, match="{'weights of dinov2': .*of checksum stub', '.*of checksum other'"):
+        swept(workdir, real, axis, extra=extra)
+    with pytest.raises(ValueError, match=r"'features': \(\['dinov2', 'inception'\], \['inception'\]\)"):
+        swept(workdir, real, axis, extra=(*MODEL, "--out", tmp_path / "swept"))
+
+
+@pytest.mark.integration
 def test_points_that_do_not_fit_the_runs_own_interval(workdir, trained, real, tmp_path, monkeypatch):
     import dataclasses
 
     narrow = dataclasses.replace(trained, sampling=dataclasses.replace(trained.sampling, guidance_high=0.5))
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: narrow)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: narrow)
     with pytest.raises(ValueError, match=r"guidance interval \[0.6, 0.5\] must lie in \[0, 1\], low first"):
         swept(workdir, real, "guidance_low=0.4:0.6:0.2", extra=(*MODEL, "--guidance_scale", "2", "--out", tmp_path / "swept"))
     assert not (tmp_path / "swept").exists()
 
 
 def test_a_missing_reference_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises(FileNotFoundError, match="absent.npz does not exist; check --reference"):
         swept(tmp_path / "run", tmp_path / "absent.npz", "guidance_scale=1:2:1")
 

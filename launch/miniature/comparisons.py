@@ -1,9 +1,9 @@
-"""All published comparisons with their verdicts, each counted once, although several tables make some of them."""
+"""All comparisons with their verdicts, each counted once, although several tables make some of them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from launch.miniature import markdown, tables, verdicts
+from launch.miniature import experiments, markdown, tables, verdicts
 from launch.miniature.finished import Runs
 from launch.miniature.style import label_of
 from launch.miniature.verdicts import AGREES, DISAGREES, DIVERGED, NOT_RUN, OUTCOMES, UNDECIDED, Verdict
@@ -29,7 +29,7 @@ def compare(runs_of: Runs) -> dict[str, list[Comparison]]:
     """Judges the claims of all tables."""
     first_in: dict[tuple[str, str, str, bool], str] = {}
     compared = {}
-    for name, table in tables.TABLES.items():
+    for name, table in experiments.TABLES.items():
         compared[name] = []
         for claim in table.claims:
             earlier = first_in.setdefault((claim.first, claim.second, claim.measure, claim.alike), name)
@@ -40,7 +40,7 @@ def compare(runs_of: Runs) -> dict[str, list[Comparison]]:
 def is_shown(name: str, compared: Comparisons, runs_of: Runs) -> bool:
     """Returns True if a table has something of its own to show: a claim that was judged here, or a run of every row."""
     own = any(one.verdict.outcome != NOT_RUN and not one.counted_in for one in compared[name])
-    return own or all(runs_of.get(setting) for setting in tables.TABLES[name].rows)
+    return own or all(runs_of.get(setting) for setting in experiments.TABLES[name].rows)
 
 
 def relation(claim: tables.Claim) -> str:
@@ -50,7 +50,7 @@ def relation(claim: tables.Claim) -> str:
     return f"{measure.title} of “{label_of(claim.first)}” {sign} “{label_of(claim.second)}”"
 
 
-def counts(compared: Comparisons) -> str:
+def counts(compared: Comparisons, one_of_them: str = "published comparison") -> str:
     """Returns the numbers of verdicts in a sentence."""
     outcomes = [one.verdict.outcome for of_table in compared.values() for one in of_table if not one.counted_in]
     words = {
@@ -59,10 +59,10 @@ def counts(compared: Comparisons) -> str:
         NOT_RUN: ("has not run", "have not run"),
     }  # fmt: skip
     if not any(outcome != NOT_RUN for outcome in outcomes):
-        return "No published comparison has run."
+        return f"No {one_of_them} has run."
     found = [(outcomes.count(outcome), words[outcome]) for outcome in OUTCOMES if outcome in outcomes]
     parts = [f"{count} {one if count == 1 else several}" for count, (one, several) in found]
-    return f"Of {len(outcomes)} published comparisons {markdown.listed(parts)}."
+    return f"Of {len(outcomes)} {one_of_them}{'s' * (len(outcomes) > 1)} {markdown.listed(parts)}."
 
 
 def overview(compared: Comparisons, shown: Sequence[str]) -> list[str]:
@@ -72,13 +72,13 @@ def overview(compared: Comparisons, shown: Sequence[str]) -> list[str]:
         own = [one.verdict.outcome for one in compared[name] if not one.counted_in]
         numbers = [own.count(outcome) for outcome in (AGREES, UNDECIDED, DISAGREES)]
         numbers += [len(own) - sum(numbers), len(compared[name]) - len(own)]
-        rows.append([markdown.link(tables.TABLES[name].title), *map(str, numbers)])
+        rows.append([markdown.link(experiments.TABLES[name].title), *map(str, numbers)])
     header = ["experiment", "as published", "undecided", "the other way", "diverged or not run", "counted above already"]
     return markdown.table(header, rows) if rows else []
 
 
 def summary(compared: Comparisons, shown: Sequence[str]) -> str:
-    """Returns all comparisons that have run as Markdown, and names those that have not."""
+    """Returns all comparisons of some tables that have run as Markdown, and names those that have not."""
     rows, waiting = [], []
     for name in shown:
         for one in compared[name]:
@@ -86,12 +86,12 @@ def summary(compared: Comparisons, shown: Sequence[str]) -> str:
                 waiting.append(relation(one.claim))
                 continue
             numbers = one.claim.published or "–", one.verdict.values, one.verdict.difference or "–"
-            rows.append([tables.TABLES[name].title, relation(one.claim), *numbers, outcome_of(one)])
+            rows.append([experiments.TABLES[name].title, relation(one.claim), *numbers, outcome_of(one)])
     header = ["experiment", "published", "its numbers", "here", "difference [95 %]", "verdict"]
     lines = ["## All comparisons", "", *(markdown.table(header, rows) if rows else ["None has run."])]
     if waiting:
         lines += ["", markdown.wrapped(f"Not run yet, in experiments of this page: {'; '.join(waiting)}.")]
-    if missing := [table.title for name, table in tables.TABLES.items() if name not in shown]:
+    if missing := [experiments.TABLES[name].title for name in compared if name not in shown]:
         lines += ["", markdown.wrapped(f"Experiments that have not run: {'; '.join(missing)}.")]
     return "\n".join(lines)
 
@@ -100,4 +100,4 @@ def outcome_of(one: Comparison) -> str:
     """Returns a verdict, in bold if it decides something, and the table that counts it if that is an earlier one."""
     outcome = one.verdict.outcome
     text = f"**{outcome}**" if outcome in (AGREES, DISAGREES, DIVERGED) else outcome
-    return f"{text} (counted in “{tables.TABLES[one.counted_in].title}”)" if one.counted_in else text
+    return f"{text} (counted in “{experiments.TABLES[one.counted_in].title}”)" if one.counted_in else text

@@ -9,17 +9,17 @@ Pictures, encoder and VAE are those in runs/miniature/SCALE, where `launch/minia
 from ml_collections import ConfigDict
 
 from configs import common
-from launch.miniature import tables
+from launch.miniature import experiments
 from launch.miniature.scales import SCALES
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config of 'SCALE,SETTING' or 'SCALE,SETTING,seed=N'."""
-    scale, setting, args = common.parse_arg(arg, SCALES, tables.SETTINGS, seed=0)
+    scale, setting, args = common.parse_arg(arg, SCALES, experiments.SETTINGS, seed=0)
     if not scale or not setting:
-        names = f"SCALE is one of {', '.join(SCALES)}; SETTING one of {', '.join(tables.SETTINGS)}"
+        names = f"SCALE is one of {', '.join(SCALES)}; SETTING one of {', '.join(experiments.SETTINGS)}"
         raise ValueError(f"expected SCALE,SETTING after the colon, such as medium,repa-e: {names}")
-    workdir = tables.default_workdir(SCALES[scale])
-    return tables.config_of(
-        SCALES[scale], tables.Run(setting, args["seed"]), workdir, tables.pictures_folder(SCALES[scale], workdir)
+    workdir = experiments.default_workdir(SCALES[scale])
+    return experiments.config_of(
+        SCALES[scale], experiments.Run(setting, args["seed"]), workdir, experiments.pictures_folder(SCALES[scale], workdir)
     )

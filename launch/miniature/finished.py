@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from launch.miniature import tables
+from launch.miniature import experiments
 from repae_jax.evaluation import plots
 
 
@@ -60,7 +60,7 @@ def finished_runs(tasks: Iterable[Any]) -> dict[str, list[Finished]]:
     """Returns the finished runs of every setting that has tasks, of miniature.Task, in the order of the tasks."""
     runs: dict[str, list[Finished]] = {}
     for task in tasks:
-        if task.kind in tables.PRESETS:
+        if task.kind in experiments.PRESETS:
             ended = runs.setdefault(task.content["description"]["setting"], [])
             if result := task.result():
                 ended.append(Finished(task.folder, result))

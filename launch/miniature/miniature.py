@@ -3,6 +3,7 @@
 `--scale small`, the default, is color emoji of 32 pixels on two CPU cores; `digits` is the smallest, `medium` is for a GPU.
 
 A table is a list of settings, a setting is one run per seed, and tables share runs. Two runs at a time use one core each.
+Tables beyond the paper, of what other work has found since, run if they are named, and have a part of the page to themselves.
 Finished runs are kept and interrupted ones continued, so the same command can be repeated; a run whose config has changed is
 another run, in a folder of its own. At the end, or when interrupted, a page with pictures is written from the finished runs.
 """
@@ -23,7 +24,7 @@ import jax
 from etils import epath
 
 from launch import emoji
-from launch.miniature import tables
+from launch.miniature import beyond, experiments, tables
 from launch.miniature.scales import SCALES, Scale
 from repae_jax import cli, files
 from repae_jax.training import ownership
@@ -44,15 +45,18 @@ CACHE_ALL = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
+    beyond_paper = [_listing("beyond the paper, only where named", beyond.TABLES)] if beyond.TABLES else []
     parser = cli.Parser(
         description=__doc__,
-        epilog="tables:\n" + "\n".join(f"  {name:12} {table.title}" for name, table in tables.TABLES.items()),
+        epilog="\n".join([_listing("tables of the paper", tables.TABLES), *beyond_paper]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", choices=list(SCALES), default="small", help="default: %(default)s")
     parser.add_argument("--workdir", type=cli.path, help="default: runs/miniature/SCALE")
     parser.add_argument("--pictures", type=cli.path, help="folder of emoji; prepared there if absent; default: in the workdir")
-    parser.add_argument("--table", nargs="+", choices=list(tables.TABLES), metavar="NAME", help="only these; default: all")
+    parser.add_argument(
+        "--table", nargs="+", choices=list(experiments.TABLES), metavar="NAME", help="only these; default: the paper's"
+    )
     parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: the scale's, three")
     parser.add_argument("--jobs", type=cli.whole(1, 4096), help="runs at a time; default: two on CPU cores, one on a GPU")
     parser.add_argument(
@@ -64,8 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.scale = SCALES[args.scale]
-    args.workdir = Path(args.workdir or tables.default_workdir(args.scale)).absolute()
-    args.pictures = Path(args.pictures or tables.pictures_folder(args.scale, args.workdir)).absolute()
+    args.workdir = Path(args.workdir or experiments.default_workdir(args.scale)).absolute()
+    args.pictures = Path(args.pictures or experiments.pictures_folder(args.scale, args.workdir)).absolute()
     args.results = Path(args.results or args.workdir / "report" / "README.md")
     args.front = Path(args.front) if args.front else None
     on_cores = args.scale.platform == "cpu"
@@ -73,6 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if on_cores and args.jobs > number_of_cores():
         parser.error(f"--jobs {args.jobs}: every run takes a core, and there are {number_of_cores()}")
     return args
+
+
+def _listing(title: str, listed: Mapping[str, tables.Table]) -> str:
+    return "\n".join([f"{title}:", *(f"  {name:12} {table.title}" for name, table in listed.items())])
 
 
 def number_of_cores() -> int:
@@ -99,7 +107,7 @@ class Task:
         return result
 
 
-def make_tasks(scale: Scale, runs: Sequence[tables.Run], workdir: Path, images: Path) -> dict[str, Task]:
+def make_tasks(scale: Scale, runs: Sequence[experiments.Run], workdir: Path, images: Path) -> dict[str, Task]:
     """Returns name -> Task, in order, of the runs and of the encoders and the classifier that they need."""
     tasks: dict[str, Task] = {}
 
@@ -108,23 +116,24 @@ def make_tasks(scale: Scale, runs: Sequence[tables.Run], workdir: Path, images: 
         tasks[name] = Task(name, kind, workdir / folder, content, tuple(needs))
 
     def add_encoder(quality):
-        name, described = f"{quality} encoder", tables.encoder_description(scale, quality)
-        add(name, "encoder", tables.encoder_folder(scale, quality), described, quality=quality)
+        name, described = f"{quality} encoder", experiments.encoder_description(scale, quality)
+        add(name, "encoder", experiments.encoder_folder(scale, quality), described, quality=quality)
         return name
 
     evaluation = ["classifier", add_encoder("trained")]
-    add("classifier", "classifier", "classifier", tables.classifier_description(scale))
+    add("classifier", "classifier", "classifier", experiments.classifier_description(scale))
     for run in runs:
-        setting = tables.SETTINGS[run.setting]
-        config = tables.config_of(scale, run, workdir, images)
+        setting = experiments.SETTINGS[run.setting]
+        config = experiments.config_of(scale, run, workdir, images)
         needs = [run.source.name] if run.source else []
         if config.get("encoders"):
             needs.append(add_encoder(setting.encoder))
+        described = experiments.description(scale, run)
         add(
-            run.name, setting.job, tables.folder_name(scale, run), tables.description(scale, run), [*needs, *evaluation],
-            config=tables.plain(config), export=tables.is_source(run),
+            run.name, setting.job, experiments.folder_name(scale, run), described, [*needs, *evaluation],
+            config=experiments.plain(config), export=experiments.is_source(run),
             classifier=str(workdir / "classifier" / "classifier.safetensors"),
-            encoder=str(workdir / tables.encoder_folder(scale, "trained")),
+            encoder=str(workdir / experiments.encoder_folder(scale, "trained")),
         )  # fmt: skip
     return tasks
 
@@ -132,7 +141,7 @@ def make_tasks(scale: Scale, runs: Sequence[tables.Run], workdir: Path, images: 
 def unused_results(workdir: Path, tasks: Mapping[str, Task]) -> list[Path]:
     """Returns folders of finished runs with the name and seed of one of the tasks, but another description."""
     used = {task.folder.name for task in tasks.values()}
-    known = {task.folder.name.rpartition("-")[0] for task in tasks.values() if task.kind in tables.PRESETS}
+    known = {task.folder.name.rpartition("-")[0] for task in tasks.values() if task.kind in experiments.PRESETS}
     finished = sorted(path.parent for path in workdir.glob("*/result.json"))
     return [folder for folder in finished if folder.name not in used and folder.name.rpartition("-")[0] in known]
 
@@ -249,14 +258,14 @@ def main(args: argparse.Namespace) -> int:
     from launch.miniature import report
 
     scale, workdir = args.scale, args.workdir
-    runs = tables.runs_of(scale, args.table or tables.TABLES, args.seeds)
+    runs = experiments.runs_of(scale, args.table or tables.TABLES, args.seeds)
     if not args.report:
         check_platform(scale)
     workdir.mkdir(parents=True, exist_ok=True)
     if scale.pictures == "emoji" and not args.report:
         emoji.prepare(args.pictures, scale.image_size)
     undone, interrupted = {}, False
-    every_run = tables.runs_of(scale, tables.TABLES, args.seeds)
+    every_run = experiments.runs_of(scale, experiments.TABLES, args.seeds)
     tasks, every = (make_tasks(scale, some, workdir, args.pictures) for some in (runs, every_run))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
@@ -272,7 +281,7 @@ def main(args: argparse.Namespace) -> int:
         log = tasks[name].folder / "log.txt"
         if undone[name].startswith("failed") and log.exists():
             print(f"--- {name}, {log}:", *log.read_text().splitlines()[-LOG_LINES:], sep="\n", file=sys.stderr)
-    finished = any(task.result() for task in every.values() if task.kind in tables.PRESETS)
+    finished = any(task.result() for task in every.values() if task.kind in experiments.PRESETS)
     if finished:
         report.write(args.results, scale, every, args.front)
         print(args.results)

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from launch.miniature import miniature, plan_summary, sizes, tables
-from launch.miniature.scales import SAMPLERS, SCALES, Scale
+from launch.miniature import experiments, miniature, plan_summary, sizes, tables
+from launch.miniature.scales import SCALES, Scale
 from repae_jax import cli, files, plan
 from repae_jax.cost import flops
 from repae_jax.cost.plan_advice import chip_bytes
@@ -32,17 +32,17 @@ Numbers = Mapping[str, Any]  # of `repae_jax.plan`
 
 def costs_as(setting: str) -> str:
     """Returns the first setting whose step has the same parts of the same sizes."""
-    return next(name for name in tables.SETTINGS if _parts(name) == _parts(setting))
+    return next(name for name in experiments.SETTINGS if _parts(name) == _parts(setting))
 
 
 def _parts(setting):
-    chosen = tables.SETTINGS[setting]
+    chosen = experiments.SETTINGS[setting]
     return chosen.job, chosen.network, "encoders" in chosen.changes, {"smaller", "larger"} & set(chosen.scaled)
 
 
 def step_config(scale: Scale, setting: str) -> ConfigDict:
     """Returns a setting's config with SiT's blocks as a loop: unrolled ones take several times as long to trace and compile."""
-    config = tables.config_of(scale, tables.Run(setting)).unlock()
+    config = experiments.config_of(scale, experiments.Run(setting)).unlock()
     if "sit" in config:
         config.sit.unroll = 1
     return config.lock()
@@ -51,7 +51,7 @@ def step_config(scale: Scale, setting: str) -> ConfigDict:
 def compiled_plan(scale: Scale, topology: str, folder: Path) -> Numbers:
     """Returns the plan of REPA-E's training step, of the folder if it is there, otherwise compiled and written into it."""
     config = step_config(scale, WHOLE)
-    content = json.dumps([tables.plain(config), topology, jax.__version__], sort_keys=True)
+    content = json.dumps([experiments.plain(config), topology, jax.__version__], sort_keys=True)
     path = folder / f"{topology.replace(':', '-')}-{hashlib.sha256(content.encode()).hexdigest()[:8]}.json"
     if path.exists():
         return files.read_json(path)
@@ -100,16 +100,17 @@ def step_cost(scale: Scale, setting: str) -> Cost:
 def sampling_flop(scale: Scale, setting: str) -> float:
     """Returns the FLOP of the samples that a checkpoint of a setting is evaluated by."""
     config = step_config(scale, setting).unlock()
-    config.sampling.update(SAMPLERS[tables.SETTINGS[setting].network])
+    config.sampling.update(experiments.sampler_of(experiments.SETTINGS[setting]))
     job = build.build(plan.sampling_config(config, 1), jax.devices()[:1], encoders=())
     return sum(flops.of_sampling(job).values()) * scale.samples
 
 
 def planned(scale: Scale, setting: str, runs: int, plans: Mapping[str, Numbers]) -> sizes.Planned:
     """Returns the row of a setting; `plans` has REPA-E's by device."""
-    chosen, same, config = tables.SETTINGS[setting], costs_as(setting), tables.config_of(scale, tables.Run(setting))
+    chosen, same = experiments.SETTINGS[setting], costs_as(setting)
+    config = experiments.config_of(scale, experiments.Run(setting))
     cost, whole = step_cost(scale, same), step_cost(scale, WHOLE)
-    evaluated = tables.evaluated_steps(scale, chosen) if chosen.network else []
+    evaluated = experiments.evaluated_steps(scale, chosen) if chosen.network else []
     sampled = len(evaluated) * sampling_flop(scale, same) if evaluated else 0.0
     step, sampling = {}, {}
     for device, numbers in plans.items():
@@ -129,7 +130,7 @@ def parse_args(argv=None):
     parser.add_argument("--results", type=cli.path, help="default: docs/miniature/SCALE/README.md")
     args = parser.parse_args(argv)
     args.scale = SCALES[args.scale]
-    args.plans = Path(args.plans or tables.default_workdir(args.scale) / "plans")
+    args.plans = Path(args.plans or experiments.default_workdir(args.scale) / "plans")
     args.results = Path(args.results or f"docs/miniature/{args.scale.name}/README.md")
     return args
 
@@ -143,12 +144,12 @@ def main(args):
         if plan.prepare(build.plain_config(step_config(scale, WHOLE)), topology)[1]["chips"] > 1:
             raise ValueError(f"--topology={topology}: the miniature runs on one accelerator; allowed: one, such as h200:1")
     plans = {check_topology(topology).kind: compiled_plan(scale, topology, args.plans) for topology in args.topology}
-    every, headline = (tables.runs_of(scale, names) for names in (tables.TABLES, ["main"]))
+    every, headline = (experiments.runs_of(scale, names) for names in (tables.TABLES, ["main"]))
     counts = collections.Counter(run.setting for run in every)
     rows = {setting: planned(scale, setting, runs, plans) for setting, runs in counts.items()}
     summary = plan_summary.lines_of(scale, plans, rows, {run.setting for run in headline})
     tasks = miniature.make_tasks(scale, every, Path(), Path()).values()
-    page = sizes.plan_page(scale, [task for task in tasks if task.kind in tables.PRESETS], list(rows.values()), summary)
+    page = sizes.plan_page(scale, [task for task in tasks if task.kind in experiments.PRESETS], list(rows.values()), summary)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(page)
     print(args.results)

@@ -1,13 +1,25 @@
 """The page of one scale of the miniature paper: every table with the published numbers beside ours, and figures.
 
-A page opens with the headline in one figure and with what was reproduced and what was not, computed from the verdicts.
+A page opens with the headline in one figure and with what was reproduced and what was not, computed from the verdicts. It ends
+with the tables beyond the paper that have run.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.miniature import cknna, comparisons, figures, findings, markdown, table_figures, tables, verdicts
+from launch.miniature import (
+    beyond,
+    cknna,
+    comparisons,
+    experiments,
+    figures,
+    findings,
+    markdown,
+    table_figures,
+    tables,
+    verdicts,
+)
 from launch.miniature.comparisons import Comparison, Comparisons
 from launch.miniature.finished import Runs, finished_runs
 from launch.miniature.scales import Scale
@@ -29,8 +41,9 @@ def write(path: Path, scale: Scale, tasks: Mapping[str, Any], front: Path | None
     for figure in ("opening.png", *table_figures.possible_names()):
         (folder / figure).unlink(missing_ok=True)
     runs_of = finished_runs(tasks.values())
-    compared = comparisons.compare(runs_of)
-    shown = [name for name in tables.TABLES if comparisons.is_shown(name, compared, runs_of)]
+    every = comparisons.compare(runs_of)
+    compared, later = ({name: every[name] for name in made} for made in (tables.TABLES, beyond.TABLES))
+    shown, shown_later = ([name for name in part if comparisons.is_shown(name, every, runs_of)] for part in (compared, later))
     content = [f"# The miniature paper at scale `{scale.name}`"]
     if figures.has_headline(runs_of):
         figures.draw_opening(folder / "opening.png", runs_of)
@@ -41,9 +54,12 @@ def write(path: Path, scale: Scale, tasks: Mapping[str, Any], front: Path | None
             figures.draw_front(front, runs_of)
     content += [opening(scale, tasks, runs_of, compared, shown), comparisons.summary(compared, shown)]
     content.append(method(scale, tasks, runs_of))
-    for name in shown:
-        pictures = [f"{folder.name}/{picture}" for picture in table_figures.draw(name, tables.TABLES[name], runs_of, folder)]
-        content.append(section(name, scale, runs_of, compared[name], pictures, tasks))
+    for name in (*shown, *shown_later):
+        if name in shown_later[:1]:
+            content.append(beyond_the_paper(later, shown_later))
+        drawn = table_figures.draw(name, experiments.TABLES[name], runs_of, folder)
+        pictures = [f"{folder.name}/{picture}" for picture in drawn]
+        content.append(section(name, scale, runs_of, every[name], pictures, tasks))
     path.write_text("\n\n".join(content) + "\n")
 
 
@@ -137,7 +153,9 @@ def _machine(results: Sequence[Mapping[str, Any]], runs_of: Runs) -> str:
 
 
 def _run_tasks(tasks: Mapping[str, Any]) -> list[Any]:
-    return [task for task in tasks.values() if task.kind in tables.PRESETS]
+    """Returns the runs of the paper's settings."""
+    of_the_paper = [task for task in tasks.values() if task.kind in experiments.PRESETS]
+    return [task for task in of_the_paper if task.content["description"]["setting"] in tables.SETTINGS]
 
 
 def _classifier(tasks: Mapping[str, Any]) -> str:
@@ -154,6 +172,16 @@ def _classifier(tasks: Mapping[str, Any]) -> str:
     return sentence + "."
 
 
+def beyond_the_paper(compared: Comparisons, shown: Sequence[str]) -> str:
+    """Returns the beginning of the part on what other work has found, with the numbers of its verdicts."""
+    ran = {name: compared[name] for name in shown}
+    text = (
+        "What other work has found since, by the same runs, measures and verdicts; “published” is what its authors found. None "
+        f"of it is among the comparisons counted above. {comparisons.counts(ran, 'comparison')}"
+    )
+    return "\n".join(["## Beyond the paper", "", markdown.wrapped(text), "", *comparisons.overview(compared, shown)])
+
+
 # ---- one table ------------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +194,7 @@ def section(
     tasks: Mapping[str, Any],
 ) -> str:
     """Returns one table as Markdown."""
-    table = tables.TABLES[name]
+    table = experiments.TABLES[name]
     header = ["setting", "runs", *(tables.MEASURES[measure].title for measure in table.measures), "published"]
     rows, messages = [], []
     for setting, runs in ((setting, runs_of.get(setting, [])) for setting in table.rows):
@@ -174,7 +202,8 @@ def section(
             cells = [verdicts.cell([run.number(column) for run in runs], tables.MEASURES[column]) for column in table.measures]
             rows.append([label_of(setting), str(len(runs)), *cells, table.rows[setting] or "–"])
         messages += [f"* {label_of(setting)} diverged: {run.result['message'].split('. ')[0]}." for run in runs if run.diverged]
-    lines = [f"## {table.title}", "", markdown.wrapped(table.question)]
+    level = "###" if name in beyond.TABLES else "##"
+    lines = [f"{level} {table.title}", "", markdown.wrapped(table.question)]
     lines += ["", markdown.wrapped(f"**Expected, before the runs of this table.** {table.expected}")]
     if why := findings.FOUND.get(scale.name, {}).get(name):
         lines += ["", markdown.wrapped(f"**Where it differs.** {why}")]
@@ -205,7 +234,7 @@ def _finding(one: Comparison) -> str:
 
 def _qualities(table: tables.Table, tasks: Mapping[str, Any]) -> list[str]:
     """Returns a line on the encoders' accuracies, if a table compares encoders."""
-    names = list(dict.fromkeys(tables.SETTINGS[setting].encoder for setting in table.rows))
+    names = list(dict.fromkeys(experiments.SETTINGS[setting].encoder for setting in table.rows))
     results = {name: tasks[f"{name} encoder"].result() for name in names if f"{name} encoder" in tasks}
     accuracies = [f"{name} {result['numbers']['probe_accuracy']:.3f}" for name, result in results.items() if result]
     if len(names) < 2 or not accuracies:

@@ -23,8 +23,8 @@ from checkpoints_tools import convert, identify
 from checkpoints_tools import vae as vae_files
 from checkpoints_tools.vit import load_encoder
 from launch import pictures, small_networks
-from launch.miniature import tables
-from launch.miniature.scales import BLOCK, CKNNA_TIME, SAMPLERS, SCALES, SDVAE_STD, SHOWN, Scale
+from launch.miniature import experiments, tables
+from launch.miniature.scales import BLOCK, CKNNA_TIME, SCALES, SDVAE_STD, SHOWN, Scale
 from repae_jax import files, sample
 from repae_jax.analysis import representation, smoothness, spectrum
 from repae_jax.analyze_latents.hidden_states import make_hidden_states
@@ -55,7 +55,8 @@ def perform(folder: Path) -> bool:
         if task["kind"] == "encoder":
             numbers = train_encoder(folder, scale, task)
         elif task["kind"] == "classifier":
-            numbers = train_classifier(folder / "classifier.safetensors", scale, tables.load_pictures(scale, task["pictures"]))
+            shown = experiments.load_pictures(scale, task["pictures"])
+            numbers = train_classifier(folder / "classifier.safetensors", scale, shown)
         else:
             numbers = run_numbers(folder, scale, task)
     except TrainingStopped as error:
@@ -88,7 +89,7 @@ def machine() -> dict[str, Any]:
 
 def train_encoder(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str, Any]:
     """Trains an encoder; returns its record, which says how much of the held-out pictures it tells apart."""
-    recipe, shown = tables.encoder_recipe(scale, task["quality"]), tables.load_pictures(scale, task["pictures"])
+    recipe, shown = experiments.encoder_recipe(scale, task["quality"]), experiments.load_pictures(scale, task["pictures"])
     return small_networks.train_encoder(folder, shown, architecture=dict(scale.encoder), recipe=recipe)
 
 
@@ -111,18 +112,18 @@ def train_classifier(path: Path, scale: Scale, shown: pictures.Pictures) -> dict
 def run_numbers(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str, Any] | None:
     """Trains and evaluates a run; returns its numbers, None if a signal ended the training."""
     logging.set_verbosity(logging.WARNING)
-    config, setting = ConfigDict(task["config"]), tables.SETTINGS[task["description"]["setting"]]
+    config, setting = ConfigDict(task["config"]), experiments.SETTINGS[task["description"]["setting"]]
     _, finished = train(config, folder)
     if not finished:
         return None
-    shown = tables.load_pictures(scale, task["pictures"])
+    shown = experiments.load_pictures(scale, task["pictures"])
     classify = small_networks.load_classifier(task["classifier"])
     features = encoder_features(task["encoder"], shown.test.images)
     job = build.build(config, jax.devices()[:1])
     numbers: dict[str, Any] = {"flop_per_step": sum(flops.of_step(job).values()) * config.data.batch_size}
-    tokenizer, steps = load_vae(folder), tables.equal_steps(scale, setting)
+    tokenizer, steps = load_vae(folder), experiments.equal_steps(scale, setting)
     if task["export"]:  # for others to start from
-        target = tables.vae_files(folder)["vae"]
+        target = experiments.vae_files(folder)["vae"]
         export_vae(folder, target, SDVAE_STD if setting.job == "vae" else None)
         tokenizer = load_vae(target)
     if setting.headline:  # this long run is compared with shorter ones, too
@@ -134,7 +135,7 @@ def run_numbers(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str
     if setting.job == "repae":
         numbers["drift"] = drift(*(latents_of(load_vae(folder, step), shown.test.images) for step in (steps // 2, steps)))
     if setting.network:
-        sampling = Sampling(**SAMPLERS[setting.network])
+        sampling = Sampling(**experiments.sampler_of(setting))
         numbers |= curves(folder, scale, setting, sampling, shown, classify, features, config.seed)
     return numbers
 
@@ -196,7 +197,7 @@ def curves(
     stats = {name: gaussian_stats(classify(images)[0]) for name, images in references.items()}
     labels = sample_labels(shown.train.labels, scale.samples)
     kept = np.concatenate([np.flatnonzero(labels == label)[:SHOWN] for label in range(shown.num_classes)])
-    steps = tables.evaluated_steps(scale, setting)
+    steps = experiments.evaluated_steps(scale, setting)
     if missing := set(steps) - set(saved_steps(folder)):
         raise ValueError(f"{folder} has no checkpoints of the steps {sorted(missing)}: they were removed; start the run again")
     found, pictured = {name: [] for name in (*stats, "label_accuracy", "cknna")}, []
@@ -211,7 +212,7 @@ def curves(
         pictured.append(samples[kept].reshape(shown.num_classes, SHOWN, *samples.shape[1:]))
         print(f"step {step}: Frechet distance {found['fid'][-1]:.2f}", flush=True)
     np.save(folder / "samples.npy", np.stack(pictured))
-    at = tables.equal_steps(scale, setting)
+    at = experiments.equal_steps(scale, setting)
     numbers: dict[str, Any] = {name: curve[steps.index(at)] for name, curve in found.items()}
     if setting.headline:
         numbers |= {f"{name}_long": curve[steps.index(at * tables.LONG)] for name, curve in found.items()}

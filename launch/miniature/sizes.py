@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from launch.miniature import markdown, tables
+from launch.miniature import experiments, markdown
 from launch.miniature.scales import Scale
 
 
@@ -85,7 +85,7 @@ def plan_page(scale: Scale, tasks: Sequence[Any], rows: Sequence[Planned], summa
             cell for device in devices for cell in (f"{1000 * row.step_seconds[device]:.1f}", _hours(row.training(device)))
         ]
         numbers = f"{row.runs}", f"{row.steps:,}", f"{row.flop_per_step / 1e9:,.1f}", f"{flop / 1e12:,.0f}"
-        content.append([tables.SETTINGS[row.setting].label, *numbers, *times])
+        content.append([experiments.SETTINGS[row.setting].label, *numbers, *times])
     total = sum(row.flop_per_step * row.steps * row.runs for row in rows) / 1e12
     sums = [cell for device in devices for cell in ("", _hours(sum(row.training(device) for row in rows)))]
     content.append(["**all**", f"{sum(row.runs for row in rows)}", "", "", f"{total:,.0f}", *sums])

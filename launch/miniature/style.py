@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from launch.miniature import tables
+from launch.miniature import experiments
 from repae_jax import files
 
 WIDTH = 10.0  # inches; pages show about 1000 pixels
@@ -43,7 +43,7 @@ def looks(settings: Iterable[str]) -> dict[str, Look]:
 
 def label_of(setting: str) -> str:
     """Returns a setting's name in figures and tables."""
-    return tables.SETTINGS[setting].label
+    return experiments.SETTINGS[setting].label
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.miniature import cknna, tables
+from launch.miniature import cknna, experiments, tables
 from launch.miniature.figures import PICTURES, Spectra, draw_representation, draw_values
 from launch.miniature.finished import Band, Runs, band, logged_band
 from launch.miniature.picture_rows import LATENT_TITLES, compared_samples, draw_rows, latent_rows
@@ -56,7 +56,7 @@ def draw(name: str, table: tables.Table, runs_of: Runs, folder: Path) -> list[st
 
 def possible_names() -> list[str]:
     """Returns the names of all files that `draw` may write."""
-    return [f"{name}{kind}.png" for name in tables.TABLES for kind in ("", "-samples", "-latents", "-representation")]
+    return [f"{name}{kind}.png" for name in experiments.TABLES for kind in ("", "-samples", "-latents", "-representation")]
 
 
 def curves_of(name: str, table: tables.Table, rows: Runs) -> tuple[dict[str, Band], str]:
@@ -66,7 +66,7 @@ def curves_of(name: str, table: tables.Table, rows: Runs) -> tuple[dict[str, Ban
     checkpoints is shown up to the last one whose Frechet distance stands in the table.
     """
     if table.curve:
-        together = {setting: runs for setting, runs in rows.items() if tables.SETTINGS[setting].job != "vae"}
+        together = {setting: runs for setting, runs in rows.items() if experiments.SETTINGS[setting].job != "vae"}
         curves = {setting: logged_band(runs, table.curve) for setting, runs in together.items()}
         return {setting: curve for setting, curve in curves.items() if curve is not None}, CURVE_TITLES[table.curve]
     measure = CHECKPOINT_CURVES.get(name, "fid")
@@ -79,7 +79,7 @@ def tokenizers_of(table: tables.Table) -> list[str]:
     """Returns the settings whose VAEs a table compares: those that its rows start from, and those that they train."""
     names = []
     for name in table.rows:
-        setting = tables.SETTINGS[name]
+        setting = experiments.SETTINGS[name]
         names += [setting.vae] * bool(setting.vae) + [name] * (setting.job != "ldm")
     return list(dict.fromkeys(names))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from launch.miniature import tables
+from launch.miniature import experiments, tables
 from launch.miniature.finished import Runs
 
 AGREES, UNDECIDED, DISAGREES, DIVERGED, NOT_RUN = "agrees", "undecided", "disagrees", "both diverged", "not run"
@@ -81,7 +81,7 @@ def judge(claim: tables.Claim, runs_of: Runs) -> Verdict:
     failed = [not np.isfinite(side).all() for side in sides]
     if all(failed):
         return Verdict(claim, DIVERGED, values)
-    few = [name for name, side in zip(names, sides) if len(side) == 1 and tables.SETTINGS[name].job != "vae"]
+    few = [name for name, side in zip(names, sides) if len(side) == 1 and experiments.SETTINGS[name].job != "vae"]
     if any(failed):
         outcome = UNDECIDED if few else DISAGREES if claim.alike or failed[0] else AGREES
         return Verdict(claim, outcome, values, _one_run(few))
@@ -100,7 +100,7 @@ def _one_run(names: Sequence[str]) -> str:
     """Returns a remark on the sides that have one run; '' if there are none."""
     if not names:
         return ""
-    return "(one run each)" if len(names) > 1 else f"(one run of “{tables.SETTINGS[names[0]].label}”)"
+    return "(one run each)" if len(names) > 1 else f"(one run of “{experiments.SETTINGS[names[0]].label}”)"
 
 
 def _better(gap: Interval, more_is_better: bool) -> str:

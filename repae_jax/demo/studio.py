@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from repae_jax import buckets
 from repae_jax.analysis.representation import principal_components
 from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
 from repae_jax.ranges import SEED, whole
@@ -67,24 +68,28 @@ class Studio:
     """A run, or another model, that pictures are asked of; one request is computed at a time.
 
     Args:
-      workdir: the folder of a run, whose newer checkpoints are found while it trains; or what `load_model` takes.
+      workdir: the folder of a run, also in a bucket, whose newer checkpoints are found while it trains; or what `load_model`
+        takes.
       vae: the VAE of a model that holds none.
 
-    ValueError or FileNotFoundError if there is nothing to sample from.
+    ValueError or FileNotFoundError if there is nothing to sample from, another OSError if a bucket cannot be reached.
     """
 
     def __init__(self, workdir: str, vae: str | None = None):
+        buckets.check(workdir)
         folder = epath.Path(workdir)
         self._workdir, self._vae = workdir, vae
         self._is_run = folder.is_dir() and not any((folder / name).exists() for name in ("args.json", "model_index.json"))
-        if self._is_run and not checkpoint.saved_steps(workdir):
+        self._only = 0
+        here = self.checkpoints()
+        if not here:
             raise FileNotFoundError(
                 f"{workdir} has no checkpoint to sample from: give the --workdir of a run that has written one "
                 "(config.checkpoint.every says after how many steps)"
             )
         self._models: collections.OrderedDict[int, LoadedModel] = collections.OrderedDict()
         self._lock = threading.Lock()
-        model = self._load(checkpoint.saved_steps(workdir)[-1] if self._is_run else None)
+        model = self._load(here[-1] if self._is_run else None)
         self._only = model.step or 0
         self._models[model.step or 0] = model
         self._stepper = Stepper(model.nets, model.objective, model.latent_shape)
@@ -93,7 +98,10 @@ class Studio:
 
     def checkpoints(self) -> list[int]:
         """Returns the steps that can be sampled now, ascending."""
-        return checkpoint.saved_steps(self._workdir) if self._is_run else [self._only]
+        if not self._is_run:
+            return [self._only]
+        with buckets.reached(self._workdir):
+            return checkpoint.saved_steps(self._workdir)
 
     def describe(self) -> dict[str, Any]:
         """Returns what the page shows before anything is sampled."""

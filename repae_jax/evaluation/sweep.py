@@ -12,6 +12,11 @@ from etils import epath
 from repae_jax.evaluation import plots
 
 SWEPT = ("guidance_scale", "guidance_low", "guidance_high")
+# scores, as people call them
+NAMES = {
+    "fid": "FID", "sfid": "sFID", "inception_score": "inception score", "precision": "precision", "recall": "recall",
+    "fid_infinity": "FID, infinite", "kid": "KID", "mind": "MIND", "cmmd": "CMMD", "fd_dinov2": "FD-DINOv2", "fdr6": "FDr6",
+}  # fmt: skip
 # a panel of curves for each, as far as they are known
 DRAWN = ("fid", "inception_score", "precision", "recall", "fd_dinov2", "cmmd", "fdr6")
 MOST_POINTS = 200  # of one sweep: more is most likely a slip of the pen, and would take weeks
@@ -94,11 +99,11 @@ class Sweep:
             ],
         }  # fmt: skip
 
-    def table(self, names: Mapping[str, str]) -> str:
-        """Returns a line per point, for people; `names` are those of metrics and how to call them."""
-        shown = [name for name in names if all(name in result["metrics"] for _, result in self.results)]
+    def table(self) -> str:
+        """Returns a line per point, for people."""
+        shown = [name for name in NAMES if all(name in result["metrics"] for _, result in self.results)]
         swept = [axis.name for axis in self.axes]
-        lines = ["".join(f"{name:>16}" for name in [*swept, *(names[name] for name in shown)])]
+        lines = ["".join(f"{name:>16}" for name in [*swept, *(NAMES[name] for name in shown)])]
         for number, (point, result) in enumerate(self.results):
             values = "".join(f"{point[name]:16g}" for name in swept)
             scores = "".join(f"{result['metrics'][name]:16.4f}" for name in shown)
@@ -106,7 +111,7 @@ class Sweep:
         warnings = dict.fromkeys(warning for _, result in self.results for warning in result["warnings"])
         return "\n".join(lines + [f"warning: {warning}" for warning in warnings])
 
-    def draw(self, path: epath.PathLike, names: Mapping[str, str]) -> None:
+    def draw(self, path: epath.PathLike) -> None:
         """Draws metrics over the first axis, with a line for each combination of the others; the best is a star."""
         shown = [name for name in DRAWN if all(name in result["metrics"] for _, result in self.results)]
         first, *others = (axis.name for axis in self.axes)
@@ -123,5 +128,5 @@ class Sweep:
             lines["lowest FID: " + ", ".join(f"{key} {value:g}" for key, value in best.items())] = (
                 [best[first]], [best_result["metrics"][name]], star
             )  # fmt: skip
-            panels[names[name]] = lines
+            panels[NAMES[name]] = lines
         plots.plot_lines(path, panels, first, [""] * len(panels))

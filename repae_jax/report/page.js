@@ -331,8 +331,15 @@ function zoom(range) {
   redraw();
 }
 
-const GROUPS = { vae: "VAE", sit: "SiT", disc: "Discriminator", latents: "Latents", grad_norm: "Gradient norms", "": "Run" };
-const OPEN = ["vae", "sit", "disc", "eval", "evaluation", "fid", "mind"];
+const SCORES = { fid: "FID", mind: "MIND", kid: "KID" };
+/** Name of a score that training logs, such as fid/5000_samples; null of another metric. */
+function scoreName(metric) {
+  const [, score, count] = metric.match(/^(\w+)\/(\d+)_samples$/) || [];
+  return score in SCORES ? `${SCORES[score]} of ${number(Number(count))} samples` : null;
+}
+
+const GROUPS = { scores: "Scores", vae: "VAE", sit: "SiT", disc: "Discriminator", latents: "Latents", grad_norm: "Gradient norms", "": "Run" };
+const OPEN = ["vae", "sit", "disc", "eval", "evaluation", "scores"];
 const LATER = ["latents", "grad_norm", ""];
 
 function curvesSection() {
@@ -344,9 +351,9 @@ function curvesSection() {
     const values = new Set(curves.flatMap((curve) => curve.v));
     const longest = Math.max(...curves.map((curve) => curve.s.length));
     if (values.size === 1 && longest > 1) { still.push(`${metric} = ${number([...values][0])}`); continue; }
-    const slash = metric.indexOf("/"), group = slash < 0 ? "" : metric.slice(0, slash);
+    const slash = metric.indexOf("/"), score = scoreName(metric), group = score ? "scores" : metric.slice(0, Math.max(slash, 0));
     if (!groups.has(group)) groups.set(group, []);
-    const chart = new Chart(metric, metric.slice(slash + 1), curves);
+    const chart = new Chart(metric, score || metric.slice(slash + 1), curves);
     charts.push(chart);
     groups.get(group).push(chart);
   }
@@ -474,28 +481,37 @@ function evaluationTable([kind, title]) {
   const lines = rows.map((one) => el("tr", { title: Object.entries(one.protocol).map(([name, value]) => `${name}: ${value}`).join("\n") },
     runs.length > 1 ? el("th", { scope: "row" }, el("span", { class: "run-name" }, runLabel(one.index))) : null,
     el("td", { class: "number" }, one.step === null ? "–" : number(one.step)),
-    metrics.map((metric) => el("td", { class: "number" }, number(one.metrics[metric]), interval(one, metric),
-      metric === "fid" && one.noise ? el("div", { class: "soft small", title: "Beside the lowest FID of this protocol, with half of the difference's 95 % interval" }, one.noise) : null)),
     el("td", { class: "protocol" }, el("details", {}, el("summary", {}, one.name), fieldList(one.protocol)),
-      one.warnings.map((text) => el("div", { class: "warning" }, `⚠ ${text}`)))));
-  const head = [runs.length > 1 ? th("Run") : null, th("Step", "number"), ...metrics.map((metric) => th(metric + arrow(metric), "number")), th("Protocol")];
+      one.warnings.map((text) => el("div", { class: "warning" }, `⚠ ${text}`))),
+    metrics.map((metric) => el("td", { class: "number" }, number(one.metrics[metric]), interval(one, metric),
+      metric === "fid" && one.noise ? el("div", { class: "soft small", title: "Beside the lowest FID of this protocol, with half of the difference's 95 % interval" }, one.noise) : null))));
+  const head = [runs.length > 1 ? th("Run") : null, th("Step", "number"), th("Protocol"), ...metrics.map((metric) => th(metric + arrow(metric), "number"))];
   const pictures = rows.filter((one) => one.picture).map((one) => el("figure", {},
     el("figcaption", {}, runLabel(one.index), el("span", { class: "line soft" }, one.name)), pictureButton(one.picture)));
   return [el("h3", {}, title), table(head.filter(Boolean), lines),
     pictures.length ? el("details", { class: "fields" }, el("summary", {}, `Pictures of these evaluations (${pictures.length})`), el("div", { class: "pictures" }, pictures)) : null];
 }
 
-function epochsTable() {
+/** For each logged FID a table with a row for each k, and a column for each run. */
+function epochsTables() {
   const rows = runs.flatMap((run, index) => run.epochs_to_fid.map((row) => ({ ...row, index })));
   if (!rows.length) return [];
-  const lines = rows.map((row) => el("tr", {}, el("th", { scope: "row" }, el("span", { class: "run-name" }, runLabel(row.index))), el("td", {}, row.curve),
-    [row.k, row.epochs, row.step].map((value) => el("td", { class: "number" }, value === null ? "–" : number(value)))));
-  return [el("h3", {}, "Epochs until FID is below k (EP_FID@k)"),
-    table([th("Run"), th("Logged FID"), th("k", "number"), th("Epochs", "number"), th("Step", "number")], lines)];
+  const members = [...new Set(rows.map((row) => row.index))];
+  const cell = (row) => el("td", { class: "number" }, !row ? "–" : [row.epochs === null ? "" : `${number(row.epochs)} `,
+    el("span", { class: "soft small" }, `step ${number(row.step)}`)]);
+  const tables = [...new Set(rows.map((row) => row.curve))].map((curve) => {
+    const of = rows.filter((row) => row.curve === curve);
+    const thresholds = [...new Set(of.map((row) => row.k))].sort((a, b) => b - a);
+    const lines = thresholds.map((k) => el("tr", {}, el("th", { scope: "row" }, number(k)),
+      members.map((index) => cell(of.find((row) => row.k === k && row.index === index)))));
+    const heads = members.map((index) => th(runs.length > 1 ? el("span", { class: "run-name" }, runLabel(index)) : "Epochs", "number"));
+    return table([th(`k, ${scoreName(curve) || curve}`), ...heads], lines);
+  });
+  return [el("h3", {}, "Epochs until FID is below k (EP_FID@k)"), ...tables];
 }
 
 function metricsSection() {
-  const parts = [...Object.entries(data.kinds).flatMap(evaluationTable), ...epochsTable()];
+  const parts = [...Object.entries(data.kinds).flatMap(evaluationTable), ...epochsTables()];
   if (!parts.length) return null;
   return el("section", { id: "metrics" }, el("h2", {}, "Evaluations"),
     el("p", { class: "soft small" }, "Numbers compare only where their protocols agree: open a row's name, or hover over the row. After ± is half of a 95 % interval."), parts);

@@ -1,6 +1,7 @@
 """Runs as pipelines of diffusers: its own library makes the images that our sampler makes of the same noise."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -266,3 +267,17 @@ def save_arrays(folder, arrays):
     import safetensors.numpy
 
     safetensors.numpy.save_file(arrays, folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.integration
+def test_a_pipeline_in_a_bucket_is_loaded_whole(sit_run, bucket, tmp_path):
+    """Not its VAE alone; a folder that is no pipeline of ours stays what it was."""
+    assert call("export", sit_run, tmp_path / "hf") == 0
+    shutil.copytree(tmp_path / "hf", bucket / "hf")
+    loaded, local = repae_jax.load("gs://bucket/hf"), repae_jax.load(tmp_path / "hf")
+    assert isinstance(loaded, repae_jax.Model) and loaded.loaded.sampling == local.loaded.sampling
+    assert_same_bits(jax.device_get(loaded.loaded.params), jax.device_get(local.loaded.params))
+    copied = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert copied == {"model_index.json", "repae_jax.json", "config.json", "diffusion_pytorch_model.safetensors"}
+    (bucket / "hf" / "repae_jax.json").unlink()
+    assert isinstance(repae_jax.load("gs://bucket/hf"), repae_jax.Vae)

@@ -96,6 +96,38 @@ def test_pictures_are_the_samplers(served, workdir):
 
 
 @pytest.mark.integration
+def test_two_browsers_at_the_same_time(workdir):
+    """Each has the pictures that it would have alone, also where both ask for programs and models that nobody had asked for."""
+    asked = [
+        {"labels": "3", "seed": 1, "checkpoints": "2,4"},
+        {"labels": "5", "seed": 2, "checkpoints": "4", "sampler": "heun"},
+        {"labels": "5", "seed": 1, "checkpoints": "2", "guidance_scale": 2},
+    ]
+    together, begin = {}, threading.Barrier(2)
+    with make_server(Studio(str(workdir)), "127.0.0.1", 0) as server:
+        serving = threading.Thread(target=server.serve_forever, daemon=True)
+        serving.start()
+
+        def browse(name, requests):
+            begin.wait()
+            together[name] = [sample(server, steps=2, points=2, **request) for request in requests]
+
+        browsers = [threading.Thread(target=browse, args=given) for given in (("a", asked), ("b", asked[::-1]))]
+        for browser in browsers:
+            browser.start()
+        for browser in browsers:
+            browser.join(120)
+        server.shutdown()
+        serving.join()
+    assert all(answer.status == 200 for answers in together.values() for answer, _ in answers), together
+    alone = Studio(str(workdir))
+    for answers, requests in ((together["a"], asked), (together["b"], asked[::-1])):
+        for (_, content), request in zip(answers, requests):
+            fields = {name: str(value) for name, value in {"steps": 2, "points": 2, **request}.items()}
+            assert content["results"] == alone.sample(alone.parse(fields), lambda: True)["results"]
+
+
+@pytest.mark.integration
 def test_newer_checkpoints_are_found(served, workdir):
     _, before = fetch(served, "/api/run")
     assert before["checkpoints"] == [2, 4] and before["classes"] == 10 and before["samplers"] == ["euler", "heun", "sde"]

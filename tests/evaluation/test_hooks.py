@@ -1,5 +1,6 @@
 """Pictures and scores during training, of networks that only paint: what is written, when it is due, and what is missing."""
 
+import functools
 from types import SimpleNamespace
 
 import feature_stub
@@ -14,6 +15,7 @@ from repae_jax.data.digits import DigitsSource
 from repae_jax.evaluation import hooks
 from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
+from repae_jax.metrics.kernel_distances import kernel_inception_distance
 from repae_jax.metrics.monge import monge_inception_distance
 
 SECTION = {"samples_every": 2, "reconstructions_every": 4, "images": 4, "fid_every": 3, "fid_samples": 20}
@@ -84,6 +86,18 @@ def test_mind_of_a_reference_with_features():
         "mind/20_samples": monge_inception_distance(real, samples)[0],
     }
     assert set(hooks._scores(samples[:19], SimpleNamespace(pool=stats, features=real))) == {"fid/19_samples"}
+
+
+def test_kid_of_enough_images(monkeypatch):
+    """Of the same features as FID: near 0 where both are of one distribution, and well above it where the means differ."""
+    monkeypatch.setattr(hooks, "kernel_inception_distance", functools.partial(kernel_inception_distance, subsets=3))
+    real, same, other = (np.random.default_rng(seed).normal(size=(1000, 6)) for seed in range(3))
+    reference = SimpleNamespace(pool=gaussian_stats(real), features=real)
+    scores = hooks._scores(other + 1, reference)
+    assert set(scores) == {"fid/1000_samples", "mind/1000_samples", "kid/1000_samples"}
+    assert scores["kid/1000_samples"] == kernel_inception_distance(real, other + 1, subsets=3)[0] > 0.1
+    assert abs(hooks._scores(same, reference)["kid/1000_samples"]) < 0.01
+    assert set(hooks._scores(other[:999], reference)) == {"fid/999_samples", "mind/999_samples"}
 
 
 def test_no_score_of_broken_samples_or_when_asked_to_stop(job, tmp_path, warnings):

@@ -13,7 +13,7 @@ import pytest
 import small
 
 from launch import small_networks
-from launch.miniature import miniature, report, tables
+from launch.miniature import beyond, experiments, miniature, report, tables
 from launch.miniature import run as miniature_run
 from launch.miniature.scales import SCALES, SDVAE_STD
 from repae_jax import cli, files
@@ -27,27 +27,37 @@ from repae_jax.sampling.load_model import load_vae
 
 @functools.cache
 def built(scale, setting):
-    return build.build(tables.config_of(SCALES[scale], tables.Run(setting)), jax.devices()[:1])
+    return build.build(experiments.config_of(SCALES[scale], experiments.Run(setting)), jax.devices()[:1])
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """A setting, and a table, beyond the paper."""
+    setting = tables.Setting("SiT in two steps", "ldm", tables.NO_REPA, sampling={"steps": 2})
+    table = dataclasses.replace(tables.TABLES["depth"], title="Fewer steps", rows={"sit": "", "fewer": ""}, claims=())
+    monkeypatch.setitem(experiments.SETTINGS, "fewer", setting)
+    for place in (experiments, beyond):
+        monkeypatch.setitem(place.TABLES, "fewer", table)
 
 
 @functools.cache
 def recipe_of(setting):
-    return make_recipe(build.plain_config(tables.config_of(DIGITS, tables.Run(setting))))
+    return make_recipe(build.plain_config(experiments.config_of(DIGITS, experiments.Run(setting))))
 
 
 DIGITS = SCALES["digits"]
 
 
-@pytest.mark.parametrize("setting", tables.SETTINGS)
+@pytest.mark.parametrize("setting", experiments.SETTINGS)
 def test_every_config_is_valid(setting):
     for scale in SCALES.values():
-        config = tables.config_of(scale, tables.Run(setting))
+        config = experiments.config_of(scale, experiments.Run(setting))
         plain = build.plain_config(config)
         assert plain["steps"] % plain["checkpoint"]["every"] == 0
-        if network := tables.SETTINGS[setting].network:
+        if network := experiments.SETTINGS[setting].network:
             assert plain["steps"] >= scale.steps
             assert (plain["sampling"]["sampler"] == "ancestral") == (network == "dit")
-    alone = tables.SETTINGS[setting].job == "vae"
+    alone = experiments.SETTINGS[setting].job == "vae"
     assert bool(config.init.get("disc")) == (setting != "scratch" and "gan" in recipe_of(setting).vae_weights and not alone)
 
 
@@ -55,7 +65,7 @@ def test_every_config_is_valid(setting):
 def test_configs_build(setting):
     job = built("digits", setting)
     assert job.latent_shape == (4, 4, 8 if "other" in setting else 32)
-    assert (job.nets.sit is not None) == bool(tables.SETTINGS[setting].network)
+    assert (job.nets.sit is not None) == bool(experiments.SETTINGS[setting].network)
 
 
 @pytest.mark.integration
@@ -68,7 +78,7 @@ def test_scales(scale):
         flop[name] = sum(flops.of_step(job).values())
     for name, ratio in SCALES[scale].compute_ratio.items():
         assert 4 * ratio == round(4 * ratio) and abs(flop["repa-e"] / flop[name] - ratio) <= 0.2
-        steps = tables.evaluated_steps(SCALES[scale], tables.SETTINGS[name])
+        steps = experiments.evaluated_steps(SCALES[scale], experiments.SETTINGS[name])
         assert steps[-1] == ratio * tables.LONG * SCALES[scale].steps
         assert {SCALES[scale].steps, tables.LONG * SCALES[scale].steps} <= set(steps)
 
@@ -76,15 +86,15 @@ def test_scales(scale):
 def test_published_scale_of_latents():
     """KL pulls the latents together as strongly as published: weight times the sum of squared latents, 0.12 for SD-VAE."""
     for scale, setting in itertools.product(SCALES.values(), ("repa-e", "repa-e-other")):
-        config = tables.config_of(scale, tables.Run(setting))
+        config = experiments.config_of(scale, experiments.Run(setting))
         side = scale.image_size // 2 ** (len(config.vae.channel_multipliers) - 1)
         latents = side**2 * config.vae.latent_channels
         assert config.loss.vae.kl * latents * SDVAE_STD**2 == pytest.approx(0.12, rel=0.05)
-        assert tables.config_of(scale, tables.Run("vae-other")).loss.vae.kl == 1e-6
+        assert experiments.config_of(scale, experiments.Run("vae-other")).loss.vae.kl == 1e-6
 
 
 def test_settings_are_what_they_are_called():
-    weights = {name: recipe_of(name) for name in tables.SETTINGS}
+    weights = {name: recipe_of(name) for name in experiments.SETTINGS}
     assert "align" in weights["repa-e"].vae_weights and weights["repa-e"].norm_momentum
     assert weights["naive"].vae_weights["diffusion"] == 1 and not weights["naive"].norm_momentum
     assert "align" not in weights["naive"].vae_weights and "align" in weights["naive"].sit_weights
@@ -93,29 +103,32 @@ def test_settings_are_what_they_are_called():
         assert "align" not in weights[name].sit_weights
     for name in ("repa", "dit-repa", "e2e-repa", "e2e-dit-repa"):
         assert weights[name].sit_weights["align"] == weights["repa-e"].sit_weights["align"]
-    rates = {name: tables.config_of(DIGITS, tables.Run(name)).optim.vae.learning_rate for name in ("vae", "repa-e", "fast-vae")}
+    configs = {name: experiments.config_of(DIGITS, experiments.Run(name)) for name in ("vae", "repa-e", "fast-vae")}
+    rates = {name: config.optim.vae.learning_rate for name, config in configs.items()}
     assert rates == {
         "vae": 1e-3,
         "repa-e": 1e-4,
-        "fast-vae": tables.config_of(DIGITS, tables.Run("sit")).optim.sit.learning_rate,
+        "fast-vae": experiments.config_of(DIGITS, experiments.Run("sit")).optim.sit.learning_rate,
     }
 
 
 def test_tables_are_consistent():
-    for table in tables.TABLES.values():
-        assert set(table.rows) <= set(tables.SETTINGS) and set(table.measures) <= set(tables.MEASURES)
+    for table in experiments.TABLES.values():
+        assert set(table.rows) <= set(experiments.SETTINGS) and set(table.measures) <= set(tables.MEASURES)
         assert table.expected
         for claim in table.claims:
             assert {claim.first, claim.second} <= set(table.rows) and claim.measure in table.measures
-    assert {setting for table in tables.TABLES.values() for setting in table.rows} | {"vae-other"} == set(tables.SETTINGS)
+    rows = {setting for table in experiments.TABLES.values() for setting in table.rows}
+    assert rows | {"vae-other"} == set(experiments.SETTINGS)
+    assert not set(beyond.SETTINGS) & set(tables.SETTINGS) and not set(beyond.TABLES) & set(tables.TABLES)
 
 
 def test_runs_come_after_what_they_need():
-    runs = tables.runs_of(DIGITS, tables.TABLES)
+    runs = experiments.runs_of(DIGITS, experiments.TABLES)
     assert len(set(runs)) == len(runs)
     for index, run in enumerate(runs):
         assert run.source is None or run.source in runs[:index]
-    assert tables.runs_of(DIGITS, ["drop-in"], seeds=1).count(tables.Run("repa-e")) == 1
+    assert experiments.runs_of(DIGITS, ["drop-in"], seeds=1).count(experiments.Run("repa-e")) == 1
     tasks = miniature.make_tasks(DIGITS, runs, Path("/work"), Path("/emoji"))
     names = list(tasks)
     for name, task in tasks.items():
@@ -126,19 +139,20 @@ def test_runs_come_after_what_they_need():
 
 
 def test_unknown_field_is_an_error(monkeypatch):
-    setting = dataclasses.replace(tables.SETTINGS["sit"], changes={"loss.vae.gan": 0.0})
-    monkeypatch.setitem(tables.SETTINGS, "sit", setting)
+    setting = dataclasses.replace(experiments.SETTINGS["sit"], changes={"loss.vae.gan": 0.0})
+    monkeypatch.setitem(experiments.SETTINGS, "sit", setting)
     with pytest.raises(ValueError, match="changes loss.vae.gan, which the config of job 'ldm' does not have"):
-        tables.config_of(DIGITS, tables.Run("sit"))
+        experiments.config_of(DIGITS, experiments.Run("sit"))
 
 
 def test_a_changed_description_is_another_folder():
     """A folder's name does not depend on where the runs and the pictures are, but on all that a result depends on."""
     scale = SCALES["small"]
     changed = dataclasses.replace(scale, vae_steps=7)
-    for run in tables.runs_of(scale, ["main"], seeds=1):
-        assert tables.folder_name(scale, run) != tables.folder_name(changed, run)  # all start from that VAE
-    one, other = (miniature.make_tasks(scale, [tables.Run("repa-e")], Path(folder), Path(folder)) for folder in ("/a", "/b"))
+    for run in experiments.runs_of(scale, ["main"], seeds=1):
+        assert experiments.folder_name(scale, run) != experiments.folder_name(changed, run)  # all start from that VAE
+    runs = [experiments.Run("repa-e")]
+    one, other = (miniature.make_tasks(scale, runs, Path(folder), Path(folder)) for folder in ("/a", "/b"))
     assert one["repa-e seed 0"].folder.name == other["repa-e seed 0"].folder.name
 
 
@@ -172,8 +186,8 @@ def test_every_command_takes_the_config_of_a_setting(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = miniature.parse_args(["--scale", "medium"])
     assert args.pictures == tmp_path / "runs/miniature/medium/emoji-64"
-    run = tables.Run("repa-e", 1)
-    expected = tables.config_of(args.scale, run, args.workdir, args.pictures).unlock()
+    run = experiments.Run("repa-e", 1)
+    expected = experiments.config_of(args.scale, run, args.workdir, args.pictures).unlock()
     expected.log.every = 7
     assert config_read("medium,repa-e,seed=1").to_dict() == expected.to_dict()
     assert config_read("digits,vae").job == "vae"
@@ -288,7 +302,7 @@ def test_a_result_of_something_else_is_refused(tmp_path):
 
 
 def test_unused_results_are_named(tmp_path):
-    tasks = miniature.make_tasks(DIGITS, tables.runs_of(DIGITS, ["main"], seeds=1), tmp_path, tmp_path)
+    tasks = miniature.make_tasks(DIGITS, experiments.runs_of(DIGITS, ["main"], seeds=1), tmp_path, tmp_path)
     for task in tasks.values():
         finish(task)
     assert miniature.unused_results(tmp_path, tasks) == []
@@ -302,7 +316,7 @@ def test_unused_results_are_named(tmp_path):
 
 
 def run_task(tmp_path, monkeypatch, train):
-    task = miniature.make_tasks(DIGITS, [tables.Run("vae")], tmp_path, tmp_path)["vae seed 0"]
+    task = miniature.make_tasks(DIGITS, [experiments.Run("vae")], tmp_path, tmp_path)["vae seed 0"]
     task.folder.mkdir()
     (task.folder / "task.json").write_text(json.dumps(task.content))
     monkeypatch.setattr(miniature_run, "train", train)
@@ -347,13 +361,13 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(SCALES, "toy", toy)
     monkeypatch.setitem(small_networks.CLASSIFIER_RECIPES, "digits", small_networks.Recipe(1, 32, 4e-3))
-    tasks = miniature.make_tasks(toy, [tables.Run("vae"), tables.Run("repa-e")], tmp_path, tmp_path)
+    tasks = miniature.make_tasks(toy, [experiments.Run("vae"), experiments.Run("repa-e")], tmp_path, tmp_path)
     for task in tasks.values():
         task.folder.mkdir(exist_ok=True)
         files.write_json(task.folder / "task.json", task.content)
         assert miniature_run.perform(task.folder) and task.result()["status"] == "done"
     alone, joint = (tasks[name] for name in ("vae seed 0", "repa-e seed 0"))
-    stats = load_vae(tables.vae_files(alone.folder)["vae"]).latent_stats
+    stats = load_vae(experiments.vae_files(alone.folder)["vae"]).latent_stats
     assert np.sqrt(np.mean(stats.var)) == pytest.approx(SDVAE_STD)
     numbers = joint.result()["numbers"]
     assert set(tables.MEASURES) <= set(numbers) and 0 <= numbers["drift"] <= 1
@@ -365,7 +379,7 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     }  # fmt: skip
     # the latents are of the VAE at the end of the run, as the one that others start from
     shown = np.load(joint.folder / "pictures.npy")
-    end = miniature_run.latents_of(load_vae(tables.vae_files(joint.folder)["vae"]), shown)
+    end = miniature_run.latents_of(load_vae(experiments.vae_files(joint.folder)["vae"]), shown)
     np.testing.assert_allclose(np.load(joint.folder / "latents.npy"), end, atol=1e-4)
 
 
@@ -404,12 +418,54 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert miniature.parse_args(["--workdir", "work"]).results == Path("work/report/README.md").absolute()
 
 
+def test_tables_beyond_the_paper_run_if_named(tmp_path, monkeypatch, capsys, later):
+    asked = []
+    monkeypatch.setattr(miniature, "perform_all", lambda tasks, *_, **__: asked.append(set(tasks)) or {})
+    arguments = ["--scale", "digits", "--workdir", str(tmp_path), "--seeds", "1"]
+    miniature.main(arguments)
+    miniature.main([*arguments, "--table", "fewer"])
+    miniature.main([*arguments, "--table", "depth", "fewer"])
+    every, named, both = asked
+    assert "fewer seed 0" not in every and "dit seed 0" in every
+    runs = {name for name in named if "seed" in name}
+    assert runs == {"vae seed 0", "sit seed 0", "fewer seed 0"} and named | {"deep seed 0"} < both
+    with pytest.raises(SystemExit):
+        miniature.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert text.index("tables of the paper:\n  main") < text.index(
+        "beyond the paper, only where named:\n  fewer        Fewer steps"
+    )
+
+
+def test_a_setting_may_be_sampled_in_another_way(later):
+    def evaluation(setting):
+        return experiments.description(DIGITS, experiments.Run(setting))["evaluation"]
+
+    assert evaluation("sit")["sampler"] == {"sampler": "heun", "steps": 8} and evaluation("vae")["sampler"] is None
+    assert evaluation("fewer")["sampler"] == {"sampler": "heun", "steps": 2}
+
+
+def test_folders_of_finished_runs():
+    """Of the first versions, whose configs had fewer fields: those runs are found again."""
+    runs = {"vae": "11616ed4", "sit": "c28cf0eb", "repa-e": "e36f0266", "dit-repa": "5ddce2a0"}
+    for setting, code in runs.items():
+        assert experiments.folder_name(DIGITS, experiments.Run(setting)) == f"{setting}-seed0-{code}"
+
+
+def test_fields_that_came_later_are_described_if_they_change_something(monkeypatch):
+    assert "trackers" not in experiments.description(DIGITS, experiments.Run("sit"))["config"]["log"]
+    changed = dataclasses.replace(tables.SETTINGS["sit"], changes={**tables.NO_REPA, "log.project": "mine"})
+    monkeypatch.setitem(experiments.SETTINGS, "sit", changed)
+    log = experiments.description(DIGITS, experiments.Run("sit"))["config"]["log"]
+    assert log == {"every": 20, "project": "mine"}
+
+
 def test_results_are_of_finished_runs(tmp_path, monkeypatch, capsys):
     """A classifier alone does not replace a page, and a page is not written but where `--results` says."""
     work, written = tmp_path / "work", []
     monkeypatch.setattr(report, "write", lambda path, scale, tasks, front: written.append((path, front)))
     arguments = ["--scale", "digits", "--workdir", str(work), "--report"]
-    scale, runs = SCALES["digits"], tables.runs_of(SCALES["digits"], tables.TABLES)
+    scale, runs = SCALES["digits"], experiments.runs_of(SCALES["digits"], experiments.TABLES)
     tasks = miniature.make_tasks(scale, runs, work, work / "emoji-16")
     finish(tasks["classifier"])
     assert miniature.main(arguments) == 1 and not written

@@ -11,8 +11,10 @@ from PIL import Image
 from scipy import stats
 
 from launch.miniature import (
+    beyond,
     cknna,
     comparisons,
+    experiments,
     figures,
     findings,
     finished,
@@ -252,7 +254,7 @@ def test_latents_of_a_vae_share_their_colors(tmp_path):
 
 
 def test_colors_are_kept_and_distinct():
-    every = style.looks([*tables.SETTINGS][:10])
+    every = style.looks([*experiments.SETTINGS][:10])
     assert len({look.color for look in every.values()}) == len(every)
     assert style.looks(["repa-e", "other", "repa-e"])["repa-e"] == every["repa-e"] == style.FIXED["repa-e"]
     assert style.looks(["a", "a", "b"])["b"] == style.FREE[1]
@@ -281,6 +283,13 @@ def fake_table(title, rows, claims, measures, **fields):
     )  # fmt: skip
 
 
+def declare(monkeypatch, of_the_paper, later=None):
+    """Makes these the tables of the paper, and those beyond it."""
+    monkeypatch.setattr(tables, "TABLES", of_the_paper)
+    monkeypatch.setattr(beyond, "TABLES", later or {})
+    monkeypatch.setattr(experiments, "TABLES", of_the_paper | (later or {}))
+
+
 @pytest.fixture
 def declaration(monkeypatch):
     """Four tables; their figures are small. Two repeat a comparison of the first one."""
@@ -296,14 +305,14 @@ def declaration(monkeypatch):
         "bottleneck": fake_table("Bottleneck", ("repa", "repa-e"), (better[1],), ("fid", "alignment")),
         "later": fake_table("Later", ("sit", "scratch"), (tables.Claim("sit", "scratch", ""), better[0]), ("fid",)),
     }
-    monkeypatch.setattr(tables, "TABLES", made_up)
+    declare(monkeypatch, made_up)
     monkeypatch.setitem(findings.FOUND, "toy", {"main": "By chance."})
     monkeypatch.setitem(tables.MEASURES, "fid_equal_compute", tables.Measure("Frechet distance at equal compute", 1))
     return made_up
 
 
 def make_task(folder, setting, seed=0):
-    kind = tables.SETTINGS[setting].job
+    kind = experiments.SETTINGS[setting].job
     sampler = None if kind == "vae" else {"sampler": "heun", "steps": 10}
     description = {"setting": setting, "evaluation": {"samples": 100, "sampler": sampler}}
     content = {"description": description, "config": CONFIG | ({"steps": 1200} if kind == "vae" else {})}
@@ -402,6 +411,46 @@ def test_page(tasks, tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"mine.png", *(Path(name).name for name in shown)}
 
 
+@pytest.fixture
+def haste(monkeypatch, declaration):
+    """A setting beyond the paper, and its table, which repeats a comparison of the paper's, and one that has not run."""
+    setting = tables.Setting("REPA, then none", "ldm", sampling={"steps": 4})
+    monkeypatch.setitem(experiments.SETTINGS, "haste", setting)
+    claims = tables.Claim("haste", "repa", "5.0 against 7.9"), tables.Claim("repa-e", "repa", "4.07 against 7.90")
+    later = {
+        "haste": fake_table("Alignment that ends", ("repa", "repa-e", "haste"), claims, ("fid",)),
+        "muon": fake_table("Muon", ("sit", "muon"), (tables.Claim("muon", "sit", ""),), ("fid",)),
+    }
+    monkeypatch.setitem(experiments.SETTINGS, "muon", tables.Setting("Muon", "ldm"))
+    declare(monkeypatch, declaration, later)
+
+
+@pytest.mark.integration
+def test_beyond_the_paper(tasks, tmp_path, monkeypatch, declaration, haste):
+    """Without runs the page is as if there were no such table; with them it has a part more, which nothing above counts."""
+    waiting = {f"haste seed {seed}": make_task(tmp_path, "haste", seed) for seed in range(3)}
+    report.write(tmp_path / "before" / "README.md", SCALE, tasks)
+    report.write(tmp_path / "waiting" / "README.md", SCALE, tasks | waiting)
+    for seed, task in enumerate(waiting.values()):
+        finish(task, {"fid": 45.0 + seed})
+    report.write(tmp_path / "after" / "README.md", SCALE, tasks | waiting)
+    before, same, after = (
+        (tmp_path / name / "README.md").read_text().replace("17 runs, with classifier and encoders: 18", "14 runs, with "
+        "classifier and encoders: 15")
+        for name in ("before", "waiting", "after")
+    )  # fmt: skip
+    assert before == same and "Beyond" not in before
+    paper, part = after.split("\n## Beyond the paper\n")
+    assert paper == before
+    words = " ".join(part.split())
+    assert "None of it is among the comparisons counted above. Of 1 comparison 1 comes out as published." in words
+    assert "| [Alignment that ends](#alignment-that-ends) | 1 | 0 | 0 | 0 | 1 |" in part
+    assert "\n### Alignment that ends\n" in part and "Muon" not in part
+    assert "“REPA, then none” < “SiT + REPA” (published: 5.0 against 7.9): **agrees**" in words
+    assert "**agrees** (counted in “SiT, REPA, REPA-E”)" in words
+    assert "](figures/haste.png)" in part and (tmp_path / "after" / "figures" / "haste.png").exists()
+
+
 def test_page_of_nothing(tmp_path, declaration):
     tasks = {name: make_task(tmp_path, name) for name in ("vae", "sit", "repa-e")}
     report.write(tmp_path / "README.md", SCALE, tasks, tmp_path / "front.png")
@@ -426,7 +475,7 @@ def test_page_of_a_part(tasks, tmp_path):
 def test_a_table_is_shown_for_something_of_its_own(declaration):
     def shown(**ended):
         compared = comparisons.compare(ended)
-        return [name for name in tables.TABLES if comparisons.is_shown(name, compared, ended)]
+        return [name for name in experiments.TABLES if comparisons.is_shown(name, compared, ended)]
 
     one = {"fid": 1.0, "spatial_variance": 1.0}
     run = [Finished("folder", {"status": "done", "numbers": one})]
@@ -498,7 +547,7 @@ def test_opening_figure_has_all_of_its_parts(tasks, tmp_path):
 def test_tokenizers_of_a_table(monkeypatch):
     assert table_figures.tokenizers_of(SimpleNamespace(rows=("sit", "repa", "repa-e"))) == ["vae", "repa-e"]
     assert table_figures.tokenizers_of(SimpleNamespace(rows=("scratch", "vae"))) == ["scratch", "vae"]
-    monkeypatch.setitem(tables.SETTINGS, "later", tables.Setting("", "ldm", vae="repa-e"))
+    monkeypatch.setitem(experiments.SETTINGS, "later", tables.Setting("", "ldm", vae="repa-e"))
     assert table_figures.tokenizers_of(SimpleNamespace(rows=("sit", "later"))) == ["vae", "repa-e"]
 
 
