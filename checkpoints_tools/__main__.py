@@ -61,6 +61,8 @@ def parse_args(argv=None):
     export.add_argument("--private", action="store_true", help="where --push makes a repository, nobody else sees it")
     for command in (convert, extract, export):
         command.add_argument("--step", type=cli.whole(0), help="which checkpoint of a run; default the newest")
+        averaged = "average of a run's weights: a decay that it has kept, or sigma=S, see repae_jax.sample --help"
+        command.add_argument("--ema", metavar="DECAY|sigma=S", help=averaged)
         command.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
     verify = add("verify", "run the PyTorch module and ours on the same random input, and print the largest difference")
@@ -99,7 +101,7 @@ def run(args):
     else:
         from checkpoints_tools import convert
         start = time.time()
-        options = {"step": args.step, "overwrite": args.overwrite}
+        options = {"step": args.step, "overwrite": args.overwrite, "ema": args.ema}
         if args.command == "convert":
             options |= {"optimizers": not args.weights_only, "plain_sit": args.plain_sit, "latent_stats": args.latent_stats}
             written = convert.convert(args.source, args.target, **options)

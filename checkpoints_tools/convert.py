@@ -50,7 +50,7 @@ def _target(path, overwrite):
 
 def convert(
     source: str | Path, target: str | Path, *, step: int | None = None, optimizers: bool = True, plain_sit: bool = False,
-    latent_stats: str | Path | None = None, overwrite: bool = False,
+    latent_stats: str | Path | None = None, overwrite: bool = False, ema: str | None = None,
 ) -> list[Any]:
     """Converts a file, folder or run to another layout; returns the paths written.
 
@@ -65,9 +65,11 @@ def convert(
         statistics of the latents it was trained on, so that it is used as REPA's and ours are.
       latent_stats: file with the statistics of a VAE's latents, see `vae.read_latent_stats`, if the source does not say them.
       overwrite: replace the target if it exists.
+      ema: which of a run's averages, see `repae_jax.training.averages.parse`; default that of config.ema_decay.
     """
     place = _target(target, overwrite)
     identified = identify(source, step)
+    check_ema(identified, ema)
     if latent_stats is not None and identified.kind != "vae":
         raise ValueError(f"{source} is a {KINDS[identified.kind]}: latent_stats {latent_stats} are for a VAE")
     if plain_sit:
@@ -79,7 +81,7 @@ def convert(
         return place.write(convert_plain_sit(path))
     match identified.kind:
         case "run":
-            return _convert_run(source, runs.open_run(identified.path, step), place, optimizers)
+            return _convert_run(source, runs.open_run(identified.path, step, ema), place, optimizers)
         case "training":
             check_networks(identified.checkpoint)
             kept = identified.checkpoint.optimizers if optimizers else {}
@@ -87,7 +89,7 @@ def convert(
         case "vae":
             loaded = vae.read_file(identified.path, identified.arrays)
             if latent_stats is not None:
-                loaded = loaded._replace(latent_stats=vae.read_latent_stats(latent_stats))
+                loaded = vae.with_latent_stats(loaded, latent_stats)
             return _write_vae(place, loaded)
         case "encoder" | "mocov3":
             place.check_is_file(False, source, identified.kind)
@@ -177,13 +179,20 @@ def _write_vae(target, loaded):
     return save(target.path, *contents, overwrite=target.overwrite)
 
 
-def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
+def check_ema(source: Identified, ema: str | None) -> None:
+    """Raises ValueError if an average is chosen of something else than a run of ours."""
+    if ema is not None and source.kind != "run":
+        kind = KINDS[source.kind]
+        raise ValueError(f"{source.path} is a {kind}, which has no averages to choose from: leave --ema {ema} out")
+
+
+def find_vae(source: Identified, step: int | None = None, ema: str | None = None) -> vae.LoadedVAE:
     """Returns the VAE in a run (at a step, the newest by default) or in a training checkpoint; ValueError if it holds none.
 
-    Of a run that trains the VAE without a SiT it is the averaged one.
+    Of a run that trains the VAE without a SiT it is the averaged one, `ema` as of `convert`.
     """
     if source.kind == "run":
-        run = runs.open_run(source.path, step)
+        run = runs.open_run(source.path, step, ema)
         if run.networks.vae is None:
             other = f"; convert it to NAME{DISCRIMINATOR}.pt to have its discriminator" if run.networks.sit is None else ""
             frozen = f"config.init.vae={run.config['init']['vae']!r}"
@@ -203,10 +212,14 @@ def find_vae(source: Identified, step: int | None = None) -> vae.LoadedVAE:
     raise ValueError(f"{source.path} is a {KINDS[source.kind]} without a VAE to extract; {advice}")
 
 
-def extract_vae(source: str | Path, target: str | Path, *, step: int | None = None, overwrite: bool = False) -> list[Any]:
+def extract_vae(
+    source: str | Path, target: str | Path, *, step: int | None = None, overwrite: bool = False, ema: str | None = None
+) -> list[Any]:
     """Writes the VAE of a run or of a training checkpoint, its latent statistics and discriminator; returns the paths.
 
     The target is a file of `vae.save_published` or a folder of `vae.save_diffusers`; the other arguments are as of `convert`.
     """
     place = _target(target, overwrite)
-    return _write_vae(place, find_vae(identify(source, step), step))
+    identified = identify(source, step)
+    check_ema(identified, ema)
+    return _write_vae(place, find_vae(identified, step, ema))

@@ -36,7 +36,10 @@ def _run(workdir):
     shapes, step = checkpoint.stored_shapes(workdir)
     about = {"step": step, "steps_saved": checkpoint.saved_steps(workdir), "job": config["job"]}
     if "diffusion" in config:
-        about["objective"] = config["diffusion"]["path"]
+        diffusion = config["diffusion"]
+        about["objective"] = diffusion.get("mean_flow") or diffusion["path"]
+        if diffusion.get("predicts") == "data":
+            about["objective"] += ", predicts data"
     about["encoders"] = {name: fields["weights"] for name, fields in config.get("encoders", {}).items()}
     for name in ("sit", "vae", "disc"):
         params = jax.tree.leaves((shapes.get(name) or {}).get("params", {}))

@@ -9,39 +9,60 @@ from typing import Any
 from checkpoints_tools import convert, model_card, pipeline_folder, runs, vae
 from checkpoints_tools.identify import KINDS, Identified, identify
 from checkpoints_tools.pipeline_folder import Trained
-from checkpoints_tools.sit import check_time
+from checkpoints_tools.published_args import check_prediction
+from checkpoints_tools.sit import check_conditions, check_time
 from checkpoints_tools.weights import write_files
 
 _INDEX = "model_index.json"
 # fields of `repae_jax.diffusion.samplers.Sampling` of a model whose run says nothing of it
-_SAMPLING = {"steps": 250, "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "guidance_channels": None}
+_SAMPLING = {
+    "steps": 250, "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "guidance_channels": None,
+    "time_shift": 1.0,
+}  # fmt: skip
 
 
-def trained_of(source: Identified, step: int | None = None, vae_path: str | None = None) -> Trained:
+def trained_of(
+    source: Identified, step: int | None = None, vae_path: str | None = None, ema: str | None = None
+) -> Trained:
     """Returns the averaged transformer and the VAE of a run, at a step, the newest by default, or of a training checkpoint.
 
+    `ema` chooses one of a run's averages, see `repae_jax.training.averages.parse`.
     `vae_path` is that of a frozen VAE, if it is not where the run's config says, or none is named. ValueError if there is no
     transformer, or the VAE is missing or another than the one trained on.
     """
     if source.kind not in ("run", "training"):
         raise ValueError(f"{source.path} is a {KINDS[source.kind]}; a pipeline is made of a run or of a training checkpoint")
-    return _of_run(source, step, vae_path) if source.kind == "run" else _of_checkpoint(source, vae_path)
+    convert.check_ema(source, ema)
+    return _of_run(source, step, vae_path, ema) if source.kind == "run" else _of_checkpoint(source, vae_path)
 
 
-def _of_run(source, step, vae_path):
-    run = runs.open_run(source.path, step)
-    module, config = run.networks.sit, run.config
+def _of_run(source, step, vae_path, ema):
+    run = runs.open_run(source.path, step, ema)
+    module, config = run.networks.sit, {**run.config, "ema_decay": run.ema_decay}
     if module is None:
         raise ValueError(f"{source.path} is a run of a tokenizer: it has no transformer; extract-vae writes its VAE")
+    check_conditions(module)
+    if config["vae"].get("family"):
+        raise ValueError(
+            f"{source.path} has latents of config.vae.family={config['vae']['family']!r}; a pipeline is written for those of "
+            "AutoencoderKL alone: sample with `python -m repae_jax.sample`"
+        )
+    check_prediction(config, str(source.path))
+    runs.check_square(run, "a pipeline of diffusers")
     if run.networks.vae is None:
         params = runs.read_frozen_vae(run, vae_path or config["init"]["vae"])
         autoencoder = vae.LoadedVAE(run.vae, params, run.read("ema.latent_stats"))
     elif vae_path:
         raise ValueError(f"{source.path} is a run with a VAE of its own: leave {vae_path} out")
     else:
-        autoencoder = convert.find_vae(source, step)
+        autoencoder = convert.find_vae(source, step, ema)
+    schedule = config["sampling"].get("guidance_schedule", "constant")
+    if schedule != "constant":
+        given = f"config.sampling.guidance_schedule={schedule!r}"
+        raise ValueError(f"{source.path}: {given}, but a pipeline of diffusers guides by a constant scale; sample the run here")
     grid = config["data"]["image_size"] // run.vae.factor // module.patch_size
-    sampling = {field: config["sampling"][field] for field in ("sampler", *_SAMPLING)}
+    given = _SAMPLING | config["sampling"]
+    sampling = {field: given[field] for field in ("sampler", *_SAMPLING)}
     path, params = config["diffusion"]["path"], run.read("ema.params")
     return Trained(module, params, grid, autoencoder, path, sampling, run.step, dict(config))
 
@@ -70,7 +91,7 @@ def _of_checkpoint(source, vae_path):
 
 def export(
     source: str | Path, folder: str | Path, *, step: int | None = None, vae_path: str | None = None, license: str | None = None,
-    name: str | None = None, overwrite: bool = False,
+    name: str | None = None, overwrite: bool = False, ema: str | None = None,
 ) -> list[Any]:  # fmt: skip
     """Writes a pipeline of diffusers with VAE, transformer, scheduler and a model card; returns the paths.
 
@@ -84,6 +105,7 @@ def export(
       license: of the weights, for the card.
       name: by which the card says to load the model; default the folder's.
       overwrite: replace files that exist.
+      ema: which of a run's averages, see `repae_jax.training.averages.parse`.
     """
     if "://" in str(folder):
         raise ValueError(f"{folder}: a pipeline is written to a local folder; copy it from there")
@@ -94,7 +116,7 @@ def export(
     if (folder / "checkpoints").exists():
         raise ValueError(f"{folder} is the folder of a run, which is no place for a pipeline: choose another one")
     identified = identify(source, step)
-    trained = trained_of(identified, step, vae_path)
+    trained = trained_of(identified, step, vae_path, ema)
     autoencoder = trained.vae._replace(discriminator=None)
     trained = dataclasses.replace(trained, vae=autoencoder, config=model_card.without_folders(trained.config))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,17 +124,17 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as temporary:
         made = Path(temporary) / "pipeline"
         written = pipeline_folder.save(made, trained)
-        written += _write_card(made, trained, identified, name or folder.resolve().name, license)
+        run = identified.path if identified.kind == "run" else None
+        picture = model_card.picture_of(run, trained.step) if run and ema is None else None
+        written += _write_card(made, trained, run, name or folder.resolve().name, license, picture)
         written = [path.relative_to(made) for path in written]
         _move(made, folder, written)
     return [folder / path for path in written]
 
 
-def _write_card(folder, trained, identified, name, license):
-    """Writes the model card and, if training has made one, the picture of samples that it shows; returns the paths."""
-    is_run = identified.kind == "run"
-    evaluations = model_card.read_evaluations(identified.path, trained.step) if is_run else []
-    picture = model_card.picture_of(identified.path, trained.step) if is_run else None
+def _write_card(folder, trained, run, name, license, picture):
+    """Writes the model card of a run, or of no run of ours, None, and the picture of samples, or None; returns the paths."""
+    evaluations = model_card.read_evaluations(run, trained.step, trained.config["ema_decay"]) if run else []
     text = model_card.write(trained, name, evaluations, license, picture is not None)
     writes = {folder / "README.md": lambda path: path.write_text(text)}
     if picture is not None:

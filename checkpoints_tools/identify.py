@@ -5,14 +5,14 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoints_tools import locate, published, weights
+from checkpoints_tools import locate, published, rae, vtp, weights
 from checkpoints_tools.mapping import StateDict
 from repae_jax import files
 
 # kind -> prefixes of names that only its files have; the first that fits decides
 SIGNATURES = {
     "mocov3": ("base_encoder.",),
-    "vae": ("decoder.conv_in.", "decoder.conv_out.", "first_stage_model."),
+    "vae": ("decoder.conv_in.", "decoder.conv_out.", "first_stage_model.", rae.SIGNATURE, vtp.SIGNATURE),
     "sit": ("x_embedder.proj.",),
     "discriminator": ("main.0.",),
     "lpips": ("lin0.", "net.slice1."),
@@ -23,7 +23,7 @@ KINDS = {
     "run": "workdir of a training run",
     "training": "published training checkpoint",
     "sit": "SiT, REPA or DiT weights",
-    "vae": "AutoencoderKL",
+    "vae": "VAE",
     "discriminator": "PatchGAN discriminator",
     "latent_stats": "latent statistics",
     "encoder": "vision encoder (Hugging Face folder)",
@@ -76,7 +76,8 @@ def _identify(path, step):
             return Identified(file, "training", checkpoint=published.read_file(file))
         if (path / "checkpoints").is_dir():
             return Identified(path, "run")
-        if (path / "config.json").exists() and "model_type" in files.read_json(path / "config.json"):
+        config = files.read_json(path / "config.json") if (path / "config.json").exists() else {}
+        if config.get("model_type", vtp.MODEL_TYPE) != vtp.MODEL_TYPE:
             return Identified(path, "encoder")
     if path.suffix == ".pb":
         return Identified(path, "inception")

@@ -66,11 +66,12 @@ def without_folders(config: Any) -> Any:
     return Path(config).name if is_path and not re.search(r"[\s,;=]", config) else _FOLDERS.sub("", config)
 
 
-def read_evaluations(workdir: Any, step: int | None) -> list[dict[str, Any]]:
-    """Returns the evaluations that a run's folder holds of one of its steps."""
+def read_evaluations(workdir: Any, step: int | None, ema_decay: float | str) -> list[dict[str, Any]]:
+    """Returns the evaluations that a run's folder holds of one of its steps, and of an average, if they are of one."""
     folder = epath.Path(workdir) / "evaluations"
     found = [files.read_json(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
-    return [{"kind": "generation", **result} for result in found if result.get("step") == step and result.get("metrics")]
+    of_step = [{"kind": "generation", **result} for result in found if result.get("step") == step and result.get("metrics")]
+    return [result for result in of_step if result.get("protocol", {}).get("ema_decay", ema_decay) == ema_decay]
 
 
 def picture_of(workdir: Any, step: int | None) -> epath.Path | None:

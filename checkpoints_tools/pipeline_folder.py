@@ -55,6 +55,8 @@ def save(folder: Path, trained: Trained) -> list[Path]:
     """
     transformer = {folder / "transformer" / name: content for name, content in _transformer(trained).items()}
     scheduler = {**_SCHEDULERS[trained.path == "ddpm"], "_diffusers_version": _VERSION}
+    if "shift" in scheduler:
+        scheduler["shift"] = trained.sampling.get("time_shift", 1.0)
     record = {
         "step": trained.step, "path": trained.path, "encoder_depth": trained.sit.encoder_depth,
         "sampling": dict(trained.sampling), "config": trained.config,

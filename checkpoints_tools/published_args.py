@@ -55,6 +55,13 @@ def _values(table, config):
     return values
 
 
+def check_prediction(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, naming the source, if the network of a config predicts what others take for something else."""
+    if config["diffusion"].get("predicts", "velocity") != "velocity":
+        given = f"config.diffusion.predicts={config['diffusion']['predicts']!r}"
+        raise ValueError(f"{source}: {given}, but the published code and our pipelines take the output for a velocity")
+
+
 def args_from_config(
     config: Mapping[str, Any], model: str, vae: str, encoder_type: str, num_heads: int, norm_groups: int
 ) -> dict[str, Any]:
@@ -85,6 +92,7 @@ def check_args(args: Mapping[str, Any], config: Mapping[str, Any], source: str) 
             if argument in args and args[argument] != value
         ]
 
+    check_prediction(config, source)
     if different := differing(MEANING):
         raise ValueError(f"{source} was trained otherwise: {'; '.join(different)}. Change the config")
     return differing(RECIPE)

@@ -27,12 +27,27 @@ _PATCHES, _CLASSES = "x_embedder.proj.weight", "y_embedder.embedding_table.weigh
 _MLP, _OUTPUT, _Q_NORM = "blocks.0.mlp.fc1.weight", "final_layer.linear.weight", "blocks.0.attn.q_norm.weight"
 
 
+def check_conditions(sit: SiT) -> None:
+    """Raises ValueError for a network that is given more than a time, which neither the published code nor diffusers has."""
+    if sit.conditions:
+        raise ValueError(
+            f"a SiT of MeanFlow is given {1 + sit.conditions} numbers in the place of the time: neither the published code nor "
+            "diffusers has such a network"
+        )
+
+
 def sit_table(sit: SiT, updates: int = 0, latent_norm: bool = True) -> Table:
     """Table between the published names and {'params': SiT parameters, 'latent_stats': {'mean', 'var'}}.
 
     Files of REPA, SiT and DiT have no latent batch norm: without 'latent_stats' if `latent_norm` is False. `updates` is written
-    for its `num_batches_tracked`.
+    for its `num_batches_tracked`. ValueError for a SiT with a head for internal guidance.
     """
+    check_conditions(sit)
+    if sit.internal_head:
+        raise ValueError(
+            "the SiT has a head for internal guidance, trained by config.loss.sit.internal, which neither the published layout "
+            "nor diffusers' has a place for: sample and evaluate it here"
+        )
     tap = sit.encoder_depth
     entries = [
         *linear("x_embedder.proj", "params/x_embedder", mapping.patch_embedding(sit.patch_size)),
@@ -73,7 +88,7 @@ def abstract_sit(sit: SiT, grid: int, latent_norm: bool = True) -> dict[str, Any
     """Shapes and dtypes of the Flax side of `sit_table`, for `grid` tokens per side."""
     side, channels = grid * sit.patch_size, sit.latent_channels
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
-    variables = mapping.abstract_variables(sit, (1, side, side, channels), (1,), labels)
+    variables = {"params": mapping.abstract_variables(sit, (1, side, side, channels), (1,), labels)["params"]}
     stats = jax.ShapeDtypeStruct((channels,), jnp.float32)
     return variables | ({"latent_stats": {"mean": stats, "var": stats}} if latent_norm else {})
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from checkpoints_tools import rae
 from checkpoints_tools.dit_names import to_diffusers
 from checkpoints_tools.mapping import Tree, to_torch
 from checkpoints_tools.sit import sit_table
@@ -15,6 +16,8 @@ from checkpoints_tools.vae import diffusers_config
 from checkpoints_tools.vae_layouts import DIFFUSERS, vae_table, without_projection
 from checkpoints_tools.vit import format_of
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.layers import sincos_position_embedding
+from repae_jax.models.rae import RepresentationAutoencoder
 from repae_jax.models.sit import SiT
 
 _POSITIONS = ("position_embeddings", "position_embedding.weight")
@@ -30,6 +33,23 @@ def torch_vae(module: AutoencoderKL, params: Tree) -> Any:
     state_dict = to_torch(vae_table(module, DIFFUSERS), params)
     vae.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}, strict=True)
     return vae.eval()
+
+
+def torch_rae(module: RepresentationAutoencoder, params: Tree) -> Any:
+    """Returns diffusers' AutoencoderRAE with the same weights, in eval mode, whichever version of transformers is installed.
+
+    Its decoder has our positions, those of the published code: diffusers' own are stretched to a grid of 16.
+    """
+    import diffusers
+    import torch
+    config = {name: value for name, value in rae.config_of(module, params).items() if name != "_class_name"}
+    network, state_dict = diffusers.AutoencoderRAE(**config), rae.state_dict_of(module, params)
+    if any(new in name for name in network.state_dict() for new in rae.RENAMED):
+        state_dict = {rae.to_transformers_5(name): array for name, array in state_dict.items()}
+    network.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}, strict=True)
+    table = sincos_position_embedding(module.decoder_hidden_size, module.grid, module.grid)
+    network.decoder.decoder_pos_embed[:, 1:] = torch.from_numpy(table)
+    return network.eval()
 
 
 def torch_sit(module: SiT, params: Tree, grid: int) -> Callable[[Any, Any, Any], Float[np.ndarray, "B h w C"]]:

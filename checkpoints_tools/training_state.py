@@ -12,9 +12,9 @@ from checkpoints_tools.mapping import Table, Tree, to_flax, to_torch
 from checkpoints_tools.published import MOMENTS, NETWORKS, OPTIMIZERS, POSITIONS, Adam, TrainingCheckpoint
 from checkpoints_tools.sit import check_time, layout_of, sit_table
 from checkpoints_tools.vae_layouts import vae_table
-from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.sit import SiT
+from repae_jax.models.vae_families import VaeModule
 
 # name of a published network -> branch of its table's tree -> path in our state
 STATE_PATHS = {
@@ -31,7 +31,7 @@ class Networks:
     """Modules that the tables describe; a run without a SiT has no published layout."""
 
     sit: SiT | None
-    vae: AutoencoderKL | None = None
+    vae: VaeModule | None = None
     disc: PatchDiscriminator | None = None
 
 

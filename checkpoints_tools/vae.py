@@ -8,12 +8,15 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from checkpoints_tools import locate, mapping, torch_param_order, vae_layouts, vae_stats, weights
+from checkpoints_tools import locate, mapping, rae, torch_param_order, vae_layouts, vae_stats, vtp, weights
 from checkpoints_tools.mapping import StateDict, Tree
 from checkpoints_tools.vae_layouts import DIFFUSERS, NORM_GROUPS, SIZES, abstract_params, vae_table, without_projection
 from repae_jax import files
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.rae import RepresentationAutoencoder
 from repae_jax.models.sit import SiT
+from repae_jax.models.vae_families import VaeModule
+from repae_jax.models.vtp import VisualTokenizer
 
 _WEIGHTS, _CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 DISCRIMINATOR = "discriminator.safetensors"  # beside them in a folder that we write
@@ -22,10 +25,10 @@ DISCRIMINATOR = "discriminator.safetensors"  # beside them in a folder that we w
 class LoadedVAE(NamedTuple):
     """A VAE as read from a file, a folder, or a checkpoint."""
 
-    module: AutoencoderKL  # the network, of the file's sizes
+    module: VaeModule  # the network, of the file's sizes
     params: Tree  # float32
     latent_stats: vae_stats.Stats | None  # statistics of un-normalized latents; None if unknown
-    layout: str | None = None  # layout of a file or folder: 'compvis', 'diffusers' or 'diffusers of 2022'
+    layout: str | None = None  # of a file or folder: 'compvis', 'diffusers', 'diffusers of 2022', "diffusers' RAE", 'VTP'
     discriminator: StateDict | None = None  # published state dict, if a checkpoint holds one
     steps: int | None = None  # training steps done, if a checkpoint says so
 
@@ -38,7 +41,9 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
       file, in which the VAE's names begin with `first_stage_model.`. Statistics are those of the neighbor
       NAME-latents-stats.pt or .safetensors, if there is one;
       a folder of diffusers' AutoencoderKL, or of a pipeline with such a folder in it, `vae`; or the weight file therein.
-      Statistics are `latents_mean` and `latents_std`, else `scaling_factor` and `shift_factor`.
+      Statistics are `latents_mean` and `latents_std`, else `scaling_factor` and `shift_factor`;
+      a folder of diffusers' AutoencoderRAE, whose statistics are among its parameters: those of its latents are 0 and 1;
+      a folder of VTP, with statistics as of the first.
 
     Dtype and remat are the module's. Parameters are float32 whatever the file holds: float16 and bfloat16 are widened, exactly,
     so that a file written from them is twice as large.
@@ -49,8 +54,11 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, remat: bool = False) ->
 def read_file(path: Path, state_dict: StateDict | None = None, **fields: Any) -> LoadedVAE:
     """Loads a VAE from a local file or folder, whose arrays may have been read already; see `load_vae`."""
     loaded, config, file = _read(path, state_dict, **fields)
+    if isinstance(loaded.module, RepresentationAutoencoder):
+        known = rae.has_statistics(loaded.params)
+        return loaded._replace(latent_stats=rae.latent_stats(config, file.parent / _CONFIG) if known else None)
     channels = loaded.module.latent_channels
-    if config is not None:
+    if config is not None and not isinstance(loaded.module, VisualTokenizer):
         return loaded._replace(latent_stats=vae_stats.from_config(config, file.parent / _CONFIG, channels))
     for beside in _stats_beside(file):
         if beside.exists():
@@ -65,16 +73,19 @@ def from_state_dict(state_dict: StateDict, source: str, norm_groups: int = NORM_
     return module, mapping.to_flax(vae_table(module, names), state_dict, abstract_params(module), source=source)
 
 
-def read_vae_params(path: str | Path, module: AutoencoderKL) -> Tree:
+def read_vae_params(path: str | Path, module: VaeModule) -> Tree:
     """Returns parameters for a network that is already described; ValueError if the file's is another.
 
     They are without 'vf_projection' if the file has no such map from latents to tokens of module.feature_dim, which then has
     to start afresh.
     """
     # no shape implies the groups, so that only a config.json can contradict the module's
-    stored, _, _ = _read(locate.resolve(path), norm_groups=module.norm_groups)
+    stored, _, _ = _read(locate.resolve(path), norm_groups=getattr(module, "norm_groups", NORM_GROUPS))
+    if type(stored.module) is not type(module):
+        kinds = (type(vae).__name__ for vae in (stored.module, module))
+        raise ValueError("{} holds an {}, config.vae describes an {}: correct one of the two".format(path, *kinds))
     in_file, here = vae_sizes(stored.module), vae_sizes(module)
-    differences = [f"{name}: {in_file[name]} in the file, {here[name]} here" for name in SIZES if in_file[name] != here[name]]
+    differences = [f"{name}: {in_file[name]} in the file, {here[name]} here" for name in here if in_file[name] != here[name]]
     if differences:
         raise ValueError(f"{path} holds another VAE than the one described\n  " + "\n  ".join(differences))
     needed, width = module.feature_dim, stored.module.feature_dim
@@ -90,27 +101,52 @@ def read_latent_stats(path: str | Path) -> dict[str, np.ndarray]:
     """Returns latent statistics by themselves, {'mean', 'var'}, float32 [C]; raises as `vae_stats.from_arrays`.
 
     The path, which `locate.resolve` takes, is REPA-E's NAME-latents-stats.pt, LightningDiT's latents_stats.pt, the same as
-    .safetensors, or a diffusers folder.
+    .safetensors, or a folder: of diffusers, or VTP's with such a file beside the weights.
     """
     path = locate.resolve(path)
     if not path.is_dir():
         return vae_stats.from_arrays(weights.read_file(path), path)
-    stats = vae_stats.from_config(_read_config(path), path / _CONFIG)
+    config = _read_config(path)
+    if config.get("_class_name") == rae.CLASS:
+        return rae.latent_stats(config, path / _CONFIG)
+    if config.get("model_type") == vtp.MODEL_TYPE:
+        beside = next((file for file in _stats_beside(weights.weight_file(path)) if file.exists()), None)
+        if beside is None:
+            raise ValueError(f"{path} has no statistics: give VTP's latents_stats.pt, or let them be measured")
+        return vae_stats.from_arrays(weights.read_file(beside), beside)
+    stats = vae_stats.from_config(config, path / _CONFIG)
     if stats is None:
         raise ValueError(f"{path / _CONFIG} has neither latents_mean and latents_std nor scaling_factor")
     return stats
 
 
+def with_latent_stats(loaded: LoadedVAE, path: str | Path) -> LoadedVAE:
+    """Returns a VAE with the statistics of a file, as `read_latent_stats` takes it; of an RAE, of the published stat.pt."""
+    if not isinstance(loaded.module, RepresentationAutoencoder):
+        return loaded._replace(latent_stats=read_latent_stats(path))
+    path = locate.resolve(path)
+    return loaded._replace(params=rae.with_statistics(loaded.params, weights.read_file(path), path))
+
+
 def save_diffusers(
-    folder: str | Path, module: AutoencoderKL, params: Tree, latent_stats: vae_stats.Stats | None,
+    folder: str | Path, module: VaeModule, params: Tree, latent_stats: vae_stats.Stats | None,
     discriminator: StateDict | None = None, *, overwrite: bool = False,
 ) -> list[Path]:
     """Writes a folder that `diffusers.AutoencoderKL.from_pretrained` loads; returns the paths written, the VAE's first.
 
+    An RAE becomes diffusers' AutoencoderRAE, which has no place for other statistics than its own, nor for a discriminator;
+    VTP's becomes a folder of its own kind, with statistics, if there are any, in a file beside the weights.
     Statistics become entries of config.json, see `vae_stats.to_config`; the discriminator is written beside the model as
     discriminator.safetensors; a map from latents to tokens is left out. Raises as `files.write_all`, and ValueError if the
     parameters are not the module's, the statistics missing or not its latents', or diffusers cannot express the network.
     """
+    if isinstance(module, RepresentationAutoencoder):
+        if latent_stats is not None and (np.any(latent_stats["mean"]) or np.any(latent_stats["var"] != 1)):
+            logging.warning("%s: the statistics of the RAE's latents that the run has besides are left out", folder)
+        return rae.save(folder, module, params, overwrite=overwrite)
+    if isinstance(module, VisualTokenizer):
+        stats = latent_stats and vae_stats.to_arrays(latent_stats, module.latent_channels)
+        return vtp.save(folder, module, params, stats, overwrite=overwrite)
     if latent_stats is None:
         raise ValueError(
             f"{folder}: latent statistics are missing, without which diffusers would take those of Stable Diffusion. Give a "
@@ -132,7 +168,7 @@ def save_diffusers(
 
 
 def save_published(
-    stem: str | Path, module: AutoencoderKL, params: Tree, latent_stats: vae_stats.Stats | None,
+    stem: str | Path, module: VaeModule, params: Tree, latent_stats: vae_stats.Stats | None,
     discriminator: StateDict | None = None, *, overwrite: bool = False,
 ) -> list[Path]:
     """Writes NAME.pt, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt, as REPA-E does; returns the paths.
@@ -141,6 +177,8 @@ def save_published(
     or discriminator, their files are left out. Raises as `files.write_all`, and FileExistsError if there are no statistics to
     write but those of the VAE that would be replaced would stay beside the new one. Reference: REPA-E `save_vae_weights.py`.
     """
+    if not isinstance(module, AutoencoderKL):
+        raise ValueError(f"{stem}: RAE and VTP are written as folders alone; give a name without an ending")
     if module.norm_groups != NORM_GROUPS:
         layout = f"this layout, whose readers take {NORM_GROUPS}"
         raise ValueError(f"norm_groups={module.norm_groups} cannot be told by {layout}: write a diffusers folder")
@@ -168,12 +206,21 @@ def _stats_beside(file):
 def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
     """(VAE without its statistics, the config.json beside the file or None, the file)."""
     if path.is_dir():
-        _read_config(path)  # before the weights: the class may be another
+        _read_config(path)  # before the weights: the class may be unknown
     file = weights.weight_file(path)
-    names, state_dict = vae_layouts.detect_layout(weights.read_file(file) if state_dict is None else state_dict, path)
+    state_dict = weights.read_file(file) if state_dict is None else state_dict
+    if rae.is_rae(state_dict):
+        config = _read_config(file.parent, rae.CLASS)
+        module, params = rae.read(state_dict, config, path, **fields)
+        return LoadedVAE(module, params, None, "diffusers' RAE"), config, file
+    if vtp.is_vtp(state_dict):
+        config = _read_config(file.parent, vtp.MODEL_TYPE)
+        module, params = vtp.read(state_dict, config, path, **fields)
+        return LoadedVAE(module, params, None, "VTP"), config, file
+    names, state_dict = vae_layouts.detect_layout(state_dict, path)
     config = None
     if path.is_dir() or (names.layout.startswith("diffusers") and (file.parent / _CONFIG).exists()):
-        config = _read_config(file.parent)
+        config = _read_config(file.parent, "AutoencoderKL")
         norm_groups = config.get("norm_num_groups", NORM_GROUPS)
         if not isinstance(norm_groups, int) or norm_groups < 1:
             raise ValueError(f"{file.parent / _CONFIG}: norm_num_groups is {norm_groups!r}, no positive number")
@@ -188,11 +235,12 @@ def _read(path, state_dict=None, norm_groups=NORM_GROUPS, **fields):
     return LoadedVAE(module, params, None, names.layout), config, file
 
 
-def _read_config(folder):
-    config = files.read_json(Path(folder) / _CONFIG)
-    if config.get("_class_name") != "AutoencoderKL":
-        found = f"of class {config.get('_class_name')!r}"
-        raise ValueError(f"{Path(folder) / _CONFIG} is {found}; the only VAE known is 'AutoencoderKL'")
+def _read_config(folder, *classes):
+    config, classes = files.read_json(Path(folder) / _CONFIG), classes or ("AutoencoderKL", rae.CLASS, vtp.MODEL_TYPE)
+    kind = config.get("_class_name", config.get("model_type"))
+    if kind not in classes:
+        found = f"of class {kind!r}"
+        raise ValueError(f"{Path(folder) / _CONFIG} is {found}; allowed here: {', '.join(map(repr, classes))}")
     return config
 
 
@@ -217,7 +265,7 @@ def diffusers_config(module: AutoencoderKL) -> dict[str, Any]:
 
 
 def stats_for_sit(
-    sit: SiT, sit_stats: vae_stats.Stats | None, module: AutoencoderKL, stats: vae_stats.Stats | None, source: str
+    sit: SiT, sit_stats: vae_stats.Stats | None, module: VaeModule, stats: vae_stats.Stats | None, source: str
 ) -> vae_stats.Stats:
     """Returns the statistics that a published SiT's latents are normalized by: its own or, if it has none, its VAE's.
 
@@ -232,8 +280,11 @@ def stats_for_sit(
     return known
 
 
-def vae_sizes(module: AutoencoderKL) -> dict[str, Any]:
+def vae_sizes(module: VaeModule) -> dict[str, Any]:
     """Returns the fields that describe the network, in a form that compares."""
+    if not isinstance(module, AutoencoderKL):
+        others = ("remat", "dtype", "parent", "name")
+        return {name: getattr(module, name) for name in module.__dataclass_fields__ if name not in others}
     sizes = {name: getattr(module, name) for name in SIZES}
     multipliers, levels = tuple(module.channel_multipliers), tuple(sorted(module.attention_levels))
     return sizes | {"channel_multipliers": multipliers, "attention_levels": levels}

@@ -15,6 +15,7 @@ from einops import rearrange
 
 from checkpoints_tools.mapping import CONV, LINEAR, Entry, Layout, StateDict, Table, Tree, abstract_variables, linear, norm
 from repae_jax.models.autoencoder import AutoencoderKL
+from repae_jax.models.vae_families import VaeModule
 
 NORM_GROUPS = 32  # every published network has 32; only diffusers' config.json can say otherwise
 # 1x1 convolution [1, 1, in, out] kept as a linear layer [out, in]
@@ -83,8 +84,10 @@ SIZES = (
 )
 
 
-def published_name(vae: AutoencoderKL) -> str | None:
+def published_name(vae: VaeModule) -> str | None:
     """The published scripts' name of a VAE of these sizes, 'f8d4' or 'f16d32'; None if they have none."""
+    if not isinstance(vae, AutoencoderKL):
+        return None
     plain = vae.clone(dtype=jnp.float32, remat=False, feature_dim=None)
     return next((name for name, published in _PUBLISHED.items() if plain == published), None)
 

@@ -13,6 +13,8 @@ import numpy as np
 from checkpoints_tools import sit, torch_reference, vae, vit
 from checkpoints_tools.identify import KINDS, identify
 from repae_jax.models import encoders
+from repae_jax.models.rae import RepresentationAutoencoder
+from repae_jax.models.vtp import VisualTokenizer
 
 
 class Difference(NamedTuple):
@@ -44,6 +46,10 @@ def verify(path: str | Path, size: int = 256, seed: int = 0) -> list[Difference]
             return differences + _compare_sit(source.checkpoint.load_sit("ema" if "ema" in networks else "model"), rng)
         case "vae":
             module, params = vae.read_file(source.path, source.arrays)[:2]
+            if isinstance(module, RepresentationAutoencoder):
+                return _compare_rae(module, params, torch_reference.torch_rae(module, params), rng)
+            if isinstance(module, VisualTokenizer):
+                raise ValueError(f"{path} is VTP's, which neither diffusers nor transformers has: nothing to compare with")
             return _compare_vae(module, params, _torch_vae(source.path, module, params), size, rng)
         case "sit":
             return _compare_sit(sit.from_state_dict(source.arrays, str(path)), rng)
@@ -93,6 +99,19 @@ def _compare_vae(module, params, reference, size, rng):
     return [encoder, _compare("VAE decoder", recon, module, params, latents, method="decode")]
 
 
+def _compare_rae(module, params, reference, rng):
+    """Compares at the one size that an RAE is for."""
+    import torch
+    side = module.grid * module.patch_size
+    images = rng.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
+    with torch.inference_mode():
+        latents = reference.encode(torch.from_numpy((images + 1) / 2).permute(0, 3, 1, 2)).latent
+        recon = 2 * reference.decode(latents).sample.permute(0, 2, 3, 1).numpy() - 1
+    latents = latents.permute(0, 2, 3, 1).numpy()
+    encoder = _compare("RAE encoder", latents, module, params, images, method="encode", pick=lambda posterior: posterior.mean)
+    return [encoder, _compare("RAE decoder", recon, module, params, latents, method="decode")]
+
+
 def _compare_sit(loaded, rng):
     module, params = loaded.module, loaded.variables["params"]
     side = loaded.grid * module.patch_size
@@ -105,7 +124,7 @@ def _compare_sit(loaded, rng):
         tokens = _apply(module, params, z, t, labels, method="tap_tokens")
         expected = np.concatenate(torch_reference.torch_projections(module, params, tokens), axis=-1)
         join = functools.partial(jnp.concatenate, axis=-1)
-        differences.append(_compare("SiT projections", expected, module, params, tokens, method="_project", pick=join))
+        differences.append(_compare("SiT projections", expected, module, params, tokens, z, method="_project", pick=join))
     return differences
 
 

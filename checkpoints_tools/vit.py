@@ -20,6 +20,7 @@ from checkpoints_tools.vit_formats import FORMATS, MOCOV3, MOCOV3_HEADS, VISION_
 from repae_jax import files
 from repae_jax.models import encoders
 from repae_jax.models.vit import SWIGLU, VisionTransformer
+from repae_jax.ranges import Extent
 
 # key of config.json -> field of VisionTransformer, where a format has the key
 _FIELDS = {
@@ -84,14 +85,14 @@ class StoredEncoder(NamedTuple):
 
 
 def load_encoder(
-    path: str | Path, resolution: int, image_size: int | None = None, dtype: Any = jnp.float32
+    path: str | Path, resolution: Extent, image_size: Extent | None = None, dtype: Any = jnp.float32
 ) -> tuple[encoders.Encoder, dict[str, Any]]:
     """Returns a frozen encoder from its published files, and its parameters, its positions resampled to the grid in use.
 
     Args:
       path: folder with config.json, of a model_type in FORMATS or of the whole model around such a one ('clip', 'siglip',
         'siglip2'), and its weights; or a hub name such as 'facebook/dinov2-base'; or MoCo v3's .pth file.
-      resolution: height and width of the training images in pixels.
+      resolution: pixels of the training images: a square's side, or (height, width).
       image_size: pixels that the network receives; by default as published, see encoders.FAMILIES.
     """
     encoder, params = at_resolution(read_file(locate.resolve(path)), resolution, image_size, dtype)
@@ -117,7 +118,7 @@ def read_file(path: Path, state_dict: StateDict | None = None) -> StoredEncoder:
 
 
 def at_resolution(
-    stored: StoredEncoder, resolution: int, image_size: int | None = None, dtype: Any = jnp.float32
+    stored: StoredEncoder, resolution: Extent, image_size: Extent | None = None, dtype: Any = jnp.float32
 ) -> tuple[encoders.Encoder, dict[str, Any]]:
     """Returns `load_encoder`'s result for an encoder that has been read."""
     encoder = encoders.make_encoder(stored.architecture, resolution, image_size=image_size, dtype=dtype)

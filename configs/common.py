@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from repae_jax.models.encoders import FAMILIES
+from repae_jax.models.vae_families import RAE, VTP
 
 # alignment tap after block 4 for S and B, 8 for L and XL, as published
 SIT_SIZES = {
@@ -29,6 +30,27 @@ VAES = {
     # IN-VAE and VA-VAE: 256 px -> 16 x 16 x 32, attention at 16 x 16
     "f16d32": {"latent_channels": 32, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,), "quant_convs": True},
 }
+
+# RAE (arXiv 2510.11690): DINOv2 with registers, and the ViT-XL decoder of nyu-visionx/RAE-dinov2-wReg-*-ViTXL-n08; 256 px ->
+# 16 x 16 x 768, 512 px -> 32 x 32 x 768
+_RAES = {
+    f"rae-dinov2-{size}": {
+        "family": RAE, "latent_channels": width, "patch_size": 16,
+        "encoder_patch_size": 14, "encoder_depth": depth, "encoder_heads": width // 64, "encoder_table": 37,
+        "decoder_hidden_size": 1152, "decoder_depth": 28, "decoder_heads": 16, "decoder_mlp_dim": 4096,
+    }
+    for size, width, depth in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
+}  # fmt: skip
+# VTP (arXiv 2512.13687): MiniMaxAI/VTP-Large-f16d64's config.json, and the defaults of its class; 256 px -> 16 x 16 x 64
+_VTPS = {
+    f"vtp-{size}": {
+        "family": VTP, "latent_channels": 64, "patch_size": 16,
+        "encoder_hidden_size": width, "encoder_depth": depth, "encoder_heads": heads,
+        "decoder_hidden_size": width, "decoder_depth": depth, "decoder_heads": heads,
+    }
+    for size, width, depth, heads in (("base", 768, 12, 12), ("large", 1024, 24, 16))
+}  # fmt: skip
+OTHER_VAES = {**_RAES, **_VTPS}  # of other families than AutoencoderKL
 
 # architecture -> its weights: names on the hub, and for MoCo v3, the file that the authors of RCG give to download
 ENCODERS = {name: release.weights for family in FAMILIES.values() for name, release in family.architectures.items()}
@@ -114,6 +136,9 @@ _DIGITS = {
     "data.max_bad_fraction": 0.0,
     "vae.latent_channels": 8, "vae.channel_multipliers": (1, 2, 3), "vae.attention_levels": (), "vae.quant_convs": True,
     "vae.channels": 16, "vae.norm_groups": 8, "vae.num_res_blocks": 1,
+    "vae.patch_size": 4, "vae.encoder_patch_size": 4, "vae.encoder_depth": 1, "vae.encoder_heads": 2, "vae.encoder_table": 4,
+    "vae.encoder_hidden_size": 32, "vae.decoder_hidden_size": 32, "vae.decoder_depth": 2, "vae.decoder_heads": 2,
+    "vae.decoder_mlp_dim": 64,
     "sit.patch_size": 1, "sit.hidden_size": 128, "sit.depth": 6, "sit.num_heads": 4, "sit.encoder_depth": 2,
     "sit.projector_dim": 256, "sit.remat": "none", "sit.unroll": 6,
     "disc.channels": 32, "disc.num_layers": 2, "loss.vae.lpips": 0.0,
@@ -121,7 +146,7 @@ _DIGITS = {
     "optim.vae.learning_rate": 1e-3, "optim.disc.learning_rate": 2e-4, "optim.sit.learning_rate": 1e-3,
     "checkpoint.every": 250, "checkpoint.keep_last": 1, "checkpoint.keep_every": 250,
     "hooks.images": 40, "hooks.samples_every": 250, "hooks.reconstructions_every": 250,
-    "sampling.steps": 50, "sampling.guidance_scale": 1.5,
+    "sampling.steps": 50, "sampling.guidance_scale": 1.5, "diffusion.time_shift": 1.0, "sampling.time_shift": 1.0,
 }  # fmt: skip
 _TINY = {
     "steps": 2, "data.batch_size": 8, "log.every": 1, "checkpoint.every": 2, "checkpoint.keep_every": placeholder(int),
@@ -132,9 +157,10 @@ _TINY = {
 }  # fmt: skip
 
 
-def _latents(config: ConfigDict) -> int:
+def latents(config: ConfigDict) -> int:
     """Returns of how many numbers the latents of an image are."""
-    side = config.data.image_size // 2 ** (len(config.vae.channel_multipliers) - 1)
+    factor = config.vae.patch_size if "family" in config.vae else 2 ** (len(config.vae.channel_multipliers) - 1)
+    side = config.data.image_size // factor
     return side**2 * config.vae.latent_channels
 
 
@@ -142,7 +168,7 @@ def shrink(config: ConfigDict, preset: str) -> None:
     """Applies the preset '', 'digits' or 'tiny' to an unlocked config of any job."""
     if not preset:
         return
-    full_latents = _latents(config)
+    full_latents = latents(config)
     families = {name: ENCODER_FAMILIES[encoder.architecture] for name, encoder in config.encoders.items()}
     change(config, _DIGITS)
     for encoder in config.encoders.values():
@@ -159,5 +185,7 @@ def shrink(config: ConfigDict, preset: str) -> None:
             encoder.update(architecture={"family": families[name], **sizes}, weights="random")
         if config.job == "ldm" or not any(config.loss.vae.values()):
             config.init.vae = "random"  # a frozen VAE
+    if config.job == "ldm" and config.diffusion.mean_flow:
+        config.sampling.update(steps=1, guidance_scale=1.0)
     if config.job == "repae":
-        config.loss.vae.kl *= full_latents / _latents(config)  # KL is a sum over latents, the other terms are means
+        config.loss.vae.kl *= full_latents / latents(config)  # KL is a sum over latents, the other terms are means

@@ -46,6 +46,8 @@ class Row(NamedTuple):
 
 _SDVAE, _INVAE, _VAVAE = "REPA-E/sdvae/sdvae-f8d4", "REPA-E/invae/invae-f16d32", "REPA-E/vavae/vavae-f16d32"
 _E2E = "REPA-E/e2e-vavae/e2e-vavae-400k"
+_RAE = "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"  # the statistics of its latents are in it
+_VTP = "MiniMaxAI/VTP-Large-f16d64"  # its statistics are a file of its repository, generation/latent_stats/vtp_l
 _SCALED = "stabilityai/sd-vae-ft-ema"  # SD-VAE's latents times 0.18215, as SiT, DiT and REPA take them
 
 
@@ -55,7 +57,7 @@ def _joint(table, published, arg="sit=L/2", vae=_SDVAE, steps=100_000, **changes
 
 
 def _frozen(table, published, arg="model=SiT-L/2,vae=f8d4", vae=_SCALED, steps=400_000, **changes):
-    is_folder = vae == _SCALED
+    is_folder = vae in (_SCALED, _RAE, _VTP)
     files = {"init.vae": vae, "init.latent_stats": vae} if is_folder else common.vae_files(vae, "vae", "latent_stats")
     return Row(table, "ldm", arg, {**files, "steps": steps, **_dotted(changes)}, published)
 
@@ -66,6 +68,15 @@ def _dotted(changes):
 
 # as published for SiT and DiT: 1,400 epochs, mirrored images, no clipping
 _ALONE = {"steps": 7_000_000, "data__flip_probability": 0.5, "optim__sit__clip_norm": 1e9}
+
+# the code of MeanFlow: float32, and no clipping
+_FAST_FORWARD = {"optim__sit__b2": 0.95, "optim__sit__clip_norm": 1e9, "precision__compute": "float32"}
+
+# as published for RAE and VTP: 80 epochs are 100,000 steps of 1024 images
+_OF_1024 = {
+    "steps": 100_000, "data__batch_size": 1024, "data__flip_probability": 0.5, "diffusion__time_distribution": "lognormal",
+    "optim__sit__learning_rate": 2e-4, "optim__sit__b2": 0.95,
+}  # fmt: skip
 
 ROWS = {
     # the main runs and the sizes
@@ -144,6 +155,27 @@ ROWS = {
     "repa-early-stop": _frozen(
         "HASTE (2505.16792)", "-; HASTE distils attention, too, and stops by its own criterion", "model=SiT-XL/2,vae=f8d4",
         loss__align_end=250_000,
+    ),
+    # one or two steps; docs/beyond.md says what is not here
+    "mean-flow": _frozen(
+        "MeanFlow (2505.13447)", "guided in training: 3.43 in one step, 2.93 in two", "model=MF-XL/2,vae=f8d4,encoder=none",
+        steps=1_200_000, diffusion__mean_flow__omega=0.2, diffusion__mean_flow__kappa=0.92,
+        diffusion__mean_flow__guidance_high=0.75, **_FAST_FORWARD,
+    ),
+    "improved-mean-flow": _frozen(
+        "iMF (2512.02012)", "told its guidance, by another network: 1.72 in one step, 1.54 in two",
+        "model=iMF-XL/2,vae=f8d4,encoder=none", steps=800_000, data__batch_size=1024, optim__sit__warmup_steps=12_500,
+        **_FAST_FORWARD,
+    ),
+    "rae-dit-xl": _frozen(
+        "RAE (2510.11690)", "4.28 (IS 222), Euler-50, with RoPE, SwiGLU and RMSNorm; DiT-DH-XL 2.16",
+        "model=SiT-XL/1,vae=rae-dinov2-base,encoder=none", _RAE, ema_decay=0.9995, sampling__sampler="euler",
+        sampling__steps=50, **_OF_1024,
+    ),
+    "vtp-dit-xl": _frozen(
+        "VTP (2512.13687)", "2.03, Euler-250, with RoPE, SwiGLU, RMSNorm and a cosine loss; 1.11 in the end",
+        "model=SiT-XL/1,vae=vtp-large,encoder=none", _VTP, init__latent_stats="", diffusion__time_mean=0.75,
+        sampling__sampler="euler", sampling__time_shift=1 / 0.075, **_OF_1024,
     ),
     "repae-two-encoders": _joint("none", "-", "sit=L/2,encoder=dinov2-base+ijepa_vith14_1k"),
 }  # fmt: skip

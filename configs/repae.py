@@ -22,6 +22,7 @@ or a preset:
     tiny        the same code at toy size with a random encoder: a full step in seconds, for tests
 
 Every field can be overridden: --config.optim.sit.learning_rate=2e-4. A loss term exists if its weight is not zero.
+`--config.vae_every=4` trains VAE and discriminator in the first of every 4 steps alone, at 46 % of the FLOP (docs/beyond.md).
 The paper's text says MSE where its code trains with L1; this config follows the code.
 """
 
@@ -37,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             **sections.run("repae"),
+            "vae_every": 1,  # k: the VAE and the discriminator are trained in the first of every k steps, the SiT in all
             "data": sections.data(args["resolution"]),
             "vae": sections.vae(args["vae"]),
             # the published loop trains the position table; REPA and training on a frozen VAE keep it fixed

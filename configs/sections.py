@@ -3,14 +3,16 @@
 Names, types and ranges are in `repae_jax/job/sections.py`.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from configs import common
 from repae_jax import tokenizer_step, train_step
 from repae_jax.data import option_types
+from repae_jax.diffusion.mean_flow import MeanFlow
 
 DISC = {"channels": 64, "num_layers": 3}
 LPIPS = {
@@ -25,6 +27,8 @@ def run(job: str, ema_decay: float = 0.9999) -> dict[str, Any]:
     """Returns the fields that are in no section, and the sections that are the same in every job."""
     return {
         "job": job, "seed": 0, "steps": 400_000, "ema_decay": ema_decay,
+        "ema_decays": (),  # further averages, to choose from with --ema when sampling: (0.999, 0.9995)
+        "ema_sigmas": (),  # widths of averages by power functions, of which --ema sigma=S makes others: (0.05, 0.1), EDM2's
         "accumulation": 1,  # micro-batches per step
         "max_skipped_in_a_row": 20,  # consecutive updates with non-finite gradients before the run stops
         # devices that share one copy of parameters and optimizer state; TPU slices, or nodes of GPUs, that share none
@@ -44,7 +48,8 @@ def data(resolution: int) -> dict[str, Any]:
         "source": "folder",
         # the options of every source; the chosen one takes those that are set, and refuses others
         "options": {name: placeholder(kind) for name, kind in option_types().items()},
-        "image_size": resolution, "num_classes": 1000,
+        "image_size": FieldReference(resolution, field_type=object),  # a square's side, or (height, width)
+        "num_classes": 1000,
         "batch_size": 256,  # global
         "workers": 8,  # processes that decode images
         "max_bad_fraction": 0.001,  # share of undecodable images above which the run fails
@@ -54,9 +59,10 @@ def data(resolution: int) -> dict[str, Any]:
 
 
 def vae(name: str) -> dict[str, Any]:
-    """Returns `config.vae` of a name in common.VAES."""
-    architecture = common.choose("VAE", name, common.VAES)
-    return {**architecture, "channels": 128, "num_res_blocks": 2, "norm_groups": 32, "remat": False}
+    """Returns `config.vae` of a name in common.VAES or common.OTHER_VAES."""
+    architecture = common.choose("VAE", name, common.VAES | common.OTHER_VAES)
+    convolutional = {"channels": 128, "num_res_blocks": 2, "norm_groups": 32} if name in common.VAES else {}
+    return {**architecture, **convolutional, "remat": False}
 
 
 def sit(name: str, *, learned_sigma: bool = False, learned_positions: bool) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def encoders(names: str) -> dict[str, Any]:
             "architecture": name,
             # a Hugging Face name or folder, MoCo v3's file, or 'random' to measure speed
             "weights": common.choose("encoder", name, common.ENCODERS),
-            "image_size": placeholder(int),
+            "image_size": placeholder(object),  # a square's side, or (height, width); by default in proportion to data's
             "spatial_gamma": placeholder(float),  # iREPA's normalization over positions; published: 0.6
         }
     return entries
@@ -110,9 +116,11 @@ def tokenizer_loss() -> dict[str, Any]:
     }
 
 
-def sit_loss(*, align: float = 0.5, ddpm: bool = False) -> dict[str, Any]:
-    """Returns `config.loss` where a SiT or DiT is trained."""
+def sit_loss(*, align: float = 0.5, ddpm: bool = False, mean_flow: bool = False) -> dict[str, Any]:
+    """Returns `config.loss` where a SiT, a DiT or MeanFlow's network is trained."""
     objective = {"velocity": 0.0, "noise": 1.0, "bound": 1.0} if ddpm else {"velocity": 1.0, "noise": 0.0, "bound": 0.0}
+    if mean_flow:
+        objective = {"mean_flow": 1.0, "velocity": 0.0, "noise": 0.0, "bound": 0.0}
     return {
         "sit": {**objective, **dict.fromkeys(train_step.SIT_TERMS, 0.0), "align": align},
         # the alignment's weights are multiplied by 1 until `align_end`, or decay to 0 until then ('linear', 'cosine')
@@ -121,12 +129,17 @@ def sit_loss(*, align: float = 0.5, ddpm: bool = False) -> dict[str, Any]:
     }
 
 
-def diffusion(path: str = "linear") -> dict[str, Any]:
+def diffusion(path: str = "linear", mean_flow: MeanFlow | None = None) -> dict[str, Any]:
     """Returns `config.diffusion` on a frozen VAE."""
     return {
         "path": path,  # 'linear', 'cosine', or 'ddpm': DiT's noise and bound in place of the velocity
-        "time_distribution": "uniform",  # or 'lognormal'
+        "predicts": "velocity",  # or 'data': JiT's, the latents themselves
+        "time_distribution": "lognormal" if mean_flow else "uniform",
+        "time_mean": 0.0, "time_std": 1.0,  # of log(sigma / alpha) where times are lognormal; mean_flow has its own
+        "time_shift": 1.0,  # above 1, times are nearer to noise: sqrt(numbers of the latents / 4096), see docs/beyond.md
         "label_dropout": 0.1,
+        # MeanFlow's settings where an average velocity is learned; fields are described in repae_jax/diffusion/mean_flow.py
+        "mean_flow": dataclasses.asdict(mean_flow) if mean_flow else placeholder(object),
     }
 
 
@@ -134,10 +147,12 @@ def adamw() -> dict[str, Any]:
     """Returns an entry of `config.optim` as in REPA-E: constant rate, no decay, gradient norm clipped to 1."""
     return {
         "learning_rate": 1e-4, "warmup_steps": 0, "final_learning_rate": 0.0,
-        "schedule": "constant",  # 'linear' or 'cosine': falls until decay_steps
+        "schedule": "constant",  # 'linear', 'cosine' or '1-sqrt': falls until decay_steps
+        "decay_start": placeholder(int),  # step until which the rate is constant (warmup-stable-decay); default warmup_steps
         "decay_steps": placeholder(int),
         "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
         "fixed": (),  # parts of the network that are not trained, such as ("encoder", "quant_conv") of a VAE
+        "method": "adamw",  # 'muon': Muon for the matrices of a SiT's blocks, at the same rate
     }
 
 
@@ -161,12 +176,19 @@ def sit_hooks() -> dict[str, Any]:
     }
 
 
-def sampling(sampler: str = "sde") -> dict[str, Any]:
+def sampling(sampler: str = "sde", steps: int = 250) -> dict[str, Any]:
     """Returns `config.sampling`: of pictures during training, and the defaults of repae_jax.sample."""
     return {
-        "sampler": sampler,  # 'euler', 'heun' or 'sde'; 'ancestral' with diffusion.path='ddpm'
-        "steps": 250,
+        # 'euler', 'heun', 'dpmpp', 'dopri5' or 'sde'; 'ancestral' with diffusion.path='ddpm', 'meanflow' with mean_flow
+        "sampler": sampler,
+        "steps": steps,
         "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0,
         "guidance_channels": placeholder(int),  # guide only the first ones, as published DiT samples do; default all
+        "guidance_schedule": "constant",  # 'linear', 'cosine' or 'power_cosine': the scale grows toward data
+        "guidance_power": 4.0,  # of 'power_cosine'
+        # away from the output of the head that loss.sit.internal trains, at weaker_low <= t <= weaker_high; 1 is none
+        "internal_scale": 1.0, "weaker_low": 0.0, "weaker_high": 1.0,
         "precision": "float32",  # of the SiT's matrix products; or 'bfloat16'
+        "time_shift": 1.0,  # as diffusion.time_shift, of the steps' times
+        "tolerance": 1e-3,  # of dopri5
     }

@@ -66,7 +66,7 @@ trap stop_in_time USR1
 trap 'late=1' USR2
 trap '[ -z "$timer" ] || kill "$timer" 2>/dev/null || true' EXIT
 
-# Prints the step of the newest checkpoint, 0 if there is none.
+# Prints the step of the newest checkpoint, 0 if there is none; of two phases, the sum.
 newest() {
     python - "${rest[@]}" <<'PYTHON'
 import argparse
@@ -75,8 +75,10 @@ from etils import epath
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
 parser.add_argument("--workdir", "-workdir", type=epath.Path)
-folder = parser.parse_known_args()[0].workdir.expanduser() / "checkpoints"
-print(max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0))
+workdir = parser.parse_known_args()[0].workdir.expanduser()
+folders = [workdir, workdir / "joint", workdir / "frozen"]  # the latter of a run of two phases
+steps = [[int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()] for folder in folders]
+print(sum(max(of_folder, default=0) for of_folder in steps))
 PYTHON
 }
 

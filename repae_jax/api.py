@@ -27,9 +27,9 @@ from checkpoints_tools import identify, locate, vit
 from repae_jax import images as pixels
 from repae_jax.diffusion import latent_norm
 from repae_jax.models import encoders
-from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
-from repae_jax.ranges import check, whole
+from repae_jax.models.vae_families import VaeModule
+from repae_jax.ranges import Extent, check, whole
 from repae_jax.sampling import generate
 from repae_jax.sampling import load_model as loading
 from repae_jax.training import checkpoint
@@ -62,7 +62,7 @@ def _batch(images):
 class Vae:
     """A trained VAE."""
 
-    module: AutoencoderKL
+    module: VaeModule
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     latent_stats: ChannelStats | None  # mean and variance of each latent channel; None if the files hold none
 
@@ -109,7 +109,7 @@ class Model:
     @functools.cached_property
     def _generators(self):
         make = functools.partial(generate.make_generate, self.loaded.nets, self.loaded.objective, self.loaded.latent_shape)
-        return functools.cache(lambda sampling: jax.jit(make(sampling)))  # one program per setting
+        return functools.cache(lambda sampling, weaker: jax.jit(make(sampling, weaker)))  # one program per setting
 
     @functools.cached_property
     def _features(self):
@@ -140,24 +140,31 @@ class Model:
         return self.loaded.step
 
     def sample(
-        self, labels: Int[Array, " N"] | Sequence[int], *, seed: int = 0, batch_size: int = 64, **sampling: Any
-    ) -> UInt8[np.ndarray, "N H W 3"]:
+        self, labels: Int[Array, " N"] | Sequence[int], *, seed: int = 0, batch_size: int = 64,
+        autoguidance: "Model | None" = None, **sampling: Any,
+    ) -> UInt8[np.ndarray, "N H W 3"]:  # fmt: skip
         """Returns one image for each label, 0 to num_classes - 1; image i depends on the seed, i and its label alone.
 
         Args:
           batch_size: images at a time, if there are so many.
+          autoguidance: a weaker model of the same VAE and classes, to guide away from by `autoguidance_scale`.
           **sampling: fields of `repae_jax.diffusion.samplers.Sampling` that differ from the run's config: `sampler`, `steps`,
-            `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`, `precision`.
+            `guidance_scale`, `guidance_low`, `guidance_high`, `guidance_channels`, `guidance_schedule`, `guidance_power`,
+            `autoguidance_scale`, `internal_scale`, `weaker_low`, `weaker_high`, `precision`, `time_shift`, `tolerance`.
 
         Raises:
-          ValueError: for a label out of range, a field out of range, or a sampler that does not fit the model.
+          ValueError: for a label or a field out of range, or a sampler or a weaker model that does not fit the model.
           TypeError: for a field that does not exist.
         """
         classes = self._checked(labels)
         check("batch_size", whole(1), batch_size)
-        run = self._generators(dataclasses.replace(self.loaded.sampling, **sampling))
+        settings, params, weaker = dataclasses.replace(self.loaded.sampling, **sampling), self.loaded.params, None
+        if autoguidance is not None:
+            found = loading.add_weaker(self.loaded, autoguidance.loaded, "Model").weaker
+            weaker, params = found.sit, {**params, "weaker": found.params}
+        run = self._generators(settings, weaker)
         size = min(batch_size, len(classes))
-        batches = generate.in_batches(run, self.loaded.params, classes, size, jax.random.key(seed), jnp.asarray)
+        batches = generate.in_batches(run, params, classes, size, jax.random.key(seed), jnp.asarray)
         return np.concatenate([images for _, images in batches])
 
     def encode(self, images: UInt8[Array, "B H W 3"], key: Array | None = None) -> Float[Array, "B h w C"]:
@@ -169,7 +176,7 @@ class Model:
         return self.vae.decode(latents)
 
     def features(
-        self, images: UInt8[Array, "B H H 3"], labels: Int[Array, " B"] | Sequence[int] | None = None, *, t: float = 0.0,
+        self, images: UInt8[Array, "B H W 3"], labels: Int[Array, " B"] | Sequence[int] | None = None, *, t: float = 0.0,
         seed: int = 0,
     ) -> Float[Array, "B T D"]:  # fmt: skip
         """Returns the transformer's hidden states where they are aligned with the encoder, one for each token, row by row.
@@ -213,7 +220,7 @@ class Encoder:
     def _features(self):
         return loading.jit_in_float32(functools.partial(encoders.encode, self.encoder))
 
-    def features(self, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
+    def features(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B T F"]:
         """Returns the patch tokens, row by row."""
         return self._features(self.params, _batch(images))
 
@@ -258,8 +265,9 @@ def load_vae(source: str, step: int | None = None, *, device: Device = None) -> 
 
 
 def load_model(
-    source: str, step: int | None = None, *, vae: str | None = None, sampler: str | None = None, device: Device = None
-) -> Model:
+    source: str, step: int | None = None, *, vae: str | None = None, sampler: str | None = None, ema: str | None = None,
+    device: Device = None,
+) -> Model:  # fmt: skip
     """Returns the averaged diffusion model of a run or of a published checkpoint, with its VAE.
 
     Args:
@@ -267,20 +275,23 @@ def load_model(
       step: checkpoint; default the newest.
       vae: path or name of the VAE where `source` holds none.
       sampler: 'ancestral' marks published weights as a DiT's, whose files look like a plain SiT's.
+      ema: which average of a run: a decay that it has kept, as '0.999', or 'sigma=S'; default config.ema_decay's.
       device: as of `load`.
 
     FileNotFoundError or ValueError if there is no such model, or its VAE is missing.
     """
-    return Model(loading.load_model(str(source), step, [_device(device)], vae, sampler))
+    return Model(loading.load_model(str(source), step, [_device(device)], vae, sampler, ema))
 
 
-def load_encoder(source: str, resolution: int = 256, image_size: int | None = None, *, device: Device = None) -> Encoder:
+def load_encoder(
+    source: str, resolution: Extent = 256, image_size: Extent | None = None, *, device: Device = None
+) -> Encoder:
     """Returns a frozen vision encoder with its published preprocessing.
 
     Args:
       source: folder or name such as 'facebook/dinov2-base', or MoCo v3's file.
-      resolution: side of the images in pixels, on which the number of tokens depends.
-      image_size: side in pixels to which the encoder's input is resized; default as published for the resolution.
+      resolution: pixels of the images, a square's side or (height, width), on which the number of tokens depends.
+      image_size: pixels to which the encoder's input is resized; default as published for the resolution, in proportion.
       device: as of `load`.
 
     FileNotFoundError or ValueError if there is nothing of that name, or a network of another kind.

@@ -9,7 +9,6 @@ damaged. Several processes of jax.distributed (--distributed) on one file system
 The files are the same, bit for bit, for the same number and kind of devices in total.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from repae_jax import buckets, cli, data, images
 from repae_jax.data import latents, shard_writer, shards
 from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.job import build, frozen_weights, training_data
+from repae_jax.ranges import Extent, height_width
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.workdir import prepare_workdir
 
@@ -39,10 +39,10 @@ class Latents(shard_writer.RecordMaker):
 
     format = latents.FORMAT
 
-    def __init__(self, image_size: int, encode: Callable, block_size: int, shape: tuple[int, ...]):
+    def __init__(self, image_size: Extent, encode: Callable, block_size: int, shape: tuple[int, ...]):
         self.block_size = block_size
         self.record_bytes = 4 * math.prod(shape)
-        self.missing = np.zeros((image_size, image_size, 3), np.uint8)
+        self.missing = np.zeros((*height_width(image_size), 3), np.uint8)
         self._encode = encode
 
     @staticmethod
@@ -177,7 +177,7 @@ def summary(folder: str | Path) -> str:
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     place = "folder of the cache, on a disk that all processes share; continued if it exists"
     add("--out", type=cli.path, required=True, help=place)

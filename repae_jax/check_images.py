@@ -28,11 +28,11 @@ SIDE = 96  # pixels of a picture
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     examples = "folder:path=/data/pictures,labels_file=labels.csv or parquet:path=/data"
     add("data", type=cli.path, help=f"folder of images; or a source and its fields, such as {examples}")
-    add("--image_size", type=cli.whole(1, 2**20), default=256, help="side that training crops them to, in pixels")
+    add("--image_size", type=cli.image_size, default=256, help="side that training crops them to, in pixels, or HEIGHT,WIDTH")
     share = "of undecodable images, above which training ends: config.data.max_bad_fraction"
     add("--max_bad_fraction", type=cli.number(ranges.real(0, 1)), default=0.001, help=share)
     add("--out", type=cli.path, metavar="PNG", help="the contact sheet, a new file; default check-NAME.png, replaced each time")
@@ -49,7 +49,7 @@ class Opened:
     findings: list[Finding]  # what kept them from being opened as they were given
 
 
-def open_source(text: str, image_size: int) -> Opened:
+def open_source(text: str, image_size: ranges.Extent) -> Opened:
     """Opens a source of image files; a folder whose classes are in disorder is opened without classes, with a finding."""
     name, fields = data.parse_source(text)
     try:
@@ -96,9 +96,8 @@ def training_flags(opened: Opened) -> str:
     fields = {f"options.{name}": value for name, value in data.given(opened.fields).items()}
     if "options.path" in fields:
         fields["options.path"] = Path(fields["options.path"]).expanduser().absolute()
-    given = {
-        "source": opened.name, **fields, "image_size": opened.source.image_size, "num_classes": opened.source.num_classes
-    }  # fmt: skip
+    size, classes = ranges.as_option(opened.source.image_size), opened.source.num_classes
+    given = {"source": opened.name, **fields, "image_size": size, "num_classes": classes}
     return " ".join(f"--config.data.{name}={value}" for name, value in given.items())
 
 
@@ -122,9 +121,9 @@ def _evenly(count: int, most: int) -> list[int]:
 
 
 def draw(path, inspection: Inspection, findings: list[Finding]) -> None:
-    """Draws the contact sheet, of the squares that training sees."""
+    """Draws the contact sheet, of the parts that training sees."""
 
-    def pictures(records) -> UInt8[np.ndarray, "N S S 3"]:
+    def pictures(records) -> UInt8[np.ndarray, "N H W 3"]:
         return np.stack([inspection.source[i]["image"] for i in records])
 
     plots.show_rows(path, {label: pictures(records) for label, records in rows(inspection, findings).items()}, size=SIDE)

@@ -217,24 +217,39 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults beside the options that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class ConfigParser(Parser):
     """Parser of a command that takes a config: `--config=FILE[:ARG]`, and `--config.FIELD=VALUE` for each field.
 
-    The arguments have the config, a ConfigDict with the changes, as `config`. Config fields are parsed by ml_collections.
+    The arguments have the config, a ConfigDict with the changes, as `config`. Config fields are parsed by ml_collections. If
+    there is a text for its help, `then` is a second config, None if it is left out.
     """
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args, then: str = "", **options):
         fields = "Fields of the config: --config.FIELD=VALUE, such as --config.data.batch_size=64 or --config.sit.qk_norm=True."
         super().__init__(*args, epilog=fields, **options)
         text = "config file, such as configs/repae.py or configs/repae.py:digits"
         self.add_argument("--config", type=path, required=True, metavar="FILE[:ARG]", help=text)
+        self._names = ["config"]
+        if then:
+            self.add_argument("--then", type=path, metavar="FILE[:ARG]", help=f"{then}; its fields are --then.FIELD=VALUE")
+            self._names.append("then")
 
     def parse_args(self, words=None, namespace=None):  # type: ignore[override]
         """Returns the arguments; SystemExit with one line if a word is not understood, or the config cannot be read."""
         try:
             words = flags.FLAGS.read_flags_from_files(["", *(sys.argv[1:] if words is None else words)], force_gnu=False)[1:]
             arguments, left = self.parse_known_args(words, namespace)
-            arguments.config, left = _read_config(arguments.config, left)
+            for name in self._names:
+                if (text := getattr(arguments, name)) is not None:
+                    config, left = _read_config(name, text, left)
+                    setattr(arguments, name, config)
         except (flags.Error, ValueError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
         if left:
@@ -264,6 +279,14 @@ def whole(least: int, most: int = ranges.LARGEST) -> Callable[[str], float]:
 
 
 seed = number(ranges.SEED)
+
+
+def image_size(text: str) -> ranges.Extent:
+    """Returns the size of images in pixels, 'SIDE' or 'HEIGHT,WIDTH', for the `type` of an option."""
+    sides = [whole(1, 2**20)(part) for part in text.split(",")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sides)} numbers; allowed: SIDE, or HEIGHT,WIDTH")
+    return ranges.as_extent(sides * 2 if len(sides) == 1 else sides)
 
 
 def path(text: str) -> str:
@@ -300,43 +323,43 @@ class _NumberOrNone(flags.ArgumentParser):
         return f"{self._parser.flag_type()} or None"
 
 
-def _read_config(text: str, words: list[str]) -> tuple[ConfigDict, list[str]]:
-    """Returns (the config of FILE[:ARG] with the changes among the words, the words that are none)."""
-    config = _run_config_file(text)
-    _check_fields(config, words)
+def _read_config(flag: str, text: str, words: list[str]) -> tuple[ConfigDict, list[str]]:
+    """Returns (the config of FILE[:ARG] with the changes `--flag.FIELD` among the words, the words that are none)."""
+    config = _run_config_file(flag, text)
+    _check_fields(flag, config, words)
     for kind, parser in ((int, flags.IntegerParser()), (float, flags.FloatParser())):
         config_flags.register_flag_parser_for_type(kind, _NumberOrNone(parser))
     values = flags.FlagValues()
     values.set_gnu_getopt()
-    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *words])
+    holder = config_flags.DEFINE_config_dict(flag, config, flag_values=values, sys_argv=["", *words])
     _, *left = values(["", *words], known_only=True)
     return holder.value, left
 
 
-def _run_config_file(text: str) -> ConfigDict:
+def _run_config_file(flag: str, text: str) -> ConfigDict:
     """Returns the config of FILE[:ARG]; ValueError for whatever its file raises."""
     file, colon, argument = text.partition(":")
     if not os.path.isfile(file):
-        raise ValueError(f"--config={text}: there is no file {file!r}")
+        raise ValueError(f"--{flag}={text}: there is no file {file!r}")
     try:
         defined = runpy.run_path(file, run_name="config")
         if "get_config" not in defined:
             raise ValueError("the file has no function get_config")
         config = defined["get_config"](*[argument] * bool(colon))
     except (ValueError, OSError) as error:
-        raise ValueError(f"--config={text}: {error}") from error
+        raise ValueError(f"--{flag}={text}: {error}") from error
     except Exception as error:  # a config file is a program
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"--config={text}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})") from error
+        raise ValueError(f"--{flag}={text}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"--config={text}: get_config must return a ConfigDict, not {type(config).__name__}")
+        raise ValueError(f"--{flag}={text}: get_config must return a ConfigDict, not {type(config).__name__}")
     return config
 
 
-def _check_fields(config: ConfigDict, words: list[str]) -> None:
+def _check_fields(flag: str, config: ConfigDict, words: list[str]) -> None:
     """Raises ValueError if the config lacks a field that the command line names."""
     for word in words:
-        match, section, above = re.match(r"--?(?:no)?config\.([^=]+)", word), config, "config"
+        match, section, above = re.match(rf"--?(?:no)?{flag}\.([^=]+)", word), config, flag
         for name in match[1].split(".") if match else ():
             if not isinstance(section, ConfigDict | Mapping):
                 raise ValueError(f"{word}: {above} is a value, and has no fields")

@@ -5,7 +5,6 @@ Compares the images of a validation set with their reconstructions: rFID, PSNR, 
 images beside their reconstructions).
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from repae_jax.files import RANDOM
 from repae_jax.metrics import image_quality
 from repae_jax.models.inception import pytorch_fid_input
 from repae_jax.models.lpips import LPIPS
+from repae_jax.ranges import as_option, height_width, in_words
 from repae_jax.sampling.load_model import load_vae
 from repae_jax.training.checkpoint import fingerprint
 
@@ -41,14 +41,15 @@ PREPROCESSING = {
 def parse_args(argv=None):
     """Command line of this program."""
     description = __doc__.split("\n\n")[0]
-    parser = cli.Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(description=description, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add("source", type=cli.path,
         help="workdir of a run (its VAE, trained or frozen), published training checkpoint, or a VAE's file or folder")
     add("--data", type=cli.path,
         help="folder of images, or NAME:FIELD=VALUE,… as in folder:path=/data/val or digits:split=test; default, for a run: "
         "its training images")
-    add("--image_size", type=cli.whole(1, 2**20), help="side of the images in pixels; default, for a run: that of training")
+    add("--image_size", type=cli.image_size,
+        help="side of the images in pixels, or HEIGHT,WIDTH; default, for a run: that of training")
     add("--num_images", type=cli.whole(1), help="so many images, evenly spread over all; default all")
     add("--inception", type=cli.path, help=f"weights for rFID: TensorFlow's graph or a PyTorch port; {RANDOM!r} for tests")
     add("--lpips_vgg16", type=cli.path, help=f"torchvision's VGG16, or LPIPS as a whole; {RANDOM!r} (both) for tests")
@@ -78,6 +79,12 @@ def _choose_images(args, config, warn):
     return data.make_source(name, size, **fields), name, dict(fields)
 
 
+def _preprocessing(name, size):
+    if name in PREPROCESSING and isinstance(size, int):
+        return PREPROCESSING[name]
+    return f"as the source {name!r} prepares images of {in_words(size)} pixels"
+
+
 def _choose_records(count, available):
     """Returns `count` records, evenly spread, since folders are sorted by class; all if it is None."""
     if count is None:
@@ -96,16 +103,16 @@ def _choose_out(args, vae, name, fields, source, count):
         raise ValueError(f"{args.source} is no folder of a run to keep the result in: give --out")
     words = [name, *(Path(value).name for value in fields.values() if isinstance(value, str) and value)]
     drawn = f"sampled-seed{args.seed}" if args.latents == "sampled" else args.latents
-    label = re.sub(r"[^\w.]+", "-", f"{'-'.join(words)}-{source.image_size}px-{count}-{drawn}")
+    label = re.sub(r"[^\w.]+", "-", f"{'-'.join(words)}-{as_option(source.image_size)}px-{count}-{drawn}")
     return epath.Path(args.source) / "evaluations" / f"tokenizer-{vae.step:07d}-{label}"
 
 
-def _load_lpips(args, side, warn):
+def _load_lpips(args, size, warn):
     paths = args.lpips_vgg16, args.lpips_linear
     if not any(paths):
         warn("LPIPS is left out: no --lpips_vgg16 and --lpips_linear")
-    elif side < LPIPS_SIDE:
-        warn(f"LPIPS is left out: it needs images of at least {LPIPS_SIDE} pixels, these have {side}")
+    elif min(height_width(size)) < LPIPS_SIDE:
+        warn(f"LPIPS is left out: it needs images of at least {LPIPS_SIDE} pixels, these have {in_words(size)}")
     elif set(paths) == {RANDOM}:
         warn("LPIPS has RANDOM weights: for tests only, its value means nothing")
         sizes = [jnp.zeros((1, 32, 32, 3))] * 2
@@ -158,24 +165,24 @@ def run(args):
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
     vae = load_vae(args.source, args.step)
     source, name, fields = _choose_images(args, vae.config, warn)
-    side, factor = source.image_size, vae.module.factor
-    if side % factor:
+    size, factor = source.image_size, vae.module.factor
+    if any(side % factor for side in height_width(size)):
         makes = f"this VAE makes one latent of {factor} x {factor} pixels"
-        raise ValueError(f"images of {side} pixels: {makes}; allowed as --image_size: multiples of {factor}")
+        raise ValueError(f"images of {in_words(size)} pixels: {makes}; allowed as --image_size: multiples of {factor}")
     records = _choose_records(args.num_images, len(source))
     out = _choose_out(args, vae, name, fields, source, len(records))
     path, picture = (out.with_name(out.name + ending) for ending in (".json", ".png"))
     if existing := [str(file) for file in (path, picture) if file.exists()]:
         raise ValueError(f"{', '.join(existing)} exists; choose another --out, or move it away")
-    if side < image_quality.WINDOW:
-        warn(f"SSIM is left out: its window has {image_quality.WINDOW} pixels, the images {side}")
-    lpips, inception = _load_lpips(args, side, warn), _load_inception(args, len(records), warn)
+    if min(height_width(size)) < image_quality.WINDOW:
+        warn(f"SSIM is left out: its window has {image_quality.WINDOW} pixels, the images {in_words(size)}")
+    lpips, inception = _load_lpips(args, size, warn), _load_inception(args, len(records), warn)
     comparison, metrics = _measure(args, vae, source, records, lpips, inception, warn)
     bad = comparison.bad_records
     protocol = {
         "source": args.source, "vae_fingerprint": fingerprint(vae.params), "data": {"source": name, **fields},
-        "image_size": side, "images": len(comparison.records), "images_of_the_source": len(source), "undecodable": len(bad),
-        "preprocessing": PREPROCESSING.get(name, f"as the source {name!r} prepares images"),
+        "image_size": size, "images": len(comparison.records), "images_of_the_source": len(source), "undecodable": len(bad),
+        "preprocessing": _preprocessing(name, size),
         "latents": args.latents, "seed": args.seed if args.latents == "sampled" else None,
         "rounding": "to the nearest of 0..255", "computed": {metric: METRICS[metric].computed for metric in metrics},
         "inception": inception and {"weights": args.inception, "fingerprint": inception.checksum},
@@ -187,7 +194,7 @@ def run(args):
         "undecodable": [{"image": source.name(record), "error": error} for record, error in bad],
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.save_png(picture, images.grid(comparison.pairs, COLUMNS, scale=images.viewing_scale(side)))
+    files.save_png(picture, images.grid(comparison.pairs, COLUMNS, scale=images.viewing_scale(size)))
     files.write_json(path, result)
     return path, result
 

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from repae_jax.ranges import Extent, height_width, in_words
+
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow decodes no more
 
 
@@ -45,37 +47,38 @@ def grid(
     return np.pad(sheet, [(padding, 0), (padding, 0), (0, 0)], constant_values=255)
 
 
-def viewing_scale(size: int) -> int:
+def viewing_scale(size: Extent) -> int:
     """Returns the factor by which images of `size` pixels are enlarged for people to see: small ones to about 64 pixels."""
-    return max(1, 64 // size)
+    return max(1, 64 // min(height_width(size)))
 
 
-def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes the shorter side to `size` and cuts out the central square, exactly as ADM prepares ImageNet.
+def center_crop(image: Image.Image, size: Extent) -> UInt8[np.ndarray, "height width 3"]:
+    """Resizes an image to the smallest that covers `size`, and cuts out its center; squares exactly as ADM prepares ImageNet.
 
-    Images of any mode are converted to RGB. An alpha channel is dropped, as the published code does. A file opened lazily that
-    turns out undecodable may raise anything.
+    A square's shorter side becomes `size`. Images of any mode are converted to RGB. An alpha channel is dropped, as the
+    published code does. A file opened lazily that turns out undecodable may raise anything.
 
     Reference: ADM `guided_diffusion/image_datasets.py` `center_crop_arr`.
     """
-    if size < 1:
+    height, width = height_width(size)
+    if height < 1 or width < 1:
         raise ValueError(f"size is {size}; allowed: a positive number of pixels")
-    short, long = sorted(image.size)
-    if long / short * size**2 > MOST_PIXELS:
+    if image.width * image.height * max(width / image.width, height / image.height) ** 2 > MOST_PIXELS:
+        side = "on its shorter side" if height == width else "pixels"
         raise ValueError(
-            f"{image.width} x {image.height} pixels, too narrow an image to be enlarged to {size} on its shorter side"
+            f"{image.width} x {image.height} pixels, too narrow an image to be enlarged to {in_words(size)} {side}"
         )
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white instead of scaling them
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     image = image.convert("RGB")
     # Box halving first: one bicubic step by a large factor would differ from the published statistics.
-    while min(image.size) >= 2 * size:
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = _resize(image, (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

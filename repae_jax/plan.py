@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -129,14 +130,18 @@ def plan(job: build.Job, numbers: Numbers) -> Numbers:
     """Compiles a prepared job; adds 'flop_per_image', 'fits', and the numbers of `outcome`, or the reason and advice."""
     chip, sampling, start = check_topology(numbers["topology"]), numbers["job"] == "sample", time.monotonic()
     numbers = {**numbers, "flop_per_image": flops.of_sampling(job) if sampling else flops.of_step(job)}
+    variants = ((job, 1.0),) if sampling else job.variants
     try:
-        compiled = compile_program(lower_sampling(job) if sampling else lower_step(job), chip)
+        compiled, *others = [
+            compile_program(lower_sampling(job) if sampling else lower_step(variant), chip) for variant, _ in variants
+        ]
     except DoesNotFit as error:
         numbers["memory_of_chip_bytes"] = error.available or numbers["memory_of_chip_bytes"]
         return {**numbers, **_refused(job, numbers, str(error), error.needed)}
     runs = math.ceil(SAMPLES / numbers["images"]) if sampling else job.config["steps"]
     numbers = {**numbers, "fits": True, "compile_seconds": time.monotonic() - start, "runs": runs}
-    numbers |= outcome(numbers, compiled.memory_analysis(), compiled.as_text())
+    further = [(other.as_text(), share) for other, (_, share) in zip(others, variants[1:])]
+    numbers |= outcome(numbers, compiled.memory_analysis(), compiled.as_text(), further)
     needed = numbers["memory_bytes"]["total"]
     if not chip.refuses and needed > chip.usable * chip.memory:
         reason = f"a program may fill {chip.usable:.0%} of it, the rest is for the driver, libraries and fragmentation"
@@ -189,12 +194,23 @@ def setting(job: build.Job, chip: Chip, topology: str, sampling: bool) -> Number
     }  # fmt: skip
 
 
-def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
-    """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO."""
+def outcome(numbers: Numbers, memory_stats: Any, text: str, further: Sequence[tuple[str, float]] = ()) -> Numbers:
+    """Returns the numbers that follow from a program that will run numbers['runs'] times: its memory and scheduled HLO.
+
+    `further` are (text, share of the runs) of smaller programs that run in its place: times are means, and all else is its own.
+    """
     chip, shares = check_topology(numbers["topology"]), numbers["branch_shares"]
     groups = roofline.Groups.of_mesh(numbers["mesh"], connected(numbers["topology"]))
-    cost, bounds = hlo_cost.analyze(text, shares), roofline.analyze(text, chip, groups, shares)
-    seconds = cost.cycles / numbers["clock_hz"] if cost.cycles else bounds.seconds  # compilers for TPUs count cycles
+
+    def analyzed(text):
+        cost, bounds = hlo_cost.analyze(text, shares), roofline.analyze(text, chip, groups, shares)
+        is_tpu = bool(cost.cycles)  # compilers for TPUs count cycles
+        return cost, bounds, cost.cycles / numbers["clock_hz"] if is_tpu else bounds.seconds
+
+    cost, bounds, own = analyzed(text)
+    kinds = [{"seconds": own, "share": 1 - sum(share for _, share in further)}]
+    kinds += [{"seconds": analyzed(other)[2], "share": share} for other, share in further]
+    seconds = sum(kind["seconds"] * kind["share"] for kind in kinds)
     flop = sum(numbers["flop_per_image"].values()) * numbers["images_per_chip"]
     hours = numbers["runs"] * seconds / 3600
     numbers = {
@@ -202,7 +218,7 @@ def outcome(numbers: Numbers, memory_stats: Any, text: str) -> Numbers:
         "memory_bytes": hlo_cost.memory(memory_stats),
         "estimated_cycles": cost.cycles, "unknown_loops": cost.unknown_loops, "collective_bytes": cost.collectives,
         "roofline": bounds.numbers(LARGEST),
-        "seconds": seconds, "images_per_second": numbers["images"] / seconds,
+        "kinds_of_steps": kinds, "seconds": seconds, "images_per_second": numbers["images"] / seconds,
         "share_of_peak": flop / seconds / numbers["peak_flop_per_second"],
         "hours": hours, "chip_hours": hours * numbers["chips"],
     }  # fmt: skip

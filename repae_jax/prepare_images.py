@@ -9,6 +9,7 @@ byte for byte, for any number of machines with one version of Pillow.
 """
 
 import argparse
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -30,7 +31,7 @@ class _Images(shard_writer.RecordMaker):
     missing = b""
 
     def __init__(self, image_size, encoding):
-        self.record_bytes = int(3 * image_size**2 * _COMPRESSION[encoding])
+        self.record_bytes = int(3 * math.prod(ranges.height_width(image_size)) * _COMPRESSION[encoding])
         self._encoding = encoding
 
     def read(self, fields: dict) -> bytes:
@@ -40,12 +41,12 @@ class _Images(shard_writer.RecordMaker):
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter)
     examples = "folder:path=/data/train, imagenet:split=train or parquet:path=/data"
     add = parser.add_argument
     add("--data", type=cli.path, required=True, help=f"source of images and its fields, such as {examples}")
     add("--out", type=cli.path, required=True, help="folder for the prepared images, on a disk; continued if it exists")
-    add("--image_size", type=cli.whole(1, 2**20), default=256, help="side of the prepared images in pixels")
+    add("--image_size", type=cli.image_size, default=256, help="side of the prepared images in pixels, or HEIGHT,WIDTH")
     add("--format", choices=array_record.ENCODINGS, default="png", help="of the records; without loss, raw reads quickest")
     add("--shard_size", type=cli.whole(1), default=SHARD_SIZE, help="images in a shard, made as a whole or not at all")
     add("--workers", type=cli.whole(0, 4096), default=len(os.sched_getaffinity(0)), help="processes at work; 0: threads")
@@ -92,13 +93,14 @@ def run(args: argparse.Namespace) -> int | None:
 def summary(folder: str | Path) -> str:
     """Returns a paragraph on finished prepared images, with the flags for training."""
     manifest = shards.read_manifest(folder, array_record.FORMAT)
-    bad, size = manifest["bad_records"], sum(shard["bytes"] for shard in manifest["shards"])
+    bad, size = manifest["bad_records"], manifest["image_size"]
+    gigabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e9
     first = f", first {', '.join(name for _, name in bad[:5])}" if bad else ""
     return (
-        f"{folder}: {manifest['records']} images of {manifest['image_size']} pixels in {manifest['num_classes']} classes "
-        f"({len(bad)} undecodable, their records are empty{first}), {len(manifest['shards'])} shards, {size / 1e9:.2f} GB\n"
+        f"{folder}: {manifest['records']} images of {ranges.in_words(size)} pixels in {manifest['num_classes']} classes "
+        f"({len(bad)} undecodable, their records are empty{first}), {len(manifest['shards'])} shards, {gigabytes:.2f} GB\n"
         f"train with --config.data.source=array_record --config.data.options.path={Path(folder).absolute()} "
-        f"--config.data.image_size={manifest['image_size']} --config.data.num_classes={manifest['num_classes']}"
+        f"--config.data.image_size={ranges.as_option(size)} --config.data.num_classes={manifest['num_classes']}"
     )
 
 

@@ -1,9 +1,13 @@
 """Ranges of config fields and command-line options, and the base class of config sections.
 
 A section is a frozen dataclass whose annotations are its rules: `Annotated[int, whole(1)]` is a number with bounds, and `bool`,
-`str`, `int`, `float`, `X | None`, `tuple[X, ...]` and `Mapping[str, X]` of such types mean what they say.
+`str`, `int`, `float`, `X | None`, `tuple[X, ...]` and `Mapping[str, X]` of such types mean what they say. Of several sections,
+`X | Y`, the field `family` says which one it is; the first has none.
+
+The size of an image or a grid is a number for a square, or a pair (height, width): `Extent`.
 """
 
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -12,11 +16,13 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 LARGEST = 2**31 - 1  # largest integer of the devices
+Extent = int | Sequence[int]  # a square's side, or (height, width)
 PATH = "path"  # the rule of texts that are paths or addresses
+_LATER = "later"  # in the metadata of a field, see `later`
 
 
 class FieldError(ValueError):
@@ -90,6 +96,21 @@ class Several:
 
 
 @dataclasses.dataclass(frozen=True)
+class NumberOrPair:
+    """A number that `rule` allows, or a pair of them."""
+
+    rule: Range
+
+    def problem(self, value: Any) -> str | None:
+        """Returns what is wrong with a value, as Range.problem."""
+        if isinstance(value, tuple | list):
+            text = Several(self.rule, count=2).problem(value)
+            return text and f"{text}: (height, width)"
+        text = self.rule.problem(value)
+        return text and f"{text}, or a pair (height, width)"
+
+
+@dataclasses.dataclass(frozen=True)
 class OrNone:
     """None, or a value that `rule` allows."""
 
@@ -144,9 +165,35 @@ def check_mapping(name: str, value: Any) -> None:
         raise FieldError(f"{name}={value!r} must be a section with fields of its own")
 
 
+# ---- sizes of images and grids ---------------------------------------------------------------------------------------
+
+
+def height_width(extent: Extent) -> tuple[int, int]:
+    """Returns (height, width) of an extent."""
+    height, width = (extent, extent) if isinstance(extent, numbers.Integral) else extent
+    return int(height), int(width)
+
+
+def as_extent(sides: Extent) -> int | tuple[int, int]:
+    """Returns the one form of an extent that is stored and compared: of a square the number, otherwise a tuple."""
+    height, width = height_width(sides)
+    return height if height == width else (height, width)
+
+
+def in_words(extent: Extent) -> str:
+    """Returns an extent for people: '256', or '256 x 384'."""
+    return " x ".join(map(str, dict.fromkeys(height_width(extent))))
+
+
+def as_option(extent: Extent) -> str:
+    """Returns an extent as options and config fields take it on the command line: '256', or '256,384'."""
+    return ",".join(map(str, dict.fromkeys(height_width(extent))))
+
+
 # ---- sections of a config -------------------------------------------------------------------------------------------
 
 Size = Annotated[int, whole(1, 2**20)]  # one axis of an array
+ImageSize = Annotated[Extent, NumberOrPair(whole(1, 2**20))]  # in pixels
 Positive = Annotated[int, whole(1)]
 Count = Annotated[int, whole(0)]
 Share = Annotated[float, real(0, 1)]
@@ -156,7 +203,10 @@ PathText = Annotated[str, PATH]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base class of sections: FieldError unless annotations allow the values; lists become tuples, `~` the user's folder."""
+    """Base class of sections: FieldError unless annotations allow the values; lists become tuples, `~` the user's folder.
+
+    Sizes of images become what `as_extent` returns.
+    """
 
     def __post_init__(self):
         for name, rule in _rules(type(self)).items():
@@ -166,12 +216,30 @@ class Section:
                 value = tuple(value)
             if value and PATH in (rule, getattr(rule, "rule", None)):
                 value = os.path.expanduser(value)
+            if value is not None and any(isinstance(part, NumberOrPair) for part in (rule, getattr(rule, "rule", None))):
+                value = as_extent(value)
             object.__setattr__(self, name, value)
+
+
+def later(default: Any) -> Any:
+    """Returns a field of a section that the first runs did not have, with the default that stands for them; see `plain`."""
+    return dataclasses.field(default=default, metadata={_LATER: True})
+
+
+def plain(value: Any) -> Any:
+    """Returns a section as nested plain values, a copy; a field made by `later` is left out at its default."""
+    if isinstance(value, Mapping):
+        return {name: plain(entry) for name, entry in value.items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return copy.deepcopy(value)
+    entries = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return {f.name: plain(entry) for f, entry in entries if not (f.metadata.get(_LATER) and entry == f.default)}
 
 
 @functools.cache
 def _rules(section):
-    return {name: _rule(hint) for name, hint in typing.get_type_hints(section, include_extras=True).items()}
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {name: _rule(hint) for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
 
 
 def _rule(hint):
@@ -180,7 +248,7 @@ def _rule(hint):
     if origin is Annotated:
         return hint.__metadata__[0]
     if origin in (typing.Union, types.UnionType):
-        return OrNone(_rule(arguments[0]))
+        return None if dataclasses.is_dataclass(arguments[0]) else OrNone(_rule(arguments[0]))
     if origin is tuple:
         return Several(_rule(arguments[0]), count=None if arguments[1] is Ellipsis else len(arguments))
     if origin is Mapping:
@@ -208,9 +276,20 @@ def construct(where: str, section: type, values: Any) -> Any:
 
 
 def _construct_field(where, hint, value):
-    if dataclasses.is_dataclass(hint):
-        return construct(where, hint, value)
-    if typing.get_origin(hint) is Mapping and dataclasses.is_dataclass(inner := typing.get_args(hint)[1]):
+    sections = [entry for entry in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(entry)]
+    if typing.get_origin(hint) is Mapping and sections:
         check_mapping(where, value)
-        return {name: construct(f"{where}.{name}", inner, entry) for name, entry in value.items()}
-    return value
+        return {name: construct(f"{where}.{name}", sections[0], entry) for name, entry in value.items()}
+    if not sections or (value is None and type(None) in typing.get_args(hint)):
+        return value
+    return construct(where, _member(where, sections, value), value)
+
+
+def _member(where, sections, value):
+    """Returns the dataclass that a section is of: that of its `family`, or the first, which has no such field."""
+    check_mapping(where, value)
+    families = {section.family: section for section in sections[1:]}
+    if not families or "family" not in value:
+        return sections[0]
+    check(f"{where}.family", Choice(tuple(families)), value["family"])
+    return families[value["family"]]

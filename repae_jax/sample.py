@@ -18,56 +18,98 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from repae_jax import cli, files, images
-from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling, check_sampler
+from repae_jax.diffusion.guidance import CONSTANT, SCHEDULES
+from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling, check_channels, check_sampler, check_weaker
 from repae_jax.distributed import sharding
 from repae_jax.sampling import generate
-from repae_jax.sampling.load_model import LoadedModel, load_model
+from repae_jax.sampling.load_model import LoadedModel, load_model, load_weaker
+from repae_jax.training import averages
 from repae_jax.training.checkpoint import fingerprint
 
 LABELS = ("random", "balanced")
+_ODE = "euler, heun, dpmpp, adaptive dopri5"
 Labels = Int[np.ndarray, " N"]
 
 
-def add_arguments(parser: Any, num_samples: int) -> None:
-    """Adds the settings of sampling to a parser or a group of arguments; `num_samples` is a default."""
-    parser.add_argument("--num_samples", type=cli.whole(1), default=num_samples, help="exactly so many images")
-    equal = "balanced: equal counts per class, in shuffled order"
-    parser.add_argument("--labels", choices=LABELS, default="balanced", help=equal)
-    parser.add_argument("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
-    unset = "; default: the run's config.sampling"
-    parser.add_argument("--sampler", choices=tuple(SAMPLERS), help="ODE (euler, heun) or SDE; DiT's is ancestral" + unset)
-    parser.add_argument("--steps", type=int, help="sampling steps" + unset)
-    parser.add_argument("--guidance_scale", type=float, help="1 is no guidance" + unset)
-    parser.add_argument("--guidance_low", type=float, help="guidance from this t (0 is data) …" + unset)
-    parser.add_argument("--guidance_high", type=float, help="… up to this t (1 is noise)" + unset)
-    some = "guide so many channels; 3 as DiT's, SiT's and LightningDiT's samples"
-    parser.add_argument("--guidance_channels", type=int, help=some + unset)
+def add_arguments(parser: argparse.ArgumentParser, num_samples: int) -> list[Any]:
+    """Adds the settings of sampling to a parser, in groups, which it returns; `num_samples` is a default."""
+    samples = parser.add_argument_group("which samples a model draws")
+    add = samples.add_argument
+    add("--num_samples", type=cli.whole(1), default=num_samples, help="exactly so many images")
+    add("--labels", choices=LABELS, default="balanced", help="balanced: equal counts per class, in shuffled order")
+    add("--classes", type=cli.whole(0), nargs="+", help="draw labels from these classes only")
+    add("--seed", type=cli.seed, default=0, help="image i depends on the seed, i and its label alone")
+
+    of_run = "what is left out is as in the run's config.sampling"
+    method = parser.add_argument_group("how they are drawn", of_run)
+    add = method.add_argument
+    add("--sampler", choices=tuple(SAMPLERS), help=f"ODE ({_ODE}) or SDE; DiT's is ancestral, MeanFlow's meanflow")
+    add("--steps", type=int, help="sampling steps")
+    shifted = "above 1, steps are nearer to noise; sqrt(numbers of the latents / 4096) for a network trained so"
+    add("--time_shift", type=float, metavar="SHIFT", help=shifted)
+    add("--tolerance", type=float, help="of dopri5's steps, relative to the latents")
     products = "of the SiT's matrix products; float32 as published. The sampler and the decoder stay in float32"
-    parser.add_argument("--precision", choices=PRECISIONS, help=products + unset)
+    add("--precision", choices=PRECISIONS, help=products)
+
+    guided = parser.add_argument_group("guidance away from no class", of_run)
+    add = guided.add_argument
+    add("--guidance_scale", type=float, metavar="SCALE", help="how far; 1 is no guidance")
+    add("--guidance_low", type=float, metavar="T", help="from this t (0 is data) …")
+    add("--guidance_high", type=float, metavar="T", help="… up to this t (1 is noise)")
+    some = "so many channels; 3 as in DiT's, SiT's and LightningDiT's samples. Of all kinds of guidance"
+    add("--guidance_channels", type=int, metavar="COUNT", help=some)
+    add("--guidance_schedule", choices=SCHEDULES, help="how the scale grows toward data")
+    add("--guidance_power", type=float, metavar="POWER", help="of power_cosine: the larger, the later guidance sets in")
+
+    away = parser.add_argument_group("guidance away from a weaker output", f"one of the two scales; {of_run}")
+    add = away.add_argument
+    weaker = "a network of the same VAE and classes: a run, at its newest step or another"
+    add("--autoguidance", type=cli.path, metavar="RUN[@STEP]", help=weaker)
+    add("--autoguidance_scale", type=float, metavar="SCALE", help="how far away from that network; 1 is not at all")
+    head = "how far away from the model's own head at the tap, trained by config.loss.sit.internal"
+    add("--internal_scale", type=float, metavar="SCALE", help=head)
+    add("--weaker_low", type=float, metavar="T", help="either of them from this t …")
+    add("--weaker_high", type=float, metavar="T", help="… up to this t")
+    return [samples, method, guided, away]
+
+
+def add_ema(parser: Any) -> None:
+    """Adds --ema, the choice of a run's average."""
+    text = "average of the weights: a decay that the run has kept, or sigma=S, which is made from config.ema_sigmas'"
+    parser.add_argument("--ema", metavar="DECAY|sigma=S", help=text + "; default config.ema_decay's")
 
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser(description=__doc__.split("\n\n")[0], formatter_class=cli.HelpFormatter)
     workdir = "folder of a run; or a published one, or its checkpoint"
     parser.add_argument("--workdir", type=cli.path, required=True, help=workdir)
     parser.add_argument("--vae", type=cli.path, help="the VAE of a run that holds none, or of published weights that hold none")
     out = "path of the result without its ending; default WORKDIR/generated/STEP-SETTINGS"
     parser.add_argument("--out", type=cli.path, help=out)
     parser.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
+    add_ema(parser)
     parser.add_argument("--batch_size", type=cli.whole(1), default=64, help="images at a time, over all devices")
-    add_arguments(parser, num_samples=64)
     parser.add_argument("--grid", type=cli.whole(1), default=64, help="how many samples the picture shows")
+    add_arguments(parser, num_samples=64)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program, before a model is loaded, if no model could be sampled with the settings of `add_arguments`."""
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace, swept: Collection[str] = ()) -> None:
+    """Ends the program, before a model is loaded, if no model could be sampled with the settings of `add_arguments`.
+
+    `swept` names fields of Sampling that get values later.
+    """
     try:
-        Sampling(**given(args))
+        sampling = Sampling(**given(args))
+        if "autoguidance_scale" not in swept:
+            check_weaker(sampling, has_head=True, has_network=args.autoguidance is not None)
+        elif args.autoguidance is None:
+            raise ValueError("sweep of autoguidance_scale, but --autoguidance names no weaker network: name one")
+        if args.ema is not None:
+            averages.parse(args.ema)
     except ValueError as error:
         parser.error(f"--{error}")
 
@@ -90,9 +132,8 @@ def choose_sampling(args: argparse.Namespace, model: LoadedModel) -> tuple[Sampl
     """Returns the settings of the command line and the classes to sample; ValueError if they do not fit the model."""
     sampling = dataclasses.replace(model.sampling, **given(args))
     check_sampler(sampling, model.objective)
-    channels = model.latent_shape[-1]
-    if sampling.guidance_channels is not None and sampling.guidance_channels > channels:
-        raise ValueError(f"--guidance_channels={sampling.guidance_channels}: the latents have {channels}")
+    check_weaker(sampling, model.nets.sit.internal_head, model.weaker_for(sampling) is not None)
+    check_channels(sampling, model.latent_shape[-1])
     classes = args.classes or list(range(model.num_classes))
     if max(classes) >= model.num_classes:
         raise ValueError(f"--classes {classes}: allowed are 0..{model.num_classes - 1}")
@@ -101,24 +142,41 @@ def choose_sampling(args: argparse.Namespace, model: LoadedModel) -> tuple[Sampl
 
 def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace) -> str:
     """Returns the name of samples from a checkpoint with these settings."""
-    method = f"{sampling.sampler}{sampling.steps}-cfg{sampling.guidance_scale:g}"
+    between = "-" if sampling.sampler[-1].isdigit() else ""
+    method = f"{sampling.sampler}{between}{sampling.steps}-cfg{sampling.guidance_scale:g}"
     if sampling.guidance_scale > 1:
         method += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
         method += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
+        method += "" if sampling.guidance_schedule == CONSTANT else f"by{sampling.guidance_schedule}"
+        method += f"{sampling.guidance_power:g}" if sampling.guidance_schedule == "power_cosine" else ""
+    for kind, scale in (("auto", sampling.autoguidance_scale), ("internal", sampling.internal_scale)):
+        method += f"-{kind}{scale:g}in{sampling.weaker_low:g}to{sampling.weaker_high:g}" if scale > 1 else ""
     method += f"-{sampling.precision}" if sampling.precision != Sampling.precision else ""
+    method += f"-shift{sampling.time_shift:g}" if sampling.time_shift != Sampling.time_shift else ""
+    method += f"-tolerance{sampling.tolerance:g}" if sampling.tolerance != Sampling.tolerance else ""
     labels = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
     checkpoint = "unknown-step" if step is None else f"{step:07d}"
+    checkpoint += f"-ema-{args.ema.replace('=', '')}" if args.ema is not None else ""
     return f"{checkpoint}-{method}-{labels}-{args.num_samples}-seed{args.seed}"
+
+
+def describe(sampling: Sampling, model: LoadedModel) -> dict[str, Any]:
+    """Returns the settings of sampling as plain values, with the weaker network, if they need one, for files of results."""
+    weaker = model.weaker_for(sampling)
+    return {**dataclasses.asdict(sampling), **({} if weaker is None else {"autoguidance": weaker.describe()})}
 
 
 def sample_batches(
     model: LoadedModel, sampling: Sampling, labels: Labels, batch_size: int, seed: int, skip: Collection[int] = ()
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "b H W 3"]]]:
     """Samples a model batch by batch; arguments and batches as in `generate.in_batches`."""
-    run = generate.make_generate(model.nets, model.objective, model.latent_shape, sampling)
+    weaker, params = model.weaker_for(sampling), model.params
+    if weaker is not None:
+        params = {**params, "weaker": weaker.params}
+    run = generate.make_generate(model.nets, model.objective, model.latent_shape, sampling, weaker and weaker.sit)
     run = jax.jit(sharding.with_mesh_context(model.mesh, run))
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(model.mesh))
-    yield from generate.in_batches(run, model.params, labels, batch_size, jax.random.key(seed), put, skip)
+    yield from generate.in_batches(run, params, labels, batch_size, jax.random.key(seed), put, skip)
 
 
 def write_npz(path: epath.Path, parts: Sequence[epath.Path], labels: Labels) -> None:
@@ -148,7 +206,7 @@ def _open_parts(folder, settings):
     manifest = folder / "settings.json"
     if not manifest.exists():
         files.write_json(manifest, settings)
-    before = {"precision": Sampling.precision, **files.read_json(manifest)}  # once there was no other
+    before = {**dataclasses.asdict(Sampling()), **files.read_json(manifest)}  # settings that came later were so before
     differing = {name: (before.get(name), settings[name]) for name in settings if before.get(name) != settings[name]}
     if differing:
         made = f"{folder} holds batches made with other settings (there, here): {differing}"
@@ -162,14 +220,16 @@ def run(args: argparse.Namespace) -> epath.Path:
         raise ValueError("sampling runs in one process; start it on one host")
     if args.batch_size % jax.device_count():
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {jax.device_count()} devices")
-    model = load_model(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler)
+    model = load_model(args.workdir, args.step, vae_path=args.vae, sampler=args.sampler, ema=args.ema)
+    if args.autoguidance:
+        model = load_weaker(model, args.autoguidance, args.vae)
     sampling, classes = choose_sampling(args, model)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
     out = _choose_out(args, settings_name(model.step, sampling, args))
     settings = {
         "step": model.step, "weights": fingerprint(model.params), "num_samples": args.num_samples,
         "batch_size": args.batch_size, "labels": args.labels, "classes": classes, "seed": args.seed,
-        **dataclasses.asdict(sampling),
+        **describe(sampling, model),
     }  # fmt: skip
     folder = _open_parts(out.with_name(out.name + ".parts"), settings)
     parts = [folder / f"{index:06d}.npy" for index in range(-(-args.num_samples // args.batch_size))]
@@ -203,7 +263,7 @@ def _join_parts(parts, out, labels, args):
     npz, folder = out.with_name(out.name + ".npz"), parts[0].parent
     write_npz(npz, parts, labels)
     shown = np.concatenate([_load_part(path) for path in parts[: -(-args.grid // args.batch_size)]])[: args.grid]
-    picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1]))
+    picture = images.grid(shown, int(np.ceil(np.sqrt(len(shown)))), scale=images.viewing_scale(shown.shape[1:3]))
     files.save_png(out.with_name(out.name + ".png"), picture)
     (folder / "settings.json").copy(out.with_name(out.name + ".json"), overwrite=True)
     folder.rmtree()  # everything in it is in the npz now

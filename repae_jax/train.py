@@ -3,6 +3,8 @@
 Only plumbing lives here; the algorithm is `repae_jax/train_step.py`. Runs resume by themselves: the same command with the same
 workdir continues, bit for bit. In several processes, one per host or per GPU, it is the same command with --distributed; then
 every process loads its share of every batch, all save, and process 0 writes metrics and pictures.
+
+With --then, a run has two phases: joint training, and then a new SiT on its VAE, frozen (`repae_jax/job/two_phases.py`).
 """
 
 import collections
@@ -18,8 +20,9 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
-from repae_jax import buckets, cli
+from repae_jax import buckets, cache_latents, cli
 from repae_jax.cost import flops
 from repae_jax.data.latents import records_hash
 from repae_jax.data.loader import Loader, too_many_bad
@@ -27,10 +30,11 @@ from repae_jax.distributed import multihost, sharding, stopping
 from repae_jax.distributed.compilation_cache import reading_programs, use_compilation_cache
 from repae_jax.evaluation.hooks import Hook, load_fid, make_hooks, pending_hooks
 from repae_jax.evaluation.metrics_file import read_metrics
-from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
+from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data, two_phases
 from repae_jax.training import health, ownership, trackers
 from repae_jax.training.checkpoint import Checkpointer, fingerprint
 from repae_jax.training.metric_log import Progress, arithmetic_speed, open_writer
+from repae_jax.training.phases import PHASES
 from repae_jax.training.state import TrainState
 from repae_jax.training.workdir import check_name, prepare_workdir
 
@@ -97,6 +101,7 @@ class Run:
     source: Any
     loader: Loader
     inputs: dict[str, str | None]  # hashes of the frozen VAE and of the images, see `check_inputs`
+    pending: dict[str, Any]  # metrics not logged yet, of which the next step may lack some; empty if it lacks none
     writer: Any
     watch: health.Watch
     hooks: list[Hook]
@@ -119,7 +124,10 @@ class Run:
         """Saves a checkpoint; the first one is read back, unless that would take the time left before a kill."""
         self.check_owner()  # first: in a bucket, another run's metrics would be replaced
         self.writer.flush()
-        saved = self.checkpointer.save(step, self.state, {"loader": position, "inputs": self.inputs}, self.job.config)
+        data_state = {"loader": position, "inputs": self.inputs}
+        if self.pending:
+            data_state["pending_metrics"] = {name: float(value) for name, value in self.pending.items()}
+        saved = self.checkpointer.save(step, self.state, data_state, self.job.config)
         if saved and not self._is_read_back and not is_stopping:
             self.checkpointer.read_back(step, self.state)
             self._is_read_back = True
@@ -158,6 +166,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
 
     # ---- state and position in the data -----------------------------------------------------------------------------
     loader = stack.enter_context(training_data.make_loader(job, source))
+    pending: dict[str, float] = {}
     if restored is None:
         state = _create_state(job, frozen, source)
         start = int(state.step)  # not 0 if config.init.checkpoint has taken steps
@@ -166,6 +175,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
         state, data_state, start = restored
         loader.restore(data_state["loader"])
         check_inputs(data_state["inputs"], inputs, workdir)
+        pending = data_state.get("pending_metrics", {})
         logging.info("continuing from step %d", start)
 
     # ---- reports ----------------------------------------------------------------------------------------------------
@@ -179,7 +189,7 @@ def prepare(config, workdir, stack: contextlib.ExitStack) -> Run:
     for hook in pending_hooks(hooks, start, config.steps) if restored else ():  # the last start was stopped, or killed
         hook.run(start, state)
     return Run(
-        job, state, start, frozen, source, loader, inputs, writer, watch, hooks, checkpointer,
+        job, state, start, frozen, source, loader, inputs, pending, writer, watch, hooks, checkpointer,
         functools.partial(arithmetic_speed, devices=job.mesh.size, **cost), check_owner, stopped, end_if_stopped,
     )  # fmt: skip
 
@@ -231,17 +241,50 @@ def train(config, workdir):
             return None, False
 
 
+def train_in_two_phases(config, then, workdir, cache: str | None = None) -> bool:
+    """Trains jointly, then a new SiT by the ConfigDict `then` on the joint phase's VAE; continues in whichever phase it was.
+
+    Args:
+      config: ConfigDict of the joint phase.
+      cache: folder for the latents that the second phase reads instead of encoding images at every step; None for none.
+
+    Returns:
+      False if a signal ended it early, to be continued.
+
+    Raises:
+      As `train`, for either phase before the first one begins.
+    """
+    two_phases.check_workdir(workdir, is_of_two=True)
+    then = two_phases.second_config(config, then, workdir, cache)
+    multihost.assert_same_config(build.plain_config(then))
+    job = two_phases.check_second(then)
+    if jax.process_index() == 0:
+        trackers.check(job.config["log"]["trackers"])
+    load_fid(job)
+    joint, frozen = (epath.Path(workdir) / name for name in PHASES)
+    if not two_phases.is_handed_over(workdir):
+        finished = train(config, joint)[1]  # with a name its state would stay on the devices through the second phase
+        if not finished:
+            return False
+        two_phases.hand_over(workdir)
+    two_phases.check_first(config, workdir)
+    if cache and cache_latents.cache_latents(then, cache, flips=bool(then.data.flip_probability)) is None:
+        return False
+    jax.clear_caches()  # programs of the first phase take memory of the devices
+    return train(then, frozen)[1]
+
+
 def run_steps(run: Run) -> tuple[TrainState, bool]:
     """Trains a run to its end; returns what `train` returns."""
-    config, step_fn = run.job.config, None
+    config, step_fns = run.job.config, None
     steps, key = config["steps"], jax.random.key(config["seed"])
     unchecked = collections.deque()  # metrics are read two steps late, so that the device never waits
     for step in range(run.start + 1, steps + 1):
         batch = sharding.put_batch(run.job.mesh, next(run.loader))
-        if step_fn is None:
-            step_fn = compile_step(run, batch, key)
+        if step_fns is None:
+            step_fns = [compile_step(run, job, batch, key) for job, _ in run.job.variants]
             run.end_if_stopped("compiling")
-        run.state, metrics = step_fn(run.state, batch, run.frozen, key)
+        run.state, metrics = step_fns[run.job.kind_of(step)](run.state, batch, run.frozen, key)
         unchecked.append((step, metrics))
 
         # ---- what follows it ----------------------------------------------------------------------------------------
@@ -261,8 +304,10 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
             position, waited = input_so_far(run.loader, run.source, config["data"]["max_bad_fraction"])
         if is_first:  # after compilation, which is not speed
             progress = Progress(steps, step, config["data"]["batch_size"], arithmetic=run.arithmetic, waited=waited)
+        newest = run.pending | metrics  # with those that this step lacks, of the last one that had them, unless they are logged
+        run.pending = newest if run.job.kind_of(step + 1) and not logs else {}
         if logs:
-            values = {name: float(value) for name, value in metrics.items()}  # waits for the step, before its time is taken
+            values = {name: float(value) for name, value in newest.items()}  # waits for the step, before its time is taken
             values["bad_records"] = len(position["bad_records"])
             run.log(step, values, {} if is_first else progress.update(step, waited), progress)
 
@@ -285,12 +330,12 @@ def run_steps(run: Run) -> tuple[TrainState, bool]:
     return run.state, True
 
 
-def compile_step(run: Run, batch: dict[str, jax.Array], key: jax.Array) -> jax.stages.Compiled:
-    """Returns the compiled step; warns where it cannot be the program that computed the steps before this start."""
-    lowered = compilation.jit_step(run.job, run.state).lower(run.state, batch, run.frozen, key)
+def compile_step(run: Run, job: build.Job, batch: dict[str, jax.Array], key: jax.Array) -> jax.stages.Compiled:
+    """Returns the step of one of the run's `variants`; warns where it cannot be the program that computed those before."""
+    lowered = compilation.jit_step(job, run.state).lower(run.state, batch, run.frozen, key)
     with reading_programs() as read:
         compiled = lowered.compile()
-    if compilation.is_fixed(run.job) and run.checkpointer.steps() and not read:
+    if compilation.is_fixed(job) and run.checkpointer.steps() and not read:
         logging.warning(
             "config.deterministic: the program of the steps before is not in %s, and was compiled again: the same kernels may "
             "not have been chosen, so that this run may not continue bit for bit", jax.config.jax_compilation_cache_dir,
@@ -322,11 +367,18 @@ def summary(job, state, source, flop_per_image, peak):
 
 def parse_args(argv=None):
     """Command line of this program."""
-    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0])
+    then = "config of a second phase, a SiT on the VAE that the first has trained"
+    parser = cli.ConfigParser(description=__doc__.split("\n\n")[0], then=then)
     workdir_help = "folder of the run: checkpoints, metrics, pictures; continued if it exists"
     parser.add_argument("--workdir", type=cli.path, required=True, help=workdir_help)
+    cached = "with --then: folder on a disk for the latents of all images, encoded once between the phases"
+    parser.add_argument("--cache_latents", type=cli.path, metavar="FOLDER", help=cached)
     cli.add_processes(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    two_phases.check_words(sys.argv[1:] if argv is None else argv)
+    if args.cache_latents and args.then is None:
+        raise ValueError(f"--cache_latents={args.cache_latents} is for the second phase of a run: add --then")
+    return args
 
 
 @cli.command(parse_args)
@@ -334,7 +386,11 @@ def main(args):
     """Entry point; exit code 75 says that a signal ended the run early."""
     check_name(args.workdir)
     use_compilation_cache(args.workdir)  # creates a folder there
-    _, finished = train(args.config, args.workdir)
+    if args.then is None:
+        two_phases.check_workdir(args.workdir, is_of_two=False)
+        _, finished = train(args.config, args.workdir)
+    else:
+        finished = train_in_two_phases(args.config, args.then, args.workdir, args.cache_latents)
     if not finished:
         sys.exit(os.EX_TEMPFAIL)
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""The training step of REPA-E, from top to bottom, and that of a diffusion transformer on a frozen VAE.
+"""The training step of REPA-E, from top to bottom.
 
 A VAE and a SiT are trained together. The diffusion loss alone would collapse the latent space, so a stop-gradient keeps it from
 the VAE; the representation-alignment (REPA) loss trains both. Reference: REPA-E (arXiv 2504.10483) and its `train_repae.py`.
@@ -34,6 +34,7 @@ from repae_jax.losses.adversarial import generator_loss, hinge_loss, lecam_loss,
 from repae_jax.losses.alignment import alignment_loss
 from repae_jax.models.autoencoder import DiagonalGaussian
 from repae_jax.models.channel_stats import batch_stats
+from repae_jax.models.sit import Tap
 from repae_jax.training.accumulation import Aux, accumulated_grad
 from repae_jax.training.inputs import Inputs, prepare
 from repae_jax.training.networks import BoundNets
@@ -124,22 +125,36 @@ def disc_loss(params, x: Inputs, carry, *, gan_factor, nets, recipe):
     return loss, Aux(terms, carry=(disc_stats, update_lecam(lecam, real, fake)))
 
 
-SIT_TERMS = {  # name, as in config.loss.sit, -> function of the projections and the step's inputs
-    "align": lambda projections, x: alignment_loss(projections, x.targets),
+class SitPass(NamedTuple):
+    """Tensors that a term of SiT's loss may use beside the objective's own; gradients flow through the last one."""
+
+    x: Inputs
+    z: Float[Array, "B h w C"]  # normalized latents
+    recipe: Recipe
+    tap: Tap
+
+
+def internal_velocity_error(s: SitPass):
+    """Internal guidance's term (arXiv 2512.24176, weight 0.5): the objective's own loss, of the head at the tap."""
+    return s.recipe.objective.losses(s.tap.output, s.z, s.x.noise, s.x.t)["velocity"]
+
+
+SIT_TERMS = {  # name, as in config.loss.sit, -> function of a SitPass
+    "align": lambda s: alignment_loss(s.tap.projections, s.x.targets),
+    "internal": internal_velocity_error,
 }
 
 
 def sit_loss(params, x: Inputs, carry, *, stats, weights, nets, recipe):
-    """3. Loss of SiT: error of the velocity, or DiT's of the noise, plus REPA. Returns (loss, Aux).
+    """3. Loss of SiT: error of the velocity, or what else its objective has, plus REPA. Returns (loss, Aux).
 
     The latents are normalized with `stats`; some labels become the null label, for guidance. The carry is unused.
     """
     z = normalize(x.latents, stats)
-    z_t = recipe.objective.add_noise(z, x.noise, x.t)
     labels = jnp.where(x.label_drop, nets.sit.null_label, x.labels)
-    output, projections = nets.sit(params, z_t, x.t, labels)
-    terms = recipe.objective.losses(output, z, x.noise, x.t)
-    terms |= {name: term(projections, x) for name, term in SIT_TERMS.items() if name in weights}
+    terms, tap = recipe.objective.terms(partial(nets.sit, params), z, x.noise, x.t, labels, nets.sit.null_label)
+    s = SitPass(x, z, recipe, tap)
+    terms |= {name: term(s) for name, term in SIT_TERMS.items() if name in weights}
     return weighted_sum(weights, terms), Aux(terms, carry=carry)
 
 
@@ -158,7 +173,7 @@ def named(prefix, terms):
     return {f"{prefix}/{name}": value for name, value in terms.items()}
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+# ---- the step -------------------------------------------------------------------------------------------------------
 
 
 def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
@@ -212,38 +227,3 @@ def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
     # 4. Optimizers and averages. All gradients were taken at the old parameters; one that is not finite skips the whole update.
     with jax.named_scope("update"):
         return finish_step(state, grads, metrics, tx=tx, recipe=recipe, latent_stats=latent_stats, disc_carry=disc_carry)
-
-
-def ldm_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
-    """Takes one step of a SiT, or a DiT, on a frozen VAE with fixed latent statistics: phases 0, 3 and 4 of `repae_step`.
-
-    Args:
-      state: TrainState whose vae and disc are None.
-      batch: {'label': int32 [B]} with 'image', uint8 [B, H, W, 3], or 'moments' from a cache, or, if there are encoders too,
-        both. Moments are the posterior's mean and standard deviation, float32 [B, h, w, 2C], or [B, 2, h, w, 2C] with those
-        of the mirrored image.
-      frozen: {'encoders': tuple of parameters, 'vae': parameters}.
-      key, nets, encoders, tx, recipe: as in `repae_step`.
-
-    Returns:
-      As `repae_step`.
-    """
-    # 0. Inputs, and latents of the frozen VAE.
-    x = prepare(batch, state.step, frozen, key, nets=nets, encoders=encoders, recipe=recipe)
-    if x.moments is not None:
-        mean, std = jnp.split(x.moments, 2, axis=-1)
-    else:
-        with jax.named_scope("vae"):
-            posterior = nets.vae.encode(frozen["vae"], x.images)
-        mean, std = posterior.mean, posterior.std
-    x = x.replace(latents=mean + std * x.posterior_noise)
-
-    # 3. SiT.
-    with jax.named_scope("sit"):
-        weights = scheduled(recipe.sit_weights, recipe.factors(state.step))
-        loss = partial(sit_loss, stats=state.latent_stats, weights=weights, nets=nets, recipe=recipe)
-        grads, terms, _, _ = accumulated_grad(loss, state.sit.params, x, micro_batches=recipe.accumulation)
-
-    # 4. Update.
-    with jax.named_scope("update"):
-        return finish_step(state, {"sit": grads}, named("sit", terms), tx=tx, recipe=recipe)

@@ -266,7 +266,7 @@ def test_a_vae_alone(vae, analysis, tmp_path):
         analyze(vae, "other", *whole, "--vae", "x")
     with pytest.raises(ValueError, match="give --out"):
         analyze(vae, *whole)
-    with pytest.raises(ValueError, match="vae is a AutoencoderKL: it has no SiT for --cknna"):
+    with pytest.raises(ValueError, match="vae is a VAE: it has no SiT for --cknna"):
         analyze(vae, *whole, "--out", tmp_path, "--cknna")
     with pytest.raises(ValueError, match="analysis holds analysis.json, pca.png, .*: give another --out, or move it away"):
         analyze(vae, *whole, "--out", analysis)

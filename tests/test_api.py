@@ -99,6 +99,9 @@ def test_a_model_has_its_vae(model, vae):
         ({"labels": [2**40]}, ValueError, "expected a list of whole numbers"),
         ({"labels": [0], "batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
         ({"labels": [0], "sampler": "ancestral"}, ValueError, "ancestral"),
+        ({"labels": [0], "autoguidance_scale": 2.0}, ValueError, "autoguidance_scale=2.0, but autoguidance names no"),
+        ({"labels": [0], "guidance_channels": 9}, ValueError, "guidance_channels=9: the latents have 4"),
+        ({"labels": [0], "internal_scale": 2.0}, ValueError, "internal_scale=2.0: the model has no head at its tap"),
         ({"labels": [0], "precision": "float16"}, ValueError, "precision='float16' is unknown; allowed"),
         ({"labels": [0], "speed": 2}, TypeError, "speed"),
     ],
@@ -131,7 +134,7 @@ def test_one_line_loads_what_there_is(workdir, vae, model, tmp_path):
     params = original.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     save_encoder(tmp_path / "encoder", original.module, jax.device_get(params))
     assert isinstance(repae_jax.load(tmp_path / "encoder"), repae_jax.Encoder)
-    with pytest.raises(ValueError, match=r"vae is a AutoencoderKL, no diffusion model: leave vae='x' out"):
+    with pytest.raises(ValueError, match=r"vae is a VAE, no diffusion model: leave vae='x' out"):
         repae_jax.load(tmp_path / "vae", vae="x")
     with pytest.raises(ValueError, match="device 'cpu:99' is not on this machine; allowed: cpu, cpu:0"):
         repae_jax.load(workdir, device="cpu:99")

@@ -50,6 +50,19 @@ def texts(findings):
 # ---- what is found --------------------------------------------------------------------------------------------------
 
 
+def test_pictures_that_training_sees_on_their_side(tmp_path):
+    """Long is what is long beside the size of training; the pictures are 30 pixels wide and 20 high."""
+    root = many(tmp_path / "pictures")
+    assert texts(check(root, "--image_size=16,24")[1]) == []
+    assert len(texts(check(root, "--image_size=20,12")[1])) == 1
+    _, findings, flags = check(root, "--image_size=32,16")
+    assert [finding.title for finding in findings] == ["Enlarged", "Long and narrow"]
+    assert "50 images are smaller than 32 x 16 pixels (the smallest 30 x 20)" in findings[0].text
+    assert "50 images are more than 2 times as long or as wide as 32 x 16 pixels" in findings[1].text
+    assert "--config.data.image_size=32,16" in flags
+    assert training_data.make_images(small.from_flags(*flags.split()))[0]["image"].shape == (32, 16, 3)
+
+
 def test_a_folder_in_order(tmp_path, capsys, monkeypatch):
     root = many(tmp_path / "pictures")
     found, findings, flags = check(root)
@@ -194,7 +207,7 @@ def test_a_folder_without_classes_says_how_to_train(tmp_path):
     assert findings == [] and same == flags
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_unlabelled_pictures_train_and_sample(tmp_path):
     """One class: a step of training with the flags that the check prints, and guided samples from the checkpoint."""
     from repae_jax import api

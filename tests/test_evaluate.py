@@ -33,6 +33,7 @@ from repae_jax.metrics.kernel_distances import cmmd
 from repae_jax.metrics.monge import monge_inception_distance
 from repae_jax.metrics.precision_recall import precision_recall
 from repae_jax.sampling.load_model import load_model
+from repae_jax.training.checkpoint import fingerprint
 
 COUNT = 70
 ERRORS = {"fid_stderr", "fid_infinity", "fid_infinity_stderr"}
@@ -419,6 +420,19 @@ def test_published_weights_score_the_same(workdir, trained, real, tmp_path, monk
 
 
 @pytest.mark.integration
+def test_autoguidance_by_an_earlier_step(tiny_run, real, tmp_path):
+    given = (*MODEL, "--sampler", "euler", "--guidance_scale", 1)
+    guided = ("--autoguidance", f"{tiny_run}@2", "--autoguidance_scale", 40)  # the two steps between change little
+    result = result_of(tiny_run, real, *given, *guided, "--out", tmp_path / "a.json")
+    weaker = load_model(tiny_run, 2).params["sit"]
+    expected = {"source": f"{tiny_run}@2", "step": 2, "weights": fingerprint(weaker)}
+    assert result["step"] == 4 and result["protocol"]["autoguidance"] == expected
+    assert "guidance_scale 1.0, autoguidance_scale 40.0, computed in" in evaluate.table(result)
+    plain = result_of(tiny_run, real, *given, "--out", tmp_path / "b.json")
+    assert "autoguidance" not in plain["protocol"] and result["metrics"]["fid"] != plain["metrics"]["fid"]
+
+
+@pytest.mark.integration
 def test_random_labels(workdir, trained, real, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
@@ -636,7 +650,7 @@ def test_sizes_that_do_not_fit(workdir, real, tmp_path):
     [
         (("--batch_size", "9"), "batch_size=9 is not a multiple of the 8 devices"),
         (("--classes", "3", "10"), "allowed are 0..9"),
-        (("--guidance_channels", "9"), "--guidance_channels=9: the latents have 4"),
+        (("--guidance_channels", "9"), "guidance_channels=9: the latents have 4"),
         (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
         (("--out", "x.txt"), "--out=x.txt: the result is a file ending in .json"),
         (("--reference", "absent.npz"), "absent.npz does not exist; check --reference"),
@@ -662,7 +676,7 @@ def test_statistics_go_to_a_disk(tmp_path, monkeypatch):
 
 def test_options_for_models_only(npz, real, tmp_path):
     given = ("--steps", 3, "--keep_samples", tmp_path / "x.npz", "--step", 4)
-    with pytest.raises(ValueError, match="--steps, --keep_samples, --step: for models only; the images of .* are there"):
+    with pytest.raises(ValueError, match="--keep_samples, --step, --steps: for models only; the images of .* are there"):
         measuring.run(arguments(npz, real, *given))
 
 

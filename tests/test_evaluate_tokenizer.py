@@ -145,7 +145,7 @@ def test_what_a_vae_file_needs(vae_folder, picture_folder, tmp_path):
         ((*data, *out), "config tells the size of its images: give --image_size"),
         ((*data, *size), "no folder of a run to keep the result in: give --out"),
         ((*data, "--image_size", "15", *out), "images of 15 pixels: .* 2 x 2 pixels; allowed as --image_size: multiples of 2"),
-        ((*data, *size, *out, "--step", "3"), "AutoencoderKL, which has no step 3"),
+        ((*data, *size, *out, "--step", "3"), "VAE, which has no step 3"),
     ):
         with pytest.raises(ValueError, match=message):
             run(vae_folder, *arguments)

@@ -53,6 +53,43 @@ def test_center_crop_converts_any_mode(mode):
     assert center_crop(Image.new(mode, (9, 7)), 8).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size", "cut"),
+    [
+        (16, 40, (16, 24), np.s_[:, 8:32]),
+        (30, 24, (16, 24), np.s_[7:23]),
+        (17, 24, (16, 24), np.s_[:16]),
+        (16, 40, (16, 16), np.s_[:, 12:28]),
+    ],
+)
+def test_center_crop_of_other_shapes_cuts_the_middle(height, width, size, cut):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    np.testing.assert_array_equal(center_crop(Image.fromarray(image), size), image[cut])
+
+
+def test_center_crop_of_other_shapes_resizes_until_both_sides_are_covered():
+    """Twice halved by boxes, and once by the bicubic filter; Pillow in one step, within one rounding of each of two steps."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 72, 3), np.uint8))
+    boxed = np.asarray(image, np.float64).reshape(20, 2, 36, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(center_crop(image, (20, 36)), boxed, atol=1)
+    enlarged = np.asarray(image.resize((90, 50), Image.Resampling.BICUBIC), int)
+    np.testing.assert_allclose(center_crop(image, (50, 60)), enlarged[:, 15:75], atol=1)
+    upright = np.asarray(image.resize((81, 45), Image.Resampling.BICUBIC), int)
+    np.testing.assert_allclose(center_crop(image, (30, 81)), upright[7:37], atol=1)
+
+
+def test_center_crop_of_a_pair_of_equal_sides_is_that_of_a_square():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 50, 3), np.uint8))
+    np.testing.assert_array_equal(center_crop(image, (16, 16)), center_crop(image, 16))
+
+
+@pytest.mark.parametrize("height", range(1, 90, 7))
+def test_center_crop_has_the_size_that_was_asked_for(height):
+    for width in (1, 5, 23, 64):
+        for size in ((16, 24), (31, 9), (1, 7)):
+            assert center_crop(Image.new("RGB", (width, height)), size).shape == (*size, 3)
+
+
 def test_center_crop_keeps_an_image_that_fits():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     np.testing.assert_array_equal(center_crop(Image.fromarray(image), 16), image)

@@ -23,6 +23,7 @@ from repae_jax.job import build, frozen_weights
 from repae_jax.losses import adversarial, alignment, reconstruction, regularizers
 from repae_jax.models import encoders as features
 from repae_jax.models.channel_stats import batch_stats
+from repae_jax.models.sit import with_tap
 from repae_jax.training.inputs import flip
 from repae_jax.training.recipe import Optimizers
 from repae_jax.training.rng import named_keys
@@ -136,6 +137,25 @@ def test_ldm_without_encoders_needs_no_images(sit_run):
     close(without, with_images)
 
 
+def test_predicted_latents_by_hand():
+    """Of times with a shift."""
+    times = {"time_distribution": "lognormal", "time_mean": 0.8, "time_std": 0.8, "time_shift": 2.0}
+    job = make(ldm, changes={f"diffusion.{name}": value for name, value in {"predicts": "data", **times}.items()})
+    assert job.recipe.objective == interpolant.DataObjective(**times)
+    state, frozen, _, metrics = one_step(job)
+    batch, draws = batch_of(job), draws_of(job)
+    without = dataclasses.replace(job.recipe, objective=dataclasses.replace(job.recipe.objective, time_shift=1.0))
+    before = draws_of(dataclasses.replace(job, recipe=without)).t
+    np.testing.assert_allclose(draws.t, 2 * before / (1 + before), rtol=1e-5)
+    mean, std = np.split(moments_of(job, frozen, batch["image"]), 2, axis=-1)
+    z = latent_norm.normalize(mean + std * draws.posterior_noise, state.latent_stats)
+    labels = np.where(draws.label_drop, job.nets.sit.null_label, batch["label"])
+    at = draws.t[:, None, None, None]
+    output, _ = job.nets.sit.apply({"params": state.sit.params}, (1 - at) * z + at * draws.noise, draws.t, labels)
+    expected = np.mean(((output - z) / np.maximum(at, 0.05)) ** 2)
+    np.testing.assert_allclose(metrics["sit/velocity"], expected, rtol=EXACT)
+
+
 def test_dit_by_hand():
     changes = {"sit.learned_sigma": True, "diffusion.path": "ddpm", "sampling.sampler": "ancestral"}
     weights = {"velocity": 0.0, "noise": 1.0, "bound": 1.0, "align": 0.5}
@@ -158,6 +178,25 @@ def test_dit_by_hand():
     np.testing.assert_allclose(metrics["sit/align"], align, rtol=1e-4)
     expected = metrics["sit/noise"] + metrics["sit/bound"] + 0.5 * metrics["sit/align"]
     np.testing.assert_allclose(metrics["sit/loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("predicts", ["velocity", "data"])
+def test_the_head_at_the_tap_by_hand(predicts):
+    """Its loss is the squared error of its velocity, beside that of the whole network; both may predict latents."""
+    job = make(ldm, changes={**small.SIT_ALONE, "loss.sit.internal": 0.25, "diffusion.predicts": predicts})
+    state, frozen, new, metrics = one_step(job)
+    batch, draws = batch_of(job), draws_of(job)
+    mean, std = np.split(moments_of(job, frozen, batch["image"]), 2, axis=-1)
+    z = latent_norm.normalize(mean + std * draws.posterior_noise, state.latent_stats)
+    labels = np.where(draws.label_drop, job.nets.sit.null_label, batch["label"])
+    z_t = interpolant.interpolate("linear", z, draws.noise, draws.t)
+    whole, tap = with_tap(job.nets.sit, state.sit.params, z_t, draws.t, labels)
+    least = np.maximum(draws.t, 0.05)[:, None, None, None]
+    for name, output in (("velocity", whole), ("internal", tap.output)):
+        error = output - (draws.noise - z) if predicts == "velocity" else (output - z) / least
+        np.testing.assert_allclose(metrics[f"sit/{name}"], np.mean(error**2), rtol=EXACT)
+    np.testing.assert_allclose(metrics["sit/loss"], metrics["sit/velocity"] + 0.25 * metrics["sit/internal"], rtol=1e-5)
+    assert any(name.startswith("internal_layer") for name in small.differing(new.sit.params, state.sit.params))
 
 
 # ---- vae ------------------------------------------------------------------------------------------------------------
@@ -415,7 +454,7 @@ def edges(v):
 
 def test_a_further_loss_is_a_function_and_a_table_entry(monkeypatch):
     monkeypatch.setitem(train_step.VAE_TERMS, "edges", edges)
-    monkeypatch.setitem(train_step.SIT_TERMS, "size", lambda projections, x: jnp.mean(jnp.square(projections[0])))
+    monkeypatch.setitem(train_step.SIT_TERMS, "size", lambda s: jnp.mean(jnp.square(s.tap.projections[0])))
     job = make_job(changes={"loss.vae.edges": 0.5, "loss.sit.size": 0.25})
     _, _, _, metrics = one_step(job)
     for name, further in (("vae", "edges"), ("sit", "size")):

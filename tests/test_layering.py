@@ -31,6 +31,7 @@ ORDER = GROUND + [
     "checkpoints_tools",
     # the story
     "repae_jax.train_step",
+    "repae_jax.sit_step",
     "repae_jax.tokenizer_step",
     "repae_jax.job",
     "repae_jax.sampling",
@@ -39,13 +40,13 @@ ORDER = GROUND + [
     # the Python interface, which `repae_jax` itself offers
     "repae_jax.api",
     # commands
+    "repae_jax.cache_latents",
     "repae_jax.train",
     "repae_jax.prepare_images",
     "repae_jax.check_images",
     "repae_jax.sample",
     "repae_jax.evaluate",
     "repae_jax.evaluate_tokenizer",
-    "repae_jax.cache_latents",
     "repae_jax.analyze_latents",
     "repae_jax.plan",
     "repae_jax.benchmark",
@@ -58,7 +59,8 @@ SEPARATE = ("repae_jax.models", "repae_jax.diffusion", "repae_jax.metrics", "rep
 TOOLS_MAY_IMPORT = (
     "repae_jax.models.", "repae_jax.faults", "repae_jax.files", "repae_jax.ranges", "repae_jax.cli", "checkpoints_tools"
 )  # fmt: skip
-OPEN_RUNS = ("checkpoints_tools.describe", "checkpoints_tools.runs")  # read checkpoints of runs, too
+OPEN_RUNS = ("checkpoints_tools.describe", "checkpoints_tools.runs")  # read checkpoints of runs, too, by:
+READ_RUNS = ("repae_jax.training.checkpoint", "repae_jax.training.averages")
 HEAVY = {
     "torch": "checkpoints_tools", "transformers": "checkpoints_tools", "diffusers": "checkpoints_tools",
     **dict.fromkeys(("tensorflow", "clu", "wandb", "trackio", "mlflow"), "repae_jax.training.trackers"),
@@ -137,7 +139,7 @@ def test_these_packages_know_only_the_top_and_themselves(package):
 
 def test_networks_import_of_each_other_only_their_building_blocks():
     blocks = {"repae_jax.models.layers", "repae_jax.models.fused_ops", "repae_jax.models.channel_stats"}
-    made_of_others = ("repae_jax.models.encoders", "repae_jax.models.feature_spaces")
+    made_of_others = [f"repae_jax.models.{name}" for name in ("encoders", "feature_spaces", "rae", "vae_families", "vtp")]
     for name in MODULES:
         if name.startswith("repae_jax.models.") and name not in made_of_others:
             assert ours(name) <= {*TOP, *blocks}, name
@@ -146,7 +148,7 @@ def test_networks_import_of_each_other_only_their_building_blocks():
 def test_conversion_tables_know_networks_alone():
     for name in MODULES:
         if name.startswith("checkpoints_tools"):
-            may = TOOLS_MAY_IMPORT + (("repae_jax.training.checkpoint",) if name in OPEN_RUNS else ())
+            may = TOOLS_MAY_IMPORT + (READ_RUNS if name in OPEN_RUNS else ())
             strangers = {imported for imported in ours(name) if not imported.startswith(may)}
             assert not strangers, f"{name} imports {strangers}"
 

@@ -425,6 +425,26 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     assert "Of the 2 scales of which a step draws one, FLOP, cycles and collectives are the mean." in text
 
 
+def test_steps_of_two_kinds():
+    """Times are means over the kinds; the tables are of the joint step."""
+    job, numbers = setting_of(data__batch_size=64, vae_every=4, steps=8)
+    numbers |= {"flop_per_image": {"vae": 1e9}, "runs": 8}
+    joint, between = (plan.outcome(numbers, STATS, text) for text in (HLO, BRANCHES))
+    both = plan.outcome(numbers, STATS, HLO, [(BRANCHES, 0.75)])
+    assert joint["seconds"] != between["seconds"] > 0
+    assert both["seconds"] == pytest.approx(0.25 * joint["seconds"] + 0.75 * between["seconds"])
+    assert both["images_per_second"] == 64 / both["seconds"] and both["hours"] == 8 * both["seconds"] / 3600
+    assert both["roofline"] == joint["roofline"] and both["estimated_cycles"] == joint["estimated_cycles"]
+    assert both["kinds_of_steps"] == [
+        {"seconds": joint["seconds"], "share": 0.25}, {"seconds": between["seconds"], "share": 0.75},
+    ]  # fmt: skip
+    shown = {"fits": True, "advice": []}
+    text = " ".join(" ".join(plan_text.lines_of(numbers | both | shown)).split())
+    assert "; as all below, of a joint step" in text and "75% of the steps" in text and "of a step of the SiT alone" in text
+    alone = " ".join(plan_text.lines_of(numbers | joint | shown))
+    assert "of a joint step" not in alone and "of a step of the SiT alone" not in alone
+
+
 class Compiled:
     """A program for GPUs that takes STATS."""
 
@@ -471,6 +491,7 @@ def test_a_plan_of_gpus(monkeypatch):
     assert "of 3.35 TB/s, and 3 us or more; nothing overlaps" in alone and "of the network" not in alone
 
 
+@pytest.mark.slow
 def test_more_of_a_card_than_jax_takes_by_itself(monkeypatch):
     """14.5 GiB are more than 75 % of 19, and not of 20."""
     line = "set XLA_CLIENT_MEM_FRACTION=.9, as launch/multi_gpu.sh does: by itself JAX takes 75% of a card"
@@ -501,6 +522,7 @@ def test_attention_by_cudnn_is_advised_in_half_precision(monkeypatch):
     assert advised("float32") == advised("bfloat16", device_kind="TPU v4") == []
 
 
+@pytest.mark.slow
 def test_little_is_spent_where_little_is_free(monkeypatch):
     (line,) = gpu_plan(monkeypatch, memory=20 * GIB, sit__remat="full", sit__unroll=1)["advice"]
     assert line.startswith("--config.sit.unroll=2"), "it takes no memory"
@@ -510,6 +532,13 @@ def test_little_is_spent_where_little_is_free(monkeypatch):
 def test_the_state_is_counted_as_it_is_sharded():
     whole, part = (setting_of(mesh__fsdp=fsdp, sit__hidden_size=256)[1]["state_bytes"] for fsdp in (1, 8))
     assert whole / 8 < part < whole / 2
+
+
+def test_further_averages_are_counted():
+    """Each is another SiT with its statistics."""
+    (job, several), (_, one) = setting_of(ema_decays=(0.999,), ema_sigmas=(0.05, 0.1)), setting_of()
+    state = initial_state.abstract_state(job)
+    assert several["state_bytes"] - one["state_bytes"] == 3 * sum(4 * leaf.size for leaf in jax.tree.leaves(state.ema))
 
 
 @pytest.mark.parametrize(("precision", "said"), [("float32", True), ("bfloat16", False)])

@@ -115,6 +115,19 @@ def test_training_takes_the_flags_that_are_printed(prepared_folder):
     assert (config.data.image_size, config.data.num_classes) == (SIZE, 4)
 
 
+@pytest.mark.parametrize("encoding", array_record.ENCODINGS)
+def test_images_that_are_no_squares(pictures, tmp_path, encoding):
+    made = [prepare(pictures, tmp_path / "out", "--format", encoding, "--image_size=8,12") for _ in range(2)]
+    assert made == [3, 0]  # the second one finds the settings of the first
+    text = prepare_images.summary(tmp_path / "out")
+    assert "20 images of 8 x 12 pixels" in text
+    source = training_data.make_images(small.from_flags(*[word for word in text.split() if word.startswith("--config.")]))
+    assert source.image_size == (8, 12) and source[3]["image"].shape == (8, 12, 3)
+    np.testing.assert_array_equal(source[3]["image"], FolderSource(pictures, (8, 12))[3]["image"])
+    with pytest.raises(ValueError, match="have 8 x 12 pixels on a side, image_size is 8: set image_size to 8,12, or"):
+        PreparedImages(tmp_path / "out", 8)
+
+
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 

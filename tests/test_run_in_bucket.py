@@ -129,6 +129,7 @@ def test_metrics_are_uploaded_seldom(finished, gs):
         assert 0 < count <= 2 + 2, f"{name} was written {count} times by two processes, one of which was killed"
 
 
+@pytest.mark.slow
 def test_sampling_continues_where_it_stopped(finished, gs, monkeypatch):
     """Samples go to the run's folder in the bucket, as to that of a run on a disk."""
     arguments = ("--num_samples=12", "--batch_size=8", "--steps=2", "--sampler=heun", "--grid=4")
@@ -249,6 +250,7 @@ def test_played_with(job, gs, tmp_path):
     assert all(len(str(error.value).splitlines()) == 1 for error in (absent, refused))
 
 
+@pytest.mark.slow
 def test_vae_extracted_and_converted(job, gs, tmp_path):
     save(job, "gs://bucket/e2e", 3)
     save(job, tmp_path / "e2e", 3)

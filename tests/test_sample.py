@@ -14,6 +14,7 @@ from checkpoints_tools import published
 from checkpoints_tools.convert import convert, extract_vae
 from configs import repae
 from repae_jax import sample
+from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import load_model
@@ -65,7 +66,11 @@ def test_how_the_training_step_was_compiled_does_not_matter(workdir, monkeypatch
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=() if name == "sde" else pytest.mark.slow) for name in SAMPLERS if name != "ancestral"],
+    [
+        pytest.param(name, marks=() if name == "sde" else pytest.mark.slow)
+        for name, method in SAMPLERS.items()
+        if method.objective is VelocityObjective and not method.adaptive  # whose steps suit the batch
+    ],
 )
 def test_a_sample_does_not_depend_on_its_batch(workdir, tmp_path, sampler):
     samples = [
@@ -154,8 +159,10 @@ def test_an_existing_result_is_kept(workdir, tmp_path):
     [
         (("--batch_size", "9"), "--batch_size=9 is not a multiple of the 8 devices"),
         (("--classes", "3", "10"), "allowed are 0..9"),
-        (("--guidance_channels", "9"), "--guidance_channels=9: the latents have 4"),
+        (("--guidance_channels", "9"), "guidance_channels=9: the latents have 4"),
         (("--sampler", "ancestral"), "sampler 'ancestral'.* predicts a velocity"),
+        (("--internal_scale", "1.5"), "internal_scale=1.5: the model has no head at its tap, which config.loss.sit.internal"),
+        (("--guidance_power", "2"), "guidance_power=2.0 and guidance_schedule='constant': only 'power_cosine' has a power"),
     ],
 )
 def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
@@ -172,8 +179,11 @@ def test_bad_arguments(workdir, loaded, monkeypatch, extra, message):
         (("--guidance_scale", "0.5"), "--guidance_scale=0.5 must be at least 1"),
         (("--guidance_scale", "nan"), "--guidance_scale=nan must be finite"),
         (("--guidance_low", "0.9", "--guidance_high", "0.1"), "guidance interval"),
-        (("--steps", "1"), "--steps=1 must be at least 2"),
+        (("--steps", "0"), "--steps=0 must be at least 1"),
         (("--guidance_channels", "0"), "--guidance_channels=0 must be at least 1"),
+        (("--autoguidance_scale", "2"), "--autoguidance_scale=2.0, but autoguidance names no weaker network; name one"),
+        (("--autoguidance", "runs/x@5"), "--autoguidance is given, but autoguidance_scale=1.0 is no guidance"),
+        (("--internal_scale", "2", "--autoguidance_scale", "2"), "--autoguidance_scale=2.0 and internal_scale=2.0: guide away"),
         (("--precision", "float16"), "argument --precision: invalid choice: 'float16' (choose from"),
         (("--classes", "-1"), "argument --classes: -1 must be at least 0"),
         (("--num_samples", "1.5"), "argument --num_samples: '1.5' is no whole number"),
@@ -187,6 +197,14 @@ def test_arguments_out_of_range_are_refused_in_one_line(workdir, extra, message,
         arguments(workdir, *extra)
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and message in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_settings_of_the_command_line_complete_those_of_the_run(loaded):
+    """A power needs the schedule that has one, here or there."""
+    of_run = dataclasses.replace(loaded.sampling, guidance_schedule="power_cosine")
+    given = arguments("runs/x", "--guidance_power", "2")
+    sampling, _ = sample.choose_sampling(given, dataclasses.replace(loaded, sampling=of_run))
+    assert (sampling.guidance_schedule, sampling.guidance_power) == ("power_cosine", 2)
 
 
 def test_no_such_checkpoint(workdir):
@@ -249,6 +267,47 @@ def test_the_name_of_samples_in_bfloat16_says_so():
     args = sample.parse_args(["--workdir", "x", "--num_samples", "8"])
     names = [sample.settings_name(2, Sampling("euler", 3, precision=precision), args) for precision in PRECISIONS]
     assert names == ["0000002-euler3-cfg1-balanced-8-seed0", "0000002-euler3-cfg1-bfloat16-balanced-8-seed0"]
+
+
+def test_the_name_of_samples_tells_all_settings_apart():
+    args = sample.parse_args(["--workdir", "x", "--num_samples", "8"])
+    settings = [
+        {}, {"time_shift": 2.0}, {"sampler": "dpmpp"}, {"sampler": "dopri5"}, {"sampler": "dopri5", "tolerance": 1e-4}
+    ]  # fmt: skip
+    names = [sample.settings_name(2, Sampling(**{"sampler": "sde", "steps": 50, **fields}), args) for fields in settings]
+    methods = [name.removeprefix("0000002-").removesuffix("-balanced-8-seed0") for name in names]
+    assert methods == [
+        "sde50-cfg1", "sde50-cfg1-shift2", "dpmpp50-cfg1", "dopri5-50-cfg1", "dopri5-50-cfg1-tolerance0.0001"
+    ]  # fmt: skip
+
+
+def test_batches_of_before_a_setting_are_continued(tmp_path):
+    settings = {"num_samples": 8, **dataclasses.asdict(Sampling("euler"))}
+    old = {name: value for name, value in settings.items() if name not in ("precision", "time_shift", "tolerance")}
+    sample._open_parts(tmp_path / "x.parts", old)
+    sample._open_parts(tmp_path / "x.parts", settings)
+    with pytest.raises(ValueError, match=r"other settings.*'time_shift': \(1.0, 2.0\)"):
+        sample._open_parts(tmp_path / "x.parts", {**settings, "time_shift": 2.0})
+
+
+def test_the_name_of_samples_says_with_which_average_they_are_drawn():
+    args = sample.parse_args(["--workdir", "x", "--num_samples", "8", "--ema", "sigma=0.1"])
+    assert sample.settings_name(2, Sampling("euler", 3), args) == "0000002-ema-sigma0.1-euler3-cfg1-balanced-8-seed0"
+
+
+def test_averages_that_there_cannot_be(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--workdir", "x", "--ema", "sigma=1"])
+    assert "--ema=sigma=1: expected a decay in [0, 1), such as 0.999, or sigma=S" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_a_published_run_has_one_average(workdir, tmp_path):
+    convert(workdir, tmp_path / "published")
+    with pytest.raises(ValueError, match="published is no run of ours, and holds one average: leave --ema 0.9 out"):
+        load_model(tmp_path / "published", ema="0.9")
+    with pytest.raises(ValueError, match="which has no averages to choose from: leave --ema 0.9 out"):
+        convert(tmp_path / "published", tmp_path / "x.safetensors", ema="0.9")
 
 
 @pytest.mark.integration

@@ -29,11 +29,14 @@ MODEL = ("--num_samples", "16", "--steps", "2", "--sampler", "euler", "--batch_s
         ("guidance_high=0.1:0.7:0.1", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),  # not 0.30000000000000004
         ("guidance_low=0:0.5:0.2", [0, 0.2, 0.4]),
         ("guidance_scale=2:2:1", [2]),
+        ("steps=10:30:10", [10, 20, 30]),
+        ("time_shift=1:2:0.5", [1, 1.5, 2]),
     ],
 )
 def test_values_of_an_axis(text, values):
     axis = sweep.parse_axis(text)
     assert axis.values == values and str(axis) == text
+    assert {type(value) for value in axis.values} == {int if text.startswith("steps") else float}
 
 
 def test_points_are_all_combinations():
@@ -47,7 +50,9 @@ def test_points_are_all_combinations():
     [
         (
             ["guidance=1:2:1"],
-            "'guidance=1:2:1': the settings that can be swept are guidance_scale, guidance_low, guidance_high",
+            "'guidance=1:2:1': the settings that can be swept are steps, guidance_scale, guidance_low, guidance_high, "
+            "guidance_channels, guidance_power, autoguidance_scale, internal_scale, weaker_low, weaker_high, "
+            "time_shift, tolerance",
         ),
         (["guidance_scale"], "allowed is NAME=FIRST:LAST:STEP, such as guidance_scale=1.5:3:0.25"),
         (["guidance_scale=1:x:1"], "allowed is NAME=FIRST:LAST:STEP"),
@@ -59,8 +64,11 @@ def test_points_are_all_combinations():
         (["guidance_scale=1:2:0.05", "guidance_high=0.5:1:0.05"], "231 points; allowed: 200: take larger steps"),
         (["guidance_scale=1:2:1", "guidance_scale=3:4:1"], "give each setting once"),
         (["guidance_scale=0.5:2:0.5"], "guidance_scale=0.5 must be at least 1"),
+        (["steps=2:5:1.5"], "steps=3.5 must be a whole number"),
+        (["steps=10:20:10", "--steps", "5"], "does not go with --steps: leave one of them out"),
         (["guidance_high=0.5:1.5:0.5"], "guidance_high=1.5 must lie in [0, 1]"),
         (["guidance_low=0:0.8:0.4", "guidance_high=0.5:1:0.5"], "guidance interval [0.8, 0.5] must lie in [0, 1], low first"),
+        (["autoguidance_scale=1:3:1"], "sweep of autoguidance_scale, but --autoguidance names no weaker network"),
         (["guidance_scale=1:2:1", "--guidance_scale", "2"], "does not go with --guidance_scale: leave one of them out"),
         (["guidance_scale=1:2:1", "--keep_samples", "a.npz"], "does not go with --keep_samples"),
         (["guidance_scale=1:2:1", "--out", "a.json"], "--out=a.json: with --sweep it is a folder for the results"),
@@ -113,6 +121,16 @@ def test_scores_of_other_spaces_are_drawn(monkeypatch):
         result["metrics"] |= {"fd_dinov2": 90.0, "cmmd": 0.5, "fdr6": 4.0, "fd_mae": 0.3}
     done.draw("x.png")
     assert panels == ["FID", "inception score", "FD-DINOv2", "CMMD", "FDr6"]
+
+
+def test_a_weaker_network_is_told_by_its_weights():
+    def protocol(source, weights):
+        weaker = {"source": source, "step": 2, "weights": weights}
+        return {"steps": 4, "autoguidance_scale": 2.0, "autoguidance": weaker, "time_shift": 1.0}
+
+    there = {"protocol": protocol("runs/small@2", "12ab")}
+    assert sweep.differences(there, protocol("/data/runs/small@2", "12ab")) == {}
+    assert sweep.differences(there, protocol("runs/small@2", "34cd")) == {"autoguidance": ("12ab", "34cd")}
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_two_halves_equal_the_whole(whole, half, tmp_path):
     assert_same_run(state, workdir, whole)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_converted_run_continues_bit_for_bit(whole, half, tmp_path):
     """Two steps here, out to the published layout, and two more from there in another workdir."""
     convert(half.workdir, tmp_path / "published")
@@ -319,7 +319,7 @@ def test_a_deterministic_run_whose_program_is_lost_is_warned(monkeypatch, warnin
     monkeypatch.setattr(train.compilation, "is_fixed", lambda job: fixed)
     monkeypatch.setattr(train.compilation, "jit_step", lambda job, state: jax.jit(lambda *args: args[0]))
     run = SimpleNamespace(job=None, state=np.zeros(2), frozen={}, checkpointer=SimpleNamespace(steps=lambda: steps))
-    np.testing.assert_array_equal(train.compile_step(run, {}, np.zeros(3))(run.state, {}, {}, np.zeros(3)), run.state)
+    np.testing.assert_array_equal(train.compile_step(run, None, {}, np.zeros(3))(run.state, {}, {}, np.zeros(3)), run.state)
     assert ["may not continue bit for bit" in message for message in warnings] == [True] * warned
 
 
@@ -397,7 +397,7 @@ def test_a_signal_while_waiting_for_metrics_loses_nothing(uncompiled, tmp_path, 
         assert checkpointer.steps()[-1] == int(state.step) < 8
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_put_aside_and_made_again(whole, tmp_path):
     workdir = copy_of(whole.workdir, tmp_path)
     files = [path for path in (workdir / "checkpoints" / "4" / "state").rglob("*") if path.is_file()]
@@ -492,7 +492,7 @@ def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled,
     assert int(next((tmp_path / "run/checkpoints").iterdir()).name) >= 1
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_hosts_compare_the_files_that_they_read(tmp_path, monkeypatch):
     """A run goes on with images that were prepared anew."""
     images, compared = tmp_path / "images", []

@@ -100,9 +100,9 @@ class SiTPipeline(DiffusionPipeline):
     def _set_times(self, steps, device):
         """Tells the scheduler the steps; returns the times at which they start, as the transformer knows them."""
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            times = np.linspace(1, 0, steps + 1)[:-1].tolist()
-            self.scheduler.set_timesteps(sigmas=times, device=device)
-            return times
+            times, shift = np.linspace(1, 0, steps + 1)[:-1], self.scheduler.shift
+            self.scheduler.set_timesteps(sigmas=times.tolist(), device=device)
+            return (shift * times / (1 + (shift - 1) * times)).tolist()  # as the scheduler shifts them
         if isinstance(self.scheduler, DDPMScheduler):  # whose own spacing rounds some halves otherwise than the published one
             last, intervals = self.scheduler.config.num_train_timesteps - 1, max(steps - 1, 1)
             times = np.rint(np.cumsum([0.0] + [last / intervals] * intervals)).astype(int)

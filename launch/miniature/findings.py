@@ -14,6 +14,8 @@ FOUND: dict[str, dict[str, str]] = {  # scale -> table -> text
         "times the steps. After twice the steps the means are as far apart as expected, but three runs cannot tell them apart.",
         "collapse": _KL + "In a run without KL, from the same VAE and seed, their deviation grew from 5.2 to 9.6 in 800 steps; "
         "with it, it falls to 2.5. Why reconstruction holds them less than published is unknown; there is no LPIPS here.",
+        "encoders": "The weak encoder, trained for 40 steps, is none that helps: with it SiT + REPA is no better than SiT "
+        "without any, where all published ones help REPA. REPA-E's VAE learns to please it all the same, as was expected.",
     },
     "small": {
         "main": "REPA-E is not before REPA at twice the steps, although it aligns better, as the next table shows. Here "

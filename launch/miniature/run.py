@@ -4,6 +4,7 @@ The task is described by task.json in its folder, and its result is result.json.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import platform
@@ -36,7 +37,7 @@ from repae_jax.images import to_float, to_uint8
 from repae_jax.job import build
 from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.models import encoders
-from repae_jax.sampling.load_model import LoadedModel, LoadedTokenizer, jit_in_float32, load_model, load_vae
+from repae_jax.sampling.load_model import LoadedModel, LoadedTokenizer, jit_in_float32, load_model, load_vae, load_weaker
 from repae_jax.train import TrainingStopped, train
 from repae_jax.training.checkpoint import saved_steps
 
@@ -188,7 +189,8 @@ def curves(
 ) -> dict[str, Any]:
     """Evaluates checkpoints: Frechet distance, label accuracy, and CKNNA with the encoder.
 
-    The distance is to the training pictures, and to the held-out ones, to which copies of the former are not near.
+    The distance is to the training pictures, and to the held-out ones, to which copies of the former are not near. With
+    autoguidance the weaker network is that of the first evaluated step, which itself is sampled without.
 
     Returns them as curves over the steps, and by name those at equal steps and, if the run goes on so long, at equal compute.
     Writes samples.npy, uint8 [checkpoints, classes, SHOWN, H, W, 3].
@@ -202,8 +204,12 @@ def curves(
         raise ValueError(f"{folder} has no checkpoints of the steps {sorted(missing)}: they were removed; start the run again")
     found, pictured = {name: [] for name in (*stats, "label_accuracy", "cknna")}, []
     for step in steps:
-        model = load_model(folder, step, jax.devices()[:1])
-        samples = np.concatenate([images for _, images in sample.sample_batches(model, sampling, labels, BATCH_SIZE, seed)])
+        model, by = load_model(folder, step, jax.devices()[:1]), sampling
+        if sampling.autoguidance_scale > 1 and step == steps[0]:
+            by = dataclasses.replace(sampling, autoguidance_scale=1.0)
+        elif sampling.autoguidance_scale > 1:
+            model = load_weaker(model, f"{folder}@{steps[0]}")
+        samples = np.concatenate([images for _, images in sample.sample_batches(model, by, labels, BATCH_SIZE, seed)])
         seen, logits = classify(samples)
         for name, reference in stats.items():
             found[name].append(frechet_distance(*gaussian_stats(seen), *reference))

@@ -39,8 +39,8 @@ class Scale:
     encoder_steps: Mapping[str, int]  # quality -> training steps
     vae_steps: int
     steps: int  # of every SiT, alone or together with a VAE; a multiple of 4
-    # FLOP of a step of REPA-E over those of SiT and of SiT + REPA on a frozen VAE, rounded to quarters: for as many times the
-    # steps do the headline's runs on a frozen VAE go on, so that they can be compared at equal compute, too.
+    # FLOP of a step of REPA-E over those of a setting's, rounded to quarters: for as many times the steps does a run of the
+    # setting go on, so that they can be compared at equal compute, too.
     compute_ratio: Mapping[str, float]
     samples: int  # for a Frechet distance; their labels are as frequent as those of the training pictures
     seeds: int = 3
@@ -49,6 +49,12 @@ class Scale:
     def tokenizer(self) -> dict[str, Any]:
         """Fields of a VAE that is trained alone."""
         return {**TOKENIZER, "optim.vae.decay_steps": self.vae_steps}
+
+    @property
+    def cooled(self) -> dict[str, Any]:
+        """Fields of a SiT whose learning rate falls in the last fifth of the steps."""
+        start = self.steps * 4 // 5
+        return {"optim.sit.schedule": "1-sqrt", "optim.sit.decay_start": start, "optim.sit.decay_steps": self.steps}
 
     @property
     def ema_decay(self) -> float:
@@ -70,7 +76,7 @@ SCALES = {
             shallow={"sit.encoder_depth": 1}, deep={"sit.encoder_depth": 4},
             smaller={"sit.hidden_size": 32}, larger={"sit.hidden_size": 96}, encoder=small_networks.ENCODERS["digits"],
             encoder_steps={"weak": 40, "trained": 600}, vae_steps=1200, steps=800,
-            compute_ratio={"sit": 2.75, "repa": 2.25}, samples=1000,
+            compute_ratio={"sit": 2.75, "repa": 2.25, "vae-every-2": 1.25, "vae-every-4": 1.75}, samples=1000,
         ),
         Scale(
             name="small", pictures="emoji", image_size=32, platform="cpu", batch_size=32,
@@ -83,7 +89,7 @@ SCALES = {
             shallow={"sit.encoder_depth": 1}, deep={"sit.encoder_depth": 4},
             smaller={"sit.hidden_size": 64}, larger={"sit.hidden_size": 192}, encoder=small_networks.ENCODERS["emoji"],
             encoder_steps={"weak": 100, "trained": 2000}, vae_steps=3000, steps=1200,
-            compute_ratio={"sit": 4, "repa": 3.5}, samples=1000,
+            compute_ratio={"sit": 4, "repa": 3.5, "vae-every-2": 1.5, "vae-every-4": 2.25}, samples=1000,
         ),
         Scale(
             name="medium", pictures="emoji", image_size=64, platform="", batch_size=128,
@@ -99,7 +105,7 @@ SCALES = {
             smaller={"sit.hidden_size": 192, "sit.num_heads": 3}, larger={"sit.hidden_size": 768, "sit.num_heads": 12},
             encoder={"patch_size": 8, "hidden_size": 192, "depth": 6, "num_heads": 6},
             encoder_steps={"weak": 500, "trained": 10_000}, vae_steps=10_000, steps=2000,
-            compute_ratio={"sit": 2.25, "repa": 2}, samples=5000,
+            compute_ratio={"sit": 2.25, "repa": 2, "vae-every-2": 1.25, "vae-every-4": 1.5}, samples=5000,
         ),
     )
 }  # fmt: skip

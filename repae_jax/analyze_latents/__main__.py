@@ -7,6 +7,7 @@ equivariance.png; with --cknna also cknna.png, on how far each block of the SiT 
 
 import argparse
 import json
+import math
 import os
 
 import jax
@@ -40,7 +41,7 @@ def parse_args(argv=None):
     add("--vae", type=cli.path, help="the VAE of a SOURCE that holds none; for one SOURCE")
     add("--data", type=cli.path,
         help="images: a folder, or SOURCE:FIELD=VALUE,… such as digits:split=test; default: the first run's own")
-    add("--image_size", type=cli.whole(1, 2**20), help="pixels of the images' sides; default: the first run's")
+    add("--image_size", type=cli.image_size, help="pixels of the images' sides, or HEIGHT,WIDTH; default: the first run's")
     add("--num_images", type=cli.whole(1), default=256, help="drawn from the data without repetition (default: 256)")
     add("--batch_size", type=cli.whole(1), default=32, help="images at a time, over all devices (default: 32)")
     add("--seed", type=cli.seed, default=0, help="of the images drawn, and of the noise (default: 0)")
@@ -74,8 +75,8 @@ def _encode_by_vaes(args, sources, images_source, records, mesh):
             vae = load_model(source.path, source.step, jax.devices()[:1], args.vae).tokenizer
         else:
             vae = load_vae(source.path, source.step)
-        grid = images_source.image_size // vae.module.factor
-        count = sum(model.latents.nbytes for model in models) + 4 * len(records) * grid**2 * vae.module.latent_channels
+        positions = math.prod(side // vae.module.factor for side in ranges.height_width(images_source.image_size))
+        count = sum(model.latents.nbytes for model in models) + 4 * len(records) * positions * vae.module.latent_channels
         check_bytes(count, f"the latents of {len(records)} images by {len(models) + 1} VAEs")
         models.append(encode_images(source, vae, images_source, records, args.batch_size, mesh))
     return models
@@ -101,7 +102,7 @@ def run(args):
         choosing.check_cknna(args, sources, configs, len(cknna_records))
         encoders, encoder_protocol = _encode_by_encoders(args, configs, images_source, cknna_records, mesh)
     models = _encode_by_vaes(args, sources, images_source, records, mesh)
-    block = min([BLOCK] + [model.latents.shape[1] for model in models])
+    block = min(BLOCK, *(side for model in models for side in model.latents.shape[1:3]))
     rgb_spectrum, rgb_ratios = spectrum_of_images(images_source, records, args.batch_size, block)
     compared = set.intersection(*({row["transform"] for row in model.equivariance} for model in models))
     descriptions = [describe(model, block, compared) for model in models]

@@ -17,6 +17,8 @@ from repae_jax.analyze_latents.sources import Source
 from repae_jax.distributed import sharding
 from repae_jax.evaluation.image_sets import source_blocks
 from repae_jax.losses.regularizers import downscale
+from repae_jax.models.rae import RepresentationAutoencoder
+from repae_jax.ranges import Extent, as_option, height_width, in_words
 from repae_jax.sampling.load_model import LoadedTokenizer, jit_in_float32
 
 SCALES = (0.75, 0.5, 0.25)
@@ -63,10 +65,15 @@ def map_images(
             bar.update(count)
 
 
-def transforms(grid: int) -> list[str]:
-    """Returns the names of the TRANSFORMS that leave latents of grid x grid a whole size."""
-    odd = [f"scale {scale:g}" for scale in SCALES if not (scale * grid).is_integer()]
+def transforms(grid: Extent) -> list[str]:
+    """Returns the names of the TRANSFORMS that leave latents on a grid, a square's side or (height, width), a whole size."""
+    odd = [f"scale {scale:g}" for scale in SCALES if not all((scale * side).is_integer() for side in height_width(grid))]
     return [name for name in TRANSFORMS if name not in odd]
+
+
+def takes(module: Any, transform: str) -> bool:
+    """Returns False if a transform changes the size of images, and the VAE is for one size."""
+    return not (transform.startswith("scale") and isinstance(module, RepresentationAutoencoder))
 
 
 def check_finite(latents: Float[np.ndarray, "N h w C"], name: str, source: Any, records) -> None:
@@ -114,13 +121,14 @@ def encode_images(
 ) -> Model:
     """Encodes records of images with a VAE, and measures its equivariance; ValueError if latents are not finite."""
     size, factor = images_source.image_size, vae.module.factor
-    if size % factor:
-        allowed = " or ".join(str(n) for n in (size // factor * factor, (size // factor + 1) * factor) if n)
-        raise ValueError(
-            f"{source.name}: image size {size} is not a multiple of the VAE's factor {factor}; allowed: e.g. {allowed}"
-        )
+    grid = [side // factor for side in height_width(size)]
+    if any(side % factor for side in height_width(size)):
+        multiples = [[side * factor for side in grid], [(side + 1) * factor for side in grid]]
+        allowed = " or ".join(as_option(pair) for pair in multiples if min(pair))
+        wrong = f"image size {in_words(size)} is not a multiple of the VAE's factor {factor}"
+        raise ValueError(f"{source.name}: {wrong}; allowed: e.g. {allowed}")
     encode = make_encode(vae.module)
-    parts = {name: [] for name in transforms(size // factor)}  # of the errors, by batch
+    parts = {name: [] for name in transforms(grid) if takes(vae.module, name)}  # of the errors, by batch
     params = jax.device_put(vae.params, sharding.replicated(mesh))
     batches, first = [], 0
     with tqdm(total=len(records), unit="img", desc=source.name) as bar:

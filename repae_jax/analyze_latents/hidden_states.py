@@ -19,6 +19,7 @@ from repae_jax.analyze_latents.sources import NEIGHBORS, Source
 from repae_jax.diffusion import latent_norm
 from repae_jax.distributed import sharding
 from repae_jax.models import encoders as vision_encoders
+from repae_jax.ranges import Extent, as_extent, as_option, in_words
 from repae_jax.sampling.load_model import LoadedModel, jit_in_float32
 from repae_jax.training.checkpoint import fingerprint
 
@@ -28,11 +29,11 @@ Encoded = tuple[Float[np.ndarray, "N F"], representation.Neighbors]  # features 
 
 
 def encoder_features(
-    name: str, path: str, image_size: int | None, source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
+    name: str, path: str, image_size: Extent | None, source: Any, records, batch_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Float[np.ndarray, "N F"], str]:
     """Computes the patch tokens of a vision encoder, averaged over each image: float32 rows of length 1; and its fingerprint.
 
-    The weights at `path` are as of `load_encoder`; `image_size` is the side of the encoder's images, None for its own.
+    The weights at `path` are as of `load_encoder`; `image_size` is that of the encoder's images, None for its own.
     """
     try:
         encoder, params = load_encoder(path, source.image_size, image_size)
@@ -64,11 +65,11 @@ def make_hidden_states(trained: LoadedModel) -> Callable:
 def normalized_latents(trained: LoadedModel, name: str, source: Any, records, batch_size: int) -> Float[np.ndarray, "N h w C"]:
     """Returns the posterior means as the SiT sees them."""
     vae = trained.nets.vae.clone(dtype=jnp.float32)
-    grid = source.image_size // vae.factor
-    if grid != trained.latent_shape[0] or source.image_size % vae.factor:
+    size = as_extent([side * vae.factor for side in trained.latent_shape[:2]])
+    if source.image_size != size:
         raise ValueError(
-            f"{name}: images have {source.image_size} pixels, the SiT is for {trained.latent_shape[0] * vae.factor}; give that "
-            "as --image_size, or leave out --cknna"
+            f"{name}: images have {in_words(source.image_size)} pixels, the SiT is for {in_words(size)}; give "
+            f"--image_size={as_option(size)}, or leave out --cknna"
         )
 
     def normalized(params, pixels):

@@ -16,6 +16,7 @@ from checkpoints_tools import identify
 from repae_jax import data
 from repae_jax.evaluation.short_names import short_names
 from repae_jax.files import RANDOM
+from repae_jax.sampling.load_model import split_step
 from repae_jax.training import checkpoint
 
 RESULT = "analysis.json"
@@ -35,12 +36,6 @@ class Source:
     step: int | None  # checkpoint of a run, None for the newest
 
 
-def _split_number(text: str) -> tuple[str, int | None]:
-    """Splits 'path@number' into its parts; returns (text, None) if it is no such text."""
-    path, _, number = text.rpartition("@")
-    return (path, int(number)) if path and number.isdigit() and not epath.Path(text).exists() else (text, None)
-
-
 def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source, ...]:
     """Parses sources 'PATH' or 'PATH@STEP', each perhaps after 'NAME='; `step` is that of those without one.
 
@@ -50,7 +45,7 @@ def parse_sources(texts: Sequence[str], step: int | None = None) -> tuple[Source
     for text in texts:
         name, equals, rest = text.partition("=")
         is_named = equals and name and not re.search(r"[/\\:]", name) and not epath.Path(text).exists()
-        path, own_step = _split_number(os.path.expanduser(rest if is_named else text))
+        path, own_step = split_step(os.path.expanduser(rest if is_named else text))
         parsed.append((name if is_named else None, path, step if own_step is None else own_step))
     short = short_names([path for _, path, _ in parsed])
     show_steps = len({(path, at) for _, path, at in parsed}) > len(short)  # several checkpoints of a run
@@ -101,7 +96,7 @@ def choose_encoders(given: Sequence[str], configs: Configs) -> dict[str, tuple[s
     """Returns path and image size of the encoders for CKNNA by label: the given ones, or those of the runs."""
     encoders = {}
     for text in given:
-        path, image_size = _split_number(text)
+        path, image_size = split_step(text)
         encoders[Path(path).name if Path(path).name not in encoders else path] = (path, image_size)
     if not given:
         for config in filter(None, configs):

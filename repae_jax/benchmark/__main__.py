@@ -71,7 +71,8 @@ def benchmark(
         say(sampling_line(result["sampling"]))
         keep(result)
     del step
-    say("parts of the step, each alone; they need not add up to it:")
+    of_joint = " of those that train the VAE, each as often as steps have it" * (len(job.variants) > 1)
+    say(f"parts of the step{of_joint}, each alone; they need not add up to it:")
     seconds = result["step"]["seconds_per_step"]["median"]
     result["parts"] = {}
     for name, part in measure.measure_parts(job, state, frozen, steps, seconds):
@@ -84,12 +85,13 @@ def benchmark(
 def _measure_step(job, frozen, key, steps, say):
     """Compiles and times the step; returns it with the state it carries on, its batch, and the numbers."""
     state, batch = measure.random_state(job), measure.random_batch(job)
-    compiled, compile_seconds = measure.compile_step(job, state, batch, frozen, key)
-    step = measure.Step(compiled, state, frozen, key)
+    compiled = [measure.compile_step(variant, state, batch, frozen, key) for variant, _ in job.variants]
+    programs, compile_seconds = [program for program, _ in compiled], sum(seconds for _, seconds in compiled)
+    step = measure.Step(measure.in_turn(job, programs), state, frozen, key)
     del state  # donated
     say(f"compiled in {compile_seconds:.0f} s")
     speed = measure.measure_step(job, step, batch, steps, "steps" if jax.process_index() == 0 else None)
-    return step, batch, {**speed, "compile_seconds": compile_seconds, "memory": measure.memory_of(compiled)}
+    return step, batch, {**speed, "compile_seconds": compile_seconds, "memory": measure.memory_of(programs[0])}
 
 
 def _check_sample_batch(job, sample_batch):

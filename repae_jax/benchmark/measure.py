@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from repae_jax.benchmark.timing import spread, time_calls
 from repae_jax.cost import flops, hlo_cost
 from repae_jax.distributed import multihost, sharding
 from repae_jax.job import build, compilation, initial_state, training_data
+from repae_jax.ranges import height_width
 from repae_jax.sampling import generate
 from repae_jax.training.checkpoint import fingerprint
 from repae_jax.training.metric_log import arithmetic_speed
@@ -86,9 +88,9 @@ def random_batch(job: build.Job) -> dict[str, Array]:
 
 def random_pixels(job: build.Job, count: int) -> UInt8[Array, "B H W 3"]:
     """Draws `count` images over all processes, on the mesh."""
-    size = job.config["data"]["image_size"]
+    shape = (count // jax.process_count(), *height_width(job.config["data"]["image_size"]), 3)
     rng = np.random.default_rng(jax.process_index())
-    return sharding.put_batch(job.mesh, rng.integers(0, 256, (count // jax.process_count(), size, size, 3), np.uint8))
+    return sharding.put_batch(job.mesh, rng.integers(0, 256, shape, np.uint8))
 
 
 def compile_step(job: build.Job, state: Any, batch: Mapping[str, Array], frozen: Mapping[str, Any], key: Array) -> tuple:
@@ -100,6 +102,12 @@ def _compile(function, *arguments):
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     return compiled, time.perf_counter() - began
+
+
+def in_turn(job: build.Job, programs: Sequence[Callable]) -> Callable:
+    """Returns a function that calls the programs of a job's `variants` in the order in which training does."""
+    steps = itertools.count(1)
+    return lambda *arguments: programs[job.kind_of(next(steps))](*arguments)
 
 
 class Step:
@@ -129,7 +137,7 @@ def peak_of(job: build.Job) -> float | None:
 
 def measure_step(job: build.Job, step: Step, batch: Mapping[str, Array], count: int, title: str | None) -> dict[str, Any]:
     """Times the step: its seconds_per_step, a spread, and `speed_of` the median; `title` is that of a progress bar."""
-    seconds = spread(time_calls(lambda: step(batch), count, ahead=AHEAD, title=title))
+    seconds = spread(time_calls(lambda: step(batch), count, ahead=AHEAD, title=title, period=job.vae_every))
     flop = sum(flops.of_step(job).values())
     return {"seconds_per_step": seconds, **speed_of(job, seconds["median"], job.config["data"]["batch_size"], flop)}
 
@@ -148,7 +156,7 @@ def memory_of(compiled: Any) -> dict[str, Any]:
 def measure_parts(
     job: build.Job, state: Any, frozen: Mapping[str, Any], count: int, step_seconds: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Times `count` calls of every part of the step alone; the state is donated.
+    """Times `count` calls of every part of the step alone, of a joint one with config.vae_every; the state is donated.
 
     Yields (name, {'seconds_per_step': spread, 'share_of_step': …} and, of all but the update, `speed_of` without images per
     second; or {'failed': …} if the part alone does not fit), as soon as each is measured.
@@ -158,13 +166,16 @@ def measure_parts(
     sizes, key = (batch_size, batch_size // accumulation), jax.random.key(job.config["seed"])
     batches = [make(random_pixels(job, size), key) for size in sizes]
 
-    def compared(seconds):
+    def compared(seconds, runs=1.0):
         seconds = spread(seconds)
-        return {"seconds_per_step": seconds, "share_of_step": seconds["median"] / step_seconds}
+        return {"seconds_per_step": seconds, "share_of_step": runs * seconds["median"] / step_seconds}
 
     for name, part in parts.make_parts(job, state, frozen, *batches).items():
         repeated = 1 if part.of_whole else accumulation
-        result = _or_failed(lambda part=part, repeated=repeated: compared(repeated * time_part(job, part, count)))
+        runs = 1.0 if part.of_whole or name == "sit" else job.variants[0][1]  # share of the steps that have the part
+        result = _or_failed(
+            lambda part=part, repeated=repeated, runs=runs: compared(repeated * time_part(job, part, count), runs)
+        )
         if "failed" not in result:
             flop = repeated * sum(flops.count(part.function, *part.arguments).values()) / batch_size
             speed = speed_of(job, result["seconds_per_step"]["median"], batch_size, flop)

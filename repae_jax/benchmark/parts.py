@@ -58,7 +58,7 @@ def make_batch(job: build.Job, pixels: UInt8[Array, "B H W 3"], key: Array) -> B
     x = Inputs(
         images=to_float(pixels),
         labels=jax.random.randint(keys["labels"], (count,), 0, job.config["data"]["num_classes"]),
-        targets=tuple(jax.random.normal(keys["targets"], (count, e.grid**2, e.module.hidden_size)) for e in job.encoders),
+        targets=tuple(jax.random.normal(keys["targets"], (count, e.num_tokens, e.module.hidden_size)) for e in job.encoders),
         latents=jax.random.normal(keys["latents"], shape),
         recon=jnp.tanh(jax.random.normal(keys["recon"], pixels.shape)),
         **sample_noise(key, 0, shape, job.recipe),

@@ -1,8 +1,8 @@
 """FLOP of a training step and of sampling, counted in their traced programs, and the peaks of devices.
 
 Counted are matrix products and convolutions, a multiplication with its addition as 2 FLOP, forward and backward as the program
-does them; padding counts, zeros between pixels do not. Not counted: elementwise operations, optimizers, and what the backward
-pass recomputes (`remat`).
+does them; padding counts, zeros between pixels do not. Not counted: elementwise operations, which optimizers but Muon are made
+of, and what the backward pass recomputes (`remat`).
 """
 
 import collections
@@ -49,13 +49,27 @@ def h100_hours(flop_per_image: float, config: Mapping[str, Any]) -> float:
 
 
 def of_step(job: build.Job) -> dict[str, float]:
-    """Returns the FLOP that a training step spends on one image, by scope; a mean where it draws one of several branches."""
+    """Returns the FLOP that a training step spends on one image, by scope.
+
+    A mean where steps are of several kinds (`Job.variants`), or draw one of several branches.
+    """
     arguments = initial_state.abstract_state(job), *compilation.abstract_inputs(job)
-    return _per_image(job, job.step, arguments, branch_shares(job.config))
+    scopes: dict[str, float] = collections.defaultdict(float)
+    for variant, share in job.variants:
+        for name, flop in _per_image(variant, variant.step, arguments, branch_shares(job.config)).items():
+            scopes[name] += share * flop
+    return dict(scopes)
 
 
 def of_sampling(job: build.Job) -> dict[str, float]:
-    """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT."""
+    """Returns the FLOP that sampling by job.sampling spends on one image, by scope; the job must have a SiT.
+
+    ValueError for an adaptive sampler, whose steps nobody knows before.
+    """
+    assert job.sampling is not None
+    if job.sampling.method.adaptive:
+        takes = "takes as many steps as it needs, which cannot be counted before"
+        raise ValueError(f"config.sampling.sampler={job.sampling.sampler!r} {takes}: choose another sampler to plan with")
     return _per_image(job, *sampling_program(job))
 
 
@@ -136,7 +150,8 @@ def _inner_programs(equation, path, shares) -> Iterator[tuple[float, core.Jaxpr]
     """Yields (how often it runs, jaxpr) of the programs that an equation calls."""
     params = equation.params
     if equation.primitive.name != "cond":
-        times = params["length"] if equation.primitive.name == "scan" else 1
+        times = {"scan": "length", "shard_map": "mesh"}.get(equation.primitive.name)
+        times = 1 if times is None else getattr(params[times], "size", params[times])  # of a mesh, each device runs it
         for value in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)):
             if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
                 yield times, getattr(value, "jaxpr", value)

@@ -10,6 +10,7 @@ from repae_jax.cost.roofline_text import exchange_table, kernel_table, part_tabl
 
 TIGHT = 0.1  # largest free share of the memory that is called tight
 COMPILERS = {"chip": ("jax", "jaxlib", "libtpu"), "GPU": ("jax", "jaxlib", "jax-cuda13-plugin")}  # by the noun of TPUs and GPUs
+_JOINT = "; as all below, of a joint step"  # in a plan of steps of several kinds
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 
 
@@ -172,6 +173,7 @@ def _time_table(numbers):
     float32 = f"sampling is in float32: {slower}" if is_float32 else ""
     runs = f"{numbers['runs']:,.0f} {'batches' if sampling else 'steps'}"
     bounds = ", ".join(f"{1000 * seconds:,.1f} {bound}" for bound, seconds in estimate["by_bound"].items() if seconds)
+    bounds += _JOINT * (len(numbers["kinds_of_steps"]) > 1)
     roofline = _row("a roofline's", f"{1000 * estimate['seconds']:,.1f}", "ms", bounds)
     collectives = sorted(numbers["collective_bytes"].items()) if cycles else []
     sent = "a chip; its time is not in the compiler's estimate"
@@ -179,8 +181,20 @@ def _time_table(numbers):
         f"time of a {'batch' if sampling else 'step'}, by {'the compiler' if cycles else 'a roofline'}'s estimate",
         _row("time", f"{numbers['seconds'] * 1000:,.1f}", "ms", f"{cycles:,.0f} cycles" if cycles else bounds),
         *([roofline] if cycles else []),
+        *_kind_rows(numbers["kinds_of_steps"]),
         _row("share of bfloat16 peak", f"{numbers['share_of_peak']:.1%}", "", float32),
         _row("images per second", f"{numbers['images_per_second']:,.1f}", ""),
         _row(runs, f"{numbers['hours']:,.1f}", "hours", f"{numbers['chip_hours']:,.0f} {noun}-hours"),
         *(_row(kind, f"{size / 1e9:.3f}", "GB", sent) for kind, size in collectives),
+    ]
+
+
+def _kind_rows(kinds):
+    """Returns rows on the kinds of steps, where there are several."""
+    if len(kinds) == 1:
+        return []
+    names = ("of a joint step", "of a step of the SiT alone")
+    return [
+        _row(name, f"{1000 * kind['seconds']:,.1f}", "ms", f"{kind['share']:.0%} of the steps")
+        for name, kind in zip(names, kinds)
     ]

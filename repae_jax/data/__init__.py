@@ -15,6 +15,7 @@ import re
 
 from repae_jax.data import array_record, digits, folder, imagenet, imagenet_tar, parquet
 from repae_jax.data.source import check_label_range
+from repae_jax.ranges import Extent, as_extent
 
 SOURCES = {
     "digits": digits.DigitsSource,
@@ -52,8 +53,10 @@ def given(options: dict) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def make_source(source: str, image_size: int, **fields):
+def make_source(source: str, image_size: Extent, **fields):
     """Returns a new source, a key of SOURCES, with its options, such as `split` or `path`; None counts as not given.
+
+    Its images have `image_size` pixels, a square's side or (height, width).
 
     Raises ValueError for an unknown name or option, a missing option, or a value that the source refuses.
     """
@@ -65,7 +68,7 @@ def make_source(source: str, image_size: int, **fields):
         advice = f"set config.data.options.{missing[0]}, or where a command takes a source, {source}:{missing[0]}=VALUE"
         raise ValueError(f"source {source!r} needs the argument {', '.join(missing)}: {advice}")
     _check_local(source, fields)
-    return SOURCES[source](image_size=image_size, **fields)
+    return SOURCES[source](image_size=as_extent(image_size), **fields)
 
 
 def _check_local(source, fields):

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from repae_jax.data import shards
+from repae_jax.ranges import Extent, as_option, height_width, in_words
 
 FORMAT = shards.ShardFormat("set of prepared images", "python -m repae_jax.prepare_images", 1)
 ENCODINGS = ("png", "webp", "raw")
@@ -23,14 +24,15 @@ def encode(pixels: UInt8[np.ndarray, "H W 3"], encoding: str) -> bytes:
     return buffer.getvalue()
 
 
-def decode(content: bytes, encoding: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def decode(content: bytes, encoding: str, size: Extent) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes what `encode` returned; raises ValueError or OSError for other content."""
+    shape = (*height_width(size), 3)
     if encoding == "raw":
-        return np.frombuffer(content, np.uint8).reshape(size, size, 3)
+        return np.frombuffer(content, np.uint8).reshape(shape)
     with Image.open(io.BytesIO(content)) as image:
         pixels = np.asarray(image)
-    if pixels.shape != (size, size, 3):
-        raise ValueError(f"the image is {list(pixels.shape)} instead of {[size, size, 3]}")
+    if pixels.shape != shape:
+        raise ValueError(f"the image is {list(pixels.shape)} instead of {list(shape)}")
     return pixels
 
 
@@ -42,15 +44,15 @@ class PreparedImages(shards.Shards):
     """
 
     path: str | os.PathLike  # folder, or its address in a bucket
-    image_size: int  # side in pixels, that of the prepared images
+    image_size: Extent  # in pixels, that of the prepared images
     reads_addresses = True
 
     def __post_init__(self):
         image_size = self.image_size
         super().__init__(self.path, FORMAT)
         if self.image_size != image_size:
-            sizes = f"have {self.image_size} pixels on a side, image_size is {image_size}"
-            advice = f"set image_size to {self.image_size}, or prepare them anew from the original images"
+            sizes = f"have {in_words(self.image_size)} pixels on a side, image_size is {in_words(image_size)}"
+            advice = f"set image_size to {as_option(self.image_size)}, or prepare them anew from the original images"
             raise ValueError(f"prepared images {str(self.path)!r} {sizes}: {advice}")
 
     def __getitem__(self, i: int) -> dict:

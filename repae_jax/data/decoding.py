@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, TiffImagePlugin
 
 from repae_jax.images import MOST_PIXELS, center_crop
+from repae_jax.ranges import Extent
 
 # Image formats by Pillow's names, with their file extensions. Pillow knows more, some of which start other programs.
 KINDS = {
@@ -21,7 +22,7 @@ _TILE = TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH
 _MAX_FILE_BYTES = 2**30  # more than the largest image that Pillow decodes
 
 
-def decode_crop(content: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def decode_crop(content: bytes, size: Extent) -> UInt8[np.ndarray, "height width 3"]:
     """Decodes an image file and crops it with `images.center_crop`; Pillow raises errors of many types if it cannot."""
     with open_image(content) as image:
         return center_crop(image, size)

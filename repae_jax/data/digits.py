@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from repae_jax.data.source import check_image_size
+from repae_jax.ranges import Extent, height_width
 
 _SPLITS = ("train", "test", "all")
 
@@ -17,7 +18,7 @@ class DigitsSource:
     The split is fixed: every fifth digit of each class, in file order, is for testing (355), the others for training (1,442).
     """
 
-    image_size: int  # side in pixels; 8 and above make sense
+    image_size: Extent  # in pixels, to which digits are stretched; 8 and above make sense
     split: str = "train"  # one of _SPLITS
     num_classes = 10
 
@@ -35,7 +36,8 @@ class DigitsSource:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        image = Image.fromarray(self._digits[i]).resize((self.image_size,) * 2, resample=Image.Resampling.BICUBIC)
+        size = height_width(self.image_size)[::-1]
+        image = Image.fromarray(self._digits[i]).resize(size, resample=Image.Resampling.BICUBIC)
         return {"image": np.array(image.convert("RGB")), "label": self.labels[i]}
 
     def name(self, i: int) -> str:

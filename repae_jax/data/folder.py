@@ -15,6 +15,7 @@ from repae_jax import faults
 from repae_jax.data.decoding import KINDS, read_file
 from repae_jax.data.listing import list_below, printable
 from repae_jax.data.source import MAX_LABEL, EncodedImages, check_image_size
+from repae_jax.ranges import Extent
 
 EXTENSIONS = tuple(ending for endings in KINDS.values() for ending in endings)
 _EXTENSIONS = " ".join(EXTENSIONS)
@@ -40,7 +41,7 @@ class FolderSource(EncodedImages):
     """
 
     path: str | os.PathLike
-    image_size: int
+    image_size: Extent
     labels_file: str | os.PathLike | None = None  # absolute, or relative to the folder
     labelled: bool = True  # whether classes matter; if not, the images may lie anywhere below the folder, and all have label 0
 

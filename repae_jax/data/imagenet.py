@@ -21,6 +21,7 @@ from tqdm import tqdm
 from repae_jax import faults, files
 from repae_jax.data.source import EncodedImages, check_image_size, check_label_range
 from repae_jax.distributed import multihost
+from repae_jax.ranges import Extent
 
 _READ_THREADS = 16  # labels: the threads mostly wait for the disk
 _CHUNK = 256
@@ -39,7 +40,7 @@ class ImagenetSource(EncodedImages):
     out of range; and ImportError without tensorflow_datasets.
     """
 
-    image_size: int
+    image_size: Extent
     split: str = "train"  # or 'validation', or any other that TFDS understands, such as 'train[:1%]'
     data_dir: str | os.PathLike = ""  # folder of TFDS' data sets; '' for its choice: $TFDS_DATA_DIR, or ~/tensorflow_datasets
     dataset: str = "imagenet2012"  # has `image` and `label`; with its version if it is not the newest: 'imagenet2012:5.1.0'

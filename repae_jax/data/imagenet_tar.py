@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from repae_jax.data.decoding import check_bytes
 from repae_jax.data.source import EncodedImages, check_image_size
+from repae_jax.ranges import Extent
 
 _CLASS = re.compile(r"(n\d{8})\.tar")
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
@@ -44,7 +45,7 @@ class ImagenetTarSource(EncodedImages):
     """
 
     path: str | os.PathLike  # ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, under any name
-    image_size: int
+    image_size: Extent
 
     def __post_init__(self):
         check_image_size(self.image_size)

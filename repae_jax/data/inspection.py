@@ -13,10 +13,11 @@ from repae_jax import faults
 from repae_jax.data import decoding, reading
 from repae_jax.data.source import EncodedImages
 from repae_jax.images import center_crop
+from repae_jax.ranges import height_width, in_words
 
 SHOWN = 5  # names in a sentence
 BLOCK = 64  # images at a time
-NARROW = 2.0  # longer side over shorter side, above which the central square is less than half of the picture
+NARROW = 2.0  # of the ratios of the sides, theirs and training's, above which less than half of the picture is seen
 IMBALANCE = 10  # images of the largest class over those of the smallest
 FEW = 20  # images of a class
 NEAR = 3  # bits of 64 in which outlines of nearly the same pictures differ at most
@@ -36,7 +37,7 @@ class Look:
     mode: str = ""  # of the pixels, as Pillow calls it
     width: int = 0
     height: int = 0
-    pixels: str = ""  # hash of the square that training sees
+    pixels: str = ""  # hash of the part that training sees
     outline: int = 0  # 64 bits, the same for pictures that look the same
     is_blank: bool = False
     is_turned: bool = False  # by its EXIF, which training does not heed
@@ -51,15 +52,15 @@ def look(source: EncodedImages, i: int) -> Look:
         with decoding.open_image(content) as image:
             kind, mode, (width, height) = image.format, image.mode, image.size
             is_turned = image.getexif().get(_ORIENTATION, 1) != 1
-            square, has_alpha = center_crop(image, source.image_size), _is_transparent(image)
+            seen, has_alpha = center_crop(image, source.image_size), _is_transparent(image)
     except Exception as error:  # Pillow raises nearly anything
         if faults.is_of_the_system(error):
             raise
         return Look(error=_AN_OBJECT.sub("", reading.describe_error(error)), size=len(content))
-    gray = Image.fromarray(square).convert("L")
+    gray = Image.fromarray(seen).convert("L")
     return Look(
         size=len(content), kind=kind or "", mode=mode, width=width, height=height, is_turned=is_turned, has_alpha=has_alpha,
-        pixels=hashlib.sha256(square.tobytes()).hexdigest()[:16], outline=outline(gray),
+        pixels=hashlib.sha256(seen.tobytes()).hexdigest()[:16], outline=outline(gray),
         is_blank=bool(np.asarray(gray, np.float32).std() < BLANK),
     )  # fmt: skip
 
@@ -176,17 +177,18 @@ class Inspection:
             yield Finding(False, "Nearly the same", text, flat)
 
     def _shapes(self):
-        size, looks = self.source.image_size, self.looks
-        shorter = {i: min(looks[i].width, looks[i].height) for i in self.decoded()}
-        if small := sorted((i for i, side in shorter.items() if side < size), key=shorter.__getitem__):
-            least = looks[small[0]]
+        (height, width), looks = height_width(self.source.image_size), self.looks
+        shares = {i: min(looks[i].width / width, looks[i].height / height) for i in self.decoded()}
+        if small := sorted((i for i, share in shares.items() if share < 1), key=shares.__getitem__):
+            least, size = looks[small[0]], in_words(self.source.image_size)
             text = f"{len(small)} images are smaller than {size} pixels (the smallest {least.width} x {least.height})"
             yield Finding(False, "Enlarged", f"{text}, and enlarged, so blurred: {self.names(small)}; lower image_size?", small)
-        narrow = [i for i, side in shorter.items() if max(looks[i].width, looks[i].height) > NARROW * side]
-        if narrow:
-            text = f"{len(narrow)} images are more than {NARROW:g} times as long as wide, and training sees their middle alone"
+        relative = {i: (looks[i].width * height, looks[i].height * width) for i in shares}
+        if narrow := [i for i, sides in relative.items() if max(sides) > NARROW * min(sides)]:
+            than = "as long as wide" if width == height else f"as long or as wide as {height} x {width} pixels"
+            text = f"{len(narrow)} images are more than {NARROW:g} times {than}, and training sees their middle alone"
             yield Finding(False, "Long and narrow", f"{text}: {self.names(narrow)}", narrow)
-        if turned := [i for i in shorter if looks[i].is_turned]:
+        if turned := [i for i in shares if looks[i].is_turned]:
             text = f"{len(turned)} images are turned by their EXIF data, which training does not heed: {self.names(turned)}"
             yield Finding(False, "Lying or upside down", f"{text}; turn the pixels, as `mogrify -auto-orient` does", turned)
 

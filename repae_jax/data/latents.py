@@ -17,6 +17,7 @@ import os
 import numpy as np
 
 from repae_jax.data import records_hash, shards
+from repae_jax.ranges import Extent, as_extent, in_words
 
 FORMAT = shards.ShardFormat("cache of latents", "python -m repae_jax.cache_latents", 1)
 STATS = "latents-stats.safetensors"
@@ -55,7 +56,7 @@ class WithMoments:
     """
 
     def __init__(self, images, cache: CachedLatents):
-        sides = (images.image_size, cache.image_size)
+        sides = (in_words(images.image_size), in_words(cache.image_size))
         for quantity, (here, there) in {"images": (len(images), len(cache)), "pixels on a side": sides}.items():
             if here != there:
                 raise ValueError(f"cache {cache.path!r} was made from {there} {quantity}, config.data has {here}; {_REMAKE}")
@@ -84,12 +85,12 @@ class WithMoments:
         return self._images.name(i)
 
 
-def check_cache(cache: CachedLatents, fingerprint: str, latent_shape: tuple[int, int, int], image_size: int) -> None:
+def check_cache(cache: CachedLatents, fingerprint: str, latent_shape: tuple[int, int, int], image_size: Extent) -> None:
     """Raises ValueError unless a cache holds what the run's VAE, of this fingerprint and latent shape, makes of its images."""
     differing = []
     if cache.fingerprint != fingerprint:
         differing.append(f"another VAE (fingerprint {cache.fingerprint}, from {cache.vae!r}; this run's has {fingerprint})")
-    shapes, sizes = (cache.latent_shape, tuple(latent_shape)), (cache.image_size, image_size)
+    shapes, sizes = (cache.latent_shape, tuple(latent_shape)), (cache.image_size, as_extent(image_size))
     for quantity, (there, here) in {"latents of shape": shapes, "an image size of": sizes}.items():
         if there != here:
             differing.append(f"{quantity} {there} (this run's: {here})")

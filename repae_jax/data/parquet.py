@@ -19,6 +19,7 @@ import numpy as np
 from repae_jax import faults
 from repae_jax.data.listing import list_below, printable
 from repae_jax.data.source import MAX_LABEL, EncodedImages, check_image_size, check_label_range
+from repae_jax.ranges import Extent
 
 _KEPT_GROUPS = 8  # row groups in memory: one for each thread that reads in order, and some
 _MAX_GROUP_BYTES = 2**31 - 1  # size of a row group's images: pyarrow's offsets have 32 bits
@@ -37,7 +38,7 @@ class ParquetSource(EncodedImages):
     """
 
     path: str | os.PathLike
-    image_size: int
+    image_size: Extent
     split: str = "train"
     image_column: str = "image"  # encoded images: bytes, or a struct with a field `bytes`
     label_column: str = "label"  # whole numbers; '' if classes do not matter: all images have label 0

@@ -84,10 +84,11 @@ class ShardWriter:
         shard_size: int, notes=(), workers=0, max_bad_fraction=0.0, process_index=0, process_count=1,
     ):  # fmt: skip
         self._folder, self._source, self._maker, self._notes = Path(folder), source, maker, notes
-        self._settings = {
+        given = {
             "format": maker.format.version, "records": len(source), "records_hash": data.records_hash(source),
             "num_classes": source.num_classes, "image_size": source.image_size, "shard_size": shard_size, **settings,
         }  # fmt: skip
+        self._settings = json.loads(json.dumps(given))  # as they are read from the folder: tuples are lists
         self._workers, self._process_index = workers, process_index
         self._max_bad = int(max_bad_fraction * len(source))
         self._ranges = reading.cut(0, len(source), shard_size)

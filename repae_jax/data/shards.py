@@ -33,6 +33,7 @@ from repae_jax.buckets import is_address
 from repae_jax.data import byte_ranges, places
 from repae_jax.data.source import ReopenedByWorkers
 from repae_jax.faults import is_of_the_system
+from repae_jax.ranges import as_extent
 
 MANIFEST, SETTINGS, LABELS, PLACES = "manifest.json", "settings.json", "labels.npy", "places.npy"
 _OPEN_SHARDS = 256  # open files of a process, far from the usual limit of 1024
@@ -95,9 +96,9 @@ def read_manifest(path: str | os.PathLike, shard_format: ShardFormat) -> dict:
     """Returns the manifest of the finished folder at a path or address.
 
     It has `records`, their number; `shard_size`, records of all shards but the last; `shards`, [{'file', 'records', 'bytes',
-    'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`; `image_size`;
-    `records_hash` and `images`, {'source', 'options'}, of the original source; and others. ValueError if there is no finished
-    folder, or the manifest is damaged or of another version.
+    'sha256'}, ...]; `labels_sha256`; `bad_records`, [[record, name], ...] of undecodable images; `num_classes`; `image_size`,
+    of a square its side, otherwise [height, width]; `records_hash` and `images`, {'source', 'options'}, of the original source;
+    and others. ValueError if there is no finished folder, or the manifest is damaged or of another version.
     """
     if is_address(path) and not str(path).startswith("gs://"):
         raise ValueError(f"{str(path)!r} cannot be read: allowed are a folder, and gs://BUCKET/FOLDER; copy it to a disk")
@@ -133,7 +134,7 @@ class Shards(ReopenedByWorkers):
         self._path, self._format = str(path).rstrip("/"), shard_format
         self._repair = shard_format.repair(self._path)
         self.manifest = read_manifest(path, shard_format)
-        self.num_classes, self.image_size = self.manifest["num_classes"], self.manifest["image_size"]
+        self.num_classes, self.image_size = self.manifest["num_classes"], as_extent(self.manifest["image_size"])
         self.records_hash = self.manifest["records_hash"]
         self.labels = self._read_array(LABELS, self.manifest["labels_sha256"])
         self._places = self._read_places() if is_address(path) else None

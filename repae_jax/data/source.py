@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from repae_jax.data.decoding import decode_crop
+from repae_jax.ranges import Extent, height_width
 
 MAX_LABEL = np.iinfo(np.int32).max
 
@@ -26,7 +27,7 @@ class EncodedImages(ReopenedByWorkers, abc.ABC):
     `labels` and `num_classes`, without decoding an image.
     """
 
-    image_size: int  # side of the images in pixels
+    image_size: Extent  # of the images in pixels
     labels: Int32[np.ndarray, " N"]  # 0..num_classes-1
     num_classes: int
 
@@ -42,7 +43,7 @@ class EncodedImages(ReopenedByWorkers, abc.ABC):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        """Returns `{'image': uint8 [image_size, image_size, 3], 'label': int32}` of record `i`.
+        """Returns `{'image': uint8 [H, W, 3] of image_size, 'label': int32}` of record `i`.
 
         Damaged content raises errors of any type, as Pillow and the libraries that read files do.
         """
@@ -50,9 +51,9 @@ class EncodedImages(ReopenedByWorkers, abc.ABC):
         return {"image": decode_crop(self.content(i), self.image_size), "label": self.labels[i]}
 
 
-def check_image_size(image_size: int) -> None:
-    """Raises ValueError unless the side of an image is positive."""
-    if image_size < 1:
+def check_image_size(image_size: Extent) -> None:
+    """Raises ValueError unless the sides of an image are positive."""
+    if min(height_width(image_size)) < 1:
         raise ValueError(f"image_size is {image_size}; allowed: a positive number of pixels")
 
 

@@ -124,7 +124,7 @@ class Studio:
         sampling = dataclasses.replace(self._default, sampler=query.get("sampler", self._default.sampler), **fields)
         sampling = dataclasses.replace(sampling, precision="float32")
         check_sampler(sampling, self._stepper.objective)
-        _check("steps", sampling.steps, 2, MOST_STEPS)
+        _check("steps", sampling.steps, 1, MOST_STEPS)
         labels = _numbers("labels", query.get("labels", ""))
         _check("number of labels", len(labels), 1, MOST_IMAGES)
         for label in labels:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from repae_jax.diffusion.interpolant import Tensor, expand
+from repae_jax.diffusion.interpolant import Objective, Tensor, expand
 
 NUM_TIMESTEPS = 1000
 Timesteps = Int[Array, " B"]
@@ -128,7 +128,7 @@ def timesteps(num_steps: int) -> Int[np.ndarray, " N"]:
 
 
 @dataclass(frozen=True)
-class NoiseObjective:
+class NoiseObjective(Objective):
     """DiT's objective: the squared error of the noise and the variational bound. Methods as in `VelocityObjective`."""
 
     predicts: ClassVar[str] = "DiT's noise"

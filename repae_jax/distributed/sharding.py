@@ -10,6 +10,7 @@ import math
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
@@ -129,8 +130,18 @@ def of_each_device(fn, x):
     return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(x)
 
 
+def of_each_layer(fn, stack):
+    """Returns fn(stack) of a stack of layers, computed by each device of its share of whole layers; fn keeps the shape.
+
+    Zeros fill up the shares, so the devices need not divide the layers. Outside of `with_mesh_context` it is fn of the whole.
+    """
+    missing = -len(stack) % max(jax.sharding.get_abstract_mesh().size, 1)
+    padded = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
+    return of_each_device(fn, padded)[: len(stack)]
+
+
 def with_mesh_context(mesh, fn):
-    """Returns the function, traced so that `unsharded` and `of_each_device` know the mesh."""
+    """Returns the function, traced so that `unsharded` and the functions above know the mesh."""
 
     @functools.wraps(fn)
     def run(*args):

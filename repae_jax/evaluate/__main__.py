@@ -12,7 +12,6 @@ there. Several processes on one file system, started as those of training, take 
 intervals, each as by a command of its own, and writes a table and curves of them to WORKDIR/sweeps/.
 """
 
-import argparse
 
 import jax
 
@@ -31,7 +30,7 @@ def parse_args(argv=None):
     """Command line of this program."""
     description = "\n\n".join(__doc__.split("\n\n")[:2])
     parser = cli.Parser(
-        prog="python -m repae_jax.evaluate", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m repae_jax.evaluate", description=description, formatter_class=cli.HelpFormatter
     )
     add = parser.add_argument
     add("source", nargs="?", type=cli.path, help="workdir, published run or checkpoint; ADM's npz; folder of images")
@@ -48,21 +47,22 @@ def parse_args(argv=None):
     making = parser.add_argument_group("statistics of real images, for --reference")
     making.add_argument("--make_reference", type=cli.path, metavar="NPZ", help="write this file, and nothing else")
     making.add_argument("--data", type=cli.path, help="real images, see --reference; or an npz of images, key arr_0")
-    making.add_argument("--image_size", type=cli.whole(1, 2**20), help="side to which they are cropped, in pixels")
+    making.add_argument("--image_size", type=cli.image_size, help="side to which they are cropped, in pixels, or HEIGHT,WIDTH")
     sampling = parser.add_argument_group("models only")
-    sample.add_arguments(sampling, num_samples=PUBLISHED_COUNT)
     sampling.add_argument("--keep_samples", type=cli.path, metavar="NPZ", help="keep the images, too, in ADM's layout")
     sampling.add_argument("--vae", type=cli.path, help="the VAE of a run, or of published weights, that hold none")
     sampling.add_argument("--step", type=cli.whole(0), help="checkpoint to sample from; default the newest")
+    sample.add_ema(sampling)
     values = f"evaluate at all of these values of {', '.join(sweep.SWEPT)}; --out is then a folder"
     sampling.add_argument("--sweep", type=sweep.parse_axis, nargs="+", metavar="NAME=FIRST:LAST:STEP", help=values)
+    groups = [sampling, *sample.add_arguments(parser, num_samples=PUBLISHED_COUNT)]
     args = parser.parse_args(argv)
     try:
         args.spaces = chosen_spaces(args.features)
     except ValueError as error:
         parser.error(f"--features: {error}")
-    sample.check_arguments(parser, args)
-    names = [action.dest for action in sampling._group_actions]
+    sample.check_arguments(parser, args, swept=[axis.name for axis in args.sweep or ()])
+    names = [action.dest for group in groups for action in group._group_actions]
     args.model_options = [f"--{name}" for name in names if getattr(args, name) != parser.get_default(name)]
     for name in ("data", "image_size") if args.make_reference else ("source", "reference"):
         if getattr(args, name) is None:
@@ -112,9 +112,12 @@ def table(result):
         f"{sweep.NAMES.get(name, name):<18}{_digits(value):>10}{_error(name, metrics)}"
         for name, value in metrics.items() if not name.endswith(("_std", "_stderr"))
     ]  # fmt: skip
-    about = ("num_samples", "step", "sampler", "steps", "guidance_scale", "precision", "labels", "seed")
+    unusual = ("autoguidance_scale", "internal_scale", "guidance_schedule", "time_shift")
+    defaults = {name: getattr(Sampling, name) for name in unusual}
+    about = ("num_samples", "step", "sampler", "steps", "guidance_scale", *unusual, "precision", "labels", "seed")
     shown = {"precision": "computed in"}  # the name of a score, too
-    lines.append(", ".join(f"{shown.get(name, name)} {protocol[name]}" for name in about if name in protocol))
+    chosen = [name for name in about if name in protocol and protocol[name] != defaults.get(name)]
+    lines.append(", ".join(f"{shown.get(name, name)} {protocol[name]}" for name in chosen))
     return "\n".join(lines + [f"warning: {warning}" for warning in result["warnings"]])
 
 

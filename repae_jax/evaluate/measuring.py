@@ -23,7 +23,7 @@ from repae_jax.evaluation.image_sets import ImageSet, open_images, sampled_image
 from repae_jax.evaluation.inception_features import FeatureParts, InceptionNetwork, load_network
 from repae_jax.evaluation.reference_stats import Reference, check_on_disk, check_spaces, measure_reference, write_reference
 from repae_jax.evaluation.space_networks import SpaceNetwork, load_space_networks
-from repae_jax.sampling.load_model import LoadedModel, load_model
+from repae_jax.sampling.load_model import LoadedModel, load_model, load_weaker
 from repae_jax.training.checkpoint import fingerprint
 
 PAIR_COLUMNS = 8  # images in a row of the picture of closest pairs
@@ -56,7 +56,8 @@ def load_trained(args: argparse.Namespace) -> LoadedModel:
     devices = jax.local_devices()
     if args.batch_size % len(devices):
         raise ValueError(f"--batch_size={args.batch_size} is not a multiple of the {len(devices)} devices")
-    return load_model(args.source, args.step, devices, vae_path=args.vae, sampler=args.sampler)
+    model = load_model(args.source, args.step, devices, vae_path=args.vae, sampler=args.sampler, ema=args.ema)
+    return load_weaker(model, args.autoguidance, args.vae) if args.autoguidance else model
 
 
 def open_source(args: argparse.Namespace, trained: LoadedModel | None) -> Source:
@@ -76,7 +77,7 @@ def _open_model(args, path, trained):
     labels = sample.draw_labels(args.labels, args.num_samples, classes, args.seed)
     protocol = {
         "model": str(args.source), "model_checksum": fingerprint(trained.params), "step": trained.step,
-        "ema_decay": trained.ema_decay, **dataclasses.asdict(sampling), "labels": args.labels,
+        "ema_decay": trained.ema_decay, **sample.describe(sampling, trained), "labels": args.labels,
         "classes": classes if args.classes else "all", "seed": args.seed, "pixels": "truncated to uint8",
     }  # fmt: skip
     if args.out is None and not path.is_dir():
@@ -198,7 +199,7 @@ def _describe_spaces(weights, networks):
 def _pairs_writer(memorization, samples, reference, batch_size):
     """Returns the function for `write_all` that writes the picture of the closest pairs."""
     pairs = space_scores.closest_pairs(memorization, samples, reference.pictures, batch_size)
-    shown = pictures.grid(pairs, PAIR_COLUMNS, scale=pictures.viewing_scale(pairs.shape[1]))
+    shown = pictures.grid(pairs, PAIR_COLUMNS, scale=pictures.viewing_scale(pairs.shape[1:3]))
     return functools.partial(Image.fromarray(shown).save, format="PNG")
 
 

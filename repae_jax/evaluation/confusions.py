@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from repae_jax.data.folder import FolderSource
+from repae_jax.ranges import height_width, in_words
 
 RECONSTRUCTIONS_BELOW = 4.0  # FID of images so close to a reference that they may be reconstructions
 LOOKED_AT = 64  # files of a folder, evenly spread
@@ -37,11 +38,13 @@ def of_real_images(source: Any) -> list[str]:
     """Returns warnings of a folder of real images that were resized, or encoded again, before they are cropped here."""
     if not isinstance(source, FolderSource):
         return []
-    size, chosen = source.image_size, sorted({i * len(source) // LOOKED_AT for i in range(LOOKED_AT)})
+    height, width = height_width(source.image_size)
+    chosen = sorted({i * len(source) // LOOKED_AT for i in range(LOOKED_AT)})
     found = [opened for opened in (_kind_and_size(source, i) for i in chosen) if opened is not None]
-    enlarged = sum(min(shape) < size for _, shape in found)
-    encoded = sum(kind in ("JPEG", "WEBP") and shape == (size, size) for kind, shape in found)
-    return [*_share(enlarged, found, _ENLARGED.format(size)), *_share(encoded, found, _ENCODED.format(size))]
+    enlarged = sum(columns < width or rows < height for _, (columns, rows) in found)
+    encoded = sum(kind in ("JPEG", "WEBP") and shape == (width, height) for kind, shape in found)
+    sizes = in_words(source.image_size), f"{height} x {width}"
+    return [*_share(enlarged, found, _ENLARGED.format(sizes[0])), *_share(encoded, found, _ENCODED.format(sizes[1]))]
 
 
 _ENLARGED = (
@@ -49,7 +52,7 @@ _ENLARGED = (
     "original images"
 )
 _ENCODED = (
-    "are JPEG or WebP of exactly {0} x {0} pixels: they were resized and encoded again, whose losses count as real; published "
+    "are JPEG or WebP of exactly {} pixels: they were resized and encoded again, whose losses count as real; published "
     "references are cropped from the original files. Prepare with `python -m repae_jax.prepare_images`, or give the originals"
 )
 

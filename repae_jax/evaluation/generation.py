@@ -22,6 +22,7 @@ from repae_jax.metrics.monge import DIRECTIONS, monge_inception_distance
 from repae_jax.metrics.precision_recall import NEIGHBORS, precision_recall
 from repae_jax.metrics.resampling import GROUPS
 from repae_jax.models.inception import InceptionFeatures
+from repae_jax.ranges import Extent, as_extent, height_width, in_words
 
 # how the scores that are not ADM's are computed, for the protocol
 COMPUTED = {
@@ -32,12 +33,13 @@ COMPUTED = {
 }  # fmt: skip
 
 
-def open_real_images(text: str, image_size: int) -> ImageSet:
+def open_real_images(text: str, image_size: Extent) -> ImageSet:
     """Returns the images of an npz of this size, or of a source as `data.parse_source` takes it, cropped to this size."""
     if text.endswith(".npz"):
         images = npz_images(text)
-        if images.shape != [image_size] * 2:
-            raise ValueError(f"the images of {text} have {images.shape[0]} x {images.shape[1]} pixels, not {image_size}")
+        if images.shape != [*height_width(image_size)]:
+            sizes = f"{images.shape[0]} x {images.shape[1]} pixels, not {in_words(image_size)}"
+            raise ValueError(f"the images of {text} have {sizes}")
         return images
     name, fields = data.parse_source(text, labelled=False)
     return dataset_images(data.make_source(name, image_size, **fields), {"data": text})
@@ -55,9 +57,7 @@ def open_reference(
     """
     spaces = spaces or {}
     if not text.endswith(".npz"):
-        if images.shape[0] != images.shape[1]:
-            raise ValueError(f"the samples have {images.shape[0]} x {images.shape[1]} pixels; datasets are cropped to squares")
-        real = open_real_images(text, images.shape[0])
+        real = open_real_images(text, as_extent(images.shape))
         measured = reference_stats.measure_reference(real, network, folder, is_done=is_done, spaces=spaces)
         return measured and measured[0]
     reference = reference_stats.read_reference(text, network, spaces)

@@ -25,6 +25,7 @@ from repae_jax.metrics.frechet import frechet_distance, gaussian_stats
 from repae_jax.metrics.kernel_distances import SUBSET_SIZE, kernel_inception_distance
 from repae_jax.metrics.monge import monge_inception_distance
 from repae_jax.metrics.resampling import GROUPS
+from repae_jax.ranges import height_width
 from repae_jax.sampling import generate
 from repae_jax.training.metric_log import step_of
 
@@ -142,7 +143,8 @@ def load_fid(job: build.Job):
         return None
     network = inception_features.load_network(section["fid_inception"], fid_batch(job))
     reference = reference_stats.read_reference(section["fid_reference"], network)
-    reference_stats.check_shape([job.config["data"]["image_size"]] * 2, reference, section["fid_reference"])
+    size = height_width(job.config["data"]["image_size"])
+    reference_stats.check_shape(list(size), reference, section["fid_reference"])
     for warning in reference_stats.count_warnings(section["fid_samples"], reference):
         logging.warning("config.hooks.fid_samples: %s", warning)
     return network, reference

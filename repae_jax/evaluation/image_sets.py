@@ -22,6 +22,7 @@ from repae_jax import faults
 from repae_jax.data import decoding, loader, reading, records_hash
 from repae_jax.data.folder import FolderSource
 from repae_jax.evaluation import confusions
+from repae_jax.ranges import height_width
 
 SORTED = (
     "the images come class by class: splits of consecutive ones hold few classes each, so the inception score is too low; "
@@ -145,11 +146,14 @@ def _decode(path: Path) -> tuple[str, UInt8[np.ndarray, "H W 3"]]:
 def dataset_images(source, description: dict[str, Any]) -> ImageSet:
     """Returns the images of a source of `repae_jax.data`, in its order, cropped as for training, and described as given."""
     size, records = source.image_size, records_hash(source)
-    description = {**description, "images": len(source), "image_size": size, "records": records}
+    described = size if isinstance(size, int) else list(size)  # as JSON gives it back
+    description = {**description, "images": len(source), "image_size": described, "records": records}
     warnings = confusions.of_real_images(source)
-    return ImageSet(
-        len(source), [size] * 2, description, lambda ranges: source_blocks(source, [range(*r) for r in ranges]), warnings
-    )
+
+    def blocks(ranges):
+        return source_blocks(source, [range(*r) for r in ranges])
+
+    return ImageSet(len(source), [*height_width(size)], description, blocks, warnings)
 
 
 def sampled_images(

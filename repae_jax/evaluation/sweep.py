@@ -4,14 +4,17 @@ import argparse
 import dataclasses
 import itertools
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from repae_jax.diffusion.samplers import Sampling
 from repae_jax.evaluation import plots
 
-SWEPT = ("guidance_scale", "guidance_low", "guidance_high")
+_HINTS = typing.get_type_hints(Sampling).items()
+SWEPT = {name: kind for name, hint in _HINTS for kind in (int, float) if hint in (kind, kind | None)}  # settings with numbers
 # scores, as people call them
 NAMES = {
     "fid": "FID", "sfid": "sFID", "inception_score": "inception score", "precision": "precision", "recall": "recall",
@@ -39,7 +42,8 @@ class Axis:
     def values(self) -> list[float]:
         """From the first in equal steps, up to the last: without it where no step ends there."""
         count = math.floor((self.last - self.first) / self.step + _SLACK) + 1
-        return [round(self.first + number * self.step, 10) for number in range(count)]
+        values = [round(self.first + number * self.step, 10) for number in range(count)]
+        return [int(value) if SWEPT[self.name] is int and value.is_integer() else value for value in values]
 
     def __str__(self):
         return f"{self.name}={self.first:g}:{self.last:g}:{self.step:g}"
@@ -73,9 +77,18 @@ def points(axes: Sequence[Axis]) -> list[Point]:
 
 
 def differences(result: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns what an evaluation's protocol has otherwise than expected: name -> (there, here)."""
-    there = result.get("protocol") or {}
-    return {name: (there.get(name), value) for name, value in expected.items() if there.get(name) != value}
+    """Returns what an evaluation's protocol has otherwise than expected: name -> (there, here).
+
+    Settings of sampling that it does not have came later, and were before what is their default now. Weaker networks are told
+    by their weights, not by where these are.
+    """
+    there = _with_weights({**dataclasses.asdict(Sampling()), **(result.get("protocol") or {})})
+    return {name: (there.get(name), value) for name, value in _with_weights(expected).items() if there.get(name) != value}
+
+
+def _with_weights(protocol):
+    weaker = protocol.get("autoguidance")
+    return protocol if weaker is None else {**protocol, "autoguidance": weaker["weights"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,9 @@ from repae_jax.evaluation.batches import run_padded
 from repae_jax.evaluation.reference_stats import PUBLISHED_COUNT
 from repae_jax.metrics import image_quality
 from repae_jax.metrics.frechet import RunningGaussian, frechet_distance
-from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.lpips import LPIPS
+from repae_jax.models.vae_families import VaeModule
+from repae_jax.ranges import height_width
 
 LATENTS = ("sampled", "mode")
 SHOWN = 16  # images in the picture, and in the list of the worst
@@ -72,17 +73,17 @@ def read_images(source: Any, records: Sequence[int]) -> tuple[UInt8[np.ndarray, 
     """Returns (images, their records, [(record, error), ...] of those that cannot be decoded) of records of a source."""
     results = reading.at_once(functools.partial(reading.attempt, source), records)
     decoded = {record: fields["image"] for record, (fields, error) in zip(records, results) if not error}
-    images = np.array([*decoded.values()], np.uint8).reshape(-1, source.image_size, source.image_size, 3)
+    images = np.array([*decoded.values()], np.uint8).reshape(-1, *height_width(source.image_size), 3)
     return images, np.array([*decoded], np.int32), [(record, error) for record, (_, error) in zip(records, results) if error]
 
 
-def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
+def make_compare(vae: VaeModule, latents: str) -> Callable:
     """Makes the function that reconstructs and compares, in float32, to be jitted.
 
-    It takes ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, side, side, 3], records int32 [B], key), and
-    returns reconstructions uint8 [B, side, side, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}. Image i depends on
-    (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images whose side is smaller than the
-    window have no SSIM.
+    It takes ({'vae': parameters, 'lpips': parameters or None}, pixels uint8 [B, H, W, 3], records int32 [B], key), and
+    returns reconstructions uint8 [B, H, W, 3], and {'psnr': float32 [B], …, 'finite': bool [B]}. Image i depends on
+    (key, records[i]) alone, not on the batch it is in. Latents are 'sampled' or 'mode'; images with a side smaller than
+    the window have no SSIM.
     """
     vae = vae.clone(dtype=jnp.float32)
 
@@ -97,7 +98,7 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
         recon = vae.apply({"params": params["vae"]}, z, method="decode")
         rounded = images.to_uint8(recon + 1 / 255)  # half a gray level up, where truncating is rounding
         values = {"finite": jnp.isfinite(recon).all(axis=(1, 2, 3)), "psnr": image_quality.psnr(pixels, rounded)}
-        if side >= image_quality.WINDOW:
+        if min(pixels.shape[1:3]) >= image_quality.WINDOW:
             values["ssim"] = image_quality.ssim(originals, recon.clip(-1, 1), 2)
             values["ssim_pixels"] = image_quality.ssim(pixels.astype(jnp.float32), rounded.astype(jnp.float32), 255)
         if params["lpips"] is not None:
@@ -108,7 +109,7 @@ def make_compare(vae: AutoencoderKL, latents: str, side: int) -> Callable:
 
 
 def compare_all(
-    vae: AutoencoderKL, params: Any, source: Any, records: Int[np.ndarray, " N"], *, mesh: jax.sharding.Mesh, batch_size: int,
+    vae: VaeModule, params: Any, source: Any, records: Int[np.ndarray, " N"], *, mesh: jax.sharding.Mesh, batch_size: int,
     latents: str, seed: int, lpips: Any = None, workers: int = 0,
     features_fn: Callable[[UInt8[np.ndarray, "b H W 3"]], Float[np.ndarray, "b F"]] | None = None,
 ) -> Comparison:
@@ -118,7 +119,7 @@ def compare_all(
     computes features of pixels, for rFID. ValueError if no image can be decoded, or a reconstruction is not finite.
     """
     placed = jax.device_put({"vae": params, "lpips": lpips}, sharding.replicated(mesh))
-    compare = jax.jit(make_compare(vae, latents, source.image_size))
+    compare = jax.jit(make_compare(vae, latents))
     compare = functools.partial(compare, placed, key=jax.random.key(seed))
     of_originals, of_recons = RunningGaussian(), RunningGaussian()
     compared, parts, failures, pairs = [], [], [], []

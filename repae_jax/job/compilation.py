@@ -9,6 +9,7 @@ from repae_jax.distributed import sharding
 from repae_jax.job.config import DETERMINISTIC, parse_compiler_options
 from repae_jax.job.frozen_weights import frozen_shapes
 from repae_jax.job.initial_state import abstract_arrays
+from repae_jax.ranges import height_width
 
 # XLA's options for the step, by platform. On CPUs YNNPACK computes matrix products and reductions; XLA's own convolutions are
 # faster than its.
@@ -29,10 +30,10 @@ def jit_step(job, state):
 def abstract_inputs(job):
     """Returns shapes, dtypes and shardings of a step's (batch, frozen, key); reads and computes nothing."""
     section, key = job.config["data"], jax.random.key(0)
-    size, rows = section["image_size"], sharding.batch_sharding(job.mesh)
+    rows = sharding.batch_sharding(job.mesh)
     batch = {"label": ((), jnp.int32)}
     if job.encoders or not section["cache"]:
-        batch["image"] = ((size, size, 3), jnp.uint8)
+        batch["image"] = ((*height_width(section["image_size"]), 3), jnp.uint8)
     if section["cache"]:
         *grid, channels = job.latent_shape
         batch["moments"] = ((2,) * bool(section["flip_probability"]) + (*grid, 2 * channels), jnp.float32)

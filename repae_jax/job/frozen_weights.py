@@ -15,6 +15,7 @@ from checkpoints_tools.vit import load_encoder
 from repae_jax.distributed import multihost, sharding
 from repae_jax.files import RANDOM
 from repae_jax.models import encoders
+from repae_jax.ranges import height_width
 
 
 def describe_encoders(config: Mapping[str, Any]) -> tuple[encoders.Encoder, ...]:
@@ -43,13 +44,18 @@ def _describe_encoder(name, config):
 
 def load_frozen(job) -> dict[str, Any]:
     """Returns {'encoders': tuple of parameters, 'lpips': parameters or None, 'vae': likewise}, sharded on the mesh."""
-    named = zip(sorted(job.config["encoders"]), job.encoders)
     frozen = {
         "vae": load_frozen_vae(job) if job.frozen_vae else None,
-        "encoders": tuple(_encoder_params(name, encoder, job.config) for name, encoder in named),
+        "encoders": load_encoders(job),
         "lpips": None if job.nets.lpips is None else _lpips_params(job),
     }
     return put_weights(job, frozen, sharding.tree_sharding(job.mesh, frozen))
+
+
+def load_encoders(job) -> tuple[Any, ...]:
+    """Returns the parameters of the encoders, in their order, where they were read to."""
+    named = zip(sorted(job.config["encoders"]), job.encoders)
+    return tuple(_encoder_params(name, encoder, job.config) for name, encoder in named)
 
 
 def frozen_shapes(job) -> dict[str, Any]:
@@ -106,8 +112,8 @@ def _random_lpips(job, key):
 
 def initial_vae(job, key):
     """Returns parameters of the VAE from scratch, a pure function of the key."""
-    size = job.config["data"]["image_size"]
-    return job.nets.vae.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, *job.latent_shape)))["params"]
+    images = jnp.zeros((1, *height_width(job.config["data"]["image_size"]), 3))
+    return job.nets.vae.init(key, images, jnp.zeros((1, *job.latent_shape)))["params"]
 
 
 def load_frozen_vae(job):

@@ -20,25 +20,27 @@ from repae_jax.distributed import sharding
 from repae_jax.images import to_float
 from repae_jax.job.frozen_weights import initial_vae, put_weights
 from repae_jax.models.channel_stats import ChannelStats
+from repae_jax.ranges import height_width
 from repae_jax.training.optimizer import without_fixed
 from repae_jax.training.state import TrainState, create_net, create_state
 
 
 def initial_state(job, key: jax.Array) -> TrainState:
     """Returns a TrainState from scratch, with latent statistics 0 and 1; a pure function of the key."""
-    nets, tx, size, channels = job.nets, job.tx, job.config["data"]["image_size"], job.latent_shape[-1]
+    nets, tx, channels = job.nets, job.tx, job.latent_shape[-1]
     keys = dict(zip(("vae", "disc", "sit"), jax.random.split(key, 3)))
     vae = sit = disc = None
     if tx.vae is not None:
         vae = create_net(initial_vae(job, keys["vae"]), tx.vae)
     if tx.sit is not None:
-        inputs = jnp.zeros((1, *job.latent_shape)), jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+        times = job.recipe.objective.to_times(jnp.zeros((1,)))
+        inputs = jnp.zeros((1, *job.latent_shape)), times, jnp.zeros((1,), jnp.int32)
         sit = create_net(nets.sit.init(keys["sit"], *inputs)["params"], tx.sit)
     if nets.disc is not None:
-        variables = nets.disc.init(keys["disc"], jnp.zeros((1, size, size, 3)))
+        variables = nets.disc.init(keys["disc"], jnp.zeros((1, *height_width(job.config["data"]["image_size"]), 3)))
         disc = create_net(variables["params"], tx.disc, variables["batch_stats"])
     stats = ChannelStats(mean=jnp.zeros((channels,)), var=jnp.ones((channels,)))
-    return create_state(vae=vae, disc=disc, sit=sit, latent_stats=stats)
+    return create_state(vae=vae, disc=disc, sit=sit, latent_stats=stats, averages=job.recipe.averages)
 
 
 def abstract_state(job) -> TrainState:
@@ -80,6 +82,8 @@ def create_initial_state(job, frozen: dict[str, Any], make_batches: Callable[[],
     for path, tree in trees.items():
         if path != "vae.params":
             fill(path, tree)
+    if state.averages:
+        state = state.replace(averages={name: jax.tree.map(jnp.copy, state.ema) for name in state.averages})
     for path, (updates, *moments) in opt_states.items():
         opt_state = operator.attrgetter(path)(state)
         mu, nu = (without_fixed(opt_state, tree) for tree in moments)
@@ -146,6 +150,12 @@ def _read_checkpoint(job, abstract):
     trees = {STATE_PATHS[name][leaf]: tree for name, network in converted.items() for leaf, tree in network.items()}
     trees |= {path: ChannelStats(**tree) for path, tree in trees.items() if path.endswith("latent_stats")}
     opt_states = {OPT_STATES[name]: adam for name, adam in moments.items()}
+    for name, optim in job.config["optim"].items():
+        if f"{name}.opt_state" in opt_states and optim.get("method") == "muon":
+            raise ValueError(
+                f"config.init.checkpoint: {checkpoint.source} has AdamW's moments, which config.optim.{name}.method='muon' "
+                "cannot continue: set it to 'adamw', or convert the checkpoint with --weights_only"
+            )
     logging.info("%s: %s after %s steps", checkpoint.source, sorted([*trees, *opt_states]), checkpoint.steps)
     return trees, opt_states, checkpoint.steps or 0
 

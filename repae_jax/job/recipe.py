@@ -1,11 +1,19 @@
 """Config -> Recipe: the losses and their weights, the objective, and the other numbers that a step needs."""
 
+import dataclasses
 import functools
 
 from repae_jax import tokenizer_step, train_step
-from repae_jax.diffusion import ddpm, interpolant
+from repae_jax.diffusion import ddpm, interpolant, mean_flow
 from repae_jax.losses import alignment
+from repae_jax.training.averages import weights_of_new
 from repae_jax.training.recipe import Recipe, TokenizerRecipe
+
+OBJECTIVE_TERMS = {  # the first is needed; the head of 'internal' predicts a velocity, too
+    "velocity": ("velocity", "internal"),
+    "ddpm": ("noise", "bound"),
+    "mean_flow": ("mean_flow",),
+}
 
 
 def make_recipe(config) -> Recipe:
@@ -22,6 +30,7 @@ def make_recipe(config) -> Recipe:
         fields |= _sit_fields(config, is_aligned="align" in {*vae, *sit})
     fields |= {"flip_probability": config["data"]["flip_probability"], "vae_weights": vae, "sit_weights": sit}
     fields |= {name: config[name] for name in ("accumulation", "ema_decay")}
+    fields["averages"] = weights_of_new(config.get("ema_decays", ()), config.get("ema_sigmas", ()))
     fixed = {name: tuple(section["fixed"]) for name, section in config["optim"].items()}
     return (TokenizerRecipe if job == "vae" else Recipe)(**fields, fixed=fixed)
 
@@ -35,15 +44,15 @@ def _weights(loss, network, allowed, others=()):
 
 
 def _sit_weights(config):
-    path = config["diffusion"]["path"]
-    terms = ("noise", "bound"), ("velocity",)
-    own, others = terms if path == "ddpm" else reversed(terms)
-    allowed = [*own, *train_step.SIT_TERMS]
+    kind, path = _objective_kind(config["diffusion"]), config["diffusion"]["path"]
+    own, others = OBJECTIVE_TERMS[kind], [term for name in OBJECTIVE_TERMS if name != kind for term in OBJECTIVE_TERMS[name]]
+    allowed = [*own, *(term for term in train_step.SIT_TERMS if term not in (*own, *others))]
     named = _weights(config["loss"], "sit", allowed, others)
     if wrong := sorted(set(named) & set(others)):
+        objective = "config.diffusion.mean_flow" if kind == "mean_flow" else f"config.diffusion.path={path!r}"
         raise ValueError(
-            f"config.loss.sit.{wrong[0]}={named[wrong[0]]} does not go with config.diffusion.path={path!r}, whose terms "
-            f"are {allowed}: DiT is path 'ddpm' with noise and bound, SiT another path with velocity"
+            f"config.loss.sit.{wrong[0]}={named[wrong[0]]} does not go with {objective}, whose terms are {allowed}: DiT is "
+            "path 'ddpm' with noise and bound, SiT another path with velocity, MeanFlow a section mean_flow with mean_flow"
         )
     if own[0] not in named:
         raise ValueError(f"config.loss.sit.{own[0]} must not be 0: it is the diffusion loss")
@@ -54,9 +63,7 @@ def _sit_fields(config, is_aligned):
     """Returns the fields that SiT's objective and its schedules need."""
     loss, diffusion = config["loss"], config["diffusion"]
     fields = {name: diffusion[name] for name in ("label_dropout", "norm_momentum") if name in diffusion}
-    fields["objective"] = ddpm.NoiseObjective()
-    if diffusion["path"] != "ddpm":
-        fields["objective"] = interpolant.VelocityObjective(diffusion["path"], diffusion["time_distribution"])
+    fields["objective"] = _objective(diffusion)
     shape, end = loss["align_shape"], loss["align_end"]
     if end is None:
         return fields
@@ -66,6 +73,23 @@ def _sit_fields(config, is_aligned):
             "config.loss.sit.align one"
         )
     return fields | {"align_factor": functools.partial(alignment.schedule_factor, shape=shape, end=end)}
+
+
+def _objective_kind(diffusion):
+    """Returns a name in OBJECTIVE_TERMS."""
+    return "mean_flow" if "mean_flow" in diffusion else "ddpm" if diffusion["path"] == "ddpm" else "velocity"
+
+
+def _objective(diffusion):
+    match _objective_kind(diffusion):
+        case "mean_flow":
+            return mean_flow.MeanFlow(**diffusion["mean_flow"])
+        case "ddpm":
+            return ddpm.NoiseObjective()
+        case _:
+            objective = interpolant.OBJECTIVES[diffusion.get("predicts", "velocity")]
+            given = {field.name for field in dataclasses.fields(objective)} & set(diffusion)
+            return objective(**{name: diffusion[name] for name in given})
 
 
 def _vae_fields(config, named):

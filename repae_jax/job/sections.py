@@ -11,10 +11,15 @@ from typing import Annotated, Any
 
 from repae_jax import data, ranges
 from repae_jax.diffusion import interpolant
+from repae_jax.diffusion.mean_flow import PATH, MeanFlow
+from repae_jax.diffusion.samplers import TIME_SHIFT
 from repae_jax.losses import alignment, regularizers
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.discriminator import PatchDiscriminator
+from repae_jax.models.rae import RepresentationAutoencoder
 from repae_jax.models.sit import SiT
+from repae_jax.models.vae_families import RAE, VTP
+from repae_jax.models.vtp import VisualTokenizer
 from repae_jax.ranges import Choice, Count, FieldError, PathText, Positive, Section, Several, Share, Size, Weight, real, whole
 from repae_jax.training.optimizer import AdamW
 from repae_jax.training.trackers import TRACKERS
@@ -33,7 +38,7 @@ def _fields_of(module: type, *given: str, **rules: Any) -> Callable[[type], type
 
     def make(cls):
         hints = {name: hint for name, hint in module.__annotations__.items() if name not in given}
-        cls.__annotations__ = hints | {name: Annotated[hints[name], rule] for name, rule in rules.items()}
+        cls.__annotations__ |= hints | {name: Annotated[hints[name], rule] for name, rule in rules.items()}
         return section(cls)
 
     return make
@@ -48,7 +53,44 @@ class Vae(Section):
 
 
 @_fields_of(
-    SiT, "num_classes", "latent_channels", "feature_dims", "attention",
+    RepresentationAutoencoder, "grid", latent_channels=_SIZE, patch_size=_SIZE, encoder_patch_size=_SIZE, encoder_depth=_BLOCKS,
+    encoder_heads=_SIZE, encoder_table=_SIZE, decoder_hidden_size=_SIZE, decoder_depth=_BLOCKS, decoder_heads=_SIZE,
+    decoder_mlp_dim=_SIZE,
+)
+class Rae(Section):
+    """Fields of `RepresentationAutoencoder`, for images of `config.data.image_size`."""
+    family: Annotated[str, Choice((RAE,))] = RAE
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_heads(self, latent_channels="encoder_heads", decoder_hidden_size="decoder_heads")
+        if self.decoder_hidden_size % 4:
+            raise FieldError(f"decoder_hidden_size={self.decoder_hidden_size} must be divisible by 4, for 2D positions")
+
+
+@_fields_of(
+    VisualTokenizer, latent_channels=_SIZE, patch_size=_SIZE, encoder_hidden_size=_SIZE, encoder_depth=_BLOCKS,
+    encoder_heads=_SIZE, decoder_hidden_size=_SIZE, decoder_depth=_BLOCKS, decoder_heads=_SIZE,
+)
+class Vtp(Section):
+    """Fields of `VisualTokenizer`."""
+    family: Annotated[str, Choice((VTP,))] = VTP
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_heads(self, multiple=4, encoder_hidden_size="encoder_heads", decoder_hidden_size="decoder_heads")
+
+
+def _check_heads(section, multiple=1, **heads_of):
+    """Raises FieldError unless heads divide their width into multiples of channels, as rotations of 2D positions need."""
+    for width, heads in heads_of.items():
+        if getattr(section, width) % (multiple * getattr(section, heads)):
+            rest = "" if multiple == 1 else f" into multiples of {multiple} channels"
+            raise FieldError(f"{heads}={getattr(section, heads)} does not divide {width}={getattr(section, width)}{rest}")
+
+
+@_fields_of(
+    SiT, "num_classes", "latent_channels", "feature_dims", "attention", "internal_head", "conditions",
     patch_size=_SIZE, hidden_size=_SIZE, depth=_BLOCKS, num_heads=_SIZE, encoder_depth=_BLOCKS, projector_dim=_SIZE,
     mlp_ratio=real(above=0, most=1000), unroll=_BLOCKS,
 )
@@ -66,7 +108,7 @@ class Encoder(Section):
     """A frozen encoder: the architecture, where its weights are, and what `models.encoders` does with it."""
     architecture: Any  # checked by `make_encoder`
     weights: str
-    image_size: Size | None
+    image_size: ranges.ImageSize | None
     spatial_gamma: Share | None
 
 
@@ -133,6 +175,9 @@ class TokenizerLoss(VaeLoss):
                 raise FieldError(f"eq_scales, eq_prior: {error}") from error
 
 
+_LATER_TERMS = ("internal",)  # the first runs had no such term, which weight 0 is equal to
+
+
 @section
 class SitLoss(Section):
     """Terms of SiT's loss, and the schedule of the alignment's weights."""
@@ -142,6 +187,8 @@ class SitLoss(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        kept = {term: weight for term, weight in self.sit.items() if weight or term not in _LATER_TERMS}
+        object.__setattr__(self, "sit", kept)
         where = f"align_end={self.align_end} and align_shape={self.align_shape!r}"
         if self.align_shape not in alignment.SCHEDULES:
             raise FieldError(f"{where}: allowed shapes are {list(alignment.SCHEDULES)}")
@@ -160,18 +207,46 @@ class Diffusion(Section):
     path: Annotated[str, Choice(tuple(sorted((*interpolant.PATHS, "ddpm"))))]
     time_distribution: Annotated[str, Choice(tuple(sorted(interpolant.TIME_DISTRIBUTIONS)))]
     label_dropout: Annotated[float, real(0, below=1)]
+    predicts: Annotated[str, Choice(tuple(interpolant.OBJECTIVES))] = ranges.later("velocity")
+    time_mean: Annotated[float, real(-10, 10)] = ranges.later(0.0)
+    time_std: Annotated[float, real(above=0, most=10)] = ranges.later(1.0)
+    time_shift: Annotated[float, TIME_SHIFT] = ranges.later(1.0)
+    mean_flow: MeanFlow | None = ranges.later(None)  # an average velocity in place of the velocity
 
     def __post_init__(self):
         super().__post_init__()
-        if self.path == "ddpm" and self.time_distribution != "uniform":
-            given = f"time_distribution={self.time_distribution!r}"
-            raise FieldError(f"{given} does not go with path='ddpm', whose timesteps are uniform")
+        if self.mean_flow is not None:
+            self._refuse("path", PATH, f"mean_flow, which needs {PATH!r}")
+            self._refuse("time_distribution", "lognormal", "mean_flow, which needs 'lognormal'")
+            self._refuse("predicts", "velocity", "mean_flow, which predicts an average velocity")
+            for name, default in (("time_mean", 0), ("time_std", 1)):
+                self._refuse(name, default, f"mean_flow, which has its own: set mean_flow.{name}")
+            self._refuse("time_shift", 1, "mean_flow: set mean_flow.time_mean, to the logarithm of the shift more")
+        if self.path == "ddpm":
+            self._refuse("time_distribution", "uniform", "path='ddpm', whose timesteps are uniform")
+            self._refuse("time_shift", 1, "path='ddpm', whose timesteps are uniform")
+            self._refuse("predicts", "velocity", "path='ddpm', whose network predicts noise")
+        if self.path != "linear":
+            self._refuse("predicts", "velocity", f"path={self.path!r}: it is for 'linear'")
+        if self.time_distribution != "lognormal":
+            for name, default in (("time_mean", 0), ("time_std", 1)):
+                self._refuse(name, default, f"time_distribution={self.time_distribution!r}: it is of 'lognormal'")
+
+    def _refuse(self, name, default, reason):
+        if (value := getattr(self, name)) != default:
+            raise FieldError(f"{name}={value!r} does not go with {reason}")
 
 
 @section
 class JointDiffusion(Diffusion):
     """The objective, and the momentum of the latents' batch norm."""
     norm_momentum: Share
+
+    def __post_init__(self):
+        if self.mean_flow is not None:
+            advice = "take configs/ldm.py, or leave mean_flow out"
+            raise FieldError(f"mean_flow learns on a frozen VAE, but config.job='repae' trains the VAE: {advice}")
+        super().__post_init__()
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -182,7 +257,7 @@ class Data(Section):
     """The images, and how they become batches."""
     source: str
     options: Mapping[str, Any]  # without those that are None: the chosen source refuses the others'
-    image_size: Size
+    image_size: ranges.ImageSize
     num_classes: Size
     batch_size: Positive
     workers: Annotated[int, whole(0, 4096)]

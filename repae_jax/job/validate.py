@@ -9,26 +9,42 @@ from absl import logging
 
 from repae_jax import tokenizer_step
 from repae_jax.diffusion import ddpm
-from repae_jax.diffusion.samplers import check_sampler
+from repae_jax.diffusion.mean_flow import MeanFlow
+from repae_jax.diffusion.samplers import check_channels, check_sampler, check_weaker
 from repae_jax.losses import regularizers
+from repae_jax.models import rae
+from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.encoders import check_grid
+from repae_jax.models.vae_families import RAE, VTP
+from repae_jax.ranges import as_extent, height_width
+from repae_jax.training.muon import is_matrix
+from repae_jax.training.state import trained_parts
 
 CUDNN_HEAD = 128  # most channels of a head
+# of the families in which a posterior is one point: parts that stay as they are, and terms that the others learn from
+FROZEN = {RAE: rae.FROZEN, VTP: ()}
+TERMS = {RAE: (*tokenizer_step.PIXEL_TERMS, "gan"), VTP: (*tokenizer_step.PIXEL_TERMS, "gan", "align", "diffusion", "se")}
 
 
 def latent_shape(config, vae) -> tuple[int, int, int]:
     """Returns (h, w, C) of the latents; raises ValueError unless the VAE divides the images and SiT's patches the latents."""
     size, patch = config["data"]["image_size"], config.get("sit", {"patch_size": 1})["patch_size"]
-    if size % vae.factor:
+    sides = height_width(size)
+    if any(side % vae.factor for side in sides):
+        multiples = as_extent([side // vae.factor * vae.factor or vae.factor for side in sides])
+        origin = "config.vae.patch_size"
+        if isinstance(vae, AutoencoderKL):
+            origin = f"config.vae.channel_multipliers has {len(vae.channel_multipliers)} levels"
         raise ValueError(
-            f"config.data.image_size={size} is not a multiple of the VAE's factor {vae.factor} "
-            f"(config.vae.channel_multipliers has {len(vae.channel_multipliers)} levels): "
-            f"use {size // vae.factor * vae.factor or vae.factor}"
+            f"config.data.image_size={size} is not a multiple of the VAE's factor {vae.factor} ({origin}): use {multiples}"
         )
-    side = size // vae.factor
-    if side % patch:
-        raise ValueError(f"config.sit.patch_size={patch} does not divide the latents' {side} x {side} positions")
-    return side, side, vae.latent_channels
+    height, width = (side // vae.factor for side in sides)
+    if height % patch or width % patch:
+        raise ValueError(
+            f"config.sit.patch_size={patch} does not divide the latents' {height} x {width} positions, of "
+            f"config.data.image_size={size} and the VAE's factor {vae.factor}"
+        )
+    return height, width, vae.latent_channels
 
 
 def check_job(job, state_shapes) -> None:
@@ -38,23 +54,34 @@ def check_job(job, state_shapes) -> None:
     """
     _check_attention(job)
     _check_cache(job)
+    _check_family(job)
     _check_scales(job)
+    _check_squares(job)
     if job.nets.sit is not None:
         for encoder in job.encoders:
-            check_grid(encoder, job.latent_shape[0] // job.nets.sit.patch_size)
+            check_grid(encoder, [side // job.nets.sit.patch_size for side in job.latent_shape[:2]])
         _check_sigma(job)
         check_sampler(job.sampling, job.recipe.objective)
+        check_channels(job.sampling, job.latent_shape[-1])
+        check_weaker(job.sampling, job.nets.sit.internal_head, has_network=False)
     _check_vf(job)
     _check_discriminator(job)
-    _check_fixed(job, state_shapes())
+    shapes = state_shapes()
+    _check_fixed(job, shapes)
+    _check_muon(job, shapes)
+    _check_averages(job, shapes)
     if job.config["job"] == "repae":
         _warn_of_ablations(job.recipe)
 
 
 def _check_attention(job):
-    """Raises ValueError for cuDNN's attention where there is none."""
+    """Raises ValueError for cuDNN's attention where there is none, or where it has no derivative."""
     if job.config["attention"] != "cudnn":
         return
+    if isinstance(job.recipe.objective, MeanFlow):
+        raise ValueError(
+            "config.attention='cudnn' has no derivative forward, which config.diffusion.mean_flow takes: set it to 'xla'"
+        )
     platform, precision = job.mesh.devices.flat[0].platform, job.config["precision"]["compute"]
     if platform != "gpu" or precision != "bfloat16":
         raise ValueError(
@@ -75,16 +102,55 @@ def _check_cache(job):
         )
 
 
+def _check_family(job):
+    """Raises ValueError where a VAE without randomness is trained by a term that it cannot learn from, or a frozen part is."""
+    config, loss, name = job.config, job.config["loss"], job.config["vae"].get("family")
+    if job.tx.vae is None or name is None:
+        return
+    family, fixed, terms = f"config.vae.family={name!r}", config["optim"]["vae"]["fixed"], TERMS[name]
+    if missing := set(FROZEN[name]) - set(fixed):
+        raise ValueError(
+            f"{family} has an encoder that no training changes, but config.optim.vae.fixed={fixed} lacks "
+            f"{', '.join(sorted(missing))}: set it to {FROZEN[name]}, or take config.job='ldm', which trains no VAE"
+        )
+    others = {f"vae.{term}": weight for term, weight in job.recipe.vae_weights.items() if term not in terms}
+    others |= {f"adaptive.{term}": limit for term, limit in loss.get("adaptive", {}).items() if limit}
+    if loss.get("eq_scales") and "se" not in terms:
+        others["eq_scales"] = loss["eq_scales"]
+    if others:
+        term, value = next(iter(others.items()))
+        learns = f"is not for {family}, which learns from {', '.join(terms)} with fixed weights"
+        raise ValueError(f"config.loss.{term}={value} {learns}: set it to {() if term == 'eq_scales' else 0}")
+
+
 def _check_scales(job):
     """Raises ValueError unless images and latents can be resized to the scales of 'se' and EQ."""
     scales = [("se_factors", 1 / factor) for factor in getattr(job.recipe, "se_factors", ())]
     scales += [("eq_scales", scale) for scale in getattr(job.recipe, "eq_scales", ())]
-    for (name, scale), side in itertools.product(scales, (job.config["data"]["image_size"], job.latent_shape[0])):
-        square = jax.ShapeDtypeStruct((1, side, side, 1), jnp.float32)
+    grids = height_width(job.config["data"]["image_size"]), job.latent_shape[:2]
+    for (name, scale), (height, width) in itertools.product(scales, grids):
+        grid = jax.ShapeDtypeStruct((1, height, width, 1), jnp.float32)
         try:
-            jax.eval_shape(functools.partial(regularizers.downscale, scale=scale), square)
+            jax.eval_shape(functools.partial(regularizers.downscale, scale=scale), grid)
         except ValueError as error:
-            raise ValueError(f"config.loss.{name} of {side} x {side} positions: {error}") from error
+            raise ValueError(f"config.loss.{name} of {height} x {width} positions: {error}") from error
+
+
+def _check_squares(job):
+    """Raises ValueError if the images are no squares, but something is for squares alone."""
+    size, start = job.config["data"]["image_size"], job.config["init"].get("checkpoint")
+    if isinstance(size, int):
+        return
+    if scales := getattr(job.recipe, "eq_scales", ()):
+        raise ValueError(
+            f"config.loss.eq_scales={scales} also turns images by a quarter, which only squares allow, but "
+            f"config.data.image_size={size}: change one of them; config.loss.vae.se changes the size alone"
+        )
+    if start:
+        raise ValueError(
+            f"config.init.checkpoint={start!r} has a table of positions for squares, but config.data.image_size={size}: start "
+            "from config.init.vae alone, or train on squares"
+        )
 
 
 def _check_sigma(job):
@@ -99,12 +165,13 @@ def _check_sigma(job):
 
 def _check_vf(job):
     """Raises ValueError unless VF's encoder has a token for each latent position."""
-    side = job.latent_shape[0]
-    if job.nets.vae.feature_dim is not None and job.encoders[0].grid != side:
-        grid, patch = job.encoders[0].grid, job.encoders[0].module.patch_size
+    height, width = job.latent_shape[:2]
+    if job.nets.vae.feature_dim is not None and height_width(job.encoders[0].grid) != (height, width):
+        (rows, columns), patch = height_width(job.encoders[0].grid), job.encoders[0].module.patch_size
         raise ValueError(
-            f"config.loss.vae.vf compares each of the {side} x {side} latent positions with a token, but "
-            f"config.encoders.{min(job.config['encoders'])} gives {grid} x {grid}: set its image_size to {side * patch}"
+            f"config.loss.vae.vf compares each of the {height} x {width} latent positions with a token, but "
+            f"config.encoders.{min(job.config['encoders'])} gives {rows} x {columns}: set its image_size to "
+            f"{as_extent((height * patch, width * patch))}"
         )
 
 
@@ -117,7 +184,7 @@ def _check_discriminator(job):
                 given = f"config.{name}={value!r}"
                 raise ValueError(f"{given} needs a discriminator, but config.loss.vae.gan is 0: change one of them")
     size = config["data"]["image_size"]
-    if disc is not None and round(size * min(scales, default=1)) < disc.min_image_size:
+    if disc is not None and round(min(height_width(size)) * min(scales, default=1)) < disc.min_image_size:
         raise ValueError(
             f"config.disc.num_layers={disc.num_layers} leaves no logit of config.data.image_size={size} pixels"
             f"{f' at the scale {min(scales)}' if scales else ''}; lower num_layers, or use {disc.min_image_size} pixels or more"
@@ -138,6 +205,40 @@ def _check_fixed(job, shapes):
                 f"config.loss.adaptive.{term}={limits[term]} compares gradients in the {part}, which "
                 "config.optim.vae.fixed keeps as it is: change one of them"
             )
+
+
+def _check_muon(job, shapes):
+    """Raises ValueError where Muon would have no matrix to update, as in a VAE or a discriminator, or no way to go on."""
+    for name, optim in job.config["optim"].items():
+        if optim.get("method") != "muon":
+            continue
+        net, where = getattr(shapes, name), f"config.optim.{name}.method='muon'"
+        if net is None or not any(jax.tree.leaves(is_matrix(net.params))):
+            raise ValueError(
+                f"{where} is for the matrices of a transformer's blocks, and config.{name} has none: convolutions and all "
+                "else are AdamW's; set it to 'adamw'"
+            )
+        if not any(jax.tree.leaves(is_matrix(trained_parts(net.params, optim["fixed"])))):
+            raise ValueError(
+                f"{where} has no matrix to update, because config.optim.{name}.fixed={tuple(optim['fixed'])} keeps all blocks "
+                "as they are: change one of them"
+            )
+
+
+def _check_averages(job, shapes):
+    """Raises ValueError for averages of nothing, and for power functions that would begin in the middle of a training."""
+    config = job.config
+    for name in ("ema_decays", "ema_sigmas"):
+        if config.get(name) and shapes.ema is None:
+            raise ValueError(
+                f"config.{name}={config[name]} are averages of a SiT or a VAE, but all of config.loss.vae is 0, so that "
+                "neither is trained: empty it"
+            )
+    if config.get("ema_sigmas") and config["init"].get("checkpoint"):
+        raise ValueError(
+            f"config.ema_sigmas={config['ema_sigmas']} average from the first step on, which config.init.checkpoint="
+            f"{config['init']['checkpoint']!r} has taken already: take config.ema_decays instead"
+        )
 
 
 def _warn_of_ablations(recipe):

@@ -22,7 +22,7 @@ class DiagonalGaussian:
     """Posterior q(z|x), independent per entry; float32."""
 
     mean: Float[Array, "B h w C"]
-    logvar: Float[Array, "B h w C"]  # clamped to [-30, 20]
+    logvar: Float[Array, "B h w C"]  # clamped to [-30, 20]; minus infinity of an encoder that is not random
 
     @property
     def std(self) -> Float[Array, "B h w C"]:

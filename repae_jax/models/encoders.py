@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from repae_jax.distributed.sharding import unsharded
 from repae_jax.models.vit import ACTIVATIONS, PROJECTIONS, VisionTransformer
-from repae_jax.ranges import OrNone, check, real, whole
+from repae_jax.ranges import Extent, OrNone, as_extent, check, height_width, in_words, real, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -135,41 +135,53 @@ class Encoder:
     name: str  # for messages and logs
     family: Family
     module: nn.Module
-    image_size: int  # height and width in pixels that the network receives
+    image_size: int | tuple[int, int]  # pixels that the network receives: a square's side, or (height, width)
     spatial_gamma: float | None = None  # share of the mean that `spatial_normalize` subtracts; None is no normalization
 
     @property
-    def grid(self) -> int:
-        """Tokens per side; T = grid ** 2."""
-        return self.image_size // self.module.patch_size
+    def grid(self) -> int | tuple[int, int]:
+        """Tokens per side of a square, otherwise (rows, columns)."""
+        return as_extent([side // self.module.patch_size for side in height_width(self.image_size)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Number T of tokens of an image."""
+        return math.prod(height_width(self.grid))
 
 
 def make_encoder(
-    architecture: str | Mapping[str, Any], resolution: int, *, image_size: int | None = None, dtype: DTypeLike = jnp.float32
-) -> Encoder:
+    architecture: str | Mapping[str, Any], resolution: Extent, *,
+    image_size: Extent | None = None, dtype: DTypeLike = jnp.float32,
+) -> Encoder:  # fmt: skip
     """Describes the encoder for training images of one resolution.
+
+    An extent is a square's side, or (height, width).
 
     Args:
       architecture: a name in ARCHITECTURES, or a mapping of VisionTransformer's patch_size, hidden_size, depth, num_heads
         and optionally mlp_dim (default 4 * hidden_size), activation, num_registers, rope_theta, no_bias, norm_eps, whose
         defaults depend on its `family`, one of FAMILIES (default 'dinov2').
-      resolution: height and width of the training images in pixels.
-      image_size: pixels that the network receives; by default the family's `pixels` * resolution // 256, as published.
+      resolution: pixels of the training images.
+      image_size: pixels that the network receives; by default the family's `pixels` * resolution // 256 on each side, as
+        published for squares.
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
     name, family, fields = _released(architecture) if isinstance(architecture, str) else _described(architecture)
-    image_size = family.pixels * resolution // 256 if image_size is None else image_size
+    if image_size is None:
+        image_size = [family.pixels * side // 256 for side in height_width(resolution)]
+    sides = height_width(image_size)
     patch_size = fields["patch_size"]
-    if image_size < patch_size or image_size % patch_size:
-        below = image_size // patch_size * patch_size
-        allowed = " or ".join(str(size) for size in (below, below + patch_size) if size)
+    if min(sides) < patch_size or any(side % patch_size for side in sides):
+        below = [side // patch_size * patch_size for side in sides]
+        multiples = [below, [side + patch_size for side in below]]
+        allowed = " or ".join(str(as_extent(pair)) for pair in multiples if min(pair))
         raise ValueError(
-            f"encoder {name!r}: image_size {image_size} (resolution {resolution}) is not a multiple of its patch size "
-            f"{patch_size}; set the encoder's image_size to e.g. {allowed}, or use another patch_size"
+            f"encoder {name!r}: image_size {in_words(sides)} (resolution {in_words(resolution)}) is not a multiple of its "
+            f"patch size {patch_size}; set the encoder's image_size to e.g. {allowed}, or use another patch_size"
         )
-    grid = image_size // patch_size
-    return Encoder(name, family, family.module(grid=(grid, grid), dtype=dtype, **fields), image_size)
+    grid = tuple(side // patch_size for side in sides)
+    return Encoder(name, family, family.module(grid=grid, dtype=dtype, **fields), as_extent(sides))
 
 
 def _released(name):
@@ -213,22 +225,28 @@ def _described(architecture):
 
 def init_params(encoder: Encoder, key: Array) -> Mapping[str, Any]:
     """Returns random float32 parameters of an encoder; under `jax.eval_shape` their shapes alone."""
-    return encoder.module.init(key, jnp.zeros((1, encoder.image_size, encoder.image_size, 3)))["params"]
+    return encoder.module.init(key, jnp.zeros((1, *height_width(encoder.image_size), 3)))["params"]
 
 
-def preprocess(encoder: Encoder, images: UInt8[Array, "B H H 3"]) -> Float[Array, "B S S 3"]:
+def preprocess(encoder: Encoder, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B height width 3"]:
     """Returns (images / 255 - mean) / std in float32, resized to the network's image_size.
 
-    CLIP's published order is the reverse; the two agree, because the resize keeps constants.
+    ValueError if that would distort them. CLIP's published order is the reverse; the two agree, because the resize keeps
+    constants.
 
     Reference: REPA-E `train_repae.py` `preprocess_raw_image`.
     """
-    if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-        allowed = "uint8 [B, H, H, 3] with values 0..255; pass the images before any normalization"
+    height, width = height_width(encoder.image_size)
+    if (
+        images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3
+        or images.shape[1] * width != images.shape[2] * height
+    ):  # fmt: skip
+        shape = "[B, H, H, 3]" if height == width else f"[B, H, W, 3], H : W as {height} : {width},"
+        allowed = f"uint8 {shape} with values 0..255; pass the images before any normalization"
         raise ValueError(f"encoder {encoder.name!r} got {images.dtype} {list(images.shape)}; allowed: {allowed}")
     x = images.astype(jnp.float32) / 255
     x = (x - np.asarray(encoder.family.mean, np.float32)) / np.asarray(encoder.family.std, np.float32)
-    return resize_bicubic(x, encoder.image_size, encoder.image_size)
+    return resize_bicubic(x, height, width)
 
 
 def resize_bicubic(images: Float[Array, "B H W C"], height: int, width: int) -> Float[Array, "B height width C"]:
@@ -240,8 +258,8 @@ def resize_bicubic(images: Float[Array, "B H W C"], height: int, width: int) -> 
     return jax.image.resize(images, shape, method="bicubic-pytorch", antialias=False)
 
 
-def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B H H 3"]) -> Float[Array, "B T F"]:
-    """Returns the target tokens of images, rows first, T = grid ** 2; no gradient flows through them."""
+def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B H W 3"]) -> Float[Array, "B T F"]:
+    """Returns the target tokens of images, rows first, T = num_tokens; no gradient flows through them."""
     with jax.named_scope("encoder"):
         outputs = encoder.module.apply({"params": unsharded(params)}, preprocess(encoder, images))
         tokens = encoder.family.tokens(outputs)
@@ -250,8 +268,10 @@ def encode(encoder: Encoder, params: Mapping[str, Any], images: UInt8[Array, "B 
         return jax.lax.stop_gradient(tokens)
 
 
-def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: int, num_prefix: int = 1) -> Float[Array, "1 P+T D"]:
-    """Resamples the positions of N patches, rows first, for T = grid ** 2; P = num_prefix tokens before are kept.
+def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: Extent, num_prefix: int = 1) -> Float[Array, "1 P+T D"]:
+    """Resamples the positions of N patches of a square, rows first, for a grid of T; P = num_prefix tokens before are kept.
+
+    The grid is the side of a square, or (rows, columns).
 
     Reference: timm `resample_abs_pos_embed` (bicubic, antialiased), called by REPA-E `utils.py` `load_encoders`.
     """
@@ -260,23 +280,26 @@ def resample_positions(pos_embed: Float[Array, "1 P+N D"], grid: int, num_prefix
     if not old or pos_embed.shape[:2] != (1, num_prefix + old**2):
         allowed = f"[1, {num_prefix} + N, D] with N a square number, the class token's first"
         raise ValueError(f"position embedding has shape {pos_embed.shape}; allowed: {allowed}")
-    if grid == old:
+    rows, columns = height_width(grid)
+    if (rows, columns) == (old, old):
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     width = pos_embed.shape[2]
     # antialiasing torch resizes with a = -0.5 and renormalized edges, as JAX's 'bicubic' does
-    patches = jax.image.resize(patches.reshape(1, old, old, width), (1, grid, grid, width), "bicubic", antialias=True)
-    return jnp.concatenate([prefix, patches.reshape(1, grid**2, width)], axis=1)
+    patches = jax.image.resize(patches.reshape(1, old, old, width), (1, rows, columns, width), "bicubic", antialias=True)
+    return jnp.concatenate([prefix, patches.reshape(1, rows * columns, width)], axis=1)
 
 
-def check_grid(encoder: Encoder, token_grid: int) -> None:
-    """Raises ValueError unless the encoder's tokens and the SiT's, `token_grid` per side, lie on the same grid."""
-    grid, patch_size = encoder.grid, encoder.module.patch_size
-    if grid != token_grid:
+def check_grid(encoder: Encoder, token_grid: Extent) -> None:
+    """Raises ValueError unless the encoder's tokens and the SiT's lie on the same grid, a square's side or (rows, columns)."""
+    (rows, columns), patch_size = height_width(token_grid), encoder.module.patch_size
+    ours = height_width(encoder.grid)
+    if ours != (rows, columns):
         raise ValueError(
-            f"encoder {encoder.name!r} gives {grid} x {grid} tokens ({encoder.image_size} pixels, patches of {patch_size}), "
-            f"the SiT has {token_grid} x {token_grid}; set the encoder's image_size to {token_grid * patch_size}, or change "
-            "the SiT's patch_size or the VAE's downsampling factor"
+            f"encoder {encoder.name!r} gives {ours[0]} x {ours[1]} tokens ({in_words(encoder.image_size)} pixels, patches of "
+            f"{patch_size}), the SiT has {rows} x {columns}; set the encoder's image_size to "
+            f"{as_extent((rows * patch_size, columns * patch_size))}, or change the SiT's patch_size or the VAE's downsampling "
+            "factor"
         )
 
 

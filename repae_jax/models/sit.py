@@ -6,6 +6,7 @@ computes no loss. Reference: SiT (arXiv 2401.08740), REPA (2410.06940), REPA-E (
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ from repae_jax.models.fused_ops import rows_major
 
 normal_02 = nn.initializers.normal(0.02)
 PROJECTORS = ("mlp", "conv")
+_INTERNAL = "internal"  # Flax's collection for the output of the head at the tap
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 Latents = Float[Array, "B h w C"]
 Times = Float[Array, " B"]
@@ -81,7 +83,7 @@ class FinalLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Three-layer SiLU MLP from SiT tokens to one encoder's features."""
+    """Three-layer SiLU MLP from SiT tokens, one by one, to one encoder's features."""
 
     hidden_dim: int
     feature_dim: int
@@ -95,15 +97,14 @@ class Projector(nn.Module):
 
 
 class ConvProjector(nn.Module):
-    """The projector of iREPA: one 3x3 convolution over the square grid of SiT tokens, to one encoder's features."""
+    """The projector of iREPA: one 3x3 convolution over the grid of SiT tokens, to one encoder's features."""
 
     feature_dim: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        side = math.isqrt(x.shape[1])
-        grid = x.reshape(x.shape[0], side, side, x.shape[2])
+    def __call__(self, x: Float[Array, "B T D"], rows: int) -> Float[Array, "B T F"]:
+        grid = x.reshape(x.shape[0], rows, x.shape[1] // rows, x.shape[2])
         init = layers.torch_default_init(9 * x.shape[2])
         conv = layers.Conv(self.feature_dim, (3, 3), dtype=self.dtype, name="conv", **init)
         return conv(grid).reshape(*x.shape[:2], self.feature_dim)
@@ -142,12 +143,14 @@ class SiT(nn.Module):
     num_heads: int
     encoder_depth: int  # blocks before the alignment tap, 1..depth
     feature_dims: tuple[int, ...] = ()  # feature width of each encoder to align with; () builds no projector
-    projector: str = "mlp"  # REPA's; or 'conv', iREPA's 3x3 convolution, for square grids
+    projector: str = "mlp"  # REPA's; or 'conv', iREPA's 3x3 convolution
     projector_dim: int = 2048  # hidden width of an 'mlp' projector
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     learned_sigma: bool = False  # predict 2C channels, as DiT does for its variance
     learned_positions: bool = False
+    internal_head: bool = False  # a second output layer at the tap, for internal guidance, see `with_tap`
+    conditions: int = 0  # numbers besides the time, each with an embedder; then t is a sequence of it and them, as MeanFlow's
     remat: str = "none"  # 'none', 'dots' or 'full', see `layers.scan_blocks`
     unroll: int = 1  # blocks per iteration of the scanned stacks
     attention: layers.Implementation = "xla"
@@ -166,6 +169,7 @@ class SiT(nn.Module):
         self.x_embedder = layers.Dense(self.hidden_size, kernel_init=layers.xavier, dtype=self.dtype)
         self.pos_embed = PositionEmbedding(self.learned_positions)
         self.t_embedder = TimestepEmbedder(self.hidden_size, dtype=self.dtype)
+        self.condition_embedders = [TimestepEmbedder(self.hidden_size, dtype=self.dtype) for _ in range(self.conditions)]
         self.y_embedder = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_02)
         self.early_blocks = self._stack("early_blocks", self.encoder_depth)
         if self.encoder_depth < self.depth:  # Orbax refuses zero-size arrays: an empty stack is no stack
@@ -176,6 +180,11 @@ class SiT(nn.Module):
         self.projectors = [projector(dim, dtype=self.dtype) for dim in self.feature_dims]
         out_channels = (2 if self.learned_sigma else 1) * self.latent_channels
         self.final_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
+        if self.internal_head:
+            if self.encoder_depth == self.depth:
+                given = f"encoder_depth={self.encoder_depth} and depth={self.depth}"
+                raise ValueError(f"{given}: a head for internal guidance needs blocks after it; lower encoder_depth")
+            self.internal_layer = FinalLayer(self.patch_size**2 * out_channels, dtype=self.dtype)
 
     def _stack(self, name, length):
         return layers.scan_blocks(
@@ -188,14 +197,17 @@ class SiT(nn.Module):
         height, width = (side // self.patch_size for side in z_t.shape[1:3])
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
         x = self.pos_embed(x, height, width)  # the residual stream is float32
-        return x, self.t_embedder(t) + self.y_embedder(labels)
+        t, *others = t[: 1 + self.conditions] if self.conditions else [t]
+        c = self.t_embedder(t) + self.y_embedder(labels)
+        return x, sum((embed(number) for embed, number in zip(self.condition_embedders, others)), c)
 
     def _to_tap(self, z_t, t, labels):
         x, c = self._embed(z_t, t, labels)
         return self.early_blocks(x, c)[0], c
 
-    def _project(self, tokens):
-        return tuple(projector(tokens).astype(jnp.float32) for projector in self.projectors)
+    def _project(self, tokens, z_t):
+        rows = () if self.projector == "mlp" else (z_t.shape[1] // self.patch_size,)  # an MLP takes tokens one by one
+        return tuple(projector(tokens, *rows).astype(jnp.float32) for projector in self.projectors)
 
     def tap_tokens(self, z_t: Latents, t: Times, labels: Labels) -> Float[Array, "B T D"]:
         """Returns the hidden states after block `encoder_depth`. Arguments as in `__call__`."""
@@ -218,17 +230,41 @@ class SiT(nn.Module):
 
     def align(self, z_t: Latents, t: Times, labels: Labels) -> tuple[Float[Array, "B T F"], ...]:
         """Returns the projections of `__call__`; computes nothing past the tap and needs no `late_blocks`."""
-        return self._project(self.tap_tokens(z_t, t, labels))
+        return self._project(self.tap_tokens(z_t, t, labels), z_t)
 
     def __call__(self, z_t: Latents, t: Times, labels: Labels) -> tuple[Latents, tuple[Float[Array, "B T F"], ...]]:
         """Returns the float32 velocity of noisy normalized latents, and the projections at the tap, one for each encoder.
 
-        Time 0 is data, 1 is noise; a DiT has 0..999. If learned_sigma, the velocity, or DiT's noise, is the first half of 2C
-        channels.
+        Time 0 is data, 1 is noise; a DiT has 0..999; with `conditions`, t is (t, *conditions). If learned_sigma, the velocity,
+        or DiT's noise, is the first half of 2C channels. The output of the head at the tap, if there is one, is sown, see
+        `with_tap`.
         """
         x, c = self._to_tap(z_t, t, labels)
-        projections = self._project(x)
+        projections = self._project(x, z_t)
+        if self.internal_head:
+            internal = self._to_latents(self.internal_layer(x, c), z_t)
+            self.sow(_INTERNAL, "output", internal, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         if self.encoder_depth < self.depth:
             x, _ = self.late_blocks(x, c)
-        x = self.final_layer(x, c).astype(jnp.float32)
-        return layers.unpatchify(x, self.patch_size, z_t.shape[1] // self.patch_size), projections
+        return self._to_latents(self.final_layer(x, c), z_t), projections
+
+    def _to_latents(self, patches, z_t):
+        return layers.unpatchify(patches.astype(jnp.float32), self.patch_size, z_t.shape[1] // self.patch_size)
+
+
+class Tap(NamedTuple):
+    """What the tap gives."""
+
+    projections: tuple[Float[Array, "B T F"], ...]  # one for each encoder
+    output: Latents | None  # of the head for internal guidance, which predicts what the SiT does; None without one
+
+
+def with_tap(sit: SiT, params: Any, z_t: Latents, t: Times, labels: Labels) -> tuple[Latents, Tap]:
+    """Returns a SiT's output, and what its tap gives, from one pass.
+
+    The head is another `FinalLayer` after block `encoder_depth`, as in Internal Guidance (arXiv 2512.24176; its LightningDiT's
+    `final_layer_xr` after block 8). RAEv2's released network has one, too (2605.18324, `DiTwDDTHeadIG.base_final_layer`); its
+    paper derives it from REPA's head, whose predicted features are clean latents where the encoder is the tokenizer.
+    """
+    (output, projections), sown = sit.apply({"params": params}, z_t, t, labels, mutable=[_INTERNAL])
+    return output, Tap(projections, sown.get(_INTERNAL, {}).get("output"))

@@ -24,6 +24,8 @@ _ELEMENTWISE: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+RMS = "rms"
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, RMS: nn.RMSNorm}
 ACTIVATIONS = (*_ELEMENTWISE, SWIGLU)
 PROJECTIONS = ("patch_embed", "query", "key", "value", "out")  # layers that may lack a bias
 
@@ -63,10 +65,10 @@ def axial_rotation(rows: int, columns: int, head_dim: int, theta: float) -> Floa
 
 
 def rotate_patches(angles: Float[np.ndarray, "N d/2"], x: Float[Array, "B P+N heads d"]) -> Float[Array, "B P+N heads d"]:
-    """Rotates the channel pairs (i, i + d/2) of the patch tokens by their angles, in float32; the P tokens before stay."""
+    """Rotates the channel pairs (i, i + d/2) of the patch tokens by angles, in their dtype; the P tokens before stay."""
     prefix, patches = jnp.split(x, [x.shape[1] - len(angles)], axis=1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    a, b = jnp.split(patches.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(patches.astype(angles.dtype), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([prefix, rotated.astype(x.dtype)], axis=1)
 
@@ -83,10 +85,11 @@ class ViTBlock(nn.Module):
     norm_eps: float
     attention: layers.Implementation
     dtype: DTypeLike
+    norm: str = "layer"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
+        norm = functools.partial(NORMS[self.norm], epsilon=self.norm_eps, dtype=jnp.float32)
         attention = layers.Attention(
             self.num_heads, no_bias=self.no_bias, rotate=self.rotate, implementation=self.attention, dtype=self.dtype,
             name="attn",
@@ -121,22 +124,27 @@ class VisionTransformer(nn.Module):
     pre_norm: bool = False  # before the first block
     final_norm: bool = True  # after the last block
     no_bias: Sequence[str] = ()  # the PROJECTIONS without a bias
+    norm: str = "layer"  # kind of all norms, one of NORMS
     norm_eps: float = 1e-6
     attention: layers.Implementation = "xla"
     dtype: DTypeLike = jnp.float32  # compute dtype of matrix products; parameters, residual stream and norms are float32
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:
+    def __call__(
+        self, images: Float[Array, "B H W 3"], positions: Float[Array, "1 P+T D"] | None = None,
+        angles: Float[np.ndarray, "T d/2"] | None = None,
+    ) -> tuple[Float[Array, "B P D"], Float[Array, "B T D"]]:
         """Returns float32 class tokens and patch tokens (rows first), after the final layer norm if there is one.
 
         The images are normalized as in the encoder's training; ValueError unless they have grid * patch_size pixels.
+        `positions` or `angles`, if given, take the place of the module's own table or rotation.
         """
         rows, columns = self.grid
         expected = (rows * self.patch_size, columns * self.patch_size)
         if images.shape[1:3] != expected:
             raise ValueError(f"encoder expects images of {expected} pixels (grid {tuple(self.grid)}), got {images.shape[1:3]}")
         normal = nn.initializers.normal(0.02)
-        norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=jnp.float32)
+        norm = functools.partial(NORMS[self.norm], epsilon=self.norm_eps, dtype=jnp.float32)
         patches = layers.patchify(images.astype(self.dtype), self.patch_size)
         has_bias = "patch_embed" not in self.no_bias
         patches = layers.Dense(self.hidden_size, has_bias, dtype=self.dtype, name="patch_embed")(patches).astype(jnp.float32)
@@ -148,16 +156,19 @@ class VisionTransformer(nn.Module):
             return jnp.broadcast_to(param, (patches.shape[0], count, self.hidden_size))
 
         x, rotate = jnp.concatenate([tokens("cls_token", self.num_class_tokens), patches], axis=1), None
-        if self.rope_theta is None:
+        if positions is not None:
+            x += positions
+        elif self.rope_theta is None:
             x += self.param("pos_embed", normal, (1, x.shape[1], self.hidden_size))
         else:
-            angles = axial_rotation(rows, columns, self.hidden_size // self.num_heads, self.rope_theta)
+            if angles is None:
+                angles = axial_rotation(rows, columns, self.hidden_size // self.num_heads, self.rope_theta)
             rotate = functools.partial(rotate_patches, angles)
         cls, patches = jnp.split(x, [self.num_class_tokens], axis=1)
         x = jnp.concatenate([cls, tokens("register_tokens", self.num_registers), patches], axis=1)
         if self.pre_norm:
             x = norm(name="pre_norm")(x)
-        shared = ("num_heads", "mlp_dim", "activation", "layer_scale", "no_bias", "norm_eps", "attention", "dtype")
+        shared = ("num_heads", "mlp_dim", "activation", "layer_scale", "no_bias", "norm", "norm_eps", "attention", "dtype")
         fields = {name: getattr(self, name) for name in shared}
         x, _ = layers.scan_blocks(ViTBlock, self.depth, name="blocks", rotate=rotate, **fields)(x)
         if self.final_norm:

@@ -2,7 +2,8 @@
 
 Writes one HTML file that opens from disk, without network, of less than 10 MB: curves, samples and reconstructions over
 training time, evaluations, latent analysis, configs and their differences, cost. Parts that a run does not have yet are left
-out, and files that cannot be read are named, so it works while the run goes on, and on a machine that has no accelerator.
+out, and files that cannot be read are named, so it works while the run goes on, and on a machine that has no accelerator. Of a
+run of two phases, both are on one page.
 """
 
 import time
@@ -14,6 +15,7 @@ from repae_jax.evaluation.short_names import short_names
 from repae_jax.files import write_all
 from repae_jax.report.page import MARKER, make_page
 from repae_jax.report.run_folder import read_run
+from repae_jax.training.phases import phases_of
 
 
 def parse_args(argv=None):
@@ -25,6 +27,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def in_phases(workdirs):
+    """Returns the folders with those of a run of two phases in the place of its own."""
+    return [str(folder) for workdir in workdirs for folder in phases_of(workdir) or [workdir]]
+
+
 def names_of(workdirs):
     """Returns short names of the runs that tell them apart."""
     paths = [str(epath.Path(workdir).expanduser().absolute()) for workdir in workdirs]
@@ -32,6 +39,14 @@ def names_of(workdirs):
         raise ValueError(f"{', '.join(repeated)} is given more than once; give every run once")
     names = short_names(paths)
     return [names[path] for path in paths]
+
+
+def two_phases(workdir, runs):
+    """Returns the heading of a page on one run of two phases, with what both have cost so far."""
+    costs = [run["cost"] for run in runs]
+    steps = " + ".join(f"{cost.get('step', 0):,}" for cost in costs)
+    hours = sum(cost.get("device_hours", 0) for cost in costs)
+    return f"{epath.Path(workdir).name}, a run of two phases: {steps} steps, {hours:,.1f} device hours"
 
 
 def check_out(out):
@@ -48,12 +63,13 @@ def check_out(out):
 
 def run(args):
     """Writes the page as the command line says; returns its path."""
-    names = names_of(args.workdirs)
-    default = epath.Path(args.workdirs[0]) / ("report.html" if len(names) == 1 else "comparison.html")
+    folders = in_phases(args.workdirs)
+    names, is_one = names_of(folders), len(args.workdirs) == 1
+    default = epath.Path(args.workdirs[0]) / ("report.html" if is_one else "comparison.html")
     out, now = epath.Path(args.out or default), time.time()
-    runs = [read_run(workdir, name, now) for workdir, name in zip(args.workdirs, names)]
+    runs = [read_run(folder, name, now) for folder, name in zip(folders, names)]
     check_out(out)
-    page = make_page(runs, now)
+    page = make_page(runs, now, two_phases(args.workdirs[0], runs) if is_one and folders != args.workdirs else "")
     write_all({out: lambda temporary: temporary.write_text(page, encoding="utf-8")}, overwrite=True)
     return out
 

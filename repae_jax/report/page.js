@@ -52,7 +52,7 @@ const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateSt
 
 function header() {
   document.querySelector("header").append(
-    el("h1", {}, runs.length === 1 ? runs[0].name : `${runs.length} runs compared`),
+    el("h1", {}, data.heading || (runs.length === 1 ? runs[0].name : `${runs.length} runs compared`)),
     el("div", { class: "soft small" }, `Training report, written ${moment(data.written)}`),
     el("div", { class: "runs" }, runs.map(runCard)),
     ...messages("Could not be read", "problems"),

@@ -17,14 +17,15 @@ MARKER = '<meta name="generator" content="repae_jax.report">'  # identifies our 
 PAGE_BYTES = 9_800_000  # most bytes of the whole page
 
 
-def make_page(runs: list[dict[str, Any]], now: float) -> str:
+def make_page(runs: list[dict[str, Any]], now: float, heading: str = "") -> str:
     """Returns the page of runs, see `read_run`, in less than PAGE_BYTES bytes; `now` is in seconds since 1970.
 
-    The runs' curves and pictures are replaced, and their evaluations compared, in place.
+    The heading is by default the run's name, or the number of runs that are compared. The runs' curves and pictures are
+    replaced, and their evaluations compared, in place.
     """
     mark_noise(runs)
     data = {
-        "written": now, "titles": SERIES, "kinds": KINDS, "notes": fit_curves(runs),
+        "written": now, "heading": heading, "titles": SERIES, "kinds": KINDS, "notes": fit_curves(runs),
         "differing": config_differences([run["config"] for run in runs]), "runs": runs,
     }  # fmt: skip
     title = " · ".join(run["name"] for run in runs)

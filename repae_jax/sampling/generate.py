@@ -10,46 +10,45 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from repae_jax.diffusion import guidance, latent_norm
-from repae_jax.diffusion.samplers import SAMPLERS, Sampling, check_sampler
+from repae_jax.diffusion.samplers import Sampling, Segments, check_channels, check_sampler, check_weaker
 from repae_jax.distributed.sharding import unsharded
 from repae_jax.images import to_uint8
+from repae_jax.models.sit import with_tap
 
 
 class SamplesNotFinite(ValueError):
     """A sample was not finite, which as a pixel would look like a color."""
 
 
-def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int], sampling: Sampling) -> Callable:
+def make_generate(
+    nets: Any, objective: Any, latent_shape: tuple[int, int, int], sampling: Sampling, weaker: Any = None
+) -> Callable:
     """Returns the sampling function, to be jitted. Its precision is the sampling's, whatever the compute dtype of training.
 
     In bfloat16 the SiT computes as it does in training, with its matrices cast once for all steps; the sampler's state,
     denormalization and decoding stay in float32.
 
+    Args:
+      nets, objective, latent_shape: as of a `load_model.LoadedModel`.
+      sampling: the settings.
+      weaker: SiT to guide away from, of autoguidance.
+
     Returns:
       (params, labels int [B], ids int [B], key) -> (uint8 images [B, H, W, 3], bool [B]: which had only finite values before
       they became pixels). `params` is {'sit': …, 'vae': …, 'latent_stats': ChannelStats}: the averaged SiT and statistics, and
-      the VAE. Image i depends on (key, ids[i], labels[i]) alone, not on the batch it is in.
+      the VAE; and 'weaker', if there is one. Image i depends on (key, ids[i], labels[i]) alone, not on the batch it is in; but
+      an adaptive sampler's steps suit its whole batch.
     """
     check_sampler(sampling, objective)
-    dtype, sampler = jnp.dtype(sampling.precision), SAMPLERS[sampling.sampler]
-    sit, vae = nets.sit.clone(dtype=dtype, attention="xla"), nets.vae.clone(dtype=jnp.float32)
+    check_channels(sampling, latent_shape[-1])
+    check_weaker(sampling, sampling.internal_scale > 1 and nets.sit.internal_head, weaker is not None)
+    dtype, sampler = jnp.dtype(sampling.precision), sampling.method
+    vae = nets.vae.clone(dtype=jnp.float32)
 
     def sample_latents(params, labels, noise_fn):
-        matrices = cast_matrices(params["sit"], dtype)
-
-        def conditional(z_t, t, y):
-            return sit.apply({"params": unsharded(matrices)}, z_t, t, y)[0]
-
-        def plain(z_t, t):
-            return conditional(z_t, t, labels)
-
-        times = sampler.times(sampling.steps)
-        segments = [(times, plain)]
-        if sampling.guidance_scale > 1:
-            channels = sampling.guidance_channels or latent_shape[-1]
-            guided = guidance.guide(conditional, labels, sit.null_label, sampling.guidance_scale, channels)
-            interval = sampling.guidance_low * times[0], sampling.guidance_high * times[0]
-            segments = guidance.segments(times, interval, guided, plain)
+        matrices = {name: cast_matrices(params[name], dtype) for name in ("sit", "weaker") if name in params}
+        fields = {"nets": nets, "weaker": weaker, "objective": objective, "sampling": sampling, "channels": latent_shape[-1]}
+        segments = guided_segments(sampler.times(sampling.steps), matrices, labels, **fields)
         initial = noise_fn(sampling.steps)  # an index that no step uses
         return latent_norm.denormalize(sampler.integrate(segments, initial, noise_fn, objective), params["latent_stats"])
 
@@ -66,6 +65,64 @@ def make_generate(nets: Any, objective: Any, latent_shape: tuple[int, int, int],
         return to_uint8(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 
     return generate
+
+
+def guided_segments(
+    times: np.ndarray, params: Mapping[str, Any], labels: Int[Array, " B"], *, nets: Any, weaker: Any, objective: Any,
+    sampling: Sampling, channels: int,
+) -> Segments:  # fmt: skip
+    """Returns the segments of a grid of times with their output functions, guided as the settings say.
+
+    Args:
+      params: {'sit': …}, and 'weaker' if there is such a network.
+      channels: of the latents; the others are arguments of `make_generate`.
+    """
+    computed = {"dtype": jnp.dtype(sampling.precision), "attention": "xla"}
+    sit, guided_channels = nets.sit.clone(**computed), sampling.guidance_channels or channels
+
+    def conditional(z_t, t, y):
+        return sit.apply({"params": unsharded(params["sit"])}, z_t, t, y)[0]
+
+    def fixed(output_fn):
+        return lambda z_t, t: output_fn(z_t, t, labels)
+
+    def interval(low, high):
+        return low * times[0], high * times[0]
+
+    pieces = [(times, conditional)]
+    if sampling.autoguidance_scale > 1 or sampling.internal_scale > 1:
+        pair = head_pair(sit, params) if weaker is None else _network_pair(sit, weaker.clone(**computed), params)
+        scale = max(sampling.autoguidance_scale, sampling.internal_scale)  # the other one is 1
+        guided = guidance.away_from(pair, scale, guided_channels)
+        pieces = guidance.segments(times, interval(sampling.weaker_low, sampling.weaker_high), guided, conditional)
+    if sampling.guidance_scale == 1:
+        return [(part, fixed(output_fn)) for part, output_fn in pieces]
+    by = guidance.scheduled_scale(sampling.guidance_schedule, sampling.guidance_scale, sampling.guidance_power, float(times[0]))
+    ends, segments = interval(sampling.guidance_low, sampling.guidance_high), []
+    for part, output_fn in pieces:
+        guided = objective.guide(output_fn, labels, sit.null_label, by, guided_channels)
+        segments += guidance.segments(part, ends, guided, fixed(output_fn))
+    return segments
+
+
+def head_pair(sit: Any, params: Mapping[str, Any]) -> Callable:
+    """Returns (z_t, t, labels) -> (output, that of the head at the tap), from one pass."""
+
+    def outputs(z_t, t, y):
+        output, tap = with_tap(sit, unsharded(params["sit"]), z_t, t, y)
+        return output, tap.output
+
+    return outputs
+
+
+def _network_pair(sit, weaker, params):
+    """Returns (z_t, t, labels) -> (output, the weaker network's)."""
+
+    def outputs(z_t, t, y):
+        modules = {"sit": sit, "weaker": weaker}
+        return tuple(module.apply({"params": unsharded(params[name])}, z_t, t, y)[0] for name, module in modules.items())
+
+    return outputs
 
 
 def cast_matrices(params: Any, dtype: DTypeLike) -> Any:

@@ -19,9 +19,9 @@ from checkpoints_tools.sit import check_time
 from repae_jax.diffusion.samplers import SAMPLERS, NoiseObjective, Sampling, VelocityObjective
 from repae_jax.distributed import sharding
 from repae_jax.job import build, frozen_weights, initial_state
-from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats
-from repae_jax.training import checkpoint
+from repae_jax.models.vae_families import VaeModule
+from repae_jax.training import averages, checkpoint
 from repae_jax.training.networks import Nets
 from repae_jax.training.state import Ema
 
@@ -35,11 +35,25 @@ def jit_in_float32(function: Callable) -> Callable:
 class LoadedTokenizer:
     """A VAE alone; numbers that are unknown are None."""
 
-    module: AutoencoderKL  # computes in float32
+    module: VaeModule  # computes in float32
     params: Mapping[str, Any]
     latent_stats: ChannelStats | None
     config: Mapping[str, Any] | None = None  # the run's; None for a VAE from elsewhere
     step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weaker:
+    """A second network, which autoguidance guides away from."""
+
+    sit: Any  # module
+    params: Mapping[str, Any]  # averaged
+    source: str
+    step: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what tells it apart, for the files of samples and scores."""
+        return {"source": self.source, "step": self.step, "weights": checkpoint.fingerprint(self.params)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +63,18 @@ class LoadedModel:
     nets: Nets
     params: Mapping[str, Any]  # first argument of the function that `generate.make_generate` returns
     latent_shape: tuple[int, int, int]  # (h, w, C)
-    objective: Any  # VelocityObjective or NoiseObjective
+    objective: Any  # VelocityObjective, NoiseObjective or MeanFlow
     num_classes: int  # labels are 0..num_classes - 1
     sampling: Sampling  # the default settings
     mesh: jax.sharding.Mesh
-    ema_decay: float | None  # decay of the averages in `params`; 0 means the weights themselves, None that it is unknown
+    # decay of the averages in `params`, or 'sigma=S'; 0 means the weights themselves, None that it is unknown
+    ema_decay: float | str | None
     step: int | None  # training steps taken, None if unknown
+    weaker: Weaker | None = None
+
+    def weaker_for(self, sampling: Sampling) -> Weaker | None:
+        """Returns the network that autoguidance guides away from by these settings."""
+        return self.weaker if sampling.autoguidance_scale > 1 else None
 
     @property
     def tokenizer(self) -> LoadedTokenizer:
@@ -65,7 +85,7 @@ class LoadedModel:
 
 def load_model(
     path: str | PathLike, step: int | None = None, devices: Sequence[jax.Device] | None = None,
-    vae_path: str | PathLike | None = None, sampler: str | None = None,
+    vae_path: str | PathLike | None = None, sampler: str | None = None, ema: str | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Loads a training run, of ours or of the published code, to sample from: by default its newest step, on all devices.
 
@@ -75,9 +95,11 @@ def load_model(
       vae_path: VAE of a run on a frozen VAE: of a published one, whose checkpoints hold none; of one of ours, where
         config.init.vae is not the place of it any more.
       sampler: the sampler that will be used, if known: 'ancestral' marks published weights as a DiT's, not a plain SiT's.
+      ema: which average of a run of ours, see `averages.parse`; None for the one of config.ema_decay.
     """
     devices = jax.devices() if devices is None else devices
     if folder := locate.pipeline(path):
+        _check_only_average(folder, ema)
         if step is not None:
             raise ValueError(f"{folder} is a pipeline, which has no step {step} to choose")
         with identify.naming(folder):
@@ -86,8 +108,58 @@ def load_model(
     if not epath.Path(path).exists():
         path = locate.resolve(path)  # a name on the hub
     if is_file or (epath.Path(path) / "args.json").exists():
+        _check_only_average(path, ema)
         return _load_published(path, step, devices, vae_path, sampler)
-    return _load_run(path, step, devices, vae_path)
+    return _load_run(path, step, devices, vae_path, ema)
+
+
+def _check_only_average(path, ema):
+    """Raises ValueError if an average is chosen where there is one."""
+    if ema is not None:
+        raise ValueError(f"{path} is no run of ours, and holds one average: leave --ema {ema} out")
+
+
+def load_weaker(model: LoadedModel, source: str, vae_path: str | PathLike | None = None) -> LoadedModel:
+    """Returns the model with a second network to guide away from: 'RUN', or 'RUN@STEP', as `load_model` takes them.
+
+    `vae_path` is as of `load_model`, for both. ValueError as of `add_weaker`.
+    """
+    sampler = "ancestral" if isinstance(model.objective, NoiseObjective) else None
+    weaker = load_model(*split_step(source), list(model.mesh.devices.flat), vae_path, sampler)
+    return add_weaker(model, weaker, source)
+
+
+def split_step(text: str) -> tuple[str, int | None]:
+    """Splits 'RUN@STEP' into its parts; returns (text, None) if it is no such text."""
+    path, _, number = text.rpartition("@")
+    return (path, int(number)) if path and number.isdigit() and not epath.Path(text).exists() else (text, None)
+
+
+def add_weaker(model: LoadedModel, weaker: LoadedModel, source: str) -> LoadedModel:
+    """Returns the model with the SiT of another one to guide away from; `source` is how messages call that.
+
+    ValueError unless both are of the same VAE, latents, classes and kind of prediction, and of different weights. The VAE of a
+    joint run is another one at each of its steps, so that its checkpoints cannot guide each other.
+    """
+
+    def facts(of):
+        return {
+            "latent shape": of.latent_shape, "number of classes": of.num_classes,
+            "prediction": (of.objective.predicts, getattr(of.objective, "path", None)),
+            "VAE": checkpoint.fingerprint(of.params["vae"]),
+            "statistics of the latents": checkpoint.fingerprint(of.params["latent_stats"]),
+        }  # fmt: skip
+
+    ours, theirs = facts(model), facts(weaker)
+    for name, value in theirs.items():
+        if value != ours[name]:
+            advice = "take an earlier checkpoint of a run on a frozen VAE, or a smaller SiT on that VAE"
+            raise ValueError(f"autoguidance={source}: its {name} is {value}, the model's {ours[name]}; {advice}")
+    if checkpoint.fingerprint(weaker.params["sit"]) == checkpoint.fingerprint(model.params["sit"]):
+        same = f"its weights, of step {weaker.step}, are the model's, of step {model.step}"
+        raise ValueError(f"autoguidance={source}: {same}, which guides nothing; take a weaker network")
+    params = jax.device_put(weaker.params["sit"], sharding.replicated(model.mesh))
+    return dataclasses.replace(model, weaker=Weaker(weaker.nets.sit, params, source, weaker.step))
 
 
 def for_sampling(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
@@ -97,7 +169,7 @@ def for_sampling(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     return {**config, **compiler, "mesh": {"fsdp": 1, "slices": 1}, "accumulation": 1, "data": data}
 
 
-def _load_run(workdir, step, devices, vae_path):
+def _load_run(workdir, step, devices, vae_path, ema):
     config = checkpoint.read_config(workdir, step)
     if config["job"] == "vae":
         raise ValueError(f"{workdir} is a run of a tokenizer: it has no SiT to sample from")
@@ -107,16 +179,16 @@ def _load_run(workdir, step, devices, vae_path):
         config["init"]["vae"] = str(vae_path)
     job = build.build(for_sampling(config, len(devices)), devices, encoders=())  # without encoders, no projectors are read
     state = initial_state.abstract_state(job)
-    subset = {"ema": Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)}
+    if job.frozen_vae:  # first: its mistakes are found sooner
+        vae_params = _load_frozen_vae(job, workdir, step)
+    shapes = Ema(params=state.ema.params, latent_stats=state.ema.latent_stats)
+    average, step = averages.read(workdir, shapes, step, ema)
     if not job.frozen_vae:
-        subset["vae"] = {"params": state.vae.params}
-    frozen_vae = _load_frozen_vae(job, workdir, step) if job.frozen_vae else None  # first: its mistakes are found sooner
-    restored, step = checkpoint.restore_subset(workdir, subset, step)
-    vae_params = frozen_vae if job.frozen_vae else restored["vae"]["params"]
+        vae_params = checkpoint.restore_subset(workdir, {"vae": {"params": state.vae.params}}, step)[0]["vae"]["params"]
     return LoadedModel(
         nets=job.nets, latent_shape=job.latent_shape, objective=job.recipe.objective, sampling=job.sampling, mesh=job.mesh,
-        params={"sit": restored["ema"].params, "vae": vae_params, "latent_stats": restored["ema"].latent_stats},
-        num_classes=config["data"]["num_classes"], ema_decay=config["ema_decay"], step=step,
+        params={"sit": average.params, "vae": vae_params, "latent_stats": average.latent_stats},
+        num_classes=config["data"]["num_classes"], ema_decay=averages.described(ema, config), step=step,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from orbax.checkpoint._src.futures import future  # Orbax's waiting threads have
 from repae_jax import buckets, faults
 from repae_jax.distributed import multihost
 from repae_jax.training import checkpoint_files as stored
+from repae_jax.training.phases import phases_of
 from repae_jax.training.workdir import absolute
 
 # Config fields (dotted, with everything below them) that may differ when a run is resumed: they change how long a run
@@ -295,13 +296,20 @@ def _check_same_arrays(stored_kinds: Mapping[str, stored.Kind], abstract: Any, p
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """Returns the steps with a complete checkpoint, ascending; none if there are no checkpoints."""
     directory = absolute(workdir) / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
-    return sorted(step for step in set(steps) if (directory / str(step)).is_dir())  # others have names such as 0000003
+    with buckets.reached(directory):
+        steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+        return sorted(step for step in set(steps) if (directory / str(step)).is_dir())  # others have names such as 0000003
 
 
 def read_config(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """Returns a run's config, from a step's checkpoint, None for the newest; ValueError if there is none that can be read."""
     return _read(workdir, step, lambda checkpoint: checkpoint.part("config"))[0]
+
+
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a workdir is a run's with another config, as `Checkpointer.restore` does, or as `read_config`."""
+    stored_config, path = _read(workdir, None, lambda checkpoint: checkpoint.part("config"))
+    _check_same_run(stored_config, config, path)
 
 
 def read_data_state(workdir: epath.PathLike, step: int | None = None) -> dict[str, Any]:
@@ -339,7 +347,8 @@ def _read(workdir, step, read: Callable[[stored.StoredCheckpoint], Any]) -> tupl
     with buckets.reached(workdir):
         directory, steps = absolute(workdir) / "checkpoints", saved_steps(workdir)
         if not steps:
-            raise ValueError(f"no checkpoints in {str(directory)!r}; give the workdir of a run that has saved at least one")
+            *_, phase = phases_of(workdir) or ["the workdir of a run that has saved at least one"]
+            raise ValueError(f"no checkpoints in {str(directory)!r}; give {phase}")
         if step is not None and step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {str(directory)!r}; steps present: {steps}")
         path = directory / str(steps[-1] if step is None else step)

@@ -23,7 +23,7 @@ class Inputs:
     labels: Int[Array, " B"]  # none is dropped yet
     targets: tuple[Float[Array, "B T F"], ...]  # the encoders' patch tokens, one array per encoder
     posterior_noise: Float[Array, "B h w C"]  # N(0, 1), samples the VAE's posterior
-    t: Array  # [B], shared by both SiT passes: times in [0, 1], where 1 is noise, or DiT's timesteps 0..999
+    t: Any  # [B], shared by both SiT passes: times in [0, 1], where 1 is noise, DiT's timesteps 0..999, or MeanFlow's Span
     noise: Float[Array, "B h w C"]  # N(0, 1), shared by both SiT passes
     label_drop: Bool[Array, " B"]  # True where SiT's own loss (phase 3) replaces the label by the null label
     moments: Float[Array, "B h w 2C"] | None = None  # mean and standard deviation of cached posteriors

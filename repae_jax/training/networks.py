@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int
 
 from repae_jax.distributed.sharding import unsharded
-from repae_jax.models.autoencoder import AutoencoderKL, DiagonalGaussian
+from repae_jax.models.autoencoder import DiagonalGaussian
 from repae_jax.models.discriminator import PatchDiscriminator
 from repae_jax.models.lpips import LPIPS
-from repae_jax.models.sit import SiT
+from repae_jax.models.sit import SiT, with_tap
+from repae_jax.models.vae_families import VaeModule
 
 
 class Nets(NamedTuple):
     """The Linen modules of a job; None where a job has none."""
 
-    vae: AutoencoderKL
+    vae: VaeModule
     sit: SiT | None
     disc: PatchDiscriminator | None
     lpips: LPIPS | None
@@ -62,8 +63,8 @@ class BoundSiT(_Bound):
         return self.module.null_label
 
     def __call__(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
-        """Returns the network's output [B, h, w, C], or [B, h, w, 2C] with a variance, and a tuple of projections [B, T, F]."""
-        return self._apply(params, z_t, t, labels)
+        """Returns the network's output [B, h, w, C], or [B, h, w, 2C] with a variance, and what the tap gives, a `sit.Tap`."""
+        return with_tap(self.module, unsharded(params), z_t, t, labels)
 
     def align(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"]):
         """Returns the projections of `__call__` alone; no block beyond the one that they are taken from is computed."""

@@ -25,7 +25,7 @@ class Recipe:
 
     vae_weights: Mapping[str, float]  # names as in `train_step.VAE_TERMS`, for tokenizers those of `tokenizer_step`, too
     sit_weights: Mapping[str, float]  # names of the objective's own terms, or as in `train_step.SIT_TERMS`
-    objective: Any = VelocityObjective()  # or a ddpm.NoiseObjective
+    objective: Any = VelocityObjective()  # or a ddpm.NoiseObjective, or a mean_flow.MeanFlow
     align_factor: Callable | None = None  # step -> factor of both alignment weights; None is 1
     lpips_input_range: tuple[float, float] = (-1.0, 1.0)  # see `reconstruction.perceptual`
     gan_start: int = 0  # first step with an adversarial loss; the discriminator's hinge loss starts then, too
@@ -37,6 +37,8 @@ class Recipe:
     # normalize every pass
     norm_momentum: float = 0.1
     ema_decay: float = 0.9999
+    # further averages of the weights: name -> number of the step -> weight of the new ones, see `averages.weights_of_new`
+    averages: Mapping[str, Callable] = field(default_factory=dict)
     accumulation: int = 1  # micro-batches per step
     fixed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # network -> top-level names of what is not trained in it
 

@@ -1,5 +1,6 @@
 """The state that training carries from step to step, and its update at the end of a step."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -48,6 +49,7 @@ class TrainState:
       latent_stats: running statistics of the un-normalized latents.
       lecam: averages of the discriminator's logits.
       ema: averages, which sampling uses; None if only a discriminator is trained.
+      averages: further ones by their names, see `averages`; None if there are none.
       skipped: number of updates skipped so far because a loss or gradient was not finite.
       skipped_in_a_row: number of these since the last good update.
     """
@@ -61,6 +63,7 @@ class TrainState:
     ema: Ema | None
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
+    averages: dict[str, Ema] | None = None
 
 
 def create_net(params, tx, batch_stats=None) -> Net:
@@ -68,7 +71,9 @@ def create_net(params, tx, batch_stats=None) -> Net:
     return Net(params=params, opt_state=tx.init(params), batch_stats=batch_stats)
 
 
-def create_state(*, vae: Net | None, disc: Net | None, sit: Net | None, latent_stats: ChannelStats) -> TrainState:
+def create_state(
+    *, vae: Net | None, disc: Net | None, sit: Net | None, latent_stats: ChannelStats, averages: Iterable[str] = ()
+) -> TrainState:
     """Returns the state at step 0; the averages start as copies, because donation refuses two leaves that share one buffer."""
 
     def copy(tree):
@@ -82,7 +87,7 @@ def create_state(*, vae: Net | None, disc: Net | None, sit: Net | None, latent_s
     ema = None if averaged is None else Ema(params=copy(averaged.params), latent_stats=copy(latent_stats))
     return TrainState(
         step=zero(), vae=vae, disc=disc, sit=sit, latent_stats=latent_stats, lecam=lecam,
-        ema=ema, skipped=zero(), skipped_in_a_row=zero(),
+        ema=ema, skipped=zero(), skipped_in_a_row=zero(), averages={name: copy(ema) for name in averages} or None,
     )  # fmt: skip
 
 
@@ -123,6 +128,16 @@ def update_ema(ema: Ema, params, latent_stats: ChannelStats, decay: float) -> Em
     return Ema(params=average(ema.params, params), latent_stats=stats)
 
 
+def update_average(average: Ema, params, latent_stats: ChannelStats | None, weight) -> Ema:
+    """Returns average + weight * (new - average), over parameters and latent statistics; None says that these are fixed."""
+
+    def move(old, new):
+        return jax.tree.map(lambda old, x: old + weight * (x - old), old, new)
+
+    stats = average.latent_stats if latent_stats is None else move(average.latent_stats, latent_stats)
+    return Ema(params=move(average.params, params), latent_stats=stats)
+
+
 def keep_if_finite(finite, new: TrainState, old: TrainState) -> TrainState:
     """Returns `new` if `finite` (bool scalar) holds, else `old`; step and counters advance in any case."""
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -158,6 +173,9 @@ def finish_step(state: TrainState, grads, metrics, *, tx, recipe, latent_stats=N
     if state.ema is not None:
         averaged = new.vae if new.sit is None else new.sit
         new = new.replace(ema=update_ema(state.ema, averaged.params, latent_stats, recipe.ema_decay))
+        for name, weight in recipe.averages.items():
+            average = update_average(state.averages[name], averaged.params, latent_stats, weight(state.step + 1))
+            new = new.replace(averages={**new.averages, name: average})
     new = keep_if_finite(finite, new, state)
     counters = {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
     return new, metrics | {name: value.astype(jnp.float32) for name, value in counters.items()}

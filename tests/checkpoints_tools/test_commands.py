@@ -128,6 +128,22 @@ def test_a_run_becomes_a_published_one_and_comes_back_bit_for_bit(job, state, pu
     assert small.differing(continued, state) == []
 
 
+def test_adamws_moments_are_not_muons(job, published_run, workdir, tmp_path):
+    """A published checkpoint is continued by Muon only without its moments."""
+    call("convert", workdir, tmp_path / "weights.pt", "--weights_only")
+
+    def start(path):
+        init = {"checkpoint": str(path), "vae": "", "disc": "", "latent_stats": ""}
+        muon = {**job.config["optim"], "sit": {**job.config["optim"]["sit"], "method": "muon"}}
+        config = {**job.config, "init": {**job.config["init"], **init}, "optim": muon, "steps": 8}
+        return initial_state.create_initial_state(build.build(config, jax.devices()[:1]), {"vae": None}, None)
+
+    with pytest.raises(ValueError, match=r"config.init.checkpoint: .* config.optim.sit.method='muon' cannot .*--weights_only"):
+        start(published_run)
+    state = start(tmp_path / "weights.pt")
+    assert int(state.step) == 7 and not any(leaf.any() for leaf in jax.tree.leaves(state.sit.opt_state))
+
+
 def test_the_published_code_reads_the_file(published_run):
     """It is read with torch alone, as its scripts do: plain tensors in a dict, args a Namespace."""
     with torch.serialization.safe_globals([commands.argparse.Namespace]):
@@ -330,7 +346,7 @@ def test_inspect(job, state, workdir, published_run, vae_folder, tmp_path, capsy
     assert about["opt_vae"]["updates"] == 7 and about["vae"]["norm_groups"] == 32
 
     about = described(vae_folder, capsys)
-    assert about["kind"] == "AutoencoderKL" and about["layout"] == "diffusers" and about["factor"] == 2
+    assert about["kind"] == "VAE" and about["layout"] == "diffusers" and about["factor"] == 2
     np.testing.assert_allclose(about["latent_mean"], state.ema.latent_stats.mean, rtol=1e-6)
     leaves = jax.tree.leaves(state.vae.params)
     assert about["parameters"] == sum(leaf.size for leaf in leaves)
@@ -388,10 +404,11 @@ def test_the_list_of_artefacts(capsys):
         else:
             assert artefact.name.startswith("https://") and " " not in artefact.name
         if artefact.fills.startswith("config."):
-            field = config
-            for name in artefact.fills.replace("NAME", "target").split(".")[1:]:
-                assert name in field, artefact
-                field = field[name]
+            for filled in artefact.fills.split(", "):
+                field = config
+                for name in filled.replace("NAME", "target").split(".")[1:]:
+                    assert name in field, artefact
+                    field = field[name]
         elif artefact.fills.startswith("checkpoints_tools."):
             module, _, function = artefact.fills.rpartition(".")
             assert callable(getattr(importlib.import_module(module), function))

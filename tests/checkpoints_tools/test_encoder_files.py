@@ -118,6 +118,19 @@ def test_on_another_grid_and_out_again(saved, tmp_path, record_property):
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
 
 
+def test_images_that_are_no_squares(tmp_path, record_property):
+    """With the positions as transformers interpolates them, by another cubic filter than ours."""
+    model = torch_model("Dinov2Model", SIZES)
+    model.save_pretrained(tmp_path)
+    encoder, params = vit.load_encoder(tmp_path, (32, 48), image_size=(28, 42))
+    assert encoder.grid == (4, 6) and params["pos_embed"].shape == (1, 25, 32)
+    pixels = np.random.default_rng(0).standard_normal((2, 28, 42, 3)).astype(np.float32)
+    with torch.no_grad():
+        positions = model.embeddings.interpolate_pos_encoding(torch.zeros(1, 25, 32), 28, 42).numpy()
+    _, patches = jax.jit(encoder.module.apply)({"params": {**params, "pos_embed": positions}}, pixels)
+    reference.check(patches, tokens_of(model, pixels)[:, 1:], reference.NETWORK_RTOL, "dinov2 of 28 x 42", record_property)
+
+
 def test_round_trip_is_the_identity(saved, tmp_path):
     kind, _, folder = saved
     _, module, params = vit.read_file(folder)

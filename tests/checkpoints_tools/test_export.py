@@ -14,6 +14,7 @@ from small_files import assert_same_bits, save_encoder, save_vae
 
 import repae_jax
 from checkpoints_tools import pipeline_folder
+from checkpoints_tools.export import export
 from checkpoints_tools.vae import stats_for_sit
 from configs import ldm
 from repae_jax.diffusion import ddpm
@@ -142,6 +143,37 @@ def test_a_dit_takes_the_published_steps():
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("shift", [1.0, 2.5])
+def test_a_sit_takes_shifted_steps(shift):
+    """Those of our sampler, to its transformer and to diffusers' scheduler: rounding of float32."""
+    import diffusers
+
+    from checkpoints_tools.shipped.pipeline import SiTPipeline
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config({**pipeline_folder._SCHEDULERS[False], "shift": shift})
+    times = SiTPipeline._set_times(SimpleNamespace(scheduler=scheduler), 7, None)
+    expected = Sampling("euler", time_shift=shift).method.times(7)
+    assert times == expected[:-1].tolist()
+    np.testing.assert_allclose(scheduler.sigmas, expected, atol=1e-6)
+
+
+@pytest.mark.integration
+def test_a_pipeline_keeps_the_shift_of_its_run(tmp_path):
+    folder = make_run(tmp_path / "run", small.config({"sampling.time_shift": 2.5}))
+    assert call("export", folder, tmp_path / "hf") == 0
+    assert json.loads((tmp_path / "hf" / "scheduler" / "scheduler_config.json").read_text())["shift"] == 2.5
+    assert load_model(tmp_path / "hf").sampling == load_model(folder).sampling
+
+
+@pytest.mark.integration
+def test_networks_that_predict_latents_are_not_taken_for_others(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", small.config({"diffusion.predicts": "data"}))
+    for command in (("export", folder, tmp_path / "hf"), ("convert", folder, tmp_path / "x.pt", "--weights_only")):
+        text = error_of(monkeypatch, *command)
+        assert "config.diffusion.predicts='data'" in text and "take the output for a velocity" in text
+
+
+@pytest.mark.integration
 def test_an_unusual_run_makes_the_same_images_in_diffusers(tmp_path, pipeline_of):
     config = small.config({"diffusion.path": "cosine", "data.num_classes": 1, "sit.projector": "conv"})
     config.encoders.second = config.encoders.target.copy_and_resolve_references()
@@ -230,6 +262,19 @@ def test_folders_that_cannot_be_made(monkeypatch, sit_run, dit_run, frozen_vae, 
     assert "was trained on the frozen VAE" in error_of(monkeypatch, "export", dit_run, tmp_path / "new", "--vae", other)
     assert not (tmp_path / "new").exists()
     assert "is no local path" in error_of(monkeypatch, "export", "nobody/nothing", tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling.guidance_schedule": "linear"}, "config.sampling.guidance_schedule='linear', but a pipeline of diffusers"),
+        ({"loss.sit.internal": 0.5}, "has a head for internal guidance, trained by config.loss.sit.internal"),
+    ],
+)
+def test_guidance_that_a_pipeline_does_not_know(tmp_path, changes, message):
+    run = make_run(tmp_path / "run", small.config(changes))
+    with pytest.raises(ValueError, match=message):
+        export(run, tmp_path / "pipeline")
 
 
 def test_a_published_sit_needs_a_vae_that_fits():

@@ -64,8 +64,18 @@ def evaluated(tmp_path):
     return folder
 
 
+def test_scores_of_other_averages_are_left_out(evaluated):
+    """Those of a file without an average, as a tokenizer's, are kept."""
+    for decay, fid in (0.9, 5.5), ("sigma=0.1", 4.4):
+        result = {"step": 1000, "metrics": {"fid": fid}, "protocol": {"ema_decay": decay}}
+        (evaluated / "evaluations" / f"{decay}.json").write_text(json.dumps(result))
+    for decay, scores in (0.9, [7.7, 5.5]), ("sigma=0.1", [7.7, 4.4]), (0.99, [7.7]):
+        found = [result["metrics"]["fid"] for result in model_card.read_evaluations(evaluated, 1000, decay)]
+        assert sorted(found) == sorted(scores)
+
+
 def test_a_card_says_what_the_run_was(trained, evaluated, tmp_path):
-    results = model_card.read_evaluations(evaluated, 1000)
+    results = model_card.read_evaluations(evaluated, 1000, 0.99)
     assert model_card.picture_of(evaluated, 1000).name == "0001000.png" and model_card.picture_of(evaluated, 500) is None
     text = model_card.write(trained, "me/small-sit", results, "mit", picture=True)
     data = ModelCard(text).data  # as the hub reads it

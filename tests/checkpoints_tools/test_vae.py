@@ -409,7 +409,7 @@ def test_unknown_layouts(tmp_path, state_dict):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "AutoencoderKLQwenImage"}, "config.json is of class 'AutoencoderKLQwenImage'; the only VAE known is"),
+        ({"_class_name": "AutoencoderKLQwenImage"}, "is of class 'AutoencoderKLQwenImage'; allowed here: 'AutoencoderKL', "),
         ({"_class_name": ...}, "config.json is of class None"),
         ({"latents_mean": [0.0] * 3}, "config.json: latents_mean has 3 entries, latents_std 4; the VAE has 4 channels"),
         ({"latents_std": None}, "config.json has only one of latents_mean and latents_std"),

@@ -19,6 +19,7 @@ from checkpoints_tools.artefacts import ARTEFACTS
 from configs import common, ldm, paper, repae, vae
 from repae_jax import train
 from repae_jax.cost import flops
+from repae_jax.diffusion.interpolant import shift_times
 from repae_jax.job import build, compilation, frozen_weights, initial_state
 from repae_jax.models import encoders
 from repae_jax.training.recipe import Optimizers
@@ -59,7 +60,7 @@ def parts(config):
     trains_vae = any(config.loss.get("vae", {}).values())
     fields = [config.job, trains_vae, config.vae.to_dict(), config.data.image_size, len(config.encoders)]
     if "sit" in config:
-        fields += [config.sit.patch_size, config.sit.projector, config.sit.learned_sigma]
+        fields += [config.sit.patch_size, config.sit.projector, config.sit.learned_sigma, bool(config.diffusion.mean_flow)]
     return json.dumps(fields, default=str)
 
 
@@ -170,8 +171,57 @@ def test_neighbors():
         assert not config.encoders and config.loss.sit.align == 0
 
 
+FAST_FORWARD = ("mean-flow", "improved-mean-flow")
+
+
+def test_one_step():
+    """configs/default.py of Gsunshine/meanflow and Lyy-iiis/imeanflow; guidance of XL/2 as in NVIDIA's FastGen."""
+    plain, improved = (built("paper", name) for name in FAST_FORWARD)
+    for job in (plain, improved):
+        adam = job.config["optim"]["sit"]
+        assert (adam["learning_rate"], adam["b1"], adam["b2"], adam["weight_decay"]) == (1e-4, 0.9, 0.95, 0.0)
+        assert (job.recipe.objective.time_mean, job.recipe.objective.time_std, job.config["ema_decay"]) == (-0.4, 1.0, 0.9999)
+        assert (job.recipe.objective.weight_power, job.recipe.objective.weight_constant) == (1.0, 0.01)
+        assert job.recipe.sit_weights == {"mean_flow": 1.0} and job.recipe.label_dropout == 0.1
+        assert (job.sampling.sampler, job.sampling.steps, job.sampling.guidance_scale) == ("meanflow", 1, 1.0)
+    objective = plain.recipe.objective
+    assert objective.omega / (1 - objective.kappa) == pytest.approx(2.5) and objective.guidance_high == 0.75
+    assert (objective.tangent, objective.velocity_share, plain.nets.sit.conditions) == ("data", 0.75, 1)
+    assert plain.config["steps"] * 256 / 1_281_167 == pytest.approx(240, rel=2e-3)
+    objective = improved.recipe.objective
+    assert (objective.tangent, objective.velocity_share, objective.largest_scale) == ("network", 0.5, 8.0)
+    assert improved.nets.sit.conditions == 2 and improved.config["steps"] * 1024 / 1_281_167 == pytest.approx(640, rel=2e-3)
+
+
+def test_rae():
+    """RAE's stage2/training/ImageNet256: batch 1024, rate 2e-4, b2 0.95, EMA 0.9995, times logit-normal, 768 channels."""
+    config, job = described("paper", "rae-dit-xl"), built("paper", "rae-dit-xl")
+    assert job.latent_shape == (16, 16, 768) and job.nets.vae.grid * job.nets.vae.encoder_patch_size == 224
+    assert (config.data.batch_size, config.ema_decay, config.diffusion.time_distribution) == (1024, 0.9995, "lognormal")
+    assert (config.optim.sit.learning_rate, config.optim.sit.b2, config.data.flip_probability) == (2e-4, 0.95, 0.5)
+    assert config.steps == 80 * 1_281_167 // 1024 // 1000 * 1000
+    # `misc.time_dist_shift_dim` and `_base`, 196608 and 4096, in training and sampling; 50 steps of Euler's method
+    assert config.diffusion.time_shift == config.sampling.time_shift == pytest.approx(48**0.5)
+    assert (config.sampling.sampler, config.sampling.steps) == ("euler", 50)
+
+
+def test_vtp():
+    """VTP's generation/configs/train_vtp_l_dit_xl.yaml: 100,000 steps of 1024, rate 2e-4, b2 0.95; 64 channels."""
+    config, job = described("paper", "vtp-dit-xl"), built("paper", "vtp-dit-xl")
+    assert job.latent_shape == (16, 16, 64) and (config.steps, config.data.batch_size) == (100_000, 1024)
+    assert (config.optim.sit.learning_rate, config.optim.sit.b2, config.ema_decay) == (2e-4, 0.95, 0.9999)
+    # its t is 1 at data: `lognorm_mu: -0.75` and `timestep_shift: 0.075` have the opposite sign, and the inverse
+    assert (config.diffusion.time_mean, config.diffusion.time_std, config.diffusion.time_shift) == (0.75, 1, 1)
+    assert (config.sampling.sampler, config.sampling.steps) == ("euler", 250)
+    t = np.linspace(0, 1, 9)
+    ours, theirs = shift_times(t, config.sampling.time_shift), 1 - shift_times(1 - t, 0.075)
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
 # REPA-E's README and train_repae.py: lr 1e-4, batch 256, 0.5 and 1.5, momentum 0.1, EMA 0.9999, clipping 1, no decay, no flips
-@pytest.mark.parametrize("name", [name for name in paper.ROWS if name not in ("sit", "dit")])
+@pytest.mark.parametrize(
+    "name", [name for name in paper.ROWS if name not in ("sit", "dit", "rae-dit-xl", "vtp-dit-xl", *FAST_FORWARD)]
+)
 def test_what_all_runs_share(name):
     config = described("paper", name)
     assert config.data.batch_size == 256 and config.ema_decay == 0.9999 and config.data.flip_probability == 0
@@ -283,6 +333,8 @@ def structure(tree):
 
 def smaller(config):
     """The tiny variant with one level of the VAE less, which is what takes long to compile."""
+    if "family" in config.vae:
+        return config
     config.vae.update(channel_multipliers=(1, 1))
     config.data.image_size = 16 if config.loss.get("eq_scales") else 8
     for encoder in config.encoders.values():

@@ -10,6 +10,7 @@ import pytest
 from configs import ldm, repae, vae
 from repae_jax.cost import flops
 from repae_jax.diffusion.samplers import Sampling
+from repae_jax.distributed import sharding
 from repae_jax.job import build, frozen_weights
 from repae_jax.models import encoders
 
@@ -43,6 +44,12 @@ def product(x):
     return x @ MATRIX
 
 
+def shared_out(x):
+    """Eight matrices, one on each device."""
+    run = sharding.with_mesh_context(sharding.make_mesh(2), lambda x: sharding.of_each_device(lambda stack: stack @ MATRIX, x))
+    return run(jnp.stack([x] * 8))
+
+
 def scanned(x):
     return jax.lax.scan(lambda x, _: (jnp.tanh(product(x)), None), x, length=TURNS)[0]
 
@@ -71,6 +78,7 @@ def grad(function):
         (lambda x: (product(x), x)[1], 0),  # not needed by what is returned
         (lambda x: jnp.einsum("ij,kj->ik", x, x), 1),
         (scanned, TURNS),
+        (shared_out, 8),
         (grad(scanned), 2 * TURNS),
         (grad(jax.checkpoint(scanned)), 2 * TURNS),  # recomputation is not counted
         (grad(lambda x: jnp.tanh(product(jnp.tanh(product(x))))), 4),
@@ -207,7 +215,7 @@ def test_what_does_not_change_the_cost_of_an_image():
     assert step_flop(ldm, "tiny", data__cache="latents") < step_flop(ldm, "tiny") < expected
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     job = make_job(vae, "eqvae,tiny", loss__eq_prior=0.75)
     assert flops.branch_shares(job.config) == [0.75, 0.25] and flops.branch_shares(make_job(vae, "tiny").config) == []
@@ -221,6 +229,7 @@ def test_a_drawn_scale_counts_as_often_as_it_is_drawn():
     [
         ({"sampler": "euler"}, 7),
         ({"sampler": "heun"}, 13),
+        ({"sampler": "dpmpp"}, 7),
         ({"sampler": "heun", "guidance_scale": 2.0, "guidance_low": 0.3}, 2 * (2 * 5 + 2) - 1),
         ({"sampler": "heun", "guidance_scale": 2.0, "guidance_high": 0.7}, 2 * (3 + 2 * 4) - 2),
         ({"sampler": "sde", "guidance_scale": 2.0, "guidance_high": 0.65}, 3 + 2 * 4),
@@ -238,6 +247,12 @@ def test_sampling(changes, calls):
     decoding = total(lambda p, z: job.nets.vae.apply({"params": p}, z, method="decode"), vae_params, latents) / BATCH
     job = dataclasses.replace(job, sampling=Sampling(**{"steps": 7, **changes}))
     assert flops.of_sampling(job) == pytest.approx({"SiT": calls * once, "AutoencoderKL.decode": decoding})
+
+
+def test_steps_that_nobody_knows_before_are_not_counted():
+    job = dataclasses.replace(make_job(ldm, "tiny"), sampling=Sampling("dopri5"))
+    with pytest.raises(ValueError, match="config.sampling.sampler='dopri5' takes as many steps as it needs.*choose another"):
+        flops.of_sampling(job)
 
 
 def test_hours():

@@ -29,6 +29,13 @@ def test_images_are_the_digits_stretched_to_255():
     assert image.min() == 0 and image.max() == 239  # 15 of 16
 
 
+def test_digits_are_stretched_to_what_is_no_square():
+    image = DigitsSource((8, 16), "all")[3]["image"]
+    assert image.shape == (8, 16, 3)
+    halves = image.reshape(8, 8, 2, 3).mean(axis=2)
+    np.testing.assert_allclose(halves, DigitsSource(8, "all")[3]["image"], atol=40)
+
+
 def test_train_and_test_share_no_digit_and_make_up_all():
     train, test, everything = (DigitsSource(8, split) for split in ("train", "test", "all"))
     number = [{source.name(i).split()[2] for i in range(len(source))} for source in (train, test, everything)]

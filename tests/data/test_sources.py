@@ -14,6 +14,7 @@ from repae_jax.data import decoding, source
 from repae_jax.data.loader import Loader
 from repae_jax.data.source import EncodedImages, check_image_size
 from repae_jax.job import training_data
+from repae_jax.ranges import Extent
 
 README = Path(__file__).parents[2] / "repae_jax/data/README.md"
 
@@ -110,7 +111,7 @@ def test_the_hash_of_records_is_that_of_their_names_and_labels():
 @pytest.mark.parametrize("name", [*data.SOURCES])
 def test_every_source_is_a_dataclass_of_its_options(name):
     fields = {field.name: field.type for field in dataclasses.fields(data.SOURCES[name])}
-    assert fields.pop("image_size") is int
+    assert fields.pop("image_size") == Extent
     assert fields == {option: parameter.annotation for option, parameter in data.options_of(name).items()}
 
 

@@ -1,4 +1,6 @@
+import dataclasses
 import inspect
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -51,6 +53,197 @@ def ode_error(sampler, steps):
     return abs(float(sampler.integrate(segments, jnp.ones((1, 1)))[0, 0]) - np.exp(0.5))
 
 
+class Gaussian:
+    """Data N(mean, std^2) with its exact velocity and its exact way from noise to data."""
+
+    def __init__(self, mean=0.7, std=0.4, path="linear"):
+        self.mean, self.std, self.path = mean, std, path
+
+    def at(self, t):
+        c = interpolant.coefficients(self.path, t)
+        return c, (c.alpha * self.std) ** 2 + c.sigma**2
+
+    def velocity(self, z, t):
+        (alpha, sigma, d_alpha, d_sigma), variance = self.at(t[:, None])
+        slope = (alpha * d_alpha * self.std**2 + sigma * d_sigma) / variance
+        return d_alpha * self.mean + slope * (z - alpha * self.mean)
+
+    def data(self, z, t):
+        (alpha, *_), variance = self.at(t[:, None])
+        return self.mean + alpha * self.std**2 / variance * (z - alpha * self.mean)
+
+    def move(self, z, start, end):
+        """z at `end` on the way through z at `start`."""
+        (here, before), (there, after) = (self.at(np.asarray(t, np.float64)) for t in (start, end))
+        return there.alpha * self.mean + np.sqrt(after / before) * (z - here.alpha * self.mean)
+
+
+NOISE = np.linspace(-2, 2, 9)[:, None]
+
+
+def largest_error(sampler, times, path="linear", switch=None, objective=interpolant.VelocityObjective):
+    """Of the end of the way to a Gaussian; from the time `switch` on to another one, as guidance in an interval does."""
+    first, second, (start, *_, end) = Gaussian(path=path), Gaussian(-0.5, 0.8, path), times
+    name = "data" if objective is interpolant.DataObjective else "velocity"
+    segments, exact = [(times, getattr(first, name))], first.move(NOISE, start, end)
+    if switch is not None:
+        segments = guidance.segments(times, (switch, 1.0), segments[0][1], getattr(second, name))
+        border = segments[0][0][-1]
+        exact = second.move(first.move(NOISE, start, border), border, end)
+    return np.abs(sampler.integrate(segments, jnp.asarray(NOISE, jnp.float32), objective=objective(path)) - exact).max()
+
+
+WAYS = [{}, {"path": "cosine"}, {"switch": 0.5001}, {"objective": interpolant.DataObjective}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_dpm_solver_is_of_second_order_also_where_guidance_begins_and_ends(way):
+    """Between 0.9 and 0.1: the log-SNR is infinite at both ends, where steps are of first order."""
+    errors = [largest_error(SAMPLERS["dpmpp"], np.linspace(0.9, 0.1, steps + 1), **way) for steps in (40, 80, 160)]
+    assert errors[0] / errors[1] > 3.6 and errors[1] / errors[2] > 3.6, errors
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_dpm_solver_errs_less_than_euler_with_as_many_calls(way):
+    errors = [largest_error(SAMPLERS[name], SAMPLERS[name].times(20), **way) for name in ("dpmpp", "euler")]
+    assert errors[0] < errors[1] / 5, errors
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("start", [0.999, 1.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [3, 20])
+def test_dpm_solver_equals_that_of_diffusers(start, shift, steps):
+    """Largest difference below 2e-6 of values up to 3."""
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    if start == 1.0:
+        ours = Sampling("dpmpp", time_shift=shift).method.times(steps)
+        scheduler.sigmas = torch.tensor(ours.astype(np.float32))
+    times, way = scheduler.sigmas.numpy().astype(np.float64), Gaussian()
+    z = torch.tensor(NOISE.astype(np.float32))
+    for number, timestep in enumerate(scheduler.timesteps):
+        velocity = np.asarray(way.velocity(jnp.asarray(z.numpy()), jnp.full(len(z), times[number])))
+        z = scheduler.step(torch.tensor(velocity), timestep, z).prev_sample
+    ours = SAMPLERS["dpmpp"].integrate([(times, way.velocity)], jnp.asarray(NOISE, jnp.float32))
+    assert np.abs(np.asarray(ours) - z.numpy()).max() < 2e-6
+
+
+WEIGHTS = np.random.default_rng(0).standard_normal((2, 3, 3))
+
+
+def small_network(numpy):
+    return lambda z, t: numpy.tanh(z @ WEIGHTS[0].astype(np.float32) + t[:, None]) @ WEIGHTS[1].astype(np.float32)
+
+
+@pytest.mark.parametrize(("tolerance", "error"), [(1e-3, 3e-3), (1e-5, 5e-5)])
+def test_dopri5_is_as_exact_as_its_tolerance_says(tolerance, error):
+    """Beside scipy's integration at 1e-10: as exact as its own Dormand-Prince method, with as many network calls."""
+    scipy, calls = pytest.importorskip("scipy.integrate"), []
+    z = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
+
+    def slope(backward, flat):
+        return -small_network(np)(flat.reshape(4, 3), np.full(4, -backward)).ravel()
+
+    exact = scipy.solve_ivp(slope, (-1, 0), z.ravel(), method="DOP853", rtol=1e-10, atol=1e-12).y[:, -1].reshape(4, 3)
+    theirs = scipy.solve_ivp(slope, (-1, 0), z.ravel(), method="RK45", rtol=tolerance, atol=tolerance / 1000)
+
+    def output_fn(z, t):
+        jax.debug.callback(lambda t: calls.append(float(t)), t[0])
+        return small_network(jnp)(z, t)
+
+    sampler = Sampling("dopri5", 50, tolerance=tolerance).method
+    ours = sampler.integrate([(sampler.times(50), output_fn)], jnp.asarray(z))
+    jax.effects_barrier()
+    assert np.abs(ours - exact).max() < error
+    assert np.abs(theirs.y[:, -1].reshape(4, 3) - exact).max() < error
+    assert theirs.nfev / 2 < len(calls) < 2 * theirs.nfev
+
+
+def test_dopri5_takes_its_own_steps_between_the_ends_of_guidance():
+    """Errors of ways to latents of up to 3, at two tolerances; at the first, four steps lead from noise to data."""
+    sampler, times = Sampling("dopri5").method, {steps: SAMPLERS["dopri5"].times(steps) for steps in (4, 50)}
+    assert largest_error(sampler, times[4]) < 1e-2 and largest_error(sampler, times[50], switch=0.5) < 1e-2
+    sampler = Sampling("dopri5", tolerance=1e-5).method
+    assert largest_error(sampler, times[4], switch=0.5) < 2e-4 and largest_error(sampler, times[4], path="cosine") < 2e-4
+
+
+def test_dopri5_ends_where_there_is_no_solution():
+    """Neither an endless loop nor latents that look like samples: NaN, where the network is, or the way leads to infinity."""
+    for output_fn in (lambda z, t: z * jnp.nan, lambda z, t: -jnp.square(10 * z)):
+        assert np.isnan(SAMPLERS["dopri5"].integrate([(np.array([1.0, 0.0]), output_fn)], jnp.ones((2, 3)))).all()
+
+
+# ---- what the network predicts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp", "sde"])
+def test_samplers_take_a_network_that_predicts_latents(name):
+    """As one that predicts the velocity, at times that are not limited: 1e-5 of values up to 2."""
+    sampler, way, key = SAMPLERS[name], Gaussian(), jax.random.key(0)
+    if name == "sde":
+        sampler = dataclasses.replace(sampler, last_time=0.06)
+    objectives = {"velocity": interpolant.VelocityObjective(), "data": interpolant.DataObjective()}
+
+    def end(predicts):
+        segments = [(sampler.times(19), getattr(way, predicts))]
+        noise_fn = lambda i: jax.random.normal(jax.random.fold_in(key, i), NOISE.shape)  # noqa: E731
+        return sampler.integrate(segments, jnp.asarray(NOISE, jnp.float32), noise_fn, objectives[predicts])
+
+    np.testing.assert_allclose(end("data"), end("velocity"), atol=1e-5)
+
+
+def test_guidance_of_latents_is_guidance_of_the_velocity():
+    """The same within rounding, 1e-5."""
+    objective, labels, way = interpolant.DataObjective(), jnp.array([1, 4, 2]), Gaussian()
+    z, t = jnp.asarray(NOISE[:3], jnp.float32), jnp.array([0.02, 0.5, 1.0])
+
+    def data(z, t, y):
+        return way.data(z, t) + 0.1 * y[:, None]
+
+    def velocity(z, t, y):
+        return objective.velocity(data(z, t, y), z, t)
+
+    guided = guidance.guide(data, labels, 10, 2.5, 1)(z, t)
+    np.testing.assert_allclose(
+        objective.velocity(guided, z, t), guidance.guide(velocity, labels, 10, 2.5, 1)(z, t), rtol=1e-5, atol=1e-5
+    )
+
+
+# ---- shifted times --------------------------------------------------------------------------------------------------
+
+
+def test_times_are_shifted_as_published():
+    """RAE's grid for DINOv2-B's 768 x 16 x 16 latents, of 5 points (1 is noise, as here); Stable Diffusion 3's shift of 3."""
+    shift = math.sqrt(768 * 16 * 16 / 4096)
+    expected = [1.0, 0.954096, 0.873868, 0.697831, 0.0]  # 6.9282 t / (1 + 5.9282 t)
+    np.testing.assert_allclose(Sampling("euler", 4, time_shift=shift).method.times(4), expected, atol=1e-6)
+    np.testing.assert_allclose(Sampling("dpmpp", 4, time_shift=3.0).method.times(4), [1, 0.9, 0.75, 0.5, 0])
+
+
+def test_the_last_step_of_the_sde_starts_where_it_does_without_a_shift():
+    times = Sampling("sde", 50, time_shift=2.0).method.times(50)
+    unshifted = times / (2 - times)  # of which 2 t / (1 + t) is the shifted time
+    np.testing.assert_allclose(unshifted[:-1], np.linspace(1, 0.04 / 1.96, 50), rtol=1e-12)
+    assert times[0] == 1 and times[-2] == pytest.approx(0.04, abs=1e-12) and times[-1] == 0 and len(times) == 51
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler", "message"),
+    [
+        ({"time_shift": 2.0}, "ancestral", "time_shift=2.0 does not go with sampler 'ancestral'.*set it to 1"),
+        ({"guidance_power": 2.0}, "sde", "guidance_power=2.0 and guidance_schedule='constant': only 'power_cosine' has"),
+        ({"tolerance": 1e-4}, "heun", "tolerance=0.0001 does not go with sampler 'heun': it is of dopri5; set it to 0.001"),
+    ],
+)
+def test_settings_of_other_samplers_are_refused(settings, sampler, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampler(Sampling(sampler, **settings), SAMPLERS[sampler].objective())
+
+
 def test_guidance_scale_one_is_the_conditional_velocity():
     def velocity_fn(z, t, y):
         return z * y[:, None] + t[:, None]
@@ -86,8 +279,10 @@ def test_samplers_know_no_labels():
 def test_a_sampler_fits_what_the_network_predicts():
     for name, sampler in SAMPLERS.items():
         check_sampler(Sampling(name, 5), sampler.objective())
-    with pytest.raises(ValueError, match="sampler 'ancestral': the network predicts a velocity; allowed: euler, heun, sde$"):
-        check_sampler(Sampling("ancestral"), interpolant.VelocityObjective())
+    for objective, predicts in ((interpolant.VelocityObjective(), "a velocity"), (interpolant.DataObjective(), "latents")):
+        allowed = "euler, heun, sde, dpmpp, dopri5"
+        with pytest.raises(ValueError, match=f"sampler 'ancestral': the network predicts {predicts}; allowed: {allowed}$"):
+            check_sampler(Sampling("ancestral"), objective)
     with pytest.raises(ValueError, match="sampler 'heun': the network predicts DiT's noise; allowed: ancestral$"):
         check_sampler(Sampling("heun"), SAMPLERS["ancestral"].objective())
     with pytest.raises(ValueError, match=r"num_steps=1001 .*allowed: 2\.\.1000"):

@@ -178,7 +178,7 @@ def test_an_error_in_one_process_ends_all(compiled):
     assert "Traceback" in second and "RuntimeError: the disk has gone\nand more" in second
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_request_before_the_first_step_is_not_lost(compiled):
     ended, _ = end_of_waiting(compiled, "stop")
     assert [code for code, _ in ended] == [75, 75], ended

@@ -150,6 +150,20 @@ def test_rows_that_the_devices_do_not_divide_are_computed_together():
     np.testing.assert_array_equal(together(x), 2 * x)
 
 
+@pytest.mark.parametrize(("layers", "share"), [(3, 1), (8, 1), (20, 3)])
+def test_each_device_computes_whole_layers(layers, share):
+    mesh, shapes, x = sharding.make_mesh(2), [], np.arange(layers * 6, dtype=np.float32).reshape(layers, 2, 3)
+
+    def double(stack):
+        shapes.append(stack.shape)
+        return 2 * stack
+
+    np.testing.assert_array_equal(sharding.of_each_layer(double, x), 2 * x)
+    apart = jax.jit(sharding.with_mesh_context(mesh, lambda x: sharding.of_each_layer(double, x)))
+    np.testing.assert_array_equal(apart(sharding.put(x, sharding.replicated(mesh))), 2 * x)
+    assert shapes == [(layers, 2, 3), (share, 2, 3)]
+
+
 def test_batches_that_do_not_divide():
     mesh = sharding.make_mesh(2)
     sharding.check_batch(32, 2, mesh)

@@ -154,7 +154,22 @@ def test_tables_name_what_they_hold():
         ({"data.num_classes": 0}, ["config.data.num_classes=0"]),
         ({"data.image_size": 0}, ["config.data.image_size=0"]),
         ({"data.image_size": 9}, ["config.data.image_size=9", "factor 2", "use 8"]),
+        ({"data.image_size": (8, 9)}, ["config.data.image_size=(8, 9)", "factor 2", "use 8"]),
+        ({"data.image_size": (9, 13)}, ["config.data.image_size=(9, 13)", "config.vae.channel_multipliers", "use (8, 12)"]),
         ({"sit.patch_size": 3}, ["config.sit.patch_size=3", "4 x 4"]),
+        (
+            {"data.image_size": (8, 12), "sit.patch_size": 4},
+            ["config.sit.patch_size=4", "4 x 6 positions", "config.data.image_size=(8, 12)"],
+        ),
+        ({"data.image_size": (8, 12)}, ["gives 4 x 4 tokens", "the SiT has 4 x 6", "image_size to (8, 12)"]),
+        (
+            {"data.image_size": (8, 12), "encoders.target.image_size": (8, 12), "init.checkpoint": "x.pt"},
+            ["config.init.checkpoint='x.pt'", "for squares", "config.data.image_size=(8, 12)"],
+        ),
+        (
+            {"data.image_size": (16, 4), "encoders.target.image_size": (16, 4)},
+            ["config.disc.num_layers=1", "config.data.image_size=(16, 4)", "6 pixels or more"],
+        ),
         ({"sit.num_heads": 5}, ["hidden_size=32", "num_heads=5"]),
         ({"sit.encoder_depth": 3}, ["encoder_depth=3", "1..depth=2"]),
         ({"sit.remat": "some"}, ["'some'", "'dots'"]),
@@ -181,6 +196,12 @@ def test_tables_name_what_they_hold():
         ({"diffusion.path": "quadratic"}, ["config.diffusion.path='quadratic'", "['cosine', 'ddpm', 'linear']"]),
         ({"diffusion.time_distribution": "beta"}, ["config.diffusion.time_distribution='beta'", "['lognormal', 'uniform']"]),
         ({"diffusion.label_dropout": 1.0}, ["config.diffusion.label_dropout=1.0", "[0, 1)"]),
+        ({"diffusion.predicts": "x"}, ["config.diffusion.predicts='x'", "['velocity', 'data']"]),
+        ({"diffusion.time_shift": 0.0}, ["config.diffusion.time_shift=0.0 must lie in (0, 100]"]),
+        ({"diffusion.time_std": 0.0}, ["config.diffusion.time_std=0.0 must lie in (0, 10]"]),
+        ({"diffusion.time_mean": 0.8}, ["config.diffusion.time_mean=0.8", "time_distribution='uniform'", "'lognormal'"]),
+        ({"diffusion.time_std": 0.8}, ["config.diffusion.time_std=0.8", "time_distribution='uniform'", "'lognormal'"]),
+        ({"diffusion.predicts": "data", "diffusion.path": "cosine"}, ["config.diffusion.predicts='data'", "path='cosine'"]),
         ({"loss.vae.l1": -1.0}, ["config.loss.vae.l1=-1.0 must be at least 0"]),
         ({"loss.vae": {}}, ["all of config.loss.vae is 0", "config.job='repae'", "configs/ldm.py"]),
         ({"loss.gan_factor": 0.0}, ["config.loss.gan_factor=0.0 must be positive"]),
@@ -194,9 +215,23 @@ def test_tables_name_what_they_hold():
         ({"optim.sit.learning_rate": -1e-4}, ["learning_rate=-0.0001 must be at least 0"]),
         ({"optim.vae.warmup_steps": -1}, ["warmup_steps=-1 must be at least 0"]),
         ({"optim.disc.clip_norm": 0.0}, ["config.optim.disc.clip_norm=0.0"]),
+        ({"optim.vae.method": "muon"}, ["config.optim.vae.method='muon'", "config.vae has none", "set it to 'adamw'"]),
+        ({"optim.disc.method": "muon"}, ["config.optim.disc.method='muon'", "config.disc has none"]),
+        (
+            {"optim.sit.method": "muon", "optim.sit.fixed": ("early_blocks", "late_blocks")},
+            ["config.optim.sit.method='muon'", "config.optim.sit.fixed=('early_blocks', 'late_blocks')"],
+        ),
+        ({"ema_decays": (0.9, 0.99)}, ["config.ema_decays=(0.9, 0.99) beside ema_decay=0.99", "twice"]),
+        ({"ema_sigmas": (0.1, 0.3)}, ["config.ema_sigmas=(0.1, 0.3) has an entry", "0.288"]),
+        ({"ema_sigmas": (0.1,), "init.checkpoint": "x.pt"}, ["config.ema_sigmas=(0.1,)", "config.init.checkpoint='x.pt'"]),
+        ({"optim.sit.decay_start": 9}, ["config.optim.sit: schedule='constant'", "decay_start=9"]),
         ({"optim.vae.fixed": ("encoders",)}, ["config.optim.vae.fixed=['encoders']", "'encoder'", "'quant_conv'"]),
-        ({"optim.sit.schedule": "exp"}, ["config.optim.sit.schedule='exp'", "['constant', 'linear', 'cosine']"]),
+        ({"optim.sit.schedule": "exp"}, ["config.optim.sit.schedule='exp'", "['constant', 'linear', 'cosine', '1-sqrt']"]),
         ({"optim.sit.schedule": "cosine"}, ["config.optim.sit: schedule='cosine' needs decay_steps", "None"]),
+        ({"sampling.guidance_channels": 9}, ["guidance_channels=9: the latents have 4"]),
+        ({"sampling.internal_scale": 1.5}, ["internal_scale=1.5: the model has no head", "config.loss.sit.internal"]),
+        ({"sampling.weaker_low": 0.7, "sampling.weaker_high": 0.2}, ["weaker_low=0.7 and weaker_high=0.2"]),
+        ({"loss.sit.internal": 0.5, "sit.encoder_depth": 2}, ["encoder_depth=2 and depth=2", "lower encoder_depth"]),
         ({"loss.align_end": 0}, ["config.loss.align_end=0", "at least 1"]),
         ({"loss.align_end": 5, "loss.align_shape": "step"}, ["align_shape='step'", "['constant', 'linear', 'cosine']"]),
         ({"data.flip_probability": 1.5}, ["config.data.flip_probability=1.5", "[0, 1]"]),
@@ -208,6 +243,9 @@ def test_tables_name_what_they_hold():
         ({"sampling.steps": 1}, ["steps=1", "at least 2"]),
         ({"sampling.precision": "float16"}, ["config.sampling.precision='float16'", "['float32', 'bfloat16']"]),
         ({"sampling.guidance_scale": 0.5}, ["guidance_scale=0.5", "at least 1"]),
+        ({"sampling.time_shift": -1.0}, ["config.sampling.time_shift=-1.0 must lie in (0, 100]"]),
+        ({"sampling.tolerance": 1e-7}, ["config.sampling.tolerance=1e-07 must lie in (1e-06, 1]"]),
+        ({"sampling.tolerance": 1e-4}, ["tolerance=0.0001 does not go with sampler 'sde': it is of dopri5"]),
         ({"sampling.guidance_low": 0.9, "sampling.guidance_high": 0.1}, ["[0.9, 0.1]", "low first"]),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -225,6 +263,10 @@ DDPM = {"diffusion.path": "ddpm", "sit.learned_sigma": True}
         ({"encoders": {}}, ["config.loss.sit.align needs an encoder", "config.encoders is empty"]),
         ({"loss.sit.align": 0.0}, ["config.encoders has an encoder", "config.loss.sit.align is 0"]),
         ({"loss.sit.noise": 1.0}, ["config.loss.sit.noise=1.0", "config.diffusion.path='linear'"]),
+        (
+            {**DDPM, "loss.sit": {"noise": 1.0, "internal": 0.5}},
+            ["config.loss.sit.internal=0.5", "config.diffusion.path='ddpm'", "['noise', 'bound', 'align']"],
+        ),
         (DDPM, ["config.loss.sit.velocity=1.0", "config.diffusion.path='ddpm'", "['noise', 'bound', 'align']"]),
         ({"sit.learned_sigma": True}, ["config.sit.learned_sigma=True", "config.diffusion.path='linear'"]),
         (
@@ -237,12 +279,62 @@ DDPM = {"diffusion.path": "ddpm", "sit.learned_sigma": True}
             {**DDPM, "diffusion.time_distribution": "lognormal"},
             ["config.diffusion.time_distribution='lognormal'", "path='ddpm'"],
         ),
+        ({**DDPM, "diffusion.time_shift": 2.0}, ["config.diffusion.time_shift=2.0", "path='ddpm'", "uniform"]),
+        ({**DDPM, "diffusion.predicts": "data"}, ["config.diffusion.predicts='data'", "path='ddpm'", "noise"]),
+        (
+            {**DDPM, "loss.sit": {"noise": 1.0, "align": 0.5}, "sampling.sampler": "ancestral", "sampling.time_shift": 2.0},
+            ["time_shift=2.0 does not go with sampler 'ancestral'"],
+        ),
         ({**DDPM, "loss.sit": {"noise": 1.0, "align": 0.5}}, ["sampler 'sde'", "DiT's noise", "ancestral"]),
         ({"sampling.sampler": "ancestral"}, ["sampler 'ancestral'", "a velocity", "euler, heun, sde"]),
     ],
 )
 def test_values_of_ldm(changes, messages):
     refused(changes, *messages, file=ldm)
+
+
+MEAN_FLOW = {
+    **small.SIT_ALONE, "diffusion.mean_flow": {"kappa": 0.5}, "diffusion.time_distribution": "lognormal",
+    "loss.sit": {"mean_flow": 1.0}, "sampling.sampler": "meanflow", "sampling.steps": 1, "sampling.guidance_scale": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {"diffusion.time_distribution": "uniform"},
+            ["config.diffusion.time_distribution='uniform'", "mean_flow, which needs 'lognormal'"],
+        ),
+        ({"diffusion.path": "cosine"}, ["config.diffusion.path='cosine'", "mean_flow, which needs 'linear'"]),
+        ({"diffusion.mean_flow": {"kappa": 1.0}}, ["config.diffusion.mean_flow.kappa=1.0", "[0, 1)"]),
+        ({"diffusion.mean_flow": {"weight": 1.0}}, ["config.diffusion.mean_flow: unknown fields ['weight']", "'weight_power'"]),
+        ({"diffusion.mean_flow": 3}, ["config.diffusion.mean_flow=3 must be a section"]),
+        ({"loss.sit": {"velocity": 1.0}}, ["config.loss.sit.velocity=1.0", "config.diffusion.mean_flow", "'mean_flow', 'al"]),
+        ({"diffusion.mean_flow": None}, ["config.loss.sit.mean_flow=1.0", "config.diffusion.path='linear'"]),
+        ({"loss.sit": {"mean_flow": 0.0}}, ["config.loss.sit.mean_flow must not be 0"]),
+        ({"sit.learned_sigma": True}, ["config.sit.learned_sigma=True", "config.diffusion.path='linear'"]),
+        ({"sampling.sampler": "sde"}, ["sampler 'sde'", "an average velocity", "meanflow"]),
+        ({"sampling.guidance_scale": 2.0}, ["guidance_scale=2", "config.diffusion.mean_flow.omega=1 and kappa=0.5"]),
+        ({"attention": "cudnn"}, ["config.attention='cudnn'", "config.diffusion.mean_flow", "'xla'"]),
+        ({"diffusion.predicts": "data"}, ["config.diffusion.predicts='data'", "mean_flow, which predicts an average velocity"]),
+        ({"diffusion.time_mean": -0.4}, ["config.diffusion.time_mean=-0.4", "mean_flow, which has its own"]),
+        ({"diffusion.time_std": 0.5}, ["config.diffusion.time_std=0.5", "mean_flow, which has its own", "mean_flow.time_std"]),
+        ({"diffusion.time_shift": 2.0}, ["config.diffusion.time_shift=2.0", "mean_flow", "mean_flow.time_mean"]),
+        (
+            {"loss.sit": {"mean_flow": 1.0, "internal": 0.5}},
+            ["config.loss.sit.internal=0.5", "config.diffusion.mean_flow", "'mean_flow', 'align'"],
+        ),
+        ({"sampling.internal_scale": 1.5}, ["internal_scale=1.5", "sampler 'meanflow'", "set it to 1"]),
+    ],
+)
+def test_values_of_mean_flow(changes, messages):
+    refused({**MEAN_FLOW, **changes}, *messages, file=ldm)
+
+
+def test_mean_flow_needs_a_frozen_vae():
+    messages = "config.diffusion.mean_flow learns on a frozen VAE", "config.job='repae'", "configs/ldm.py"
+    refused({"diffusion.mean_flow": {}}, *messages)
 
 
 def test_a_frozen_vae_must_be_given():
@@ -268,12 +360,19 @@ def test_a_frozen_vae_must_be_given():
         ({"loss.adaptive.gan": 1e4, "optim.vae.fixed": ("decoder",)}, ["config.loss.adaptive.gan", "config.optim.vae.fixed"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": (0,)}, ["config.loss.se_factors=(0,)", "at least 2"]),
         ({"loss.vae": {"l1": 0.0}, "loss.gan_start": 5}, ["config.loss.gan_start=5", "all of config.loss.vae is 0"]),
+        ({"loss.vae": {"l1": 0.0}, "ema_decays": (0.9,)}, ["config.ema_decays=(0.9,)", "all of config.loss.vae is 0"]),
+        ({"loss.vae": {"l1": 0.0}, "ema_sigmas": (0.1,)}, ["config.ema_sigmas=(0.1,)", "all of config.loss.vae is 0"]),
         ({"loss.adaptive.vf": 1.0}, ["config.loss.adaptive.vf=1.0", "config.loss.vae.vf"]),
         ({"loss.adaptive": {"gan": 1.0}}, ["config.loss.adaptive: unknown fields [], missing fields ['vf']"]),
         ({"loss.eq_scales": (0.5, 1.0)}, ["config.loss.eq_scales", "(0.5, 1.0)", "1 first"]),
         ({"loss.eq_scales": (1.0, 0.3)}, ["config.loss.eq_scales", "0.3", "whole sizes"]),
         ({"loss.eq_scales": (1.0, 0.5), "loss.eq_prior": 1.5}, ["config.loss.eq_prior=1.5", "[0, 1]"]),
         ({"loss.eq_scales": (1.0, 0.5)}, ["config.disc.num_layers=1", "at the scale 0.5"]),
+        (
+            {"data.image_size": (8, 12), "loss.eq_scales": (1.0, 0.5)},
+            ["config.loss.eq_scales=(1.0, 0.5)", "only squares allow", "config.data.image_size=(8, 12)"],
+        ),
+        ({"data.image_size": (8, 12), "loss.vae.se": 1.0}, ["config.loss.se_factors of 4 x 6 positions", "whole sizes"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": (3,)}, ["config.loss.se_factors", "8 x 8", "whole sizes"]),
         ({"loss.vae.se": 0.1, "loss.se_factors": ()}, ["config.loss.vae.se needs factors", "config.loss.se_factors"]),
         ({"loss.vae": {"l1": 0.0}, "loss.eq_scales": (1.0, 0.5)}, ["config.loss.eq_scales", "all of config.loss.vae is 0"]),
@@ -312,9 +411,10 @@ ACCEPTED = {
             "vae.latent_channels", "vae.channels", "vae.num_res_blocks", "vae.norm_groups", "sit.patch_size",
             "sit.hidden_size", "sit.depth", "sit.num_heads", "sit.encoder_depth", "sit.projector_dim", "sit.mlp_ratio",
             "sit.unroll", "disc.channels", "disc.num_layers", "init.stats_images", "mesh.fsdp", "mesh.slices",
-            "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "log.every", "hooks.images",
-            "hooks.fid_samples", "encoders.*.image_size", "loss.align_end", "optim.*.decay_steps", "sampling.steps",
-            "sampling.guidance_channels",
+            "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "log.every", "hooks.images", "vae_every",
+            "hooks.fid_samples", "encoders.*.image_size", "loss.align_end", "optim.*.decay_start", "optim.*.decay_steps",
+            "sampling.steps", "sampling.guidance_channels", "sampling.guidance_power", "sampling.time_shift",
+            "sampling.tolerance", "diffusion.time_shift", "diffusion.time_std",
         ),
         set(),
     ),
@@ -323,7 +423,8 @@ ACCEPTED = {
             "seed", "ema_decay", "data.workers", "data.max_bad_fraction", "data.flip_probability", "loss.gan_start",
             "loss.eq_prior", "diffusion.label_dropout", "diffusion.norm_momentum", "optim.*.warmup_steps", "optim.*.b1",
             "optim.*.b2", "hooks.samples_every", "hooks.reconstructions_every", "hooks.fid_every", "encoders.*.spatial_gamma",
-            "sampling.guidance_low", "sampling.guidance_high",
+            "sampling.guidance_low", "sampling.guidance_high", "sampling.weaker_low", "sampling.weaker_high",
+            "diffusion.time_mean",
         ),
         {0},
     ),
@@ -334,10 +435,12 @@ ACCEPTED = {
         ),
         {0, 1e30},
     ),
-    **dict.fromkeys(("loss.gan_factor", "optim.*.eps", "optim.*.clip_norm", "sampling.guidance_scale"), {1e30}),
+    **dict.fromkeys(
+        ("loss.gan_factor", "optim.*.eps", "optim.*.clip_norm", "sampling.guidance_scale", "sampling.internal_scale"), {1e30}
+    ),
     # every entry of a tuple
     "vae.channel_multipliers": set(), "vae.attention_levels": {0}, "lpips.input_range": {0, 1e30}, "loss.vf_margins": {0},
-    "loss.se_factors": set(), "loss.eq_scales": set(),
+    "loss.se_factors": set(), "loss.eq_scales": set(), "ema_decays": {0}, "ema_sigmas": set(),
 }  # fmt: skip
 
 
@@ -345,7 +448,7 @@ def numeric_fields(section, above=()):
     """Dotted names of numbers, tuples of them and numbers that are not set, of a ConfigDict."""
     for name in section:
         value, names = section[name], (*above, name)
-        kind = section.get_type(name)
+        kind = int if name == "image_size" else section.get_type(name)  # it may also be a pair
         if isinstance(value, ConfigDict):
             yield from numeric_fields(value, names)
         elif kind in (int, float) or (kind is tuple and not any(isinstance(entry, str) for entry in value)):

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from launch.miniature import experiments, plan_summary, sizes
 from launch.miniature import plan as miniature_plan
+from launch.miniature import plan_summary, sizes, tables
 from launch.miniature.scales import SCALES
 from repae_jax import cli, plan
 from repae_jax.distributed import multihost
@@ -126,7 +126,7 @@ def test_the_page_and_what_is_kept(counted, monkeypatch, tmp_path):
     text = (tmp_path / "medium/README.md").read_text()
     assert text.startswith("# The miniature paper at scale `medium`: not run yet") and len(text.splitlines()) <= 100
     assert f"|  | {H200} | {RTX} |" in text and "**headline**, 10 runs" in text
-    assert all(f"\n| {setting.label} |" in text for setting in experiments.SETTINGS.values())
+    assert all(f"\n| {setting.label} |" in text for setting in tables.SETTINGS.values())
     assert calls == [("repae", "h200:1"), ("repae", "rtx4090:1")]
     assert run_main(monkeypatch, *words) is None and len(calls) == 2, "nothing is compiled again"
 

@@ -81,6 +81,38 @@ def test_resample_positions(golden, record_property, side):
     np.testing.assert_array_equal(encoders.resample_positions(stored, side), stored)
 
 
+@pytest.mark.integration  # imports torch
+@pytest.mark.parametrize("grid", [(16, 24), (24, 16), (40, 37), (37, 20)])
+def test_resample_positions_to_other_shapes(golden, record_property, grid):
+    """By timm's rule: torch's antialiased bicubic filter."""
+    torch = pytest.importorskip("torch")
+    stored = golden["pos_embed_37"]
+    maps = torch.tensor(stored[:, 1:]).reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(maps, size=grid, mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
+    expected, actual = resized.reshape(1, -1, stored.shape[2]), encoders.resample_positions(stored, grid)
+    reference.check(actual[:, 1:], expected, reference.NETWORK_RTOL, f"positions 37 -> {grid}", record_property)
+    np.testing.assert_array_equal(actual[:, 0], stored[:, 0])
+
+
+@pytest.mark.integration  # imports transformers
+def test_positions_of_other_shapes_are_nearly_those_of_dinov2():
+    """Its interpolation has another cubic kernel (a = -0.75) and repeats the edges; a table that varies slowly tells little of
+    that, and all of which axis is which."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    rows, columns = np.divmod(np.arange(64), 8)
+    waves = [(1, 0), (0, 1), (1, 1), (1, -0.5)]
+    table = np.stack([np.sin((u * rows + v * columns) * np.pi / 8) for u, v in waves], axis=-1).astype(np.float32)
+    table = np.concatenate([np.ones((1, 4), np.float32), table])[None]
+    config = transformers.Dinov2Config(hidden_size=4, num_hidden_layers=1, num_attention_heads=1, image_size=56, patch_size=7)
+    embeddings = transformers.Dinov2Model(config).embeddings
+    with torch.no_grad():
+        embeddings.position_embeddings.copy_(torch.tensor(table))
+        expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + 12 * 20, 4), 12 * 7, 20 * 7).numpy()
+    resampled = [np.asarray(encoders.resample_positions(table, grid)) for grid in ((12, 20), (20, 12))]
+    differences = [np.abs(positions - expected).max() for positions in resampled]
+    assert differences[0] < 0.1 and differences[1] > 0.9, differences
+
+
 @pytest.mark.parametrize("shape", [(1, 12, 4), (2, 17, 4), (17, 4), (1, 1, 4)])
 def test_resample_positions_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="square number"):
@@ -113,6 +145,23 @@ def test_encode_gives_patch_tokens_without_gradient():
 def test_preprocess_refuses_other_than_square_uint8(images):
     with pytest.raises(ValueError, match="uint8"):
         encoders.preprocess(encoders.make_encoder(TINY, 32), images)
+
+
+def test_other_shapes_keep_their_proportions():
+    encoder = encoders.make_encoder("dinov2-base", (256, 384))
+    assert (encoder.image_size, encoder.grid, encoder.num_tokens) == ((224, 336), (16, 24), 384)
+    assert encoder.module.grid == (16, 24)
+    assert encoders.make_encoder("dinov3-vitb16", (512, 256)).image_size == (512, 256)
+    assert encoders.make_encoder(TINY, (32, 48), image_size=(28, 42)).grid == (4, 6)
+    with pytest.raises(ValueError, match=r"image_size 218 x 332 \(resolution 250 x 380\).*patch size 14.*e.g. \(210, 322\) or"):
+        encoders.make_encoder("dinov2-base", (250, 380))
+
+
+def test_images_that_would_be_distorted_are_refused():
+    wide = encoders.make_encoder(TINY, (32, 48), image_size=(28, 42))
+    assert encoders.preprocess(wide, np.zeros((1, 32, 48, 3), np.uint8)).shape == (1, 28, 42, 3)
+    with pytest.raises(ValueError, match="allowed: uint8 .B, H, W, 3., H : W as 28 : 42"):
+        encoders.preprocess(wide, np.zeros((1, 48, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize("resolution, grid", [(256, 16), (512, 32)])
@@ -172,6 +221,9 @@ def test_check_grid():
     encoders.check_grid(encoder, 4)
     with pytest.raises(ValueError, match=r"gives 4 x 4 tokens .* the SiT has 8 x 8; set .* image_size to 56.*patch_size"):
         encoders.check_grid(encoder, 8)
+    encoders.check_grid(encoders.make_encoder(TINY, (32, 48), image_size=(28, 42)), (4, 6))
+    with pytest.raises(ValueError, match=r"gives 4 x 4 tokens .* the SiT has 4 x 6; set .* image_size to \(28, 42\)"):
+        encoders.check_grid(encoder, (4, 6))
 
 
 class Pyramid(nn.Module):

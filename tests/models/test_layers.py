@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,3 +45,15 @@ def test_every_block_of_both_transformers_takes_the_implementation(implementatio
     jax.eval_shape(vit.init, key, jnp.zeros((1, 8, 8, 3)))
     assert set(taken) == {implementation}
     assert len(taken) >= 3  # one stack of the ViT, two of the SiT
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (5, 3), (4, 4)])
+def test_positions_are_those_of_mae(rows, columns):
+    """One by one, from the formula of MAE's and DiT's code: the column first, sines before cosines; float64, rounded."""
+    table = layers.sincos_position_embedding(16, rows, columns)
+    assert table.shape == (rows * columns, 16)
+    for row in range(rows):
+        for column in range(columns):
+            waves = [math.sin, math.cos]
+            expected = [wave(at / 10_000 ** (i / 4)) for at in (column, row) for wave in waves for i in range(4)]
+            np.testing.assert_allclose(table[row * columns + column], expected, atol=1e-7)

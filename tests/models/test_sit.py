@@ -13,7 +13,7 @@ from repae_jax.losses.alignment import alignment_loss
 from repae_jax.models.autoencoder import AutoencoderKL
 from repae_jax.models.channel_stats import ChannelStats, batch_stats, update_running
 from repae_jax.models.layers import sincos_position_embedding
-from repae_jax.models.sit import SiT
+from repae_jax.models.sit import SiT, with_tap
 from repae_jax.sampling import generate
 from repae_jax.training.networks import Nets
 
@@ -154,6 +154,29 @@ def test_positions_begin_as_sincos_and_move_only_if_learned(learned):
     grads = jax.grad(lambda params: jnp.square(sit.apply({"params": params}, *ARGS)[0]).sum())(params)
     assert bool(np.any(grads["pos_embed"]["table"])) == learned
     assert np.any(grads["x_embedder"]["kernel"])
+
+
+def test_a_grid_on_its_side_gives_the_same_on_its_side():
+    """Rows and columns are never mistaken: with positions and convolution turned, turned latents give turned results."""
+    sit = SiT(**{**TINY, "patch_size": 1, "depth": 2, "encoder_depth": 1}, projector="conv")
+    rng = np.random.default_rng(0)
+    z, t, labels = rng.standard_normal((2, 4, 6, 4)).astype(np.float32), *ARGS[1:]
+    params = draw(jax.eval_shape(sit.init, jax.random.key(1), z, t, labels))["params"]
+
+    def turned(grid):
+        return np.swapaxes(grid, 1, 2)
+
+    table = turned(params["pos_embed"]["table"].reshape(1, 4, 6, -1)).reshape(1, 24, -1)
+    conv = params["projectors_0"]["conv"]
+    conv = {**conv, "kernel": np.swapaxes(conv["kernel"], 0, 1)}
+    other = {**params, "pos_embed": {"table": table}, "projectors_0": {"conv": conv}}
+    run = jax.jit(sit.apply)
+    velocity, (projection,) = run({"params": params}, z, t, labels)
+    velocity_turned, (projection_turned,) = run({"params": other}, turned(z), t, labels)
+    np.testing.assert_allclose(turned(velocity_turned), velocity, atol=2e-5)
+    back = turned(np.asarray(projection_turned).reshape(2, 6, 4, -1)).reshape(2, 24, -1)
+    np.testing.assert_allclose(back, projection, atol=2e-5)
+    assert np.abs(np.asarray(projection_turned) - projection).max() > 0.1
 
 
 def test_initialisation_is_the_published_one():
@@ -303,3 +326,23 @@ def test_mean_tokens_of_every_block(name):
     np.testing.assert_allclose(means[-1], last.mean(axis=1), rtol=1e-5, atol=1e-6)
     of_whole = whole.apply({"params": joined}, latents, t, labels, method="mean_tokens")
     np.testing.assert_allclose(of_whole, means, rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_at_the_tap_changes_nothing_else():
+    """Weights drawn from the same key are the same; the head is a final layer on the tokens at the tap."""
+    plain, sit = SiT(**TINY), SiT(**TINY, internal_head=True)
+    z, t, labels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 4))), jnp.asarray([0.2, 0.9]), jnp.arange(2)
+    trees = [jax.eval_shape(module.init, jax.random.key(0), z, t, labels)["params"] for module in (plain, sit)]
+    assert trees[0] == {name: tree for name, tree in trees[1].items() if name != "internal_layer"}
+    params = draw(trees[1])
+    velocity, tap = with_tap(sit, params, z, t, labels)
+    without = {name: tree for name, tree in params.items() if name != "internal_layer"}
+    expected, projections = plain.apply({"params": without}, z, t, labels)
+    np.testing.assert_array_equal(velocity, expected)
+    np.testing.assert_array_equal(tap.projections, projections)
+    assert with_tap(plain, without, z, t, labels)[1].output is None
+    # all late blocks as identities: zero modulations leave the tokens as they are, and both final layers are the same
+    late = {**params["late_blocks"], "adaLN_modulation": jax.tree.map(np.zeros_like, params["late_blocks"]["adaLN_modulation"])}
+    same = {**params, "late_blocks": late, "internal_layer": params["final_layer"]}
+    velocity, tap = with_tap(sit, same, z, t, labels)
+    np.testing.assert_allclose(tap.output, velocity, atol=1e-5)

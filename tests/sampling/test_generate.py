@@ -112,8 +112,9 @@ def test_each_device_samples_its_own_images(job, params, monkeypatch):
     calls = []
     monkeypatch.setattr(generate, "in_batches", lambda *args: calls.append(args) or ())
     model = SimpleNamespace(
-        nets=job.nets, objective=job.recipe.objective, latent_shape=job.latent_shape, mesh=job.mesh, params=params
-    )
+        nets=job.nets, objective=job.recipe.objective, latent_shape=job.latent_shape, mesh=job.mesh, params=params,
+        weaker_for=lambda sampling: None,
+    )  # fmt: skip
     list(sample.sample_batches(model, EULER, np.zeros(16, int), 16, 0))
     ((run, params, labels, _, key, put, _),) = calls
     text = run.lower(params, put(labels), put(np.arange(16)), key).compile().as_text()

@@ -9,12 +9,14 @@ import pytest
 
 from repae_jax.diffusion.ddpm import NoiseObjective
 from repae_jax.diffusion.interpolant import VelocityObjective
+from repae_jax.diffusion.mean_flow import MeanFlow, Span
 from repae_jax.diffusion.samplers import SAMPLERS, Sampling
 from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling import generate
 from repae_jax.sampling.stepwise import Stepper
 
 SHAPE = (2, 2, 3)
+OBJECTIVES = {"ancestral": NoiseObjective(), "meanflow": MeanFlow(kappa=0.0)}
 LABELS = np.asarray([1, 4, 2], np.int32)
 
 
@@ -30,6 +32,7 @@ class Network:
         return self
 
     def apply(self, variables, z, t, labels):
+        t = t.t + t.duration if isinstance(t, Span) else t
         scale = variables["params"]["kernel"] * (1 + 0.1 * labels)[:, None, None, None]
         output = jnp.sin(scale * z) + 0.3 * jnp.cos(t)[:, None, None, None]
         return jnp.concatenate([output] * self.outputs, axis=-1), ()
@@ -46,7 +49,8 @@ class Decoder:
 
 
 def model_of(sampler):
-    outputs, objective = (2, NoiseObjective()) if sampler == "ancestral" else (1, VelocityObjective())
+    objective = OBJECTIVES.get(sampler, VelocityObjective())
+    outputs = 2 if sampler == "ancestral" else 1
     nets = SimpleNamespace(sit=Network(outputs), vae=Decoder())
     stats = ChannelStats(mean=jnp.asarray([0.1, 0.0, -0.2]), var=jnp.asarray([1.0, 2.0, 0.5]))
     return nets, objective, {"sit": {"kernel": jnp.float32(0.7)}, "vae": {}, "latent_stats": stats}

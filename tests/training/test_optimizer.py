@@ -4,17 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optim_sections import section
 
-from repae_jax.training.optimizer import AdamW, make_optimizer, without_fixed
-
-FIELDS = {
-    "learning_rate": 0.1, "warmup_steps": 0, "schedule": "constant", "decay_steps": None, "final_learning_rate": 0.0,
-    "b1": 0.9, "b2": 0.999, "eps": 1e-12, "weight_decay": 0.0, "clip_norm": 1e9, "fixed": (),
-}  # fmt: skip
+from repae_jax.training.optimizer import learning_rate, make_optimizer, without_fixed
 
 
 def optimizer(**changes):
-    return make_optimizer(AdamW(**{**FIELDS, **changes}))
+    return make_optimizer(section(**changes))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -32,6 +28,44 @@ def test_learning_rates(schedule):
         "cosine": [0.02 + 0.08 * 0.5 * (1 + np.cos(np.pi * i / 4)) for i in (0, 1, 2, 3, 4, 4)],
     }[schedule]
     np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, *expected], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay"),
+    [
+        ("linear", [0.1, 0.08, 0.06, 0.04, 0.02, 0.02]),
+        ("cosine", [0.1, 0.0882843, 0.06, 0.0317157, 0.02, 0.02]),
+        ("1-sqrt", [0.1, 0.06, 0.0434315, 0.0307180, 0.02, 0.02]),  # 0.02 + 0.08 * (1 - sqrt(k / 4))
+    ],
+)
+def test_warmup_stable_decay(schedule, decay):
+    """Four steps of warm-up, three at the full rate, a decay over four, and the last rate from then on; by hand."""
+    rate = learning_rate(section(warmup_steps=4, schedule=schedule, decay_start=7, decay_steps=11, final_learning_rate=0.02))
+    np.testing.assert_allclose([rate(step) for step in range(13)], [0, 0.025, 0.05, 0.075, *[0.1] * 3, *decay], atol=1e-6)
+
+
+def test_a_decay_that_starts_after_the_warmup_is_the_one_without_a_start():
+    fields = {"warmup_steps": 4, "schedule": "linear", "decay_steps": 8}
+    first, second = learning_rate(section(**fields)), learning_rate(section(**fields, decay_start=4))
+    assert [float(first(step)) for step in range(10)] == [float(second(step)) for step in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decay_start": 3}, r"schedule='constant' does not decay, but decay_start=3: choose another of .*'1-sqrt'"),
+        ({"schedule": "1-sqrt"}, r"schedule='1-sqrt' needs decay_steps above warmup_steps=0; it is None"),
+        ({"schedule": "linear", "decay_steps": 9, "decay_start": 9}, "decay_start=9 must .* decay_steps=9"),
+        (
+            {"schedule": "linear", "warmup_steps": 4, "decay_steps": 9, "decay_start": 3},
+            "decay_start=3 must lie between warmup_steps=4 and decay_steps=9",
+        ),
+        ({"method": "sgd"}, r"method='sgd' is unknown; allowed: \['adamw', 'muon'\]"),
+    ],
+)
+def test_settings_that_contradict_each_other(fields, message):
+    with pytest.raises(ValueError, match=message):
+        section(**fields)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
