@@ -54,6 +54,7 @@ def test_the_statistics_of_an_extracted_vae(run, tmp_path):
     np.testing.assert_allclose(config["latents_mean"], mean, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluations_and_sweeps(run, tmp_path, monkeypatch):
     """Results say which average was measured, and those of another one are not taken for them."""
     monkeypatch.setattr(measuring, "load_network", lambda _, batch_size: StubNetwork(batch_size))

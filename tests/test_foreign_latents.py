@@ -123,14 +123,14 @@ def test_a_run_samples_and_its_rae_is_used(run):
         model.encode(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_it_is_evaluated_as_a_tokenizer(run, tmp_path):
     options = "--num_images", "16", "--batch_size", "16", "--out", str(tmp_path / "rae.json")
     _, result = evaluate_tokenizer.run(evaluate_tokenizer.parse_args([str(run), *options]))
     assert 0 < result["metrics"]["psnr"] < 30 and result["protocol"]["image_size"] == 16
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_its_latents_are_analyzed_at_one_size(run):
     module = load_vae(run).module
     kept = [name for name in encoding.transforms(4) if encoding.takes(module, name)]
@@ -145,7 +145,7 @@ def test_a_run_on_vtp(tmp_path):
     assert finished and int(state.step) == 2 and state.vae is None
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_cached_latents_have_no_spread(tmp_path):
     cache_latents.cache_latents(config(), tmp_path / "cache", shard_size=2000)
     moments = CachedLatents(tmp_path / "cache")[0]["moments"]

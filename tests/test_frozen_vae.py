@@ -43,6 +43,7 @@ def metrics_of(workdir):
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 
+@pytest.mark.slow
 def test_training_from_a_cache_is_training_from_images(files, tmp_path):
     stats = {"init.latent_stats": str(files / "cache" / "latents-stats.safetensors")}
     fresh, _ = train.train(config(files, **stats), tmp_path / "fresh")

@@ -70,6 +70,7 @@ def measured(source, reference, *more):
     return result["metrics"]["fid"]
 
 
+@pytest.mark.slow
 def test_samples_and_their_scores(run, tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "load_network", lambda _, batch_size: StubNetwork(batch_size))
     folder, drawn, real = run[0], ["--num_samples", "24", "--steps", "2"], tmp_path / "real.npz"
@@ -87,6 +88,7 @@ def test_samples_and_their_scores(run, tmp_path, monkeypatch):
         measuring.make_reference(parse_args([*making, "--image_size=8"]))
 
 
+@pytest.mark.slow
 def test_the_tokenizer_and_its_latents(run, tmp_path, monkeypatch):
     folder, _ = run
     words = [str(folder), "--num_images", "16", "--batch_size", "8"]

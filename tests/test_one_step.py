@@ -137,6 +137,7 @@ def test_eight_devices_equal_one(stepped, monkeypatch):
     assert error < 1e-4
 
 
+@pytest.mark.slow
 def test_alignment_goes_with_it():
     changes = {
         "diffusion.mean_flow": dataclasses.asdict(MeanFlow(tangent="network", kappa=0.0)), "sampling.sampler": "meanflow",
@@ -183,6 +184,7 @@ def test_a_run_is_sampled_in_a_step_or_more(run):
         model.sample(labels, guidance_scale=9.0)
 
 
+@pytest.mark.slow
 def test_the_steps_of_the_page_are_those_of_samples(run):
     model, labels = load_model(run[0], devices=jax.devices()[:1]), np.array([1, 2], np.int32)
     sampling = dataclasses.replace(model.sampling, steps=2, guidance_scale=3.0)

@@ -352,7 +352,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_signal_to_all_of_its_processes_is_no_error(pictures, prepared_folder, tmp_path):
     """Terminals (Ctrl-C) and schedulers send signals to all processes."""
     (tmp_path / "slow.py").write_text(SLOW)

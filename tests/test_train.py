@@ -285,7 +285,7 @@ def test_fid_during_training(half, tmp_path, monkeypatch):
         train.train(config(4, **{**files, "hooks.fid_every": 2, "hooks.fid_reference": "absent.npz"}), tmp_path / "other")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_two_halves_equal_the_whole(whole, half, tmp_path):
     """Pictures, too, change nothing: the halves are made without."""
     workdir = copy_of(half.workdir, tmp_path)
@@ -409,7 +409,7 @@ def test_a_truncated_checkpoint_is_put_aside_and_made_again(whole, tmp_path):
     assert [path.name for path in (workdir / "checkpoints_damaged").iterdir()] == ["4-0"]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_bad_updates_in_a_row_stop_the_run(half, tmp_path, monkeypatch):
     workdir = copy_of(half.workdir, tmp_path)
     load_frozen = frozen_weights.load_frozen
@@ -467,7 +467,7 @@ def test_the_command_trains_and_takes_overrides(whole, half):
     assert metrics_of(half.workdir) == whole.metrics[:2]  # the same run as from Python
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_command_saves_when_all_of_its_processes_are_asked_to_stop(compiled, tmp_path):
     """A terminal's Ctrl-C or a scheduler does so: the loader's workers go on until it has saved."""
     flags = [*SMALL, *(f"--config.{field}" for field in ("data.workers=1", "steps=100000", "checkpoint.every=100000"))]

@@ -78,7 +78,7 @@ def test_a_finished_run_ends_at_once_and_keeps_the_vae(finished, monkeypatch):
     assert train.train_in_two_phases(joint(), then(), finished, str(finished.parent / "latents"))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_it_continues_in_the_phase_that_was_stopped(finished, tmp_path, monkeypatch):
     """Stopped in each phase, and between them; the second phase is that of the run without a break."""
     workdir, stopped = tmp_path / "run", []

@@ -83,7 +83,7 @@ def test_running_statistics_by_hand():
     assert small.largest_error(new.latent_stats, expected) < FLOAT
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "accumulation"), [(8, 1), (1, 2)])
 def test_eight_devices_and_micro_batches_equal_one(devices, accumulation):
     _, expected, expected_metrics = stepped(True)
@@ -254,7 +254,7 @@ def test_lines_without_the_vae_are_healthy():
             assert watch.update(step, of_sit | {"skipped": 0.0} | (of_vae if step % every == 1 % every else {})) == []
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_from_before_the_field_is_continued(tmp_path):
     before = build.plain_config(config(8, 1))
     assert "vae_every" not in before and before == build.plain_config(before)

@@ -128,6 +128,7 @@ def test_a_run_becomes_a_published_one_and_comes_back_bit_for_bit(job, state, pu
     assert small.differing(continued, state) == []
 
 
+@pytest.mark.slow
 def test_adamws_moments_are_not_muons(job, published_run, workdir, tmp_path):
     """A published checkpoint is continued by Muon only without its moments."""
     call("convert", workdir, tmp_path / "weights.pt", "--weights_only")

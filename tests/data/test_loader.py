@@ -439,7 +439,11 @@ if __name__ == "__main__":
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("when", "number", "end"),
-    [("late", signal.SIGTERM, "close"), ("late", signal.SIGINT, "exit"), ("early", signal.SIGTERM, "exit")],
+    [
+        ("late", signal.SIGTERM, "close"),
+        pytest.param("late", signal.SIGINT, "exit", marks=pytest.mark.slow),
+        pytest.param("early", signal.SIGTERM, "exit", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_go_on_when_all_processes_are_asked_to_stop(tmp_path, when, number, end):
     """They end with the process, even if it does not close the loader."""
