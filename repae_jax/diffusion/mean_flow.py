@@ -25,7 +25,7 @@ TANGENTS = ("data", "network")
 
 
 class Span(NamedTuple):
-    """What the network is given in the place of a time, [B] each."""
+    """Numbers that the network is given in the place of a time, [B] each."""
 
     t: Times
     duration: Times  # t - r

@@ -223,7 +223,7 @@ class DPMSolver(Sampler):
 
 
 class Progress(NamedTuple):
-    """Where an adaptive method has come."""
+    """State of an adaptive method."""
 
     z: Any  # flat
     slope: Any  # dz/ds there, flat

@@ -9,13 +9,13 @@ reference.
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from repae_jax.models import layers
 from repae_jax.models.autoencoder import DiagonalGaussian
-from repae_jax.models.encoders import IMAGENET_MEAN, IMAGENET_STD, resample_positions, resize_bicubic
+from repae_jax.models.encoders import resample_positions, resize_bicubic
+from repae_jax.models.point_tokenizer import PointTokenizer, from_imagenet, point, to_imagenet
 from repae_jax.models.vit import VisionTransformer, ViTBlock
 
 FROZEN = ("encoder", "encoder_positions", "latent_norm")  # the parts that no training changes
@@ -82,7 +82,7 @@ def encoder_of(rae: "RepresentationAutoencoder") -> VisionTransformer:
     )  # fmt: skip
 
 
-class RepresentationAutoencoder(nn.Module):
+class RepresentationAutoencoder(PointTokenizer):
     """An RAE for images of one size: DINOv2 with registers, without the affine part of its last norm, and a ViT decoder.
 
     Parameters are float32; `dtype` is the compute dtype of matrix products. Without training, the statistics are 0 and 1.
@@ -101,16 +101,6 @@ class RepresentationAutoencoder(nn.Module):
     decoder_mlp_dim: int = 4096
     remat: bool = False  # recompute the decoder's blocks in the backward pass
     dtype: DTypeLike = jnp.float32
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel along a side."""
-        return self.patch_size
-
-    @property
-    def feature_dim(self) -> None:
-        """Width of the tokens that latents are mapped to for VA-VAE's VF loss: there is no such map."""
-        return None
 
     def setup(self):
         self.encoder = encoder_of(self)
@@ -131,21 +121,12 @@ class RepresentationAutoencoder(nn.Module):
         side = self.grid * self.patch_size
         if images.shape[1:3] != (side, side):
             raise ValueError(f"images have {images.shape[1]} x {images.shape[2]} pixels; this RAE is for {side} x {side}")
-        pixels = (images.astype(jnp.float32) + 1) / 2
-        pixels = (pixels - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
+        pixels = to_imagenet(images)
         seen = self.grid * self.encoder_patch_size
         _, tokens = self.encoder(resize_bicubic(pixels, seen, seen), resample_positions(self.encoder_positions, self.grid))
         grid = self.encoder_norm(tokens).reshape(-1, self.grid, self.grid, self.latent_channels)
-        latents = self.latent_norm.normalize(grid)
-        return DiagonalGaussian(mean=latents, logvar=jnp.full_like(latents, -jnp.inf))
+        return point(self.latent_norm.normalize(grid))
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Returns the float32 images of normalized latents, about [-1, 1], not clipped."""
-        pixels = self.decoder(self.latent_norm.denormalize(latents.astype(jnp.float32)))
-        pixels = pixels * np.asarray(IMAGENET_STD, np.float32) + np.asarray(IMAGENET_MEAN, np.float32)
-        return 2 * pixels - 1
-
-    def __call__(self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w C"]) -> tuple[Array, DiagonalGaussian]:
-        """Returns the reconstruction, and the posterior, whose samples are all its mean."""
-        posterior = self.encode(images)
-        return self.decode(posterior.sample(noise)), posterior
+        return from_imagenet(self.decoder(self.latent_norm.denormalize(latents.astype(jnp.float32))))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from repae_jax.models import layers
 from repae_jax.models.autoencoder import DiagonalGaussian
-from repae_jax.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+from repae_jax.models.point_tokenizer import PointTokenizer, from_imagenet, point, to_imagenet
 from repae_jax.models.vit import RMS, SWIGLU, VisionTransformer, ViTBlock, rotate_patches
 
 _THETA = 100.0  # base of the periods of rotary positions
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         return layers.unpatchify(pixels.astype(jnp.float32), self.patch_size, rows)
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(PointTokenizer):
     """VTP's encoder and decoder, for images of any size that patch_size divides.
 
     Parameters are float32; `dtype` is the compute dtype of matrix products. Positions are rotated in bfloat16, as published.
@@ -105,16 +105,6 @@ class VisualTokenizer(nn.Module):
     remat: bool = False  # recompute the decoder's blocks in the backward pass
     dtype: DTypeLike = jnp.float32
 
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel along a side."""
-        return self.patch_size
-
-    @property
-    def feature_dim(self) -> None:
-        """Width of the tokens that latents are mapped to for VA-VAE's VF loss: there is no such map."""
-        return None
-
     def setup(self):
         shared = {"patch_size": self.patch_size, "dtype": self.dtype}
         self.encoder = Encoder(
@@ -128,17 +118,8 @@ class VisualTokenizer(nn.Module):
 
     def encode(self, images: Float[Array, "B H W 3"]) -> DiagonalGaussian:
         """Returns the latents of images in [-1, 1], as a posterior of standard deviation 0."""
-        pixels = (images.astype(jnp.float32) + 1) / 2
-        pixels = (pixels - np.asarray(IMAGENET_MEAN, np.float32)) / np.asarray(IMAGENET_STD, np.float32)
-        latents = self.encoder(pixels)
-        return DiagonalGaussian(mean=latents, logvar=jnp.full_like(latents, -jnp.inf))
+        return point(self.encoder(to_imagenet(images)))
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         """Returns the float32 images of un-normalized latents, about [-1, 1], not clipped."""
-        pixels = self.decoder(latents) * np.asarray(IMAGENET_STD, np.float32) + np.asarray(IMAGENET_MEAN, np.float32)
-        return 2 * pixels - 1
-
-    def __call__(self, images: Float[Array, "B H W 3"], noise: Float[Array, "B h w C"]) -> tuple[Array, DiagonalGaussian]:
-        """Returns the reconstruction, and the posterior, whose samples are all its mean."""
-        posterior = self.encode(images)
-        return self.decode(posterior.sample(noise)), posterior
+        return from_imagenet(self.decoder(latents))
