@@ -99,7 +99,7 @@ def shift_times(t: Any, shift: float) -> Any:
 
 
 class Objective:
-    """Base of the objectives of a network; subclasses define `predicts`, `sample_time`, `to_times`, `add_noise`, and `losses` or `terms`."""
+    """Base of objectives; subclasses define `predicts`, `sample_time`, `to_times`, `add_noise`, and `losses` or `terms`."""
 
     guide = staticmethod(guidance.guide)
 
