@@ -4,8 +4,6 @@ A claim names what its source found; "published" are the source's numbers. A tab
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from launch.miniature.tables import DEFAULT_MEASURES, NO_REPA, Claim, Setting, Table
 from repae_jax.diffusion.mean_flow import MeanFlow
@@ -14,15 +12,17 @@ HEAD = {"loss.sit.internal": 0.5}  # as published for SiT and LightningDiT
 PREDICTS_LATENTS = {"diffusion.predicts": "data"}
 
 
-def _mean_flow(label: str, objective: MeanFlow, steps: int) -> Setting:
-    """Returns the setting of MeanFlow on the frozen E2E-VAE, sampled in so many steps."""
-    sampling: Mapping[str, Any] = {"sampler": "meanflow", "steps": steps}
+_ONE, _TWO = ({"sampler": "meanflow", "steps": steps} for steps in (1, 2))
+
+
+def _mean_flow(label: str, objective: MeanFlow) -> Setting:
+    """Returns the setting of MeanFlow on the frozen E2E-VAE, sampled in one step."""
     changes = {
         "encoders": {}, "loss.sit": {"mean_flow": 1.0}, "diffusion.mean_flow": dataclasses.asdict(objective),
         "diffusion.time_distribution": "lognormal", "sampling.guidance_scale": 1.0,
-        **{f"sampling.{name}": value for name, value in sampling.items()},
+        **{f"sampling.{name}": value for name, value in _ONE.items()},
     }  # fmt: skip
-    return Setting(label, "ldm", changes, vae="repa-e", sampling=sampling)
+    return Setting(label, "ldm", changes, vae="repa-e", sampling=_ONE)
 
 
 # no guidance, as in all other tables; half of the samples with r = t, as in the improved form's code
@@ -30,14 +30,20 @@ _FIRST = MeanFlow(kappa=0.0, velocity_share=0.5)
 _IMPROVED = MeanFlow(kappa=0.0, velocity_share=0.5, tangent="network")
 
 SETTINGS: dict[str, Setting] = {
-    "repa-guided": Setting("SiT + REPA, guided from no class", "ldm", sampling={"guidance_scale": 1.5}),
+    "repa-guided": Setting(
+        "SiT + REPA, guided from no class", "ldm", sampling={"guidance_scale": 1.5}, samples_of="repa"
+    ),
     "repa-guided-late": Setting(
         "SiT + REPA, guided from no class, more toward data", "ldm",
-        sampling={"guidance_scale": 1.5, "guidance_schedule": "linear"},
+        sampling={"guidance_scale": 1.5, "guidance_schedule": "linear"}, samples_of="repa",
     ),
-    "repa-autoguided": Setting("SiT + REPA, guided from its half-way self", "ldm", sampling={"autoguidance_scale": 2.0}),
+    "repa-autoguided": Setting(
+        "SiT + REPA, guided from its half-way self", "ldm", sampling={"autoguidance_scale": 2.0}, samples_of="repa"
+    ),
     "repa-head": Setting("SiT + REPA, with a head at the tap", "ldm", HEAD),
-    "repa-head-guided": Setting("SiT + REPA, guided from that head", "ldm", HEAD, sampling={"internal_scale": 1.7}),
+    "repa-head-guided": Setting(
+        "SiT + REPA, guided from that head", "ldm", sampling={"internal_scale": 1.7}, samples_of="repa-head"
+    ),
     "sit-latents": Setting("SiT that predicts latents", "ldm", {**NO_REPA, **PREDICTS_LATENTS}),
     "repa-latents": Setting("SiT + REPA that predicts latents", "ldm", PREDICTS_LATENTS),
     "sit-less-noise": Setting(
@@ -50,10 +56,12 @@ SETTINGS: dict[str, Setting] = {
     "vae-every-4": Setting("REPA-E, VAE every 4th step", changes={"vae_every": 4}, headline=True, cheaper="vae-every-4"),
     "repa-e-muon": Setting("REPA-E, SiT by Muon", changes={"optim.sit.method": "muon"}),
     "repa-e-cooled": Setting("REPA-E, SiT's rate falls at the end", scaled=("cooled",)),
-    "mean-flow-one": _mean_flow("MeanFlow, one step", _FIRST, 1),
-    "mean-flow-two": _mean_flow("MeanFlow, two steps", _FIRST, 2),
-    "improved-mean-flow-one": _mean_flow("improved MeanFlow, one step", _IMPROVED, 1),
-    "improved-mean-flow-two": _mean_flow("improved MeanFlow, two steps", _IMPROVED, 2),
+    "mean-flow-one": _mean_flow("MeanFlow, one step", _FIRST),
+    "mean-flow-two": Setting("MeanFlow, two steps", "ldm", sampling=_TWO, samples_of="mean-flow-one"),
+    "improved-mean-flow-one": _mean_flow("improved MeanFlow, one step", _IMPROVED),
+    "improved-mean-flow-two": Setting(
+        "improved MeanFlow, two steps", "ldm", sampling=_TWO, samples_of="improved-mean-flow-one"
+    ),
 }  # fmt: skip
 TABLES: dict[str, Table] = {
     "guidance": Table(

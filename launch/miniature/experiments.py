@@ -48,15 +48,27 @@ class Run:
         return f"{self.setting} seed {self.seed}"
 
     @property
+    def trained(self) -> "Run":
+        """The run whose checkpoints are evaluated: itself, or the one that it samples in another way."""
+        return Run(SETTINGS[self.setting].samples_of or self.setting, self.seed)
+
+    @property
     def source(self) -> "Run | None":
         """The run whose VAE it starts from; None for a VAE from scratch."""
-        name = SETTINGS[self.setting].vae
+        name = SETTINGS[self.trained.setting].vae
         return Run(name) if name else None
+
+    @property
+    def needs(self) -> "list[Run]":
+        """The runs that must be done before."""
+        return [run for run in (self.source, self.trained) if run not in (None, self)]
 
 
 def runs_per_setting(scale: Scale, setting: str, seeds: int | None = None) -> int:
     """Returns the number of runs of a row: `seeds`, by default the scale's; one for a VAE that others start from."""
-    return 1 if SETTINGS[setting].job == "vae" else seeds or scale.seeds
+    if SETTINGS[setting].job == "vae":
+        return 1
+    return seeds or (scale.headline_seeds if setting in tables.TABLES["main"].rows else scale.seeds)
 
 
 def runs_of(scale: Scale, names: Iterable[str], seeds: int | None = None) -> list[Run]:
@@ -66,10 +78,11 @@ def runs_of(scale: Scale, names: Iterable[str], seeds: int | None = None) -> lis
     """
     rows = [setting for name in names for setting in TABLES[name].rows]
     needed = {Run(setting, seed) for setting in rows for seed in range(runs_per_setting(scale, setting, seeds))}
-    for run in list(needed):
-        while run.source:
-            run = run.source
-            needed.add(run)
+    waiting = list(needed)
+    while waiting:
+        needs = waiting.pop().needs
+        needed.update(needs)
+        waiting += needs
     order = list(SETTINGS)
     return sorted(needed, key=lambda run: (run.seed, order.index(run.setting)))
 
@@ -97,6 +110,7 @@ def evaluated_steps(scale: Scale, setting: Setting) -> list[int]:
 
 def config_of(scale: Scale, run: Run, workdir: Path = Path(), images: Path = Path()) -> ConfigDict:
     """Returns the config of a run; `workdir` is the folder with all runs and encoders, `images` that of prepared pictures."""
+    run = run.trained
     setting = SETTINGS[run.setting]
     config = PRESETS[setting.job].get_config("digits").unlock()
     source = {"data.source": "digits"} if scale.pictures == "digits" else EMOJI

@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--table", nargs="+", choices=list(experiments.TABLES), metavar="NAME", help="only these; default: the paper's"
     )
-    parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: the scale's, three")
+    parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: three, and six in digits' main")
     parser.add_argument("--jobs", type=cli.whole(1, 4096), help="runs at a time; default: two on CPU cores, one on a GPU")
     parser.add_argument(
         "--results", type=cli.path, help="page to write; default: report/README.md in the workdir; pictures beside it"
@@ -125,13 +125,14 @@ def make_tasks(scale: Scale, runs: Sequence[experiments.Run], workdir: Path, ima
     for run in runs:
         setting = experiments.SETTINGS[run.setting]
         config = experiments.config_of(scale, run, workdir, images)
-        needs = [run.source.name] if run.source else []
+        needs = [other.name for other in run.needs]
         if config.get("encoders"):
             needs.append(add_encoder(setting.encoder))
         described = experiments.description(scale, run)
         add(
             run.name, setting.job, experiments.folder_name(scale, run), described, [*needs, *evaluation],
-            config=experiments.plain(config), export=experiments.is_source(run),
+            config=experiments.plain(config), trained=str(workdir / experiments.folder_name(scale, run.trained)),
+            export=experiments.is_source(run),
             classifier=str(workdir / "classifier" / "classifier.safetensors"),
             encoder=str(workdir / experiments.encoder_folder(scale, "trained")),
         )  # fmt: skip

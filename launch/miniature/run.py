@@ -111,33 +111,39 @@ def train_classifier(path: Path, scale: Scale, shown: pictures.Pictures) -> dict
 
 
 def run_numbers(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Trains and evaluates a run; returns its numbers, None if a signal ended the training."""
+    """Trains a run, unless its checkpoints are another one's, and evaluates it.
+
+    Returns its numbers, None if a signal ended the training. Writes arrays to be looked at: samples.npy is uint8
+    [checkpoints, classes, SHOWN, H, W, 3].
+    """
     logging.set_verbosity(logging.WARNING)
     config, setting = ConfigDict(task["config"]), experiments.SETTINGS[task["description"]["setting"]]
-    _, finished = train(config, folder)
-    if not finished:
+    trained = Path(task["trained"])
+    if trained == folder and not train(config, folder)[1]:
         return None
     shown = experiments.load_pictures(scale, task["pictures"])
     classify = small_networks.load_classifier(task["classifier"])
     features = encoder_features(task["encoder"], shown.test.images)
     job = build.build(config, jax.devices()[:1])
     numbers: dict[str, Any] = {"flop_per_step": sum(flops.of_step(job).values()) * config.data.batch_size}
-    tokenizer, steps = load_vae(folder), experiments.equal_steps(scale, setting)
+    tokenizer, steps = load_vae(trained), experiments.equal_steps(scale, setting)
     if task["export"]:  # for others to start from
         target = experiments.vae_files(folder)["vae"]
         export_vae(folder, target, SDVAE_STD if setting.job == "vae" else None)
         tokenizer = load_vae(target)
     if setting.headline:  # this long run is compared with shorter ones, too
-        numbers |= last_losses(folder, steps) | vae_numbers(folder, load_vae(folder, steps), shown.test, classify, features)
-        long = last_losses(folder, steps * tables.LONG) | vae_numbers(folder, tokenizer, shown.test, classify, features)
+        numbers |= last_losses(trained, steps) | vae_numbers(folder, load_vae(trained, steps), shown.test, classify, features)
+        long = last_losses(trained, steps * tables.LONG) | vae_numbers(folder, tokenizer, shown.test, classify, features)
         numbers |= {f"{name}_long": value for name, value in long.items()}
     else:
-        numbers |= last_losses(folder, steps) | vae_numbers(folder, tokenizer, shown.test, classify, features)
+        numbers |= last_losses(trained, steps) | vae_numbers(folder, tokenizer, shown.test, classify, features)
     if setting.job == "repae":
-        numbers["drift"] = drift(*(latents_of(load_vae(folder, step), shown.test.images) for step in (steps // 2, steps)))
+        numbers["drift"] = drift(*(latents_of(load_vae(trained, step), shown.test.images) for step in (steps // 2, steps)))
     if setting.network:
         sampling = Sampling(**experiments.sampler_of(setting))
-        numbers |= curves(folder, scale, setting, sampling, shown, classify, features, config.seed)
+        evaluated, samples = curves(trained, scale, setting, sampling, shown, classify, features, config.seed)
+        numbers |= evaluated
+        np.save(folder / "samples.npy", samples)
     return numbers
 
 
@@ -186,14 +192,14 @@ def curves(
     classify: small_networks.Classifier,
     features: Float[np.ndarray, "N F"],
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], UInt8[np.ndarray, "checkpoints classes SHOWN H W 3"]]:
     """Evaluates checkpoints: Frechet distance, label accuracy, and CKNNA with the encoder.
 
     The distance is to the training pictures, and to the held-out ones, to which copies of the former are not near. With
     autoguidance the weaker network is that of the first evaluated step, which itself is sampled without.
 
-    Returns them as curves over the steps, and by name those at equal steps and, if the run goes on so long, at equal compute.
-    Writes samples.npy, uint8 [checkpoints, classes, SHOWN, H, W, 3].
+    Returns them as curves over the steps, and by name those at equal steps and, if the run goes on so long, at equal compute;
+    and some of the samples.
     """
     references = {"fid": shown.train.images, "fid_held_out": shown.test.images}
     stats = {name: gaussian_stats(classify(images)[0]) for name, images in references.items()}
@@ -217,13 +223,12 @@ def curves(
         found["cknna"].append(representation.cknna(hidden_states(model, shown.test), features))
         pictured.append(samples[kept].reshape(shown.num_classes, SHOWN, *samples.shape[1:]))
         print(f"step {step}: Frechet distance {found['fid'][-1]:.2f}", flush=True)
-    np.save(folder / "samples.npy", np.stack(pictured))
     at = experiments.equal_steps(scale, setting)
     numbers: dict[str, Any] = {name: curve[steps.index(at)] for name, curve in found.items()}
     if setting.headline:
         numbers |= {f"{name}_long": curve[steps.index(at * tables.LONG)] for name, curve in found.items()}
         numbers |= {f"{name}_equal_compute": curve[-1] for name, curve in found.items()}
-    return {**numbers, "steps": steps, "curves": found}
+    return {**numbers, "steps": steps, "curves": found}, np.stack(pictured)
 
 
 def sample_labels(training_labels: Int32[np.ndarray, " N"], count: int) -> Int32[np.ndarray, " count"]:

@@ -35,6 +35,7 @@ class Setting:
     cheaper: str = ""  # name in `Scale.compute_ratio`: it goes on until it has cost as much as REPA-E
     longer: int = 1  # times the scale's steps
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of `Sampling` -> values, after the network's
+    samples_of: str = ""  # setting whose runs it samples in another way; it trains nothing itself
 
     @property
     def network(self) -> str:

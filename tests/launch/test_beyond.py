@@ -20,9 +20,11 @@ def test_names_are_new_and_tables_consistent():
 @pytest.mark.parametrize("setting", beyond.SETTINGS)
 def test_configs_build(setting):
     for scale in SCALES.values():
-        config = experiments.config_of(scale, experiments.Run(setting))
-        assert config.steps == experiments.evaluated_steps(scale, beyond.SETTINGS[setting])[-1]
-        assert config.steps % config.checkpoint.every == 0
+        run = experiments.Run(setting)
+        config = experiments.config_of(scale, run)
+        assert config.steps == experiments.evaluated_steps(scale, experiments.SETTINGS[run.trained.setting])[-1]
+        evaluated = experiments.evaluated_steps(scale, beyond.SETTINGS[setting])
+        assert not any(step % config.checkpoint.every for step in evaluated)
     job = build.build(experiments.config_of(SCALES["digits"], experiments.Run(setting)), jax.devices()[:1])
     every = job.vae_every
     assert [share for _, share in job.variants] == ([1 / every, 1 - 1 / every] if every > 1 else [1.0])

@@ -123,11 +123,21 @@ def test_tables_are_consistent():
     assert not set(beyond.SETTINGS) & set(tables.SETTINGS) and not set(beyond.TABLES) & set(tables.TABLES)
 
 
+def test_number_of_runs():
+    counts = {
+        (name, seeds): experiments.runs_per_setting(DIGITS, name, seeds)
+        for name in ("vae", "repa", "deep")
+        for seeds in (None, 2)
+    }
+    assert counts == {("vae", None): 1, ("vae", 2): 1, ("repa", None): 6, ("repa", 2): 2, ("deep", None): 3, ("deep", 2): 2}
+    assert experiments.runs_per_setting(SCALES["small"], "repa") == 3
+
+
 def test_runs_come_after_what_they_need():
     runs = experiments.runs_of(DIGITS, experiments.TABLES)
     assert len(set(runs)) == len(runs)
     for index, run in enumerate(runs):
-        assert run.source is None or run.source in runs[:index]
+        assert set(run.needs) <= set(runs[:index])
     assert experiments.runs_of(DIGITS, ["drop-in"], seeds=1).count(experiments.Run("repa-e")) == 1
     tasks = miniature.make_tasks(DIGITS, runs, Path("/work"), Path("/emoji"))
     names = list(tasks)
@@ -346,7 +356,7 @@ def test_last_losses(tmp_path):
 
 @pytest.mark.slow
 def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
-    """A toy VAE by itself and REPA-E from it, by the processes' own function."""
+    """A toy VAE by itself, REPA-E from it, and REPA-E's checkpoints sampled in another way, by the processes' own function."""
     fields = {
         "ema_decay": 0.9,
         "vae.channels": 4,
@@ -361,12 +371,14 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(SCALES, "toy", toy)
     monkeypatch.setitem(small_networks.CLASSIFIER_RECIPES, "digits", small_networks.Recipe(1, 32, 4e-3))
-    tasks = miniature.make_tasks(toy, [experiments.Run("vae"), experiments.Run("repa-e")], tmp_path, tmp_path)
+    resampled = tables.Setting("REPA-E in two steps", samples_of="repa-e", sampling={"steps": 2})
+    monkeypatch.setitem(experiments.SETTINGS, "again", resampled)
+    tasks = miniature.make_tasks(toy, [experiments.Run(name) for name in ("vae", "repa-e", "again")], tmp_path, tmp_path)
     for task in tasks.values():
         task.folder.mkdir(exist_ok=True)
         files.write_json(task.folder / "task.json", task.content)
         assert miniature_run.perform(task.folder) and task.result()["status"] == "done"
-    alone, joint = (tasks[name] for name in ("vae seed 0", "repa-e seed 0"))
+    alone, joint, again = (tasks[f"{name} seed 0"] for name in ("vae", "repa-e", "again"))
     stats = load_vae(experiments.vae_files(alone.folder)["vae"]).latent_stats
     assert np.sqrt(np.mean(stats.var)) == pytest.approx(SDVAE_STD)
     numbers = joint.result()["numbers"]
@@ -377,6 +389,9 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     assert shapes == {
         "samples": (6, 10, 4, 16, 16, 3), "latents": (40, 4, 4, 2), "pictures": (40, 16, 16, 3), "spectrum": (2, 16)
     }  # fmt: skip
+    assert again.needs[:2] == ("vae seed 0", "repa-e seed 0") and not (again.folder / "checkpoints").exists()
+    other = again.result()["numbers"]
+    assert other["steps"] == [2, 4] and other["velocity"] == numbers["velocity"] and other["fid"] != numbers["fid"]
     # the latents are of the VAE at the end of the run, as the one that others start from
     shown = np.load(joint.folder / "pictures.npy")
     end = miniature_run.latents_of(load_vae(experiments.vae_files(joint.folder)["vae"]), shown)
