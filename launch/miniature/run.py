@@ -126,7 +126,8 @@ def run_numbers(folder: Path, scale: Scale, task: Mapping[str, Any]) -> dict[str
     features = encoder_features(task["encoder"], shown.test.images)
     job = build.build(config, jax.devices()[:1])
     numbers: dict[str, Any] = {"flop_per_step": sum(flops.of_step(job).values()) * config.data.batch_size}
-    tokenizer, steps = load_vae(trained), experiments.equal_steps(scale, setting)
+    steps = experiments.equal_steps(scale, setting)
+    tokenizer = load_vae(trained, None if setting.headline else steps)
     if task["export"]:  # for others to start from
         target = experiments.vae_files(folder)["vae"]
         export_vae(folder, target, SDVAE_STD if setting.job == "vae" else None)

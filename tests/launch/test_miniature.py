@@ -391,7 +391,7 @@ def test_runs_are_trained_and_evaluated(tmp_path, monkeypatch):
     }  # fmt: skip
     assert again.needs[:2] == ("vae seed 0", "repa-e seed 0") and not (again.folder / "checkpoints").exists()
     other = again.result()["numbers"]
-    assert other["steps"] == [2, 4] and other["velocity"] == numbers["velocity"] and other["fid"] != numbers["fid"]
+    assert other["steps"] == [2, 4] and other["psnr"] == numbers["psnr"] and other["fid"] != numbers["fid"]
     # the latents are of the VAE at the end of the run, as the one that others start from
     shown = np.load(joint.folder / "pictures.npy")
     end = miniature_run.latents_of(load_vae(experiments.vae_files(joint.folder)["vae"]), shown)
