@@ -168,7 +168,7 @@ TABLES: dict[str, Table] = {
         "A lower velocity loss at equal steps. The Frechet distance is better by less than the seeds differ: so few steps "
         "are limited by how far the rate lets the weights go, which is matched.",
         measures=(*DEFAULT_MEASURES, "cknna_of_latents"),
-        curve="sit/loss",
+        curve="sit/velocity",
     ),
     "cooled": Table(
         "A learning rate that falls at the end",
@@ -178,7 +178,7 @@ TABLES: dict[str, Table] = {
         (Claim("repa-e-cooled", "repa-e", "lower loss after the cool-down", "velocity"),),
         "A slightly lower velocity loss, and undecided in the Frechet distance: samples are drawn with averaged weights, which "
         "has most of the effect already, and the VAE goes on moving while the SiT slows down.",
-        curve="sit/loss",
+        curve="sit/velocity",
     ),
     "one-step": Table(
         "Samples in one step",

@@ -22,7 +22,7 @@ FIGURES = {
     "drop-in": (VALUES, SAMPLES),
 }
 CHECKPOINT_CURVES = {"bottleneck": "cknna"}  # beside a table's values; of others, the Frechet distance
-CURVE_TITLES = {"latents/std": "standard deviation of the latents in training"}
+CURVE_TITLES = {"latents/std": "standard deviation of the latents in training", "sit/velocity": "velocity loss in training"}
 
 
 def draw(name: str, table: tables.Table, runs_of: Runs, folder: Path) -> list[str]:
@@ -79,7 +79,7 @@ def tokenizers_of(table: tables.Table) -> list[str]:
     """Returns the settings whose VAEs a table compares: those that its rows start from, and those that they train."""
     names = []
     for name in table.rows:
-        setting = experiments.SETTINGS[name]
+        setting = experiments.SETTINGS[experiments.Run(name).trained.setting]
         names += [setting.vae] * bool(setting.vae) + [name] * (setting.job != "ldm")
     return list(dict.fromkeys(names))
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from launch.miniature import beyond, experiments, tables
+from launch.miniature import beyond, experiments, table_figures, tables
 from launch.miniature.scales import SCALES
 from repae_jax.job import build
 
@@ -13,6 +13,7 @@ def test_names_are_new_and_tables_consistent():
         assert set(table.rows) <= set(experiments.SETTINGS) and set(table.measures) <= set(tables.MEASURES) and table.expected
         for claim in table.claims:
             assert {claim.first, claim.second} <= set(table.rows) and claim.measure in table.measures
+        assert not table.curve or table.curve in table_figures.CURVE_TITLES
     assert not tables.SETTINGS.keys() & beyond.SETTINGS.keys() and not tables.TABLES.keys() & beyond.TABLES.keys()
 
 
