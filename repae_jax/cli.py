@@ -244,8 +244,7 @@ class ConfigParser(Parser):
     def parse_args(self, words=None, namespace=None):  # type: ignore[override]
         """Returns the arguments; SystemExit with one line if a word is not understood, or the config cannot be read."""
         try:
-            words = flags.FLAGS.read_flags_from_files(["", *(sys.argv[1:] if words is None else words)], force_gnu=False)[1:]
-            arguments, left = self.parse_known_args(words, namespace)
+            arguments, left = self.parse_known_args(words_of(words), namespace)
             for name in self._names:
                 if (text := getattr(arguments, name)) is not None:
                     config, left = _read_config(name, text, left)
@@ -256,6 +255,17 @@ class ConfigParser(Parser):
             advice = "; a field of the config and its value are one word, --config.FIELD=VALUE"
             self.error(f"unrecognized arguments: {' '.join(left)}{advice * (not left[0].startswith('-'))}")
         return arguments
+
+
+def words_of(words: Sequence[str] | None) -> list[str]:
+    """Returns the words of a command line, None for this process's, with those of a --flagfile in its place.
+
+    ValueError if that file cannot be read.
+    """
+    try:
+        return flags.FLAGS.read_flags_from_files(["", *(sys.argv[1:] if words is None else words)], force_gnu=False)[1:]
+    except flags.Error as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def number(rule: ranges.Range) -> Callable[[str], float]:

@@ -22,7 +22,7 @@ from repae_jax.diffusion.guidance import CONSTANT, SCHEDULES
 from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling, check_channels, check_sampler, check_weaker
 from repae_jax.distributed import sharding
 from repae_jax.sampling import generate
-from repae_jax.sampling.load_model import LoadedModel, load_model, load_weaker
+from repae_jax.sampling.load_model import LoadedModel, Weaker, load_model, load_weaker
 from repae_jax.training import averages
 from repae_jax.training.checkpoint import fingerprint
 
@@ -140,24 +140,28 @@ def choose_sampling(args: argparse.Namespace, model: LoadedModel) -> tuple[Sampl
     return sampling, classes
 
 
-def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace) -> str:
-    """Returns the name of samples from a checkpoint with these settings."""
+def settings_name(step: int | None, sampling: Sampling, args: argparse.Namespace, weaker: Weaker | None = None) -> str:
+    """Returns the name of samples from a checkpoint with these settings; `weaker` is the network that autoguidance takes."""
     between = "-" if sampling.sampler[-1].isdigit() else ""
     method = f"{sampling.sampler}{between}{sampling.steps}-cfg{sampling.guidance_scale:g}"
+    channels = f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
     if sampling.guidance_scale > 1:
-        method += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}"
-        method += f"on{sampling.guidance_channels}" if sampling.guidance_channels else ""
+        method += f"in{sampling.guidance_low:g}to{sampling.guidance_high:g}{channels}"
         method += "" if sampling.guidance_schedule == CONSTANT else f"by{sampling.guidance_schedule}"
         method += f"{sampling.guidance_power:g}" if sampling.guidance_schedule == "power_cosine" else ""
     for kind, scale in (("auto", sampling.autoguidance_scale), ("internal", sampling.internal_scale)):
-        method += f"-{kind}{scale:g}in{sampling.weaker_low:g}to{sampling.weaker_high:g}" if scale > 1 else ""
+        method += f"-{kind}{scale:g}in{sampling.weaker_low:g}to{sampling.weaker_high:g}{channels}" if scale > 1 else ""
+    method += "" if weaker is None else f"of{_step_name(weaker.step)}-{weaker.weights[:8]}"
     method += f"-{sampling.precision}" if sampling.precision != Sampling.precision else ""
     method += f"-shift{sampling.time_shift:g}" if sampling.time_shift != Sampling.time_shift else ""
     method += f"-tolerance{sampling.tolerance:g}" if sampling.tolerance != Sampling.tolerance else ""
     labels = args.labels + ("" if args.classes is None else "-of-" + "-".join(map(str, args.classes)))
-    checkpoint = "unknown-step" if step is None else f"{step:07d}"
-    checkpoint += f"-ema-{args.ema.replace('=', '')}" if args.ema is not None else ""
-    return f"{checkpoint}-{method}-{labels}-{args.num_samples}-seed{args.seed}"
+    average = f"-ema-{args.ema.replace('=', '')}" if args.ema is not None else ""
+    return f"{_step_name(step)}{average}-{method}-{labels}-{args.num_samples}-seed{args.seed}"
+
+
+def _step_name(step):
+    return "unknown-step" if step is None else f"{step:07d}"
 
 
 def describe(sampling: Sampling, model: LoadedModel) -> dict[str, Any]:
@@ -225,7 +229,7 @@ def run(args: argparse.Namespace) -> epath.Path:
         model = load_weaker(model, args.autoguidance, args.vae)
     sampling, classes = choose_sampling(args, model)
     labels = draw_labels(args.labels, args.num_samples, classes, args.seed)
-    out = _choose_out(args, settings_name(model.step, sampling, args))
+    out = _choose_out(args, settings_name(model.step, sampling, args, model.weaker_for(sampling)))
     settings = {
         "step": model.step, "weights": fingerprint(model.params), "num_samples": args.num_samples,
         "batch_size": args.batch_size, "labels": args.labels, "classes": classes, "seed": args.seed,

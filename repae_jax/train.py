@@ -257,18 +257,25 @@ def train_in_two_phases(config, then, workdir, cache: str | None = None) -> bool
     two_phases.check_workdir(workdir, is_of_two=True)
     then = two_phases.second_config(config, then, workdir, cache)
     multihost.assert_same_config(build.plain_config(then))
-    job = two_phases.check_second(then)
-    if jax.process_index() == 0:
-        trackers.check(job.config["log"]["trackers"])
-    load_fid(job)
+    with two_phases.naming_second():
+        job = two_phases.check_second(then)
+        if jax.process_index() == 0:
+            trackers.check(job.config["log"]["trackers"])
+        load_fid(job)
     joint, frozen = (epath.Path(workdir) / name for name in PHASES)
-    if not two_phases.is_handed_over(workdir):
+    is_second = two_phases.is_handed_over(workdir)
+    if cache:
+        two_phases.check_cache(cache, is_second)
+    if not is_second:
+        logging.info("phase 1 of 2, joint training, in %s", joint)
         finished = train(config, joint)[1]  # with a name its state would stay on the devices through the second phase
         if not finished:
             return False
         two_phases.hand_over(workdir)
     two_phases.check_first(config, workdir)
+    logging.info("phase 2 of 2, a SiT on the VAE of the first, %s, in %s", then.init.vae, frozen)
     if cache and cache_latents.cache_latents(then, cache, flips=bool(then.data.flip_probability)) is None:
+        logging.warning("asked to stop while latents were cached: what is finished is kept; run the same command to continue")
         return False
     jax.clear_caches()  # programs of the first phase take memory of the devices
     return train(then, frozen)[1]
@@ -374,8 +381,9 @@ def parse_args(argv=None):
     cached = "with --then: folder on a disk for the latents of all images, encoded once between the phases"
     parser.add_argument("--cache_latents", type=cli.path, metavar="FOLDER", help=cached)
     cli.add_processes(parser)
-    args = parser.parse_args(argv)
-    two_phases.check_words(sys.argv[1:] if argv is None else argv)
+    words = cli.words_of(argv)
+    args = parser.parse_args(words)
+    two_phases.check_words(words)
     if args.cache_latents and args.then is None:
         raise ValueError(f"--cache_latents={args.cache_latents} is for the second phase of a run: add --then")
     return args

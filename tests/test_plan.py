@@ -26,6 +26,7 @@ from repae_jax.distributed import multihost, sharding
 from repae_jax.job import build, compilation, frozen_weights, initial_state, training_data
 
 GIB = 2**30
+WIDE = {"data__image_size": (8, 12), "encoders__target__image_size": (8, 12)}
 
 
 def run_main(monkeypatch, *words, topologies=("v5e:2x2",)):
@@ -553,6 +554,16 @@ def test_sampling_in_float32_is_said_where_it_is(precision, said):
 
 
 @pytest.mark.integration
+def test_images_that_are_no_squares_are_planned_as_such():
+    """Half as many pixels more are half as many FLOP more, and a little for attention among all tokens, and for edges."""
+    (job, _), (square, _) = setting_of(**WIDE), setting_of()
+    wide, before = (flops.of_step(each) for each in (job, square))
+    assert all(1.5 < wide[part] / before[part] < 1.6 for part in before) and wide.keys() == before.keys()
+    sampled = setting_of(sampling=True, **WIDE)[0]
+    assert plan.lower_sampling(sampled).out_info[0].shape == (16, 8, 12, 3)
+
+
+@pytest.mark.integration
 def test_sampling_is_planned_as_it_runs():
     job, numbers = setting_of(sampling=True, sampling__guidance_scale=2.0, accumulation=2)
     assert numbers["job"] == "sample" and numbers["images"] == 16 and job.encoders == ()
@@ -566,7 +577,7 @@ def test_sampling_is_planned_as_it_runs():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("changes", [{}, {"data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}])
+@pytest.mark.parametrize("changes", [{}, {"data__flip_probability": 0.5, "loss__sit__align": 0.0, "encoders": {}}, WIDE])
 def test_a_step_is_lowered_without_weights_or_data(changes):
     """The step reads latents from a cache; tests of configs trace the others."""
     job = build.build(small.config(file=ldm, data__cache="latents", **changes))
@@ -593,7 +604,9 @@ def test_the_plan_and_training_take_the_same():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(("file", "changes"), [(repae, {"mesh__fsdp": 4}), (ldm, {}), (vae, {"accumulation": 2})])
+@pytest.mark.parametrize(
+    ("file", "changes"), [(repae, {"mesh__fsdp": 4}), (repae, WIDE), (ldm, {}), (vae, {"accumulation": 2})]
+)
 def test_plans_of_all_jobs(file, changes):
     numbers = plan.plan(*plan.prepare(small.config(file=file, **changes), "v5e:2x2"))
     assert numbers["fits"] and numbers["unknown_loops"] == 0 and numbers["chips"] == 4

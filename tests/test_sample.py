@@ -17,7 +17,7 @@ from repae_jax import sample
 from repae_jax.diffusion.interpolant import VelocityObjective
 from repae_jax.diffusion.samplers import PRECISIONS, SAMPLERS, Sampling
 from repae_jax.sampling import generate
-from repae_jax.sampling.load_model import load_model
+from repae_jax.sampling.load_model import Weaker, load_model
 from repae_jax.training import checkpoint
 
 
@@ -278,6 +278,40 @@ def test_the_name_of_samples_tells_all_settings_apart():
     methods = [name.removeprefix("0000002-").removesuffix("-balanced-8-seed0") for name in names]
     assert methods == [
         "sde50-cfg1", "sde50-cfg1-shift2", "dpmpp50-cfg1", "dopri5-50-cfg1", "dopri5-50-cfg1-tolerance0.0001"
+    ]  # fmt: skip
+
+
+GUIDED = Sampling("euler", 3, guidance_scale=2.0, guidance_schedule="power_cosine", autoguidance_scale=2.0)
+CHANGED = {
+    "sampler": "heun", "steps": 4, "guidance_scale": 3.0, "guidance_low": 0.1, "guidance_high": 0.9, "guidance_channels": 3,
+    "guidance_schedule": "linear", "guidance_power": 3.0, "autoguidance_scale": 3.0, "internal_scale": 2.0, "weaker_low": 0.1,
+    "weaker_high": 0.9, "precision": "bfloat16", "time_shift": 2.0, "tolerance": 1e-4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Sampling)])
+def test_each_setting_makes_another_name(field):
+    args = sample.parse_args(["--workdir", "x", "--num_samples", "8"])
+    before = dataclasses.replace(GUIDED, autoguidance_scale=1.0) if field == "internal_scale" else GUIDED
+    after = dataclasses.replace(before, **{field: CHANGED[field]})
+    assert sample.settings_name(2, before, args) != sample.settings_name(2, after, args)
+
+
+def weaker(step, value):
+    return Weaker(None, {"kernel": np.full(3, value, np.float32)}, "runs/small", step)
+
+
+def test_the_name_of_samples_tells_weaker_networks_apart():
+    """By their steps and weights; the model's own head is no other network, and where nothing is guided there is none."""
+    args = sample.parse_args(["--workdir", "x", "--num_samples", "8"])
+    by_network, by_head = Sampling("euler", 3, autoguidance_scale=2.0), Sampling("euler", 3, internal_scale=2.0)
+    given = [(by_network, weaker(2, 0)), (by_network, weaker(2, 1)), (by_network, weaker(None, 1)), (by_head, None)]
+    given += [(dataclasses.replace(by_head, guidance_channels=3), None), (Sampling("euler", 3, guidance_channels=3), None)]
+    names = [sample.settings_name(2, sampling, args, network) for sampling, network in given]
+    hashes = [checkpoint.fingerprint(weaker(2, value).params)[:8] for value in (0, 1)]
+    assert [name.removeprefix("0000002-euler3-cfg1").removesuffix("-balanced-8-seed0") for name in names] == [
+        f"-auto2in0to1of0000002-{hashes[0]}", f"-auto2in0to1of0000002-{hashes[1]}", f"-auto2in0to1ofunknown-step-{hashes[1]}",
+        "-internal2in0to1", "-internal2in0to1on3", "",
     ]  # fmt: skip
 
 

@@ -130,6 +130,15 @@ def test_the_state_of_the_joint_phase_is_freed_before_the_second(tmp_path, monke
     assert alive == [False]
 
 
+def test_it_says_that_it_was_stopped_between_the_phases(tmp_path, monkeypatch, warnings):
+    monkeypatch.setattr(two_phases, "is_handed_over", lambda _: True)
+    monkeypatch.setattr(two_phases, "check_first", lambda *_: None)
+    monkeypatch.setattr(train.cache_latents, "cache_latents", lambda *_, **__: None)
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a phase has begun"))
+    assert not train.train_in_two_phases(joint(), then(), tmp_path / "run", str(tmp_path / "latents"))
+    assert any("asked to stop while latents were cached" in message for message in warnings)
+
+
 @pytest.mark.integration
 def test_another_joint_phase_comes_too_late(finished):
     with pytest.raises(ValueError, match=r"--config.steps=3, but the joint phase in .*joint has ended after 2, .*: give 2, or"):
@@ -188,10 +197,15 @@ def never_trained(monkeypatch):
         (on("rae-dit-xl", joint, **DECODER), on("rae-dit-xl", then), "config.vae.family='rae', whose encoder is never trained"),
         (joint, lambda: then(**{"data.image_size": 16}), "--then has config.data.image_size=16, but --config has 8"),
         (joint, lambda: then(**{"data.num_classes": 11}), "--then has config.data.num_classes=11, but --config has 10"),
-        (joint, lambda: then(**{"sit.patch_size": 3}), "config.sit.patch_size=3 does not divide"),
-        (joint, lambda: then(**{"optim.sit.eps": -1.0}), "config.optim.sit.eps=-1.0 must be"),
-        (joint, lambda: then(**{"hooks.fid_every": 2}), "config.hooks.fid_every=2, but config.hooks.fid_reference is empty"),
-        (joint, lambda: then(**{"sit.num_heads": 3}), "num_heads"),
+        (joint, lambda: then(**{"init.checkpoint": "x.pt"}), "--then has config.init.checkpoint='x.pt', but the first phase"),
+        (joint, lambda: then(**{"data.cache": "/x"}), "--then has config.data.cache='/x', but .*: give --cache_latents=FOLDER"),
+        (joint, lambda: then(**{"data.options.path": "/x"}), "--then has config.data.options.path='/x', but the first phase"),
+        (joint, lambda: then(**{"sit.patch_size": 3}), "^--then: config.sit.patch_size=3 does not divide"),
+        (joint, lambda: then(**{"optim.sit.eps": -1.0}), "^--then: config.optim.sit.eps=-1.0 must be"),
+        (joint, lambda: then(**{"hooks.fid_every": 2}), "^--then: config.hooks.fid_every=2, but config.hooks.fid_reference is"),
+        (joint, lambda: then(**{"sit.num_heads": 3}), "^--then: .*num_heads"),
+        (joint, lambda: then(**{"steps": 0}), "^--then: config.steps=0 must be at least 1$"),
+        (lambda: joint(**{"steps": 0}), then, "^config.steps=0 must be at least 1$"),
     ],
 )
 def test_a_second_phase_that_cannot_be(first, second, message, tmp_path):
@@ -212,6 +226,18 @@ def test_an_encoder_that_is_not_there(tmp_path):
 def test_a_cache_in_a_bucket(tmp_path):
     with pytest.raises(ValueError, match="--cache_latents=gs://bucket/latents: latents are cached on a local or mounted disk"):
         train.train_in_two_phases(joint(), then(), tmp_path / "run", "gs://bucket/latents")
+
+
+@pytest.mark.usefixtures("never_trained")
+def test_a_cache_that_cannot_be_or_is_of_another_vae(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"--cache_latents={tmp_path}/file: .* cannot be written to .*: give a folder"):
+        train.train_in_two_phases(joint(), then(), tmp_path / "run", str(tmp_path / "file"))
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="/latents holds latents already, but the VAE of this .*: give another folder"):
+        train.train_in_two_phases(joint(), then(), tmp_path / "run", str(tmp_path / "latents"))
+    assert not (tmp_path / "run").exists()
 
 
 FLAGS = [f"--config={small.ROOT}/configs/repae.py:tiny", "--workdir=run"]
@@ -235,6 +261,9 @@ def test_the_command_line_has_fields_of_both_configs():
         ([THEN, "--then.init.vae=x.pt"], "--then.init.vae=x.pt: the first phase gives config.init.vae of the second: leave"),
         ([THEN, "--then.data.options.path=/x"], "the first phase gives config.data.options of the second"),
         ([THEN, "--then.data.cache=/x"], "gives config.data.cache of the second: give --cache_latents=FOLDER"),
+        ([THEN, "--then.init={'vae': 'x'}"], "config.init.vae of the second: leave it out, and set the other fields of init"),
+        ([THEN, "--then.data.options={'path': '/x'}"], "the first phase gives config.data.options of the second: leave it out"),
+        ([THEN, f"--flagfile={small.ROOT}/absent"], "Unable to open flagfile"),
         (["--cache_latents=/x"], "--cache_latents=/x is for the second phase of a run: add --then"),
     ],
 )
@@ -242,6 +271,15 @@ def test_words_that_are_refused(words, message):
     with pytest.raises((SystemExit, ValueError)) as caught:
         train.parse_args([*FLAGS, *words])
     assert message in str(caught.value)
+
+
+def test_words_of_a_flag_file_are_refused(tmp_path):
+    (tmp_path / "flags").write_text("# of the second phase\n--then.steps=3\n--then.init.latent_stats=x.pt\n")
+    with pytest.raises(ValueError, match="--then.init.latent_stats=x.pt: the first phase gives config.init.latent_stats of"):
+        train.parse_args([*FLAGS, THEN, f"--flagfile={tmp_path}/flags"])
+    (tmp_path / "flags").write_text("--then.steps=3\n--then.init.stats_images=8\n")
+    args = train.parse_args([*FLAGS, THEN, f"--flagfile={tmp_path}/flags"])
+    assert (args.then.steps, args.then.init.stats_images) == (3, 8)
 
 
 def test_given_fields_are_fields_of_the_config():

@@ -42,7 +42,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampling method; subclasses define `step`, and whatever else differs from these defaults."""
+    """A sampling method; subclasses define `step`, and whatever else differs from these defaults.
+
+    What depends on its fields is in `times` and `coefficients`, so that programs of steps serve all their values.
+    """
 
     time_shift: float = 1.0  # of the times at which steps start and end, see `interpolant.shift_times`
 
@@ -222,6 +225,13 @@ class DPMSolver(Sampler):
         return c.z_scale * z + c.data_scale * data + c.change_scale * (data - before), data
 
 
+class Tolerances(NamedTuple):
+    """Of the estimated errors of steps of an adaptive method. float32."""
+
+    relative: np.ndarray  # to z
+    absolute: np.ndarray
+
+
 class Progress(NamedTuple):
     """State of an adaptive method."""
 
@@ -245,8 +255,11 @@ class Dopri5(Sampler):
     tolerance: float = 1e-3  # of the estimated error of a step, relative to z; the absolute one is a thousandth of it
     adaptive: ClassVar[bool] = True
 
+    def coefficients(self, t, t_next, objective):
+        return Tolerances(*(np.full(len(t), x, np.float32) for x in (self.tolerance, self.tolerance / 1000)))
+
     def step(self, z, interval, output_fn, noise_fn, objective):
-        tolerances, end = (self.tolerance, self.tolerance / 1000), -interval.t_next
+        tolerances, end = interval.coefficients, -interval.t_next
 
         def slope(flat, s):
             return -_velocity(output_fn, flat.reshape(z.shape), -s, objective).ravel()

@@ -86,7 +86,7 @@ def _open_model(args, path, trained):
     shape = [side * trained.nets.vae.factor for side in trained.latent_shape[:2]]
     description = {name: value for name, value in protocol.items() if name != "model"}
     images = sampled_images(draw, len(labels), shape, args.batch_size, description)
-    name = sample.settings_name(trained.step, sampling, args)
+    name = sample.settings_name(trained.step, sampling, args, trained.weaker_for(sampling))
     return Source(images, protocol, labels, path / "evaluations" / f"{name}.json" if path.is_dir() else None)
 
 

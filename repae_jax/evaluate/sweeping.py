@@ -58,7 +58,8 @@ def _commands(args: argparse.Namespace, trained: LoadedModel) -> dict[str, tuple
     for point in sweep.points(args.sweep):
         command = argparse.Namespace(**{**vars(args), **point, "sweep": None, "model_options": []})
         sampling, _ = sample.choose_sampling(command, trained)
-        commands.setdefault(sample.settings_name(trained.step, sampling, command), (point, command))
+        name = sample.settings_name(trained.step, sampling, command, trained.weaker_for(sampling))
+        commands.setdefault(name, (point, command))
     return commands
 
 

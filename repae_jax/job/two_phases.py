@@ -5,8 +5,9 @@ first with the statistics of its latents, as diffusers reads it. Its config.json
 is over.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
@@ -14,11 +15,13 @@ from ml_collections import ConfigDict
 
 from checkpoints_tools import convert, identify, vae
 from repae_jax import buckets
+from repae_jax.data import shards
 from repae_jax.distributed import multihost
 from repae_jax.job import build, compilation, frozen_weights
 from repae_jax.models.vae_families import RAE
 from repae_jax.training import checkpoint
 from repae_jax.training.phases import PHASES, phases_of
+from repae_jax.training.workdir import prepare_workdir
 
 VAE = "e2e-vae"  # in the workdir
 # fields of the second phase that the first one gives
@@ -27,12 +30,30 @@ _SAME = ("image_size", "num_classes")  # fields of data
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raises ValueError for a word of the command line that sets one of the fields GIVEN."""
-    names = "|".join(re.escape(name) for name in GIVEN)
+    """Raises ValueError for a word of the command line that sets one of the fields GIVEN, or a section with some of them."""
     for word in words:
-        if match := re.match(rf"--?then\.({names})\b", word):
-            other = "give --cache_latents=FOLDER" if match[1] == "data.cache" else "leave it out"
-            raise ValueError(f"{word}: the first phase gives config.{match[1]} of the second: {other}")
+        if not (match := re.match(r"--?then\.([\w.]+)", word)):
+            continue
+        for name in GIVEN:
+            if f"{match[1]}.".startswith(f"{name}."):
+                raise ValueError(f"{word}: {_given(name)}")
+            if name.startswith(f"{match[1]}."):
+                raise ValueError(f"{word}: {_given(name)}, and set the other fields of {match[1]} one by one")
+
+
+def _given(name):
+    remedy = "give --cache_latents=FOLDER instead" if name == "data.cache" else "leave it out"
+    return f"the first phase gives config.{name} of the second: {remedy}"
+
+
+def _check_given(config, then):
+    """Raises ValueError for fields of GIVEN in the file of `then` that would be lost; its VAE may be, as rows name one."""
+    values = {"init.checkpoint": then["init"]["checkpoint"], "data.cache": then["data"]["cache"]}
+    given = config["data"]["options"]
+    values |= {f"data.options.{name}": value for name, value in then["data"]["options"].items() if value != given.get(name)}
+    for name, value in values.items():
+        if value:
+            raise ValueError(f"--then has config.{name}={value!r}, but {_given(name)}")
 
 
 def second_config(config: ConfigDict, then: ConfigDict, workdir: epath.PathLike, cache: str | None = None) -> ConfigDict:
@@ -48,7 +69,9 @@ def second_config(config: ConfigDict, then: ConfigDict, workdir: epath.PathLike,
         if given != job:
             kind = "trains VAE and SiT together" if job == "repae" else "trains a SiT on a frozen VAE"
             raise ValueError(f"{flag} has config.job={given!r}; with --then it has to be {job!r}, which {kind}")
-    first, second = build.plain_config(config), build.plain_config(then)
+    first = build.plain_config(config)
+    with naming_second():
+        second = build.plain_config(then)
     fields = [name for name in dict.fromkeys(("family", *first["vae"], *second["vae"])) if name != "remat"]
     pairs = [(f"vae.{name}", first["vae"].get(name), second["vae"].get(name)) for name in fields]
     pairs += [(f"data.{name}", first["data"][name], second["data"][name]) for name in _SAME]
@@ -64,6 +87,7 @@ def second_config(config: ConfigDict, then: ConfigDict, workdir: epath.PathLike,
             f"--config has config.vae.family={RAE!r}, whose encoder is never trained: its latents are the same after the joint "
             "phase; leave out --then, or train with configs/ldm.py alone"
         )
+    _check_given(first, second)
     if cache and buckets.is_address(cache):
         raise ValueError(f"--cache_latents={cache}: latents are cached on a local or mounted disk; give a folder there")
     folder = str(epath.Path(workdir) / VAE)
@@ -73,12 +97,33 @@ def second_config(config: ConfigDict, then: ConfigDict, workdir: epath.PathLike,
     return ConfigDict(fields)
 
 
+@contextlib.contextmanager
+def naming_second() -> Iterator[None]:
+    """Context whose ValueErrors say that they are of the second phase, as both configs have the same fields."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--then: {error}") from error
+
+
 def check_second(config: ConfigDict) -> build.Job:
     """Returns the job of the second phase; raises whatever is wrong with it that can be found before its VAE is there."""
     job = build.build(config)
     compilation.check_compiler_options(job)
     frozen_weights.load_encoders(job)
     return job
+
+
+def check_cache(folder: str, is_second: bool) -> None:
+    """Raises ValueError if the folder cannot be written to or, before the second phase, holds latents, of whatever VAE."""
+    try:
+        prepare_workdir(folder)
+    except ValueError as error:
+        raise ValueError(f"--cache_latents={folder}: {error}") from error
+    if not is_second and (epath.Path(folder) / shards.SETTINGS).exists():
+        raise ValueError(
+            f"--cache_latents={folder} holds latents already, but the VAE of this run is not trained yet: give another folder"
+        )
 
 
 def check_workdir(workdir: epath.PathLike, is_of_two: bool) -> None:

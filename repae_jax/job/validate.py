@@ -226,7 +226,7 @@ def _check_muon(job, shapes):
 
 
 def _check_averages(job, shapes):
-    """Raises ValueError for averages of nothing, and for power functions that would begin in the middle of a training."""
+    """Raises ValueError for averages of nothing."""
     config = job.config
     for name in ("ema_decays", "ema_sigmas"):
         if config.get(name) and shapes.ema is None:
@@ -234,11 +234,6 @@ def _check_averages(job, shapes):
                 f"config.{name}={config[name]} are averages of a SiT or a VAE, but all of config.loss.vae is 0, so that "
                 "neither is trained: empty it"
             )
-    if config.get("ema_sigmas") and config["init"].get("checkpoint"):
-        raise ValueError(
-            f"config.ema_sigmas={config['ema_sigmas']} average from the first step on, which config.init.checkpoint="
-            f"{config['init']['checkpoint']!r} has taken already: take config.ema_decays instead"
-        )
 
 
 def _warn_of_ablations(recipe):

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -51,9 +52,14 @@ class Weaker:
     source: str
     step: int | None
 
+    @functools.cached_property
+    def weights(self) -> str:
+        """Returns a hash of the parameters."""
+        return checkpoint.fingerprint(self.params)
+
     def describe(self) -> dict[str, Any]:
         """Returns what tells it apart, for the files of samples and scores."""
-        return {"source": self.source, "step": self.step, "weights": checkpoint.fingerprint(self.params)}
+        return {"source": self.source, "step": self.step, "weights": self.weights}
 
 
 @dataclasses.dataclass(frozen=True)

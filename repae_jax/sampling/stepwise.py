@@ -1,4 +1,4 @@
-"""Sampling one step at a time, for people who change settings: one program serves all numbers of steps, scales and intervals.
+"""Sampling one step at a time, for people who change settings: one program serves all of them that are numbers.
 
     stepper = Stepper(model.nets, model.objective, model.latent_shape)
     for t, z in stepper.steps(model.params, labels, jax.random.key(0), Sampling("euler", 20, guidance_scale=2.0)):
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from repae_jax.diffusion import guidance, latent_norm
-from repae_jax.diffusion.samplers import Interval, Sampling, check_sampler, check_weaker
+from repae_jax.diffusion.samplers import SAMPLERS, Interval, Sampling, check_sampler, check_weaker
 from repae_jax.images import to_uint8
 from repae_jax.sampling import generate
 
@@ -91,7 +91,7 @@ class Stepper:
         """
         check_sampler(sampling, self.objective)
         check_weaker(sampling, sampling.internal_scale > 1 and self.nets.sit.internal_head, has_network=False)
-        method = sampling.method
+        method, program = sampling.method, SAMPLERS[sampling.sampler]
         times = method.times(sampling.steps)
         segments = self._segments(times, sampling)
         exception = None if method.last_step is None else sampling.steps - 1  # the step with a program of its own
@@ -104,7 +104,7 @@ class Stepper:
             state = method.start(z)
             for interval in self._intervals(method, part, index):
                 settings = {"is_last": interval.index == exception, "schedule": sampling.guidance_schedule, **guided}
-                state = self._step(params, state, jax.tree.map(jnp.asarray, interval), *given, method=method, **settings)
+                state = self._step(params, state, jax.tree.map(jnp.asarray, interval), *given, method=program, **settings)
                 z = method.position(state)
                 yield Point(max(float(interval.t_next / times[0]), 0.0), z)
 

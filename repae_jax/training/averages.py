@@ -4,6 +4,9 @@ A power function of exponent g averages the weights w(s) after steps s = 1..t in
 average it forgets the beginning of training, and its width, the standard deviation of s over t, "sigma", is the same at every
 t. From checkpoints with the averages of two widths, that of any other width is made as a linear combination: the one whose
 profile over the steps comes closest, by least squares. Reference: Karras et al. (arXiv 2312.02696), section 3 and appendix C.
+
+Ours: a run that continues a published checkpoint after N steps does not know the weights of these, and takes its average in
+their place, which weighs (N / t)^(g + 1) at step t.
 """
 
 import math

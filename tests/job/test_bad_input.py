@@ -223,7 +223,6 @@ def test_tables_name_what_they_hold():
         ),
         ({"ema_decays": (0.9, 0.99)}, ["config.ema_decays=(0.9, 0.99) beside ema_decay=0.99", "twice"]),
         ({"ema_sigmas": (0.1, 0.3)}, ["config.ema_sigmas=(0.1, 0.3) has an entry", "0.288"]),
-        ({"ema_sigmas": (0.1,), "init.checkpoint": "x.pt"}, ["config.ema_sigmas=(0.1,)", "config.init.checkpoint='x.pt'"]),
         ({"optim.sit.decay_start": 9}, ["config.optim.sit: schedule='constant'", "decay_start=9"]),
         ({"optim.vae.fixed": ("encoders",)}, ["config.optim.vae.fixed=['encoders']", "'encoder'", "'quant_conv'"]),
         ({"optim.sit.schedule": "exp"}, ["config.optim.sit.schedule='exp'", "['constant', 'linear', 'cosine', '1-sqrt']"]),

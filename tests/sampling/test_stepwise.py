@@ -74,7 +74,20 @@ def test_steps_make_the_samplers_images(sampler, scale):
 def test_one_program_serves_all_settings():
     nets, objective, params = model_of("heun")
     stepper = Stepper(nets, objective, SHAPE)
-    for steps, scale, low in ((3, 1.5, 0.0), (5, 4.0, 0.0), (8, 2.0, 0.0)):
-        sampling = Sampling("heun", steps, guidance_scale=scale, guidance_low=low)
+    for steps, scale, shift in ((3, 1.5, 1.0), (5, 4.0, 1.0), (8, 2.0, 3.0)):
+        sampling = Sampling("heun", steps, guidance_scale=scale, time_shift=shift)
         assert len(list(stepper.steps(params, LABELS, jax.random.key(0), sampling))) == steps + 1
     assert stepper._step._cache_size() == 2  # the step, and the last one
+
+
+def test_one_program_serves_all_tolerances():
+    """Each of which makes other steps, the smallest the most exact."""
+    nets, objective, params = model_of("dopri5")
+    stepper = Stepper(nets, objective, SHAPE)
+    ends = {}
+    for tolerance in (0.3, 1e-3, 1e-5):
+        sampling = Sampling("dopri5", 2, tolerance=tolerance)
+        ends[tolerance] = np.asarray(list(stepper.steps(params, LABELS, jax.random.key(0), sampling))[-1].z)
+    assert stepper._step._cache_size() == 1
+    errors = [np.abs(ends[tolerance] - ends[1e-5]).max() for tolerance in (0.3, 1e-3)]
+    assert errors[0] > errors[1] > 0

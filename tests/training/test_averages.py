@@ -36,9 +36,8 @@ class Walk:
         return grads, state
 
 
-@pytest.fixture(scope="module")
-def trajectory():
-    """(parameters after each of 60 steps, float64 [61, 5], the averages that training keeps after each)."""
+def walked(start):
+    """(parameters after each of 60 steps, float64 [61, 5], the states after each), where `start` steps were taken before."""
     moves = np.float32(np.random.default_rng(0).standard_normal((60, 5)))
     tx = Optimizers(vae=None, sit=Walk(), disc=None)
     stats = ChannelStats(mean=jnp.zeros(2), var=jnp.ones(2))
@@ -46,9 +45,23 @@ def trajectory():
     state = create_state(
         vae=None, disc=None, sit=create_net({"w": jnp.ones(5)}, Walk()), latent_stats=stats, averages=recipe.averages
     )
+    state = state.replace(step=jnp.int32(start))
     step = jax.jit(lambda state, move: finish_step(state, {"sit": {"w": move}}, {}, tx=tx, recipe=recipe)[0])
     states = [state, *(state := step(state, move) for move in moves)]
     return np.stack([np.float64(state.sit.params["w"]) for state in states]), states
+
+
+@pytest.fixture(scope="module")
+def trajectory():
+    """What `walked` returns for a run from the first step on."""
+    return walked(0)
+
+
+@pytest.fixture(scope="module")
+def continued():
+    """The same for a run that continues a checkpoint of 40 steps, which are in both with its weights and without a state."""
+    after, states = walked(40)
+    return np.concatenate([np.repeat(after[:1], 40, axis=0), after]), [None] * 40 + states
 
 
 def profile(sigma, steps):
@@ -74,6 +87,17 @@ def test_averages_of_several_decays_and_widths(trajectory):
         for step in (1, 7, 60):
             kept = states[step].averages[averages.name_of("sigma", sigma)].params["w"]
             np.testing.assert_allclose(kept, profile(sigma, step) @ after[1 : step + 1], atol=5e-6)
+
+
+def test_averages_of_a_checkpoint_that_is_continued(continued):
+    """As if its average had been the weights after each of its steps; these weigh (40 / step)^(exponent + 1) in the end."""
+    after, states = continued
+    for sigma in SIGMAS:
+        for step in (41, 60, 100):
+            weights = profile(sigma, step)
+            kept = states[step].averages[averages.name_of("sigma", sigma)].params["w"]
+            np.testing.assert_allclose(kept, weights @ after[1 : step + 1], atol=5e-6)
+            assert weights[:40].sum() == pytest.approx((40 / step) ** (averages.exponent(sigma) + 1), rel=1e-6)
 
 
 def test_an_average_of_the_same_decay_is_the_one_that_sampling_uses(trajectory):
@@ -128,6 +152,17 @@ def test_a_width_that_was_not_kept(trajectory):
         assert error < 0.02 * np.abs(after - direct).max() and misfit < 0.15
     factors, misfit = averages.coefficients(kept, Profile(60, 0.1))  # a kept one is itself
     np.testing.assert_allclose(factors, [0] * 11 + [1], atol=1e-6)
+
+
+def test_a_width_that_was_not_kept_of_a_checkpoint_that_is_continued(continued):
+    """From checkpoints of the run itself alone, to 2 % of the way that it has gone."""
+    after, states = continued
+    kept = [Profile(step, sigma) for step in range(50, 101, 10) for sigma in SIGMAS]
+    arrays = [np.float64(states[step].averages[averages.name_of("sigma", sigma)].params["w"]) for step, sigma in kept]
+    for sigma in (0.06, 0.08, 0.12):
+        factors, _ = averages.coefficients(kept, Profile(100, sigma))
+        direct = profile(sigma, 100) @ after[1:]
+        assert np.abs(factors @ np.stack(arrays) - direct).max() < 0.02 * np.abs(after - direct).max()
 
 
 @pytest.mark.parametrize("choice", ["", "one", "1.0", "-0.1", "sigma=0", "sigma=0.3", "sigma=", "0.5,0.9", "nan"])
