@@ -140,6 +140,7 @@ def _published_args(run):
     encoders = [published_args.ENCODER_TYPES.get(str(architecture)) for architecture in architectures]
     is_unknown = {
         "SiT": model is None, "VAE": autoencoder is None, "encoders": None in encoders, "SiT without projectors": not encoders,
+        "projector to SiT's own tokens": len(networks.sit.feature_dims) > len(fields),
         "projector": networks.sit.projector != "mlp", "DiT": networks.sit.learned_sigma,
         "map from the VAE's latents to tokens": run.vae.feature_dim,
     }

@@ -185,6 +185,8 @@ def shrink(config: ConfigDict, preset: str) -> None:
             encoder.update(architecture={"family": families[name], **sizes}, weights="random")
         if config.job == "ldm" or not any(config.loss.vae.values()):
             config.init.vae = "random"  # a frozen VAE
+    if config.loss.get("self_depth"):
+        config.loss.self_depth = config.sit.depth
     if config.job == "ldm" and config.diffusion.mean_flow:
         config.sampling.update(steps=1, guidance_scale=1.0)
     if config.job == "repae":

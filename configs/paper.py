@@ -167,6 +167,11 @@ ROWS = {
         "model=iMF-XL/2,vae=f8d4,encoder=none", steps=800_000, data__batch_size=1024, optim__sit__warmup_steps=12_500,
         **_FAST_FORWARD,
     ),
+    # no encoder; appendix A.3
+    "self-flow": _frozen(
+        "Self-Flow (2603.06507)", "5.70; REPA 5.89, SRA 7.27", "model=SiT-XL/2,vae=f8d4,encoder=none", steps=4_000_000,
+        sit__encoder_depth=8, loss__sit__self=0.8, loss__self_depth=20, diffusion__second_time_share=0.25,
+    ),
     "rae-dit-xl": _frozen(
         "RAE (2510.11690)", "4.28 (IS 222), Euler-50, with RoPE, SwiGLU and RMSNorm; DiT-DH-XL 2.16",
         "model=SiT-XL/1,vae=rae-dinov2-base,encoder=none", _RAE, ema_decay=0.9995, sampling__sampler="euler",

@@ -126,6 +126,7 @@ def sit_loss(*, align: float = 0.5, ddpm: bool = False, mean_flow: bool = False)
         # the alignment's weights are multiplied by 1 until `align_end`, or decay to 0 until then ('linear', 'cosine')
         "align_shape": "constant",
         "align_end": placeholder(int),
+        "self_depth": placeholder(int),  # block of the averaged SiT that the term 'self' aligns with, after sit.encoder_depth
     }
 
 
@@ -137,6 +138,7 @@ def diffusion(path: str = "linear", mean_flow: MeanFlow | None = None) -> dict[s
         "time_distribution": "lognormal" if mean_flow else "uniform",
         "time_mean": 0.0, "time_std": 1.0,  # of log(sigma / alpha) where times are lognormal; mean_flow has its own
         "time_shift": 1.0,  # above 1, times are nearer to noise: sqrt(numbers of the latents / 4096), see docs/beyond.md
+        "second_time_share": 0.0,  # share of an image's tokens with a second time; Self-Flow's is 0.25
         "label_dropout": 0.1,
         # MeanFlow's settings where an average velocity is learned; fields are described in repae_jax/diffusion/mean_flow.py
         "mean_flow": dataclasses.asdict(mean_flow) if mean_flow else placeholder(object),

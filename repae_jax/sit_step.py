@@ -76,7 +76,7 @@ def update_sit(state, x: Inputs, stats, latent_metrics=None, *, nets, tx, recipe
     """
     with jax.named_scope("sit"):
         weights = scheduled(recipe.sit_weights, recipe.factors(state.step))
-        loss = partial(sit_loss, stats=stats, weights=weights, nets=nets, recipe=recipe)
+        loss = partial(sit_loss, stats=stats, weights=weights, nets=nets, recipe=recipe, average=state.ema.params)
         grads, terms, _, _ = accumulated_grad(loss, state.sit.params, x, micro_batches=recipe.accumulation)
     metrics = named("sit", terms) | (latent_metrics or {})
     with jax.named_scope("update"):

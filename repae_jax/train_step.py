@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from repae_jax.diffusion import token_times
 from repae_jax.diffusion.latent_norm import normalize
 from repae_jax.losses import reconstruction
 from repae_jax.losses.adversarial import generator_loss, hinge_loss, lecam_loss, update_lecam
@@ -66,7 +67,8 @@ class VaePass(NamedTuple):
 def align_through_sit(v: VaePass):
     """REPA-E's own term: aligns the latents, as SiT sees them, with the encoders' targets. All labels are kept."""
     z_t = v.recipe.objective.add_noise(normalize(v.latents, v.state.latent_stats), v.x.noise, v.x.t)
-    return alignment_loss(v.nets.sit.align(v.state.sit.params, z_t, v.x.t, v.x.labels), v.x.targets)
+    projections = v.nets.sit.align(v.state.sit.params, z_t, v.x.t, v.x.labels)
+    return alignment_loss(projections[: len(v.x.targets)], v.x.targets)
 
 
 def diffusion_without_stop_gradient(v: VaePass):
@@ -130,6 +132,9 @@ class SitPass(NamedTuple):
 
     x: Inputs
     z: Float[Array, "B h w C"]  # normalized latents
+    labels: Int[Array, " B"]  # some dropped
+    average: Any  # parameters of the averaged SiT
+    nets: BoundNets
     recipe: Recipe
     tap: Tap
 
@@ -139,21 +144,36 @@ def internal_velocity_error(s: SitPass):
     return s.recipe.objective.losses(s.tap.output, s.z, s.x.noise, s.x.t)["velocity"]
 
 
+def self_alignment(s: SitPass):
+    """Self-Flow's term (arXiv 2603.06507, equation 6, weight 0.8): -cos(h(f_l(z_tau, tau)), g_k(z_min, min tau)), a mean.
+
+    f_l is the SiT up to the tap, g_k its average up to a later block, held fixed, and h a projector of its own. tau are the
+    times of the tokens: the average sees the whole image as clean as the cleanest token is, with the same noise. The paper does
+    not say with which labels; that the same are dropped is as in the code of SRA (2505.02831).
+    """
+    t = token_times.least(s.x.t)
+    z_t = s.recipe.objective.add_noise(s.z, s.x.noise, t)
+    target = stop_gradient(s.nets.sit.tokens_after(s.average, z_t, t, s.labels, s.recipe.self_depth))
+    return alignment_loss(s.tap.projections[-1:], (target,))
+
+
 SIT_TERMS = {  # name, as in config.loss.sit, -> function of a SitPass
-    "align": lambda s: alignment_loss(s.tap.projections, s.x.targets),
+    "align": lambda s: alignment_loss(s.tap.projections[: len(s.x.targets)], s.x.targets),
     "internal": internal_velocity_error,
+    "self": self_alignment,
 }
 
 
-def sit_loss(params, x: Inputs, carry, *, stats, weights, nets, recipe):
+def sit_loss(params, x: Inputs, carry, *, stats, weights, nets, recipe, average=None):
     """3. Loss of SiT: error of the velocity, or what else its objective has, plus REPA. Returns (loss, Aux).
 
-    The latents are normalized with `stats`; some labels become the null label, for guidance. The carry is unused.
+    The latents are normalized with `stats`; some labels become the null label, for guidance. `average` are the parameters of
+    the averaged SiT, for the term 'self'. The carry is unused.
     """
     z = normalize(x.latents, stats)
     labels = jnp.where(x.label_drop, nets.sit.null_label, x.labels)
     terms, tap = recipe.objective.terms(partial(nets.sit, params), z, x.noise, x.t, labels, nets.sit.null_label)
-    s = SitPass(x, z, recipe, tap)
+    s = SitPass(x, z, labels, average, nets, recipe, tap)
     terms |= {name: term(s) for name, term in SIT_TERMS.items() if name in weights}
     return weighted_sum(weights, terms), Aux(terms, carry=carry)
 
@@ -220,7 +240,8 @@ def repae_step(state, batch, frozen, key, *, nets, encoders, tx, recipe):
     #    The same t and noise as in 1, but other statistics and labels: the two passes cannot be merged.
     with jax.named_scope("sit"):
         stats, latent_stats, latent_metrics = update_latent_stats(state.latent_stats, x.latents, recipe.norm_momentum)
-        loss = partial(sit_loss, stats=stats, weights=scheduled(recipe.sit_weights, factors), nets=nets, recipe=recipe)
+        weights = scheduled(recipe.sit_weights, factors)
+        loss = partial(sit_loss, stats=stats, weights=weights, nets=nets, recipe=recipe, average=state.ema.params)
         grads["sit"], sit_terms, _, _ = grad_of(loss, state.sit.params, x)
         metrics |= named("sit", sit_terms) | latent_metrics
 

@@ -15,6 +15,7 @@ from repae_jax.training.checkpoint import Checkpointer
 ROOT = Path(__file__).parents[1]
 # changes of configs/ldm.py that make the run that is the quickest to compile: a SiT alone on a frozen VAE
 SIT_ALONE = {"encoders": {}, "loss.sit.align": 0.0, "init.vae": "random"}
+SELF_FLOW = {"loss.sit.self": 0.25, "loss.self_depth": 2, "diffusion.second_time_share": 0.25}  # of the preset's two blocks
 
 
 def config(changes=None, file=repae, arg="tiny", **more):

@@ -138,6 +138,7 @@ def test_data_that_is_not_there_is_skipped(tmp_path):
     "config",
     [
         lambda: small.config(small.SIT_ALONE, ldm),
+        lambda: small.config({**small.SIT_ALONE, **small.SELF_FLOW}, ldm),
         lambda: small.config({"init.vae": "", "accumulation": 2, "data.batch_size": 16}, ldm),
         lambda: small.config({"loss.vae.diffusion": 0.1, "diffusion.norm_momentum": 0.0}),
         lambda: small.config({"loss.vae.lpips": 1.0, "lpips.vgg16": "", "accumulation": 2, "data.batch_size": 16}, arg="tiny"),

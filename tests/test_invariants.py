@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 import step_inputs
-from sgd_jobs import BATCH, KEY, make_job
+from sgd_jobs import BATCH, KEY, make_job, sgd
 
 from configs import ldm
 from repae_jax import train_step
@@ -302,6 +302,25 @@ def test_no_activations_are_gathered_in_the_step_of_training(monkeypatch):
     job = build.build(small.config(file=ldm, data__batch_size=BATCH, mesh__fsdp=8))
     state = initial_state.abstract_state(job)
     check_gathers(compilation.jit_step(job, state).lower(state, *compilation.abstract_inputs(job)).compile().as_text(), 8)
+
+
+def test_eight_devices_align_with_the_average_as_one(monkeypatch):
+    """Self-Flow's term reads a part of a stack whose parameters are cut."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, 8, 8, 3), dtype=np.uint8)
+    after = []
+    for devices in (1, 8):
+        changes = {**small.SIT_ALONE, **small.SELF_FLOW, "data.batch_size": BATCH, "mesh.fsdp": devices}
+        job = build.build(small.config(changes, ldm), jax.devices()[:devices])
+        job = dataclasses.replace(job, tx=job.tx._replace(sit=sgd()))
+        batch = sharding.put_batch(job.mesh, {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 10})
+        inputs = small.random_state(job), batch, frozen_weights.load_frozen(job), KEY
+        step = compilation.jit_step(job, inputs[0]).lower(*inputs).compile()
+        check_gathers(step.as_text(), devices)
+        after.append(jax.device_get(step(*inputs)))
+    error = small.largest_error(*after)
+    print(f"state and metrics {error:.1e}")
+    assert error < FLOAT
 
 
 # ---- accumulation ---------------------------------------------------------------------------------------------------

@@ -199,6 +199,52 @@ def test_the_head_at_the_tap_by_hand(predicts):
     assert any(name.startswith("internal_layer") for name in small.differing(new.sit.params, state.sit.params))
 
 
+@pytest.mark.parametrize("changes", [small.SIT_ALONE, {}], ids=["alone", "beside an encoder"])
+def test_the_alignment_with_the_average_by_hand(changes):
+    """Self-Flow's formula in numpy; the average, here another network, sees the image at the time of its cleanest token."""
+    job = make(ldm, changes={**changes, **small.SELF_FLOW})
+    state = small.random_state(job)
+    state = state.replace(ema=state.ema.replace(params=jax.tree.map(lambda leaf: leaf * 0.9, state.sit.params)))
+    _, frozen, new, metrics = one_step(job, state=state)
+    batch, draws, sit = batch_of(job), draws_of(job), job.nets.sit
+    t = np.asarray(draws.t)
+    assert t.shape == (BATCH, *job.latent_shape[:2]) and any(len(np.unique(sample)) == 2 for sample in t)
+    mean, std = np.split(moments_of(job, frozen, batch["image"]), 2, axis=-1)
+    z = latent_norm.normalize(mean + std * draws.posterior_noise, state.latent_stats)
+    labels = np.where(draws.label_drop, sit.null_label, batch["label"])
+    mixed, least = t[..., None], t.min(axis=(1, 2))
+    cleaner = least[:, None, None, None]
+    output, projections = sit.apply({"params": state.sit.params}, (1 - mixed) * z + mixed * draws.noise, t, labels)
+    target = sit.apply(
+        {"params": state.ema.params}, (1 - cleaner) * z + cleaner * draws.noise, least, labels, 2, method="tokens_after"
+    )
+    assert len(projections) == 1 + len(job.encoders) and projections[-1].shape == target.shape
+    a, b = (np.asarray(x, np.float64) for x in (projections[-1], target))
+    cosines = np.sum(a * b, axis=-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+    np.testing.assert_allclose(metrics["sit/self"], -np.mean(cosines), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(metrics["sit/velocity"], np.mean((output - (draws.noise - z)) ** 2), rtol=EXACT)
+    align = 0.5 * metrics.get("sit/align", 0.0)
+    expected = metrics["sit/velocity"] + align + 0.25 * metrics["sit/self"]
+    np.testing.assert_allclose(metrics["sit/loss"], expected, rtol=1e-5)
+    assert any(name.startswith(f"projectors_{len(job.encoders)}") for name in small.differing(new.sit.params, state.sit.params))
+
+
+@pytest.mark.parametrize("vae_every", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_joint_training_takes_the_alignment_with_the_average(vae_every):
+    """The encoder's alignment of both networks is without the projector to SiT's own tokens."""
+    job = make_job(**{name.replace(".", "__"): value for name, value in {**small.SELF_FLOW, "vae_every": vae_every}.items()})
+    state = small.random_state(job)
+    for variant, _ in job.variants:
+        new, metrics = jax.jit(variant.step)(state, batch_of(job), frozen_weights.load_frozen(job), KEY)
+        assert -1 <= metrics["sit/self"] <= 1 and np.isfinite(metrics["sit/loss"]) and new.skipped == 0
+
+
+def test_networks_for_sampling_have_no_projector_to_their_own_tokens():
+    config = small.config({**small.SIT_ALONE, **small.SELF_FLOW}, ldm)
+    assert build.build(config).nets.sit.feature_dims == (32,)
+    assert build.build(config, encoders=()).nets.sit.feature_dims == ()
+
+
 # ---- vae ------------------------------------------------------------------------------------------------------------
 
 VF = {"loss.vae.vf": 0.1, "loss.vf_margins": (0.1, 0.05)}

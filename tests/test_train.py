@@ -295,6 +295,25 @@ def test_two_halves_equal_the_whole(whole, half, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_aligns_with_its_average_continues_and_has_samples(tmp_path):
+    """Bit for bit; samples need neither its projector nor a second time."""
+
+    def run(steps, name):
+        changes = {"steps": steps, "checkpoint.every": 2, "log.every": 1, "hooks.samples_every": 0}
+        return train.train(small.config({**changes, **small.SIT_ALONE, **small.SELF_FLOW}, ldm), tmp_path / name)
+
+    expected, _ = run(4, "whole")
+    run(2, "halves")
+    state, finished = run(4, "halves")
+    assert finished and small.differing(state, expected) == []
+    whole, halves = (metrics_of(tmp_path / name) for name in ("whole", "halves"))
+    assert halves == whole and len({line["sit/self"] for line in whole}) == 4
+    trained = load_model(tmp_path / "halves")
+    (images,) = (batch for _, batch in sample_batches(trained, trained.sampling, np.arange(8, dtype=np.int32), 8, 0))
+    assert len({image.tobytes() for image in images}) == 8
+
+
+@pytest.mark.slow
 def test_a_converted_run_continues_bit_for_bit(whole, half, tmp_path):
     """Two steps here, out to the published layout, and two more from there in another workdir."""
     convert(half.workdir, tmp_path / "published")

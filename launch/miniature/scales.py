@@ -58,6 +58,11 @@ class Scale:
         return {"optim.sit.schedule": "1-sqrt", "optim.sit.decay_start": start, "optim.sit.decay_steps": self.steps}
 
     @property
+    def self_aligned(self) -> dict[str, Any]:
+        """Fields of a SiT that aligns with its average after 0.7 of its blocks, as Self-Flow's does."""
+        return {"loss.self_depth": round(0.7 * self.fields.get("sit.depth", 6))}
+
+    @property
     def ema_decay(self) -> float:
         """Decay of the averages of the weights."""
         return round(1 - 1 / (self.steps * HORIZON), 4)

@@ -165,12 +165,14 @@ def _discriminator(c, nets):
 
 
 def _sit(c, nets):
-    def grads(params, stats, x):
-        loss = partial(sit_loss, stats=stats, weights=c.job.recipe.sit_weights, nets=nets, recipe=c.job.recipe)
+    def grads(params, average, stats, x):
+        fields = {"weights": c.job.recipe.sit_weights, "nets": nets, "recipe": c.job.recipe}
+        loss = partial(sit_loss, stats=stats, average=average, **fields)
         return jax.grad(loss, has_aux=True)(params, x, None)[0]
 
     if c.state.sit is not None:
-        yield "sit", Part(grads, (c.state.sit.params, c.state.latent_stats, c.micro.x), _shardings(c.state.sit))
+        arguments = c.state.sit.params, c.state.ema.params, c.state.latent_stats, c.micro.x
+        yield "sit", Part(grads, arguments, _shardings(c.state.sit))
 
 
 def update(state: Any, grads: Mapping[str, Any], *, tx: Any, recipe: Any) -> tuple[Any, dict[str, Array]]:

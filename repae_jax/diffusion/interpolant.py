@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from repae_jax.diffusion import guidance
+from repae_jax.diffusion import guidance, token_times
 
 Tensor = Float[Array, "B ..."]
-Times = Float[Array, " B"]
+Times = Float[Array, "B *hw"]  # one for each sample, or for each position of the latents
 MIN_TIME = 0.05  # the least time by which a `DataObjective` divides, JiT's t_eps
 
 
@@ -108,6 +108,14 @@ class Objective:
         """Numbers that the network is given besides the time, see `SiT.conditions`."""
         return 0
 
+    def sample_time(self, key: Array, batch_size: int) -> Any:
+        """Draws a training time for each sample."""
+        raise NotImplementedError
+
+    def draw_times(self, key: Array, latent_shape: tuple[int, ...]) -> Any:
+        """Draws the times of a batch of latents [B, h, w, C]: here those of `sample_time`, one for each sample."""
+        return self.sample_time(key, latent_shape[0])
+
     def check_guidance(self, scale: float, channels: int | None, schedule: str) -> None:
         """Raises ValueError for guidance, of a scale above 1, that samples of the network cannot have."""
 
@@ -116,7 +124,7 @@ class Objective:
         raise NotImplementedError
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Any) -> Tensor:
-        """Returns z_t; t as of `sample_time`."""
+        """Returns z_t; t as of `draw_times`."""
         raise NotImplementedError
 
     def terms(
@@ -128,7 +136,7 @@ class Objective:
           network: (z_t, t, labels) -> (output, what its tap gives); gradients flow through it.
           z: normalized latents.
           noise: N(0, 1).
-          t: of `sample_time`.
+          t: of `draw_times`.
           labels: some are null_label, which stands for no class.
 
         Returns:
@@ -148,6 +156,8 @@ class VelocityObjective(Objective):
     time_mean: float = 0.0  # mean and standard deviation of log(sigma / alpha) of 'lognormal'
     time_std: float = 1.0
     time_shift: float = 1.0  # of the drawn times, see `shift_times`
+    second_time_share: float = 0.0  # probability that a token has a second time, drawn likewise, see `token_times`
+    patch_size: int = 1  # latent pixels per token side, which it needs
     predicts: ClassVar[str] = "a velocity"  # for messages
 
     def sample_time(self, key: Array, batch_size: int) -> Times:
@@ -160,6 +170,15 @@ class VelocityObjective(Objective):
         else:
             raise ValueError(f"time distribution {self.time_distribution!r} is unknown; allowed: {TIME_DISTRIBUTIONS}")
         return t if self.time_shift == 1 else shift_times(t, self.time_shift)
+
+    def draw_times(self, key: Array, latent_shape: tuple[int, ...]) -> Times:
+        """Draws the times of a batch of latents [B, h, w, C], [B]; with a second time in an image, [B, h, w]."""
+        if not self.second_time_share:
+            return super().draw_times(key, latent_shape)
+        batch_size, height, width, _ = latent_shape
+        time_key, token_key = jax.random.split(key)
+        first, second = jnp.split(self.sample_time(time_key, 2 * batch_size), 2)
+        return token_times.mix(token_key, first, second, self.second_time_share, (height, width), self.patch_size)
 
     def to_times(self, t: Times) -> Times:
         """Returns the network's times for t in [0, 1]: t itself."""

@@ -82,15 +82,17 @@ def plain_config(config) -> dict[str, Any]:
 def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[Encoder, ...] | None = None) -> Job:
     """Builds the job of a ConfigDict or nested dict, on all devices by default; ValueError for anything that cannot work.
 
-    The encoders are by default those of the config. () leaves projectors and alignment out of the networks, for sampling.
+    The encoders are by default those of the config. () leaves projectors and alignment out of the networks, for sampling, also
+    that with the averaged SiT.
     """
     sections = read_config(config)
     config = ranges.plain(sections)
     recipe = make_recipe(config)
     mesh = sharding.make_mesh(sections.mesh.fsdp, devices, sections.mesh.slices)
     sharding.check_batch(sections.data.batch_size, sections.accumulation, mesh)
+    with_projectors = encoders != ()
     encoders = describe_encoders(config) if encoders is None else encoders
-    nets = make_networks(sections, recipe, encoders)
+    nets = make_networks(sections, recipe, encoders, with_projectors)
     job = Job(
         config=config, nets=nets, encoders=encoders, recipe=recipe, mesh=mesh,
         tx=make_optimizers(sections, recipe, nets),
@@ -102,17 +104,18 @@ def build(config, devices: Sequence[jax.Device] | None = None, encoders: tuple[E
     return job
 
 
-def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder]) -> Nets:
-    """Returns the networks of a job; a discriminator and LPIPS only where a loss needs them."""
+def make_networks(sections: Config, recipe: Recipe, encoders: Sequence[Encoder], with_projectors: bool) -> Nets:
+    """Returns the networks of a job; discriminator, LPIPS and a projector to SiT's own tokens only where a loss needs them."""
     dtype, trains, weights = getattr(jnp, sections.precision.compute), JOBS[sections.job].trains, recipe.vae_weights
     feature_dims = tuple(encoder.module.hidden_size for encoder in encoders)
     sit = disc = lpips = None
     vf_dim = feature_dims[0] if "vf" in weights and encoders else None
     vae = make_vae(vars(sections.vae), sections.data.image_size, dtype=dtype, feature_dim=vf_dim)
     if "sit" in trains:
+        own = (sections.sit.hidden_size,) if recipe.self_depth and with_projectors else ()
         sit = SiT(
             **vars(sections.sit), dtype=dtype, num_classes=sections.data.num_classes,
-            latent_channels=vae.latent_channels, feature_dims=feature_dims, attention=sections.attention,
+            latent_channels=vae.latent_channels, feature_dims=feature_dims + own, attention=sections.attention,
             internal_head="internal" in recipe.sit_weights, conditions=recipe.objective.conditions,
         )  # fmt: skip
     if "disc" in trains and ("gan" in weights or not weights):  # without any weight, it alone is trained

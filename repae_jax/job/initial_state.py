@@ -162,6 +162,13 @@ def _read_checkpoint(job, abstract):
 
 def _check_checkpoint(job, checkpoint):
     """Raises ValueError for a checkpoint that the config cannot continue; warns of other hyperparameters."""
+    own = f"projectors.{len(job.encoders)}."
+    if job.recipe.self_depth and not any(name.startswith(own) for name in checkpoint.networks["model"]):
+        raise ValueError(
+            f"config.init.checkpoint: {checkpoint.source} has no projector to the SiT's own tokens ({own}*), for "
+            f"config.loss.sit.self={job.config['loss']['sit']['self']}: set it to 0, loss.self_depth to None, or start without "
+            "a checkpoint"
+        )
     init, steps = job.config["init"], job.config["steps"]
     for difference in published_args.check_args(checkpoint.args, job.config, checkpoint.source):
         logging.warning("differs from the run that made %s: %s", checkpoint.source, difference)

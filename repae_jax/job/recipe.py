@@ -9,8 +9,8 @@ from repae_jax.losses import alignment
 from repae_jax.training.averages import weights_of_new
 from repae_jax.training.recipe import Recipe, TokenizerRecipe
 
-OBJECTIVE_TERMS = {  # the first is needed; the head of 'internal' predicts a velocity, too
-    "velocity": ("velocity", "internal"),
+OBJECTIVE_TERMS = {  # the first is needed; the head of 'internal' predicts a velocity, too, and 'self' is for flows
+    "velocity": ("velocity", "internal", "self"),
     "ddpm": ("noise", "bound"),
     "mean_flow": ("mean_flow",),
 }
@@ -27,7 +27,7 @@ def make_recipe(config) -> Recipe:
         fields |= _tokenizer_fields(loss, vae)
     _check_encoders(config, vae, sit)
     if "sit" in loss:
-        fields |= _sit_fields(config, is_aligned="align" in {*vae, *sit})
+        fields |= _sit_fields(config, is_aligned="align" in {*vae, *sit}) | _self_fields(config, sit)
     fields |= {"flip_probability": config["data"]["flip_probability"], "vae_weights": vae, "sit_weights": sit}
     fields |= {name: config[name] for name in ("accumulation", "ema_decay")}
     fields["averages"] = weights_of_new(config.get("ema_decays", ()), config.get("ema_sigmas", ()))
@@ -63,7 +63,7 @@ def _sit_fields(config, is_aligned):
     """Returns the fields that SiT's objective and its schedules need."""
     loss, diffusion = config["loss"], config["diffusion"]
     fields = {name: diffusion[name] for name in ("label_dropout", "norm_momentum") if name in diffusion}
-    fields["objective"] = _objective(diffusion)
+    fields["objective"] = _objective(config)
     shape, end = loss["align_shape"], loss["align_end"]
     if end is None:
         return fields
@@ -75,12 +75,24 @@ def _sit_fields(config, is_aligned):
     return fields | {"align_factor": functools.partial(alignment.schedule_factor, shape=shape, end=end)}
 
 
+def _self_fields(config, named):
+    """Returns the fields of the alignment with the averaged SiT."""
+    depth = config["loss"].get("self_depth")
+    if ("self" in named) != (depth is not None):
+        raise ValueError(
+            f"config.loss.sit.self={named.get('self', 0)} and config.loss.self_depth={depth}: the term aligns with the tokens "
+            "of the averaged SiT after that block; give both, or weight 0 and None"
+        )
+    return {"self_depth": depth} if depth else {}
+
+
 def _objective_kind(diffusion):
     """Returns a name in OBJECTIVE_TERMS."""
     return "mean_flow" if "mean_flow" in diffusion else "ddpm" if diffusion["path"] == "ddpm" else "velocity"
 
 
-def _objective(diffusion):
+def _objective(config):
+    diffusion = config["diffusion"]
     match _objective_kind(diffusion):
         case "mean_flow":
             return mean_flow.MeanFlow(**diffusion["mean_flow"])
@@ -89,7 +101,8 @@ def _objective(diffusion):
         case _:
             objective = interpolant.OBJECTIVES[diffusion.get("predicts", "velocity")]
             given = {field.name for field in dataclasses.fields(objective)} & set(diffusion)
-            return objective(**{name: diffusion[name] for name in given})
+            sizes = {"patch_size": config["sit"]["patch_size"]} if diffusion.get("second_time_share") else {}
+            return objective(**{name: diffusion[name] for name in given}, **sizes)
 
 
 def _vae_fields(config, named):

@@ -175,7 +175,7 @@ class TokenizerLoss(VaeLoss):
                 raise FieldError(f"eq_scales, eq_prior: {error}") from error
 
 
-_LATER_TERMS = ("internal",)  # the first runs had no such term, which weight 0 is equal to
+_LATER_TERMS = ("internal", "self")  # the first runs had no such terms, which weight 0 is equal to
 
 
 @section
@@ -184,6 +184,7 @@ class SitLoss(Section):
     sit: Mapping[str, Weight]
     align_shape: str
     align_end: Positive | None
+    self_depth: Positive | None = ranges.later(None)  # block of the averaged SiT that the term 'self' aligns with
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,6 +212,7 @@ class Diffusion(Section):
     time_mean: Annotated[float, real(-10, 10)] = ranges.later(0.0)
     time_std: Annotated[float, real(above=0, most=10)] = ranges.later(1.0)
     time_shift: Annotated[float, TIME_SHIFT] = ranges.later(1.0)
+    second_time_share: Annotated[float, real(0, 0.5)] = ranges.later(0.0)
     mean_flow: MeanFlow | None = ranges.later(None)  # an average velocity in place of the velocity
 
     def __post_init__(self):
@@ -221,10 +223,12 @@ class Diffusion(Section):
             self._refuse("predicts", "velocity", "mean_flow, which predicts an average velocity")
             for name, default in (("time_mean", 0), ("time_std", 1)):
                 self._refuse(name, default, f"mean_flow, which has its own: set mean_flow.{name}")
+            self._refuse("second_time_share", 0, "mean_flow, whose networks have the same times in all tokens")
             self._refuse("time_shift", 1, "mean_flow: set mean_flow.time_mean, to the logarithm of the shift more")
         if self.path == "ddpm":
             self._refuse("time_distribution", "uniform", "path='ddpm', whose timesteps are uniform")
             self._refuse("time_shift", 1, "path='ddpm', whose timesteps are uniform")
+            self._refuse("second_time_share", 0, "path='ddpm', whose timesteps are those of whole images")
             self._refuse("predicts", "velocity", "path='ddpm', whose network predicts noise")
         if self.path != "linear":
             self._refuse("predicts", "velocity", f"path={self.path!r}: it is for 'linear'")

@@ -61,6 +61,7 @@ def check_job(job, state_shapes) -> None:
         for encoder in job.encoders:
             check_grid(encoder, [side // job.nets.sit.patch_size for side in job.latent_shape[:2]])
         _check_sigma(job)
+        _check_self(job)
         check_sampler(job.sampling, job.recipe.objective)
         check_channels(job.sampling, job.latent_shape[-1])
         check_weaker(job.sampling, job.nets.sit.internal_head, has_network=False)
@@ -160,6 +161,16 @@ def _check_sigma(job):
         raise ValueError(
             f"config.sit.learned_sigma={learned} and config.diffusion.path={job.config['diffusion']['path']!r}: 'ddpm' "
             "needs learned_sigma=True, the variance its bound trains; the others False"
+        )
+
+
+def _check_self(job):
+    """Raises ValueError unless the averaged SiT has the block to align with."""
+    sit, depth = job.nets.sit, job.recipe.self_depth
+    if depth and not sit.encoder_depth < depth <= sit.depth:
+        raise ValueError(
+            f"config.loss.self_depth={depth} must be above config.sit.encoder_depth={sit.encoder_depth}, the tap, and at most "
+            f"config.sit.depth={sit.depth}: change one of them"
         )
 
 

@@ -33,14 +33,14 @@ def torch_default_init(fan_in: int) -> dict[str, Any]:
     return {"kernel_init": init, "bias_init": init}
 
 
-def timestep_embedding(t: Float[Array, " B"], dim: int, max_period: float = 10_000.0) -> Float[Array, "B dim"]:
+def timestep_embedding(t: Float[Array, "*B"], dim: int, max_period: float = 10_000.0) -> Float[Array, "*B dim"]:
     """Returns the float32 sinusoidal embedding, cosines first; t is used as it is, in [0, 1], not scaled to 1000.
 
     Reference: SiT's TimestepEmbedder.timestep_embedding.
     """
     half = dim // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -96,9 +96,14 @@ class Conv(nn.Conv):
         return super().__call__(x).astype(self.dtype)
 
 
-def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Float[Array, "B T D"]:
-    """Returns x * (1 + scale) + shift, adaLN's modulation."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+def over_tokens(x: Float[Array, "B *T D"]) -> Float[Array, "B T D"]:
+    """Returns numbers of each sample with an axis for its tokens; numbers of each token as they are."""
+    return x[:, None] if x.ndim == 2 else x
+
+
+def modulate(x: Float[Array, "B T D"], shift: Float[Array, "B *T D"], scale: Float[Array, "B *T D"]) -> Float[Array, "B T D"]:
+    """Returns x * (1 + scale) + shift, adaLN's modulation, the same for all tokens of a sample or that of each."""
+    return x * (1 + over_tokens(scale)) + over_tokens(shift)
 
 
 class Attention(nn.Module):

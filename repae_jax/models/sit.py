@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from repae_jax.distributed.sharding import unsharded
 from repae_jax.models import layers
 from repae_jax.models.fused_ops import rows_major
 
@@ -22,7 +23,7 @@ PROJECTORS = ("mlp", "conv")
 _INTERNAL = "internal"  # Flax's collection for the output of the head at the tap
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 Latents = Float[Array, "B h w C"]
-Times = Float[Array, " B"]
+Times = Float[Array, "B *hw"]  # one for each sample, or for each position of the latents, alike in a token
 Labels = Int[Array, " B"]
 
 
@@ -33,14 +34,14 @@ class TimestepEmbedder(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
+    def __call__(self, t: Float[Array, "*B"]) -> Float[Array, "*B D"]:
         x = layers.timestep_embedding(t, 256).astype(self.dtype)
         x = layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc1")(x)
         return layers.Dense(self.hidden_size, kernel_init=normal_02, dtype=self.dtype, name="fc2")(nn.silu(x))
 
 
 class SiTBlock(nn.Module):
-    """An adaLN-zero transformer block, conditioned on c; returns (x, None), as `nn.scan` takes it."""
+    """An adaLN-zero transformer block, conditioned on c, of samples or tokens; returns (x, None), as `nn.scan` takes it."""
 
     num_heads: int
     mlp_ratio: float
@@ -49,7 +50,7 @@ class SiTBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B T D"], None]:
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B *T D"]) -> tuple[Float[Array, "B T D"], None]:
         width, zeros = x.shape[-1], nn.initializers.zeros
         modulation = layers.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
         # in float32, so that their gradients are summed over the tokens in float32
@@ -61,8 +62,8 @@ class SiTBlock(nn.Module):
             self.num_heads, self.qk_norm, qkv_init, implementation=self.attention, dtype=self.dtype, name="attn"
         )
         mlp = layers.Mlp(int(width * self.mlp_ratio), gelu_tanh, dtype=self.dtype, name="mlp")
-        x = x + gate_msa[:, None] * attention(layers.modulate(norm()(x), shift_msa, scale_msa))
-        x = x + gate_mlp[:, None] * mlp(layers.modulate(norm()(x), shift_mlp, scale_mlp))
+        x = x + layers.over_tokens(gate_msa) * attention(layers.modulate(norm()(x), shift_msa, scale_msa))
+        x = x + layers.over_tokens(gate_mlp) * mlp(layers.modulate(norm()(x), shift_mlp, scale_mlp))
         return x, None
 
 
@@ -73,7 +74,7 @@ class FinalLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B D"]) -> Float[Array, "B T out_dim"]:
+    def __call__(self, x: Float[Array, "B T D"], c: Float[Array, "B *T D"]) -> Float[Array, "B T out_dim"]:
         zeros = nn.initializers.zeros
         modulation = layers.Dense(2 * x.shape[-1], kernel_init=zeros, dtype=self.dtype, name="adaLN_modulation")(nn.silu(c))
         shift, scale = jnp.split(modulation, 2, axis=-1)
@@ -142,7 +143,8 @@ class SiT(nn.Module):
     depth: int
     num_heads: int
     encoder_depth: int  # blocks before the alignment tap, 1..depth
-    feature_dims: tuple[int, ...] = ()  # feature width of each encoder to align with; () builds no projector
+    # feature width of each encoder to align with, and last, where it aligns with its average, its own; () builds no projector
+    feature_dims: tuple[int, ...] = ()
     projector: str = "mlp"  # REPA's; or 'conv', iREPA's 3x3 convolution
     projector_dim: int = 2048  # hidden width of an 'mlp' projector
     mlp_ratio: float = 4.0
@@ -198,7 +200,10 @@ class SiT(nn.Module):
         x = self.x_embedder(layers.patchify(z_t.astype(self.dtype), self.patch_size))
         x = self.pos_embed(x, height, width)  # the residual stream is float32
         t, *others = t[: 1 + self.conditions] if self.conditions else [t]
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        if t.ndim == 3:
+            t = t[:, :: self.patch_size, :: self.patch_size].reshape(x.shape[:2])
+        times, classes = self.t_embedder(t), self.y_embedder(labels)
+        c = times + (classes if times.ndim == 2 else layers.over_tokens(classes))
         return x, sum((embed(number) for embed, number in zip(self.condition_embedders, others)), c)
 
     def _to_tap(self, z_t, t, labels):
@@ -213,10 +218,28 @@ class SiT(nn.Module):
         """Returns the hidden states after block `encoder_depth`. Arguments as in `__call__`."""
         return self._to_tap(z_t, t, labels)[0]
 
+    def tokens_after(self, z_t: Latents, t: Times, labels: Labels, blocks: int) -> Float[Array, "B T D"]:
+        """Returns the hidden states after so many blocks, more than `encoder_depth`; arguments as in `__call__`.
+
+        Only the parameters of `late_blocks` that it needs are read, and nothing after them is computed.
+        """
+        x, c = self._to_tap(z_t, t, labels)
+        block = self._lone_block()
+
+        def apply_block(x, params):
+            return block.apply({"params": unsharded(params)}, x, c)
+
+        late = jax.tree.map(lambda leaf: leaf[: blocks - self.encoder_depth], self.late_blocks.variables["params"])
+        return jax.lax.scan(apply_block, x, late)[0]
+
+    def _lone_block(self):
+        """Returns a block to apply to the parameters of one layer of a stack."""
+        return SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.attention, self.dtype, parent=None)
+
     def mean_tokens(self, z_t: Latents, t: Times, labels: Labels) -> Float[Array, "depth B D"]:
         """Returns the hidden states after every block, averaged over the tokens, float32. Arguments as in `__call__`."""
         x, c = self._embed(z_t, t, labels)
-        block = SiTBlock(self.num_heads, self.mlp_ratio, self.qk_norm, self.attention, self.dtype, parent=None)
+        block = self._lone_block()
 
         def apply_block(x, params):
             x, _ = block.apply({"params": params}, x, c)
@@ -235,9 +258,9 @@ class SiT(nn.Module):
     def __call__(self, z_t: Latents, t: Times, labels: Labels) -> tuple[Latents, tuple[Float[Array, "B T F"], ...]]:
         """Returns the float32 velocity of noisy normalized latents, and the projections at the tap, one for each encoder.
 
-        Time 0 is data, 1 is noise; a DiT has 0..999; with `conditions`, t is (t, *conditions). If learned_sigma, the velocity,
-        or DiT's noise, is the first half of 2C channels. The output of the head at the tap, if there is one, is sown, see
-        `with_tap`.
+        Time 0 is data, 1 is noise; a DiT has 0..999; with `conditions`, t is (t, *conditions). With a time for each token, the
+        blocks are modulated token by token. If learned_sigma, the velocity, or DiT's noise, is the first half of 2C channels.
+        The output of the head at the tap, if there is one, is sown, see `with_tap`.
         """
         x, c = self._to_tap(z_t, t, labels)
         projections = self._project(x, z_t)
@@ -255,7 +278,7 @@ class SiT(nn.Module):
 class Tap(NamedTuple):
     """What the tap gives."""
 
-    projections: tuple[Float[Array, "B T F"], ...]  # one for each encoder
+    projections: tuple[Float[Array, "B T F"], ...]  # one for each of `feature_dims`
     output: Latents | None  # of the head for internal guidance, which predicts what the SiT does; None without one
 
 

@@ -23,7 +23,9 @@ class Inputs:
     labels: Int[Array, " B"]  # none is dropped yet
     targets: tuple[Float[Array, "B T F"], ...]  # the encoders' patch tokens, one array per encoder
     posterior_noise: Float[Array, "B h w C"]  # N(0, 1), samples the VAE's posterior
-    t: Any  # [B], shared by both SiT passes: times in [0, 1], where 1 is noise, DiT's timesteps 0..999, or MeanFlow's Span
+    # [B], shared by both SiT passes: times in [0, 1], where 1 is noise, DiT's timesteps 0..999, or MeanFlow's Span; [B, h, w]
+    # where tokens have times of their own
+    t: Any
     noise: Float[Array, "B h w C"]  # N(0, 1), shared by both SiT passes
     label_drop: Bool[Array, " B"]  # True where SiT's own loss (phase 3) replaces the label by the null label
     moments: Float[Array, "B h w 2C"] | None = None  # mean and standard deviation of cached posteriors
@@ -56,7 +58,7 @@ def sample_noise(key, step, latent_shape: tuple[int, ...], recipe) -> dict[str, 
     keys = named_keys(key, step, "posterior", "time", "noise", "label_drop")
     return {
         "posterior_noise": jax.random.normal(keys["posterior"], latent_shape),
-        "t": recipe.objective.sample_time(keys["time"], latent_shape[0]),
+        "t": recipe.objective.draw_times(keys["time"], latent_shape),
         "noise": jax.random.normal(keys["noise"], latent_shape),
         "label_drop": jax.random.uniform(keys["label_drop"], latent_shape[:1]) < recipe.label_dropout,
     }

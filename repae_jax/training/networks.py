@@ -70,6 +70,10 @@ class BoundSiT(_Bound):
         """Returns the projections of `__call__` alone; no block beyond the one that they are taken from is computed."""
         return self._apply(params, z_t, t, labels, method="align")
 
+    def tokens_after(self, params: Any, z_t: Float[Array, "B h w C"], t: Array, labels: Int[Array, " B"], blocks: int):
+        """Returns the hidden states [B, T, D] after so many blocks, past the tap."""
+        return self._apply(params, z_t, t, labels, blocks, method="tokens_after")
+
 
 class BoundDiscriminator(_Bound):
     """The discriminator; its batch norms normalize with the batch's own statistics; the running ones are for export."""

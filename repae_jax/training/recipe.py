@@ -26,6 +26,7 @@ class Recipe:
     vae_weights: Mapping[str, float]  # names as in `train_step.VAE_TERMS`, for tokenizers those of `tokenizer_step`, too
     sit_weights: Mapping[str, float]  # names of the objective's own terms, or as in `train_step.SIT_TERMS`
     objective: Any = VelocityObjective()  # or a ddpm.NoiseObjective, or a mean_flow.MeanFlow
+    self_depth: int = 0  # block of the averaged SiT that the term 'self' aligns with; 0 without it
     align_factor: Callable | None = None  # step -> factor of both alignment weights; None is 1
     lpips_input_range: tuple[float, float] = (-1.0, 1.0)  # see `reconstruction.perceptual`
     gan_start: int = 0  # first step with an adversarial loss; the discriminator's hinge loss starts then, too

@@ -99,6 +99,13 @@ def sit_run(folder, frozen_vae):
 
 
 @pytest.fixture(scope="module")
+def self_run(folder, frozen_vae):
+    """It aligns with its average, beside an encoder."""
+    run = {"loss__sit__self": 0.8, "loss__self_depth": 2, "diffusion__second_time_share": 0.25}
+    return make_run(folder / "self", make_config(ldm, init__vae=str(frozen_vae), **run))
+
+
+@pytest.fixture(scope="module")
 def dit_run(folder, frozen_vae):
     """It has no encoders. Its norms tell the number of heads, so that its weights alone can be read."""
     config = make_config(
@@ -123,10 +130,10 @@ def disc_run(folder, frozen_vae):
 
 
 @pytest.fixture(scope="module")
-def converted(folder, sit_run, dit_run):
+def converted(folder, sit_run, self_run, dit_run):
     """Job -> folder of the published layout."""
-    targets = {"sit": folder / "sit-published", "dit": folder / "dit-published"}
-    for target, (_, _, workdir) in zip(targets.values(), (sit_run, dit_run)):
+    targets = {name: folder / f"{name}-published" for name in ("sit", "self", "dit")}
+    for target, (_, _, workdir) in zip(targets.values(), (sit_run, self_run, dit_run)):
         assert call("convert", workdir, target) == 0
     return targets
 
@@ -185,13 +192,13 @@ def test_a_dit_and_a_run_without_encoders(converted):
     assert (args["path_type"], args["prediction"], args["enc_type"]) == ("ddpm", "eps", "None")
 
 
-@pytest.mark.parametrize("name", ["sit", "dit"])
+@pytest.mark.parametrize("name", ["sit", "self", "dit"])
 def test_it_comes_back_bit_for_bit(request, converted, name):
     run = request.getfixturevalue(f"{name}_run")
     assert small.differing(continued(run, converted[name]), run[1]) == []
 
 
-@pytest.mark.parametrize("name", ["sit", "dit"])
+@pytest.mark.parametrize("name", ["sit", "self", "dit"])
 def test_the_same_images_from_the_run_and_its_conversion(request, converted, frozen_vae, name):
     expected = images(request.getfixturevalue(f"{name}_run")[2])
     assert len({image.tobytes() for image in expected}) == 4
@@ -238,6 +245,11 @@ def test_a_dits_file_is_none_for_a_velocity(sit_run, converted, tmp_path):
         continued(sit_run, tmp_path / "DiT.pt")
     with pytest.raises(ValueError, match="config.diffusion.path='linear', but path_type='ddpm'"):
         continued(sit_run, converted["dit"])
+
+
+def test_a_checkpoint_without_a_projector_to_its_own_tokens(self_run, converted):
+    with pytest.raises(ValueError, match=r"config.init.checkpoint: .*no projector .*projectors\.1\..*config.loss.sit.self=0.8"):
+        continued(self_run, converted["sit"])
 
 
 def test_a_checkpoint_of_another_job(sit_run, converted, tmp_path):

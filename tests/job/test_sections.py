@@ -121,3 +121,5 @@ def test_a_loss_that_came_later_leaves_configs_without_it_as_they_were(file):
     assert plain_config(older) == plain
     weighted = {**plain, "loss": {**plain["loss"], "sit": {**plain["loss"]["sit"], "internal": 0.5}}}
     assert plain_config(weighted)["loss"]["sit"]["internal"] == 0.5
+    assert "self" in file.get_config().loss.sit and "self" not in plain["loss"]["sit"]
+    assert "self_depth" not in plain["loss"] and "second_time_share" not in plain["diffusion"]

@@ -346,3 +346,36 @@ def test_the_head_at_the_tap_changes_nothing_else():
     same = {**params, "late_blocks": late, "internal_layer": params["final_layer"]}
     velocity, tap = with_tap(sit, same, z, t, labels)
     np.testing.assert_allclose(tap.output, velocity, atol=1e-5)
+
+
+def _tiny_inputs():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 4)), jnp.float32)
+    return z, jnp.asarray([0.2, 0.9]), jnp.arange(2)
+
+
+def test_tokens_may_have_times_of_their_own():
+    """The same time in all tokens is a time of the image, 1e-5; another time in one token changes that one most."""
+    sit, (z, t, labels) = SiT(**TINY), _tiny_inputs()
+    params = draw(jax.eval_shape(sit.init, jax.random.key(0), z, t, labels)["params"])
+    apply = jax.jit(lambda times: sit.apply({"params": params}, z, times, labels))
+    alike = jnp.broadcast_to(t[:, None, None], (2, 8, 8))
+    velocity, projections = apply(alike)
+    expected, of_image = apply(t)
+    np.testing.assert_allclose(velocity, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(projections[0], of_image[0], rtol=1e-5, atol=1e-5)
+    _, changed = apply(alike.at[0, 2:4, 6:8].set(0.9))  # token 1 x 4 + 3
+    moved = np.abs(np.asarray(changed[0] - of_image[0])).max(axis=-1)
+    assert moved[0].argmax() == 7 and moved[0, 7] > 1e-3 and moved[1].max() < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [3, 4])
+def test_tokens_after_a_later_block_are_those_of_a_network_that_ends_there(blocks):
+    sit, (z, t, labels) = SiT(**TINY), _tiny_inputs()
+    params = draw(jax.eval_shape(sit.init, jax.random.key(0), z, t, labels)["params"])
+    late = jax.tree.map(lambda leaf: leaf[: blocks - 2], params["late_blocks"])
+    early = jax.tree.map(lambda *parts: jnp.concatenate(parts), params["early_blocks"], late)
+    joined = {name: tree for name, tree in params.items() if name != "late_blocks"} | {"early_blocks": early}
+    whole = sit.clone(encoder_depth=blocks, depth=blocks)
+    expected = whole.apply({"params": joined}, z, t, labels, method="tap_tokens")
+    tokens = sit.apply({"params": params}, z, t, labels, blocks, method="tokens_after")
+    np.testing.assert_allclose(tokens, expected, rtol=1e-5, atol=1e-5)

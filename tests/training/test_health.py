@@ -131,6 +131,10 @@ def test_alignment_may_be_lost_after_its_end():
     assert named(lost, health.Watch(align_end=6000)) == []
 
 
+def test_a_target_that_moves_is_not_watched():
+    assert "sit/self" not in health.WATCHED and named(usual(sit__self=lambda i: -0.2)) == []
+
+
 def test_a_gan_that_has_not_begun_is_no_fault():
     """Its hinge loss is logged with its factor, 0, the gradient is 0, and untrained logits are alike."""
     silent = dict.fromkeys(("disc__hinge", "grad_norm__disc", "disc__logits_real", "disc__logits_fake"), lambda i: 0.0)
