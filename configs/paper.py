@@ -49,6 +49,7 @@ _E2E = "REPA-E/e2e-vavae/e2e-vavae-400k"
 _RAE = "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"  # the statistics of its latents are in it
 _VTP = "MiniMaxAI/VTP-Large-f16d64"  # its statistics are a file of its repository, generation/latent_stats/vtp_l
 _SCALED = "stabilityai/sd-vae-ft-ema"  # SD-VAE's latents times 0.18215, as SiT, DiT and REPA take them
+_SCALED_MSE = "stabilityai/sd-vae-ft-mse"  # the same encoder with another decoder
 
 
 def _joint(table, published, arg="sit=L/2", vae=_SDVAE, steps=100_000, **changes):
@@ -57,7 +58,7 @@ def _joint(table, published, arg="sit=L/2", vae=_SDVAE, steps=100_000, **changes
 
 
 def _frozen(table, published, arg="model=SiT-L/2,vae=f8d4", vae=_SCALED, steps=400_000, **changes):
-    is_folder = vae in (_SCALED, _RAE, _VTP)
+    is_folder = vae in (_SCALED, _SCALED_MSE, _RAE, _VTP)
     files = {"init.vae": vae, "init.latent_stats": vae} if is_folder else common.vae_files(vae, "vae", "latent_stats")
     return Row(table, "ldm", arg, {**files, "steps": steps, **_dotted(changes)}, published)
 
@@ -69,13 +70,21 @@ def _dotted(changes):
 # as published for SiT and DiT: 1,400 epochs, mirrored images, no clipping
 _ALONE = {"steps": 7_000_000, "data__flip_probability": 0.5, "optim__sit__clip_norm": 1e9}
 
-# the code of MeanFlow: float32, and no clipping
-_FAST_FORWARD = {"optim__sit__b2": 0.95, "optim__sit__clip_norm": 1e9, "precision__compute": "float32"}
+# the code of MeanFlow: float32, no clipping, and the other of SD-VAE's two decoders
+_FAST_FORWARD = {
+    "vae": _SCALED_MSE, "optim__sit__b2": 0.95, "optim__sit__clip_norm": 1e9, "precision__compute": "float32",
+}  # fmt: skip
 
 # as published for RAE and VTP: 80 epochs are 100,000 steps of 1024 images
 _OF_1024 = {
     "steps": 100_000, "data__batch_size": 1024, "data__flip_probability": 0.5, "diffusion__time_distribution": "lognormal",
     "optim__sit__learning_rate": 2e-4, "optim__sit__b2": 0.95,
+}  # fmt: skip
+
+# constant for 40 epochs, then a tenth after 800
+_RAE_RATE = {
+    "optim__sit__schedule": "linear", "optim__sit__decay_start": 50_000, "optim__sit__decay_steps": 1_000_000,
+    "optim__sit__final_learning_rate": 2e-5,
 }  # fmt: skip
 
 ROWS = {
@@ -175,12 +184,12 @@ ROWS = {
     "rae-dit-xl": _frozen(
         "RAE (2510.11690)", "4.28 (IS 222), Euler-50, with RoPE, SwiGLU and RMSNorm; DiT-DH-XL 2.16",
         "model=SiT-XL/1,vae=rae-dinov2-base,encoder=none", _RAE, ema_decay=0.9995, sampling__sampler="euler",
-        sampling__steps=50, **_OF_1024,
+        sampling__steps=50, **_OF_1024, **_RAE_RATE,
     ),
     "vtp-dit-xl": _frozen(
         "VTP (2512.13687)", "2.03, Euler-250, with RoPE, SwiGLU, RMSNorm and a cosine loss; 1.11 in the end",
         "model=SiT-XL/1,vae=vtp-large,encoder=none", _VTP, init__latent_stats="", diffusion__time_mean=0.75,
-        sampling__sampler="euler", sampling__time_shift=1 / 0.075, **_OF_1024,
+        sampling__sampler="euler", sampling__time_shift=1 / 0.075, optim__sit__clip_norm=1e9, **_OF_1024,
     ),
     "repae-two-encoders": _joint("none", "-", "sit=L/2,encoder=dinov2-base+ijepa_vith14_1k"),
 }  # fmt: skip

@@ -252,8 +252,12 @@ class ConfigParser(Parser):
         except (flags.Error, ValueError) as error:
             sys.exit(f"error: {' '.join(str(error).split())}")
         if left:
-            advice = "; a field of the config and its value are one word, --config.FIELD=VALUE"
-            self.error(f"unrecognized arguments: {' '.join(left)}{advice * (not left[0].startswith('-'))}")
+            advice = ""
+            if not left[0].startswith("-"):
+                advice = "; a field of the config and its value are one word, --config.FIELD=VALUE"
+            elif "then" in self._names and re.match(r"--?then\.", left[0]):
+                advice = "; add --then=FILE, the config of the second phase, whose field it is"
+            self.error(f"unrecognized arguments: {' '.join(left)}{advice}")
         return arguments
 
 

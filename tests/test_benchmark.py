@@ -231,6 +231,7 @@ def test_nothing_starts_at_zero():
         (lambda: small.config({"data.batch_size": 9}), {}, "data.batch_size=9 is not divisible by 8 devices"),
         (lambda: small.config({}), {"sample_batch": 9}, "--sample_batch=9 is not a multiple of the 8 devices"),
         (lambda: small.config({}, vae), {"sample_batch": 8}, "config.job='vae' has no SiT to sample with"),
+        (lambda: small.config({"sampling.sampler": "dopri5"}), {}, "config.sampling.sampler='dopri5' .* or --sample_batch=0"),
         (lambda: {"job": "none"}, {}, "config.job='none' is unknown"),
     ],
 )

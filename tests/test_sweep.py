@@ -322,6 +322,15 @@ def test_points_that_do_not_fit_the_runs_own_interval(workdir, trained, real, tm
     assert not (tmp_path / "swept").exists()
 
 
+@pytest.mark.integration
+def test_points_that_are_all_the_same(workdir, trained, real, tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: trained)
+    message = r"--sweep weaker_low=0:0.5:0.1: every point is 0000002-euler2-cfg1-\S+, because .* needs a scale above 1"
+    with pytest.raises(ValueError, match=message):
+        swept(workdir, real, "weaker_low=0:0.5:0.1", extra=(*MODEL, "--guidance_scale", "1", "--out", tmp_path / "swept"))
+    assert not drawn
+
+
 def test_a_missing_reference_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("weights were read before"))
     with pytest.raises(FileNotFoundError, match="absent.npz does not exist; check --reference"):

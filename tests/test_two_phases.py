@@ -282,6 +282,12 @@ def test_words_of_a_flag_file_are_refused(tmp_path):
     assert (args.then.steps, args.then.init.stats_images) == (3, 8)
 
 
+def test_fields_of_a_second_phase_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([*FLAGS, "--then.steps=1"])
+    assert "unrecognized arguments: --then.steps=1; add --then=FILE" in capsys.readouterr().err
+
+
 def test_given_fields_are_fields_of_the_config():
     config = ldm.get_config()
     for name in two_phases.GIVEN:

@@ -151,6 +151,10 @@ def test_learning_rates_are_of_steps(schedule, start, end):
             {"optim.vae.schedule": "1-sqrt", "optim.vae.decay_start": 6, "optim.vae.decay_steps": 8},
             "config.vae_every=4 does not divide config.optim.vae.decay_start=6, .*set it to 8",
         ),
+        (
+            {"init.checkpoint": "x.pt", "optim.disc.schedule": "linear", "optim.disc.decay_steps": 8},
+            "config.vae_every=4 and config.optim.disc.decay_steps=8: .* config.init.checkpoint='x.pt'",
+        ),
     ],
 )
 def test_schedules_that_do_not_go_with_it(changes, message):

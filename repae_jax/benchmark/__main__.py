@@ -95,6 +95,9 @@ def _measure_step(job, frozen, key, steps, say):
 
 
 def _check_sample_batch(job, sample_batch):
+    if sample_batch != 0 and job.sampling is not None and job.sampling.method.adaptive:
+        takes = "takes as many steps as weights need, and these may be random"
+        raise ValueError(f"config.sampling.sampler={job.sampling.sampler!r} {takes}: choose another, or --sample_batch=0")
     if sample_batch is None:
         return fid_batch(job)
     if sample_batch and job.sampling is None:

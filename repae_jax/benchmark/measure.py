@@ -262,10 +262,15 @@ def measure_input(job: build.Job, step: Step, frozen: Mapping[str, Any], count: 
         seconds = time.perf_counter() - began
         alone = sum(multihost.all_gather(count * section["batch_size"] / jax.process_count() / seconds))
         began, waited = time.perf_counter(), loader.wait_seconds
-        timed = spread(time_calls(lambda: step(sharding.put_batch(job.mesh, next(loader))), count, ahead=AHEAD))
+        call = functools.partial(_fed_step, job, step, loader)
+        timed = spread(time_calls(call, count, ahead=AHEAD, period=job.vae_every))
         share = (loader.wait_seconds - waited) / (time.perf_counter() - began)
     fed = {"images_per_second": section["batch_size"] / timed["median"], "input_wait": max(multihost.all_gather(share))}
     return {"images_per_second": alone, "workers": section["workers"], "processes": jax.process_count(), "with_step": fed}
+
+
+def _fed_step(job, step, loader):
+    return step(sharding.put_batch(job.mesh, next(loader)))
 
 
 def _source(job, frozen):

@@ -46,8 +46,10 @@ class MeanFlow(Section, Objective):
       kappa = 1 - 1 / scale; omega is 1, so that g is the same formula.
 
     Samples without a class have g = v, and move by their own velocity; in the public code of the improved form they move by
-    that of the class that was dropped. Of the improved form there are here neither the second head, which predicts v in
-    training, nor intervals of guidance as further inputs, nor tokens for the conditions; its networks are others, too.
+    that of the class that was dropped. Both codes drop the classes of the first samples, all of which have r = t, so that
+    their networks learn no average velocity without a class; here any sample's class may be dropped, as guidance in sampling
+    needs that velocity. Of the improved form there are here neither the second head, which predicts v in training, nor
+    intervals of guidance as further inputs, nor tokens for the conditions; its networks are others, too.
     """
 
     time_mean: Annotated[float, real()] = -0.4  # times are sigmoid(N(mean, std)), t the later of two draws and r the other
@@ -84,6 +86,11 @@ class MeanFlow(Section, Objective):
     def fixes_guidance(self) -> bool:
         """True if a scale of guidance is trained into the network."""
         return (self.omega, self.kappa) != (1, 0)
+
+    @property
+    def trains_guidance(self) -> bool:
+        """True if the velocity to learn is guided away from the network's own without a class."""
+        return self.fixes_guidance or self.is_told_guidance
 
     @property
     def conditions(self) -> int:
@@ -170,7 +177,7 @@ class MeanFlow(Section, Objective):
         own, target = velocity, velocity
         if self.tangent == "network" or self.kappa or self.is_told_guidance:
             own = at_once(labels, t.kappa)
-        if self.fixes_guidance or self.is_told_guidance:
+        if self.trains_guidance:
             null = at_once(jnp.full_like(labels, null_label), None if t.kappa is None else jnp.zeros_like(t.kappa))
             guided = omega * velocity + (1 - omega - kappa) * null + kappa * own
             target = jnp.where(expand(labels == null_label, z_t), velocity, guided)

@@ -382,7 +382,7 @@ def check_sampler(sampling: Sampling, objective: Any) -> None:
         raise ValueError(f"{given}: it is of {adaptive}; set it to {Dopri5.tolerance}, or choose another sampler")
     if sampling.guidance_power != MDT_POWER and sampling.guidance_schedule != "power_cosine":
         given = f"guidance_power={sampling.guidance_power} and guidance_schedule={sampling.guidance_schedule!r}"
-        raise ValueError(f"{given}: only 'power_cosine' has a power; leave it out, or choose that schedule")
+        raise ValueError(f"{given}: only 'power_cosine' has a power; set it to {MDT_POWER}, or choose that schedule")
     check(f"sampler {sampling.sampler!r}: steps", whole(sampler.fewest_steps), sampling.steps)
     sampler.times(sampling.steps)
     _check_guidance(sampling, objective)

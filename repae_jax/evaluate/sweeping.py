@@ -53,13 +53,23 @@ def run_sweep(args: argparse.Namespace) -> tuple[epath.Path | None, sweep.Sweep 
 
 
 def _commands(args: argparse.Namespace, trained: LoadedModel) -> dict[str, tuple[sweep.Point, argparse.Namespace]]:
-    """Returns name of a result -> (point, settings of its evaluation); without guidance, all intervals are the same."""
+    """Returns name of a result -> (point, settings of its evaluation); without guidance, all intervals are the same.
+
+    ValueError if all of several points are the same.
+    """
     commands: dict[str, tuple[sweep.Point, argparse.Namespace]] = {}
-    for point in sweep.points(args.sweep):
+    points = sweep.points(args.sweep)
+    for point in points:
         command = argparse.Namespace(**{**vars(args), **point, "sweep": None, "model_options": []})
         sampling, _ = sample.choose_sampling(command, trained)
         name = sample.settings_name(trained.step, sampling, command, trained.weaker_for(sampling))
         commands.setdefault(name, (point, command))
+    if len(commands) == 1 < len(points):
+        (name,) = commands
+        raise ValueError(
+            f"--sweep {' '.join(map(str, args.sweep))}: every point is {name}, because an interval or a power of guidance "
+            "needs a scale above 1: give one"
+        )
     return commands
 
 

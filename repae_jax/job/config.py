@@ -93,7 +93,7 @@ class RepaeConfig(VaeConfig, LdmConfig):
         self._check_vae_every()
 
     def _check_vae_every(self):
-        """Raises FieldError for a schedule shorter than `vae_every`, or one of rates that this does not divide."""
+        """Raises FieldError for a schedule shorter than `vae_every`, of rates that it does not divide, or that cannot go on."""
         every = self.vae_every
         ends = {"steps": self.steps, "loss.gan_start": self.loss.gan_start, "loss.align_end": self.loss.align_end}
         for name, value in ends.items():
@@ -104,6 +104,11 @@ class RepaeConfig(VaeConfig, LdmConfig):
                 )
         for network, name in itertools.product(("vae", "disc"), SCHEDULED):
             value = getattr(getattr(self.optim, network), name)
+            if value and every > 1 and self.init.checkpoint:
+                raise FieldError(
+                    f"vae_every={every} and config.optim.{network}.{name}={value}: a schedule of updates cannot go on from "
+                    f"config.init.checkpoint={self.init.checkpoint!r}, which has one update a step: leave one of the three out"
+                )
             if value and value % every:
                 raise FieldError(
                     f"vae_every={every} does not divide config.optim.{network}.{name}={value}, which are steps, too: set it to "

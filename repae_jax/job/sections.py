@@ -225,6 +225,11 @@ class Diffusion(Section):
                 self._refuse(name, default, f"mean_flow, which has its own: set mean_flow.{name}")
             self._refuse("second_time_share", 0, "mean_flow, whose networks have the same times in all tokens")
             self._refuse("time_shift", 1, "mean_flow: set mean_flow.time_mean, to the logarithm of the shift more")
+            if self.mean_flow.trains_guidance and not self.label_dropout:
+                raise FieldError(
+                    f"label_dropout={self.label_dropout} trains no output without a class, which mean_flow guides away from: "
+                    "set it above 0, or mean_flow.omega to 1, kappa to 0 and largest_scale to 1"
+                )
         if self.path == "ddpm":
             self._refuse("time_distribution", "uniform", "path='ddpm', whose timesteps are uniform")
             self._refuse("time_shift", 1, "path='ddpm', whose timesteps are uniform")

@@ -57,6 +57,7 @@ def check_job(job, state_shapes) -> None:
     _check_family(job)
     _check_scales(job)
     _check_squares(job)
+    _check_start(job)
     if job.nets.sit is not None:
         for encoder in job.encoders:
             check_grid(encoder, [side // job.nets.sit.patch_size for side in job.latent_shape[:2]])
@@ -154,6 +155,20 @@ def _check_squares(job):
         )
 
 
+def _check_start(job):
+    """Raises ValueError for a published checkpoint as the start of a network of which the published code has none."""
+    start, diffusion = job.config["init"].get("checkpoint"), job.config.get("diffusion", {})
+    fields = {
+        "diffusion.mean_flow": "mean_flow" in diffusion, "diffusion.predicts='data'": "predicts" in diffusion,
+        "loss.sit.internal": "internal" in job.recipe.sit_weights,
+    }  # fmt: skip
+    if start and (found := [name for name, is_there in fields.items() if is_there]):
+        raise ValueError(
+            f"config.init.checkpoint={start!r} continues a SiT or DiT of the published code, which has none with "
+            f"config.{found[0]}: leave one of them out; config.init.vae alone starts a new SiT"
+        )
+
+
 def _check_sigma(job):
     """Raises ValueError unless the network learns a variance exactly where the objective trains one."""
     learned = job.nets.sit.learned_sigma
@@ -219,7 +234,7 @@ def _check_fixed(job, shapes):
 
 
 def _check_muon(job, shapes):
-    """Raises ValueError where Muon would have no matrix to update, as in a VAE or a discriminator, or no way to go on."""
+    """Raises ValueError where Muon would have no matrix to update, as in a convolutional VAE or a discriminator."""
     for name, optim in job.config["optim"].items():
         if optim.get("method") != "muon":
             continue

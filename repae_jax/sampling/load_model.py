@@ -82,6 +82,11 @@ class LoadedModel:
         """Returns the network that autoguidance guides away from by these settings."""
         return self.weaker if sampling.autoguidance_scale > 1 else None
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of what `params` holds: of billions of bytes, which take seconds."""
+        return {name: checkpoint.fingerprint(tree) for name, tree in self.params.items()}
+
     @property
     def tokenizer(self) -> LoadedTokenizer:
         """The VAE alone."""
@@ -152,8 +157,7 @@ def add_weaker(model: LoadedModel, weaker: LoadedModel, source: str) -> LoadedMo
         return {
             "latent shape": of.latent_shape, "number of classes": of.num_classes,
             "prediction": (of.objective.predicts, getattr(of.objective, "path", None)),
-            "VAE": checkpoint.fingerprint(of.params["vae"]),
-            "statistics of the latents": checkpoint.fingerprint(of.params["latent_stats"]),
+            "VAE": of.fingerprints["vae"], "statistics of the latents": of.fingerprints["latent_stats"],
         }  # fmt: skip
 
     ours, theirs = facts(model), facts(weaker)
@@ -161,7 +165,7 @@ def add_weaker(model: LoadedModel, weaker: LoadedModel, source: str) -> LoadedMo
         if value != ours[name]:
             advice = "take an earlier checkpoint of a run on a frozen VAE, or a smaller SiT on that VAE"
             raise ValueError(f"autoguidance={source}: its {name} is {value}, the model's {ours[name]}; {advice}")
-    if checkpoint.fingerprint(weaker.params["sit"]) == checkpoint.fingerprint(model.params["sit"]):
+    if weaker.fingerprints["sit"] == model.fingerprints["sit"]:
         same = f"its weights, of step {weaker.step}, are the model's, of step {model.step}"
         raise ValueError(f"autoguidance={source}: {same}, which guides nothing; take a weaker network")
     params = jax.device_put(weaker.params["sit"], sharding.replicated(model.mesh))

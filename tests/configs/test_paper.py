@@ -21,7 +21,9 @@ from repae_jax import train
 from repae_jax.cost import flops
 from repae_jax.diffusion.interpolant import shift_times
 from repae_jax.job import build, compilation, frozen_weights, initial_state
+from repae_jax.job.config import read_config
 from repae_jax.models import encoders
+from repae_jax.training.optimizer import learning_rate
 from repae_jax.training.recipe import Optimizers
 
 pytestmark = pytest.mark.integration
@@ -183,6 +185,7 @@ def test_one_step():
         assert (job.recipe.objective.time_mean, job.recipe.objective.time_std, job.config["ema_decay"]) == (-0.4, 1.0, 0.9999)
         assert (job.recipe.objective.weight_power, job.recipe.objective.weight_constant) == (1.0, 0.01)
         assert job.recipe.sit_weights == {"mean_flow": 1.0} and job.recipe.label_dropout == 0.1
+        assert job.config["init"]["vae"] == job.config["init"]["latent_stats"] == "stabilityai/sd-vae-ft-mse"  # `dataset.vae`
         assert (job.sampling.sampler, job.sampling.steps, job.sampling.guidance_scale) == ("meanflow", 1, 1.0)
     objective = plain.recipe.objective
     assert objective.omega / (1 - objective.kappa) == pytest.approx(2.5) and objective.guidance_high == 0.75
@@ -200,6 +203,10 @@ def test_rae():
     assert (config.data.batch_size, config.ema_decay, config.diffusion.time_distribution) == (1024, 0.9995, "lognormal")
     assert (config.optim.sit.learning_rate, config.optim.sit.b2, config.data.flip_probability) == (2e-4, 0.95, 0.5)
     assert config.steps == 80 * 1_281_167 // 1024 // 1000 * 1000
+    # `scheduler`: linear from epoch 40, whose `warmup_epochs` are at the full rate, to 800; `clip_grad` 1
+    section = read_config(config).optim.sit
+    rates = [float(learning_rate(section)(epoch * 1250)) for epoch in (0, 40, 420, 800, 900)]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5]) and section.clip_norm == 1
     # `misc.time_dist_shift_dim` and `_base`, 196608 and 4096, in training and sampling; 50 steps of Euler's method
     assert config.diffusion.time_shift == config.sampling.time_shift == pytest.approx(48**0.5)
     assert (config.sampling.sampler, config.sampling.steps) == ("euler", 50)
@@ -210,6 +217,8 @@ def test_vtp():
     config, job = described("paper", "vtp-dit-xl"), built("paper", "vtp-dit-xl")
     assert job.latent_shape == (16, 16, 64) and (config.steps, config.data.batch_size) == (100_000, 1024)
     assert (config.optim.sit.learning_rate, config.optim.sit.b2, config.ema_decay) == (2e-4, 0.95, 0.9999)
+    # no `max_grad_norm`, without which LightningDiT's train.py clips nothing
+    assert config.optim.sit.clip_norm > 1e6 and config.optim.sit.schedule == "constant"
     # its t is 1 at data: `lognorm_mu: -0.75` and `timestep_shift: 0.075` have the opposite sign, and the inverse
     assert (config.diffusion.time_mean, config.diffusion.time_std, config.diffusion.time_shift) == (0.75, 1, 1)
     assert (config.sampling.sampler, config.sampling.steps) == ("euler", 250)

@@ -223,6 +223,14 @@ def test_tables_name_what_they_hold():
         ),
         ({"ema_decays": (0.9, 0.99)}, ["config.ema_decays=(0.9, 0.99) beside ema_decay=0.99", "twice"]),
         ({"ema_sigmas": (0.1, 0.3)}, ["config.ema_sigmas=(0.1, 0.3) has an entry", "0.288"]),
+        (
+            {"loss.sit.internal": 0.5, "init.checkpoint": "x.pt"},
+            ["config.init.checkpoint='x.pt'", "none with config.loss.sit.internal"],
+        ),
+        (
+            {"diffusion.predicts": "data", "init.checkpoint": "x.pt"},
+            ["config.init.checkpoint='x.pt'", "none with config.diffusion.predicts='data'"],
+        ),
         ({"optim.sit.decay_start": 9}, ["config.optim.sit: schedule='constant'", "decay_start=9"]),
         ({"optim.vae.fixed": ("encoders",)}, ["config.optim.vae.fixed=['encoders']", "'encoder'", "'quant_conv'"]),
         ({"optim.sit.schedule": "exp"}, ["config.optim.sit.schedule='exp'", "['constant', 'linear', 'cosine', '1-sqrt']"]),
@@ -341,6 +349,15 @@ MEAN_FLOW = {
         ({"loss.sit": {"mean_flow": 1.0, "self": 0.5}}, ["config.loss.sit.self=0.5", "config.diffusion.mean_flow"]),
         ({"diffusion.second_time_share": 0.25}, ["config.diffusion.second_time_share=0.25", "mean_flow, whose networks"]),
         ({"sampling.internal_scale": 1.5}, ["internal_scale=1.5", "sampler 'meanflow'", "set it to 1"]),
+        (
+            {"diffusion.label_dropout": 0.0},
+            ["config.diffusion.label_dropout=0.0 trains no output without a class, which mean_flow guides away from"],
+        ),
+        (
+            {"diffusion.label_dropout": 0.0, "diffusion.mean_flow": {"kappa": 0.0, "largest_scale": 2.0}},
+            ["label_dropout=0.0", "mean_flow.omega to 1, kappa to 0 and largest_scale to 1"],
+        ),
+        ({"init.checkpoint": "x.pt"}, ["config.init.checkpoint='x.pt'", "none with config.diffusion.mean_flow"]),
     ],
 )
 def test_values_of_mean_flow(changes, messages):

@@ -329,7 +329,7 @@ def test_mean_tokens_of_every_block(name):
 
 
 def test_the_head_at_the_tap_changes_nothing_else():
-    """Weights drawn from the same key are the same; the head is a final layer on the tokens at the tap."""
+    """All other parameters have their names and shapes; the head is a final layer on the tokens at the tap."""
     plain, sit = SiT(**TINY), SiT(**TINY, internal_head=True)
     z, t, labels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 4))), jnp.asarray([0.2, 0.9]), jnp.arange(2)
     trees = [jax.eval_shape(module.init, jax.random.key(0), z, t, labels)["params"] for module in (plain, sit)]

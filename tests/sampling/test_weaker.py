@@ -17,6 +17,7 @@ from repae_jax.models.channel_stats import ChannelStats
 from repae_jax.sampling import generate
 from repae_jax.sampling.load_model import add_weaker, load_model, load_weaker
 from repae_jax.sampling.stepwise import Stepper
+from repae_jax.training import checkpoint
 
 SHAPE, LABELS, NULL = (2, 2, 3), np.asarray([1, 4, 2], np.int32), 5
 EULER = Sampling("euler", 6)
@@ -234,6 +235,15 @@ def test_latents_of_another_vae(model):
     message = "its VAE is [0-9a-f]+, the model's [0-9a-f]+; take an earlier checkpoint of a run on a frozen VAE"
     with pytest.raises(ValueError, match=message):
         add_weaker(model, other, "other")
+
+
+def test_weights_are_hashed_once(model, monkeypatch):
+    """However often one model guides another, as in a notebook: network, VAE and statistics of both."""
+    ours, other, hashed, fingerprint = dataclasses.replace(model), weakened(model), [], checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda tree: hashed.append(tree) or fingerprint(tree))
+    for _ in range(2):
+        add_weaker(ours, other, "other")
+        assert len(hashed) == 6
 
 
 @pytest.mark.integration

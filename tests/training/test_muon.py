@@ -15,12 +15,14 @@ from optim_sections import section
 from configs import common
 from repae_jax.distributed import sharding
 from repae_jax.models.sit import SiT
+from repae_jax.models.vtp import VisualTokenizer
 from repae_jax.training import muon
 from repae_jax.training.checkpoint import Checkpointer
 from repae_jax.training.optimizer import make_optimizer
 from repae_jax.training.state import create_net
 
 MUON = section(method="muon", learning_rate=0.1, weight_decay=0.3)
+TINY_VIT = {"hidden_size": 8, "depth": 1, "heads": 2}
 SHAPES = {"query": (3, 16, 16), "fc1": (3, 16, 40), "fc2": (3, 40, 16)}  # layers, in, out
 
 
@@ -131,6 +133,17 @@ def test_the_matrices_of_a_published_sit():
     sizes = jax.tree.map(lambda leaf: leaf.size, params)
     share = sum(int(size) for name, size in small.leaves(sizes).items() if chosen[name]) / sum(jax.tree.leaves(sizes))
     assert 0.975 < share < 0.985
+
+
+def test_the_matrices_of_a_tokenizer():
+    """Those of VTP's blocks; a convolutional VAE has none, and is refused in tests/job/test_bad_input.py."""
+    halves = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in TINY_VIT.items()}
+    module = VisualTokenizer(latent_channels=4, patch_size=2, **halves)
+    inputs = np.zeros((1, 4, 4, 3)), np.zeros((1, 2, 2, 4))
+    params = jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)["params"]
+    names = {name for name, matrix in small.leaves(muon.is_matrix(params)).items() if matrix}
+    of_block = [*(f"attn.{name}" for name in ("query", "key", "value", "out")), "mlp.gate", "mlp.fc1", "mlp.fc2"]
+    assert names == {f"{stack}.{name}.kernel" for stack in ("encoder.vit.blocks", "decoder.blocks") for name in of_block}
 
 
 def test_a_fixed_stack_stays():
