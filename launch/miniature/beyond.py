@@ -154,8 +154,8 @@ TABLES: dict[str, Table] = {
         ),
         "More noise is the worst, as eight steps of Heun's method then leave the last details to one long step. Less noise is "
         "as good as no shift, within the noise of the seeds: the formula was found for latents of far more numbers. Added "
-        "after the others, as more noise had come out best: its networks sampled without the shift, and SiT's with it. If training "
-        "decides, the former are still before SiT.",
+        "after the others, as more noise had come out best: its networks sampled without the shift, and SiT's with it. If "
+        "training decides, the former are still before SiT.",
         # no losses: those of other times are others
         measures=("fid", "label_accuracy", "cknna"),
     ),
