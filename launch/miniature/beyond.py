@@ -197,7 +197,7 @@ TABLES: dict[str, Table] = {
         "REPA-E, and the more so with k = 4, because runs are so short that steps are worth more than better latents; REPA, "
         "with most steps, is still before all of them. Reconstructions change less than REPA-E's, whose VAE has more updates.",
         measures=(
-            "fid", "fid_long", "fid_equal_compute", "fid_of_reconstructions", "label_accuracy", "velocity", "alignment", "psnr",
+            "fid_equal_compute", "fid", "fid_long", "fid_of_reconstructions", "label_accuracy", "velocity", "alignment", "psnr",
             "drift",
         ),
     ),
