@@ -191,7 +191,7 @@ def by_hand(config):
     return state, logged
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_is_the_two_steps_in_turn_and_continues_bit_for_bit(tmp_path):
     """State and lines of metrics of seven steps by hand; then again the last two, from a checkpoint between two joint steps.
 
