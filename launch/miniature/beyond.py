@@ -70,8 +70,10 @@ SETTINGS: dict[str, Setting] = {
     "sit-more-noise": Setting(
         "SiT, times shifted to more noise", "ldm", {**NO_REPA, "diffusion.time_shift": 2.0}, sampling={"time_shift": 2.0}
     ),
-    "sit-more-noise-trained": Setting("… in training alone", "ldm", samples_of="sit-more-noise"),
-    "sit-more-noise-sampled": Setting("… in sampling alone", "ldm", sampling={"time_shift": 2.0}, samples_of="sit"),
+    "sit-more-noise-trained": Setting("SiT, more noise in training alone", "ldm", samples_of="sit-more-noise"),
+    "sit-more-noise-sampled": Setting(
+        "SiT, more noise in sampling alone", "ldm", sampling={"time_shift": 2.0}, samples_of="sit"
+    ),
     "self-align": Setting("SiT aligned with its average", "ldm", {**NO_REPA, **SELF}, ("self_aligned",)),
     "self-flow": Setting("Self-Flow", "ldm", {**NO_REPA, **SELF, **TWO_TIMES}, ("self_aligned",)),
     "two-times": Setting("SiT, two times in an image", "ldm", {**NO_REPA, **TWO_TIMES}),
@@ -145,8 +147,8 @@ TABLES: dict[str, Table] = {
         "Time shift by latent dimension",
         "Training and sampling with times of half and of twice the noise over the signal. RAE's formula (arXiv 2510.11690), "
         "the root of the latents' numbers over 4096, gives 0.35 for the digits, 0.5 for emoji of 32 and 0.71 for those of 64 "
-        "pixels. Published: gFID on ImageNet 256 px with the formula's shift, 6.93, and without one, DiT-XL on DINOv2-B's "
-        "latents.",
+        "pixels. Published: gFID on ImageNet 256 px of DiT-XL on DINOv2-B's latents, with the formula's shift of 6.93 there "
+        "and without one.",
         {
             "sit-less-noise": "4.81", "sit": "23.08", "sit-more-noise": "", "sit-more-noise-trained": "",
             "sit-more-noise-sampled": "",
@@ -166,8 +168,8 @@ TABLES: dict[str, Table] = {
         "Alignment without an encoder",
         "The SiT is aligned with later blocks of its own average, at the same time or, as Self-Flow does, with an image whose "
         "tokens are as clean as the cleanest one's; two times in an image also without alignment. Published: FID on ImageNet "
-        "256 px, SiT-XL/2 without guidance, 4M steps, SiT 7M (arXiv 2603.06507, table 1). Both need no class of the pictures, "
-        "and only REPA an encoder.",
+        "256 px, SiT-XL/2 without guidance, 4M steps, SiT 7M (arXiv 2603.06507, table 1). Of all rows only REPA needs an "
+        "encoder.",
         {"sit": "8.3", "two-times": "", "self-align": "", "self-flow": "5.70", "repa": "5.89"},
         (
             Claim("self-flow", "sit", "5.70 against 8.3"),

@@ -68,7 +68,7 @@ def runs_per_setting(scale: Scale, setting: str, seeds: int | None = None) -> in
     """Returns the number of runs of a row: `seeds`, by default the scale's; one for a VAE that others start from."""
     if SETTINGS[setting].job == "vae":
         return 1
-    return seeds or (scale.headline_seeds if setting in tables.TABLES["main"].rows else scale.seeds)
+    return seeds or (scale.main_seeds if setting in tables.TABLES["main"].rows else scale.seeds)
 
 
 def runs_of(scale: Scale, names: Iterable[str], seeds: int | None = None) -> list[Run]:

@@ -57,13 +57,21 @@ Runs = Mapping[str, Sequence[Finished]]  # by setting, in the order of seeds
 
 
 def finished_runs(tasks: Iterable[Any]) -> dict[str, list[Finished]]:
-    """Returns the finished runs of every setting that has tasks, of miniature.Task, in the order of the tasks."""
+    """Returns the finished runs of every setting that has tasks, of miniature.Task, in the order of the tasks.
+
+    Where a run diverged, so have all that would sample it in another way: without them the others would be judged alone.
+    """
+    tasks = [task for task in tasks if task.kind in experiments.PRESETS]
+    results = {str(task.folder): task.result() for task in tasks}
     runs: dict[str, list[Finished]] = {}
     for task in tasks:
-        if task.kind in experiments.PRESETS:
-            ended = runs.setdefault(task.content["description"]["setting"], [])
-            if result := task.result():
-                ended.append(Finished(task.folder, result))
+        setting, result = task.content["description"]["setting"], results[str(task.folder)]
+        ended = runs.setdefault(setting, [])
+        if not result and experiments.SETTINGS[setting].samples_of:
+            source = results.get(task.content["trained"])
+            result = source if source and source["status"] == "diverged" else None
+        if result:
+            ended.append(Finished(task.folder, result))
     return runs
 
 

@@ -57,7 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--table", nargs="+", choices=list(experiments.TABLES), metavar="NAME", help="only these; default: the paper's"
     )
-    parser.add_argument("--seeds", type=cli.whole(1), help="runs of each setting; default: three, and six in digits' main")
+    parser.add_argument(
+        "--seeds", type=cli.whole(1), help="runs of each setting; default: three, and six of digits' SiT, REPA and REPA-E"
+    )
     parser.add_argument("--jobs", type=cli.whole(1, 4096), help="runs at a time; default: two on CPU cores, one on a GPU")
     parser.add_argument(
         "--results", type=cli.path, help="page to write; default: report/README.md in the workdir; pictures beside it"

@@ -44,7 +44,7 @@ class Scale:
     compute_ratio: Mapping[str, float]
     samples: int  # for a Frechet distance; their labels are as frequent as those of the training pictures
     seeds: int = 3
-    headline_seeds: int = 3  # of the settings of table `main`
+    main_seeds: int = 3  # of the settings of table `main`
 
     @property
     def tokenizer(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ SCALES = {
             shallow={"sit.encoder_depth": 1}, deep={"sit.encoder_depth": 4},
             smaller={"sit.hidden_size": 32}, larger={"sit.hidden_size": 96}, encoder=small_networks.ENCODERS["digits"],
             encoder_steps={"weak": 40, "trained": 600}, vae_steps=1200, steps=800,
-            compute_ratio={"sit": 2.75, "repa": 2.25, "vae-every-2": 1.25, "vae-every-4": 1.75}, samples=1000, headline_seeds=6,
+            compute_ratio={"sit": 2.75, "repa": 2.25, "vae-every-2": 1.25, "vae-every-4": 1.75}, samples=1000, main_seeds=6,
         ),
         Scale(
             name="small", pictures="emoji", image_size=32, platform="cpu", batch_size=32,

@@ -154,7 +154,7 @@ def _disc_dead(history: History) -> str:
 
 
 GRADIENTS = ("grad_norm/vae", "grad_norm/sit", "grad_norm/disc")
-ALIGNMENTS = ("sit/align", "vae/align")  # not sit/self: its target moves, and nobody has published where it ends
+ALIGNMENTS = ("sit/align", "vae/align")  # not sit/self: its target moves, and no range is known
 DISCRIMINATOR = ("disc/hinge", "disc/logits_real", "disc/logits_fake")
 
 CHECKS = (

@@ -472,6 +472,23 @@ def test_page_of_a_part(tasks, tmp_path):
     assert "figures/bottleneck" not in text and "R²" not in text
 
 
+def test_where_a_run_diverged_its_other_samples_have_too(tmp_path):
+    """Without them, sampling it in another way would win against a setting that loses for that run."""
+    tasks = []
+    for seed in range(4):
+        trained, again = (make_task(tmp_path, setting, seed) for setting in ("repa", "repa-euler"))
+        again.content["trained"] = str(trained.folder)
+        tasks += [trained, again]
+        if seed == 1:
+            finish(trained, {}, "diverged")
+        elif seed < 3:
+            finish(trained, {"fid": 50.0 + seed})
+            finish(again, {"fid": 40.0 + seed})
+    ended = finished.finished_runs(tasks)
+    assert [run.diverged for run in ended["repa-euler"]] == [run.diverged for run in ended["repa"]] == [False, True, False]
+    assert verdicts.judge(tables.Claim("repa-euler", "repa", ""), ended).outcome == verdicts.DIVERGED
+
+
 def test_a_table_is_shown_for_something_of_its_own(declaration):
     def shown(**ended):
         compared = comparisons.compare(ended)
