@@ -44,5 +44,8 @@ FOUND: dict[str, dict[str, str]] = {  # scale -> table -> text
         "the scale; the digits, with the same code, have a larger gain of REPA, and the published order. What of it is the "
         "pictures', and what is that no sample here looks like an emoji yet, is unknown.",
         "collapse": _KL + "The digits have a run without KL, whose latents grow instead.",
+        "components": "Without the GAN pictures are better here, samples by 3.7 and reconstructions by 1.3 dB. The published "
+        "GAN stands beside LPIPS, which is not here, and this discriminator has 16 channels alone. Why is unknown: no "
+        "experiment here varies either.",
     },
 }
