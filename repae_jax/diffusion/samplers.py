@@ -226,7 +226,7 @@ class DPMSolver(Sampler):
 
 
 class Tolerances(NamedTuple):
-    """Of the estimated errors of steps of an adaptive method. float32."""
+    """Bounds of the estimated error of each step of an adaptive method, float32."""
 
     relative: np.ndarray  # to z
     absolute: np.ndarray
