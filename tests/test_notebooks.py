@@ -16,6 +16,7 @@ from repae_jax.models import encoders
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 MOST_BYTES = 200_000
+LONG = {"own_pictures"}  # it trains VAE and SiT
 # name -> the variables that are set to the run of the tests, and those that are set to something small
 RUNS = {"digits": "workdir", "own_pictures": "run"}
 SMALL = {"own_pictures": {"workdir": '"mine"', "pictures": '"pictures"', "steps": "2"}}
@@ -42,7 +43,9 @@ def workdir(tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS]
+)
 def test_a_notebook_runs(path, workdir, compiled, monkeypatch, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     for name, value in {RUNS[path.stem]: f'"{workdir}"', **SMALL.get(path.stem, {})}.items():
