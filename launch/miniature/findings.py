@@ -42,17 +42,17 @@ FOUND: dict[str, dict[str, str]] = {  # scale -> table -> text
     },
     "small": {
         "main": "REPA-E is not before REPA at twice the steps, although it aligns better, as the next table shows. Here the "
-        "distance hardly depends on alignment, a property of the scale that the table of encoders varies alone: with the weak "
-        "encoder, whose CKNNA is 0.386 for 0.483, REPA has 26.9 for 26.5. And the GAN costs REPA-E what it gains: without it, "
-        "after once the steps, REPA-E has 22.9, before REPA by 3.5 [0.3, 6.8] and before SiT by 5.3 [0.9, 9.6]. This pair was "
-        "chosen after the runs, so it suggests, and does not decide.",
+        "distance hardly depends on alignment, a property of the scale that the table of encoders shows, which varies just the "
+        "encoder: with the weak one CKNNA is 0.386 for 0.483, and REPA has 26.9 for 26.5, no difference that three runs show. "
+        "And the GAN may cost REPA-E what it gains: without it, after once the steps, REPA-E has 22.9, before REPA by 3.5 "
+        "[0.3, 6.8] and before SiT by 5.3 [0.9, 9.6]. This pair was chosen after the runs: it suggests, and does not decide.",
         "collapse": _KL + "The digits have a run without KL, whose latents grow instead.",
         "components": "Without the GAN pictures are better here, samples by 3.7 and reconstructions by 1.3 dB. The published "
         "GAN stands beside LPIPS, which is not here, and this discriminator has 16 channels alone. Why is unknown: no "
         "experiment here varies either.",
         "sizes": "At half the width REPA-E is far behind REPA, and the row that was added contradicts what was expected of it. "
-        "On REPA-E's frozen VAE the smaller SiT is behind, too, at 62.6 for 49.6 on the first VAE, by 13.1 [9.2, 16.9]. So it "
-        "is not that latents move: these latents suit a small network less, though their velocity loss is lower, their "
+        "On REPA-E's frozen VAE the smaller SiT is behind, too, at 62.6 for 49.6 on the first VAE, by 13.1 [9.2, 16.9]. So "
+        "latents need not move to be worse for a small network, though their velocity loss is lower, their "
         "alignment better, and as many samples are read as their class. It may be that they take longer: the whole SiT is "
         "behind on them after 600 steps, 45.4 for 40.5, and not after 1,200, 24.4 for 26.5. No run of the smaller one is "
         "longer, so this is a guess.",
